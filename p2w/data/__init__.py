@@ -1,0 +1,1 @@
+"""Offline: scans, tiles, shards and the phantom, without torch. Online: the stream."""

@@ -1,0 +1,1 @@
+"""GPU kernels, each behind one function of p2w.geometry."""
