@@ -95,7 +95,7 @@ def _check(voxels: np.ndarray, shape: tuple[int, int, int]) -> None:
 class TarShard:
     """A tar of `KEY.npy` and `KEY.json`, the same bytes for the same content."""
 
-    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:  # noqa: D107
+    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
         self.sink = _Sink(path)
         self.shape = shape
         header = io.BytesIO()
@@ -141,7 +141,7 @@ class TarShard:
 class ArrowShard:
     """An Arrow IPC file of one record batch per sub-scan, voxels first: they start the batch's body."""
 
-    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:  # noqa: D107
+    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
         self.sink = _Sink(path)
         self.shape = shape
         self.tensor = pa.fixed_shape_tensor(pa.int16(), shape)
