@@ -1,10 +1,10 @@
 """Pretrain an encoder.
 
-    torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run demo/run
-    torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run runs/paper
+    torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run-dir demo/run
+    torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run-dir runs/paper
     torchrun launch/train.py                                    recipe paper, shards/ -> runs/paper
     python launch/train.py demo --shards shards --dry-run       what it would do and cost; starts nothing
-    python launch/train.py runs/paper/config.json --run runs/again --optim.lr 5e-4
+    python launch/train.py runs/paper/config.json --run-dir runs/again --optim.lr 5e-4
 
 The first argument is a recipe or a config.json; every setting can be overridden by its dotted name. The same command on
 the same run folder continues it, at any number of ranks that divides the batch.
@@ -36,8 +36,9 @@ class Args:
 
     shards: str = "shards"
     """Folder (or http, https, s3 URL) of shards with their manifest."""
-    run: Path | None = None
-    """Folder of the run; default runs/RECIPE."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
+    """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
+    takes --run for an abbreviation of its --run-path, also behind the script's name."""
     max_steps: int | None = None
     """Steps in all; the same as --train.steps."""
     dry_run: bool = False
