@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from p2w.data.plan import Plan
 from p2w.data.stream import ShardSet, open_set
 
 from p2w import config as settings
@@ -100,6 +101,7 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
     args, recipe = parse(argv)
     precision = choose_precision(args.config.train.amp, world.device)
     shards = open_set(args.shards)
+    Plan(shards, "train", args.config.data.batch, args.config.data.seed, world.rank, world.size, training=True)
     RunFolder(args.folder).agrees(args.config, fingerprint(shards.meta))
     return args, recipe, shards, precision
 
