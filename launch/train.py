@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from p2w.data.plan import Plan
-from p2w.data.stream import ShardSet, open_set
 
 from p2w import config as settings
 from p2w.config import Config
+from p2w.data.plan import Plan
+from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import duration
 from p2w.pretrain import pretrain
@@ -101,7 +101,9 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
     args, recipe = parse(argv)
     precision = choose_precision(args.config.train.amp, world.device)
     shards = open_set(args.shards)
-    Plan(shards, "train", args.config.data.batch, args.config.data.seed, world.rank, world.size, training=True)
+    Plan(
+        shards, "train", args.config.data.batch, args.config.data.seed, world.rank, world.size, training=True
+    )
     RunFolder(args.folder).agrees(args.config, fingerprint(shards.meta))
     return args, recipe, shards, precision
 
