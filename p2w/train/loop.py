@@ -109,7 +109,7 @@ class Trainer:
             told = self.world.any(stop.asked)
             if self.step % settings.validate_every == 0 or self.step == settings.steps:
                 self._validate(validate)
-            if told:
+            if told and self.step < settings.steps:
                 return Outcome("told to stop", self.step, stop.name or "a signal to another rank")
             if self.step % settings.checkpoint_every == 0:
                 self.save()
