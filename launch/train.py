@@ -1,0 +1,126 @@
+"""Pretrain an encoder.
+
+    torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run demo/run
+    torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run runs/paper
+    torchrun launch/train.py                                    recipe paper, shards/ -> runs/paper
+    python launch/train.py demo --shards shards --dry-run       what it would do and cost; starts nothing
+    python launch/train.py runs/paper/config.json --run runs/again --optim.lr 5e-4
+
+The first argument is a recipe or a config.json; every setting can be overridden by its dotted name. The same command on
+the same run folder continues it, at any number of ranks that divides the batch.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from p2w.data.stream import ShardSet, open_set
+
+from p2w import config as settings
+from p2w.config import Config
+from p2w.errors import UserError, exits
+from p2w.log import duration
+from p2w.pretrain import pretrain
+from p2w.recipes import RECIPES, named
+from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.optim import Precision, choose_precision
+from p2w.train.plan import plan
+from p2w.world import World
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line of launch/train.py."""
+
+    shards: str = "shards"
+    """Folder (or http, https, s3 URL) of shards with their manifest."""
+    run: Path | None = None
+    """Folder of the run; default runs/RECIPE."""
+    max_steps: int | None = None
+    """Steps in all; the same as --train.steps."""
+    dry_run: bool = False
+    """Print configuration, parameters, arithmetic, memory and steps, then stop."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, once `parse` has settled it."""
+        assert self.run is not None
+        return self.run
+
+
+def parse(argv: list[str]) -> tuple[Args, str]:
+    """Command line -> arguments with a checked configuration, and the recipe's name. Raises UserError."""
+    named_first = bool(argv) and not argv[0].startswith("-")
+    recipe = argv[0] if named_first else "paper"
+    from_file = recipe.endswith(".json")
+    base = settings.read(Path(recipe)) if from_file else named(recipe)
+    table = "\n".join(f"    {name:8}{entry.summary}" for name, entry in RECIPES.items())
+    args = tyro.cli(
+        Args,
+        args=argv[1:] if named_first else argv,
+        default=Args(config=base),
+        prog="torchrun launch/train.py [RECIPE | CONFIG.json]",
+        description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    config = args.config
+    if args.max_steps is not None:
+        config = replace(config, train=replace(config.train, steps=args.max_steps))
+    run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
+    return replace(args, config=settings.check(config), run=run), recipe
+
+
+def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
+    """The dry run's page."""
+    config, batch = args.config, args.config.data.batch
+    samples = max(1, batch // world.size // config.optim.accumulate)
+    facts = plan(config, samples, 4 if precision.dtype is None else 2)
+    wholes, steps = len(shards.ids("train")), config.train.steps
+    epoch = max(1, wholes // batch)
+    flops = facts.flops_per_sample * batch * steps
+    print(f"recipe          {recipe}\n{settings.to_json(config)}")
+    print(
+        f"data            {shards.where}: {wholes:,} sub-scans to train, {len(shards.ids('val')):,} to validate"
+    )
+    print(f"run             {args.folder}")
+    print(f"processes       {world.describe()}; {precision.name} ({precision.reason})")
+    print("\n".join(facts.lines()))
+    print(f"steps           {steps:,} of {batch} wholes = {steps / epoch:.1f} epochs of {epoch:,} steps")
+    print(
+        f"in all          {flops / 1e18:.3g} EFLOP: {duration(flops / 4e14)} on one GPU that sustains 400 TFLOP/s"
+    )
+
+
+def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:
+    """Everything that can be refused before a process group starts. Raises UserError."""
+    args, recipe = parse(argv)
+    precision = choose_precision(args.config.train.amp, world.device)
+    shards = open_set(args.shards)
+    RunFolder(args.folder).agrees(args.config, fingerprint(shards.meta))
+    return args, recipe, shards, precision
+
+
+def main() -> int:
+    """Parse, build, run."""
+    world = World.place()
+    try:
+        args, recipe, shards, precision = prepare(sys.argv[1:], world)
+    except UserError:
+        if world.local_rank:
+            return 2  # local rank 0 says it for the node
+        raise
+    if args.dry_run:
+        if world.is_main:
+            show_plan(args, recipe, shards, world, precision)
+        return 0
+    world = World.start()
+    pretrain(args.config, shards, args.folder, world, precision)
+    world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    exits(main)()

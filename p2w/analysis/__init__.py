@@ -1,0 +1,1 @@
+"""Looks at what was learned: reconstructions, similarity of parts, figures."""

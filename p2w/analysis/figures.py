@@ -1,0 +1,88 @@
+"""Pictures of a run: part | reconstruction | whole, loss curve, similarity before and after. PNG, colour-blind safe."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from p2w.analysis.similarity import auc, similarity_file
+from p2w.log import read_metrics
+
+matplotlib.use("Agg")
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's colour-blind safe palette
+
+
+def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> Figure:
+    """Middle slices of a few volumes (B, 1, d, h, w) in [0, 1]: axial and coronal, one row a volume."""
+    columns = (("part", part), ("reconstruction", reconstruction), ("whole", whole))
+    rows = min(4, len(part))
+    figure = Figure(figsize=(11.5, 1.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 6, squeeze=False)
+    for row in range(rows):
+        for pair, (name, volumes) in enumerate(columns):
+            volume = volumes[row, 0].float().cpu().numpy()
+            planes = (volume[volume.shape[0] // 2], volume[::-1, volume.shape[1] // 2])
+            for offset, (plane, view) in enumerate(zip(planes, ("axial", "coronal"), strict=True)):
+                axis = axes[row, 2 * pair + offset]
+                # Sub-scan voxels are about 2.5 times as thick as wide in a chest CT; square panels show both planes alike.
+                axis.imshow(plane, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.set_box_aspect(1)
+                if row == 0:
+                    axis.set_title(f"{name}\n{view}", fontsize=9)
+    return figure
+
+
+def loss_curve(run: Path) -> Figure:
+    """Training and validation mean squared error over steps, with the best constant answer as a line."""
+    records = read_metrics(run)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, colour, label, style in (
+        ("train/loss", GREY, "training", "-"),
+        ("val/loss", BLUE, "validation", "o-"),
+    ):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axis.plot(
+                *zip(*points, strict=True), style, color=colour, label=label, markersize=4, linewidth=1.3
+            )
+    floor = [record["val/loss_mean_image"] for record in records if "val/loss_mean_image" in record]
+    if floor:
+        axis.axhline(floor[0], color=ORANGE, linestyle="--", label="always answering the mean image")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("mean squared error (1 = 2000 HU)²")
+    axis.set_yscale("log")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def similarity_histogram(run: Path, steps: tuple[int, ...]) -> Figure:
+    """Cosine similarity of positive and negative pairs at the given steps, side by side."""
+    figure = Figure(figsize=(4.6 * len(steps), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(steps), squeeze=False)[0]
+    for axis, step in zip(axes, steps, strict=True):
+        with np.load(similarity_file(run, step)) as saved:
+            positive, negative = saved["positive"], saved["negative"]
+        low = float(min(positive.min(), negative.min()))
+        bins = np.linspace(low, 1, 41)
+        axis.hist(negative, bins, color=ORANGE, alpha=0.65, density=True, label="parts of different images")
+        axis.hist(positive, bins, color=BLUE, alpha=0.65, density=True, label="parts of one image")
+        axis.set_title(f"step {step}: AUC {auc(positive, negative):.3f}", fontsize=10)
+        axis.set_xlabel("cosine similarity of features")
+        axis.set_ylabel("density")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def save(figure: Figure, run: Path, name: str) -> Path:
+    """Write `RUN/figures/NAME.png` and return its path."""
+    path = run / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

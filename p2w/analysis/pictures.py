@@ -1,0 +1,51 @@
+"""The pictures people look at while it trains: part | reconstruction | whole of four fixed wholes."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from p2w.analysis import figures
+from p2w.analysis.validation import VALIDATION_SEED
+from p2w.data.stream import ShardSet
+from p2w.geometry import Keys
+from p2w.log import Log
+from p2w.pretext.protocol import Pretext
+
+CANDIDATES, SHOWN = 24, 4
+
+
+class Pictures:
+    """Shows rank 0 in TensorBoard how four wholes with much to see are reconstructed. Yields no numbers."""
+
+    def __init__(
+        self, pretext: Pretext, model: nn.Module, shards: ShardSet, split: str, device: torch.device, log: Log
+    ) -> None:
+        self.pretext, self.model, self.log = pretext, model, log
+        if log.speaks:
+            voxels, ids = telling_wholes(shards, split)
+            self.views = pretext.sample(voxels.to(device), Keys(VALIDATION_SEED, 0, ids.to(device)))
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Draw; the other ranks have nothing to do."""
+        if self.log.speaks:
+            self.log.picture("reconstruction", self.figure(), step)
+        return ()
+
+    def figure(self) -> Figure:
+        """The network as it stands, in evaluation mode."""
+        return figures.triptych(self.views.input, self.model(self.views.input), self.views.target)
+
+
+def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
+    """Voxels (4, D, H, W) int16 and ids (4,): of evenly spread wholes, those with the largest standard deviation."""
+    ids = shards.ids(split)
+    spread = ids[np.unique(np.linspace(0, len(ids) - 1, min(CANDIDATES, len(ids))).astype(int))]
+    voxels = np.empty((len(spread), *shards.shape), np.int16)
+    with shards.reader(spread) as reader:
+        for row, sub_scan in enumerate(spread):
+            reader.read_into(int(sub_scan), voxels[row])
+    best = np.argsort(-voxels.reshape(len(voxels), -1)[:, ::16].std(1))[:SHOWN]
+    return torch.from_numpy(voxels[best]), torch.from_numpy(spread[best])

@@ -1,0 +1,70 @@
+"""Validation loss on fixed parts, beside the loss of the best constant answer.
+
+Parts of the validation wholes are keyed by (VALIDATION_SEED, epoch 0, id): the same at every step, rank count and run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from p2w.data.stream import Batch, Stream
+from p2w.geometry import Keys
+from p2w.pretext.protocol import Pretext, Views
+from p2w.world import World
+
+VALIDATION_SEED = 0x9A275
+
+
+def validation_keys(batch: Batch) -> Keys:
+    """The keys of a validation batch's parts, for ever the same."""
+    return Keys(VALIDATION_SEED, 0, batch.ids)
+
+
+class Validation:
+    """`val/loss` over every validation whole, each once; at step 0 also `val/loss_mean_image`.
+
+    The mean image is the voxel-wise mean of the validation targets themselves: the answer with the lowest mean squared
+    error among those that ignore their input, so a network that beats it has looked.
+    """
+
+    def __init__(
+        self, pretext: Pretext, model: nn.Module, stream: Callable[[], Stream], world: World
+    ) -> None:
+        self.pretext, self.model, self.stream, self.world = pretext, model, stream, world
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Yield (name, mean squared error), the same on all ranks."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for views, weight in self._views():
+            output = self.model(views.input)
+            each = [self._loss_of_one(output, views, index) for index in range(len(weight))]
+            losses = torch.stack(each).double() * weight
+            total += torch.stack((losses.sum(), weight.sum()))
+        loss, count = self.world.sum(total).tolist()
+        yield "val/loss", loss / count
+        if step == 0:
+            yield "val/loss_mean_image", self._mean_image_loss()
+
+    def _views(self) -> Iterator[tuple[Views, Tensor]]:
+        with self.stream() as stream:
+            for batch in stream.batches():
+                views = self.pretext.sample(batch.voxels, validation_keys(batch))
+                yield views, batch.weight.to(self.world.device, torch.float64)
+
+    def _loss_of_one(self, output: Tensor, views: Views, index: int) -> Tensor:
+        one = slice(index, index + 1)
+        mask = views.mask[one] if views.mask is not None else None
+        return self.pretext.loss(
+            output[one], replace(views, input=views.input[one], target=views.target[one], mask=mask)
+        )[0]
+
+    def _mean_image_loss(self) -> float:
+        totals: list[Tensor] = []  # sum of targets, of their squares, and their number
+        for views, weight in self._views():
+            target = views.target.double() * weight.view(-1, 1, 1, 1, 1)
+            new = [target.sum(0), (target * views.target).sum(0), weight.sum()]
+            totals = [old + more for old, more in zip(totals, new, strict=True)] if totals else new
+        image, square, count = (self.world.sum(total.clone()) for total in totals)
+        return float((square / count - (image / count) ** 2).mean())

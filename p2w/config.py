@@ -1,0 +1,205 @@
+"""Every setting of a run, as frozen dataclasses: recipe -> dotted overrides -> these -> constructors.
+
+Written beside the run as `config.json`, and a run can be started from that file. Fields marked [P] are in the paper
+(Feng et al. 2020), [I] are inferred from its patent and code family, [?] are not published: our choice.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from p2w.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which wholes, in which order."""
+
+    batch: int = 16
+    """Wholes a step, over all ranks together [P]. The order of samples depends on it, not on the number of ranks."""
+    seed: int = 0
+    """Seed of the order of wholes and of their parts."""
+    readers: int = 2
+    """Threads a rank that read ahead; 0 reads in the training thread. No effect on the result."""
+
+
+@dataclass(frozen=True)
+class PretextConfig:
+    """What is shown and what is asked."""
+
+    name: str = "parts2whole"
+    """Which proxy task."""
+    size: tuple[int, int, int] = (32, 64, 64)
+    """Size of part and whole at the network, voxels z y x [I]; multiples of 8."""
+    volume_fraction: tuple[float, float] = (1 / 16, 1 / 4)
+    """A part's volume as a share of its whole, uniform between the two [P]. `1 1` is an autoencoder."""
+    aspect_range: tuple[float, float] = (0.5, 2.0)
+    """How far a part's edges may depart from the whole's proportions [?]; see geometry.sample_boxes."""
+    antialias: bool = True
+    """Filter when a resize shrinks; without it, reconstruction can read aliasing [?]."""
+    window_hu: tuple[float, float] = (-1000.0, 1000.0)
+    """HU that become 0 and 1 [I]."""
+    skips: bool = False
+    """Skip connections from encoder to decoder; the paper's ablation, off in its method [P]."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder."""
+
+    name: str = "unet3d"
+    """Which encoder."""
+    width: int = 32
+    """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I]."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule; none of it is published [?]."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's two averages; the first is SGD's momentum."""
+    weight_decay: float = 0.0
+    fused: Literal["torch", "apex", "none"] = "torch"
+    """Whose fused optimizer: torch's, NVIDIA apex's (must be installed), or none."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    accumulate: int = 1
+    """Split each rank's share of a batch into this many passes, to save memory."""
+    schedule: Literal["constant", "cosine", "plateau"] = "plateau"
+    """After warm-up: hold; fall as a cosine to 1 % at the last step; or halve when validation stops improving."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    plateau_patience: int = 10
+    """Validations without improvement before `plateau` halves the rate."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, precision, and how often to look."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the network's arithmetic; auto takes bf16 where the device computes in it, else fp32."""
+    channels_last: bool = True
+    """Memory layout with channels innermost (faster with batch norm)."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, a few percent a step."""
+    sync_batch_norm: bool = False
+    """Batch statistics over all ranks (CUDA only)."""
+    validate_every: int = 500
+    """Steps between validations."""
+    early_stop: int = 0
+    """Stop after this many validations without improvement; 0 never."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints kept, besides the best."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    max_skipped: int = 20
+    """Stop after this many steps in a row whose gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    pretext: PretextConfig = field(default_factory=PretextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# Settings that may change when a run folder is continued: they do not touch what is computed before the end.
+MAY_CHANGE = frozenset(
+    {"data.readers", "train.steps", "train.early_stop", "train.keep", "train.log_every", "train.max_skipped"}
+)
+
+
+def check(config: Config) -> Config:
+    """Return `config` when its numbers make sense together. Raises UserError naming value, rule and remedy."""
+    at_least = {
+        "data.batch": 1, "data.readers": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
+        "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
+        "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
+        "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0,
+    }  # fmt: skip
+    flat = flatten(config)
+    for name, least in at_least.items():
+        if not flat[name] >= least:
+            raise UserError(f"{name}={flat[name]}: must be at least {least}; pass --{name.replace('_', '-')}")
+    low, high = config.pretext.volume_fraction
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"pretext.volume_fraction={low} {high}: needs 0 < low <= high <= 1; the paper has 0.0625 0.25"
+        )
+    floor, ceiling = config.pretext.window_hu
+    if not floor < ceiling:
+        raise UserError(
+            f"pretext.window_hu={floor} {ceiling}: the first must be below the second; the usual is -1000 1000"
+        )
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Config -> {"data.batch": 16, …}."""
+    groups = dataclasses.asdict(config)
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def to_json(config: Config) -> str:
+    """Config -> JSON text with two levels, as `from_json` reads it."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def read(path: Path) -> Config:
+    """Config from a `config.json`. Raises UserError for a missing file, broken JSON, an unknown key or a bad value."""
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
+    return check(_build(Config, tree, str(path)))
+
+
+def _build(kind: type, tree: Any, where: str) -> Any:
+    """Fill the dataclass `kind` from parsed JSON, refusing what does not fit."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: must be an object of settings, got {type(tree).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(tree) - set(hints))
+    if unknown:
+        raise UserError(f"{where}: unknown setting {unknown[0]}; known are {', '.join(hints)}")
+    values = {}
+    for name, value in tree.items():
+        hint, place = hints[name], f"{where}: {name}"
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        values[name] = _build(hint, value, place) if nested else _fit(hint, value, place)
+    return kind(**values)
+
+
+def _fit(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the field's type wants it."""
+    origin = typing.get_origin(hint)
+    if origin is Literal and value in typing.get_args(hint):
+        return value
+    if origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(hint)):
+        return tuple(_fit(part, item, where) for part, item in zip(typing.get_args(hint), value, strict=True))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
+        return value
+    raise UserError(f"{where}: {value!r} does not fit {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,229 @@
+"""Which part of a whole, and how it is cut, resized and normalised. Torch alone.
+
+Shapes: B, D, H, W = batch, slice, row, column of the whole; d, h, w = the same of the network's input.
+A box is [z0, y0, x0, z1, y1, x1] in voxel-edge coordinates: voxel i covers [i, i + 1], fractions are allowed,
+and [0, 0, 0, D, H, W] is the whole.
+
+Convention of the resize (one, for every backend): half-pixel centres, i.e. `align_corners=False`. On an axis
+output i looks at c = z0 + (i + 1/2) s, s = (z1 - z0) / d, and voxel v weighs max(0, 1 - |v + 1/2 - c| / r):
+r = max(1, s) when antialiasing (the triangle filter of PIL and of torch's `antialias=True`), r = 1 when not.
+Only voxels that the box touches, floor(z0) .. ceil(z1) - 1, take part, and the weights are renormalised:
+nothing outside the part leaks into it. For integer boxes this is slice + `F.interpolate(mode="trilinear")`.
+
+Values are clipped to the HU window *before* they are interpolated. Shards hold clipped HU already; data that
+comes from elsewhere may not, and metal at 3000 HU would then bleed into its neighbours.
+
+Randomness is counter-based: part p of sub-scan k in epoch e is a function of (seed, e, k, p) alone, whatever
+batch, rank or restart it is met in.
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from p2w.errors import UserError
+from p2w.kernels import crop_resize_torch
+
+Size = tuple[int, int, int]  # d, h, w, voxel
+Range = tuple[float, float]  # low, high
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
+_MIX = (
+    (30, 0xBF58476D1CE4E5B9),
+    (27, 0x94D049BB133111EB),
+)  # SplitMix64's finaliser (Steele et al. 2014, Vigna)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names a batch's randomness: run's seed, epoch, and ids (B,) int64 of its sub-scans, on its device."""
+
+    seed: int
+    epoch: int
+    ids: Tensor
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _mix_int(z: int) -> int:
+    for shift, factor in _MIX:
+        z = ((z ^ (z >> shift)) * factor) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The same on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
+    for shift, factor in _MIX:
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def uniforms(keys: Keys, part: int, count: int) -> Tensor:
+    """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
+
+    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so CPU
+    and GPU agree bit for bit. Raises UserError unless ids are (B,) int64.
+    """
+    if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
+        raise UserError(
+            f"keys: ids must be (B,) int64, got {tuple(keys.ids.shape)} {keys.ids.dtype}; "
+            "pass the manifest's row numbers"
+        )
+    state = 0
+    for word in (keys.seed, keys.epoch, part):
+        state = _mix_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
+    streams = _mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
+    counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
+    bits = _mix(streams[:, None] + counters[None, :])
+    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def sample_boxes(
+    keys: Keys,
+    part: int,
+    shape_dhw: Sequence[int],
+    volume_fraction: Range = (1 / 16, 1 / 4),
+    aspect_range: Range = (1 / 2, 2.0),
+) -> Tensor:
+    """Box (B, 6) float32 of part `part` of every sub-scan of the batch, on its device; units as above.
+
+    Volume: the fraction f of the whole is exactly uniform in `volume_fraction` (boxes are continuous).
+    Shape: relative to the whole's, edge factors are f^(1/3) a_k; the a_k are log-uniform in `aspect_range`,
+    independent for z, y, x, then divided by their geometric mean, so that their product is 1. Where the range is
+    wider than a ratio high / low of f^(-1/2), it is narrowed to that, about its middle in log: the widest at which
+    no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The default (1/2, 2) is
+    just wide enough at f = 1/16 (longest to shortest edge at most 4); at f = 1/4 it has narrowed to sqrt(2)
+    either way, at f = 1 to nothing (the whole).
+    Position: uniform over all placements inside the whole, independent along the axes.
+
+    Raises UserError for ranges that are not 0 < low <= high (<= 1 for the fraction).
+    """
+    low, high = _checked("volume_fraction", volume_fraction, 1.0)
+    narrowest, widest = _checked("aspect_range", aspect_range, math.inf)
+    if len(shape_dhw) != 3 or min(shape_dhw) < 1:
+        raise UserError(f"shape: must be three positive numbers of voxels (D, H, W), got {tuple(shape_dhw)}")
+    u = uniforms(keys, part, 7)
+    log_f = (low + (high - low) * u[:, :1]).log()
+    aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
+    edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(widest / narrowest))).exp().clamp(max=1.0)
+    start = u[:, 4:7] * (1 - edge)
+    shape = torch.tensor([*shape_dhw, *shape_dhw], dtype=torch.float64).to(u.device)
+    return torch.minimum(torch.cat([start, start + edge], 1) * shape, shape).float()
+
+
+def _checked(name: str, pair: Range, top: float) -> Range:
+    rule = "0 < low <= high" + (f" <= {top:g}" if top < math.inf else "")
+    if len(pair) != 2 or not (0 < pair[0] <= pair[1] <= top and pair[1] < math.inf):
+        raise UserError(f"{name}: must be (low, high) with {rule}, got {tuple(pair)}; e.g. (0.0625, 0.25)")
+    return float(pair[0]), float(pair[1])
+
+
+def backend(device: torch.device | str) -> tuple[str, str]:
+    """(name, reason): what crop-resizes tensors of this device, "triton" or "torch", and why."""
+    if torch.device(device).type != "cuda":
+        return "torch", f"tensors are on {torch.device(device).type}, the kernel is for CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "triton is not installed beside this torch"
+    return "triton", "CUDA tensors and triton is installed"
+
+
+@torch.no_grad()
+def crop_resize(
+    whole: Tensor,
+    boxes: Tensor,
+    size_dhw: Size,
+    *,
+    window_hu: Range = (-1000.0, 1000.0),
+    dtype: torch.dtype = torch.float32,
+    antialias: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Part (B, 1, d, h, w) of `dtype` in [0, 1]: what `boxes` (B, 6) cut out of `whole` (B, D, H, W), resized.
+
+    HU are clipped to `window_hu` and scaled so that the window becomes [0, 1]. `whole` is int16 or float32 HU.
+    `out`, when given, is a contiguous tensor to fill (with one channel, channels_last_3d is the same order in
+    memory). No gradient flows. A sample's result is the same, bit for bit, in whatever batch it comes.
+    Raises UserError for shapes, types, windows and, on the CPU, boxes that break these rules; on a GPU looking
+    at the boxes would stall it, there the kernel keeps its reads inside the whole.
+    """
+    _check(whole, boxes, size_dhw, window_hu)
+    part = _output(out, whole, size_dhw, dtype)
+    _run(whole, boxes, part, None, window_hu=window_hu, antialias=antialias)
+    return part
+
+
+@torch.no_grad()
+def part_and_whole(
+    whole: Tensor,
+    boxes: Tensor,
+    size_dhw: Size,
+    *,
+    window_hu: Range = (-1000.0, 1000.0),
+    dtype: torch.dtype = torch.float32,
+    antialias: bool = True,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(part, target), both (B, 1, d, h, w): `crop_resize` of the boxes and of the whole; on a GPU, one launch."""
+    _check(whole, boxes, size_dhw, window_hu)
+    part, target = (_output(o, whole, size_dhw, dtype) for o in (out or (None, None)))
+    _run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+    return part, target
+
+
+def _run(
+    whole: Tensor, boxes: Tensor, part: Tensor, target: Tensor | None, *, window_hu: Range, antialias: bool
+) -> None:
+    if backend(whole.device)[0] == "triton":
+        from p2w.kernels import crop_resize_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+    else:
+        crop_resize_torch.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+
+
+def _check(whole: Tensor, boxes: Tensor, size: Sequence[int], window: Range) -> None:
+    if whole.ndim != 4 or whole.dtype not in (torch.int16, torch.float32):
+        raise UserError(
+            f"whole: must be (B, D, H, W) int16 or float32 HU, got {tuple(whole.shape)} {whole.dtype}"
+        )
+    if boxes.shape != (len(whole), 6) or boxes.dtype != torch.float32 or boxes.device != whole.device:
+        raise UserError(
+            f"boxes: must be ({len(whole)}, 6) float32 on {whole.device}, "
+            f"got {tuple(boxes.shape)} {boxes.dtype} on {boxes.device}; see sample_boxes"
+        )
+    if len(size) != 3 or min(size) < 1:
+        raise UserError(f"size: must be three positive numbers of voxels (d, h, w), got {tuple(size)}")
+    if not -math.inf < window[0] < window[1] < math.inf:
+        raise UserError(
+            f"window_hu: must be (low, high) with low < high, got {tuple(window)}; e.g. (-1000, 1000)"
+        )
+    if boxes.device.type == "cpu":
+        low, high, shape = boxes[:, :3], boxes[:, 3:], torch.tensor(whole.shape[1:])
+        bad = ~((low >= 0) & (low < high) & (high <= shape)).all(1)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise UserError(
+                f"boxes: row {i} is {boxes[i].tolist()}; the rule is 0 <= start < end <= "
+                f"{tuple(whole.shape[1:])} along z, y, x"
+            )
+
+
+def _output(out: Tensor | None, whole: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    shape = (len(whole), 1, *size)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype: must be float32, bfloat16 or float16, got {dtype}")
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=whole.device)
+    if out.shape != shape or out.dtype != dtype or out.device != whole.device or not out.is_contiguous():
+        raise UserError(
+            f"out: must be contiguous {shape} {dtype} on {whole.device}, "
+            f"got {tuple(out.shape)} {out.dtype} on {out.device}"
+        )
+    return out

@@ -1,0 +1,146 @@
+"""What a run says: lines and progress on rank 0's console, `metrics.jsonl`, TensorBoard. Other ranks stay silent.
+
+On a terminal there is a progress bar with rate and time left; off a terminal, a line every ten seconds.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.progress as rp
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LINE_EVERY_S = 10.0
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never a half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class Log:
+    """The voice of a run folder. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, run: Path, speaks: bool, total_steps: int) -> None:
+        self.run, self.speaks, self.total = run, speaks, total_steps
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._writer: Any = None
+        self._bar: rp.Progress | None = None
+        self._task: rp.TaskID | None = None
+        self._last_line = 0.0
+        self._clock = (time.monotonic(), -1)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """One line for a person."""
+        if self.speaks:
+            self.console.print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that asks for attention."""
+        self.line(f"warning: {text}", style="yellow")
+
+    def rewind(self, step: int) -> None:
+        """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
+
+        A last line cut short by a crash is dropped too.
+        """
+        path = self.run / "metrics.jsonl"
+        if not self.speaks or not path.exists():
+            return
+        kept = [text for text in path.read_text().splitlines() if _step_of(text) <= step]
+        write_atomic(path, "".join(f"{text}\n" for text in kept))
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one JSON object to `metrics.jsonl` and its numbers to TensorBoard."""
+        if not self.speaks:
+            return
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self.writer(step).add_scalar(name, value, step)
+
+    def picture(self, name: str, figure: "Figure", step: int) -> None:
+        """Show a matplotlib figure in TensorBoard."""
+        if self.speaks:
+            self.writer(step).add_figure(name, figure, step)
+
+    def writer(self, step: int) -> Any:
+        """TensorBoard's writer; made at the first use, so that what an earlier start logged beyond is hidden."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a second of imports, rank 0 only)
+
+            self._writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step)
+        return self._writer
+
+    def progress(self, step: int, loss: float, samples_per_s: float, wait_share: float) -> None:
+        """Show where the run stands: loss, rate, time left, share of time spent waiting for data."""
+        if not self.speaks:
+            return
+        if self._clock[1] < 0:
+            self._clock = (time.monotonic(), step)
+        done, seconds = step - self._clock[1], time.monotonic() - self._clock[0]
+        left = (self.total - step) * seconds / done if done else float("nan")
+        text = f"loss {loss:.4f}  {samples_per_s:.1f} samples/s  waiting {wait_share:.0%}"
+        if self.console.is_terminal:
+            self._show_bar(step, text)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.line(f"step {step}/{self.total}  {text}  left {duration(left)}")
+
+    def _show_bar(self, step: int, text: str) -> None:
+        if self._bar is None:
+            columns = (
+                "step",
+                rp.MofNCompleteColumn(),
+                rp.BarColumn(),
+                "{task.description}",
+                "left",
+                rp.TimeRemainingColumn(),
+            )
+            self._bar = rp.Progress(*columns, console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task(text, total=self.total, completed=step)
+        assert self._task is not None
+        self._bar.update(self._task, completed=step, description=text)
+
+    def close(self) -> None:
+        """Stop the bar and flush TensorBoard."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> `h:mm:ss`; `?` while unknown."""
+    if math.isnan(seconds):
+        return "?"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The records of `metrics.jsonl`, oldest first; a last line cut short is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(text) for text in lines if _step_of(text) < float("inf")]
+
+
+def _step_of(text: str) -> float:
+    """The step a metrics line speaks of; infinity when the line is broken."""
+    try:
+        return int(json.loads(text)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

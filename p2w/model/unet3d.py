@@ -1,0 +1,135 @@
+"""The paper's network: a 3D U-Net, without skip connections by default (paper, section 3; skips are its ablation).
+
+Widths are those of Models Genesis (32-64 | 64-128 | 128-256 | 256-512); `width` scales them all. Parameter names
+follow the Models Genesis torch port, so weights travel both ways (`p2w.model.genesis_keys`).
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from p2w.errors import UserError
+from p2w.model.protocol import Encoder, Network
+
+
+class ConvNormAct(nn.Module):
+    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D, H, W)."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(cin, cout, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm3d(cout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the three in turn."""
+        return torch.relu_(self.bn1(self.conv1(x)))
+
+
+class Level(nn.Module):
+    """Two ConvNormAct in a row; on the way down the second doubles the channels."""
+
+    def __init__(self, cin: int, middle: int, cout: int) -> None:
+        super().__init__()
+        self.ops = nn.Sequential(ConvNormAct(cin, middle), ConvNormAct(middle, cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, cin, D, H, W) -> (B, cout, D, H, W)."""
+        return self.ops(x)
+
+
+class UNet3dEncoder(Encoder):
+    """Four levels with 2x max-pooling between them.
+
+    `channels` and `strides` describe the returned features, fine to coarse; at width 32 they are
+    (64, 128, 256, 512) and (1, 2, 4, 8): a 32 x 64 x 64 part becomes 512 x 4 x 8 x 8.
+    """
+
+    def __init__(self, width: int = 32, in_channels: int = 1) -> None:
+        super().__init__()
+        if width < 1:
+            raise UserError(f"model.width={width}: must be at least 1; the paper's network has 32")
+        w = width
+        self.channels = (2 * w, 4 * w, 8 * w, 16 * w)
+        self.strides = (1, 2, 4, 8)
+        self.in_channels = in_channels
+        self.down_tr64 = Level(in_channels, w, 2 * w)
+        self.down_tr128 = Level(2 * w, 2 * w, 4 * w)
+        self.down_tr256 = Level(4 * w, 4 * w, 8 * w)
+        self.down_tr512 = Level(8 * w, 8 * w, 16 * w)
+        self.pool = nn.MaxPool3d(2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, D, H, W), edges divisible by 8 -> list of features, fine to coarse."""
+        fine = self.down_tr64(x)
+        middle = self.down_tr128(self.pool(fine))
+        coarse = self.down_tr256(self.pool(middle))
+        return [fine, middle, coarse, self.down_tr512(self.pool(coarse))]
+
+
+class Up(nn.Module):
+    """Double the edges, join the skip where there is one, then two ConvNormAct."""
+
+    def __init__(self, cin: int, skip: int, cout: int) -> None:
+        super().__init__()
+        self.up_conv = nn.ConvTranspose3d(cin, cin, kernel_size=2, stride=2)
+        self.ops = nn.Sequential(ConvNormAct(cin + skip, cout), ConvNormAct(cout, cout))
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """(B, cin, D, H, W), (B, skip, 2D, 2H, 2W) or None -> (B, cout, 2D, 2H, 2W)."""
+        x = self.up_conv(x)
+        return self.ops(x if skip is None else torch.cat((x, skip), dim=1))
+
+
+class Final(nn.Module):
+    """1x1x1 convolution to the output channels."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.final_conv = nn.Conv3d(cin, cout, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, cin, D, H, W) -> (B, cout, D, H, W), before the sigmoid."""
+        return self.final_conv(x)
+
+
+class UNet3dDecoder(nn.Module):
+    """Bottleneck to volume. It sees an encoder only through `channels` and `strides` of its features."""
+
+    def __init__(
+        self, channels: tuple[int, ...], strides: tuple[int, ...], skips: bool = False, out_channels: int = 1
+    ) -> None:
+        super().__init__()
+        steps = [coarse // fine for fine, coarse in itertools.pairwise(strides)]
+        if len(channels) != 4 or strides[0] != 1 or steps != [2, 2, 2]:
+            raise UserError(
+                f"decoder: strides {strides} given, (1, 2, 4, 8) needed; take unet3d as the encoder"
+            )
+        c1, c2, c3, c4 = channels
+        self.skips = skips
+        self.up_tr256 = Up(c4, c3 if skips else 0, c3)
+        self.up_tr128 = Up(c3, c2 if skips else 0, c2)
+        self.up_tr64 = Up(c2, c1 if skips else 0, c1)
+        self.out_tr = Final(c1, out_channels)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features fine to coarse -> logits (B, out_channels, D, H, W) at the input's size."""
+        fine, middle, coarse, x = features
+        for up, skip in ((self.up_tr256, coarse), (self.up_tr128, middle), (self.up_tr64, fine)):
+            x = up(x, skip if self.skips else None)
+        return self.out_tr(x)
+
+
+class EncoderDecoder(Network):
+    """Encoder and decoder in a row, sigmoid at the end: part (B, 1, D, H, W) in, volume in [0, 1] of that size out."""
+
+    def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""
+        return torch.sigmoid(self.decoder(self.encoder(x)).float())

@@ -1,0 +1,154 @@
+"""One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from p2w import config as settings
+from p2w.analysis import figures
+from p2w.analysis.pictures import Pictures
+from p2w.analysis.similarity import Similarity, similarity_file
+from p2w.analysis.validation import Validation
+from p2w.config import Config
+from p2w.data.stream import ShardSet, Stream
+from p2w.errors import UserError
+from p2w.log import Log, read_metrics
+from p2w.model import build_encoder
+from p2w.pretext import build_pretext
+from p2w.train.checkpoint import Checkpoints
+from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.loop import Evaluator, Outcome, Trainer
+from p2w.train.optim import Precision
+from p2w.world import World
+
+
+def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
+    """Train in the folder `run`, or continue what is there. Every rank calls it; rank 0 writes.
+
+    Owns every reference to the network, so that all are gone when it returns (see World.close).
+    Raises UserError for settings, data or a folder that do not go together.
+    """
+    folder, data = RunFolder(run), fingerprint(shards.meta)
+    _agree(world, config, data)
+    if world.is_main:
+        folder.open(config, data, shards.where, world.machine())
+    world.barrier()
+    log = Log(run, world.is_main, config.train.steps)
+    outcome = Outcome("failed", 0)
+    try:
+        outcome = _fit(config, shards, folder, world, precision, log)
+    finally:
+        if world.is_main:
+            folder.status(outcome.state, outcome.step, outcome.why)
+            folder.close()
+        log.close()
+    return outcome
+
+
+def _fit(
+    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
+) -> Outcome:
+    torch.manual_seed(config.train.seed)
+    pretext = build_pretext(config.pretext)
+    model = pretext.build(build_encoder(config.model.name, config.model.width)).to(world.device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    stream = Stream(
+        shards,
+        "train",
+        config.data.batch,
+        config.data.seed,
+        world.rank,
+        world.size,
+        config.data.readers,
+        world.device,
+    )
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep, log.warn)
+    trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
+
+    def validation() -> Stream:
+        return Stream.validation(
+            shards, config.data.batch, world.rank, world.size, config.data.readers, world.device
+        )
+
+    aside = len(shards.ids("val"))
+    pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)
+    looks: list[Evaluator] = [pictures]
+    if aside:
+        similarity = Similarity(config.pretext, model.encoder, validation, world, folder.path)
+        looks = [Validation(pretext, model, validation, world), similarity, pictures]
+    else:
+        log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
+
+    def look(step: int) -> Iterator[tuple[str, float]]:
+        for one in looks:
+            yield from one(step)
+
+    resumed = trainer.resume()
+    log.line(
+        f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
+    )
+    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
+    if resumed:
+        log.line(f"continues after step {trainer.step} of {config.train.steps}")
+    if world.is_main:
+        folder.status("running", trainer.step)
+    with stream:
+        outcome = trainer.fit(look)
+    if world.is_main:
+        model.eval()
+        with torch.no_grad(), trainer.stepper.autocast():
+            figures.save(pictures.figure(), folder.path, "reconstruction")
+        _summary(folder.path, outcome, log)
+    return outcome
+
+
+def _agree(world: World, config: Config, data: str) -> None:
+    """Raise UserError when ranks were started with other settings or data than rank 0."""
+    mine = torch.tensor([int(fingerprint({"tiling": settings.to_json(config), "shards": data})[:15], 16)])
+    everyone = world.gather(mine)
+    if (everyone != everyone[0]).any():
+        raise UserError(
+            f"rank {world.rank} on {world.host} (data set {data}): settings or data differ between ranks; start every "
+            "node with the same command and the same shards"
+        )
+
+
+def _summary(run: Path, outcome: Outcome, log: Log) -> None:
+    """Draw the curves, and say in a few lines what came out."""
+    why = f" ({outcome.why})" if outcome.why else ""
+    log.line(f"{outcome.state} at step {outcome.step}{why}")
+    if outcome.state == "told to stop":
+        log.line("the same command continues it")
+        return
+    log.line(f"pictures        {figures.save(figures.loss_curve(run), run, 'loss')}")
+    log.line(f"                {run / 'figures' / 'reconstruction.png'}")
+    records = [record for record in read_metrics(run) if "val/loss" in record]
+    if not records:
+        return
+    steps = [int(r["step"]) for r in records if similarity_file(run, int(r["step"])).exists()]
+    if len(steps) > 1:
+        ends = (steps[0], steps[-1])
+        log.line(
+            f"                {figures.save(figures.similarity_histogram(run, ends), run, 'similarity')}"
+        )
+    for line in before_and_after(records):
+        log.line(line)
+
+
+def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
+    """First and last validation as text, beside the loss of always answering the mean image."""
+    first, *_, last = [*records, *records]
+    mean_image = first.get("val/loss_mean_image", float("nan"))
+    lines = [
+        f"validation MSE  {first['val/loss']:.4f} -> {last['val/loss']:.4f}   (always the mean image: {mean_image:.4f})"
+    ]
+    if "similarity/auc" in first and "similarity/auc" in last:
+        for name, title in (("positive", "of one image"), ("negative", "of two images")):
+            key = f"similarity/{name}"
+            lines.append(f"similarity      parts {title}: {first[key]:.4f} -> {last[key]:.4f}")
+        lines.append(
+            f"                told apart (AUC): {first['similarity/auc']:.3f} -> {last['similarity/auc']:.3f}"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""The train loop: DDP, AMP, optimizer, checkpoint, log. It knows no method by name."""

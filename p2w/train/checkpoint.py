@@ -1,0 +1,145 @@
+"""Checkpoints: written beside, made durable, renamed. One that is damaged is passed over for the one before.
+
+RUN/checkpoints/
+    step-00000500/
+        model.safetensors    the network's weights, named as in `encoder.…` and `decoder.…`
+        state.pt             optimizer, scaler, schedule, position: plain types and tensors
+        meta.json            step, validation, versions, CRC-32C of the two files above; written last
+    best.json                which of them had the lowest validation loss
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from p2w import __version__
+from p2w.errors import UserError
+from p2w.log import write_atomic
+
+FILES = ("model.safetensors", "state.pt")
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a run continues from."""
+
+    step: int
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+    validation: float | None
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints. Only rank 0 saves; every rank may load."""
+
+    def __init__(self, folder: Path, keep: int = 3, say: Callable[[str], None] = print) -> None:
+        self.folder, self.keep, self.say = folder, keep, say
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        names = self.folder.glob("step-*/meta.json")
+        return sorted(int(name.parent.name.removeprefix("step-")) for name in names)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint at `step`."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write one durably, then drop those no longer kept. Raises UserError when the disk takes no more."""
+        final, beside = self.path(snapshot.step), self.folder / f".step-{snapshot.step:08d}.tmp"
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_file({k: v.contiguous() for k, v in snapshot.model.items()}, beside / FILES[0])
+            torch.save(snapshot.state, beside / FILES[1])
+            meta = {
+                "step": snapshot.step,
+                "validation": snapshot.validation,
+                "p2w": __version__,
+                "torch": torch.__version__,
+                "crc32c": {name: _checksum(beside / name) for name in FILES},
+            }
+            (beside / "meta.json").write_text(json.dumps(meta, indent=2))
+            for name in (*FILES, "meta.json", "."):
+                _sync(beside / name)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            _sync(self.folder)
+            self._mark_best(snapshot)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise UserError(
+                f"{final}: not saved ({error.strerror or error}); make room, then repeat the command"
+            ) from error
+        self._prune()
+        return final
+
+    def load_latest(self) -> Snapshot | None:
+        """The newest sound checkpoint, or None when there is none; a damaged one is named and passed over."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except UserError as error:
+                self.say(f"{error}; taking the one before")
+        return None
+
+    def load(self, step: int) -> Snapshot:
+        """The checkpoint at `step`, on the CPU. Raises UserError when it is missing, cut short or altered."""
+        folder = self.path(step)
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            for name in FILES:
+                if _checksum(folder / name) != meta["crc32c"][name]:
+                    raise UserError(f"{folder / name}: checksum differs from meta.json, the file is damaged")
+            model = load_file(folder / FILES[0])
+            state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder}: not a whole checkpoint ({error})") from error
+        return Snapshot(step, model, state, meta["validation"])
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss, if one was marked."""
+        path = self.folder / "best.json"
+        return int(json.loads(path.read_text())["step"]) if path.exists() else None
+
+    def _mark_best(self, snapshot: Snapshot) -> None:
+        if snapshot.validation is None:
+            return
+        path = self.folder / "best.json"
+        before = json.loads(path.read_text())["validation"] if path.exists() else float("inf")
+        if snapshot.validation < before:
+            write_atomic(path, json.dumps({"step": snapshot.step, "validation": snapshot.validation}))
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            if step != self.best():
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            value = crc32c.crc32c(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

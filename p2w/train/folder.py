@@ -1,0 +1,89 @@
+"""A run is its folder: the same command on it continues it, another one is refused.
+
+RUN/
+    config.json     every setting; a run can be started from it
+    run.json        data set, machine and versions of each start
+    status.json     running | finished | stopped early | told to stop | failed, and the step
+    metrics.jsonl   checkpoints/  tensorboard/  figures/
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from p2w import config as settings
+from p2w.config import Config
+from p2w.errors import UserError
+from p2w.log import write_atomic
+
+
+def fingerprint(meta: dict[str, Any]) -> str:
+    """A short name of a data set: a hash of what its manifest says of shape, window, tiling, split and shards."""
+    told = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RunFolder:
+    """The folder, held by rank 0 of one run at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    def agrees(self, config: Config, data: str) -> None:
+        """Check that this command may continue the folder. Raises UserError naming the first setting that differs."""
+        path = self.path / "config.json"
+        if not path.exists():
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path}: is a file; name a folder with --run")
+            return
+        before, now = settings.flatten(settings.read(path)), settings.flatten(config)
+        for name in sorted(now):
+            if now[name] != before.get(name) and name not in settings.MAY_CHANGE:
+                raise UserError(
+                    f"{path}: {name} was {before.get(name)}, now {now[name]}; a run keeps its settings: repeat its own "
+                    "command, or name another folder with --run"
+                )
+        starts = self._starts()
+        if starts and starts[-1]["data"] != data:
+            raise UserError(
+                f"{self.path}: was trained on data set {starts[-1]['data']}, now {data}; pass the --shards it began "
+                "with, or name another folder with --run"
+            )
+
+    def open(self, config: Config, data: str, shards: str, machine: dict[str, Any]) -> None:
+        """Rank 0: make the folder, take its lock, note this start. Raises UserError when another process runs in it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror}; name a folder you may write with --run"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: another process trains in it; wait for it, or name another --run"
+            ) from error
+        write_atomic(self.path / "config.json", settings.to_json(config))
+        start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
+        write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
+
+    def status(self, state: str, step: int, why: str = "") -> None:
+        """Rank 0: say how things stand, for schedulers and people."""
+        write_atomic(self.path / "status.json", json.dumps({"state": state, "step": step, "why": why}))
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _starts(self) -> list[dict[str, Any]]:
+        path = self.path / "run.json"
+        return json.loads(path.read_text())["starts"] if path.exists() else []

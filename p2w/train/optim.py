@@ -1,0 +1,125 @@
+"""Precision, optimizer and schedule: what was chosen and why stands beside each choice."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from p2w.config import OptimConfig
+from p2w.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic of the network: `dtype` under autocast (None: plain float32); `reason` for the log."""
+
+    name: str
+    dtype: torch.dtype | None
+    reason: str
+
+
+def choose_precision(amp: str, device: torch.device) -> Precision:
+    """`auto` takes bf16 where the device computes in it, else fp32. Raises UserError for what it cannot do."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    has = f"{device.type} {'computes' if bf16 else 'does not compute'} in bf16"
+    if amp == "auto":
+        return Precision("bf16", torch.bfloat16, has) if bf16 else Precision("fp32", None, has)
+    if amp == "bf16" and not bf16:
+        raise UserError(f"train.amp=bf16: {has}; pass --train.amp fp16 on a GPU or --train.amp fp32")
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("train.amp=fp16: float16 needs a GPU; pass --train.amp auto")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
+    return Precision(amp, dtype, "asked for")
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer and one phrase that says whose it is. Raises UserError when apex is asked for and is not there."""
+    if config.fused == "apex":
+        return _apex(config, model), "NVIDIA apex, fused"
+    fused = config.fused == "torch"
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
+    parameters = list(model.parameters())
+    whose = "torch, fused" if fused else "torch"
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.betas[0], **common), whose
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=config.betas, **common), whose
+
+
+def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """NVIDIA apex's fused optimizer. PyPI's `apex` is a web toolkit of that name, and is told apart by its folders."""
+    remedy = "build NVIDIA's from source (github.com/NVIDIA/apex), or pass --optim.fused torch"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        raise UserError(f"optim.fused=apex: apex is not installed; {remedy}")
+    folders = [Path(place) for place in spec.submodule_search_locations or []]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        raise UserError(
+            f"optim.fused=apex: the apex at {spec.origin} is PyPI's web toolkit, not NVIDIA's; {remedy}"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            "optim.fused=apex: apex's fused optimizers need a CUDA device; pass --optim.fused torch"
+        )
+    optimizers = importlib.import_module("apex.optimizers")
+    parameters = list(model.parameters())
+    if config.name == "sgd":
+        return optimizers.FusedSGD(
+            parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay
+        )
+    return optimizers.FusedAdam(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
+        adam_w_mode=config.name == "adamw",
+    )  # fmt: skip
+
+
+class Schedule:
+    """Learning rate as a function of the step and, for `plateau`, of the validations seen so far.
+
+    A pure function rather than torch's chained schedulers, so that a resumed run computes the very same rate.
+    """
+
+    FLOOR = 0.01
+    MIN_DELTA = 1e-4  # a validation must be better by this share of the best to count
+
+    def __init__(self, config: OptimConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.factor, self.best, self.bad = 1.0, math.inf, 0
+
+    def rate(self, step: int) -> float:
+        """The rate for optimizer step `step` (0 is the first)."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.lr * (step + 1) / config.warmup_steps
+        if config.schedule == "cosine":
+            done = (step - config.warmup_steps) / max(1, self.steps - config.warmup_steps)
+            return config.lr * (
+                self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            )
+        return config.lr * self.factor
+
+    def observe(self, validation: float) -> int:
+        """Take a validation into account; return how many in a row have brought nothing."""
+        if validation < self.best * (1 - self.MIN_DELTA):
+            self.best, self.bad = validation, 0
+        else:
+            self.bad += 1
+            patience = self.config.plateau_patience + 1
+            if self.config.schedule == "plateau" and self.bad % patience == 0:
+                self.factor *= 0.5
+        return self.bad
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {"factor": self.factor, "best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up where `state_dict` left off."""
+        self.factor, self.best, self.bad = state["factor"], state["best"], int(state["bad"])

@@ -1,0 +1,63 @@
+"""What a run will cost, computed from the configuration alone: parameters, arithmetic, memory, steps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from p2w.config import Config
+from p2w.model import build_encoder
+from p2w.pretext import build_pretext
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one run. FLOPs count a multiply and an add as two; bytes are per rank."""
+
+    parameters: int
+    encoder_parameters: int
+    flops_per_sample: int
+    state_bytes: int
+    activation_bytes: int
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        return [
+            f"parameters      {self.parameters / 1e6:.2f} M, encoder {self.encoder_parameters / 1e6:.2f} M",
+            f"arithmetic      {self.flops_per_sample / 1e9:,.0f} GFLOP a sample, forward and backward",
+            f"memory a rank   {self.state_bytes / 2**30:.2f} GiB weights, gradients and optimizer, "
+            f"{self.activation_bytes / 2**30:.2f} GiB activations (estimate)",
+        ]
+
+
+def plan(config: Config, share: int, bytes_per_value: int) -> Plan:
+    """Count for a rank that takes `share` samples a pass, its activations in `bytes_per_value` bytes.
+
+    Everything runs on torch's meta device: shapes without data, so `large` is counted in a second on any machine.
+    """
+    with torch.device("meta"):
+        model = build_pretext(config.pretext).build(build_encoder(config.model.name, config.model.width))
+        part = torch.zeros(1, 1, *config.pretext.size)
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[id(tensor)] = tensor.numel() * bytes_per_value
+            kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []  # holds the tensors, so that ids stay unique while we count
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(part).sum().backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    per_parameter = 4 * (2 + (1 if config.optim.name == "sgd" else 2))
+    return Plan(
+        parameters=parameters,
+        encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
+        flops_per_sample=counter.get_total_flops(),
+        state_bytes=per_parameter * parameters,
+        activation_bytes=sum(saved.values()) * share,
+    )
