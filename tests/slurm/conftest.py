@@ -4,6 +4,8 @@ Everything lives in one scratch folder with its own ports, its own munge socket 
 files, so that it disturbs neither a Slurm that is installed here nor a second one of a parallel test worker.
 """
 
+import contextlib
+import getpass
 import os
 import shutil
 import signal
@@ -105,13 +107,13 @@ class Cluster:
 
 
 def pids(folder: Path) -> list[int]:
-    """Of the daemons that were started in ``folder`` and still run."""
+    """Of the daemons that were started in ``folder`` and still run; a dead one nobody has waited for does not."""
     found = []
     for file in folder.glob("*.pid"):
-        pid = int(file.read_text().strip() or 0)
-        cmdline = Path(f"/proc/{pid}/comm")
-        if cmdline.exists() and cmdline.read_text().strip() in DAEMONS:
-            found.append(pid)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            pid = int(file.read_text())
+            if Path(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]).name in DAEMONS:
+                found.append(pid)
     return found
 
 
@@ -149,8 +151,6 @@ def free_ports(n: int) -> list[int]:
 
 def start(folder: Path) -> Cluster:
     """munged, one controller, two nodes; returns when both nodes are idle."""
-    import getpass
-
     for name in ("ctld", "d-node1", "d-node2", "tmp"):
         (folder / name).mkdir()
     (folder / "slurm.conf").write_text(
