@@ -1,10 +1,10 @@
 """Pretrain an encoder.
 
-    torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run demo/run
-    torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run runs/paper
+    torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run-dir demo/run
+    torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run-dir runs/paper
     torchrun launch/train.py                                    recipe paper, shards/ -> runs/paper
     python launch/train.py demo --shards shards --dry-run       what it would do and cost; starts nothing
-    python launch/train.py runs/paper/config.json --run runs/again --optim.lr 5e-4
+    python launch/train.py runs/paper/config.json --run-dir runs/again --optim.lr 5e-4
 
 The first argument is a recipe or a config.json; every setting can be overridden by its dotted name. The same command on
 the same run folder continues it, at any number of ranks that divides the batch.
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from p2w.data.stream import ShardSet, open_set
 
 from p2w import config as settings
 from p2w.config import Config
+from p2w.data.plan import Plan
+from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import duration
 from p2w.pretrain import pretrain
@@ -36,8 +37,9 @@ class Args:
 
     shards: str = "shards"
     """Folder (or http, https, s3 URL) of shards with their manifest."""
-    run: Path | None = None
-    """Folder of the run; default runs/RECIPE."""
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
+    """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
+    takes --run for an abbreviation of its --run-path, also behind the script's name."""
     max_steps: int | None = None
     """Steps in all; the same as --train.steps."""
     dry_run: bool = False
@@ -99,6 +101,9 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
     args, recipe = parse(argv)
     precision = choose_precision(args.config.train.amp, world.device)
     shards = open_set(args.shards)
+    Plan(
+        shards, "train", args.config.data.batch, args.config.data.seed, world.rank, world.size, training=True
+    )
     RunFolder(args.folder).agrees(args.config, fingerprint(shards.meta))
     return args, recipe, shards, precision
 

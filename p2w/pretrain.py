@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,23 +55,16 @@ def _fit(
     model = pretext.build(build_encoder(config.model.name, config.model.width)).to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
-    stream = Stream(
-        shards,
-        "train",
-        config.data.batch,
-        config.data.seed,
-        world.rank,
-        world.size,
-        config.data.readers,
-        world.device,
-    )
+    batch, readers, device = config.data.batch, config.data.readers, world.device
+    share: dict[str, Any] = {
+        "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
+    }  # fmt: skip
+    stream = Stream(shards, "train", batch, seed=config.data.seed, **share)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep, log.warn)
     trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
 
     def validation() -> Stream:
-        return Stream.validation(
-            shards, config.data.batch, world.rank, world.size, config.data.readers, world.device
-        )
+        return Stream.validation(shards, batch, **share)
 
     aside = len(shards.ids("val"))
     pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)

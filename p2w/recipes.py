@@ -14,7 +14,7 @@ class Recipe:
     config: Config
 
 
-# torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run demo/run
+# torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run-dir demo/run
 # Two CPU cores, under 3 minutes. A quarter of the width at a half of the size: enough to watch it learn.
 DEMO = Recipe(
     "a quarter of the width, 32x32x16 voxels: learns on two CPU cores in minutes",
@@ -27,7 +27,7 @@ DEMO = Recipe(
     ),
 )
 
-# torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run runs/paper
+# torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run-dir runs/paper
 # sbatch slurm/pretrain.sbatch paper
 # The paper's setting: LUNA16 subsets 0-6 cut with --z-margin 25 --min-std 0 (28,144 wholes, 1,759 steps an epoch),
 # parts of 1/16 to 1/4, no skips, batch 16, MSE. Not published, so our choice: Adam 1e-3, halved when ten
@@ -43,7 +43,7 @@ PAPER = Recipe(
     ),
 )
 
-# torchrun --nproc_per_node=8 launch/train.py large --shards shards --run runs/large
+# torchrun --nproc_per_node=8 launch/train.py large --shards shards --run-dir runs/large
 # The paper's network on whole sub-scans at full size, 128x128x64: eight times the arithmetic (4,642 GFLOP a sample).
 LARGE = Recipe(
     "the paper's network at 128x128x64 voxels: eight times the arithmetic of `paper`",

@@ -78,10 +78,9 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def begin_any(self, flag: bool) -> "PendingFlag":
-        """Start asking all ranks whether any of them raises `flag`; the answer overlaps with work in between."""
-        value = torch.tensor([float(flag)])
-        return PendingFlag(value, dist.all_reduce(value, async_op=True) if self.size > 1 else None)
+    def any(self, flag: bool) -> bool:
+        """True on every rank when any of them raises `flag`; a CPU tensor over gloo, so a GPU is not waited for."""
+        return bool(self.sum(torch.tensor([float(flag)])).item())
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """Concatenate equally shaped tensors of all ranks along the first axis, in rank order."""
@@ -125,17 +124,3 @@ class World:
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         }
-
-
-@dataclass
-class PendingFlag:
-    """A flag under way between ranks."""
-
-    value: torch.Tensor
-    work: "dist.Work | None"
-
-    def result(self) -> bool:
-        """Wait for the answer: True when any rank raised the flag."""
-        if self.work is not None:
-            self.work.wait()
-        return bool(self.value.item() > 0)

@@ -64,19 +64,22 @@ def loss_curve(run: Path) -> Figure:
 
 def similarity_histogram(run: Path, steps: tuple[int, ...]) -> Figure:
     """Cosine similarity of positive and negative pairs at the given steps, side by side."""
-    figure = Figure(figsize=(4.6 * len(steps), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(steps), squeeze=False)[0]
-    for axis, step in zip(axes, steps, strict=True):
+    pairs = {}
+    for step in steps:
         with np.load(similarity_file(run, step)) as saved:
-            positive, negative = saved["positive"], saved["negative"]
-        low = float(min(positive.min(), negative.min()))
-        bins = np.linspace(low, 1, 41)
+            pairs[step] = (saved["positive"], saved["negative"])
+    # One axis for all: at the start every pair is alike to a few millionths, and an axis of its own would hide that.
+    low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
+    bins = np.linspace(min(low, 0.99), 1, 41)
+    figure = Figure(figsize=(4.6 * len(steps), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(steps), squeeze=False, sharex=True)[0]
+    for axis, (step, (positive, negative)) in zip(axes, pairs.items(), strict=True):
         axis.hist(negative, bins, color=ORANGE, alpha=0.65, density=True, label="parts of different images")
         axis.hist(positive, bins, color=BLUE, alpha=0.65, density=True, label="parts of one image")
         axis.set_title(f"step {step}: AUC {auc(positive, negative):.3f}", fontsize=10)
         axis.set_xlabel("cosine similarity of features")
         axis.set_ylabel("density")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -26,6 +26,8 @@ from p2w.train.signals import StopRequest
 from p2w.train.step import Stepper, StepResult
 from p2w.world import World
 
+Validate = Callable[[int], Iterable[tuple[str, float]]]
+
 
 class Evaluator(Protocol):
     """Looks at the network between steps; every rank calls it, all see the same numbers."""
@@ -86,32 +88,32 @@ class Trainer:
         self.log.rewind(self.step)
         return True
 
-    def fit(self, validate: Callable[[int], Iterable[tuple[str, float]]]) -> Outcome:
+    def fit(self, validate: Validate) -> Outcome:
         """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended."""
-        settings = self.config.train
-        if self.step == 0:
-            self._validate(validate)
-        batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
-        outcome = Outcome("finished", settings.steps)
         with StopRequest() as stop:
-            while self.step < settings.steps:
-                pending = self.world.begin_any(stop.asked)
-                self._one(next(batches))
-                told = pending.result()
-                if self.step % settings.validate_every == 0 or self.step == settings.steps:
-                    bad = self._validate(validate)
-                    if settings.early_stop and bad >= settings.early_stop:
-                        outcome = Outcome("stopped early", self.step, f"{bad} validations brought nothing")
-                        break
-                if told:
-                    outcome = Outcome("told to stop", self.step, stop.name or "a signal to another rank")
-                    break
-                if self.step % settings.checkpoint_every == 0 and self.step < settings.steps:
-                    self.save()
-        if self.step not in self.checkpoints.steps():
-            self.save()
-        self.world.barrier()
+            if self.step == 0:
+                self._validate(validate)
+            outcome = self._train(validate, stop)
+            if self.step not in self.checkpoints.steps():
+                self.save()
+            self.world.barrier()
         return outcome
+
+    def _train(self, validate: Validate, stop: StopRequest) -> Outcome:
+        settings, schedule = self.config.train, self.stepper.schedule
+        batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
+        while self.step < settings.steps:
+            if 0 < settings.early_stop <= schedule.bad:
+                return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+            self._one(next(batches))
+            told = self.world.any(stop.asked)
+            if self.step % settings.validate_every == 0 or self.step == settings.steps:
+                self._validate(validate)
+            if told and self.step < settings.steps:
+                return Outcome("told to stop", self.step, stop.name or "a signal to another rank")
+            if self.step % settings.checkpoint_every == 0:
+                self.save()
+        return Outcome("finished", self.step)
 
     def save(self) -> None:
         """Rank 0 writes a checkpoint of this moment."""
@@ -172,8 +174,8 @@ class Trainer:
         self.log.progress(self.step, loss, rate, wait)
         self._window = Window(self.stream.wait_seconds)
 
-    def _validate(self, validate: Callable[[int], Iterable[tuple[str, float]]]) -> int:
-        """Run the evaluators; return how many validations in a row brought nothing."""
+    def _validate(self, validate: Validate) -> None:
+        """Run the evaluators, log what they yield, and let the schedule know the loss."""
         before = time.monotonic()
         self._broadcast_buffers()
         self.model.eval()
@@ -182,15 +184,14 @@ class Trainer:
         self.model.train()
         self._window.pause(time.monotonic() - before)
         if not values:
-            return 0
+            return
         self.log.metrics(self.step, values)
         self.log.line(
             f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
         self.validation = values.get("val/loss")
-        if self.validation is None or self.step == 0:
-            return 0
-        return self.stepper.schedule.observe(self.validation)
+        if self.validation is not None and self.step > 0:
+            self.stepper.schedule.observe(self.validation)
 
     def _broadcast_buffers(self) -> None:
         """Give every rank rank 0's batch-norm statistics: the ones a checkpoint holds, so all validate one network."""

@@ -105,8 +105,8 @@ class Schedule:
             )
         return config.lr * self.factor
 
-    def observe(self, validation: float) -> int:
-        """Take a validation into account; return how many in a row have brought nothing."""
+    def observe(self, validation: float) -> None:
+        """Take a validation into account: `bad` counts how many in a row have brought nothing."""
         if validation < self.best * (1 - self.MIN_DELTA):
             self.best, self.bad = validation, 0
         else:
@@ -114,7 +114,6 @@ class Schedule:
             patience = self.config.plateau_patience + 1
             if self.config.schedule == "plateau" and self.bad % patience == 0:
                 self.factor *= 0.5
-        return self.bad
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers."""

@@ -1,0 +1,55 @@
+# make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
+# make test    install and run every test
+# make lint    style and types
+# make bench   measure; writes bench/results
+#
+# Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= demo
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help install demo test lint bench clean
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+install: $(VENV)/.installed
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+$(VENV)/.installed: $(VENV)/.venv setup.cfg constraints.txt
+	$(PIP) --editable .
+	@touch $@
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) --editable '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m p2w.data.phantom --out $(DEMO)/LUNA16 --scans 20 --workers 2
+	$(BIN)/python preprocess/shard_luna.py --luna $(DEMO)/LUNA16 --out $(DEMO)/shards --subsets 0-9 --val-fraction 0.2
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 launch/train.py demo \
+	  --shards $(DEMO)/shards --run-dir $(DEMO)/run
+	@echo "look            $(DEMO)/run/figures/reconstruction.png (part | reconstruction | whole), loss.png, similarity.png"
+	@echo "next            . $(BIN)/activate && tensorboard --logdir $(DEMO)/run/tensorboard"
+	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards && torchrun launch/train.py"
+
+test: $(VENV)/.tools
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.tools
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache *.egg-info

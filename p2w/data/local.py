@@ -1,0 +1,164 @@
+"""A data set in a folder, read in place: the manifest says where each sub-scan's voxels lie, in tar or Arrow.
+
+Every shard is mapped into memory on first use and stays mapped. Reading a sub-scan is one copy from the page
+cache into the caller's array, with the checksum taken of what was copied, block by block while it is still in
+the CPU's cache. A map needs no open file behind it, so thousands of shards need no file descriptors.
+"""
+
+import functools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from p2w.data import order
+from p2w.data.order import Ids
+from p2w.data.shard import Manifest
+from p2w.errors import UserError
+
+_BLOCK = 1 << 18  # bytes copied, then checked: stays in a core's L2 cache
+_MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
+
+
+class DataError(UserError):
+    """A shard does not hold what its manifest says; the message names shard, sub-scan and what to do."""
+
+
+class Reader(Protocol):
+    """Anything that puts sub-scans into arrays."""
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them."""
+
+
+class ShardSet:
+    """What the manifest tells of a data set, local or remote. A sub-scan's id is its row there."""
+
+    def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
+        """Index the manifest of the data set at `where`; `verify=False` skips checksums, to measure them."""
+        table = manifest.table
+        self.where = where
+        self.meta = manifest.meta
+        self.shape: tuple[int, int, int] = tuple(self.meta["shape"])  # D, H, W
+        self.nbytes = 2 * int(np.prod(self.shape))
+        self.verify = verify
+        self.keys = table["key"]
+        self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
+        self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
+        self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
+        named = table["shard"].to_pylist()
+        number = {name: index for index, name in enumerate(self.shard_names)}
+        unlisted = sorted(set(named) - set(number))
+        if unlisted:
+            raise DataError(f"{where}: shard {unlisted[0]} is not in the manifest's list: cut the set again")
+        self.shard_numbers: Ids = np.array([number[name] for name in named], np.int64)
+        self._splits = np.array(table["split"].to_pylist(), dtype=object)
+        if self.meta["dtype"] != "int16" or (table["nbytes"].to_numpy() != self.nbytes).any():
+            raise DataError(f"{where}: not all sub-scans are int16 {self.shape}: cut the set again")
+
+    def __len__(self) -> int:
+        """Sub-scans in all splits."""
+        return len(self.offsets)
+
+    def ids(self, split: str) -> Ids:
+        """Manifest rows of the split ("train" or "val"), ascending."""
+        return np.flatnonzero(self._splits == split).astype(np.int64)
+
+    def key(self, sub_scan: int) -> str:
+        """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
+        return str(self.keys[sub_scan])
+
+    def shard(self, sub_scan: int) -> str:
+        """File name of the shard that holds a sub-scan."""
+        return self.shard_names[self.shard_numbers[sub_scan]]
+
+    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+        """Ids of every step of a training epoch, (steps, batch)."""
+        return order.shuffled(ids, batch, seed, epoch)
+
+    def fixed_order(self, ids: Ids, batch: int) -> Ids:
+        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        return order.fixed(ids, batch)
+
+    def reader(self, ids: Ids) -> AbstractContextManager[Reader]:
+        """A reader to be asked for these ids, in this order, by one thread."""
+        raise NotImplementedError
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
+
+        Raises:
+            DataError: the shard does not hold the sub-scan, or its checksum differs from the manifest's.
+        """
+        with self.reader(np.array([sub_scan], np.int64)) as reader:
+            reader.read_into(sub_scan, out)
+
+    def damaged(self, sub_scan: int, what: str) -> DataError:
+        """The error for a sub-scan that cannot be used."""
+        shard = self.shard(sub_scan)
+        return DataError(
+            f"{self.where}: shard {shard}, key {self.key(sub_scan)}: {what}; cut that scan again: "
+            f"delete {shard} and scans/{os.path.splitext(shard)[0]}.json and repeat the preprocess command"
+        )
+
+    def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:
+        """Copy voxels as raw bytes (nbytes,) into `out` and compare their checksum with the manifest's."""
+        target = np.asarray(out)
+        assert target.shape == self.shape and target.dtype == np.int16 and target.flags.c_contiguous
+        target = target.reshape(-1).view(np.uint8)
+        if len(source) != self.nbytes:
+            raise self.damaged(sub_scan, f"{len(source)} bytes of {self.nbytes}")
+        if not self.verify:
+            np.copyto(target, source)
+            return
+        found = 0
+        for at in range(
+            0, self.nbytes, _BLOCK
+        ):  # both calls release the GIL: reader threads run side by side
+            block = target[at : at + _BLOCK]
+            np.copyto(block, source[at : at + _BLOCK])
+            found = crc32c(block.data, found)
+        expected = int(self.checksums[sub_scan])
+        if found != expected:
+            at = int(self.offsets[sub_scan])
+            raise self.damaged(
+                sub_scan,
+                f"checksum differs at byte {at} (crc32c {found:08x}, manifest {expected:08x}): "
+                "these are not the voxels that were written",
+            )
+
+
+class LocalSet(ShardSet):
+    """A data set in a folder."""
+
+    def __init__(self, manifest: Manifest, verify: bool = True) -> None:
+        """A set whose shards `read_manifest` has found, each of its right size; nothing is opened yet."""
+        super().__init__(manifest, manifest.root, verify)
+        self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
+
+    def _map_shard(self, number: int) -> NDArray[np.uint8]:
+        """Map one shard, private and never written; torch then closes the file, `mmap` would keep it open."""
+        shard = self.meta["shards"][number]
+        path = os.path.join(self.where, shard["name"])
+        try:
+            return torch.from_file(path, shared=False, size=shard["nbytes"], dtype=torch.uint8).numpy()
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
+
+    def reader(self, ids: Ids) -> AbstractContextManager[Reader]:
+        """The set itself: it can be read anywhere, by any number of threads."""
+        return nullcontext(self)
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
+
+        Raises:
+            DataError: the checksum differs from the manifest's, or the shard cannot be mapped.
+        """
+        start = int(self.offsets[sub_scan])
+        shard = self._map(int(self.shard_numbers[sub_scan]))
+        self.copy(sub_scan, shard[start : start + self.nbytes], out)

@@ -1,0 +1,119 @@
+"""Reader threads that fill a small ring of reused batches ahead of the one that consumes them.
+
+Every thread knows from (epoch, step) alone what to read next, so nothing is handed out: thread t of N fills
+the rows t, t+N, ... of every batch, at most as far ahead as the ring is long. Any number of threads gives the
+same batches.
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.data.local import Reader
+from p2w.data.plan import Plan
+
+RING = 3  # one batch with the consumer, one full, one being filled
+_JOIN_SECONDS = 10.0  # a thread in a stalled network read is left behind rather than waited for
+
+
+class Lane:
+    """One thread's share: the rows it fills, and its readers of the epoch in which it stands."""
+
+    def __init__(self, plan: Plan, rows: Sequence[int]) -> None:
+        """Fill `rows` of every batch."""
+        self.plan, self.rows = plan, rows
+        self.epoch = -1
+        self.readers: list[Reader] = []
+        self._open = ExitStack()
+
+    def fill(self, epoch: int, step: int, voxels: NDArray[np.int16]) -> None:
+        """Read this lane's rows of one batch (b, D, H, W); steps are asked for in order."""
+        ids = self.plan.epoch_ids(epoch)
+        if epoch != self.epoch:
+            self.close()
+            readers = [self.plan.shards.reader(ids[step:, row]) for row in self.rows]
+            self.readers = [self._open.enter_context(reader) for reader in readers]
+            self.epoch = epoch
+        for row, reader in zip(self.rows, self.readers, strict=True):
+            reader.read_into(int(ids[step, row]), voxels[row])
+
+    def close(self) -> None:
+        """Close the readers of the epoch."""
+        self._open.close()
+        self.epoch = -1
+
+
+class Prefetch:
+    """The threads, the ring they fill, and the one condition at which they and the consumer meet."""
+
+    def __init__(self, plan: Plan, lanes: Sequence[Lane], ring: Sequence[NDArray[np.int16]]) -> None:
+        """Nothing runs before `start`."""
+        self.plan, self.lanes, self.ring = plan, lanes, ring
+        self.meeting = threading.Condition()
+        self.filled = [0] * len(ring)  # lanes that have finished each batch of the ring
+        self.released = 0  # batches that the consumer has given back
+        self.stopped = False
+        self.error: BaseException | None = None
+        self.threads: list[threading.Thread] = []
+
+    def start(self, epoch: int, step: int) -> None:
+        """Start reading at a position."""
+        for number, lane in enumerate(self.lanes):
+            # Daemons: at exit the interpreter waits for other threads before it calls what stops them.
+            thread = threading.Thread(target=self._work, args=(lane, epoch, step), daemon=True)
+            thread.name = f"p2w-reader-{number}"
+            self.threads.append(thread)
+            thread.start()
+
+    def _work(self, lane: Lane, epoch: int, step: int) -> None:
+        try:
+            for count, place in enumerate(self.plan.places(epoch, step)):
+                if not self._may_fill(count):
+                    break
+                lane.fill(*place, self.ring[count % len(self.ring)])
+                with self.meeting:
+                    self.filled[count % len(self.ring)] += 1
+                    self.meeting.notify_all()
+        except BaseException as error:  # the consumer raises it
+            with self.meeting:
+                self.error = self.error or error
+                self.meeting.notify_all()
+        finally:
+            lane.close()
+
+    def _may_fill(self, count: int) -> bool:
+        """Wait until the place of batch `count` in the ring is free; false when all is to end."""
+        with self.meeting:
+            self.meeting.wait_for(lambda: self.stopped or count < self.released + len(self.ring))
+            return not self.stopped
+
+    def take(self, count: int) -> None:
+        """Wait until batch number `count` since the start stands in the ring.
+
+        Raises:
+            DataError: what a reader came upon; the batches before it have been given.
+        """
+        slot = count % len(self.ring)
+        with self.meeting:
+            self.meeting.wait_for(lambda: self.error is not None or self.filled[slot] == len(self.lanes))
+            if self.error is not None and self.filled[slot] != len(self.lanes):
+                raise self.error
+
+    def release(self, count: int) -> None:
+        """Give batch `count` back, to be filled anew."""
+        with self.meeting:
+            self.filled[count % len(self.ring)] = 0
+            self.released = count + 1
+            self.meeting.notify_all()
+
+    def close(self) -> None:
+        """Stop the threads and wait for them; safe to call twice."""
+        with self.meeting:
+            self.stopped = True
+            self.meeting.notify_all()
+        for thread in self.threads:
+            thread.join(_JOIN_SECONDS)
+        self.threads.clear()

@@ -1,0 +1,178 @@
+"""The online half of the data: endless batches of int16 HU from a sharded set, local or remote.
+
+    shards = open_set("shards")                         # or "https://host/shards", "s3://bucket/shards"
+    with Stream(shards, batch=16, seed=0, rank=r, world_size=w, readers=2) as stream:
+        for batch in stream.batches(epoch, step):       # batch.voxels (b, D, H, W), b = 16 / w
+            ...                                         # resume at (batch.epoch, batch.step + 1)
+
+The ids of a step are a function of (seed, epoch, step) alone: not of the world size, the readers, the shard
+format or restarts. B = global batch, b = B / world size, D, H, W = slice, row, column. Training leaves out
+the last incomplete batch of an epoch (n % B sub-scans, other ones each epoch); validation fills it up and
+gives those places weight 0.
+"""
+
+import time
+import weakref
+from collections.abc import Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from p2w.data.local import DataError, LocalSet, ShardSet
+from p2w.data.plan import Plan
+from p2w.data.prefetch import RING, Lane, Prefetch
+from p2w.data.shard import read_manifest
+from p2w.errors import UserError
+
+__all__ = ["Batch", "DataError", "ShardSet", "Stream", "open_set"]
+
+
+def open_set(where: str, verify: bool = True) -> ShardSet:
+    """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` leaves out checksums.
+
+    Raises:
+        UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed.
+    """
+    if "://" in where:
+        from p2w.data.remote import RemoteSet  # noqa: PLC0415 - webdataset serves remote sets only
+
+        return RemoteSet.open(where, verify)
+    return LocalSet(read_manifest(where), verify)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step. `voxels` is a reused buffer: valid until the next batch is asked for."""
+
+    voxels: Tensor  # (b, D, H, W) int16 HU
+    ids: Tensor  # (b,) int64 manifest rows
+    weight: Tensor  # (b,) float32: 1, or 0 where validation filled up the last batch
+    epoch: int
+    step: int
+
+
+class Stream:
+    """Endless training batches, or one validation pass, of one rank.
+
+    `wait_seconds` adds up the time that the consumer has waited for data. A stream runs one iteration at a
+    time: asking for `batches` again ends the earlier one. Close it, or leave its `with` block, to end its
+    threads at once; they also end with the stream and with the interpreter.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str = "train",
+        batch: int = 16,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        readers: int = 2,
+        device: torch.device | str = "cpu",
+        training: bool = True,
+    ) -> None:
+        """Plan the order and allocate the buffers.
+
+        `batch` is the global one, B; `readers` counts threads, 0 reads in the calling thread. With a CUDA
+        device the buffers are pinned and batches arrive on the device.
+
+        Raises:
+            UserError: B is not a multiple of the world size, or larger than the split.
+        """
+        if readers < 0:
+            raise UserError(f"{readers} reader threads: there must be 0 (the caller reads) or more")
+        self.plan = Plan(shards, split, batch, seed, rank, world_size, training)
+        self.device = torch.device(device)
+        self.readers = min(readers, self.plan.rows)
+        self.wait_seconds = 0.0
+        shape, pinned = (self.plan.rows, *shards.shape), self.device.type == "cuda"
+        count = RING if self.readers else 1
+        self._ring = [torch.empty(shape, dtype=torch.int16, pin_memory=pinned) for _ in range(count)]
+        self._end: weakref.finalize | None = None
+
+    @classmethod
+    def validation(
+        cls,
+        shards: ShardSet,
+        batch: int = 16,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        readers: int = 2,
+        device: torch.device | str = "cpu",
+        split: str = "val",
+    ) -> Self:
+        """One pass in fixed order, every sub-scan once; the last batch is filled up with weight 0."""
+        share = {"rank": rank, "world_size": world_size}
+        return cls(shards, split, batch, **share, readers=readers, device=device, training=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch, the same on every rank: n // B in training, ceil(n / B) in validation."""
+        return self.plan.steps
+
+    def batches(self, epoch: int = 0, step: int = 0) -> Generator[Batch, None, None]:
+        """Batches from a position on; (epoch, steps_per_epoch) is (epoch + 1, 0). Reads nothing before it.
+
+        Raises:
+            UserError: the position does not exist.
+            DataError: a sub-scan's checksum differs, or its shard cannot be read.
+        """
+        if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
+            raise UserError(
+                f"position (epoch {epoch}, step {step}) does not exist: an epoch here has "
+                f"{self.steps_per_epoch} steps; resume with the data set and batch that the run began with"
+            )
+        self.close()
+        batches = self._host_batches(epoch, step)
+        if self.device.type == "cuda":
+            from p2w.data.upload import upload  # noqa: PLC0415 - upload imports Batch
+
+            return upload(batches, self.device)
+        return batches
+
+    def _host_batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Batches in the ring's own memory."""
+        plan, ring, threads = self.plan, [buffer.numpy() for buffer in self._ring], self.readers
+        lanes = [Lane(plan, range(lane, plan.rows, threads or 1)) for lane in range(threads or 1)]
+        prefetch = Prefetch(plan, lanes, ring)
+        end = self._end = weakref.finalize(self, prefetch.close)  # also called at interpreter exit
+        if threads:
+            prefetch.start(epoch, step)
+        try:
+            for count, (at_epoch, at_step) in enumerate(plan.places(epoch, step)):
+                began = time.perf_counter()
+                if prefetch.stopped:
+                    raise RuntimeError("these batches have ended: the stream was closed or asked for others")
+                if threads:
+                    prefetch.take(count)
+                else:
+                    lanes[0].fill(at_epoch, at_step, ring[0])
+                self.wait_seconds += time.perf_counter() - began
+                ids = torch.from_numpy(plan.epoch_ids(at_epoch)[at_step].copy())
+                yield Batch(self._ring[count % len(ring)], ids, plan.weight(at_step), at_epoch, at_step)
+                prefetch.release(count)
+        finally:
+            end()
+            if not threads:  # a thread closes its own lane
+                lanes[0].close()
+
+    def close(self) -> None:
+        """End the running iteration and its threads."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the threads start with the first batch."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
