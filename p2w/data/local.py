@@ -84,8 +84,8 @@ class ShardSet:
         """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
         return order.fixed(ids, batch)
 
-    def reader(self, ids: Ids) -> AbstractContextManager[Reader]:
-        """A reader to be asked for these ids, in this order, by one thread."""
+    def reader(self, ids: Ids, shuffle: tuple[int, int] | None = None) -> AbstractContextManager[Reader]:
+        """A reader to be asked by one thread for these ids, in the order that (seed, epoch) gave them."""
         raise NotImplementedError
 
     def read_into(self, sub_scan: int, out: Any) -> None:
@@ -149,7 +149,7 @@ class LocalSet(ShardSet):
         except RuntimeError as error:
             raise DataError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from error
 
-    def reader(self, ids: Ids) -> AbstractContextManager[Reader]:
+    def reader(self, ids: Ids, shuffle: tuple[int, int] | None = None) -> AbstractContextManager[Reader]:
         """The set itself: it can be read anywhere, by any number of threads."""
         return nullcontext(self)
 

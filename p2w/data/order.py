@@ -57,7 +57,7 @@ def fixed(ids: Ids, batch: int) -> Ids:
 def streamed(ids: Ids, shards: Ids, batch: int, *, seed: int, epoch: int, buffer: int) -> Ids:
     """Training order of a set that is streamed, shards front to back: (steps, batch), steps = n // batch.
 
-    The shards stand in hash order of (seed, epoch, shard), their samples in manifest order behind one
+    The shards stand in the order of `permutation`, their samples in manifest order behind one
     another. Slot j of the global batch owns the j-th of `batch` equal stretches of that sequence and shuffles
     it within `buffer` samples: place i moves to i + u * buffer, u uniform in [0, 1), so that at most `buffer`
     samples of a slot wait in memory. The n % batch samples at the end are left out. `shards` (n,) is the
@@ -68,8 +68,7 @@ def streamed(ids: Ids, shards: Ids, batch: int, *, seed: int, epoch: int, buffer
     epoch (twice where two slots share it).
     """
     steps = len(ids) // batch
-    names, index = np.unique(shards, return_inverse=True)
-    sequence = ids[np.lexsort((ids, hash64(names, seed, epoch)[index]))]
+    sequence = ids[np.lexsort((ids, hash64(shards, seed, epoch)))]
     slots = sequence[: steps * batch].reshape(batch, steps)
     uniform = hash64(slots, seed, epoch, 1) / 2.0**64
     moved = np.argsort(np.arange(steps) + uniform * buffer, axis=1, kind="stable")

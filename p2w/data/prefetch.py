@@ -34,7 +34,8 @@ class Lane:
         ids = self.plan.epoch_ids(epoch)
         if epoch != self.epoch:
             self.close()
-            readers = [self.plan.shards.reader(ids[step:, row]) for row in self.rows]
+            shuffle = (self.plan.seed, epoch) if self.plan.training else None
+            readers = [self.plan.shards.reader(ids[step:, row], shuffle) for row in self.rows]
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
         for row, reader in zip(self.rows, self.readers, strict=True):

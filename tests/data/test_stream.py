@@ -56,7 +56,7 @@ def test_batches_hold_the_right_voxels_in_the_right_order(tmp_path, form, reader
 @pytest.mark.parametrize("form", ["tar", "arrow"])
 @pytest.mark.parametrize("readers", [0, 2])
 def test_ranks_share_each_batch_out_exactly(tmp_path, world, form, readers):
-    """The stream of any world size is the stream of one rank, cut; also with more ranks (4, 8) than shards."""
+    """The stream of any world size is that of one rank, cut; also with more ranks (4, 8) than shards."""
     write_set(tmp_path, form)
     shards = open_set(os.fspath(tmp_path))
     alone = take(Stream(shards, batch=8, seed=1, readers=0), 3)

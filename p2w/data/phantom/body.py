@@ -1,0 +1,146 @@
+"""One patient: the numbers that make this chest unlike the next, and the shapes that follow from them.
+
+Everything is in the body frame (frame.py): mm, z up, y to the back, x to the patient's left. A shape is a
+distance field: mm to the shape's surface, negative inside; close to exact near the surface, which is all
+that painting needs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from p2w.data.phantom.frame import Floats
+
+ROUND = 2.3  # exponent of the rib cage's super-ellipse: 2 is an ellipse, more is squarer
+APEX_FALL = 2.4
+
+
+@dataclass(frozen=True)
+class Body:
+    """Sizes in mm, positions in body mm, densities in HU."""
+
+    female: bool
+    cage_width: float  # half the inner width of the rib cage
+    cage_depth: float
+    apex: float  # z of the lungs' tops
+    bulge: float  # z below which the cage no longer narrows upwards
+    wall: float  # rib cage to the muscles' outer surface
+    fat: float  # under the skin
+    dome_right: float
+    dome_left: float
+    dome_drop: float
+    heart: float  # relative size
+    heart_turn: float  # radian
+    spine_y: float
+    kyphosis: float
+    scoliosis: float
+    scoliosis_phase: float
+    vertebra: float  # height with its disc
+    vertebra_phase: float
+    aorta: float  # radius
+    arch: float  # z of the aortic arch's top
+    trachea: float  # radius
+    carina: float
+    breast: float
+    liver_reach: float  # x where the left lobe ends
+    stomach: float
+    air_level: float
+    shoulder: float
+    contrast: float  # HU above plain blood in vessels and heart
+    blood: float
+    muscle: float
+    liver: float
+    lung: float
+    lung_slope: float  # HU a mm from front to back
+    marrow: float
+    cortex: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Body":
+        """A patient from `rng`."""
+        u = rng.uniform
+        return cls(
+            female=bool(rng.random() < 0.5),
+            cage_width=u(116, 138),
+            cage_depth=u(78, 98),
+            apex=u(92, 112),
+            bulge=u(-30, 5),
+            wall=u(14, 27),
+            fat=u(5, 26),
+            dome_right=u(-100, -72),
+            dome_left=u(-112, -82),
+            dome_drop=u(40, 75),
+            heart=u(0.86, 1.16),
+            heart_turn=u(-0.25, 0.3),
+            spine_y=u(56, 68),
+            kyphosis=u(4, 16),
+            scoliosis=u(0, 6),
+            scoliosis_phase=u(0, 6.28),
+            vertebra=u(22, 27),
+            vertebra_phase=u(0, 1),
+            aorta=u(10.5, 15),
+            arch=u(32, 50),
+            trachea=u(7.5, 10),
+            carina=u(-6, 6),
+            breast=u(0.6, 1.25),
+            liver_reach=u(-10, 75),
+            stomach=u(0.7, 1.3),
+            air_level=u(-0.5, 0.5),
+            shoulder=u(20, 50),
+            contrast=float(u(70, 230) if rng.random() < 0.4 else 0),
+            blood=u(36, 46),
+            muscle=u(46, 58),
+            liver=u(45, 68),
+            lung=u(-895, -845),
+            lung_slope=u(0.2, 0.75),
+            marrow=u(110, 230),
+            cortex=u(480, 850),
+        )
+
+    def cage_centre_y(self, z: Floats) -> Floats:
+        """The y of the rib cage's middle: leans forward towards the neck."""
+        return -0.00045 * np.maximum(z, 0) ** 2 * self.kyphosis / 10 - 0.02 * z
+
+    def spine(self, z: Any) -> tuple[Any, Any]:
+        """(y, x) of the vertebral bodies' centre at height z (a number or an array)."""
+        y = self.spine_y - self.kyphosis * ((z + 25) / 120) ** 2
+        return y, self.scoliosis * np.sin(z / 85 + self.scoliosis_phase)
+
+    def cage_radius(self, z: Floats, angle: Floats) -> Floats:
+        """Distance from the cage's axis to its inner surface at height z; angle 0 = back, pi/2 = side, pi =
+        front."""
+        up = np.clip(np.maximum(z - self.bulge, 0) / (self.apex - self.bulge), 0, 1)
+        level = (1 - up**APEX_FALL) ** (1 / ROUND)
+        sides = (np.abs(np.sin(angle)) / self.cage_width) ** ROUND
+        ends = (np.abs(np.cos(angle)) / self.cage_depth) ** ROUND
+        return level * (sides + ends) ** (-1 / ROUND)
+
+
+def ellipsoid(q: Floats, centre: tuple, axes: tuple, turn: float = 0.0) -> Floats:
+    """Distance to an ellipsoid of half `axes` (z, y, x) mm at `centre`, turned by `turn` radian about z; q
+    is (3, ...)."""
+    z, y, x = q[0] - centre[0], q[1] - centre[1], q[2] - centre[2]
+    if turn:
+        cos, sin = np.cos(turn), np.sin(turn)
+        y, x = cos * y - sin * x, sin * y + cos * x
+    inner = np.sqrt((z / axes[0]) ** 2 + (y / axes[1]) ** 2 + (x / axes[2]) ** 2)
+    outer = np.sqrt((z / axes[0] ** 2) ** 2 + (y / axes[1] ** 2) ** 2 + (x / axes[2] ** 2) ** 2)
+    return inner * (inner - 1) / (outer + 1e-6)
+
+
+def union(a: Floats, b: Floats, blend: float) -> Floats:
+    """Smooth minimum: the union of two shapes with a fillet of about `blend` mm."""
+    h = np.maximum(blend - np.abs(a - b), 0) / blend
+    return np.minimum(a, b) - h * h * (blend / 4)
+
+
+def both(a: Floats, b: Floats, blend: float) -> Floats:
+    """Smooth maximum: what two shapes share."""
+    return -union(-a, -b, blend)
+
+
+def smoothstep(t: Floats) -> Floats:
+    """0 below 0, 1 above 1, smooth between."""
+    t = np.clip(t, 0, 1)
+    return t * t * (3 - 2 * t)

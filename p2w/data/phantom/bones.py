@@ -1,0 +1,184 @@
+"""The skeleton of the chest: clouds of balls for ribs, sternum, clavicles and scapulae; the spine as a
+formula."""
+
+import numpy as np
+
+from p2w.data.phantom.body import Body, smoothstep
+from p2w.data.phantom.canvas import Canvas
+from p2w.data.phantom.frame import Floats
+from p2w.data.phantom.labels import Label
+from p2w.data.phantom.vessels import along
+
+_RIB_STRETCH = np.array([1.7, 1.0, 1.0])  # ribs stand on edge
+
+
+def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
+    """All bones, over what is there."""
+    _paint_spine(canvas, body)
+    bony, gristle = _ribs(body, rng)
+    canvas.balls(*gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
+    _shell(canvas, body, bony, Label.RIB, cortex_mm=1.3, stretch=_RIB_STRETCH)
+    _shell(canvas, body, _others(body, rng), Label.BONE, cortex_mm=1.5)
+
+
+def _shell(
+    canvas: Canvas,
+    body: Body,
+    balls: tuple[Floats, Floats],
+    label: Label,
+    *,
+    cortex_mm: float,
+    stretch: Floats | None = None,
+) -> None:
+    depth = canvas.balls(*balls, stretch)
+    depth.paint(body.cortex, label).paint(body.marrow, label, inset=cortex_mm)
+
+
+def rib_heights(body: Body) -> Floats:
+    """Heights z at which the twelve ribs leave the spine."""
+    first = body.apex + 8
+    return first - body.vertebra * (np.arange(12) * 0.97 + 0.004 * np.arange(12) ** 2)
+
+
+def _ribs(body: Body, rng: np.random.Generator) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+    bony, gristle = [], []
+    slope = rng.uniform(50, 78)
+    for n, z in enumerate(rib_heights(body)):
+        end = np.pi * (0.82 if n < 7 else 0.82 - 0.1 * (n - 6))
+        drop = slope * min(1.0, 0.5 + 0.12 * n)
+        for sign in (-1.0, 1.0):
+            angle = np.linspace(0.28, end, 160)
+            bump = rng.normal(0, 1.5) * np.sin(angle * 3 + rng.uniform(0, 6))
+            low = z - drop * (angle / np.pi) ** 1.2 + bump
+            points = _on_cage(body, low, angle, 5.5, sign)
+            spine_y, spine_x = body.spine(np.float64(z))
+            head = along(
+                [
+                    (z + 3, spine_y + 3, spine_x + 19 * sign),
+                    tuple((points[0] + [2, spine_y + 21, spine_x + 34 * sign]) / 2 if n > 1 else points[0]),
+                    tuple(points[0]),
+                ],
+                1.0,
+                [4, 4, 4],
+            )[0]
+            path = np.concatenate([head, points])
+            bony.append((path, np.full(len(path), rng.uniform(3.3, 4.2))))
+            if n < 10:
+                turn = np.linspace(end, np.pi * (0.95 if n < 7 else 0.9), 40)
+                rise = low[-1] + (5 + 7 * n) * smoothstep((turn - end) / (np.pi - end))
+                gristle.append((_on_cage(body, rise, turn, 6.5, sign), np.full(40, 4.0)))
+    return _join(bony), _join(gristle)
+
+
+def _on_cage(body: Body, z: Floats, angle: Floats, out: float, sign: float) -> Floats:
+    radius = np.maximum(body.cage_radius(z, angle), 30 + 8 * np.sin(angle)) + out
+    return np.stack(
+        [z, body.cage_centre_y(z) + radius * np.cos(angle), sign * radius * np.sin(angle)], axis=1
+    )
+
+
+def _others(body: Body, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    parts = []
+    top = rib_heights(body)[0] - 34
+    z, x = np.meshgrid(
+        np.linspace(top, top - rng.uniform(130, 160), 70), np.linspace(-1, 1, 14), indexing="ij"
+    )
+    part = (top - z) / 140
+    half = np.where(part < 0.3, 24 - 40 * part, 12 + 5 * np.sin(part * 9))
+    front = body.cage_centre_y(z) - np.maximum(body.cage_radius(z, np.full_like(z, np.pi)), 45) - 8
+    parts.append((np.stack([z, front, x * half], axis=-1).reshape(-1, 3), np.full(z.size, 5.0)))
+    lift, reach = rng.uniform(15, 45), body.cage_width + rng.uniform(5, 20)
+    head = np.array([top + lift + 12, 4.0, reach + 14])
+    for sign in (-1.0, 1.0):
+        mirror = np.array([1, 1, sign])
+        y = float(front[0, 0])
+        knots = [
+            np.array(k) * mirror
+            for k in (
+                (top + 6, y, 24),
+                (top + 12, y + 4, 60),
+                (top + lift, y + 40, 105),
+                (top + lift + 8, -10, reach),
+            )
+        ]
+        parts.append(along([tuple(k) for k in knots], 1.5, [6.5, 5, 5, 5.5]))
+        parts.append(((head * mirror)[None], np.array([22.0])))
+        parts.append(
+            along([tuple(head * mirror), tuple((head + np.array([60, 5, 18])) * mirror)], 2.0, [14.0, 11.0])
+        )
+        parts.append(_scapula(body, rng, top, head, sign))
+    return _join(parts)
+
+
+def _scapula(
+    body: Body, rng: np.random.Generator, top: float, head: Floats, sign: float
+) -> tuple[Floats, Floats]:
+    """A bent triangle behind the ribs with a ridge, thick at its outer border."""
+    v, u = np.meshgrid(np.linspace(0, 1, 90), np.linspace(0, 1, 60), indexing="ij")
+    z = top + 15 - 115 * v
+    angle = 0.62 + (0.72 * u + 0.1 * np.sin(3 * u)) * (1 - 0.75 * v)
+    radius = np.maximum(body.cage_radius(np.minimum(z, 40), angle), 60) + 16 + 7 * np.sin(np.pi * u)
+    sheet = np.stack([z, body.cage_centre_y(z) + radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    thick = 1.7 + 2.6 * smoothstep((u - 0.75) * 4) + rng.uniform(0, 0.5)
+    ridge = sheet[18] + np.array([12.0, 14.0, 4.0]) * np.linspace(0.2, 1, 60)[:, None]
+    neck = along([tuple(sheet[10, -1]), tuple(head + np.array([-6, 4, -14]))], 1.5, [6.0, 9.0])
+    points = np.concatenate([sheet.reshape(-1, 3), ridge, (sheet[18] + ridge) / 2, neck[0]])
+    radii = np.concatenate([thick.reshape(-1), np.full(60, 3.0), np.full(60, 2.2), neck[1]])
+    return points * np.array([1, 1, sign]), radii
+
+
+def _join(tubes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    return np.concatenate([p for p, _ in tubes]), np.concatenate([r for _, r in tubes])
+
+
+def _paint_spine(canvas: Canvas, body: Body) -> None:
+    """Vertebral bodies with end plates and discs, canal, arch, processes: a formula in the spine's own
+    coordinates."""
+    q = canvas.frame.coarse
+    y0, x0 = body.spine(q[0])
+    around = np.maximum(np.abs(q[2] - x0) - 42, np.abs(q[1] - y0 - 18) - 42)
+    for z0 in range(0, canvas.frame.shape[0], 16):
+        slab = slice(z0, min(z0 + 16, canvas.frame.shape[0]))
+        box = canvas.box(around, slab, 0.0)
+        if box is None:
+            continue
+        z, y, x = (canvas.full(f, box) for f in (q[0], q[1] - y0, q[2] - x0))
+        bone, marrow, disc, canal = _vertebra(body, z, y, x)
+        edge = canvas.edge_mm
+        for distance, value, label in (
+            (disc, 85.0, Label.DISC),
+            (bone, body.cortex * 0.85, Label.SPINE),
+            (marrow, body.marrow, Label.SPINE),
+            (canal, 28.0, Label.MUSCLE),
+        ):
+            canvas.blend(box, np.clip(0.5 - distance / edge, 0, 1), value, label)
+
+
+def _vertebra(body: Body, z: Floats, y: Floats, x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Distances to bone, its marrow, disc and canal; y, x from the centre of the vertebral body."""
+    size = 1 - 0.0011 * z  # smaller towards the neck
+    height = body.vertebra
+    phase = z / height + body.vertebra_phase
+    phase -= np.floor(phase)
+    ends = (np.abs(phase - 0.5) - 0.40) * height  # distance to the end plates
+    waist = 1.3 * np.cos((phase - 0.5) * np.pi) ** 2
+    drum = (np.hypot(x / 1.22, np.where(y > 0, y * 1.25, y)) - 13.2 * size + waist) * 1.0
+    solid = np.maximum(drum, ends)
+    back = y - (13.2 + 8.0) * size  # from the canal's centre
+    side = np.abs(x)
+    around = np.hypot(side, back)
+    ring = np.maximum(np.abs(around - 11.5 * size) - 2.8, np.abs(phase - 0.62) * height - 8)
+    tail = z + 0.75 * np.maximum(back - 10, 0)
+    tail_phase = tail / height + body.vertebra_phase
+    tail_phase -= np.floor(tail_phase)
+    spinous = np.maximum(
+        np.maximum(side - 2.6, 9 - back), np.maximum(back - 36, np.abs(tail_phase - 0.55) * height - 6)
+    )
+    wing = np.hypot(back - 2 - 0.3 * (side - 12), (phase - 0.62) * height) - 4.6
+    wing = np.maximum(wing, np.maximum(side - 31, 9 - side))
+    arch = np.minimum(np.minimum(ring, spinous), wing)
+    arch = np.maximum(arch, 8.3 * size - around)
+    bone = np.minimum(solid, arch)
+    marrow = np.minimum(np.maximum(drum + 1.4, ends + 1.6), arch + 1.7)
+    disc = np.maximum(drum - 0.3, -ends)
+    return bone, marrow, disc, around - 7.6 * size

@@ -1,0 +1,228 @@
+"""Phantom scans in LUNA16's own layout: `write_luna`.
+
+OUT/
+  phantom.json           what this folder is: seed, version, shape, subsets, scans
+  subset0/UID.mhd        header; written last, so a scan whose .mhd is there is whole
+  subset0/UID.raw        int16 HU, little-endian, z y x
+  masks/UID.mha          label map (labels.Label), uint8, compressed, same geometry
+  masks/UID.json         nodules and candidates of this scan, from which the two tables are made
+  annotations.csv        seriesuid,coordX,coordY,coordZ,diameter_mm
+  candidates_V2.csv      seriesuid,coordX,coordY,coordZ,class
+
+Every eighth scan is stored as some scans of LUNA16 are: rows and columns reversed, with the direction
+matrix -1 0 0 0 -1 0 0 0 1 to say so. World positions do not change by it.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from p2w.data.phantom.scan import PhantomScan, Triple, check, make_scan
+from p2w.errors import UserError
+
+VERSION = 1  # of the phantom: raised when the same seed gives other bytes
+_FLIP_EVERY, _FLIP_AT = 8, 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan to write."""
+
+    out: Path
+    index: int
+    seed: int
+    shape: tuple[int, int, int]
+    spacing_mm: Triple | None
+    subsets: int
+
+    @property
+    def uid(self) -> str:
+        """A legal DICOM UID under 2.25 (made from a UUID; no organisation's root), a function of seed and
+        index."""
+        name = f"p2w phantom {VERSION} seed {self.seed} scan {self.index}"
+        return f"2.25.{uuid.uuid5(uuid.NAMESPACE_URL, name).int}"
+
+    @property
+    def header(self) -> Path:
+        """Where the scan's .mhd stands."""
+        return self.out / f"subset{self.index % self.subsets}" / f"{self.uid}.mhd"
+
+    @property
+    def record(self) -> Path:
+        """Where the scan's nodules and candidates stand."""
+        return self.out / "masks" / f"{self.uid}.json"
+
+
+def write_luna(
+    out: Path,
+    scans: int,
+    seed: int,
+    *,
+    shape: tuple[int, int, int] = (128, 256, 256),
+    spacing_mm: Triple | None = None,
+    subsets: int = 10,
+    workers: int = 1,
+    done: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Write `scans` phantoms of `shape` (z, y, x) under `out`; returns their uids and calls `done(uid)`
+    after each.
+
+    The bytes depend on seed, shape and spacing alone, not on `workers`. Scans that are there already are
+    kept, so the same call after an interruption completes the folder. Raises UserError when `out` holds
+    anything else, or for settings that make no scan.
+    """
+    check(seed, shape, spacing_mm)
+    for name, value, low in (("scans", scans, 1), ("subsets", subsets, 1), ("workers", workers, 1)):
+        if value < low:
+            raise UserError(f"phantom: --{name} {value} is too few; give {low} or more")
+    identity = {
+        "what": "synthetic chest CTs in LUNA16's layout; no patient is shown",
+        "version": VERSION,
+        "seed": seed,
+        "shape_zyx": list(shape),
+        "spacing_mm_zyx": None if spacing_mm is None else list(spacing_mm),
+        "subsets": subsets,
+    }
+    jobs = [Job(out, i, seed, shape, spacing_mm, subsets) for i in range(scans)]
+    _claim(out, identity, jobs)
+    for job in jobs:
+        job.header.parent.mkdir(parents=True, exist_ok=True)
+    (out / "masks").mkdir(exist_ok=True)
+    todo = [job for job in jobs if not (job.header.exists() and job.record.exists())]
+    for uid in chain((job.uid for job in jobs if job not in todo), _run(todo, workers)):
+        if done is not None:
+            done(uid)
+    _write_tables(out, jobs)
+    _put(out / "phantom.json", json.dumps({**identity, "scans": scans}, indent=1).encode() + b"\n")
+    return [job.uid for job in jobs]
+
+
+def _run(todo: list[Job], workers: int) -> Iterator[str]:
+    if workers == 1 or len(todo) < 2:
+        for job in todo:
+            yield _write_scan(job)
+        return
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+        try:
+            for done in as_completed([pool.submit(_write_scan, job) for job in todo]):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _claim(out: Path, identity: dict, jobs: list[Job]) -> None:
+    """Make `out` ours, or find that it is: never write between somebody's real scans."""
+    note = out / "phantom.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
+    if note.exists():
+        try:
+            there = json.loads(note.read_text())
+            same = {k: there[k] for k in identity} == identity
+            count = int(there["scans"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{note}: cannot be read ({error}); remove the folder or choose another --out"
+            ) from None
+        if not same or count > len(jobs):
+            raise UserError(
+                f"{out}: holds another phantom (see {note.name}); remove the folder or choose another --out"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and no phantom (no phantom.json); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    missing = sum(not job.header.exists() for job in jobs)
+    need, free = missing * int(np.prod(jobs[0].shape)) * 2.1, shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(
+            f"{out}: {missing} scans take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room"
+        )
+    if not note.exists():
+        _put(note, json.dumps({**identity, "scans": 0}, indent=1).encode() + b"\n")
+
+
+def _write_scan(job: Job) -> str:
+    """Make one scan and put its files in place, the header last."""
+    scan = make_scan(
+        int(np.random.SeedSequence([job.seed, job.index]).generate_state(1)[0]), job.shape, job.spacing_mm
+    )
+    flipped = job.index % _FLIP_EVERY == _FLIP_AT
+    turn = (slice(None), slice(None, None, -1), slice(None, None, -1)) if flipped else ()
+    spacing = scan.spacing_mm[::-1]
+    origin = np.array(scan.origin_mm[::-1])
+    direction = np.array([-1.0, -1.0, 1.0]) if flipped else np.ones(3)
+    last = np.array(job.shape[::-1]) - 1
+    origin = np.where(direction < 0, origin + last * spacing, origin)
+    labels = sitk.GetImageFromArray(np.ascontiguousarray(scan.labels[turn]))
+    labels.SetSpacing(spacing)
+    labels.SetOrigin(origin.tolist())
+    labels.SetDirection(np.diag(direction).ravel().tolist())
+    mask = job.out / "masks" / f"{job.uid}.mha"
+    part = mask.with_name(f".{mask.stem}.part.mha")
+    sitk.WriteImage(labels, str(part), useCompression=True, compressionLevel=1)
+    os.replace(part, mask)
+    voxels = np.ascontiguousarray(scan.voxels[turn], "<i2")
+    _put(job.header.with_suffix(".raw"), voxels.data)
+    _put(job.record, json.dumps(_record(scan), indent=1).encode() + b"\n")
+    _put(job.header, _header(job, spacing, origin, direction).encode())
+    return job.uid
+
+
+def _record(scan: PhantomScan) -> dict:
+    nodules = [
+        {"mm_xyz": n.centre_mm[::-1], "diameter_mm": n.diameter_mm, "kind": n.kind} for n in scan.nodules
+    ]
+    candidates = [{"mm_xyz": c.centre_mm[::-1], "class": int(c.positive)} for c in scan.candidates]
+    return {"scan_seed": scan.seed, "nodules": nodules, "candidates": candidates}
+
+
+def _header(job: Job, spacing: tuple, origin: np.ndarray, direction: np.ndarray) -> str:
+    """MetaImage header in the words LUNA16 uses; x, y, z order."""
+
+    def row(values: np.ndarray | tuple) -> str:
+        return " ".join(f"{v:.10g}" for v in values)
+
+    return (
+        "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n"
+        f"CompressedData = False\nTransformMatrix = {row(np.diag(direction).ravel())}\n"
+        f"Offset = {row(origin)}\nCenterOfRotation = 0 0 0\n"
+        f"AnatomicalOrientation = RAI\nElementSpacing = {row(spacing)}\nDimSize = {row(job.shape[::-1])}\n"
+        f"ElementType = MET_SHORT\nElementDataFile = {job.uid}.raw\n"
+    )
+
+
+def _write_tables(out: Path, jobs: list[Job]) -> None:
+    """annotations.csv and candidates_V2.csv from the scans' records, in the order of the scans."""
+    nodules, candidates = (
+        ["seriesuid,coordX,coordY,coordZ,diameter_mm"],
+        ["seriesuid,coordX,coordY,coordZ,class"],
+    )
+    for job in jobs:
+        record = json.loads(job.record.read_text())
+        for n in record["nodules"]:
+            nodules.append(",".join([job.uid, *(f"{v:.6f}" for v in n["mm_xyz"]), f"{n['diameter_mm']:.6f}"]))
+        for c in record["candidates"]:
+            candidates.append(",".join([job.uid, *(f"{v:.6f}" for v in c["mm_xyz"]), str(c["class"])]))
+    _put(out / "annotations.csv", "\n".join([*nodules, ""]).encode())
+    _put(out / "candidates_V2.csv", "\n".join([*candidates, ""]).encode())
+
+
+def _put(path: Path, data: bytes | memoryview) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

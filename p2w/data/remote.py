@@ -1,0 +1,210 @@
+"""A data set below an http(s) or s3 URL: tar shards, streamed front to back through `webdataset`.
+
+Nothing is kept on disk. A stream cannot jump, so the order is `order.streamed` (shards shuffled whole, then
+within a buffer) where a local set is shuffled globally. Like there it depends on seed, epoch and batch alone,
+not on the world size, the readers or restarts. The manifest is fetched once, checksums are compared as for
+local sets, and crops are drawn for the same ids. Validation holds the same sub-scans in another fixed order.
+
+Costs to know: every row of a rank's batch holds one connection (a `curl` or `aws` process) and up to BUFFER
+sub-scans: B / W * 16 * 2 MiB of memory, 512 MiB for a batch of 16 on one rank. A row that begins inside a
+shard, after a resume or where two slots share one, streams that shard's front and drops it.
+"""
+
+import logging
+import shlex
+import shutil
+import subprocess
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from typing import Any, Self
+
+import numpy as np
+import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from p2w.data import manifest, order
+from p2w.data.local import DataError, Reader, ShardSet
+from p2w.data.order import Ids
+from p2w.data.shard import read_manifest
+from p2w.errors import UserError
+
+BUFFER = 16  # sub-scans of one slot among which its order is shuffled; a part of the order, so not a setting
+_TRIES = 5  # without any progress; a server may well hang up on a stream that waits for the training
+_PAUSE = 0.5  # seconds before the first new try, doubled for each further one
+
+_PROGRAMS = {
+    "http": ("curl", "apt-get install curl"),
+    "https": ("curl", "apt-get install curl"),
+    "s3": ("aws", "install the AWS CLI, https://aws.amazon.com/cli"),
+}
+
+
+def source(url: str) -> str:
+    """What `webdataset.gopen` opens for a URL: http(s) as it is, through curl; s3 through the AWS CLI.
+
+    Raises:
+        UserError: another scheme, or the program that fetches it is not installed.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in _PROGRAMS:
+        raise UserError(
+            f"{url}: a data set is a folder or an http, https or s3 URL: copy it to a folder here"
+        )
+    program, remedy = _PROGRAMS[scheme]
+    if shutil.which(program) is None:
+        raise UserError(f"{url}: needs the program '{program}', which is not on the PATH: {remedy}")
+    # `exec`, so that ending the process ends the AWS CLI and not a shell in front of it.
+    return f"pipe:exec aws s3 cp --only-show-errors {shlex.quote(url)} -" if scheme == "s3" else url
+
+
+def _program(url: str) -> str:
+    return _PROGRAMS[url.partition("://")[0]][0]
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    """The byte stream of a URL; its process is ended with it, however much has been read.
+
+    Raises:
+        OSError: the process ended with an error, which says more than what its end did to the reader.
+    """
+    stream = wds.gopen(source(url))
+    try:
+        yield stream
+    except (OSError, tarfile.TarError) as error:
+        with suppress(subprocess.TimeoutExpired):  # it runs on if its bytes are no tar
+            code = stream.proc.wait(1.0)
+            if code:
+                raise OSError(f"{_program(url)} ended with code {code}") from error
+        raise
+    finally:
+        stream.proc.terminate()
+        with suppress(OSError):  # the exit status of a process that we have ended
+            stream.close()
+
+
+def fetch(url: str) -> bytes:
+    """All bytes of a URL.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    stream = wds.gopen(source(url))
+    try:
+        with closing(stream):
+            data: bytes = stream.read()
+            return data
+    except OSError as error:
+        code = stream.proc.wait()
+        raise UserError(
+            f"{url}: cannot be fetched ({_program(url)} ended with code {code}): check the address, and that "
+            "it is readable from this machine"
+        ) from error
+
+
+class RemoteSet(ShardSet):
+    """A data set below a URL."""
+
+    @classmethod
+    def open(cls, where: str, verify: bool = True) -> Self:
+        """Fetch the manifest of the set at a URL.
+
+        Raises:
+            UserError: there is none, or its shards are not tar.
+        """
+        where = where.rstrip("/")
+        shards = cls(read_manifest(fetch(f"{where}/{manifest.NAME}")), where, verify)
+        other = [name for name in shards.shard_names if not name.endswith(".tar")]
+        if other:
+            raise UserError(
+                f"{where}: {other[0]} is not a tar shard, and only those can be streamed: cut the set with "
+                "--format tar, or copy it to a local folder"
+            )
+        return shards
+
+    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+        """Ids of every step of a training epoch, (steps, batch)."""
+        return order.streamed(ids, self.shard_numbers[ids], batch, seed=seed, epoch=epoch, buffer=BUFFER)
+
+    def fixed_order(self, ids: Ids, batch: int) -> Ids:
+        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        return order.streamed_fixed(ids, batch)
+
+    def reader(self, ids: Ids, shuffle: tuple[int, int] | None = None) -> AbstractContextManager[Reader]:
+        """A cursor that streams the shards of these ids one after the other."""
+        return closing(_Cursor(self, ids, shuffle))
+
+
+class _Cursor:
+    """One slot's way through its shards: streams until the wanted sub-scan comes, keeps what comes before."""
+
+    def __init__(self, shards: RemoteSet, ids: Ids, shuffle: tuple[int, int] | None) -> None:
+        """Nothing is fetched before the first `read_into`."""
+        self.shards = shards
+        self.due = Counter(ids.tolist())  # validation asks for an id twice where it fills up
+        self.kept: dict[int, bytes] = {}
+        numbers = np.unique(shards.shard_numbers[ids])
+        self.arriving = self._arrivals(ids, order.permutation(numbers, *shuffle) if shuffle else numbers)
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of the next sub-scan into `out`, int16 (D, H, W), and check them.
+
+        Raises:
+            DataError: its shard cannot be streamed or does not hold it, or its checksum differs.
+        """
+        while sub_scan not in self.kept:
+            arrived, data = next(self.arriving)
+            self.kept[arrived] = data
+        self.due[sub_scan] -= 1
+        data = self.kept[sub_scan] if self.due[sub_scan] else self.kept.pop(sub_scan)
+        voxels = np.frombuffer(data, np.uint8)[-self.shards.nbytes :]  # behind the header of the .npy
+        self.shards.copy(sub_scan, voxels, out)
+
+    def _arrivals(self, ids: Ids, shards: Ids) -> Generator[tuple[int, bytes], None, None]:
+        """Every id once with its .npy file, shard by shard."""
+        for number in shards.tolist():
+            yield from self._shard(number, ids[self.shards.shard_numbers[ids] == number])
+
+    def _shard(self, number: int, ids: Ids) -> Generator[tuple[int, bytes], None, None]:
+        """The wanted sub-scans of one shard; a stream that breaks is opened again, without what has come."""
+        url = f"{self.shards.where}/{self.shards.shard_names[number]}"
+        wanted = {self.shards.key(i): i for i in ids.tolist()}
+        failures = 0
+        while wanted:
+            before = len(wanted)
+            try:
+                yield from self._stream(url, wanted)
+                reason = f"it ends without {min(wanted)}" if wanted else ""
+            except (OSError, tarfile.TarError) as error:
+                reason = str(error.args[0])
+            if not wanted:
+                return
+            failures = 1 if len(wanted) < before else failures + 1
+            if failures == _TRIES:
+                raise DataError(
+                    f"{url}: cannot be streamed ({reason}), tried {_TRIES} times: check that the shard is "
+                    "there and whole, upload it again, or copy the set to a local folder"
+                )
+            logging.getLogger(__name__).warning("%s: %s; trying again", url, reason)
+            time.sleep(_PAUSE * 2 ** (failures - 1))
+
+    def _stream(self, url: str, wanted: dict[str, int]) -> Generator[tuple[int, bytes], None, None]:
+        """One try: stream the shard, taking out of `wanted` what comes."""
+        with _opened(url) as stream:
+            files = tar_file_expander(
+                [{"url": url, "stream": stream}],
+                handler=wds.reraise_exception,
+                select_files=lambda name: name.endswith(".npy") and name[: -len(".npy")] in wanted,
+            )
+            for sample in group_by_keys(files, handler=wds.reraise_exception):
+                yield wanted.pop(sample["__key__"]), sample["npy"]
+                if not wanted:
+                    return
+
+    def close(self) -> None:
+        """End the stream and its process."""
+        self.arriving.close()
+        self.kept.clear()

@@ -1,0 +1,306 @@
+"""Streaming from a web server: the same sub-scans, exactly shared, and a connection that breaks."""
+
+import http.server
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from stream_sets import SHAPE, write_set
+from test_stream import flip, readers_alive, same, take
+
+from p2w.data import remote
+from p2w.data.order import shuffled, streamed
+from p2w.data.stream import DataError, Stream, open_set
+from p2w.errors import UserError
+
+NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder served by a real nginx: (folder, its URL, a function giving the shards asked for so far)."""
+    if NGINX is None:
+        pytest.skip("needs nginx (apt-get install nginx-light)")
+    folder, run = tmp_path / "set", tmp_path / "nginx"
+    folder.mkdir()
+    run.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = "user root;" if os.geteuid() == 0 else ""
+    places = " ".join(
+        f"{kind}_temp_path {run}/{kind};" for kind in ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+    )
+    (run / "conf").write_text(
+        f"{root} worker_processes 1; daemon off; pid {run}/pid; error_log {run}/error; events {{}} "
+        f"http {{ access_log {run}/access; {places} "
+        f"server {{ listen 127.0.0.1:{port}; root {folder}; }} }}"
+    )
+    server = subprocess.Popen([NGINX, "-p", str(run), "-e", f"{run}/error", "-c", f"{run}/conf"])
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+
+    def asked():
+        time.sleep(0.1)
+        return [
+            line.split('"')[1].split("/")[1].split()[0] for line in (run / "access").read_text().splitlines()
+        ]
+
+    yield folder, f"http://127.0.0.1:{port}", asked
+    server.terminate()
+    server.wait(10)
+
+
+def curls():
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.name() in ("curl", "sh", "aws", "python3.11")
+    ]
+
+
+COUNTS = (5, 3, 7, 1, 9, 2, 6)
+
+
+@pytest.mark.parametrize("readers", [0, 2])
+def test_batches_hold_the_right_voxels_in_the_streamed_order(served, readers):
+    folder, url, _ = served
+    wholes = write_set(folder, train=COUNTS)
+    shards = open_set(url)
+    ids = shards.ids("train")
+    batches = take(Stream(shards, batch=4, seed=3, readers=readers), 20)  # 8 steps an epoch
+    for number, (epoch, step, got, voxels) in enumerate(batches):
+        assert (epoch, step) == divmod(number, 8)
+        order = streamed(ids, shards.shard_numbers[ids], 4, seed=3, epoch=epoch, buffer=remote.BUFFER)
+        assert got == order[step].tolist()
+        np.testing.assert_array_equal(voxels, np.stack([wholes[i] for i in got]))
+    assert not readers_alive() and not curls()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("counts", [COUNTS, (20,)])
+def test_ranks_share_each_batch_out_exactly(served, world, counts):
+    """Independent of the world size, with equal steps on every rank, also with one shard for eight ranks."""
+    folder, url, _ = served
+    write_set(folder, train=counts)
+    shards = open_set(url)
+    alone = take(Stream(shards, batch=8, seed=1, readers=0), 3)
+    parts = [
+        take(Stream(shards, batch=8, seed=1, rank=r, world_size=world, readers=1), 3) for r in range(world)
+    ]
+    for step, whole in enumerate(alone):
+        assert [i for part in parts for i in part[step][2]] == whole[2]
+        np.testing.assert_array_equal(np.concatenate([part[step][3] for part in parts]), whole[3])
+
+
+def test_resume_equals_the_uninterrupted_stream(served):
+    folder, url, _ = served
+    write_set(folder, train=COUNTS)
+    shards = open_set(url)
+    through = take(Stream(shards, batch=4, seed=9, readers=2), 20)
+    for position in (3, 7, 8, 13):
+        again = take(Stream(shards, batch=4, seed=9, readers=2), 4, *divmod(position, 8))
+        same(again, through[position : position + 4])
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_validation_gives_every_sub_scan_once(served, batch):
+    folder, url, _ = served
+    wholes = write_set(folder, train=(3,), val=(4, 5))
+    seen = []
+    for rank in range(2):
+        with Stream.validation(open_set(url), batch=batch, rank=rank, world_size=2) as stream:
+            for b in stream.batches():
+                np.testing.assert_array_equal(b.voxels, np.stack([wholes[i] for i in b.ids.tolist()]))
+                seen += [i for i, weight in zip(b.ids.tolist(), b.weight.tolist(), strict=True) if weight]
+    assert sorted(seen) == list(range(3, 12))
+
+
+def test_an_epoch_fetches_each_shard_about_once(served):
+    folder, url, asked = served
+    write_set(folder, train=(4,) * 20)
+    take(Stream(open_set(url), batch=4, readers=0), 20)
+    names = asked()
+    assert names[0] == "manifest.parquet"
+    assert len(set(names)) == 21 and len(names) <= 1 + 20 + 3  # two slots share a shard where they meet
+
+
+def test_what_waits_in_memory_is_bounded(served):
+    folder, url, _ = served
+    write_set(folder, train=(40, 1, 2, 30, 1, 1, 50, 3, 40))
+    shards = open_set(url)
+    ids = shards.ids("train")
+    order = shards.train_order(ids, 2, 5, 0)
+    out, most = np.empty(SHAPE, np.int16), 0
+    for slot in order.T:
+        with shards.reader(slot, (5, 0)) as cursor:
+            for i in slot.tolist():
+                cursor.read_into(i, out)
+                most = max(most, len(cursor.kept) + 1)
+    assert 1 < most <= remote.BUFFER
+
+
+def test_neighbours_come_apart(served):
+    """A batch mixes scans as a global shuffle does, and the steps of a slot are not neighbouring tiles."""
+    folder, url, _ = served
+    write_set(folder, train=(40,) * 32, shape=(1, 1, 2))
+    shards = open_set(url)
+    ids = shards.ids("train")
+    order = shards.train_order(ids, 16, 0, 0)
+    scans = np.mean([len(set(row.tolist())) for row in shards.shard_numbers[order]])
+    everywhere = np.mean([len(set(row.tolist())) for row in shards.shard_numbers[shuffled(ids, 16, 0, 0)]])
+    assert scans >= everywhere
+    assert np.mean(np.diff(order, axis=0) == 1) < 0.1
+
+
+def test_every_flipped_byte_is_found(served):
+    folder, url, _ = served
+    write_set(folder)
+    shards = open_set(url)
+    flip(folder, shards.shard(6), int(shards.offsets[6]) + 5)
+    with pytest.raises(DataError, match="checksum differs") as error:
+        take(Stream(shards, batch=5), 3)
+    assert shards.key(6) in str(error.value) and url in str(error.value) and "\n" not in str(error.value)
+    assert not curls()
+
+
+def test_a_missing_shard_is_one_line(served, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, asked = served
+    write_set(folder)
+    shards = open_set(url)
+    (folder / "1.2.0001.tar").unlink()
+    with pytest.raises(
+        DataError, match=r"1\.2\.0001\.tar: cannot be streamed \(curl ended with code 22"
+    ) as error:
+        take(Stream(shards, batch=5), 3)
+    assert "\n" not in str(error.value)
+    assert 5 <= asked().count("1.2.0001.tar") <= 10
+
+
+def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    write_set(folder)
+    shards = open_set(url)
+    os.truncate(folder / shards.shard(7), int(shards.offsets[7]) - 200)
+    with pytest.raises(DataError, match="cannot be streamed"):
+        take(Stream(shards, batch=15), 1)
+
+
+def test_nothing_there(served):
+    _, url, _ = served
+    with pytest.raises(
+        UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
+    ) as error:
+        open_set(url)
+    assert "\n" not in str(error.value)
+
+
+def test_arrow_cannot_be_streamed(served):
+    folder, url, _ = served
+    write_set(folder, "arrow")
+    with pytest.raises(UserError, match="--format tar"):
+        open_set(url)
+
+
+def test_early_stop_ends_the_fetching(served):
+    folder, url, _ = served
+    write_set(folder, train=(6, 6, 6, 6), shape=(16, 128, 128))
+    shards = open_set(url)
+    with Stream(shards, batch=4, readers=2) as stream:
+        for _ in stream.batches():
+            break
+    assert not readers_alive() and not curls()
+    with Stream(shards, batch=4, readers=0) as stream:
+        batches = stream.batches()
+        next(batches)
+        assert curls()
+    batches.close()
+    assert not curls()
+
+
+def test_read_into_streams_to_one_sub_scan(served):
+    folder, url, _ = served
+    wholes = write_set(folder)
+    out = np.empty(SHAPE, np.int16)
+    open_set(url).read_into(10, out)
+    np.testing.assert_array_equal(out, wholes[10])
+
+
+class _HangsUp(http.server.BaseHTTPRequestHandler):
+    """Sends one more fourth of a shard with each request before it hangs up."""
+
+    folder = ""
+    asked: dict[str, int]
+
+    def do_GET(self):
+        with open(self.folder + self.path, "rb") as file:
+            data = file.read()
+        self.asked[self.path] = count = self.asked.get(self.path, 0) + 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) * count // 4] if self.path.endswith("tar") else data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_broken_connection_is_opened_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    wholes = write_set(tmp_path, train=(8, 8), shape=(4, 32, 32))
+    handler = type("HangsUp", (_HangsUp,), {"folder": os.fspath(tmp_path), "asked": {}})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shards = open_set(f"http://127.0.0.1:{server.server_port}")
+        with Stream(shards, batch=2) as stream:
+            seen = []
+            for batch in itertools.islice(stream.batches(), 8):
+                np.testing.assert_array_equal(batch.voxels, np.stack([wholes[i] for i in batch.ids.tolist()]))
+                seen += batch.ids.tolist()
+        server.shutdown()
+    assert sorted(seen) == list(range(16))
+    assert "trying again" in caplog.text and "curl ended with code 18" in caplog.text
+
+
+def test_addresses(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="http, https or s3"):
+        open_set("ftp://host/set")
+    assert remote.source("https://host/set/a.tar") == "https://host/set/a.tar"
+    if shutil.which("aws"):
+        command = "pipe:exec aws s3 cp --only-show-errors 's3://bucket/my set/a.tar' -"
+        assert remote.source("s3://bucket/my set/a.tar") == command
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(UserError, match="'curl', which is not on the PATH: apt-get install curl"):
+        open_set("http://host/set")
+    with pytest.raises(UserError, match="AWS CLI"):
+        open_set("s3://bucket/set")
+
+
+@pytest.mark.skipif(shutil.which("aws") is None, reason="needs the AWS CLI")
+def test_s3_through_the_aws_cli(served, monkeypatch):
+    """AWS's own client, asking nginx for the bucket: to read objects it needs no more than HEAD and GET."""
+    folder, url, _ = served
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    wholes = write_set(folder / "bucket" / "my set", train=(6,), val=())
+    shards = open_set("s3://bucket/my set/")
+    for _, _, ids, voxels in take(Stream(shards, batch=1), 6):
+        np.testing.assert_array_equal(voxels, np.stack([wholes[i] for i in ids]))
+    assert not curls()
+    with pytest.raises(UserError, match=r"aws ended with code 1"):
+        open_set("s3://bucket/other")

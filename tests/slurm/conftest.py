@@ -1,0 +1,233 @@
+"""A real Slurm of two nodes on this machine, for the tests of ``slurm/``; starts as root or as a plain user.
+
+Everything lives in one scratch folder with its own ports, its own munge socket and key, and is stopped by pid
+files, so that it disturbs neither a Slurm that is installed here nor a second one of a parallel test worker.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+ROOT = Path(__file__).parents[2]
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PREFIX = "p2w-slurm-"
+
+SLURM_CONF = """\
+ClusterName=p2wtest
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its credential has expired: 120 s by default, 5 at least.
+AuthInfo=socket={dir}/munge.sock,cred_expire=5
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=5,batch_sched_delay=0
+# The nodes claim two cores and two graphics cards each, whatever this machine has.
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+JobRequeue=1
+KillWait=10
+SlurmdTimeout=30
+SlurmctldPort={ports[0]}
+StateSaveLocation={dir}/ctld
+SlurmdSpoolDir={dir}/d-%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd-%n.log
+NodeName=DEFAULT CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
+CUT = ["--subsets", "0-1", "--workers", "1"]
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Cluster:
+    """Two running nodes. Commands see this cluster's configuration and no variables of a job around them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "P2W_"))}
+        # Jobs run the interpreter of the tests, and leave what torchrun leaves in the scratch folder.
+        self.env |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(folder / "tmp"),
+        }
+
+    def run(self, *command: str | Path, **env: str) -> str:
+        """Output of a Slurm command, typed in the project's folder; a failing one raises with what it said."""
+        done = subprocess.run(
+            ["timeout", "-k", "5", "30", *map(str, command)],
+            env=self.env | env, cwd=ROOT, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr or done.stdout}")
+        return done.stdout.strip()
+
+    def sbatch(self, *args: str | Path, **env: str) -> str:
+        """Submit; the job's number. Its output goes to `log`."""
+        array = any(str(arg).startswith("--array") for arg in args)
+        name = "%A_%a.log" if array else "%j.log"
+        return self.run("sbatch", "--parsable", f"--output={self.folder / name}", *args, **env)
+
+    def log(self, job: str) -> str:
+        """What job or task `job` has written."""
+        path = self.folder / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def job(self, job: str) -> dict[str, str]:
+        """What Slurm knows about a job or task."""
+        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 90) -> None:
+        """Until ``true()``; fails when time is up or the job ends before, with the job's log."""
+        end = time.monotonic() + seconds
+        while not true():
+            over = self.job(job)["JobState"] in FINAL and not true()
+            if over or time.monotonic() > end:
+                raise AssertionError(f"job {job}: no {what}\n{self.job(job)}\n{self.log(job)[-6000:]}")
+            time.sleep(0.1)
+
+    def ended(self, job: str, seconds: float = 90) -> dict[str, str]:
+        """The job's record once it has come to its end (a requeued one has not)."""
+        self.wait(job, "end", lambda: self.job(job)["JobState"] in FINAL, seconds)
+        return self.job(job)
+
+
+def pids(folder: Path) -> list[int]:
+    """Of the daemons that were started in ``folder`` and still run; a dead one nobody has waited for does not."""
+    found = []
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            pid = int(file.read_text())
+            if Path(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]).name in DAEMONS:
+                found.append(pid)
+    return found
+
+
+def stop(folder: Path) -> None:
+    """Kill the jobs, then the daemons: first politely, after 10 s for good; remove the folder."""
+    if pids(folder):
+        with contextlib.suppress(RuntimeError):
+            cluster = Cluster(folder)
+            cluster.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+            cluster.run("scancel", f"--user={getpass.getuser()}")
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        end = time.monotonic() + 10
+        while pids(folder) and time.monotonic() < end:
+            time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Below the range of outgoing connections, so that no client takes one meanwhile."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        port = 6800 + os.getpid() % 3000
+        while len(ports) < count:
+            port += 1
+            s = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                s.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
+
+
+def start(folder: Path) -> Cluster:
+    """munged, one controller, two nodes; returns when both nodes are idle."""
+    for name in ("ctld", "d-node1", "d-node2", "tmp"):
+        (folder / name).mkdir()
+    text = SLURM_CONF.format(user=getpass.getuser(), dir=folder, ports=free_ports(3))
+    (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text(GRES_CONF)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    cluster = Cluster(folder)
+    own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+    cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
+    cluster.run("slurmctld")
+    for node in ("node1", "node2"):
+        cluster.run("slurmd", "-N", node)
+    end = time.monotonic() + 30
+    while cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D") != "2":
+        logs = "\n".join(path.read_text()[-1000:] for path in folder.glob("*.log"))
+        assert time.monotonic() < end, f"the two nodes did not come up\n{logs}"
+        time.sleep(0.05)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, or a skip that says what is missing."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    if missing := [name for name in (*DAEMONS, "sbatch", "srun") if not shutil.which(name, path=path)]:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of a session that was killed
+        owner = old.name.removeprefix(PREFIX).split("-")[0]
+        if os.access(old, os.W_OK) and not Path(f"/proc/{owner}").exists():
+            stop(old)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    folder.chmod(0o755)
+    try:
+        yield start(folder)
+    finally:
+        stop(folder)
+
+
+@pytest.fixture(scope="session")
+def luna(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small scans in LUNA16's layout, 8 sub-scans: a ball of soft tissue in air, smooth and noisy."""
+    folder = tmp_path_factory.mktemp("slurm") / "LUNA16"
+    z, y, x = np.ogrid[:64, :128, :128]
+    for scan, tiles in enumerate([1, 2, 1, 2, 2]):
+        random = np.random.default_rng(scan)
+        centre, radius = random.uniform(24, 40), random.uniform(16, 28)
+        ball = (z - centre) ** 2 + ((y - 2 * centre) ** 2 + (x - 64) ** 2) / 4 < radius**2
+        voxels = np.tile(np.where(ball, 40, -900), (1, tiles, 1)) + random.normal(
+            0, 30, (64, 128 * tiles, 128)
+        )
+        image = sitk.GetImageFromArray(voxels.astype(np.int16))
+        image.SetSpacing((0.75, 0.75, 1.25))  # x y z, mm
+        (folder / f"subset{scan % 2}").mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(image, str(folder / f"subset{scan % 2}" / f"1.2.3.{scan}.mhd"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(luna: Path) -> Path:
+    """The five scans cut by one process, without Slurm."""
+    out = luna.parent / "shards"
+    command = [sys.executable, "preprocess/shard_luna.py", "--luna", str(luna), "--out", str(out), *CUT]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    return out

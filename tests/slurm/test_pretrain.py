@@ -1,0 +1,131 @@
+"""``sbatch slurm/pretrain.sbatch`` on two real nodes: it trains, survives warnings and deaths, and refuses bad input."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+
+STEPS = 40
+SMALL = [
+    "demo", "--data.batch=2", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
+    "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
+]  # fmt: skip
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def pretrain(cluster: Cluster, shards: Path) -> Start:
+    """Submit the small run into a folder."""
+
+    def submit(run: Path, *options: str, more: tuple[str, ...] = ()) -> str:
+        where = [f"--shards={shards}", "--run", str(run)]
+        return cluster.sbatch("--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more)
+
+    return submit
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) as logged, in the order of the file."""
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a job that nothing happens to, with its log beside it."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    job = cluster.sbatch(
+        "--nodes=2", "slurm/pretrain.sbatch", *SMALL, P2W_SHARDS=str(shards), P2W_RUN=str(run)
+    )
+    end = cluster.ended(job)
+    (run.parent / "log").write_text(cluster.log(job))
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
+    return run
+
+
+def test_two_nodes_train_as_one_world(uninterrupted):
+    log = (uninterrupted.parent / "log").read_text()
+    assert "node1: processes 1" in log and "node2: processes 1" in log
+    assert "2 process(es) on 2 node(s)" in log
+    starts = json.loads((uninterrupted / "run.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [2]
+    assert json.loads((uninterrupted / "status.json").read_text())["state"] == "finished"
+    assert [step for step, _ in losses(uninterrupted)] == list(range(1, STEPS + 1))
+    assert (uninterrupted / "checkpoints" / f"step-{STEPS:08d}").is_dir()
+
+
+def test_a_warning_and_a_dead_worker_change_nothing(cluster, pretrain, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    job = pretrain(run)
+    cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
+    cluster.wait(job, "second start", lambda: "continues after" in cluster.log(job))
+    stopped = int(re.search(r"told to stop at step (\d+)", cluster.log(job))[1])
+    assert 3 <= stopped < STEPS
+    assert f"continues after step {stopped} of {STEPS}" in cluster.log(job)
+
+    cluster.wait(job, "steps after the restart", lambda: len(losses(run)) > stopped)
+    worker = next(int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, run, rank=1))
+    os.kill(worker, signal.SIGKILL)
+    end = cluster.ended(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+    assert cluster.log(job).count("continues after step") == 2  # torchrun itself has restarted the workers
+    assert losses(run) == losses(uninterrupted)
+
+
+def is_worker(pid: str, run: Path, rank: int) -> bool:
+    """Whether process ``pid`` is that rank of the run."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return str(run) in words and f"RANK={rank}" in variables
+
+
+def test_scancel_saves_and_is_final(cluster, pretrain, tmp_path):
+    run = tmp_path / "run"
+    job = pretrain(run, "--nodes=1")
+    cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
+    cluster.run("scancel", job)
+    assert cluster.ended(job)["JobState"] == "CANCELLED"
+    cluster.wait(job, "last word", lambda: "cancelled; the same sbatch continues" in cluster.log(job))
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "told to stop"
+    assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+def test_dry_run_plans_one_process_a_gpu_and_starts_nothing(cluster, pretrain, tmp_path):
+    run = tmp_path / "run"
+    job = pretrain(run, "--gpus-per-node=2", more=("--dry-run",))
+    end = cluster.ended(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0")
+    assert "4 process(es) on 2 node(s)" in cluster.log(job)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shards", "told"),
+    [("paper", "nowhere", "no folder nowhere in"), ("papier", "tests", "tests has no manifest.parquet")],
+)
+def test_what_is_missing_is_one_line_and_final(cluster, recipe, shards, told):
+    job = cluster.sbatch("slurm/pretrain.sbatch", recipe, P2W_SHARDS=shards)
+    end = cluster.ended(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
+    assert cluster.log(job).count("\n") == 1
+    assert told in cluster.log(job) and "sbatch --array=0-15 slurm/shard.sbatch" in cluster.log(job)
+
+
+def test_a_refused_setting_is_one_line_and_final(cluster, pretrain, shards, tmp_path):
+    job = cluster.sbatch("slurm/pretrain.sbatch", "papier", P2W_SHARDS=str(shards), P2W_RUN=str(tmp_path))
+    end = cluster.ended(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
+    assert cluster.log(job).count("\n") == 1 and "papier" in cluster.log(job)
