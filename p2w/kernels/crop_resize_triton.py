@@ -9,7 +9,7 @@ and sums float32. Outputs depend on their own sample alone: bits do not depend o
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
 """
 
-# ruff: noqa: PLR0917  a kernel's arguments are scalars and pointers
+
 # What Triton compiles is typed by Triton:
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
