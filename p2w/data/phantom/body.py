@@ -13,7 +13,6 @@ import numpy as np
 from p2w.data.phantom.frame import Floats
 
 ROUND = 2.3  # exponent of the rib cage's super-ellipse: 2 is an ellipse, more is squarer
-APEX_FALL = 2.4
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Body:
     cage_depth: float
     apex: float  # z of the lungs' tops
     bulge: float  # z below which the cage no longer narrows upwards
+    gutter: float  # how far the lungs reach back beside the spine
+    taper: float  # how the cage narrows in front
     wall: float  # rib cage to the muscles' outer surface
     fat: float  # under the skin
     dome_right: float
@@ -52,6 +53,8 @@ class Body:
     muscle: float
     liver: float
     lung: float
+    fissure: float
+    emphysema: float
     lung_slope: float  # HU a mm from front to back
     marrow: float
     cortex: float
@@ -62,19 +65,21 @@ class Body:
         u = rng.uniform
         return cls(
             female=bool(rng.random() < 0.5),
-            cage_width=u(116, 138),
-            cage_depth=u(78, 98),
+            cage_width=u(108, 130),
+            cage_depth=u(80, 99),
             apex=u(92, 112),
             bulge=u(-30, 5),
+            gutter=u(0.07, 0.16),
+            taper=u(0.02, 0.11),
             wall=u(14, 27),
             fat=u(5, 26),
-            dome_right=u(-100, -72),
-            dome_left=u(-112, -82),
-            dome_drop=u(40, 75),
-            heart=u(0.86, 1.16),
+            dome_right=u(-120, -88),
+            dome_left=u(-130, -98),
+            dome_drop=u(42, 70),
+            heart=u(1.0, 1.32),
             heart_turn=u(-0.25, 0.3),
             spine_y=u(56, 68),
-            kyphosis=u(4, 16),
+            kyphosis=u(8, 24),
             scoliosis=u(0, 6),
             scoliosis_phase=u(0, 6.28),
             vertebra=u(22, 27),
@@ -93,8 +98,10 @@ class Body:
             muscle=u(46, 58),
             liver=u(45, 68),
             lung=u(-895, -845),
+            emphysema=float(max(0.0, u(-110, 90))),
+            fissure=u(-750, -350),
             lung_slope=u(0.2, 0.75),
-            marrow=u(110, 230),
+            marrow=u(130, 240),
             cortex=u(480, 850),
         )
 
@@ -107,11 +114,21 @@ class Body:
         y = self.spine_y - self.kyphosis * ((z + 25) / 120) ** 2
         return y, self.scoliosis * np.sin(z / 85 + self.scoliosis_phase)
 
+    def outline(self, angle: Floats) -> Floats:
+        """How the cage departs from a super-ellipse: deeper beside the spine, flatter in front."""
+        gutters = np.exp(-(((angle - 0.58) / 0.32) ** 2))
+        shoulders = np.exp(-(((angle - 2.45) / 0.45) ** 2))
+        return 1 + self.gutter * gutters - 0.05 * np.exp(-((angle / 0.22) ** 2)) - self.taper * shoulders
+
+    def cage_size(self, z: Floats) -> Floats:
+        """How the cage widens downwards."""
+        return 1 - 0.0009 * np.clip(z, -130, None)
+
     def cage_radius(self, z: Floats, angle: Floats) -> Floats:
         """Distance from the cage's axis to its inner surface at height z; angle 0 = back, pi/2 = side, pi =
         front."""
         up = np.clip(np.maximum(z - self.bulge, 0) / (self.apex - self.bulge), 0, 1)
-        level = (1 - up**APEX_FALL) ** (1 / ROUND)
+        level = self.outline(angle) * self.cage_size(z) * (1 - up**ROUND) ** (1 / ROUND)
         sides = (np.abs(np.sin(angle)) / self.cage_width) ** ROUND
         ends = (np.abs(np.cos(angle)) / self.cage_depth) ** ROUND
         return level * (sides + ends) ** (-1 / ROUND)

@@ -17,7 +17,7 @@ def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
     _paint_spine(canvas, body)
     bony, gristle = _ribs(body, rng)
     canvas.balls(*gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
-    _shell(canvas, body, bony, Label.RIB, cortex_mm=1.3, stretch=_RIB_STRETCH)
+    _shell(canvas, body, bony, Label.RIB, cortex_mm=1.1, stretch=_RIB_STRETCH)
     _shell(canvas, body, _others(body, rng), Label.BONE, cortex_mm=1.5)
 
 
@@ -31,7 +31,7 @@ def _shell(
     stretch: Floats | None = None,
 ) -> None:
     depth = canvas.balls(*balls, stretch)
-    depth.paint(body.cortex, label).paint(body.marrow, label, inset=cortex_mm)
+    depth.paint(body.cortex, label).paint(body.marrow + 70, label, inset=cortex_mm)
 
 
 def rib_heights(body: Body) -> Floats:
@@ -42,7 +42,7 @@ def rib_heights(body: Body) -> Floats:
 
 def _ribs(body: Body, rng: np.random.Generator) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
     bony, gristle = [], []
-    slope = rng.uniform(50, 78)
+    slope = rng.uniform(72, 108)
     for n, z in enumerate(rib_heights(body)):
         end = np.pi * (0.82 if n < 7 else 0.82 - 0.1 * (n - 6))
         drop = slope * min(1.0, 0.5 + 0.12 * n)
@@ -164,10 +164,13 @@ def _vertebra(body: Body, z: Floats, y: Floats, x: Floats) -> tuple[Floats, Floa
     waist = 1.3 * np.cos((phase - 0.5) * np.pi) ** 2
     drum = (np.hypot(x / 1.22, np.where(y > 0, y * 1.25, y)) - 13.2 * size + waist) * 1.0
     solid = np.maximum(drum, ends)
-    back = y - (13.2 + 8.0) * size  # from the canal's centre
+    back = y - (13.2 + 6.2) * size  # from the canal's centre
     side = np.abs(x)
-    around = np.hypot(side, back)
-    ring = np.maximum(np.abs(around - 11.5 * size) - 2.8, np.abs(phase - 0.62) * height - 8)
+    roof = 0.72 * side + 0.78 * np.maximum(back, 0)  # the canal's cross-section: a house, roof to the back
+    around = (
+        np.maximum(side, 1.05 * np.abs(back)) ** 4 * (back < 0) + (side**4 + roof**4) * (back >= 0)
+    ) ** 0.25
+    ring = np.maximum(np.abs(around - 10.0 * size) - 2.6, np.abs(phase - 0.62) * height - 8)
     tail = z + 0.75 * np.maximum(back - 10, 0)
     tail_phase = tail / height + body.vertebra_phase
     tail_phase -= np.floor(tail_phase)
@@ -177,8 +180,8 @@ def _vertebra(body: Body, z: Floats, y: Floats, x: Floats) -> tuple[Floats, Floa
     wing = np.hypot(back - 2 - 0.3 * (side - 12), (phase - 0.62) * height) - 4.6
     wing = np.maximum(wing, np.maximum(side - 31, 9 - side))
     arch = np.minimum(np.minimum(ring, spinous), wing)
-    arch = np.maximum(arch, 8.3 * size - around)
+    arch = np.maximum(arch, 7.6 * size - around)
     bone = np.minimum(solid, arch)
     marrow = np.minimum(np.maximum(drum + 1.4, ends + 1.6), arch + 1.7)
     disc = np.maximum(drum - 0.3, -ends)
-    return bone, marrow, disc, around - 7.6 * size
+    return bone, marrow, disc, around - 6.9 * size

@@ -17,6 +17,7 @@ from p2w.data.phantom.organs import Layer
 
 Box = tuple[slice, slice, slice]
 _SLAB = 8  # slices painted at a time
+_CELL_MM = 9.0  # a sheet is looked for this far from the coarse grid's nodes
 _FAR = -1e3  # depth of a voxel that no ball reaches, mm
 
 
@@ -40,16 +41,23 @@ class Canvas:
         for z0 in range(0, self.frame.shape[0], _SLAB):
             slab = slice(z0, min(z0 + _SLAB, self.frame.shape[0]))
             for layer in stack:
-                box = self.box(layer.distance, slab, self.edge_mm)
+                distance = np.abs(layer.distance) - _CELL_MM if layer.sheet else layer.distance
+                box = self.box(distance, slab, self.edge_mm)
                 if box is not None:
                     self._paint_box(layer, box)
 
     def _paint_box(self, layer: Layer, box: Box) -> None:
         depth = self.full(layer.distance, box)
         depth *= -1 / self.edge_mm
-        cover = np.clip(depth + np.float32(0.5), 0, 1)
+        if layer.sheet:
+            thick = layer.sheet / self.edge_mm
+            cover = np.clip(np.float32(0.5 + thick / 2) - np.abs(depth), 0, min(1.0, thick))
+        else:
+            cover = np.clip(depth + np.float32(0.5), 0, 1)
         if layer.shell:
             cover -= np.clip(depth + np.float32(0.5 - layer.shell / self.edge_mm), 0, 1)
+        if layer.over is not None:
+            cover *= self.labels[box] == layer.over
         value = layer.hu if isinstance(layer.hu, float) else self.full(layer.hu, box)
         self.blend(box, cover, value, layer.label)
 

@@ -46,7 +46,7 @@ class Frame:
             in_plane = extent[1:].max() / max(shape[1:])
             spacing_mm = (round(float(extent[0] / shape[0]), 3), *(round(float(in_plane), 6),) * 2)
         extent = np.array(spacing_mm) * (np.array(shape) - 1)
-        centre = extent / 2 + rng.normal(0, [4, 4, 6]) + np.array([22.0, 4.0, 0.0]) * size
+        centre = extent / 2 + rng.normal(0, [4, 4, 6]) + np.array([24.0, -5.0, 0.0]) * size
         tilt = np.radians(rng.normal(0, [2.0, 1.5, 2.0]).clip(-5, 5))  # round z, y, x
         k = 7
         direction = rng.normal(size=(k, 3))
@@ -60,7 +60,7 @@ class Frame:
             size=size,
             waves=direction * 2 * np.pi / length_mm,
             phases=rng.uniform(0, 2 * np.pi, k),
-            sway_mm=rng.normal(size=(k, 3)) * 2.2 * (length_mm / 220),
+            sway_mm=rng.normal(size=(k, 3)) * 1.5 * (length_mm / 240),
         )
 
     def to_body(self, voxel: Floats) -> Floats:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import SimpleITK as sitk
@@ -103,7 +104,7 @@ def write_luna(
         if done is not None:
             done(uid)
     _write_tables(out, jobs)
-    _put(out / "phantom.json", json.dumps({**identity, "scans": scans}, indent=1).encode() + b"\n")
+
     return [job.uid for job in jobs]
 
 
@@ -112,13 +113,26 @@ def _run(todo: list[Job], workers: int) -> Iterator[str]:
         for job in todo:
             yield _write_scan(job)
         return
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=_end_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(_write_scan, job) for job in todo]):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the process that started it is killed: it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None  # this runs in workers only
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _claim(out: Path, identity: dict, jobs: list[Job]) -> None:
@@ -148,8 +162,7 @@ def _claim(out: Path, identity: dict, jobs: list[Job]) -> None:
         raise UserError(
             f"{out}: {missing} scans take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room"
         )
-    if not note.exists():
-        _put(note, json.dumps({**identity, "scans": 0}, indent=1).encode() + b"\n")
+    _put(note, json.dumps({**identity, "scans": len(jobs)}, indent=1).encode() + b"\n")
 
 
 def _write_scan(job: Job) -> str:
@@ -170,7 +183,10 @@ def _write_scan(job: Job) -> str:
     labels.SetDirection(np.diag(direction).ravel().tolist())
     mask = job.out / "masks" / f"{job.uid}.mha"
     part = mask.with_name(f".{mask.stem}.part.mha")
-    sitk.WriteImage(labels, str(part), useCompression=True, compressionLevel=1)
+    try:
+        sitk.WriteImage(labels, str(part), useCompression=True, compressionLevel=1)
+    except RuntimeError as error:  # what SimpleITK makes of a full disk or a folder it may not write
+        raise OSError(f"{mask} cannot be written: {str(error).splitlines()[-1]}") from None
     os.replace(part, mask)
     voxels = np.ascontiguousarray(scan.voxels[turn], "<i2")
     _put(job.header.with_suffix(".raw"), voxels.data)

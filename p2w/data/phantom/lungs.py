@@ -1,4 +1,4 @@
-"""The inside of the lungs: fissures, vessels and airways."""
+"""The inside of the lungs: vessels and airways."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from p2w.data.phantom.labels import Label
 from p2w.data.phantom.organs import Cavity
 from p2w.data.phantom.vessels import GreatVessels, Tree, grow
 
-_WALL_MM = 1.1
+_WALL_MM = 0.8
 _SIDES = (("right", -1.0), ("left", 1.0))
 
 
@@ -33,32 +33,31 @@ def look_up(frame: Frame, coarse: Floats, body_points: Floats) -> Floats:
 def paint_lungs(
     canvas: Canvas, body: Body, cavity: Cavity, great: GreatVessels, rng: np.random.Generator
 ) -> Crossings:
-    """Draw fissures and trees; returns the forks of the vessels."""
-    _paint_fissures(canvas, cavity, rng)
+    """Draw the trees; returns the forks of the vessels."""
     frame, density = canvas.frame, rng.uniform(0.75, 1.25)
     vessels: list[tuple[Floats, Floats]] = []
     airways: list[tuple[Floats, Floats]] = []
     forks: list[tuple[Floats, Floats]] = []
     for side, sign in _SIDES:
         share = 1.1 if side == "right" else 1.0
-        seeds = _seeds(frame, cavity, sign, int(850 * density * share), rng)
+        seeds = _seeds(frame, cavity, sign, int(2100 * density * share), rng)
         if len(seeds) < 20:
             continue
         root, out = great.roots["airway", side]
         tree = grow(rng, root, out, seeds, (0.36, 0.52))
-        points, radius, branch = tree.samples(0.45 * tree.load**0.385, 0.7)
+        points, radius, branch = tree.samples(_taper(tree, 6.4), 0.8)
         beside = _beside(tree, radius, branch, np.array([0.8, -0.6, 0.25 * sign]))
         vessels.append((points + beside, radius))
-        wide = tree.load >= 26
-        air_points, air_radius, air_branch = tree.samples(0.33 * tree.load**0.4, 0.8)
+        wide = tree.load >= 0.035 * tree.load[0]
+        air_points, air_radius, air_branch = tree.samples(_taper(tree, 4.6), 0.8)
         airways.append((air_points[wide[air_branch]], air_radius[wide[air_branch]]))
-        forks.append((tree.start[1:], 0.45 * tree.load[1:] ** 0.385))
+        forks.append((tree.start[1:], _taper(tree, 6.4)[1:]))
         root, out = great.roots["vein", side]
-        seeds = _seeds(frame, cavity, sign, int(750 * density * share), rng)
+        seeds = _seeds(frame, cavity, sign, int(1800 * density * share), rng)
         tree = grow(rng, root, out, seeds, (0.4, 0.58))
-        points, radius, _ = tree.samples(0.42 * tree.load**0.385, 0.7)
+        points, radius, _ = tree.samples(_taper(tree, 6.2), 0.8)
         vessels.append((points, radius))
-        forks.append((tree.start[1:], 0.42 * tree.load[1:] ** 0.385))
+        forks.append((tree.start[1:], _taper(tree, 6.2)[1:]))
     if not vessels:
         return Crossings(np.zeros((0, 3)), np.zeros(0))
     _paint_trees(canvas, body, cavity, _join(vessels), _join(airways))
@@ -83,21 +82,6 @@ def _paint_trees(
     tube.paint(20.0, Label.AIRWAY_WALL, over=ground).paint(-985.0, Label.AIRWAY, inset=_WALL_MM, over=ground)
 
 
-def _paint_fissures(canvas: Canvas, cavity: Cavity, rng: np.random.Generator) -> None:
-    """Sheets half a mm thick, as the partial volume that shows of them."""
-    strength, edge = rng.uniform(60, 220), canvas.edge_mm * 0.7
-    for z0 in range(0, canvas.frame.shape[0], 8):
-        slab = slice(z0, min(z0 + 8, canvas.frame.shape[0]))
-        box = canvas.box(cavity.lungs, slab, 0.0)
-        if box is None:
-            continue
-        cover = np.zeros(1, np.float32)
-        for sheet in cavity.fissures:
-            cover = np.maximum(cover, 1 - np.abs(canvas.full(sheet, box)) / edge)
-        cover *= canvas.labels[box] == Label.LUNG
-        canvas.hu[box] += np.float32(strength) * cover
-
-
 def _seeds(frame: Frame, cavity: Cavity, sign: float, count: int, rng: np.random.Generator) -> Floats:
     """Terminal points spread evenly over one lung, off its surface and its fissures."""
     free = (cavity.lungs < -2.5) & (frame.coarse[2] * sign > 0)
@@ -109,13 +93,18 @@ def _seeds(frame: Frame, cavity: Cavity, sign: float, count: int, rng: np.random
     return frame.to_body(chosen * np.array(frame.steps, float))
 
 
+def _taper(tree: Tree, root_mm: float) -> Floats:
+    """Radius of each branch from what it feeds, near Murray's law."""
+    return root_mm * (tree.load / tree.load[0]) ** 0.36
+
+
 def _beside(tree: Tree, radius: Floats, branch: np.ndarray, towards: Floats) -> Floats:
     """How far an artery runs from its bronchus, per sample: out of the airway's way, across the branch."""
     way = (tree.end - tree.start)[branch]
     way /= np.linalg.norm(way, axis=1, keepdims=True) + 1e-9
     off = towards - (way @ towards)[:, None] * way
     off /= np.linalg.norm(off, axis=1, keepdims=True) + 1e-9
-    far = np.where(tree.load[branch] > 12, radius * 1.9 + 0.4, 0.0)
+    far = np.where(tree.load[branch] > 0.012 * tree.load[0], radius * 1.8 + 0.4, 0.0)
     return off * far[:, None]
 
 

@@ -61,7 +61,8 @@ def _place(
         nodes = np.argwhere(cavity.lungs < -1)
         if not len(nodes):
             return None
-        points = frame.to_body(nodes[rng.integers(0, len(nodes), 600)] * np.array(frame.steps, float))
+        chosen = nodes[rng.integers(0, len(nodes), 600)] + rng.uniform(-0.5, 0.5, (600, 3))
+        points = frame.to_body(chosen * np.array(frame.steps, float))
     if not len(points):
         return None
     depth = -look_up(frame, cavity.lungs, points)
@@ -97,8 +98,9 @@ def _paint_nodule(canvas: Canvas, spot: Spot, blood: float, rng: np.random.Gener
     if spot.kind == "spiculated":
         spikes = rng.normal(size=(14, 3))
         spikes /= np.linalg.norm(spikes, axis=1, keepdims=True)
-        surface = surface * (1 + 0.8 * np.clip((way @ spikes.T).max(axis=-1) - 0.94, 0, 1) / 0.06)
+        surface = surface * (1 + 0.6 * np.clip((way @ spikes.T).max(axis=-1) - 0.9, 0, 1) / 0.1)
     cover = np.clip((surface - gap) / canvas.edge_mm + 0.5, 0, 1)
+    cover[np.unravel_index(gap.argmin(), gap.shape)] = 1  # however small: the voxel of its centre is nodule
     cover *= np.isin(canvas.labels[box], (Label.LUNG, Label.VESSEL, Label.AIRWAY, Label.AIRWAY_WALL))
     here = canvas.hu[box]
     solid = float(rng.normal(35, 15) if rng.random() > 0.12 else rng.uniform(200, 500))

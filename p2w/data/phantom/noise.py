@@ -32,14 +32,14 @@ class Scanner:
         """A scanner and its settings."""
         cutoff = rng.uniform(0.35, 0.95)
         return cls(
-            noise_hu=float(rng.uniform(7, 20) * (1 + 1.3 * max(0, cutoff - 0.55) / 0.4)),
+            noise_hu=float(rng.uniform(8, 23) * (1 + 1.3 * max(0, cutoff - 0.55) / 0.4)),
             cutoff=float(cutoff),
             edge=float(1.5 - 0.55 * cutoff),
             slice_blend=float(rng.uniform(0.1, 0.4)),
             streaks=float(rng.uniform(0.3, 1.2)),
             pad_hu=int(rng.choice([-2000, -3024])) if rng.random() < 0.25 else None,
             table=float(rng.uniform(0, 1 / 700)),
-            table_hu=float(rng.uniform(-250, 60)),
+            table_hu=float(rng.uniform(-150, 250)),
         )
 
 
@@ -58,8 +58,8 @@ def paint_table(canvas: Canvas, scanner: Scanner, skin: Floats) -> None:
     plane = np.full(below.shape, -1000, np.float32)
     for at, thick, value in (
         (12.0, 22.0, -955.0),
-        (0.0, 2.2, scanner.table_hu),
-        (24.0, 2.2, scanner.table_hu),
+        (0.0, 2.6, scanner.table_hu),
+        (24.0, 2.6, scanner.table_hu),
     ):
         cover = np.clip((thick / 2 - np.abs(below - at)) / canvas.edge_mm + 0.5, 0, 1) * (np.abs(x) < 215)
         plane += cover * (value - plane)

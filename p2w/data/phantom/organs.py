@@ -11,13 +11,18 @@ from p2w.data.phantom.labels import Label
 
 @dataclass(frozen=True)
 class Layer:
-    """Paint `hu` where `distance` < 0 (with `shell`: only that many mm inside the surface); both on the
-    coarse grid."""
+    """Paint `hu` where `distance` < 0; both on the coarse grid.
+
+    shell: only that many mm inside the surface. sheet: instead, a sheet that thick where the distance is 0.
+    over: only onto voxels of this label.
+    """
 
     label: Label
     distance: Floats
     hu: Floats | float
     shell: float = 0.0
+    sheet: float = 0.0
+    over: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,26 @@ def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer]
     cage = _cage(body, q)
     below = _diaphragm(body, q)
     heart, chambers = _heart(body, q)
-    lungs = both(both(cage + 1.0, below * -0.8 + 0.5, 2), -_mediastinum(body, q, heart), 5)
+    lungs = both(both(cage + 1.0, below * -0.8 + 0.5, 2), -_mediastinum(body, q, heart), 9)
     painted = [
         *_trunk(body, q, cage, noise, fine),
         Layer(Label.MEDIASTINUM, cage, -96 + 5 * fine),
         Layer(Label.MUSCLE, np.maximum(below * 0.8, cage), body.muscle, shell=3.5),
-        *_abdomen(body, q, np.maximum(below * 0.8, cage) + 3.5, noise),
+        *_abdomen(body, q, np.maximum(below * 0.8, cage) + 2.5, noise),
         Layer(Label.HEART, heart, body.muscle + 0.35 * body.contrast),
         Layer(Label.HEART, chambers, body.blood + body.contrast),
     ]
-    fissures = _fissures(body, q, noise)
-    air = body.lung + body.lung_slope * (q[1] + 0.15 * (60 - q[0])) + 9 * noise + 7 * fine
+    fissures = _fissures(q, ripple(q, rng, (90, 180), 5))
+    air = (
+        body.lung
+        + body.lung_slope * (q[1] + 0.15 * (60 - q[0]))
+        + 9 * noise
+        + 7 * fine
+        - body.emphysema * smoothstep(fine + 0.4 * noise - 0.6)
+    )
     painted.append(Layer(Label.LUNG, lungs, air))
+    for sheet in fissures:
+        painted.append(Layer(Label.LUNG, sheet, body.fissure, sheet=0.8, over=Label.LUNG))
     return painted, Cavity(cage, lungs, fissures)
 
 
@@ -67,25 +80,29 @@ def _cage(body: Body, q: Floats) -> Floats:
     """A super-ellipse per slice that closes to a dome at the apex."""
     z, y, x = q[0], q[1] - body.cage_centre_y(q[0]), q[2]
     up = np.maximum(z - body.bulge, 0)
+    angle = np.arctan2(np.abs(x), y)
+    size = (body.outline(angle) * body.cage_size(z)) ** ROUND
     sides = (np.abs(x) / body.cage_width) ** ROUND + (np.abs(y) / body.cage_depth) ** ROUND
-    f = (sides + (up / (body.apex - body.bulge)) ** ROUND) ** (1 / ROUND)
+    f = (sides / size + (up / (body.apex - body.bulge)) ** ROUND) ** (1 / ROUND)
     return np.sqrt(x * x + y * y + up * up) * (1 - 1 / np.maximum(f, 1e-2))
 
 
 def _trunk(body: Body, q: Floats, cage: Floats, noise: Floats, fine: Floats) -> list[Layer]:
     """Skin, fat, breasts, muscles and the fat between them."""
     z, y, x = q[0], q[1] - body.cage_centre_y(q[0]), q[2]
-    upper = smoothstep((z + 15) / 70)
+    upper, side = smoothstep((z + 15) / 70), smoothstep((z + 70) / 110)
     width = body.cage_width + body.shoulder * smoothstep((z - 20) / 75)
     depth = body.cage_depth * (1 - 0.2 * smoothstep((z - 30) / 80))
     f = ((np.abs(x) / width) ** ROUND + (np.abs(y) / depth) ** ROUND) ** (1 / ROUND)
-    open_cage = np.hypot(x, y) * (1 - 1 / np.maximum(f, 1e-2))
-    angle = np.arctan2(np.abs(x) / width, y / depth)  # 0 back, pi front
+    angle = np.arctan2(np.abs(x), y)  # 0 back, pi front
     hump = [np.exp(-(((angle - a) / s) ** 2)) for a, s in ((0.25, 0.45), (2.35, 0.45), (1.0, 0.5))]
-    wall = body.wall * (0.8 + 0.95 * hump[0] + upper * (0.6 * hump[1] + 0.6 * hump[2]))
-    muscle = open_cage - wall - 1.2 * noise
+    f /= body.cage_size(z) * (0.35 + 0.65 * body.outline(angle))
+    open_cage = np.hypot(x, y) * (1 - 1 / np.maximum(f, 1e-2))
+    wall = np.maximum(10, body.wall * (0.55 + 1.1 * hump[0] + upper * 0.75 * hump[1] + side * 0.8 * hump[2]))
+    muscle = open_cage - wall
     front = smoothstep((angle - 1) / 2)
-    skin = muscle - body.fat * (0.75 + 0.35 * front + 0.5 * (1 - upper) * hump[2] + 0.1 * noise) - 3
+    skin = muscle - body.fat * (0.75 + 0.35 * front + 0.6 * (1 - upper) * hump[2]) - 4
+    muscle = muscle - 1.3 * noise
     breast = gland = None
     if body.female:
         size = body.breast
@@ -93,23 +110,27 @@ def _trunk(body: Body, q: Floats, cage: Floats, noise: Floats, fine: Floats) -> 
         centre = (-45.0, -(body.cage_depth * 0.72 + body.wall), body.cage_width * 0.56)
         breast = ellipsoid(at, centre, (48 * size, 38 * size + body.fat * 0.5, 52 * size))
         skin = union(skin, np.maximum(breast, y), 25)
-        gland = np.maximum(breast + 11 + 4 * fine, muscle * -1 + 6) + 5 * noise
-    gap = np.maximum(open_cage - 9 - 2.5 * noise, muscle + 1.5)
-    deep = np.maximum(open_cage - 17 - 4 * fine, muscle + 1.5)
+        gland = both(breast + 13 + 3 * noise, 6 - muscle, 8) + 3 * fine
+    gap, deep = open_cage - 10 - 2.5 * noise, open_cage - 18 - 4 * fine
     faded = smoothstep(0.9 + 0.5 * fine)
     blobs = np.maximum(
-        np.maximum(9 * (0.75 - noise * (0.4 + 0.6 * upper) - 0.5 * fine), 12 - cage), muscle + 4
+        np.maximum(9 * (1.15 - noise * (0.3 + 0.7 * upper) - 0.5 * fine), 12 - cage), muscle + 4
     )
+    axilla = (
+        ellipsoid(np.stack([z, y, np.abs(x)]), (48, 2, body.cage_width + 3), (44, 30, 13), -0.3) + 3 * fine
+    )
+    blobs = np.minimum(blobs, np.maximum(np.maximum(axilla, 11 - open_cage), muscle + 3))
     painted = [
         Layer(Label.FAT, skin, -103 + 4 * fine),
         Layer(Label.FAT, skin, 5.0, shell=1.8),
         Layer(Label.MUSCLE, muscle, body.muscle + 3 * fine),
         Layer(Label.FAT, blobs, -90.0),
-        Layer(Label.FAT, gap, body.muscle - 135 * faded, shell=2.0),
-        Layer(Label.FAT, deep, body.muscle - 120 * (1 - 0.7 * faded), shell=1.6),
+        Layer(Label.FAT, gap, body.muscle - 135 * faded, sheet=2.0, over=Label.MUSCLE),
+        Layer(Label.FAT, deep, body.muscle - 130 * (1 - 0.7 * faded), sheet=1.7, over=Label.MUSCLE),
+        Layer(Label.FAT, 11 * (noise - 0.3 * fine + 0.2), -75.0, sheet=1.6, over=Label.MUSCLE),
     ]
     if gland is not None:
-        painted.insert(2, Layer(Label.BREAST, gland, 22 + 10 * fine))
+        painted.insert(2, Layer(Label.BREAST, gland, 5 + 25 * noise))
     return painted
 
 
@@ -118,20 +139,21 @@ def _diaphragm(body: Body, q: Floats) -> Floats:
 
     def dome(peak: float, x: float) -> Floats:
         dy, dx = q[1] + 14, q[2] - x
-        fall = (dy / np.where(dy > 0, 72, 95)) ** 2 + (dx / 70) ** 2
-        return peak - body.dome_drop * fall
+        r2 = (dy / np.where(dy > 0, 84, 92)) ** 2 + (dx / 78) ** 2
+        return peak - body.dome_drop * (0.35 * r2 + 0.65 * np.minimum(r2, 4) ** 2)
 
-    return q[0] - both(dome(body.dome_right, -60), dome(body.dome_left, 62), 22)
+    middle = (body.dome_right + body.dome_left) / 2 - 10  # the tendon the heart rests on
+    return q[0] - both(both(dome(body.dome_right, -60), dome(body.dome_left, 62), 20), dome(middle, 5), 14)
 
 
 def _heart(body: Body, q: Floats) -> tuple[Floats, Floats]:
     """Outer surface; the four chambers together."""
     s, t = body.heart, body.heart_turn
-    z0 = body.dome_left + 36 * s
+    z0 = body.dome_left + 25 * s
 
     def part(z: float, y: float, x: float, axes: tuple[float, float, float], turn: float) -> Floats:
         cos, sin = np.cos(t), np.sin(t)
-        centre = (z0 + z * s, -12 + (cos * y - sin * x) * s, 12 + (sin * y + cos * x) * s)
+        centre = (z0 + z * s, -18 + (cos * y - sin * x) * s, 14 + (sin * y + cos * x) * s)
         return ellipsoid(q, centre, tuple(a * s for a in axes), turn + t)
 
     ventricles = part(-2, -8, 14, (42, 36, 54), 0.55)
@@ -151,16 +173,17 @@ def _mediastinum(body: Body, q: Floats, heart: Floats) -> Floats:
     sheet in front."""
     z, y, x = q
     spine_y, spine_x = body.spine(z)
-    column = np.hypot((x - 2) / 27, (y - spine_y * 0.1 + 3) / 40)
-    column = (column - 1) * 27
+    flare = 25 + 15 * smoothstep((z - 30) / 70)
+    column = (np.hypot((x - 2) / flare, (y - spine_y * 0.1 + 3) / 42) - 1) * flare
     column = np.maximum(column, (-30 - z) * 0.7)
     spine = np.hypot(x - spine_x, (y - spine_y - 8) * 0.7) - 22
     gullet = np.hypot(x - 6, (y - 32) * 0.6) - 13
-    sheet = np.abs(x - 3) - 3.5
-    aorta = np.hypot(x - 24, y - spine_y + 16) - body.aorta - 3
+    sheet = np.abs(x - 3) - 2.2 - 9 * smoothstep((-y - 52) / 30)
+    aorta = np.hypot(x - 24, y - spine_y + 16) - body.aorta - 1
     aorta = np.maximum(aorta, z - body.arch)
-    hila = ellipsoid(np.stack([z, y, np.abs(x)]), (-16, 12, 34), (24, 13, 15))
-    total = union(union(column, spine, 12), union(heart - 4, gullet, 10), 10)
+    hila = ellipsoid(np.stack([z, y, np.abs(x)]), (-16, 10, 31), (21, 10, 13))
+    pad = ellipsoid(q, (body.dome_left - 2, -34, 18), (20, 44, 56))
+    total = union(union(column, spine, 12), union(union(heart - 4, pad, 12), gullet, 10), 10)
     return union(union(total, sheet, 8), union(aorta, hila, 6), 6)
 
 
@@ -171,13 +194,13 @@ def _abdomen(body: Body, q: Floats, inside: Floats, noise: Floats) -> list[Layer
     left = (x - body.liver_reach - 0.55 * (-40 - y)) * 0.85 + 3 * noise
     back = (y - 40 - 0.5 * np.abs(x + 60)) * 0.9
     notch = 22 - np.hypot(x - 5, y - body.spine_y + 12)
-    liver = both(both(inside + 1.5, left, 14), both(back, notch, 10), 10)
+    liver = both(both(inside, left, 8), both(back, notch, 10), 6)
     s = body.stomach
     top = body.dome_left
-    spleen = both(inside + 2, ellipsoid(q, (top - 42, 42, 92), (40, 40, 24), 0.5), 4)
-    stomach = both(inside + 3, ellipsoid(q, (top - 36, -14, 60), (34 * s, 44 * s, 36 * s), 0.4), 4)
+    spleen = both(inside + 0.5, ellipsoid(q, (top - 46, 46, 92), (46, 44, 30), 0.5), 4)
+    stomach = both(inside + 1, ellipsoid(q, (top - 40, -14, 60), (44 * s, 56 * s, 46 * s), 0.4), 4)
     stomach = np.maximum(stomach, 4 - liver)
-    gas = np.maximum(stomach + 4, y + 14 - 44 * s * body.air_level)
+    gas = np.maximum(stomach + 4, y + 14 - 50 * s * body.air_level)
     enhanced = body.contrast * 0.25
     return [
         Layer(Label.SPLEEN, spleen, 48 + enhanced),
@@ -187,12 +210,12 @@ def _abdomen(body: Body, q: Floats, inside: Floats, noise: Floats) -> list[Layer
     ]
 
 
-def _fissures(body: Body, q: Floats, noise: Floats) -> tuple[Floats, Floats]:
+def _fissures(q: Floats, noise: Floats) -> tuple[Floats, Floats]:
     """Signed distances to the sheets between lobes: oblique in both lungs, horizontal in front of it on the
     right."""
     z, y, x = q
     lean = np.where(x < 0, 0.95, 1.1).astype(np.float32)
-    oblique = (z - lean * y + 25 + 0.12 * np.abs(x) + 3 * noise) * 0.7
-    flat = z - 2 + 0.18 * (x + 70) + 0.12 * y + 3 * noise
+    oblique = (z - lean * y + 25 + 0.12 * np.abs(x) + 5 * noise) * 0.7
+    flat = z - 2 + 0.18 * (x + 70) + 0.12 * y + 5 * noise
     horizontal = np.where((x < 0) & (oblique > 0), flat, 99.0).astype(np.float32)
     return oblique.astype(np.float32), horizontal

@@ -67,7 +67,7 @@ def make_scan(
     )
     body = Body.draw(patient)
     side = body.cage_width + body.wall + body.fat + 6
-    frame = Frame.draw(pose, shape, spacing_mm, (285.0, 2 * side * 0.86, 2 * side))
+    frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.draw(scanner_rng)
     canvas = Canvas(frame, scanner.edge * frame.spacing_mm[1])
     stack, cavity = layers(body, frame.coarse, soft)

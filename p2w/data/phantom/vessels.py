@@ -143,7 +143,7 @@ def great_vessels(body: Body, rng: np.random.Generator, top: float, bottom: floa
     j = lambda: rng.normal(0, 2.0)  # noqa: E731  # nobody's vessels run the same way twice
     c, a, r = body.carina, body.arch, body.aorta
     spine = lambda z: float(body.spine(np.float64(z))[0])  # noqa: E731
-    z0 = body.dome_left + 36 * body.heart
+    z0 = body.dome_left + 27 * body.heart
     bronchi = {"right": (c - 14 + j(), 11 + j(), -26 + j()), "left": (c - 20 + j(), 15 + j(), 32 + j())}
     wind = [
         along(
