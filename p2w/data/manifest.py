@@ -63,9 +63,8 @@ def dump(value: object, indent: int | None = None) -> bytes:
     return text.encode() + b"\n"
 
 
-def publish(path: str, data: bytes, suffix: str) -> None:
-    """Write `data` beside `path`, flush it to the disk, rename: `path` is whole or absent, never half."""
-    temporary = f"{path}.{suffix}.part"
+def publish(path: str, data: bytes, temporary: str) -> None:
+    """Write `data` to `temporary`, flush it to the disk, rename it: `path` is whole or absent, never half."""
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

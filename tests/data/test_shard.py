@@ -36,7 +36,7 @@ def data_set(folder, form):
     rows = [row | {"split": "train", "shard": name} for row in rows]
     shards = [{"name": name, "nbytes": done.nbytes, "crc32c": done.crc32c}]
     meta = {"schema": VERSION, "shape": list(SHAPE), "shards": shards}
-    publish(str(folder / NAME), manifest_bytes(rows[::-1], meta), "test")
+    publish(str(folder / NAME), manifest_bytes(rows[::-1], meta), str(folder / "aside"))
     return tiles
 
 

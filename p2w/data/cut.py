@@ -1,0 +1,124 @@
+"""One scan into one shard: what a worker process does."""
+
+import contextlib
+import errno
+import os
+import shutil
+import struct
+from typing import Any
+
+import numpy as np
+
+from p2w.data.find import Source
+from p2w.data.folder import Folder, Share
+from p2w.data.grid import BadScan
+from p2w.data.manifest import dump, publish
+from p2w.data.scan import Scan, read_scan
+from p2w.data.shard import ShardFile, open_shard
+from p2w.data.subscan import SubScan, cut
+from p2w.errors import UserError
+
+
+def cut_scan(source: Source, folder: Folder, share: Share) -> dict[str, Any]:
+    """Read, cut, write; the record of it stands in the folder when this returns.
+
+    A bad scan is a record too. Raises UserError when the folder cannot be written (a full disk).
+    """
+    record: dict[str, Any] = {"uid": source.uid, "name": source.name, "subset": source.subset}
+    aside = folder.aside(source.uid, share.name)
+    try:
+        os.makedirs(aside, exist_ok=True)
+        try:
+            record |= _write(_read(source), source, folder, aside)
+        except BadScan as error:
+            record |= {"bad": str(error)}
+        if not record.get("shard"):  # of a time when the scan was another
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(folder.shard(source.uid))
+        publish(folder.sidecar(source.uid), dump(record), os.path.join(aside, "record.json"))
+    except OSError as error:
+        raise UserError(_unwritable(folder, error)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return record
+
+
+def _read(source: Source) -> Scan:
+    """Whatever a reader stumbles over in a file is a property of that file."""
+    try:
+        return read_scan(source)
+    except OSError as error:
+        raise BadScan(f"cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise BadScan("does not fit into memory: use fewer --workers, or a machine with more") from error
+    except (ValueError, OverflowError, IndexError, KeyError, struct.error, RuntimeError) as error:
+        if isinstance(error, BadScan):
+            raise
+        raise BadScan(f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def _write(scan: Scan, source: Source, folder: Folder, aside: str) -> dict[str, Any]:
+    """The shard of a scan, renamed into place, and all the manifest will say of it."""
+    tiling, grid = folder.settings.tiling, scan.grid
+    path = os.path.join(aside, os.path.basename(folder.shard(scan.uid)))
+    spacing = dict(zip(("spacing_x", "spacing_y", "spacing_z"), map(_single, grid.spacing), strict=True))
+    shard: ShardFile | None = None
+    rows, left_out = [], 0
+    try:
+        for sub in cut(scan, tiling):
+            if sub.std_hu < tiling.min_std_hu:
+                left_out += 1
+                continue
+            shard = shard or open_shard(path, tiling.tile)
+            rows.append(shard.add(_row(scan.uid, source.subset, sub) | spacing, sub.voxels))
+        done = shard.close() if shard else None
+    except BaseException:
+        if shard:
+            shard.abandon()
+        raise
+    if done:
+        os.replace(path, folder.shard(scan.uid))
+    return {
+        "nbytes": scan.nbytes,
+        "checksum": f"crc32c:{scan.checksum:08x}",
+        "shape": list(scan.voxels.shape),
+        "spacing_mm": list(grid.spacing[::-1]),
+        "origin_xyz_mm": list(grid.origin),
+        "direction_xyz": list(grid.direction),
+        "left_out": left_out,
+        "rows": rows,
+        "shard": {"nbytes": done.nbytes, "crc32c": done.crc32c} if done else None,
+    }
+
+
+def _row(uid: str, subset: int, sub: SubScan) -> dict[str, Any]:
+    return {
+        "key": f"{uid}/z{sub.z:04d}_y{sub.y:04d}_x{sub.x:04d}",
+        "scan_uid": uid,
+        "subset": subset,
+        "z": sub.z,
+        "y": sub.y,
+        "x": sub.x,
+        "mean_hu": _single(sub.mean_hu),
+        "std_hu": _single(sub.std_hu),
+    }
+
+
+def _single(value: float) -> float:
+    """As the manifest's float32 will hold it, so that shard, record and manifest agree to the bit."""
+    return float(np.float32(value))
+
+
+def _unwritable(folder: Folder, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = 0
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder.root).free
+        return (
+            f"{folder.root}: the disk is full ({free / 2**30:.1f} GiB free); finished scans are kept: make "
+            "room and give the same command again"
+        )
+    return (
+        f"{folder.root}: cannot be written ({error.strerror or error}); finished scans are kept: give the "
+        "same command again"
+    )

@@ -1,0 +1,180 @@
+"""Which scans a folder holds: LUNA16's layout, or any tree of MetaImage, NIfTI, NRRD and DICOM files."""
+
+import fnmatch
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from p2w.data.dicom import Slice, not_a_scan, order_series, read_slice
+from p2w.data.grid import BadScan, Grid
+from p2w.errors import UserError
+
+IMAGES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd", ".nhdr")
+# Never a scan of its own, so not even opened: voxels beside a header, notes, pictures, tables, archives.
+OTHERS = {
+    ".raw", ".zraw", ".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".png", ".jpg", ".zip", ".gz", ".py",
+    ".npy", ".tar", ".arrow", ".parquet",
+}  # fmt: skip
+UID_LENGTH = 100  # a tar name holds 155 characters before the last slash, a file name 255 bytes
+
+
+@dataclass(frozen=True)
+class Source:
+    """One scan to be read. `name` is what the user sees: a path relative to the folder given."""
+
+    uid: str
+    name: str
+    files: tuple[str, ...]  # one image header, or the slices of a DICOM series in order
+    subset: int = -1  # LUNA16's
+    grid: Grid | None = None  # of a DICOM series, known from its headers
+    exact: bool = True  # False: DICOM values need float (a slope that is no whole number)
+
+
+@dataclass
+class Found:
+    """What a folder holds. `bad` and `left_out` are (name, why); left out are sound images, but no CT."""
+
+    sources: list[Source] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    not_images: int = 0
+
+
+def parse_subsets(text: str) -> list[int]:
+    """LUNA16 subsets as "0-6" or "0,2,5-6", sorted. Raises UserError for anything else."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d)\s*(?:-\s*(\d)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(
+                f"--subsets {text!r}: {part!r} is no subset; write them like 0-6 or 0,2,5-6 (0 to 9)"
+            )
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
+    """Scans `subset*/UID.mhd` of the subsets asked for, and the subsets whose folder is missing."""
+    if not os.path.isdir(root):
+        raise UserError(
+            f"{root}: no such folder; it should hold LUNA16's subset0 … subset9: name yours with --luna DIR"
+        )
+    found, missing = Found(), []
+    for subset in subsets:
+        folder = os.path.join(root, f"subset{subset}")
+        if not os.path.isdir(folder):
+            missing.append(subset)
+            continue
+        for name in sorted(os.listdir(folder)):
+            if name.lower().endswith((".mhd", ".mha")) and not name.startswith("."):
+                uid = _uid(os.path.splitext(name)[0])
+                where = f"subset{subset}/{name}"
+                found.sources.append(Source(uid, where, (os.path.join(folder, name),), subset))
+    if not found.sources:
+        raise UserError(
+            f"{root}: no subset*/UID.mhd there for --subsets {','.join(map(str, subsets))}; LUNA16's subsets "
+            "lie in subset0 … subset9: name the folder above them with --luna DIR, or others with --subsets"
+        )
+    return _unique(found), missing
+
+
+def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False) -> Found:
+    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into."""
+    found, series = Found(), defaultdict[str, list[tuple[str, Slice]]](list)
+    for root in roots:
+        if not os.path.isdir(root):
+            raise UserError(f"{root}: no such folder; name the folder of your scans with --scans DIR")
+        above = os.path.basename(os.path.abspath(root)) + "/" if len(roots) > 1 else ""
+        for path in _walk(root, out):
+            name = above + os.path.relpath(path, root).replace(os.sep, "/")
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+                _look(path, name, found, series)
+    for uid, members in sorted(series.items()):
+        _series(uid, members, found, allow_gaps)
+    if not (found.sources or found.bad or found.left_out):
+        raise UserError(
+            f"{', '.join(roots)}: no MetaImage, NIfTI, NRRD or DICOM there ({found.not_images} other files): "
+            "name the folder of your scans with --scans DIR"
+        )
+    return _unique(found)
+
+
+def _walk(root: str, out: str) -> Iterator[str]:
+    """Files below `root` in a fixed order, through links but round no loop, past hidden ones and `out`."""
+    seen, skip = set(), os.path.realpath(out)
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or real == skip:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _look(path: str, name: str, found: Found, series: dict[str, list[tuple[str, Slice]]]) -> None:
+    lower = name.lower()
+    ending = next(
+        (ending for ending in sorted(IMAGES, key=len, reverse=True) if lower.endswith(ending)), None
+    )
+    if ending:
+        found.sources.append(Source(_uid(name[: -len(ending)]), name, (path,)))
+    elif os.path.splitext(lower)[1] in OTHERS or not os.path.isfile(path):
+        found.not_images += 1
+    else:
+        try:
+            one = read_slice(path)
+        except (BadScan, OSError) as error:
+            found.bad.append((name, str(error)))
+            return
+        if one is None:
+            found.not_images += 1
+        else:
+            series[one.series].append((name, one))
+
+
+def _series(uid: str, members: list[tuple[str, Slice]], found: Found, allow_gaps: bool) -> None:
+    """Sort one series into the scans, the bad ones or those left out."""
+    folder = os.path.commonpath([os.path.dirname(name) for name, _ in members])
+    name = f"{folder or '.'} (series {uid})"
+    reasons = {not_a_scan(one) for _, one in members}
+    slices = [one for _, one in members if not_a_scan(one) is None]
+    if not slices:
+        found.left_out.append((name, ", ".join(sorted(reason for reason in reasons if reason))))
+        return
+    try:
+        ordered, grid = order_series(slices, allow_gaps)
+    except BadScan as error:
+        found.bad.append((name, str(error)))
+        return
+    exact = all(float(number).is_integer() for one in ordered for number in one.rescale)
+    found.sources.append(Source(_uid(uid), name, tuple(one.path for one in ordered), grid=grid, exact=exact))
+
+
+def _uid(text: str) -> str:
+    """A name that every file system and tar takes; where it had to change, with a hash of the original."""
+    clean = re.sub(r"[^A-Za-z0-9._-]", "_", text.replace("/", "_")).lstrip(".-") or "_"
+    if clean == text.replace("/", "_") and len(clean) <= UID_LENGTH:
+        return clean
+    return (
+        f"{clean[: UID_LENGTH - 9]}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    )
+
+
+def _unique(found: Found) -> Found:
+    """Keep the first of scans with one uid; the others are bad: two would become one shard."""
+    first: dict[str, Source] = {}
+    for source in sorted(found.sources, key=lambda source: source.name):
+        kept = first.setdefault(source.uid, source)
+        if kept is not source:
+            found.bad.append(
+                (source.name, f"has the same uid as {kept.name}, which is cut: rename or remove one")
+            )
+    found.sources = sorted(first.values(), key=lambda source: source.uid)
+    found.bad.sort()
+    found.left_out.sort()
+    return found

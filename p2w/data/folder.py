@@ -1,0 +1,216 @@
+"""The folder of a data set while it is being written: settings, finished scans, locks.
+
+    DIR/
+      settings.json    how it is cut; another run with other settings is refused
+      scans/UID.json   one finished scan: its rows, its shard, its source, or why it is bad
+      .run/            locks and unfinished files; gone once the set is whole
+
+A shard is written in `.run`, flushed to the disk and renamed; then its `scans/UID.json` is. So a scan is
+finished when that file stands and the shard has the size it names, and a process may be killed at any moment.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from p2w.data.find import Source
+from p2w.data.locks import hold, is_free
+from p2w.data.manifest import NAME, VERSION, dump, publish
+from p2w.data.scan import source_files
+from p2w.data.subscan import WINDOW_HU, Tiling
+from p2w.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the finished folder holds, besides the scans themselves."""
+
+    tiling: Tiling = Tiling()  # noqa: RUF009 (frozen)
+    format: str = "tar"
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    allow_gaps: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no data set."""
+        if self.tiling.z_margin < 0:
+            raise UserError(f"--z-margin {self.tiling.z_margin}: slices to leave out at each end, 0 or more")
+        if not 0 <= self.tiling.min_std_hu < WINDOW_HU[1]:
+            raise UserError(
+                f"--min-std {self.tiling.min_std_hu:g}: HU, from 0 (keep every tile) to below 1000"
+            )
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON writes it."""
+        return json.loads(dump({"schema": VERSION, "window_hu": WINDOW_HU, **asdict(self)}))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the scans this process cuts: number `index` of `count`, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        """For locks and unfinished files."""
+        return f"{self.index}-of-{self.count}"
+
+    def of(self, sources: list[Source]) -> list[Source]:
+        """Every count-th scan, so that large and small subsets are mixed."""
+        return sources[self.index :: self.count]
+
+
+class Folder:
+    """Paths and small files of one data set folder."""
+
+    def __init__(self, root: str, settings: Settings) -> None:
+        """Nothing is touched before `prepare`."""
+        self.root = root
+        self.settings = settings
+        self.running = os.path.join(root, ".run")
+
+    def sidecar(self, uid: str) -> str:
+        """Path of what is known of a finished scan."""
+        return os.path.join(self.root, "scans", f"{uid}.json")
+
+    def shard(self, uid: str) -> str:
+        """Path of a scan's shard."""
+        return os.path.join(self.root, f"{uid}.{self.settings.format}")
+
+    def aside(self, name: str, share: str) -> str:
+        """Where something is written before it is renamed into place; swept with the share's leftovers."""
+        return os.path.join(self.running, f"{name}.{os.getpid()}.{share}.part")
+
+    def prepare(self, share: Share) -> None:
+        """Make the folder, or check that it was cut with the same settings. Under the share's lock."""
+        path = os.path.join(self.root, "settings.json")
+        mine = dump(self.settings.plain(), indent=1)
+        try:
+            os.makedirs(os.path.join(self.root, "scans"), exist_ok=True)
+            if not os.path.exists(path):
+                strangers = sorted(set(os.listdir(self.root)) - {"scans", ".run"})
+                if strangers:
+                    raise UserError(
+                        f"{self.root} holds other files ({strangers[0]}, …) and no settings.json: shards get "
+                        "a folder of their own, name a new one with --out DIR"
+                    )
+                publish(path, mine, self.aside("settings.json", share.name))
+            with open(path, "rb") as file:
+                theirs = file.read()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if theirs != mine:
+            raise UserError(
+                f"{self.root} was cut with {_differences(theirs, mine)}: name another --out, or delete it"
+            )
+
+    def finished(self, source: Source) -> dict[str, Any] | None:
+        """What is known of a scan cut by a run like this one; None when it must be cut (again)."""
+        record = self.record(source.uid)
+        if record is None or "bad" in record or record["name"] != source.name:
+            return None
+        try:
+            if record["nbytes"] != sum(os.path.getsize(path) for path in source_files(source)):
+                return None
+            shard = record["shard"]
+            if shard is not None and os.path.getsize(self.shard(source.uid)) != shard["nbytes"]:
+                return None
+        except (OSError, UserError):
+            return None
+        return record
+
+    def record(self, uid: str) -> dict[str, Any] | None:
+        """The sidecar of a scan, finished or bad."""
+        try:
+            with open(self.sidecar(uid), "rb") as file:
+                return json.loads(file.read())
+        except FileNotFoundError:
+            return None
+
+    def check_strangers(self, sources: list[Source], bad: list[tuple[str, str]]) -> None:
+        """Refuse scans of another run: the folder is to hold the scans asked for and no others."""
+        known = {source.uid for source in sources}
+        for name in sorted(os.listdir(os.path.join(self.root, "scans"))):
+            uid = name.removesuffix(".json")
+            record = self.record(uid) if name.endswith(".json") and uid not in known else None
+            if record is None:
+                continue
+            if record["name"] in {where for where, _ in bad}:  # it was sound once
+                for path in (self.shard(uid), self.sidecar(uid)):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+            else:
+                raise UserError(
+                    f"{self.root} holds the scan {record['name']}, which is not among the {len(known)} asked "
+                    "for: name another --out, or ask for all its scans again"
+                )
+
+    def withdraw(self) -> None:
+        """Take the manifest away: shards are about to change; until they are whole this is no data set."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.root, NAME))
+
+    @contextlib.contextmanager
+    def share_lock(self, share: Share) -> Iterator[None]:
+        """One process per share. Leftovers of a killed one are removed first, our own at the end."""
+        with hold(self.running, share.name, self._busy()):
+            self._sweep(share.name)
+            try:
+                yield
+            finally:
+                self._sweep(share.name)
+
+    @contextlib.contextmanager
+    def merge_lock(self) -> Iterator[None]:
+        """One process at a time decides whether the set is whole, and merges it."""
+        with hold(self.running, "merge"):
+            self._sweep("merge")
+            yield
+
+    def tidy(self) -> None:
+        """Remove `.run` of a whole set, unless another process is in it still."""
+        for name in os.listdir(self.running):
+            share, ending = os.path.splitext(name)
+            if ending == ".lock" and share != "merge" and is_free(os.path.join(self.running, name)):
+                self._sweep(share)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.running, name))
+
+    def _sweep(self, share: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.running):
+                if name.endswith(f".{share}.part"):
+                    path = os.path.join(self.running, name)
+                    if os.path.isdir(path):
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        os.unlink(path)
+
+    def _busy(self) -> str:
+        return f"{self.root}: another process cuts the same scans into it; wait for it, or name another --out"
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.root} cannot be written ({error.strerror}): name another with --out DIR")
+
+
+def _differences(theirs: bytes, mine: bytes) -> str:
+    """The settings that differ, as "z_margin 0 and not 25"."""
+    try:
+        old, new = _flat(json.loads(theirs)), _flat(json.loads(mine))
+    except ValueError:
+        return "settings that cannot be read"
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)} and not {new.get(name)}" for name in names)
+
+
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    tiling = value.get("tiling", {})
+    return {name: item for name, item in {**value, **tiling}.items() if name != "tiling"}

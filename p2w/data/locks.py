@@ -1,0 +1,56 @@
+"""Advisory locks between processes, which end with the process that holds them, however it ends."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+from p2w.errors import UserError
+
+
+@contextlib.contextmanager
+def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock `name` of `folder` (made, and removed by the last one out).
+
+    While another process holds it: wait, or raise UserError(refusal) where there is one. On a file system
+    without locks nothing is locked; what is written there must be written aside and renamed.
+    """
+    path = os.path.join(folder, f"{name}.lock")
+    while True:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            opened = open(path, "a")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:
+            continue  # the last one out took the folder away between our two steps
+        except OSError as error:
+            where = os.path.dirname(folder)
+            raise UserError(
+                f"{where} cannot be written ({error.strerror}): name another with --out DIR"
+            ) from error
+        with opened as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+            except BlockingIOError as error:
+                raise UserError(refusal or "locked") from error
+            except OSError:
+                pass
+            if not os.path.exists(path) or os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
+                continue  # the last holder removed the file between our open and our lock
+            try:
+                yield
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)  # succeeds for the last one out
+            return
+
+
+def is_free(path: str) -> bool:
+    """Whether no process holds this lock file."""
+    try:
+        with open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,78 @@
+"""How far it is: a bar on a terminal, a short line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+EVERY = 15.0  # seconds between lines off a terminal
+_console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """One line to the user, above a running bar."""
+    _console.print(line)
+    sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as people say them: 1:02:03 h, 4:05 min, 9 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
+    return f"{whole // 60}:{whole % 60:02d} min" if whole >= 60 else f"{max(1, whole)} s"
+
+
+class Progress:
+    """Counts `total` things named `what`, with rate and time left."""
+
+    def __init__(self, total: int, what: str) -> None:
+        """Nothing is shown before it is entered."""
+        self.total, self.what, self.done, self.note = total, what, 0, ""
+        self.start = self.last = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=_console, transient=True)
+        self.task = self.bar.add_task(what, total=total, note="")
+
+    def __enter__(self) -> "Progress":
+        """Show the bar where there is a terminal."""
+        if _console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if _console.is_terminal:
+            self.bar.stop()
+        elif kind is None:
+            say(self.line())
+
+    def step(self, note: str) -> None:
+        """One more is done."""
+        self.done += 1
+        self.note = note
+        self.bar.update(self.task, advance=1, note=f"{self.rate():.2f} {self.what}/s · {note}")
+
+    def tick(self) -> None:
+        """Off a terminal, a line when it is time for one."""
+        now = time.monotonic()
+        if not _console.is_terminal and now - self.last > EVERY:
+            self.last = now
+            say(self.line())
+
+    def rate(self) -> float:
+        """Things a second since the start."""
+        return self.done / max(1e-9, time.monotonic() - self.start)
+
+    def line(self) -> str:
+        """Done, rate, time left."""
+        rate = self.rate()
+        left = f", {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
+        return (
+            f"{self.done}/{self.total} {self.what}, {self.note or 'none yet'}, {rate:.2f} {self.what}/s{left}"
+        )

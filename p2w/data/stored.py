@@ -1,0 +1,177 @@
+"""Voxels of MetaImage and NIfTI files, read and verified in one pass.
+
+SimpleITK is not asked here because it hides damage: it reads a truncated `.nii` or `.nii.gz`, and a `.zraw`
+whose stream is broken, into an image without an error (seen with SimpleITK 2.5). Here a payload of the wrong
+size or with a wrong checksum is a BadScan, and the bytes are read once for the voxels and for the checksum of
+the source. Formats: MetaIO header keys as in ITK's documentation; NIfTI-1 and -2 headers as in nifti1.h and
+nifti2.h.
+"""
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from crc32c import crc32c
+
+from p2w.data.grid import BadScan
+
+META_TYPES = {
+    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
+    "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
+}  # fmt: skip
+NIFTI_TYPES = {
+    2: "u1",
+    4: "i2",
+    8: "i4",
+    16: "f4",
+    64: "f8",
+    256: "i1",
+    512: "u2",
+    768: "u4",
+    1024: "i8",
+    1280: "u8",
+}
+HEADER = 1 << 16  # bytes in which a header ends
+TIMES = 1032  # the most that zlib packs: a header that promises more is wrong
+GZIP = 16 + zlib.MAX_WBITS
+BOTH = 32 + zlib.MAX_WBITS  # zlib or gzip, told apart by their first bytes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the voxels of an image are and how they are written."""
+
+    path: str
+    offset: int  # bytes before the voxels: in the file, or in the stream once unpacked when `unpack_first`
+    dtype: np.dtype
+    count: int
+    compressed: bool = False
+    own_file: bool = False  # voxels and nothing else: a `.raw` beside its `.mhd`
+    unpack_first: bool = False  # .nii.gz: header and voxels are one stream; MetaImage packs the voxels alone
+    packed_size: int | None = None  # bytes of the packed voxels, where the header says so
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def expected(self) -> int:
+        """Bytes of the unpacked voxels."""
+        return self.count * self.dtype.itemsize
+
+
+def meta_image(path: str) -> Stored | None:
+    """The voxels of a `.mhd` or `.mha`; None for the rare kinds only ITK reads (text, lists of files)."""
+    with open(path, "rb") as file:
+        fields, end = {}, 0
+        for line in file:
+            key, _, value = line.decode("latin-1").partition("=")
+            fields[key.strip().lower()] = value.strip()
+            end += len(line)
+            if key.strip().lower() == "elementdatafile" or end > HEADER:
+                break
+    data = fields.get("elementdatafile", "")
+    if not data:
+        raise BadScan("the MetaImage header names no ElementDataFile: copy it again")
+    binary = fields.get("binarydata", "true").lower() != "false"
+    if not binary or data.upper() == "LIST" or "%" in data or fields.get("elementtype") not in META_TYPES:
+        return None
+    local = data.upper() == "LOCAL"
+    big = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false")).lower() == "true"
+    dtype = np.dtype((">" if big else "<") + META_TYPES[fields["elementtype"]])
+    count = int(np.prod([int(n) for n in fields.get("dimsize", "").split()], dtype=np.int64))
+    packed = fields.get("compresseddata", "false").lower() == "true"
+    name = path if local else os.path.join(os.path.dirname(path), data)
+    if not os.path.isfile(name):
+        raise BadScan(f"its data file {data} is missing beside it")
+    offset = end if local else int(fields.get("headersize", 0))
+    if offset < 0:  # MetaIO's way to say: the voxels are the end of the file
+        offset = max(0, os.path.getsize(name) - count * dtype.itemsize)
+    size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
+    return Stored(name, offset, dtype, count, packed, own_file=not local, packed_size=size)
+
+
+def nifti(path: str) -> Stored | None:
+    """The voxels of a `.nii` or `.nii.gz`; None for voxel types that are left to ITK."""
+    packed = path.lower().endswith(".gz")
+    with open(path, "rb") as file:
+        head = file.read(HEADER)
+    try:
+        head = zlib.decompressobj(GZIP).decompress(head) if packed else head
+        order = "<" if struct.unpack_from("<i", head)[0] in (348, 540) else ">"
+        if struct.unpack_from(order + "i", head)[0] == 348:
+            dims = struct.unpack_from(order + "8h", head, 40)
+            kind = struct.unpack_from(order + "h", head, 70)[0]
+            offset, slope, intercept = struct.unpack_from(order + "3f", head, 108)
+        else:
+            kind = struct.unpack_from(order + "h", head, 12)[0]
+            dims = struct.unpack_from(order + "8q", head, 16)
+            offset = struct.unpack_from(order + "q", head, 168)[0]
+            slope, intercept = struct.unpack_from(order + "2d", head, 176)
+    except (struct.error, zlib.error) as error:
+        raise BadScan(f"the NIfTI header cannot be read ({error}): copy it again") from error
+    if kind not in NIFTI_TYPES or not 1 <= dims[0] <= 7:
+        return None
+    count = int(np.prod(dims[1 : dims[0] + 1], dtype=np.int64))
+    if slope == 0 or not np.isfinite([slope, intercept]).all():  # by the standard: no scaling
+        slope, intercept = 1.0, 0.0
+    dtype = np.dtype(order + NIFTI_TYPES[kind])
+    return Stored(
+        path, int(offset), dtype, count, packed, unpack_first=packed, slope=slope, intercept=intercept
+    )
+
+
+def check_size(stored: Stored) -> None:
+    """Raise BadScan when the file is too small for what its header promises. Reads nothing."""
+    size = os.path.getsize(stored.path)
+    need = stored.offset + stored.expected()
+    if stored.compressed:
+        need = max(
+            stored.expected() // TIMES,
+            0 if stored.unpack_first else stored.offset + (stored.packed_size or 0),
+        )
+    if size < need or (stored.own_file and not stored.compressed and size != need):
+        name = os.path.basename(stored.path)
+        what = "truncated" if size < need else "wrong size"
+        raise BadScan(f"{what}: {name} has {size:,} bytes, its header promises {need:,}")
+
+
+def read_voxels(stored: Stored, crc: int = 0) -> tuple[np.ndarray, int]:
+    """All voxels as one flat array, and `crc` continued over every byte of the file (CRC-32C).
+
+    Raises BadScan when the voxels are not all there or fail the checksum of their compression.
+    """
+    check_size(stored)
+    if stored.compressed:
+        data, crc = _unpack(stored, crc)
+    else:
+        data = np.fromfile(stored.path, "u1")
+        crc = crc32c(data.data, crc)
+        data = data[stored.offset : stored.offset + stored.expected()]
+    if data.size != stored.expected():
+        name = os.path.basename(stored.path)
+        raise BadScan(f"wrong size: {name} holds {data.size:,} bytes of voxels, not {stored.expected():,}")
+    return data.view(stored.dtype), crc
+
+
+def _unpack(stored: Stored, crc: int) -> tuple[np.ndarray, int]:
+    """Unpack a zlib or gzip file into memory allotted once; zlib verifies the checksum of each member."""
+    skip = stored.offset if stored.unpack_first else 0
+    need = skip + stored.expected()
+    with open(stored.path, "rb") as file:
+        data = memoryview(file.read())
+    crc = crc32c(data, crc)
+    packed = data if stored.unpack_first else data[stored.offset :]
+    name = os.path.basename(stored.path)
+    try:
+        out = zlib.decompress(packed, BOTH, need)
+        if len(out) < need:  # a gzip file of several members, as parallel packers write
+            pieces, rest = [], bytes(packed)
+            while rest:
+                stream = zlib.decompressobj(BOTH)
+                pieces.append(stream.decompress(rest))
+                rest = stream.unused_data
+            out = b"".join(pieces)
+    except zlib.error as error:
+        raise BadScan(f"damaged: {name} does not unpack ({error})") from error
+    return np.frombuffer(out, "u1")[skip:need], crc

@@ -1,0 +1,48 @@
+"""Cut any folder of CT scans into shards of 128 x 128 x 64 sub-scans for pretraining.
+
+    python preprocess/shard_scans.py --scans /data/ct --out shards
+    python preprocess/shard_scans.py --scans /data/a /data/b --out shards --exclude '*_mask*' --workers 8
+    python preprocess/shard_scans.py --scans /data/ct --out shards --dry-run
+
+Looks through all folders below for MetaImage (.mhd, .mha), NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr) and
+DICOM series (any file name and order, several series in a folder). Other modalities and localizers are named
+and left out; scans that are damaged or not in HU are named, listed in report.json, and make the exit code 1.
+All else as in shard_luna.py: stop and repeat, `--shard-of i/n` over machines.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from p2w.data.find import find_scans
+from p2w.data.options import Cutting
+from p2w.data.run import run
+from p2w.errors import exits
+
+
+@dataclass(frozen=True)
+class Options:
+    """Cut any folder of CT scans into shards of 128 x 128 x 64 sub-scans for pretraining."""
+
+    scans: tuple[str, ...]
+    """Folders of scans, looked through with all below them."""
+    out: str
+    """Folder to write, new or of an earlier run of the same settings."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of relative paths to pass over, such as '*_mask*'."""
+    allow_gaps: bool = False
+    """Cut DICOM series with missing slices too, as if their slices were neighbours."""
+    cutting: Annotated[Cutting, tyro.conf.arg(name="")] = Cutting()  # noqa: RUF009 (frozen)
+
+
+@exits
+def main() -> int:
+    """Parse, find, run."""
+    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    job = options.cutting.job(options.out, options.allow_gaps)
+    return run(find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps), job)
+
+
+if __name__ == "__main__":
+    main()
