@@ -3,10 +3,11 @@
     python bench/stream.py                               # table, and bench/results/stream.json
     python bench/stream.py --samples 64 --rounds 3 --out /tmp/stream.json
 
-Every case reads all samples once a round, 16 a batch; the cases take turns, and the median over the rounds counts.
+Every case reads all samples once a round, 16 a batch; cases take turns, the median over the rounds counts.
 Ours and the memmap are shuffled globally; webdataset reads its shards in order, its fastest way.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
+import psutil
 import torch
 import tyro
 import webdataset as wds
@@ -83,17 +85,27 @@ class Memmap(Dataset):
         return torch.from_numpy(np.array(self.array[index]))
 
 
-def ours(folder: str, options: Options, readers: int, verify: bool) -> Callable[[], int]:
+@dataclass(frozen=True)
+class Case:
+    """One way to read all samples once: `run` is timed and returns how many came, `rest` is not timed."""
+
+    run: Callable[[], int]
+    rest: Callable[[], None] = lambda: None
+
+
+def ours(folder: str, options: Options, readers: int, verify: bool) -> Case:
     stream = Stream(open_set(folder, verify), batch=options.batch, readers=readers)
-    state = {"epoch": 0, "batches": stream.batches()}
+    epochs = itertools.count()
+    kept = []
 
-    def epoch() -> int:  # one running iteration: threads and buffers stay, as in training
-        return sum(len(next(state["batches"]).voxels) for _ in range(stream.steps_per_epoch))
+    def epoch() -> int:  # begins with threads not yet started: nothing has been read ahead
+        kept[:] = [stream.batches(next(epochs))]
+        return sum(len(batch.voxels) for batch in itertools.islice(kept[0], stream.steps_per_epoch))
 
-    return epoch
+    return Case(epoch, stream.close)  # what the readers have read ahead by then counts for nothing
 
 
-def bound(wholes: np.ndarray, options: Options) -> Callable[[], int]:
+def bound(wholes: np.ndarray, options: Options) -> Case:
     out = np.zeros((options.batch, *SHAPE), np.int16)
 
     def epoch() -> int:
@@ -101,26 +113,26 @@ def bound(wholes: np.ndarray, options: Options) -> Callable[[], int]:
             np.copyto(out[count % options.batch], wholes[index])
         return len(wholes)
 
-    return epoch
+    return Case(epoch)
 
 
-def loader(path: str, options: Options, workers: int) -> Callable[[], int]:
+def loader(path: str, options: Options, workers: int) -> Case:
     data = DataLoader(
         Memmap(path), options.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
-    return lambda: sum(len(batch) for batch in data)
+    return Case(lambda: sum(len(batch) for batch in data))
 
 
-def webdataset(shards: list[str], options: Options, workers: int) -> Callable[[], int]:
+def webdataset(shards: list[str], options: Options, workers: int) -> Case:
     data = wds.WebDataset(shards, shardshuffle=False).decode().to_tuple("npy").batched(options.batch)
     data = wds.WebLoader(data, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
-    return lambda: sum(len(batch[0]) for batch in data)
+    return Case(lambda: sum(len(batch[0]) for batch in data))
 
 
-def cases(folder: str, options: Options) -> dict[str, Callable[[], int]]:
+def cases(folder: str, options: Options) -> dict[str, Case]:
     wholes = np.random.default_rng(0).integers(-1000, 1001, (options.samples, *SHAPE), dtype=np.int16)
     np.save(f"{folder}/all.npy", wholes)
-    found: dict[str, Callable[[], int]] = {"bound: np.copyto": bound(wholes, options)}
+    found: dict[str, Case] = {"bound: np.copyto": bound(wholes, options)}
     for form in ("tar", "arrow"):
         shards = write_set(f"{folder}/{form}", form, wholes)
         if form == "tar":
@@ -137,21 +149,36 @@ def cases(folder: str, options: Options) -> dict[str, Callable[[], int]]:
     return found
 
 
-def measure(
-    found: dict[str, Callable[[], int]], options: Options, console: Console
-) -> dict[str, list[float]]:
-    """Samples a second of each case in each round; round 0 warms up and is dropped."""
-    rates: dict[str, list[float]] = {name: [] for name in found}
-    for round_ in track(
-        range(options.rounds + 1), "rounds", console=console, disable=not console.is_terminal
-    ):
-        for name, epoch in found.items():
-            began = time.perf_counter()
-            count = epoch()
-            rates[name].append(count / (time.perf_counter() - began))
+def cpu_seconds() -> float:
+    """CPU time of this process, its threads and its running workers: the cost on a busy machine too."""
+    process = psutil.Process()
+    times = [process.cpu_times(), *(child.cpu_times() for child in process.children())]
+    return sum(time.user + time.system for time in times)
+
+
+@dataclass
+class Measured:
+    """Samples a second in each round, and CPU ms a sample over all rounds."""
+
+    rates: list[float]
+    cpu_ms: float = 0.0
+
+
+def measure(found: dict[str, Case], options: Options, console: Console) -> dict[str, Measured]:
+    """Every case in turn, round after round; round 0 warms up and does not count."""
+    measured = {name: Measured([]) for name in found}
+    for round_ in track(range(options.rounds + 1), "rounds", console=console):
+        for name, case in found.items():
+            busy, began = cpu_seconds(), time.perf_counter()
+            count = case.run()
+            seconds = time.perf_counter() - began
+            case.rest()
+            busy = cpu_seconds() - busy
             assert count >= options.samples // options.batch * options.batch, (name, count)
-            assert round_ < options.rounds + 1
-    return {name: values[1:] for name, values in rates.items()}
+            if round_:
+                measured[name].rates.append(count / seconds)
+                measured[name].cpu_ms += 1000 * busy / count / options.rounds
+    return measured
 
 
 def machine() -> dict[str, object]:
@@ -169,14 +196,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def ratios(medians: dict[str, float], rates: dict[str, list[float]]) -> dict[str, float]:
-    """What the goals are about; ratios are taken within a round, where the machine was in one state."""
+def ratios(measured: dict[str, Measured]) -> dict[str, float | str]:
+    """What the goals are about; each ratio is taken within a round, where the machine was in one state."""
 
     def over(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))
+        pairs = zip(measured[a].rates, measured[b].rates, strict=True)
+        return statistics.median(x / y for x, y in pairs)
 
-    best_peer = max((name for name in medians if name.startswith("peer")), key=medians.__getitem__)
-    found = {"best peer": best_peer}
+    peers = [name for name in measured if name.startswith("peer")]
+    best_peer = max(peers, key=lambda name: statistics.median(measured[name].rates))
+    found: dict[str, float | str] = {"best peer": best_peer}
     for readers in (0, 1, 2):
         on, off = (f"p2w tar, readers {readers}, {kind}" for kind in ("checksum", "no checksum"))
         found[f"readers {readers}: times the best peer"] = over(on, best_peer)
@@ -189,25 +218,23 @@ def ratios(medians: dict[str, float], rates: dict[str, list[float]]) -> dict[str
 def main(options: Options) -> None:
     console = Console()
     torch.set_num_threads(1)
-    before = machine()
+    result = {"question": "samples/s of reading 2 MiB sub-scans, warm page cache", "machine": machine()}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rates = measure(cases(folder, options), options, console)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    table = Table("case", "samples/s", "GB/s", "spread")
-    for name, rate in medians.items():
-        spread = f"{min(rates[name]):,.0f} - {max(rates[name]):,.0f}"
-        table.add_row(name, f"{rate:,.0f}", f"{rate * np.prod(SHAPE) * 2 / 1e9:.1f}", spread)
+        measured = measure(cases(folder, options), options, console)
+    table = Table("case", "samples/s", "GB/s", "spread", "CPU ms a sample")
+    for name, case in measured.items():
+        rate = statistics.median(case.rates)
+        spread = f"{min(case.rates):,.0f} - {max(case.rates):,.0f}"
+        table.add_row(
+            name, f"{rate:,.0f}", f"{rate * np.prod(SHAPE) * 2 / 1e9:.1f}", spread, f"{case.cpu_ms:.2f}"
+        )
     console.print(table)
-    found = ratios(medians, rates)
+    found = ratios(measured)
     for name, value in found.items():
         console.print(f"{name}: {value if isinstance(value, str) else round(value, 2)}")
-    result = {"question": "samples/s of reading 2 MiB sub-scans, warm page cache", "machine": before}
-    result |= {
-        "options": vars(options) | {"folder": None},
-        "median": medians,
-        "rounds": rates,
-        "ratios": found,
-    }
+    result |= {"samples": options.samples, "batch": options.batch, "ratios": found}
+    result |= {"cases": {name: vars(case) for name, case in measured.items()}}
+    result |= {"load_average_after": os.getloadavg()}
     os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
     with open(options.out, "w") as file:
         json.dump(result, file, indent=1)
