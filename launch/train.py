@@ -23,7 +23,7 @@ from p2w.data.plan import Plan
 from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import duration
-from p2w.pretrain import pretrain
+from p2w.pretrain import build, pretrain
 from p2w.recipes import RECIPES, named
 from p2w.train.folder import RunFolder, fingerprint
 from p2w.train.optim import Precision, choose_precision
@@ -79,7 +79,7 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
     """The dry run's page."""
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
-    facts = plan(config, samples, 4 if precision.dtype is None else 2)
+    facts = plan(config, lambda: build(config)[1], samples, 4 if precision.dtype is None else 2)
     wholes, steps = len(shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
     flops = facts.flops_per_sample * batch * steps

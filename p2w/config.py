@@ -4,8 +4,10 @@ Written beside the run as `config.json`, and a run can be started from that file
 (Feng et al. 2020), [I] are inferred from its patent and code family, [?] are not published: our choice.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -134,19 +136,31 @@ def check(config: Config) -> Config:
         "data.batch": 1, "data.readers": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
         "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
-        "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0,
+        "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
     }  # fmt: skip
     flat = flatten(config)
     for name, least in at_least.items():
         if not flat[name] >= least:
             raise UserError(f"{name}={flat[name]}: must be at least {least}; pass --{name.replace('_', '-')}")
+    for name, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    if config.train.seed >= 2**63:
+        raise UserError(f"train.seed={config.train.seed}: must be below 2^63; pass --train.seed 0")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise UserError(f"optim.betas={config.optim.betas}: needs 0 <= beta < 1; the usual is 0.9 0.999")
     low, high = config.pretext.volume_fraction
     if not 0 < low <= high <= 1:
         raise UserError(
             f"pretext.volume_fraction={low} {high}: needs 0 < low <= high <= 1; the paper has 0.0625 0.25"
         )
+    narrow, wide = config.pretext.aspect_range
+    if not 0 < narrow <= wide < math.inf:
+        raise UserError(
+            f"pretext.aspect_range={narrow} {wide}: needs 0 < low <= high, finite; the usual is 0.5 2"
+        )
     floor, ceiling = config.pretext.window_hu
-    if not floor < ceiling:
+    if not -math.inf < floor < ceiling < math.inf:
         raise UserError(
             f"pretext.window_hu={floor} {ceiling}: the first must be below the second; the usual is -1000 1000"
         )
@@ -170,7 +184,7 @@ def read(path: Path) -> Config:
         tree = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
     return check(_build(Config, tree, str(path)))
 
@@ -199,7 +213,8 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(hint)):
         return tuple(_fit(part, item, where) for part, item in zip(typing.get_args(hint), value, strict=True))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
         return value
     raise UserError(f"{where}: {value!r} does not fit {getattr(hint, '__name__', hint)}")

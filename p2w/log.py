@@ -58,7 +58,7 @@ class Log:
         path = self.run / "metrics.jsonl"
         if not self.speaks or not path.exists():
             return
-        kept = [text for text in path.read_text().splitlines() if _step_of(text) <= step]
+        kept = [text for text in _lines(path) if _step_of(text) <= step]
         write_atomic(path, "".join(f"{text}\n" for text in kept))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -134,13 +134,18 @@ def duration(seconds: float) -> str:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The records of `metrics.jsonl`, oldest first; a last line cut short is left out."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     return [json.loads(text) for text in lines if _step_of(text) < float("inf")]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file that a crash may have left with bytes that are no text."""
+    return path.read_text(errors="replace").splitlines()
 
 
 def _step_of(text: str) -> float:
     """The step a metrics line speaks of; infinity when the line is broken."""
     try:
         return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")

@@ -15,13 +15,19 @@ from p2w.config import Config
 from p2w.data.stream import ShardSet, Stream
 from p2w.errors import UserError
 from p2w.log import Log, read_metrics
-from p2w.model import build_encoder
-from p2w.pretext import build_pretext
+from p2w.model import Network, build_encoder
+from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, fingerprint
 from p2w.train.loop import Evaluator, Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
+
+
+def build(config: Config) -> tuple[Pretext, Network]:
+    """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
+    pretext = build_pretext(config.pretext)
+    return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
 
 
 def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
@@ -51,8 +57,8 @@ def _fit(
     config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
 ) -> Outcome:
     torch.manual_seed(config.train.seed)
-    pretext = build_pretext(config.pretext)
-    model = pretext.build(build_encoder(config.model.name, config.model.width)).to(world.device)
+    pretext, model = build(config)
+    model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
     batch, readers, device = config.data.batch, config.data.readers, world.device

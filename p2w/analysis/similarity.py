@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from p2w import geometry
@@ -90,7 +89,9 @@ def pair_cosines(features: Array) -> tuple[Array, Array]:
 
 
 def auc(positive: Array, negative: Array) -> float:
-    """Probability that a positive pair is more similar than a negative one."""
+    """Area under the ROC curve: probability that a positive pair is more similar than a negative one, ties half."""
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  (2 s of imports, only once a network is looked at)
+
     truth = np.concatenate((np.ones(len(positive)), np.zeros(len(negative))))
     return float(roc_auc_score(truth, np.concatenate((positive, negative))))
 

@@ -10,6 +10,8 @@ RUN/checkpoints/
 
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,8 +50,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
-        names = self.folder.glob("step-*/meta.json")
-        return sorted(int(name.parent.name.removeprefix("step-")) for name in names)
+        return [step for step in self._begun() if (self.path(step) / "meta.json").is_file()]
+
+    def _begun(self) -> list[int]:
+        """Steps of all folders named as checkpoints, oldest first."""
+        names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.glob("step-*/")]
+        return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint at `step`."""
@@ -77,17 +83,19 @@ class Checkpoints:
             os.replace(beside, final)
             _sync(self.folder)
             self._mark_best(snapshot)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # what each writer makes of a full disk
             shutil.rmtree(beside, ignore_errors=True)
+            free = shutil.disk_usage(self.folder.parent).free >> 20
             raise UserError(
-                f"{final}: not saved ({error.strerror or error}); make room, then repeat the command"
+                f"{final}: not saved ({str(error).splitlines()[0]}; {free:,} MiB free); make room, then repeat the "
+                "command"
             ) from error
         self._prune()
         return final
 
     def load_latest(self) -> Snapshot | None:
         """The newest sound checkpoint, or None when there is none; a damaged one is named and passed over."""
-        for step in reversed(self.steps()):
+        for step in reversed(self._begun()):
             try:
                 return self.load(step)
             except UserError as error:
@@ -104,23 +112,39 @@ class Checkpoints:
                     raise UserError(f"{folder / name}: checksum differs from meta.json, the file is damaged")
             model = load_file(folder / FILES[0])
             state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder}: not a whole checkpoint ({error})") from error
+        except UserError:
+            raise
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+            SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise UserError(f"{folder}: not a whole checkpoint ({str(error).splitlines()[0]})") from error
         return Snapshot(step, model, state, meta["validation"])
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss, if one was marked."""
-        path = self.folder / "best.json"
-        return int(json.loads(path.read_text())["step"]) if path.exists() else None
+        found = self._best()
+        return found and found[0]
+
+    def _best(self) -> tuple[int, float] | None:
+        """Step and validation loss in `best.json`; None when there is none that can be read."""
+        try:
+            best = json.loads((self.folder / "best.json").read_text())
+            return int(best["step"]), float(best["validation"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def _mark_best(self, snapshot: Snapshot) -> None:
         if snapshot.validation is None:
             return
-        path = self.folder / "best.json"
-        before = json.loads(path.read_text())["validation"] if path.exists() else float("inf")
-        if snapshot.validation < before:
+        before = self._best()
+        if snapshot.validation < (before[1] if before else float("inf")):
+            path = self.folder / "best.json"
             write_atomic(path, json.dumps({"step": snapshot.step, "validation": snapshot.validation}))
 
     def _prune(self) -> None:

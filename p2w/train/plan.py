@@ -1,5 +1,6 @@
 """What a run will cost, computed from the configuration alone: parameters, arithmetic, memory, steps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2w.config import Config
-from p2w.model import build_encoder
-from p2w.pretext import build_pretext
+from p2w.model import Network
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Plan:
         ]
 
 
-def plan(config: Config, share: int, bytes_per_value: int) -> Plan:
+def plan(config: Config, build: Callable[[], Network], share: int, bytes_per_value: int) -> Plan:
     """Count for a rank that takes `share` samples a pass, its activations in `bytes_per_value` bytes.
 
     Everything runs on torch's meta device: shapes without data, so `large` is counted in a second on any machine.
     """
     with torch.device("meta"):
-        model = build_pretext(config.pretext).build(build_encoder(config.model.name, config.model.width))
+        model = build()
         part = torch.zeros(1, 1, *config.pretext.size)
     saved: dict[int, int] = {}
 

@@ -1,0 +1,58 @@
+"""Pairs, cosines and AUC against naive float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from p2w.analysis.similarity import auc, pair_cosines
+
+
+def cosine(a, b):
+    return float(
+        sum(x * y for x, y in zip(a, b, strict=True)) / np.sqrt((a**2).sum()) / np.sqrt((b**2).sum())
+    )
+
+
+def auc_naive(positive, negative):
+    wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+    return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize(("wholes", "parts"), [(2, 2), (3, 6), (7, 4)])
+def test_pairs_are_all_within_and_as_many_across(wholes, parts):
+    features = np.random.default_rng(wholes).normal(size=(wholes, parts, 5))
+    positive, negative = pair_cosines(features)
+    within = [
+        cosine(features[w, i], features[w, j])
+        for w in range(wholes)
+        for i, j in itertools.combinations(range(parts), 2)
+    ]
+    np.testing.assert_allclose(np.sort(positive), np.sort(within), atol=1e-12)
+    across = [
+        cosine(features[v, i], features[w, j])
+        for v, w in itertools.permutations(range(wholes), 2)
+        for i, j in itertools.combinations(range(parts), 2)
+    ]
+    assert len(negative) == len(positive)
+    for value in negative:  # each of them is a pair of two different wholes
+        assert np.abs(np.array(across) - value).min() < 1e-12
+
+
+def test_a_network_that_answers_the_same_for_all_tells_nothing_apart():
+    positive, negative = pair_cosines(np.ones((4, 3, 2)))
+    assert auc(positive, negative) == 0.5
+    zero = pair_cosines(np.zeros((4, 3, 2)))
+    assert all(np.isfinite(values).all() for values in zero)
+
+
+def test_parts_that_name_their_whole_are_told_apart_fully():
+    features = np.repeat(np.eye(5)[:, None], 4, axis=1)
+    assert auc(*pair_cosines(features)) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_against_counting_all_pairs_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    positive, negative = rng.integers(0, 6, 30) / 5, rng.integers(0, 5, 17) / 5
+    assert auc(positive, negative) == pytest.approx(auc_naive(positive, negative), abs=1e-12)

@@ -1,0 +1,153 @@
+"""Settings: from recipe, file and command line into frozen dataclasses, and nothing but a UserError on the way."""
+
+import dataclasses
+import json
+
+import hypothesis
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from launch.train import parse
+from p2w import config as settings
+from p2w.config import MAY_CHANGE, Config, check, flatten, read, to_json
+from p2w.errors import UserError
+
+
+def changed(name: str, value) -> Config:
+    group, field = name.split(".")
+    config = Config()
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **{field: value})}
+    )
+
+
+def test_overrides_reach_the_dataclass():
+    argv = "demo --max-steps 7 --optim.lr 5e-4 --pretext.size 8 16 24 --train.amp fp32"
+    argv += " --pretext.skips --train.no-channels-last"
+    args, recipe = parse(argv.split())
+    assert recipe == "demo"
+    assert args.config.train.steps == 7
+    assert args.config.optim.lr == 5e-4
+    assert args.config.pretext.size == (8, 16, 24)
+    assert args.config.train.amp == "fp32"
+    assert args.config.pretext.skips and not args.config.train.channels_last
+    assert args.config.model.width == 8  # untouched: the recipe's
+
+
+def test_without_a_recipe_it_is_the_paper_in_runs_paper():
+    args, recipe = parse([])
+    assert recipe == "paper"
+    assert (str(args.shards), str(args.folder)) == ("shards", "runs/paper")
+
+
+def test_json_round_trip_and_a_run_from_its_file(tmp_path):
+    config = changed("pretext.size", (8, 16, 24))
+    path = tmp_path / "first" / "config.json"
+    path.parent.mkdir()
+    path.write_text(to_json(config))
+    assert read(path) == config
+    args, _ = parse([str(path), "--optim.lr", "0.5"])
+    assert args.config == dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+    assert str(args.folder) == "runs/first-again"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not JSON"),
+        (b'{"data": {"batch": 16', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "must be an object of settings, got list"),
+        (b'{"data": 3}', "data: must be an object of settings, got int"),
+        (b'{"date": {}}', "unknown setting date; known are data, pretext, model, optim, train"),
+        (b'{"data": {"bach": 3}}', "data: unknown setting bach; known are batch, seed, readers"),
+        (b'{"data": {"batch": "16"}}', "batch: '16' does not fit int"),
+        (b'{"data": {"batch": 16.0}}', "batch: 16.0 does not fit int"),
+        (b'{"data": {"batch": true}}', "batch: True does not fit int"),
+        (b'{"pretext": {"skips": 1}}', "skips: 1 does not fit bool"),
+        (b'{"pretext": {"size": [8, 8]}}', "size: [8, 8] does not fit"),
+        (b'{"optim": {"name": "lion"}}', "name: 'lion' does not fit"),
+        (b'{"optim": {"lr": null}}', "lr: None does not fit float"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_line(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: No such file.*name a recipe"):
+        read(tmp_path / "none.json")
+
+
+words = st.sampled_from(["", "adam", "torch", "batch", "0"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=4,
+)
+groups = {group: list(values) for group, values in dataclasses.asdict(Config()).items()}
+trees = st.fixed_dictionaries(
+    {},
+    optional={
+        group: json_values | st.dictionaries(st.sampled_from(names), json_values, max_size=3)
+        for group, names in groups.items()
+    },
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@given(tree=trees)
+@example(tree={"optim": {"lr": 10**400}})
+@example(tree={"optim": {"betas": [0.9, [0.9]]}})
+def test_any_json_gives_a_config_or_a_user_error(tmp_path_factory, tree):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(tree))
+    try:
+        config = read(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert settings.flatten(config).keys() == flatten(Config()).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("data.batch", 0, "must be at least 1"),
+        ("data.readers", -1, "must be at least 0"),
+        ("train.steps", -1, "must be at least 0"),
+        ("train.validate_every", 0, "must be at least 1"),
+        ("train.keep", 0, "must be at least 1"),
+        ("optim.lr", -1e-3, "must be at least 0"),
+        ("optim.lr", float("nan"), "must be at least 0"),
+        ("optim.lr", float("inf"), "must be finite"),
+        ("optim.accumulate", 0, "must be at least 1"),
+        ("optim.betas", (0.9, 1.0), "0 <= beta < 1"),
+        ("optim.betas", (float("nan"), 0.9), "0 <= beta < 1"),
+        ("train.seed", -1, "must be at least 0"),
+        ("train.seed", 2**64, "must be below"),
+        ("model.width", 0, "must be at least 1"),
+        ("pretext.volume_fraction", (0.5, 0.25), "0 < low <= high <= 1"),
+        ("pretext.volume_fraction", (0.0, 0.25), "0 < low <= high <= 1"),
+        ("pretext.aspect_range", (2.0, 0.5), "0 < low <= high"),
+        ("pretext.aspect_range", (0.5, float("inf")), "0 < low <= high"),
+        ("pretext.window_hu", (1000.0, 1000.0), "first must be below the second"),
+        ("pretext.window_hu", (-float("inf"), 1000.0), "first must be below the second"),
+    ],
+)
+def test_each_check_names_value_rule_and_setting(name, value, rule):
+    with pytest.raises(UserError) as error:
+        check(changed(name, value))
+    shown = str(error.value)
+    assert shown.startswith(f"{name}=") and rule in shown and "\n" not in shown
+
+
+def test_settings_that_may_change_exist():
+    assert set(flatten(Config())) >= MAY_CHANGE

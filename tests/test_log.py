@@ -1,0 +1,70 @@
+"""metrics.jsonl after crashes, restarts and full disks; lines for people."""
+
+import json
+
+import pytest
+
+from p2w.log import Log, duration, read_metrics, write_atomic
+
+
+def steps(run):
+    return [record["step"] for record in read_metrics(run)]
+
+
+def test_rewind_drops_later_steps_and_a_broken_last_line(tmp_path):
+    log = Log(tmp_path, True, 10)
+    for step in (0, 1, 2, 3):
+        log.metrics(step, {"train/loss": step / 2})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "tra\x00\xff')
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    Log(tmp_path, False, 10).rewind(0)  # another rank: touches nothing
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    Log(tmp_path, True, 10).rewind(2)
+    assert steps(tmp_path) == [0, 1, 2]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("line", ['{"step": Infinity}', '{"step": null}', "[]", "7", "{}", '"step"'])
+def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
+    assert steps(tmp_path) == [1]
+    Log(tmp_path, True, 10).rewind(5)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = Log(tmp_path, False, 10)
+    log.metrics(1, {"train/loss": 1.0})
+    log.progress(1, 1.0, 1.0, 0.0)
+    log.line("said")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_off_a_terminal_there_is_a_line_with_rate_and_time_left(tmp_path, capsys):
+    log = Log(tmp_path, True, 100)
+    log.progress(1, 0.5, 12.3, 0.04)
+    log.progress(2, 0.4, 12.3, 0.04)  # within ten seconds of the first: silent
+    shown = capsys.readouterr().err
+    assert shown == "step 1/100  loss 0.5000  12.3 samples/s  waiting 4%  left ?\n"
+
+
+def test_text_in_brackets_is_not_markup(tmp_path, capsys):
+    Log(tmp_path, True, 1).line("[/bold] a shard [red] x")
+    assert capsys.readouterr().err == "[/bold] a shard [red] x\n"
+
+
+def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
+    write_atomic(tmp_path / "a", "one")
+    write_atomic(tmp_path / "a", b"two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "two"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (86400.5, "24:00:00"), (float("nan"), "?")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,38 @@
+"""The named runs: what the paper says stands in `paper`, and every recipe can be built."""
+
+import pytest
+import torch
+
+from p2w import config as settings
+from p2w.errors import UserError
+from p2w.pretrain import build
+from p2w.recipes import RECIPES, named
+
+
+def test_paper_holds_what_the_paper_publishes():
+    paper = named("paper")
+    assert paper.data.batch == 16
+    assert paper.pretext.volume_fraction == (1 / 16, 1 / 4)
+    assert not paper.pretext.skips
+    assert paper.pretext.window_hu == (-1000, 1000)
+    assert paper.train.steps == 200 * paper.train.validate_every
+    assert paper.train.validate_every == 28_144 // paper.data.batch
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound_and_can_be_built(name):
+    config = settings.check(named(name))
+    with torch.device("meta"):
+        _, network = build(config)
+        part = torch.zeros(1, 1, *config.pretext.size)
+        assert network(part).shape == part.shape
+    assert "\n" not in RECIPES[name].summary
+
+
+def test_large_has_the_network_size_of_a_sub_scan():
+    assert named("large").pretext.size == (64, 128, 128)
+
+
+def test_an_unknown_recipe_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match=r"recipe papr: unknown; one of demo, paper, large, or the path"):
+        named("papr")

@@ -1,0 +1,169 @@
+"""Checkpoints come back bit for bit, or are passed over with a line; nothing that can run code is ever loaded."""
+
+import json
+import os
+import subprocess
+import time
+
+import crc32c
+import pytest
+import torch
+
+from p2w.errors import UserError
+from p2w.train.checkpoint import Checkpoints, Snapshot
+
+
+def snapshot(step, validation=None, fill=None):
+    torch.manual_seed(step if fill is None else fill)
+    model = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.BatchNorm3d(2))
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    model(torch.randn(2, 1, 4, 4, 4)).sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "schedule": {"best": float("inf")}, "skipped": 0}
+    return Snapshot(step, model.state_dict(), state, validation)
+
+
+def same(one, two):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints at steps 1, 2, 3, and the lines they say."""
+    said = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, said.append)
+    for step in (1, 2, 3):
+        checkpoints.save(snapshot(step))
+    checkpoints.said = said
+    return checkpoints
+
+
+def test_round_trip_is_bit_identical(saved):
+    found, kept = saved.load_latest(), snapshot(3)
+    assert found.step == 3 and same(dict(found.model), dict(kept.model)) and same(found.state, kept.state)
+    assert saved.said == [] and not list(saved.folder.glob(".*"))
+
+
+def test_channels_last_weights_come_back_the_same(tmp_path):
+    model = torch.nn.Conv3d(2, 3, 3).to(memory_format=torch.channels_last_3d)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(Snapshot(1, model.state_dict(), {}, None))
+    assert torch.equal(checkpoints.load(1).model["weight"], model.weight)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.remove, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
+def test_a_damaged_one_is_named_and_passed_over(saved, name, damage):
+    damage(saved.path(3) / name)
+    if damage is flip and name == "meta.json":
+        (saved.path(3) / name).write_text("[3]")
+    found = saved.load_latest()
+    assert found.step == 2 and same(dict(found.model), dict(snapshot(2).model))
+    assert (
+        len(saved.said) == 1 and "step-00000003" in saved.said[0] and "taking the one before" in saved.said[0]
+    )
+    assert "\n" not in saved.said[0]
+
+
+def test_all_damaged_is_none_with_a_line_each(saved):
+    for step in (1, 2, 3):
+        truncate(saved.path(step) / "state.pt")
+    assert saved.load_latest() is None and len(saved.said) == 3
+
+
+def test_junk_in_the_folder_is_left_alone(saved):
+    for name in ("step-abc", "step-", "step-00000009.bak", "notes"):
+        (saved.folder / name).mkdir()
+        (saved.folder / name / "meta.json").write_text("{}")
+    (saved.folder / "step-00000010").write_text("a file")
+    (saved.folder / "best.json").write_text('{"step": ')
+    assert saved.load_latest().step == 3
+    saved.save(snapshot(4, validation=0.5))
+    assert saved.steps() == [2, 3, 4] and saved.best() == 4
+    assert (saved.folder / "step-abc" / "meta.json").exists()
+
+
+def test_a_save_replaces_what_an_earlier_crash_left_half_written(saved):
+    beside = saved.folder / ".step-00000004.tmp"
+    beside.mkdir()
+    (beside / "model.safetensors").write_bytes(b"half")
+    assert saved.load_latest().step == 3 and not saved.said
+    saved.save(snapshot(4))
+    assert saved.load_latest().step == 4 and not beside.exists()
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, validation in enumerate([0.9, 0.5, 0.7, None, float("nan"), 0.6], 1):
+        checkpoints.save(snapshot(step, validation))
+    assert checkpoints.steps() == [2, 5, 6] and checkpoints.best() == 2
+    checkpoints.save(snapshot(7, 0.4))
+    assert checkpoints.steps() == [6, 7] and checkpoints.best() == 7
+    assert Checkpoints(tmp_path / "none").best() is None
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused(saved, tmp_path):
+    """With a right checksum, so that only weights_only stands between it and the user."""
+    folder, sprung = saved.path(3), tmp_path / "sprung"
+    torch.save({"optimizer": Trap(str(sprung))}, folder / "state.pt")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["crc32c"]["state.pt"] = crc32c.crc32c((folder / "state.pt").read_bytes())
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="step-00000003"):
+        saved.load(3)
+    assert saved.load_latest().step == 2
+    assert not sprung.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs root to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("elements", [20_000, 40_000, 70_000])
+def test_a_full_disk_is_one_line_and_the_old_ones_stay(small_disk, elements):
+    """80, 160 and 280 kB a file: the weights, the optimizer or the second checkpoint do not fit."""
+    checkpoints = Checkpoints(small_disk / "checkpoints")
+    checkpoints.save(snapshot(1))
+    state = {"optimizer": torch.zeros(elements)}
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"not saved \(.*\); make room") as error:
+        for step in (2, 3):
+            checkpoints.save(Snapshot(step, {"w": torch.zeros(elements)}, state, None))
+    assert "\n" not in str(error.value) and time.monotonic() - began < 10
+    assert not list(checkpoints.folder.glob(".*"))
+    latest = checkpoints.load_latest()
+    assert latest.step == checkpoints.steps()[-1]
+    checkpoints.save(snapshot(4))
+    assert checkpoints.load_latest().step == 4

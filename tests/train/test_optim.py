@@ -1,0 +1,105 @@
+"""Which optimizer, which precision, which rate: chosen as asked, refused in one line, computed as by hand."""
+
+import importlib
+import math
+import sys
+
+import pytest
+import torch
+
+from p2w.config import OptimConfig
+from p2w.errors import UserError
+from p2w.train.optim import Schedule, build_optimizer, choose_precision
+
+MODEL = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "group"),
+    [
+        ("adam", torch.optim.Adam, {"betas": (0.8, 0.99)}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.8}),
+    ],
+)
+@pytest.mark.parametrize(("fused", "said"), [("torch", "torch, fused"), ("none", "torch")])
+def test_optimizer_is_the_one_asked_for(name, kind, group, fused, said):
+    config = OptimConfig(name=name, lr=0.25, betas=(0.8, 0.99), weight_decay=0.125, fused=fused)
+    optimizer, whose = build_optimizer(config, MODEL)
+    assert type(optimizer) is kind and whose == said
+    found = optimizer.param_groups[0]
+    assert {**group, "lr": 0.25, "weight_decay": 0.125, "fused": fused == "torch"}.items() <= found.items()
+
+
+def test_no_apex_is_said_in_one_line():
+    assert importlib.util.find_spec("apex") is None
+    with pytest.raises(UserError, match=r"optim\.fused=apex: apex is not installed; .*--optim\.fused torch"):
+        build_optimizer(OptimConfig(fused="apex"), MODEL)
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_the_wrong_apex_is_told_from_the_right_one(tmp_path, monkeypatch, nvidia):
+    """PyPI's apex as it lies on disk: a Pyramid toolkit without `optimizers`; it must not even be imported."""
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('apex was imported')\n")
+    for name in ("amp.py", "models.py", "views.py"):
+        (package / name).touch()
+    if nvidia:
+        (package / "optimizers").mkdir()
+        (package / "optimizers" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(UserError) as error:
+        build_optimizer(OptimConfig(fused="apex"), MODEL)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("pass --optim.fused torch")
+    if nvidia:
+        assert "need a CUDA device" in message
+    else:
+        assert f"the apex at {package}/__init__.py is PyPI's web toolkit, not NVIDIA's" in message
+    assert "apex" not in sys.modules
+
+
+def test_precision_on_a_cpu():
+    cpu = torch.device("cpu")
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    auto = choose_precision("auto", cpu)
+    assert (auto.name, auto.dtype) == (("bf16", torch.bfloat16) if has else ("fp32", None))
+    assert "cpu" in auto.reason
+    assert choose_precision("fp32", cpu).dtype is None
+    with pytest.raises(UserError, match=r"train\.amp=fp16: float16 needs a GPU; pass --train\.amp auto"):
+        choose_precision("fp16", cpu)
+
+
+def test_constant_with_warm_up_by_hand():
+    schedule = Schedule(OptimConfig(lr=1.0, schedule="constant", warmup_steps=4), 10)
+    assert [schedule.rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    for _ in range(50):
+        schedule.observe(1.0)
+    assert schedule.rate(5) == 1.0  # only plateau halves
+
+
+def test_cosine_by_hand():
+    schedule = Schedule(OptimConfig(lr=2.0, schedule="cosine", warmup_steps=2), 10)
+    assert [schedule.rate(step) for step in (0, 1, 2)] == [1.0, 2.0, 2.0]
+    assert schedule.rate(6) == pytest.approx(2 * (0.01 + 0.99 / 2))  # half way
+    assert schedule.rate(4) == pytest.approx(2 * (0.01 + 0.99 * (1 + math.sqrt(0.5)) / 2))  # a quarter
+    assert schedule.rate(10) == schedule.rate(99) == pytest.approx(0.02)  # the floor, and it stays there
+
+
+def test_plateau_by_hand_and_after_a_resume():
+    """Patience 1: the second validation in a row that brings nothing halves the rate, the fourth again."""
+    config = OptimConfig(lr=1.0, schedule="plateau", plateau_patience=1)
+    seen = [1.0, 0.5, 0.6, 0.49999, 0.5, 0.5, 0.4, 0.45, float("nan"), 0.3]
+    rates = [1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125]
+    bad = [0, 0, 1, 2, 3, 4, 0, 1, 2, 0]  # 0.49999 is better, but by less than a ten-thousandth
+    whole = Schedule(config, 100)
+    for index, value in enumerate(seen):
+        whole.observe(value)
+        assert (whole.rate(50), whole.bad) == (rates[index], bad[index]), index
+        again = Schedule(config, 100)  # as if killed here, and continued
+        again.load_state_dict(whole.state_dict())
+        for later, more in enumerate(seen[index + 1 :], index + 1):
+            again.observe(more)
+            assert (again.rate(50), again.bad) == (rates[later], bad[later])
