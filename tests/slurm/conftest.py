@@ -122,31 +122,34 @@ class Cluster:
         return self.job(job)
 
 
-def pids(folder: Path) -> list[int]:
-    """Of the daemons that were started in ``folder`` and still run; a dead one nobody has waited for does not."""
-    found = []
-    for file in folder.glob("*.pid"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(file.read_text())
-            if Path(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]).name in DAEMONS:
-                found.append(pid)
+def processes(folder: Path) -> list[int]:
+    """Daemons and jobs that were started in ``folder`` and still run: all carry its configuration with them."""
+    mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
     return found
 
 
 def stop(folder: Path) -> None:
-    """Kill the jobs, then the daemons: first politely, after 10 s for good; remove the folder."""
-    if pids(folder):
+    """End the jobs, then the daemons by their pid files, then whatever is left after 5 s; remove the folder."""
+    if processes(folder):
         with contextlib.suppress(RuntimeError):
-            cluster = Cluster(folder)
-            cluster.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
-            cluster.run("scancel", f"--user={getpass.getuser()}")
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        for pid in pids(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
-        end = time.monotonic() + 10
-        while pids(folder) and time.monotonic() < end:
-            time.sleep(0.05)
+            Cluster(folder).run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+            Cluster(folder).run("scancel", f"--user={getpass.getuser()}")
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            if pid in processes(folder):
+                os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 5
+    while left := processes(folder):
+        if time.monotonic() > end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
 
 

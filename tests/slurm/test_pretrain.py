@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.t
 
 STEPS = 40
 SMALL = [
-    "demo", "--data.batch=2", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
+    "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
     "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
 ]  # fmt: skip
 Start = Callable[..., str]
@@ -77,7 +77,8 @@ def test_a_warning_and_a_dead_worker_change_nothing(cluster, pretrain, uninterru
     os.kill(worker, signal.SIGKILL)
     end = cluster.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert cluster.log(job).count("continues after step") == 2  # torchrun itself has restarted the workers
+    assert f"failed with exit code 1; newest checkpoint {stopped:08d}" in cluster.log(job)
+    assert cluster.log(job).count(f"continues after step {stopped} of") == 2
     assert losses(run) == losses(uninterrupted)
 
 
