@@ -70,6 +70,19 @@ class Stepper:
             total += loss.detach() / passes
         return self._update(total, extras)
 
+    def settle(self, views: Views) -> None:
+        """A throw-away pass before the first step, of a fresh start and of a resume alike.
+
+        DDP lays its buckets out anew after the first backward pass, and three ranks or more add numbers in an order
+        that depends on the place in a bucket: without this, a resumed run's first step differs in the last bits.
+        """
+        _copy(self._before, self.buffers)
+        with self.autocast():
+            output = self.network(views.input)
+        self.pretext.loss(output, views)[0].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        _copy(self.buffers, self._before)
+
     def _update(self, loss: Tensor, extras: dict[str, Tensor]) -> StepResult:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.clip_norm or float("inf")
