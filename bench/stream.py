@@ -52,7 +52,14 @@ def write_set(folder: str, form: str, wholes: np.ndarray) -> list[str]:
         uid = f"scan{number:03d}"
         shard = open_shard(f"{folder}/{uid}.{form}", SHAPE)
         for tile in range(PER_SHARD):
-            row = {"key": f"{uid}/z{tile:04d}_y0000_x0000", "scan_uid": uid, "subset": -1, "z": tile, "y": 0, "x": 0}
+            row = {
+                "key": f"{uid}/z{tile:04d}_y0000_x0000",
+                "scan_uid": uid,
+                "subset": -1,
+                "z": tile,
+                "y": 0,
+                "x": 0,
+            }
             row |= {"spacing_z": 1.0, "spacing_y": 1.0, "spacing_x": 1.0, "mean_hu": 0.0, "std_hu": 0.0}
             row |= {"split": "train", "shard": f"{uid}.{form}"}
             rows.append(shard.add(row, wholes[number * PER_SHARD + tile]))
@@ -123,15 +130,21 @@ def cases(folder: str, options: Options) -> dict[str, Callable[[], int]]:
                 name = f"p2w {form}, readers {readers}, {'checksum' if verify else 'no checksum'}"
                 found[name] = ours(f"{folder}/{form}", options, readers, verify)
     for workers in (0, 1, 2):
-        found[f"peer: DataLoader over .npy memmap, workers {workers}"] = loader(f"{folder}/all.npy", options, workers)
+        found[f"peer: DataLoader over .npy memmap, workers {workers}"] = loader(
+            f"{folder}/all.npy", options, workers
+        )
         found[f"peer: webdataset tar, workers {workers}"] = webdataset(tars, options, workers)
     return found
 
 
-def measure(found: dict[str, Callable[[], int]], options: Options, console: Console) -> dict[str, list[float]]:
+def measure(
+    found: dict[str, Callable[[], int]], options: Options, console: Console
+) -> dict[str, list[float]]:
     """Samples a second of each case in each round; round 0 warms up and is dropped."""
     rates: dict[str, list[float]] = {name: [] for name in found}
-    for round_ in track(range(options.rounds + 1), "rounds", console=console, disable=not console.is_terminal):
+    for round_ in track(
+        range(options.rounds + 1), "rounds", console=console, disable=not console.is_terminal
+    ):
         for name, epoch in found.items():
             began = time.perf_counter()
             count = epoch()
@@ -189,7 +202,12 @@ def main(options: Options) -> None:
     for name, value in found.items():
         console.print(f"{name}: {value if isinstance(value, str) else round(value, 2)}")
     result = {"question": "samples/s of reading 2 MiB sub-scans, warm page cache", "machine": before}
-    result |= {"options": vars(options) | {"folder": None}, "median": medians, "rounds": rates, "ratios": found}
+    result |= {
+        "options": vars(options) | {"folder": None},
+        "median": medians,
+        "rounds": rates,
+        "ratios": found,
+    }
     os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
     with open(options.out, "w") as file:
         json.dump(result, file, indent=1)

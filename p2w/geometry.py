@@ -68,8 +68,8 @@ def _mix(z: Tensor) -> Tensor:
 def uniforms(keys: Keys, part: int, count: int) -> Tensor:
     """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
 
-    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so CPU
-    and GPU agree bit for bit. Raises UserError unless ids are (B,) int64.
+    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so
+    CPU and GPU agree bit for bit. Raises UserError unless ids are (B,) int64.
     """
     if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
         raise UserError(
@@ -96,11 +96,11 @@ def sample_boxes(
 
     Volume: the fraction f of the whole is exactly uniform in `volume_fraction` (boxes are continuous).
     Shape: relative to the whole's, edge factors are f^(1/3) a_k; the a_k are log-uniform in `aspect_range`,
-    independent for z, y, x, then divided by their geometric mean, so that their product is 1. Where the range is
-    wider than a ratio high / low of f^(-1/2), it is narrowed to that, about its middle in log: the widest at which
-    no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The default (1/2, 2) is
-    just wide enough at f = 1/16 (longest to shortest edge at most 4); at f = 1/4 it has narrowed to sqrt(2)
-    either way, at f = 1 to nothing (the whole).
+    independent for z, y, x, then divided by their geometric mean, so that their product is 1. Where the
+    range is wider than a ratio high / low of f^(-1/2), it is narrowed to that, about its middle in log: the
+    widest at which no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The
+    default (1/2, 2) just passes at f = 1/16 (longest to shortest edge at most 4); by f = 1/4 it is narrowed
+    to sqrt(2) either way, by f = 1 to nothing (the whole).
     Position: uniform over all placements inside the whole, independent along the axes.
 
     Raises UserError for ranges that are not 0 < low <= high (<= 1 for the fraction).
@@ -114,8 +114,9 @@ def sample_boxes(
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
     edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(widest / narrowest))).exp().clamp(max=1.0)
     start = u[:, 4:7] * (1 - edge)
-    shape = torch.tensor([*shape_dhw, *shape_dhw], dtype=torch.float64).to(u.device)
-    return torch.minimum(torch.cat([start, start + edge], 1) * shape, shape).float()
+    # Lengths enter as numbers: a tensor of them would be a copy to the device that waits for it.
+    corners = [(c[:, k] * n).clamp(max=n) for c in (start, start + edge) for k, n in enumerate(shape_dhw)]
+    return torch.stack(corners, 1).float()
 
 
 def _checked(name: str, pair: Range, top: float) -> Range:
@@ -145,13 +146,13 @@ def crop_resize(
     antialias: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Part (B, 1, d, h, w) of `dtype` in [0, 1]: what `boxes` (B, 6) cut out of `whole` (B, D, H, W), resized.
+    """Part (B, 1, d, h, w) of `dtype` in [0, 1]: `boxes` (B, 6) of `whole` (B, D, H, W), resized.
 
-    HU are clipped to `window_hu` and scaled so that the window becomes [0, 1]. `whole` is int16 or float32 HU.
-    `out`, when given, is a contiguous tensor to fill (with one channel, channels_last_3d is the same order in
-    memory). No gradient flows. A sample's result is the same, bit for bit, in whatever batch it comes.
-    Raises UserError for shapes, types, windows and, on the CPU, boxes that break these rules; on a GPU looking
-    at the boxes would stall it, there the kernel keeps its reads inside the whole.
+    HU are clipped to `window_hu` and scaled so that the window becomes [0, 1]. `whole` is int16 or float32
+    HU. `out`, when given, is a contiguous tensor to fill (with one channel, channels_last_3d is the same
+    order in memory). No gradient flows. A sample's result is the same, bit for bit, in whatever batch it is.
+    Raises UserError for shapes, types, windows and, on the CPU, boxes that break these rules; on a GPU
+    looking at the boxes would stall it, there the kernel keeps its reads inside the whole.
     """
     _check(whole, boxes, size_dhw, window_hu)
     part = _output(out, whole, size_dhw, dtype)
@@ -170,7 +171,7 @@ def part_and_whole(
     antialias: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(part, target), both (B, 1, d, h, w): `crop_resize` of the boxes and of the whole; on a GPU, one launch."""
+    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one launch."""
     _check(whole, boxes, size_dhw, window_hu)
     part, target = (_output(o, whole, size_dhw, dtype) for o in (out or (None, None)))
     _run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
@@ -189,7 +190,7 @@ def _run(
 
 
 def _check(whole: Tensor, boxes: Tensor, size: Sequence[int], window: Range) -> None:
-    if whole.ndim != 4 or whole.dtype not in (torch.int16, torch.float32):
+    if whole.ndim != 4 or whole.numel() == 0 or whole.dtype not in (torch.int16, torch.float32):
         raise UserError(
             f"whole: must be (B, D, H, W) int16 or float32 HU, got {tuple(whole.shape)} {whole.dtype}"
         )

@@ -1,0 +1,178 @@
+"""The GPU kernel: its arithmetic in Triton's interpreter, its compilation for cards, and, on one, itself.
+
+Triton decides when it is imported whether kernels are interpreted, so the tests marked `interpreted` run in a
+process of their own, started by test_all_of_this_in_the_interpreter. By hand:
+`TRITON_INTERPRET=1 python -m pytest tests/kernels/test_crop_resize_triton.py`.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from crop_resize_oracle import bf16_step, resize_batch
+
+from p2w.geometry import Keys, backend, crop_resize, part_and_whole, sample_boxes
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter's own process")
+compiled = pytest.mark.skipif(
+    INTERPRETING or importlib.util.find_spec("triton") is None, reason="needs triton, not interpreting"
+)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def volumes(count, shape, dtype=torch.int16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-1300, 1301, (count, *shape), generator=generator).to(dtype)
+
+
+def launch(
+    whole, boxes, size, *, dtype=torch.float32, antialias=True, with_target=True, window_hu=(-1000, 1000)
+):
+    from p2w.kernels import crop_resize_triton
+
+    part, target = (torch.full((len(whole), 1, *size), torch.nan, dtype=dtype) for _ in range(2))
+    crop_resize_triton.run(
+        whole, boxes, part, target if with_target else None, window_hu=window_hu, antialias=antialias
+    )
+    return part, target
+
+
+@compiled
+def test_all_of_this_in_the_interpreter():
+    """Every interpreted test must have run and passed in a process that interprets."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        check=False, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "8 passed" in run.stdout, run.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("antialias, size, dtype", [
+    (True, (2, 5, 9), torch.int16),  # tiles hang over rows and columns
+    (False, (2, 5, 9), torch.int16),
+    (True, (1, 10, 66), torch.float32),  # several tiles down and across
+])  # fmt: skip
+def test_float32_is_within_1e5_of_the_oracle(antialias, size, dtype):
+    whole = volumes(2, (5, 12, 20), dtype)
+    boxes = sample_boxes(Keys(1, 1, torch.arange(2)), 0, whole.shape[1:], (1 / 8, 1 / 2))
+    window = (-800.5, 900)
+    part, target = launch(whole, boxes, size, antialias=antialias, window_hu=window)
+    full = [[0, 0, 0, 5, 12, 20]] * 2
+    for got, box in ((part, boxes), (target, full)):
+        expected = resize_batch(whole, box, size, antialias=antialias, window_hu=window)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@interpreted
+def test_bfloat16_is_within_one_step_and_a_part_alone_leaves_the_target():
+    whole = volumes(1, (6, 9, 11))
+    boxes = torch.tensor([[0.25, 1.5, 2, 5.75, 8, 10.125]])
+    part, target = launch(whole, boxes, (2, 4, 6), dtype=torch.bfloat16, with_target=False)
+    expected = resize_batch(whole, boxes, (2, 4, 6))
+    assert (np.abs(part.double().numpy() - expected) <= bf16_step(expected)).all()
+    assert target.isnan().all()
+
+
+@interpreted
+def test_bits_do_not_depend_on_the_batch():
+    whole = volumes(3, (4, 8, 8))
+    boxes = sample_boxes(Keys(1, 1, torch.arange(3)), 0, whole.shape[1:])
+    part, target = launch(whole, boxes, (2, 4, 4))
+    alone = launch(whole[2:], boxes[2:], (2, 4, 4))
+    assert torch.equal(alone[0], part[2:]) and torch.equal(alone[1], target[2:])
+
+
+@interpreted
+def test_offsets_past_2_to_the_31():
+    memory = torch.empty(2**31 + 64, dtype=torch.int16)  # reserved, not touched
+    whole = memory.as_strided((2, 4, 4, 4), (2**31, 16, 4, 1)).copy_(volumes(2, (4, 4, 4)))
+    boxes = torch.tensor([[0.0, 0, 0, 4, 4, 4], [0.5, 1, 0, 3, 3.5, 4]])
+    part, _ = launch(whole, boxes, (2, 2, 2), with_target=False)
+    np.testing.assert_allclose(part, resize_batch(whole, boxes, (2, 2, 2)), rtol=0, atol=1e-5)
+
+
+@interpreted
+def test_a_broken_box_reads_nothing_outside_the_whole():
+    """On a GPU nobody looks at the boxes; the whole lies between poison that would show. NaN may stay NaN."""
+    memory = torch.full((3, 4, 4, 4), 1000, dtype=torch.int16)
+    memory[1] = -1000
+    for box in ([-50.0, 2, 1e9, 90, 2, -5], [float("nan")] * 6, [4.0, 4, 4, 5, 5, 5]):
+        part, _ = launch(memory[1:2], torch.tensor([box]), (1, 2, 2), with_target=False)
+        assert not part.nan_to_num(0).any()
+
+
+@interpreted
+def test_strided_wholes():
+    whole = volumes(2, (4, 6, 8)).transpose(1, 3)
+    boxes = sample_boxes(Keys(1, 1, torch.arange(2)), 0, whole.shape[1:])
+    part, _ = launch(whole, boxes, (2, 2, 2), with_target=False)
+    np.testing.assert_allclose(part, resize_batch(whole, boxes, (2, 2, 2)), rtol=0, atol=1e-5)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from p2w.kernels.crop_resize_triton import crop_resize_kernel as kernel
+
+pointers = {"whole_ptr": "*i16", "boxes_ptr": "*fp32", "part_ptr": "*bf16", "target_ptr": "*bf16"}
+types = pointers | {"low_hu": "fp32", "window": "fp32", "whole_stride": "i64"}
+signature = {name: "constexpr" if name.isupper() else types.get(name, "i32") for name in kernel.arg_names}
+sizes = dict(OUT_D=32, OUT_H=64, OUT_W=64, TILE_H=8, TILE_W=64, JOBS=2, ANTIALIAS=True)
+for capability in (80, 90):
+    source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert len(binary.asm["cubin"]) > 1000
+    assert "local" not in binary.asm["ptx"], "registers spill"
+print("compiled")
+"""
+
+
+@compiled
+def test_compiles_for_ampere_and_hopper_without_one(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0 and "compiled" in run.stdout, run.stderr
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("antialias", [True, False])
+def test_on_a_gpu_as_the_oracle_and_in_one_launch(antialias):
+    assert backend("cuda")[0] == "triton"
+    size = (32, 64, 64)
+    whole = volumes(4, (64, 128, 128))
+    boxes = sample_boxes(Keys(1, 1, torch.arange(4, device="cuda")), 0, whole.shape[1:])
+    cpu_boxes = sample_boxes(Keys(1, 1, torch.arange(4)), 0, whole.shape[1:])
+    torch.testing.assert_close(
+        boxes.cpu(), cpu_boxes, rtol=0, atol=2e-5
+    )  # float64 logarithms differ in a bit
+    on_gpu = whole.cuda()
+    part, target = part_and_whole(on_gpu, boxes, size, antialias=antialias)
+    full = [[0, 0, 0, 64, 128, 128]] * 4
+    for got, box in ((part, boxes.cpu()), (target, full)):
+        np.testing.assert_allclose(
+            got.cpu(), resize_batch(whole, box, size, antialias=antialias), rtol=0, atol=1e-5
+        )
+    assert torch.equal(crop_resize(on_gpu[2:], boxes[2:], size, antialias=antialias), part[2:])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        part_and_whole(on_gpu, boxes, size, antialias=antialias, out=(part, target))
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert [event.name for event in kernels] == ["crop_resize_kernel"]
