@@ -49,9 +49,9 @@ class RunFolder:
                     "command, or name another folder with --run"
                 )
         starts = self._starts()
-        if starts and starts[-1]["data"] != data:
+        if starts and starts[-1].get("data") != data:
             raise UserError(
-                f"{self.path}: was trained on data set {starts[-1]['data']}, now {data}; pass the --shards it began "
+                f"{self.path}: was trained on data set {starts[-1].get('data')}, now {data}; pass the --shards it began "
                 "with, or name another folder with --run"
             )
 
@@ -86,4 +86,11 @@ class RunFolder:
 
     def _starts(self) -> list[dict[str, Any]]:
         path = self.path / "run.json"
-        return json.loads(path.read_text())["starts"] if path.exists() else []
+        try:
+            starts = json.loads(path.read_text())["starts"] if path.exists() else []
+            return [dict(start) for start in starts]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); delete it if the data set is still the same, or name another folder "
+                "with --run"
+            ) from error

@@ -19,7 +19,7 @@ from p2w.data.stream import Batch, Stream
 from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
-from p2w.pretext.protocol import Pretext
+from p2w.pretext.protocol import Pretext, Views
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.optim import Precision, Schedule, build_optimizer
 from p2w.train.signals import StopRequest
@@ -66,6 +66,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.validation: float | None = None
+        self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
 
     def resume(self) -> bool:
@@ -90,7 +91,7 @@ class Trainer:
 
     def fit(self, validate: Validate) -> Outcome:
         """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended."""
-        with StopRequest() as stop:
+        with StopRequest(self.log.speaks) as stop:
             if self.step == 0:
                 self._validate(validate)
             outcome = self._train(validate, stop)
@@ -133,13 +134,18 @@ class Trainer:
 
     def _one(self, batch: Batch) -> None:
         """One step: from wholes to updated weights."""
-        torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
-        keys = Keys(self.config.data.seed, batch.epoch, batch.ids)
-        views = self.pretext.sample(batch.voxels, keys)
-        result = self.stepper.step(views, self.step)
+        if not self._settled:
+            self.stepper.settle(self._views(batch))
+            self._settled = True
+        result = self.stepper.step(self._views(batch), self.step)
         self.step += 1
         self.validation = None
         self._account(result, len(batch.ids))
+
+    def _views(self, batch: Batch) -> Views:
+        """What this rank's wholes become at this step, whenever it is asked for."""
+        torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
+        return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
 
     def _account(self, result: StepResult, samples: int) -> None:
         self.skipped = 0 if result.applied else self.skipped + 1

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -9,13 +10,15 @@ from typing import Any
 class StopRequest:
     """Catches SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while open; restores the handlers after.
 
-    A second SIGINT or SIGTERM leaves at once, without saving.
+    Another Ctrl-C later than BURST_S leaves at once, without saving. Sooner ones, and any other signal, change nothing:
+    scancel signals torchrun and its workers, torchrun then signals the workers again, and all of it is one request.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    BURST_S = 1.0
 
-    def __init__(self) -> None:
-        self.name = ""
+    def __init__(self, speaks: bool = False) -> None:
+        self.name, self.speaks, self._at = "", speaks, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -24,10 +27,15 @@ class StopRequest:
         return bool(self.name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked and number != signal.SIGUSR1
-        self.name = signal.Signals(number).name
-        if again:
-            os._exit(128 + number)
+        if self.asked:
+            if number == signal.SIGINT and time.monotonic() - self._at > self.BURST_S:
+                os._exit(128 + number)
+            return
+        self.name, self._at = signal.Signals(number).name, time.monotonic()
+        if self.speaks:  # straight to the descriptor: a signal may come while Python's own stream is locked
+            os.write(
+                2, f"{self.name}: saves after this step, then leaves (Ctrl-C: leaves at once)\n".encode()
+            )
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:

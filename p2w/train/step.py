@@ -39,6 +39,8 @@ class Stepper:
         self.config, self.pretext, self.network = config, pretext, network
         self.optimizer, self.schedule, self.precision, self.device = optimizer, schedule, precision, device
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.buffers = list(network.buffers())
+        self._before = [torch.empty_like(buffer) for buffer in self.buffers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
 
     def autocast(self) -> torch.autocast:
@@ -56,6 +58,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(step)
         self.optimizer.zero_grad(set_to_none=True)
+        _copy(self._before, self.buffers)
         total = torch.zeros((), device=self.device)
         extras: dict[str, Tensor] = {}
         for index, part in enumerate(_split(views, passes)):
@@ -67,6 +70,19 @@ class Stepper:
             total += loss.detach() / passes
         return self._update(total, extras)
 
+    def settle(self, views: Views) -> None:
+        """A throw-away pass before the first step, of a fresh start and of a resume alike.
+
+        DDP lays its buckets out anew after the first backward pass, and three ranks or more add numbers in an order
+        that depends on the place in a bucket: without this, a resumed run's first step differs in the last bits.
+        """
+        _copy(self._before, self.buffers)
+        with self.autocast():
+            output = self.network(views.input)
+        self.pretext.loss(output, views)[0].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        _copy(self.buffers, self._before)
+
     def _update(self, loss: Tensor, extras: dict[str, Tensor]) -> StepResult:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.clip_norm or float("inf")
@@ -74,6 +90,8 @@ class Stepper:
         applied = math.isfinite(norm)
         if applied:
             self.scaler.step(self.optimizer)
+        else:  # batch norm has already averaged in what was not finite, and would never lose it again
+            _copy(self.buffers, self._before)
         self.scaler.update()
         return StepResult(loss, extras, norm, applied)
 
@@ -81,6 +99,12 @@ class Stepper:
         """DDP averages gradients in the last pass only."""
         no_sync = getattr(self.network, "no_sync", None)
         return no_sync() if skip and no_sync is not None else contextlib.nullcontext()
+
+
+def _copy(into: list[Tensor], source: list[Tensor]) -> None:
+    """Copy all tensors in a few launches rather than one each."""
+    if into:
+        torch._foreach_copy_(into, source)
 
 
 def _split(views: Views, passes: int) -> list[Views]:
