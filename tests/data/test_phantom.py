@@ -39,10 +39,10 @@ def test_same_seed_gives_the_same_bytes() -> None:
 def test_other_seeds_are_other_patients(scans: list[PhantomScan]) -> None:
     pairs = [(scans[0], scans[1]), (scans[0], scans[2]), (scans[1], scans[2])]
     for a, b in pairs:
-        assert dice(np.isin(a.labels, LUNGS), np.isin(b.labels, LUNGS)) < 0.95
-        assert dice(a.labels == Label.VESSEL, b.labels == Label.VESSEL) < 0.25
-        assert dice(a.labels == Label.RIB, b.labels == Label.RIB) < 0.6
-        assert dice(a.labels == Label.HEART, b.labels == Label.HEART) < 0.95
+        assert dice(np.isin(a.labels, LUNGS), np.isin(b.labels, LUNGS)) < 0.9
+        assert dice(a.labels == Label.VESSEL, b.labels == Label.VESSEL) < 0.2
+        assert dice(a.labels == Label.RIB, b.labels == Label.RIB) < 0.3
+        assert dice(a.labels == Label.HEART, b.labels == Label.HEART) < 0.9
         assert a.spacing_mm != b.spacing_mm
 
 

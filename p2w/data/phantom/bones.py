@@ -7,7 +7,7 @@ from p2w.data.phantom.body import Body, smoothstep
 from p2w.data.phantom.canvas import Canvas
 from p2w.data.phantom.frame import Floats
 from p2w.data.phantom.labels import Label
-from p2w.data.phantom.vessels import along
+from p2w.data.phantom.tubes import Balls, join, tube
 
 _RIB_STRETCH = np.array([1.7, 1.0, 1.0])  # ribs stand on edge
 
@@ -16,31 +16,32 @@ def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
     """All bones, over what is there."""
     _paint_spine(canvas, body)
     bony, gristle = _ribs(body, rng)
-    canvas.balls(*gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
+    canvas.balls(gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
     _shell(canvas, body, bony, Label.RIB, cortex_mm=1.1, stretch=_RIB_STRETCH)
-    _shell(canvas, body, _others(body, rng), Label.BONE, cortex_mm=1.5)
+    _shell(canvas, body, _sternum_and_shoulders(body, rng), Label.BONE, cortex_mm=1.5)
 
 
 def _shell(
     canvas: Canvas,
     body: Body,
-    balls: tuple[Floats, Floats],
+    balls: Balls,
     label: Label,
     *,
     cortex_mm: float,
     stretch: Floats | None = None,
 ) -> None:
-    depth = canvas.balls(*balls, stretch)
+    depth = canvas.balls(balls, stretch)
     depth.paint(body.cortex, label).paint(body.marrow + 70, label, inset=cortex_mm)
 
 
 def rib_heights(body: Body) -> Floats:
     """Heights z at which the twelve ribs leave the spine."""
-    first = body.apex + 8
+    first = body.apex + 4
     return first - body.vertebra * (np.arange(12) * 0.97 + 0.004 * np.arange(12) ** 2)
 
 
-def _ribs(body: Body, rng: np.random.Generator) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+def _ribs(body: Body, rng: np.random.Generator) -> tuple[Balls, Balls]:
+    """Twelve pairs of hoops that fall to the front; and the cartilage that ties them to the sternum."""
     bony, gristle = [], []
     slope = rng.uniform(72, 108)
     for n, z in enumerate(rib_heights(body)):
@@ -51,23 +52,17 @@ def _ribs(body: Body, rng: np.random.Generator) -> tuple[tuple[Floats, Floats], 
             bump = rng.normal(0, 1.5) * np.sin(angle * 3 + rng.uniform(0, 6))
             low = z - drop * (angle / np.pi) ** 1.2 + bump
             points = _on_cage(body, low, angle, 5.5, sign)
-            spine_y, spine_x = body.spine(np.float64(z))
-            head = along(
-                [
-                    (z + 3, spine_y + 3, spine_x + 19 * sign),
-                    tuple((points[0] + [2, spine_y + 21, spine_x + 34 * sign]) / 2 if n > 1 else points[0]),
-                    tuple(points[0]),
-                ],
-                1.0,
-                [4, 4, 4],
-            )[0]
+            spine_y, spine_x = body.spine(float(z))
+            wing = (points[0] + [2, spine_y + 21, spine_x + 34 * sign]) / 2 if n > 1 else points[0]
+            neck = [(z + 3, spine_y + 3, spine_x + 19 * sign, 4), (*wing, 4), (*points[0], 4)]
+            head = tube(neck, 1.0).points
             path = np.concatenate([head, points])
-            bony.append((path, np.full(len(path), rng.uniform(3.3, 4.2))))
+            bony.append(Balls(path, np.full(len(path), rng.uniform(3.3, 4.2))))
             if n < 10:
                 turn = np.linspace(end, np.pi * (0.95 if n < 7 else 0.9), 40)
                 rise = low[-1] + (5 + 7 * n) * smoothstep((turn - end) / (np.pi - end))
-                gristle.append((_on_cage(body, rise, turn, 6.5, sign), np.full(40, 4.0)))
-    return _join(bony), _join(gristle)
+                gristle.append(Balls(_on_cage(body, rise, turn, 6.5, sign), np.full(40, 4.0)))
+    return join(bony), join(gristle)
 
 
 def _on_cage(body: Body, z: Floats, angle: Floats, out: float, sign: float) -> Floats:
@@ -77,42 +72,28 @@ def _on_cage(body: Body, z: Floats, angle: Floats, out: float, sign: float) -> F
     )
 
 
-def _others(body: Body, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    parts = []
+def _sternum_and_shoulders(body: Body, rng: np.random.Generator) -> Balls:
     top = rib_heights(body)[0] - 34
-    z, x = np.meshgrid(
-        np.linspace(top, top - rng.uniform(130, 160), 70), np.linspace(-1, 1, 14), indexing="ij"
-    )
+    length = rng.uniform(130, 160)
+    z, x = np.meshgrid(np.linspace(top, top - length, 70), np.linspace(-1, 1, 14), indexing="ij")
     part = (top - z) / 140
     half = np.where(part < 0.3, 24 - 40 * part, 12 + 5 * np.sin(part * 9))
     front = body.cage_centre_y(z) - np.maximum(body.cage_radius(z, np.full_like(z, np.pi)), 45) - 8
-    parts.append((np.stack([z, front, x * half], axis=-1).reshape(-1, 3), np.full(z.size, 5.0)))
-    lift, reach = rng.uniform(15, 45), body.cage_width + rng.uniform(5, 20)
+    sternum = np.stack([z, front, x * half], axis=-1).reshape(-1, 3)
+    parts = [Balls(sternum, np.full(len(sternum), 5.0))]
+    y, lift, reach = front[0, 0], rng.uniform(15, 45), body.cage_width + rng.uniform(5, 20)
     head = np.array([top + lift + 12, 4.0, reach + 14])
+    middle, tip = (top + lift, y + 40, 105, 5), (top + lift + 8, -10, reach, 5.5)
+    clavicle = tube([(top + 6, y, 24, 6.5), (top + 12, y + 4, 60, 5), middle, tip], 1.5)
+    humerus = tube([(*head, 14), (head[0] + 60, head[1] + 5, head[2] + 18, 11)], 2.0)
     for sign in (-1.0, 1.0):
-        mirror = np.array([1, 1, sign])
-        y = float(front[0, 0])
-        knots = [
-            np.array(k) * mirror
-            for k in (
-                (top + 6, y, 24),
-                (top + 12, y + 4, 60),
-                (top + lift, y + 40, 105),
-                (top + lift + 8, -10, reach),
-            )
-        ]
-        parts.append(along([tuple(k) for k in knots], 1.5, [6.5, 5, 5, 5.5]))
-        parts.append(((head * mirror)[None], np.array([22.0])))
-        parts.append(
-            along([tuple(head * mirror), tuple((head + np.array([60, 5, 18])) * mirror)], 2.0, [14.0, 11.0])
-        )
-        parts.append(_scapula(body, rng, top, head, sign))
-    return _join(parts)
+        blade = _scapula(body, rng, top, head)
+        for part_of in (clavicle, humerus, Balls(head[None], np.array([22.0])), blade):
+            parts.append(Balls(part_of.points * np.array([1, 1, sign]), part_of.radius))
+    return join(parts)
 
 
-def _scapula(
-    body: Body, rng: np.random.Generator, top: float, head: Floats, sign: float
-) -> tuple[Floats, Floats]:
+def _scapula(body: Body, rng: np.random.Generator, top: float, head: Floats) -> Balls:
     """A bent triangle behind the ribs with a ridge, thick at its outer border."""
     v, u = np.meshgrid(np.linspace(0, 1, 90), np.linspace(0, 1, 60), indexing="ij")
     z = top + 15 - 115 * v
@@ -121,14 +102,10 @@ def _scapula(
     sheet = np.stack([z, body.cage_centre_y(z) + radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
     thick = 1.7 + 2.6 * smoothstep((u - 0.75) * 4) + rng.uniform(0, 0.5)
     ridge = sheet[18] + np.array([12.0, 14.0, 4.0]) * np.linspace(0.2, 1, 60)[:, None]
-    neck = along([tuple(sheet[10, -1]), tuple(head + np.array([-6, 4, -14]))], 1.5, [6.0, 9.0])
-    points = np.concatenate([sheet.reshape(-1, 3), ridge, (sheet[18] + ridge) / 2, neck[0]])
-    radii = np.concatenate([thick.reshape(-1), np.full(60, 3.0), np.full(60, 2.2), neck[1]])
-    return points * np.array([1, 1, sign]), radii
-
-
-def _join(tubes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    return np.concatenate([p for p, _ in tubes]), np.concatenate([r for _, r in tubes])
+    neck = tube([(*sheet[10, -1], 6), (head[0] - 6, head[1] + 4, head[2] - 14, 9)], 1.5)
+    points = np.concatenate([sheet.reshape(-1, 3), ridge, (sheet[18] + ridge) / 2, neck.points])
+    radii = np.concatenate([thick.reshape(-1), np.full(60, 3.0), np.full(60, 2.2), neck.radius])
+    return Balls(points, radii)
 
 
 def _paint_spine(canvas: Canvas, body: Body) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from p2w.data.phantom.frame import Floats, Frame
 from p2w.data.phantom.labels import Label
 from p2w.data.phantom.organs import Layer
+from p2w.data.phantom.tubes import Balls
 
 Box = tuple[slice, slice, slice]
 _SLAB = 8  # slices painted at a time
@@ -100,9 +101,9 @@ class Canvas:
             field = ahead.take(left - low, axis) * share + field.take(left - low, axis)
         return field
 
-    def balls(self, points: Floats, radius: Floats, stretch: Floats | None = None) -> "Depth":
-        """How deep each voxel lies inside the union of balls: body points (N, 3), radii (N,) mm, optional
-        stretch (3,)."""
+    def balls(self, balls: Balls, stretch: Floats | None = None) -> "Depth":
+        """How deep each voxel lies inside the union of balls; stretch (3,): of every ball along z, y, x."""
+        points, radius = balls.points, balls.radius
         depth = np.full(self.hu.size, _FAR, np.float32)
         spacing = np.array(self.frame.spacing_mm) / (1.0 if stretch is None else stretch)
         for flat, gap, chosen in _near(self.frame, points, radius, self.edge_mm, spacing):
@@ -111,9 +112,9 @@ class Canvas:
             np.maximum.at(depth, flat[keep], value[keep])
         return Depth(self, np.flatnonzero(depth > -self.edge_mm), depth)
 
-    def threads(self, points: Floats, radius: Floats) -> "Depth":
-        """Like `balls`, for tubes that may be thinner than a voxel: what the voxel sees fades with the
-        tube's section."""
+    def threads(self, balls: Balls) -> "Depth":
+        """Like `balls`, for tubes that may be thinner than a voxel: what it sees fades with their section."""
+        points, radius = balls.points, balls.radius
         pixel = float(np.mean(self.frame.spacing_mm))
         thin = np.minimum(1, np.pi * radius**2 / (0.8 * pixel**2)).astype(np.float32)
         wide = np.maximum(radius, 0.5 * self.edge_mm).astype(np.float32)

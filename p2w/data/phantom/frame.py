@@ -40,13 +40,13 @@ class Frame:
         """A pose from `rng`; without a spacing, one that lets the scan hold `reach_mm` (z, y, x) of
         reference body."""
         size = rng.uniform([0.92, 0.92, 0.92], [1.08, 1.08, 1.08]) * rng.uniform(0.94, 1.06)
-        margin = rng.uniform([0.95, 1.03, 1.03], [1.06, 1.14, 1.14])
+        margin = rng.uniform([0.95, 1.04, 1.04], [1.06, 1.24, 1.24])
         if spacing_mm is None:
             extent = np.array(reach_mm) * size * margin
             in_plane = extent[1:].max() / max(shape[1:])
             spacing_mm = (round(float(extent[0] / shape[0]), 3), *(round(float(in_plane), 6),) * 2)
         extent = np.array(spacing_mm) * (np.array(shape) - 1)
-        centre = extent / 2 + rng.normal(0, [4, 4, 6]) + np.array([24.0, -5.0, 0.0]) * size
+        centre = extent / 2 + rng.normal(0, [4, 4, 6]) + np.array([27.0, -8.0, 0.0]) * size
         tilt = np.radians(rng.normal(0, [2.0, 1.5, 2.0]).clip(-5, 5))  # round z, y, x
         k = 7
         direction = rng.normal(size=(k, 3))

@@ -7,8 +7,9 @@ import numpy as np
 from p2w.data.phantom.canvas import Canvas
 from p2w.data.phantom.frame import Floats
 from p2w.data.phantom.labels import Label
-from p2w.data.phantom.lungs import Crossings, look_up
+from p2w.data.phantom.lungs import look_up
 from p2w.data.phantom.organs import Cavity
+from p2w.data.phantom.tubes import Balls
 
 KINDS = ("solid", "ground-glass", "part-solid", "juxta-vascular", "juxta-pleural", "spiculated")
 
@@ -23,7 +24,7 @@ class Spot:
 
 
 def paint_nodules(
-    canvas: Canvas, cavity: Cavity, crossings: Crossings, blood: float, rng: np.random.Generator
+    canvas: Canvas, cavity: Cavity, forks: Balls, blood: float, rng: np.random.Generator
 ) -> list[Spot]:
     """One to five nodules, 4 to 30 mm across, inside the lungs and apart from one another."""
     spots: list[Spot] = []
@@ -32,7 +33,7 @@ def paint_nodules(
         radius = float(np.clip(rng.lognormal(np.log(4.2), 0.5), 2.0, 15.0))
         if kind in ("ground-glass", "part-solid", "spiculated"):
             radius = max(radius, 4.0)
-        centre = _place(canvas, cavity, crossings, kind=kind, radius=radius, taken=spots, rng=rng)
+        centre = _place(canvas, cavity, forks, kind=kind, radius=radius, taken=spots, rng=rng)
         if centre is not None:
             spots.append(Spot(centre, radius, kind))
             _paint_nodule(canvas, spots[-1], blood, rng)
@@ -42,7 +43,7 @@ def paint_nodules(
 def _place(
     canvas: Canvas,
     cavity: Cavity,
-    crossings: Crossings,
+    forks: Balls,
     *,
     kind: str,
     radius: float,
@@ -52,8 +53,8 @@ def _place(
     """A body point where such a nodule fits, or None when the lungs have no room."""
     frame = canvas.frame
     points: Floats
-    if kind == "juxta-vascular" and len(crossings.forks):
-        usable = crossings.forks[(crossings.radius > 0.9) & (crossings.radius < 2.5)]
+    if kind == "juxta-vascular" and len(forks.points):
+        usable = forks.points[(forks.radius > 0.9) & (forks.radius < 2.5)]
         points = usable[rng.permutation(len(usable))[:200]] + rng.normal(
             0, 0.5 * radius, (min(200, len(usable)), 3)
         )
@@ -117,7 +118,7 @@ def _paint_nodule(canvas: Canvas, spot: Spot, blood: float, rng: np.random.Gener
 def distractors(
     canvas: Canvas,
     cavity: Cavity,
-    crossings: Crossings,
+    forks: Balls,
     spots: list[Spot],
     *,
     count: int,
@@ -132,9 +133,9 @@ def distractors(
         nodes[rng.integers(0, len(nodes), 8 * count)] * np.array(canvas.frame.steps, float)
     )
     near_wall = anywhere[look_up(canvas.frame, cavity.lungs, anywhere) > -6]
-    forks = crossings.forks[crossings.radius > 0.8]
-    forks = forks[rng.permutation(len(forks))]
-    points = np.concatenate([forks[: count * 6 // 10], near_wall[: count * 3 // 10], anywhere[:count]])
+    thick = forks.points[forks.radius > 0.8]
+    thick = thick[rng.permutation(len(thick))]
+    points = np.concatenate([thick[: count * 6 // 10], near_wall[: count * 3 // 10], anywhere[:count]])
     voxel = canvas.frame.to_voxel(points)
     keep = ((voxel > 1) & (voxel < np.array(canvas.frame.shape) - 2)).all(axis=1)
     for spot in spots:

@@ -93,7 +93,9 @@ def finish(canvas: Canvas, scanner: Scanner, skin: Floats, rng: np.random.Genera
         out[z0 : z0 + n] = noise
     if scanner.pad_hu is not None:
         y, x = (np.arange(n) - (n - 1) / 2 for n in (height, width))
-        out[:, np.hypot(y[:, None], x[None]) > max(height, width) / 2] = scanner.pad_hu
+        outside = np.hypot(y[:, None], x[None]) > max(height, width) / 2
+        out[:, outside] = scanner.pad_hu
+        canvas.labels[:, outside] = Label.AIR
     return out
 
 

@@ -95,13 +95,13 @@ def _trunk(body: Body, q: Floats, cage: Floats, noise: Floats, fine: Floats) -> 
     depth = body.cage_depth * (1 - 0.2 * smoothstep((z - 30) / 80))
     f = ((np.abs(x) / width) ** ROUND + (np.abs(y) / depth) ** ROUND) ** (1 / ROUND)
     angle = np.arctan2(np.abs(x), y)  # 0 back, pi front
-    hump = [np.exp(-(((angle - a) / s) ** 2)) for a, s in ((0.25, 0.45), (2.35, 0.45), (1.0, 0.5))]
+    hump = [np.exp(-(((angle - a) / s) ** 2)) for a, s in ((0.25, 0.45), (2.35, 0.45), (1.15, 0.5))]
     f /= body.cage_size(z) * (0.35 + 0.65 * body.outline(angle))
     open_cage = np.hypot(x, y) * (1 - 1 / np.maximum(f, 1e-2))
-    wall = np.maximum(10, body.wall * (0.55 + 1.1 * hump[0] + upper * 0.75 * hump[1] + side * 0.8 * hump[2]))
+    wall = np.maximum(10, body.wall * (0.55 + 1.1 * hump[0] + upper * 0.75 * hump[1] + side * 1.35 * hump[2]))
     muscle = open_cage - wall
     front = smoothstep((angle - 1) / 2)
-    skin = muscle - body.fat * (0.75 + 0.35 * front + 0.6 * (1 - upper) * hump[2]) - 4
+    skin = muscle - body.fat * (0.75 + 0.35 * front + 0.6 * hump[2]) - 4
     muscle = muscle - 1.3 * noise
     breast = gland = None
     if body.female:
@@ -153,10 +153,10 @@ def _heart(body: Body, q: Floats) -> tuple[Floats, Floats]:
 
     def part(z: float, y: float, x: float, axes: tuple[float, float, float], turn: float) -> Floats:
         cos, sin = np.cos(t), np.sin(t)
-        centre = (z0 + z * s, -18 + (cos * y - sin * x) * s, 14 + (sin * y + cos * x) * s)
+        centre = (z0 + z * s, -25 + (cos * y - sin * x) * s, 14 + (sin * y + cos * x) * s)
         return ellipsoid(q, centre, tuple(a * s for a in axes), turn + t)
 
-    ventricles = part(-2, -8, 14, (42, 36, 54), 0.55)
+    ventricles = part(-2, -6, 14, (42, 40, 54), 0.55)
     atria = part(22, 22, -14, (30, 26, 42), -0.1)
     right = part(2, 0, -36, (36, 30, 22), 0.2)
     outer = union(union(ventricles, right, 5), atria, 5)
@@ -173,12 +173,12 @@ def _mediastinum(body: Body, q: Floats, heart: Floats) -> Floats:
     sheet in front."""
     z, y, x = q
     spine_y, spine_x = body.spine(z)
-    flare = 25 + 15 * smoothstep((z - 30) / 70)
-    column = (np.hypot((x - 2) / flare, (y - spine_y * 0.1 + 3) / 42) - 1) * flare
+    flare = 29 + 14 * smoothstep((z - 30) / 70)
+    column = (np.hypot((x - 2) / flare, (y - spine_y * 0.1 + 8) / 50) - 1) * flare
     column = np.maximum(column, (-30 - z) * 0.7)
     spine = np.hypot(x - spine_x, (y - spine_y - 8) * 0.7) - 22
     gullet = np.hypot(x - 6, (y - 32) * 0.6) - 13
-    sheet = np.abs(x - 3) - 2.2 - 9 * smoothstep((-y - 52) / 30)
+    sheet = np.abs(x - 3) - 2.2 - 15 * smoothstep((-y - 40) / 40)
     aorta = np.hypot(x - 24, y - spine_y + 16) - body.aorta - 1
     aorta = np.maximum(aorta, z - body.arch)
     hila = ellipsoid(np.stack([z, y, np.abs(x)]), (-16, 10, 31), (21, 10, 13))

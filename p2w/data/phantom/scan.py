@@ -1,6 +1,6 @@
 """One synthetic chest CT from a seed: `make_scan`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,11 @@ from p2w.data.phantom.canvas import Canvas
 from p2w.data.phantom.frame import Frame
 from p2w.data.phantom.labels import Label
 from p2w.data.phantom.lungs import paint_lungs
+from p2w.data.phantom.mediastinum import lay_tubes
 from p2w.data.phantom.nodules import distractors, paint_nodules
 from p2w.data.phantom.noise import Scanner, finish, paint_table
 from p2w.data.phantom.organs import layers
-from p2w.data.phantom.vessels import great_vessels
+from p2w.data.phantom.tubes import Balls
 from p2w.errors import UserError
 
 NEGATIVES = 40  # candidates a scan that are no nodules
@@ -69,20 +70,21 @@ def make_scan(
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.draw(scanner_rng)
+    if spacing_mm is not None:  # the round field of view might cut through what such a scan still shows
+        scanner = replace(scanner, pad_hu=None)
     canvas = Canvas(frame, scanner.edge * frame.spacing_mm[1])
     stack, cavity = layers(body, frame.coarse, soft)
     canvas.paint(stack)
     paint_bones(canvas, body, tubes)
-    z = frame.coarse[0]
-    great = great_vessels(body, tubes, float(z.max()), float(z.min()))
+    middle = lay_tubes(body, tubes)
     blood = body.blood + body.contrast
-    canvas.balls(*great.oesophagus).paint(38.0, Label.OESOPHAGUS)
-    canvas.balls(*great.others).paint(blood, Label.GREAT_VESSEL)
-    canvas.balls(*great.aorta).paint(blood, Label.AORTA)
-    trachea = canvas.balls(great.trachea[0], great.trachea[1] + 1.4)
-    trachea.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
-    crossings = paint_lungs(canvas, body, cavity, great, lung)
-    spots = paint_nodules(canvas, cavity, crossings, blood, lesion)
+    canvas.balls(middle.oesophagus).paint(38.0, Label.OESOPHAGUS)
+    canvas.balls(middle.vessels).paint(blood, Label.GREAT_VESSEL)
+    canvas.balls(middle.aorta).paint(blood, Label.AORTA)
+    rings = canvas.balls(Balls(middle.windpipe.points, middle.windpipe.radius + 1.4))
+    rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
+    forks = paint_lungs(canvas, body, cavity, middle, lung)
+    spots = paint_nodules(canvas, cavity, forks, blood, lesion)
     skin = stack[0].distance
     paint_table(canvas, scanner, skin)
     origin = np.round(np.array([scanner_rng.uniform(-700, 0), *scanner_rng.uniform(-210, -120, 2)]), 3)
@@ -93,7 +95,7 @@ def make_scan(
         nodules.append(
             Nodule(_triple(voxel), _triple(voxel * frame.spacing_mm + origin), 2 * spot.radius, spot.kind)
         )
-    negatives = frame.to_voxel(distractors(canvas, cavity, crossings, spots, count=NEGATIVES, rng=lesion))
+    negatives = frame.to_voxel(distractors(canvas, cavity, forks, spots, count=NEGATIVES, rng=lesion))
     candidates = [Candidate(n.centre_mm, True) for n in nodules]
     candidates += [Candidate(_triple(v * frame.spacing_mm + origin), False) for v in negatives]
     return PhantomScan(
