@@ -303,6 +303,28 @@ def test_read_into_takes_arrays_and_tensors(tmp_path):
     np.testing.assert_array_equal(tensor, wholes[8])
 
 
+@pytest.mark.skipif("P2W_REAL_DATA" not in os.environ, reason="needs real scans in P2W_REAL_DATA")
+def test_a_real_scan_gives_one_stream_in_both_formats(tmp_path):
+    streams = []
+    for form in ("tar", "arrow"):
+        scans, out = os.path.join(os.environ["P2W_REAL_DATA"], "nifti"), os.fspath(tmp_path / form)
+        command = [
+            sys.executable,
+            "preprocess/shard_scans.py",
+            "--scans",
+            scans,
+            "--out",
+            out,
+            "--format",
+            form,
+        ]
+        subprocess.run(command, check=True, timeout=200)
+        streams.append(take(Stream(open_set(out), batch=4, seed=2, readers=2), 8))
+    same(*streams)
+    voxels = np.stack([batch[3] for batch in streams[0]])
+    assert voxels.min() == -1000 and voxels.max() == 1000 and voxels.std() > 100
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_the_gpu(tmp_path):
