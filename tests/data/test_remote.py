@@ -136,6 +136,13 @@ def test_an_epoch_fetches_each_shard_about_once(served):
     assert len(set(names)) == 21 and len(names) <= 1 + 20 + 3  # two slots share a shard where they meet
 
 
+def test_resume_fetches_only_what_is_still_to_come(served):
+    folder, url, asked = served
+    write_set(folder, train=(4,) * 20)
+    take(Stream(open_set(url), batch=4, readers=0), 2, 0, 18)  # 20 steps an epoch
+    assert len(set(asked())) <= 1 + 4 * 2  # the last shards of each of the four slots
+
+
 def test_what_waits_in_memory_is_bounded(served):
     folder, url, _ = served
     write_set(folder, train=(40, 1, 2, 30, 1, 1, 50, 3, 40))
@@ -240,7 +247,7 @@ def test_read_into_streams_to_one_sub_scan(served):
 
 
 class _HangsUp(http.server.BaseHTTPRequestHandler):
-    """Sends one more fourth of a shard with each request before it hangs up."""
+    """Sends one more eighth of a shard with each request before it hangs up."""
 
     folder = ""
     asked: dict[str, int]
@@ -252,7 +259,7 @@ class _HangsUp(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[: len(data) * count // 4] if self.path.endswith("tar") else data)
+        self.wfile.write(data[: len(data) * count // 8] if self.path.endswith("tar") else data)
 
     def log_message(self, *_):
         pass
