@@ -98,7 +98,7 @@ def test_scancel_saves_and_is_final(cluster, pretrain, tmp_path):
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
-    cluster.wait(job, "last word", lambda: "cancelled; the same sbatch continues" in cluster.log(job))
+    cluster.wait(job, "last word", lambda: "ended by Slurm" in cluster.log(job))
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "told to stop"
     assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
