@@ -6,7 +6,7 @@ Per sample, three steps (bench/crop_resize.py times them against the usual ways)
 3. columns: products with the banded weights, 16 output columns at a time, so that few zeros are multiplied.
 A sample is worked on alone, in shapes that its own box sets, so its bits do not depend on its batch.
 
-The convention is p2w.geometry's. Positions and weights are made in float64: in float32 a position near voxel
+The convention is p2w.geometry's. Positions are made in float64: in float32 a position near voxel
 128 is off by 1e-5 voxels, and a value between -1000 and 1000 HU by as much of the window.
 """
 
@@ -27,7 +27,7 @@ class Taps:
     last: list[list[int]]  # [b][k] one past the last
     count: list[list[int]]  # [b][k] taps an output has; the tensors below hold the most of any b and k
     index: Tensor  # (B, 3, longest size, taps) int64: voxel of the whole, inside the box
-    weight: Tensor  # (B, 3, longest size, taps) float64: sum 1 over taps
+    weight: Tensor  # (B, 3, longest size, taps) float32: sum 1 over taps
 
 
 def axis_taps(boxes: Tensor, size: torch.Size, antialias: bool) -> Taps:
@@ -39,11 +39,18 @@ def axis_taps(boxes: Tensor, size: torch.Size, antialias: bool) -> Taps:
     first, last = start.floor().long(), end.ceil().long()
     centre = start[..., None] + (torch.arange(max(size)) + 0.5) * scale[..., None]
     lowest = (centre - reach[..., None] + 0.5).floor().long()
-    voxel = lowest[..., None] + torch.arange(int(count.max()))
+    distance = (lowest + 0.5 - centre).float()  # small by now
+    tap = torch.arange(int(count.max()))
+    voxel = lowest[..., None] + tap
     index = voxel.clamp(first[..., None, None], last[..., None, None] - 1)
-    weight = 1 - ((voxel + 0.5 - centre[..., None]) / reach[..., None, None]).abs()
-    weight = weight.clamp_(min=0) * (index == voxel)
-    weight /= weight.sum(3, keepdim=True)
+    weight = 1 - (distance[..., None] + tap).abs_().div_(reach.float()[..., None, None])
+    weight.clamp_(min=0).mul_((index == voxel) & (tap < count[..., None, None]))
+    # One tap after the other: a reduction's order, and so its last bit, may change with the number of taps,
+    # which is the batch's; zeros at the end change nothing.
+    total = weight[..., 0].clone()
+    for k in range(1, len(tap)):
+        total += weight[..., k]
+    weight /= total[..., None]
     return Taps(first.tolist(), last.tolist(), count.tolist(), index, weight)
 
 
@@ -53,15 +60,13 @@ class _Resize:
     def __init__(self, boxes: Tensor, out: Tensor, window_hu: tuple[float, float], antialias: bool):
         self.out, self.window = out, window_hu
         self.taps = taps = axis_taps(boxes, out.shape[2:], antialias)
-        self.index, self.weight = taps.index.int(), taps.weight.float()
-        width = out.shape[4]
-        columns = taps.index[:, 2, :width]
-        self.band = torch.zeros(len(boxes), width, max(last[2] for last in taps.last))
-        self.band.scatter_add_(2, columns, self.weight[:, 2, :width] / (window_hu[1] - window_hu[0]))
-        self.band = self.band.to(out.device)
-        self.band_first = columns[:, ::BLOCK, 0].tolist()
-        ends = [min(start + BLOCK, width) - 1 for start in range(0, width, BLOCK)]
-        self.band_last = columns[:, ends].amax(2).tolist()
+        self.index, self.weight = taps.index.int(), taps.weight
+        width, window = out.shape[4], window_hu[1] - window_hu[0]
+        columns = taps.index[:, 2, :width].transpose(1, 2)  # (B, taps, w)
+        band = torch.zeros(len(boxes), max(last[2] for last in taps.last), width)
+        band.scatter_add_(1, columns, taps.weight[:, 2, :width].transpose(1, 2) / window)
+        self.band = band.to(out.device)  # (B, W or less, w)
+        self.lowest, self.highest = columns[:, 0].tolist(), columns.amax(1).tolist()
         self.lines = self._lines(0) if len(boxes) == 1 else None
 
     def _lines(self, b: int) -> tuple[Tensor, Tensor]:
@@ -74,10 +79,8 @@ class _Resize:
         index_y = (self.index[b, 1, :h, None, :m] - y).expand(h, n, m).reshape(1, h, n * m)
         weight_z = self.weight[b, 0, :d, :n, None].expand(d, n, m).reshape(d, 1, n * m)
         weight_y = self.weight[b, 1, :h, None, :m].expand(h, n, m).reshape(1, h, n * m)
-        device = self.out.device
-        return (index_z + index_y).view(d * h, -1).to(device), (weight_z * weight_y).view(d * h, -1).to(
-            device
-        )
+        index, weight = (index_z + index_y).view(d * h, -1), (weight_z * weight_y).view(d * h, -1)
+        return index.to(self.out.device), weight.to(self.out.device)
 
     def fill(self, i: int, whole: Tensor, scratch: Tensor) -> None:
         """out[i] = box i, or the only box, of whole (D, H, W)."""
@@ -92,10 +95,11 @@ class _Resize:
         lines = embedding_bag(index, crop.view(-1, pitch), mode="sum", per_sample_weights=weight)
         out = self.out[i].view(-1, self.out.shape[4])
         result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        bands = self.band[b].split(BLOCK)
-        for k, columns in enumerate(result.split(BLOCK, 1)):
-            low, high = self.band_first[b][k], self.band_last[b][k] + 1
-            torch.mm(lines[:, low - x : high - x], bands[k][:, low:high].T, out=columns)
+        band, lowest, highest = self.band[b], self.lowest[b], self.highest[b]
+        for start in range(0, out.shape[1], BLOCK):
+            end = min(start + BLOCK, out.shape[1])
+            low, high = lowest[start], highest[end - 1] + 1
+            torch.mm(lines[:, low - x : high - x], band[low:high, start:end], out=result[:, start:end])
         result.clamp_(max=1)
         if result is not out:
             out.copy_(result)

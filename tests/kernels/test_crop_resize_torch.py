@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from crop_resize_oracle import bf16_step, resize, resize_batch, weights
 
 from p2w.geometry import Keys, crop_resize, part_and_whole, sample_boxes
+from p2w.kernels.crop_resize_torch import axis_taps
 
 SHAPE, SIZE = (64, 128, 128), (32, 64, 64)
 
@@ -134,6 +135,21 @@ def test_bits_do_not_depend_on_the_batch_nor_on_threads():
             assert torch.equal(crop_resize(whole, boxes, SIZE), part)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_taps_do_not_depend_on_the_batch():
+    """The batch's longest filter must not reach into another sample's weights, at exact ratios least of all."""
+    size = (32, 64, 64)
+    boxes = torch.cat([boxes_of(300), torch.tensor([[0.0, 0, 0, *SHAPE], [3, 7, 11, 35, 71, 75]])])
+    for extra in ([0.0, 0, 0, 64, 128, 128], [0.0, 0, 0, 640, 1280, 1280]):
+        together = axis_taps(torch.cat([boxes, torch.tensor([extra])]), torch.Size(size), True)
+        for b in range(0, len(boxes), 7):
+            alone = axis_taps(boxes[b : b + 1], torch.Size(size), True)
+            most = alone.weight.shape[3]
+            for k in range(3):
+                mine = together.weight[b, k, : size[k]]
+                assert torch.equal(mine[:, :most], alone.weight[0, k, : size[k]])
+                assert not mine[:, most:].any()
 
 
 def test_wholes_far_apart_in_memory_and_strided_ones():
