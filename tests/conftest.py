@@ -1,18 +1,16 @@
 """What the tests share: a small data set written by the package's own writers, and real processes to train on it."""
 
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import REPO, kill_group
 
 from p2w.data.manifest import NAME, VERSION, manifest_bytes, publish
 from p2w.data.shard import open_shard
 
-REPO = Path(__file__).resolve().parent.parent
 SHAPE = (16, 32, 32)
 
 
@@ -85,25 +83,3 @@ def start():
     yield begin
     for process in running:
         kill_group(process)
-
-
-def torchrun(ranks: int, *args: object, restarts: int = 0) -> list[str]:
-    """The command line that starts launch/train.py on `ranks` processes."""
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*agent, f"--max-restarts={restarts}", "launch/train.py", *map(str, args)]
-
-
-def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL the process, its group, and the workers of torchrun, which have sessions of their own."""
-    import psutil
-
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    for pid in [process.pid, *(child.pid for child in family)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()

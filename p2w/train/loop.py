@@ -79,6 +79,7 @@ class Trainer:
                 "the run folder must be one all nodes share"
             )
         if snapshot is None:
+            self.log.rewind(-1)  # killed before its first checkpoint, a run begins again
             return False
         self.model.load_state_dict(snapshot.model)
         state = snapshot.state

@@ -87,7 +87,7 @@ def test_a_step_against_gradients_by_hand_clipped_and_not():
 @pytest.mark.parametrize("where", ["input", "target"])
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_a_gradient_that_is_not_finite_leaves_no_trace(bad, where, name):
-    """Weights, optimizer and batch-norm statistics stay as they were, bit for bit, and the next step is as if nothing had been."""
+    """Weights, optimizer and batch-norm statistics stay as they were, bit for bit, and the next step is a good one."""
     model = network(norm=True)
     one = stepper(model, name=name)
     one.step(views(seed=1), 0)

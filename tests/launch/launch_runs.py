@@ -1,0 +1,76 @@
+"""Runs of launch/train.py: through torchrun as users start it, or forked from a process that has its imports done."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent.parent
+
+TINY = (
+    "--data.batch 4 --data.readers 1 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2 "
+    "--optim.schedule plateau --optim.plateau-patience 0 --train.validate-every 6 --train.checkpoint-every 4 "
+    "--train.log-every 1 --max-steps 30"
+).split()
+
+
+class Forge:
+    """A process that forks ranks of launch/train.py on request, one run at a time."""
+
+    def __init__(self) -> None:
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+            "P2W_DEVICE": "cpu",
+            "COLUMNS": "200",
+        }
+        self.process = subprocess.Popen(
+            ["timeout", "-k", "5", "900", sys.executable, "tests/launch/forge.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, start_new_session=True,
+        )  # fmt: skip
+
+    def start(self, folder: Path, *argv: object, ranks: int = 1) -> list[int]:
+        """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        request = {"argv": [str(arg) for arg in argv], "ranks": ranks}
+        request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def wait(self) -> list[int]:
+        """Exit codes of the ranks."""
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, folder: Path, *argv: object, ranks: int = 1) -> tuple[list[int], str, str]:
+        """A whole run: exit codes, stdout, stderr."""
+        for name in ("out.txt", "err.txt"):
+            (folder / name).unlink(missing_ok=True)
+        self.start(folder, *argv, ranks=ranks)
+        return self.wait(), (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
+
+
+def wait_for(happened, what: str, seconds: float = 90.0) -> None:
+    """Poll until `happened()`; fail after a while."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.02)
+
+
+def weights(run: Path, step: int = 30) -> bytes:
+    return (run / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "time" and "speed/" not in k} for record in records]
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())

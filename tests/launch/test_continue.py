@@ -1,0 +1,143 @@
+"""Killed, told to stop, or restarted by torchrun: the same command ends with the same bits. Real processes throughout."""
+
+import os
+import random
+import signal
+import time
+
+import psutil
+import pytest
+from processes import kill_group, torchrun
+from launch_runs import TINY, metrics, status, wait_for, weights
+
+
+@pytest.fixture(scope="session")
+def whole(forge, tiny_set, tmp_path_factory):
+    """The uninterrupted run on two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    codes, _, err = forge.run(
+        folder, "demo", *TINY, "--shards", tiny_set, "--run-dir", folder / "run", ranks=2
+    )
+    assert codes == [0, 0], err
+    return folder / "run"
+
+
+def check(run, whole):
+    """The same weights, and each step once in metrics.jsonl with the same numbers."""
+    assert status(run) == {"state": "finished", "step": 30, "why": ""}
+    assert weights(run) == weights(whole)
+    assert metrics(run) == metrics(whole)
+    trained = [record["step"] for record in metrics(run) if "train/loss" in record]
+    assert trained == list(range(1, 31))
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def first_checkpoint(run):
+    wait_for(lambda: (run / "checkpoints" / "step-00000004" / "meta.json").exists(), "the first checkpoint")
+
+
+def workers(process):
+    """The ranks of a torchrun."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in family if "launch/train.py" in one.cmdline()[1:2] or "-u" in one.cmdline()]
+
+
+def test_torchrun_killed_at_any_moment_and_repeated(tiny_set, whole, tmp_path, start):
+    command = torchrun(2, "demo", *TINY, "--shards", tiny_set, "--run-dir", tmp_path / "run")
+    process = start(command, tmp_path)
+    first_checkpoint(tmp_path / "run")
+    time.sleep(random.uniform(0, 2))
+    kill_group(process)
+    assert status(tmp_path / "run")["state"] == "running"
+    assert start(command, tmp_path).wait() == 0, (tmp_path / "err.txt").read_text()
+    check(tmp_path / "run", whole)
+
+
+def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, tmp_path):
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    for ready in (lambda: (run / "metrics.jsonl").exists(), lambda: first_checkpoint(run) or True):
+        pids = forge.start(tmp_path, *argv, ranks=2)
+        wait_for(ready, "a sign of life")
+        time.sleep(random.uniform(0, 0.5))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert forge.wait() == [-9, -9]
+    codes, _, err = forge.run(tmp_path, *argv, ranks=2)
+    assert codes == [0, 0], err
+    check(run, whole)
+
+
+def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path, start):
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    process = start(torchrun(2, *argv), tmp_path)
+    first_checkpoint(run)
+    began = time.monotonic()
+    agent = next(
+        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
+    )
+    ranks = agent.children()
+    for one in (
+        agent,
+        *ranks,
+        agent,
+    ):  # scancel signals the whole step, torchrun forwards, people are impatient
+        one.send_signal(signal.SIGTERM)
+    process.wait(60)
+    assert time.monotonic() - began < 20  # torchrun kills after 30 s
+    said = status(run)
+    assert said["state"] == "told to stop" and said["why"] == "SIGTERM" and said["step"] < 30
+    assert (run / "checkpoints" / f"step-{said['step']:08d}" / "meta.json").exists()
+    assert metrics(run)[-1]["step"] == said["step"]
+    assert "the same command continues it" in (tmp_path / "err.txt").read_text()
+    assert forge.run(tmp_path, *argv, ranks=2)[0] == [0, 0]
+    check(run, whole)
+
+
+def test_sigusr1_to_one_rank_stops_all_and_ends_well(forge, tiny_set, whole, tmp_path):
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    pids = forge.start(tmp_path, *argv, ranks=2)
+    first_checkpoint(run)
+    os.kill(pids[1], signal.SIGUSR1)
+    assert forge.wait() == [0, 0]
+    assert (status(run)["state"], status(run)["why"]) == ("told to stop", "a signal to another rank")
+    assert forge.run(tmp_path, *argv, ranks=2)[0] == [0, 0]
+    check(run, whole)
+
+
+def test_torchrun_restarts_by_itself_when_a_rank_is_killed(tiny_set, whole, tmp_path, start):
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    process = start(torchrun(2, *argv, restarts=2), tmp_path)
+    first_checkpoint(run)
+    agent = next(
+        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
+    )
+    max(agent.children(), key=lambda one: one.pid).kill()
+    assert process.wait(120) == 0, (tmp_path / "err.txt").read_text()
+    check(run, whole)
+
+
+def test_four_ranks_continue_bit_identically(forge, tiny_set, tmp_path):
+    """Two ranks add the same two numbers in any order; four show whether the order is kept."""
+    short = [*TINY, "--max-steps", 10, "--train.validate-every", 100, "--shards", tiny_set]
+    assert forge.run(tmp_path / "a", "demo", *short, "--run-dir", tmp_path / "one", ranks=4)[0] == [0] * 4
+    argv = ("demo", *short, "--run-dir", tmp_path / "two")
+    pids = forge.start(tmp_path / "b", *argv, ranks=4)
+    first_checkpoint(tmp_path / "two")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    forge.wait()
+    assert forge.run(tmp_path / "b", *argv, ranks=4)[0] == [0] * 4
+    assert weights(tmp_path / "one", 10) == weights(tmp_path / "two", 10)
+
+
+def test_a_finished_run_repeated_changes_nothing(forge, tiny_set, whole):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
+    lines = metrics(whole)
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", whole)
+    assert forge.run(whole.parent, *argv, ranks=2)[0] == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
+    assert metrics(whole) == lines and status(whole)["state"] == "finished"
