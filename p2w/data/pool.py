@@ -23,8 +23,8 @@ def pool(workers: int) -> Iterator[Callable[..., Any]]:
     executor = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
 
     def submit(*task: Any) -> Any:
-        # A worker starts in here and inherits that Ctrl-C is ignored: none dies of it with a traceback while it
-        # still imports. The price is a Ctrl-C that is lost in these milliseconds.
+        # A worker starts in here and inherits that Ctrl-C is ignored: none dies of it with a traceback while
+        # it imports. The price is a Ctrl-C that is lost in these milliseconds.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return executor.submit(*task)
