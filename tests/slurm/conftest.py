@@ -107,7 +107,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 90) -> None:
+    def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 180) -> None:
         """Until ``true()``; fails when time is up or the job ends before, with the job's log."""
         end = time.monotonic() + seconds
         while not true():
@@ -116,7 +116,7 @@ class Cluster:
                 raise AssertionError(f"job {job}: no {what}\n{self.job(job)}\n{self.log(job)[-6000:]}")
             time.sleep(0.1)
 
-    def ended(self, job: str, seconds: float = 90) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = 180) -> dict[str, str]:
         """The job's record once it has come to its end (a requeued one has not)."""
         self.wait(job, "end", lambda: self.job(job)["JobState"] in FINAL, seconds)
         return self.job(job)

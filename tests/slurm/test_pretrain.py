@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
 
-STEPS = 40
+STEPS = 100
 SMALL = [
     "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
     "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
@@ -38,52 +38,45 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
 
 
-@pytest.fixture(scope="session")
-def uninterrupted(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a job that nothing happens to, with its log beside it."""
-    run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    job = cluster.sbatch(
-        "--nodes=2", "slurm/pretrain.sbatch", *SMALL, P2W_SHARDS=str(shards), P2W_RUN=str(run)
-    )
-    end = cluster.ended(job)
-    (run.parent / "log").write_text(cluster.log(job))
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
-    return run
-
-
-def test_two_nodes_train_as_one_world(uninterrupted):
-    log = (uninterrupted.parent / "log").read_text()
-    assert "node1: processes 1" in log and "node2: processes 1" in log
-    assert "2 process(es) on 2 node(s)" in log
-    starts = json.loads((uninterrupted / "run.json").read_text())["starts"]
-    assert [start["world_size"] for start in starts] == [2]
-    assert json.loads((uninterrupted / "status.json").read_text())["state"] == "finished"
-    assert [step for step, _ in losses(uninterrupted)] == list(range(1, STEPS + 1))
-    assert (uninterrupted / "checkpoints" / f"step-{STEPS:08d}").is_dir()
-
-
-def test_a_warning_and_a_dead_worker_change_nothing(cluster, pretrain, uninterrupted, tmp_path):
-    run = tmp_path / "run"
+def test_two_nodes_train_as_one_and_neither_a_warning_nor_a_dead_worker_changes_it(
+    cluster: Cluster, pretrain: Start, shards: Path, tmp_path: Path
+) -> None:
+    calm, run = tmp_path / "calm", tmp_path / "disturbed"
     job = pretrain(run)
+    other = cluster.sbatch(
+        "--nodes=2", "slurm/pretrain.sbatch", *SMALL, P2W_SHARDS=str(shards), P2W_RUN=str(calm)
+    )
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
     cluster.wait(job, "second start", lambda: "continues after" in cluster.log(job))
-    stopped = int(re.search(r"told to stop at step (\d+)", cluster.log(job))[1])
+    stopped = int(re.findall(r"told to stop at step (\d+)", cluster.log(job))[0])
     assert 3 <= stopped < STEPS
     assert f"continues after step {stopped} of {STEPS}" in cluster.log(job)
 
     cluster.wait(job, "steps after the restart", lambda: len(losses(run)) > stopped)
-    worker = next(int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, run, rank=1))
-    os.kill(worker, signal.SIGKILL)
+    os.kill(next(int(pid) for pid in os.listdir("/proc") if is_worker(pid, run, rank=1)), signal.SIGKILL)
     end = cluster.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert f"failed with exit code 1; newest checkpoint {stopped:08d}" in cluster.log(job)
     assert cluster.log(job).count(f"continues after step {stopped} of") == 2
-    assert losses(run) == losses(uninterrupted)
+
+    end = cluster.ended(other)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), cluster.log(other)
+    for node in ("node1: processes 1", "node2: processes 1", "2 process(es) on 2 node(s)"):
+        assert node in cluster.log(other)
+    starts = json.loads((calm / "run.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [2]
+    assert [step for step, _ in losses(calm)] == list(range(1, STEPS + 1))
+    assert losses(run) == losses(calm)
+    for folder in (calm, run):
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        assert (folder / "checkpoints" / f"step-{STEPS:08d}").is_dir()
 
 
 def is_worker(pid: str, run: Path, rank: int) -> bool:
     """Whether process ``pid`` is that rank of the run."""
+    if not pid.isdigit():
+        return False
     try:
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
