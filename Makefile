@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards && torchrun launch/train.py"
 
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
