@@ -152,6 +152,7 @@ def main() -> None:
     for row in rows:
         print(row)
     print("peak MiB for 512 x 512 x 764:", memory)
+    assert all(peak < 2048 for peak in memory.values()), "a worker may not take 2 GiB"
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 

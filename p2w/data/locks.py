@@ -39,7 +39,7 @@ def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
 
 
 def _open(folder: str, path: str) -> IO[str]:
-    """The lock file. The last one out may take the folder away between our two steps: they are tried again."""
+    """The lock file. The last one out may take the folder away between the two steps; they are repeated."""
     where = os.path.dirname(folder)
     for attempt in range(1000):
         try:
@@ -47,9 +47,7 @@ def _open(folder: str, path: str) -> IO[str]:
             return open(path, "a")
         except FileNotFoundError as error:
             if attempt == 999 or not os.path.isdir(where):
-                raise UserError(
-                    f"{where}: no folder can be made there; name another with --out DIR"
-                ) from error
+                raise UserError(f"{where}: no folder can be made there; name another --out") from error
         except OSError as error:
             raise UserError(
                 f"{where} cannot be written ({error.strerror}): name another --out DIR"

@@ -91,7 +91,9 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     if not todo:
         say(f"{job.out}: all {len(mine)} scans are cut already")
         return 0
-    folder.withdraw()
+    records = [folder.record(source.uid) for source in todo]
+    if any(record is None or "bad" not in record for record in records):  # not for another try at a bad scan
+        folder.withdraw()
     plan = make_plan(todo, job.settings)
     say(
         f"{len(todo)} scans to cut ({len(mine) - len(todo)} are finished), {plan.sub_scans:,} tiles, "

@@ -220,6 +220,20 @@ def test_names_links_and_hidden_files(tmp_path):
         assert all(uid.isascii() and " " not in uid and "/" not in uid for uid in uids)
 
 
+def test_names_that_are_no_text_and_files_that_are_no_files(tmp_path):
+    write(tmp_path / "ok.mha", ct(SHAPE))
+    write(tmp_path / "two\nlines.mha", ct(SHAPE))
+    write(tmp_path / "raw.mha", ct(SHAPE)).rename(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.mha"))
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "folder.mha").mkdir()
+    found = find(tmp_path, tmp_path)  # and a folder given twice is read once
+    assert [source.name for source in found.sources] == ["ok.mha", "two\\nlines.mha"]
+    assert found.bad == [("b\\udcff.mha", "its path is not UTF-8, which ITK cannot open: rename it")]
+    assert found.not_images == 1
+    with pytest.raises(UserError, match="shards get a folder of their own"):
+        find_scans([str(tmp_path)], str(tmp_path))
+
+
 def test_equal_uids_are_named(tmp_path):
     write(tmp_path / "a.nii.gz", ct(SHAPE))
     write(tmp_path / "a.mha", ct(SHAPE))

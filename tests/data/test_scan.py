@@ -197,6 +197,28 @@ def test_colour_and_missing_data_and_junk(tmp_path):
                 read_scan(source(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("DimSize = 16 20 12", "DimSize = 160000 200000 120000", "truncated"),
+        ("DimSize = 16 20 12", "DimSize = -16 20 12", "wrong size"),
+        ("DimSize = 16 20 12", "DimSize = a b c", "header is damaged"),
+        ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "no place in space"),
+        ("ElementSpacing", "Spacing", None),  # read as ITK reads it
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path, old, new, reason):
+    path = write(tmp_path / "a.mha", ct(SHAPE))
+    data = path.read_bytes()
+    assert old.encode() in data
+    path.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    if reason is None:
+        check_against_itk(path)
+    else:
+        with pytest.raises(BadScan, match=reason):
+            read_scan(source(path))
+
+
 def test_a_single_volume_of_four_dimensions_is_fine(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(ct(SHAPE)[None], isVector=False), str(tmp_path / "a.nii"))
     assert read_scan(source(tmp_path / "a.nii")).voxels.shape == SHAPE
