@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from p2w.data.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
+from p2w.data.phantom.frame import Frame
 from p2w.errors import UserError
 
 SMALL = (32, 64, 64)
@@ -86,11 +87,22 @@ def test_nodules_are_where_the_list_says(scans: list[PhantomScan]) -> None:
             assert scan.labels[tuple(np.rint(voxel).astype(int))] == Label.NODULE
 
 
-@pytest.mark.parametrize("seed", range(40, 48))
-def test_small_and_coarse_scans_keep_their_nodules(seed: int) -> None:
-    scan = make_scan(seed, (24, 48, 48))
+COARSE = [(seed, (24, 48, 48)) for seed in range(40, 48)] + [(151, (48, 96, 96))]  # 151: once inside a rib
+
+
+@pytest.mark.parametrize(("seed", "shape"), COARSE)
+def test_small_and_coarse_scans_keep_their_nodules(seed: int, shape: tuple[int, int, int]) -> None:
+    scan = make_scan(seed, shape)
     for nodule in scan.nodules:
         assert scan.labels[tuple(np.rint(nodule.centre_voxel).astype(int))] == Label.NODULE
+
+
+def test_the_frame_leads_back_to_the_voxel() -> None:
+    for seed in range(4):
+        frame = Frame.draw(np.random.default_rng(seed), (128, 256, 256), None, (300.0, 250.0, 350.0))
+        voxel = np.random.default_rng(seed).uniform(0, frame.shape, (500, 3))
+        back = frame.to_voxel(frame.to_body(voxel))
+        assert np.abs((back - voxel) * frame.spacing_mm).max() < 0.1
 
 
 def test_a_part_of_a_chest_is_a_scan_too() -> None:

@@ -6,8 +6,8 @@
 
 The way of a scan: body.py draws a patient, frame.py the pose, organs.py makes distance fields of the soft
 parts, canvas.py paints them; bones.py, mediastinum.py and lungs.py lay balls (tubes.py, trees.py) over them,
-nodules.py the answers; noise.py adds what a scanner adds. No torch, and no large BLAS calls: their threads slow
-many workers down. The bytes depend on the seed alone for one NumPy and SciPy on one kind of processor;
+nodules.py the answers; noise.py adds what a scanner adds. No torch, and no large BLAS calls: their threads
+slow many workers down. The bytes depend on the seed alone for one NumPy and SciPy on one kind of processor;
 elsewhere sines may differ in the last bit, and so some voxels by one HU.
 """
 

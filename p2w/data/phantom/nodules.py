@@ -23,9 +23,7 @@ class Spot:
     kind: str
 
 
-def paint_nodules(
-    canvas: Canvas, cavity: Cavity, forks: Balls, blood: float, rng: np.random.Generator
-) -> list[Spot]:
+def paint_nodules(canvas: Canvas, cavity: Cavity, forks: Balls, rng: np.random.Generator) -> list[Spot]:
     """One to five nodules, 4 to 30 mm across, inside the lungs and apart from one another."""
     spots: list[Spot] = []
     for _ in range(int(min(5, 1 + rng.poisson(1.4)))):
@@ -36,7 +34,7 @@ def paint_nodules(
         centre = _place(canvas, cavity, forks, kind=kind, radius=radius, taken=spots, rng=rng)
         if centre is not None:
             spots.append(Spot(centre, radius, kind))
-            _paint_nodule(canvas, spots[-1], blood, rng)
+            _paint_nodule(canvas, spots[-1], rng)
     return spots
 
 
@@ -76,12 +74,14 @@ def _place(
         voxel = frame.to_voxel(point)
         rim = (radius + 1) / np.array(frame.spacing_mm)
         inside = bool(((voxel > rim) & (voxel < np.array(frame.shape) - 1 - rim)).all())
-        if inside and all(np.linalg.norm(point - t.centre) > radius + t.radius + 8 for t in taken):
+        if not inside or canvas.labels[tuple(np.rint(voxel).astype(int))] not in (Label.LUNG, Label.VESSEL):
+            continue  # cut off by the scan's edge, or where a rib or a bronchus lies
+        if all(np.linalg.norm(point - t.centre) > radius + t.radius + 8 for t in taken):
             return point
     return None
 
 
-def _paint_nodule(canvas: Canvas, spot: Spot, blood: float, rng: np.random.Generator) -> None:
+def _paint_nodule(canvas: Canvas, spot: Spot, rng: np.random.Generator) -> None:
     """A ball with bumps in the voxels round it; only lung, vessel and small airway give way to it."""
     frame = canvas.frame
     spacing = np.array(frame.spacing_mm)

@@ -181,6 +181,8 @@ def _mediastinum(body: Body, q: Floats, heart: Floats) -> Floats:
     sheet = np.abs(x - 3) - 2.2 - 15 * smoothstep((-y - 40) / 40)
     aorta = np.hypot(x - 24, y - spine_y + 16) - body.aorta - 1
     aorta = np.maximum(aorta, z - body.arch)
+    cava = np.maximum(np.hypot(x + 23, y - 11) - 13, z - body.dome_left - 27 * body.heart)
+    aorta = np.minimum(aorta, cava)
     hila = ellipsoid(np.stack([z, y, np.abs(x)]), (-16, 10, 31), (21, 10, 13))
     pad = ellipsoid(q, (body.dome_left - 2, -34, 18), (20, 44, 56))
     total = union(union(column, spine, 12), union(union(heart - 4, pad, 12), gullet, 10), 10)

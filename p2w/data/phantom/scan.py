@@ -84,7 +84,7 @@ def make_scan(
     rings = canvas.balls(Balls(middle.windpipe.points, middle.windpipe.radius + 1.4))
     rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
     forks = paint_lungs(canvas, body, cavity, middle, lung)
-    spots = paint_nodules(canvas, cavity, forks, blood, lesion)
+    spots = paint_nodules(canvas, cavity, forks, lesion)
     skin = stack[0].distance
     paint_table(canvas, scanner, skin)
     origin = np.round(np.array([scanner_rng.uniform(-700, 0), *scanner_rng.uniform(-210, -120, 2)]), 3)
