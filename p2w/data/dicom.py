@@ -18,9 +18,8 @@ from p2w.data.grid import BadScan, Grid
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-SYNTAX, LAST = 0x00020010, 0x00281053
+SYNTAX, LAST, PIXELS = 0x00020010, 0x00281053, 0x7FE00010
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
-RAW = {IMPLICIT, BIG_ENDIAN, "1.2.840.10008.1.2.1"}
 HEAD = 1 << 16  # bytes read at first: nearly every header fits
 
 
@@ -76,42 +75,54 @@ def _skip(data: bytes, at: int, code: _Encoding, end: int) -> int:
             at = _skip(data, start, _Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
 
 
-def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding]:
-    """Elements up to the rescale slope, at the top level. Raises struct.error where `data` ends too early."""
+def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int]:
+    """Elements of the top level up to the pixels, and the byte at which the pixels end (0: not to be known).
+
+    Raises struct.error where `data` ends too early.
+    """
     code, found, at = _Encoding(True, "<"), dict[int, bytes](), 132
-    in_meta = True
+    in_meta, deflated = True, False
     while at < len(data):
         if in_meta and struct.unpack_from("<H", data, at)[0] != 2:
             in_meta = False
             syntax = found.get(SYNTAX, b"").rstrip(b"\0 ").decode("ascii", "replace")
             code = _Encoding(syntax != IMPLICIT, ">" if syntax == BIG_ENDIAN else "<")
-            if syntax == DEFLATED:
+            deflated = syntax == DEFLATED
+            if deflated:
                 data, at = zlib.decompressobj(-15).decompress(data[at:]), 0
         tag, vr, start, length = _element(data, at, code)
-        if tag > LAST:
-            return found, code
+        if tag == PIXELS:
+            return found, code, 0 if deflated or length == UNDEFINED else start + length
         if length == UNDEFINED:
             at = _skip(data, start, _Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
         else:
-            found[tag] = data[start : start + length]
+            if tag <= LAST:
+                found[tag] = data[start : start + length]
             at = start + length
-    raise struct.error("the file ends within its header")
+    if at > len(data):
+        raise struct.error("it ends within its header")
+    return found, code, 0
 
 
 def read_slice(path: str) -> Slice | None:
-    """The header of one file; None when it is no DICOM image (another kind of file, a DICOMDIR, a report)."""
+    """The header of one file; None when it is no DICOM image (another kind of file, a DICOMDIR, a report).
+
+    Raises BadScan when the file is truncated.
+    """
     with open(path, "rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
         data = file.read(HEAD)
         if data[128:132] != b"DICM":
             return None
         try:
-            found, code = _elements(data)
-        except (struct.error, zlib.error):
             try:
-                found, code = _elements(data + file.read())
-            except (struct.error, zlib.error) as error:
-                raise BadScan(f"the DICOM header cannot be read ({error}): copy the file again") from error
-        nbytes = os.fstat(file.fileno()).st_size
+                found, code, end = _elements(data)
+            except (struct.error, zlib.error):
+                found, code, end = _elements(data + file.read())
+        except (struct.error, zlib.error) as error:
+            raise BadScan(f"its DICOM header cannot be read ({error}): copy the file again") from error
+    if end > nbytes:
+        raise BadScan(f"truncated: has {nbytes:,} bytes, its pixels end at {end:,}: copy the file again")
 
     def text(tag: int) -> str:
         return found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
@@ -130,9 +141,6 @@ def read_slice(path: str) -> Slice | None:
         return None
     rows, columns, samples = short(0x00280010), short(0x00280011), short(0x00280002) or 1
     frames = int((numbers(0x00280008) or (1,))[0])
-    pixels = rows * columns * samples * frames * (short(0x00280100) // 8)
-    if text(SYNTAX) in RAW and nbytes < pixels:
-        raise BadScan(f"has {nbytes:,} bytes, its pixels alone take {pixels:,}: truncated, copy it again")
     return Slice(
         path=path,
         nbytes=nbytes,

@@ -71,8 +71,8 @@ def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
             continue
         for name in sorted(os.listdir(folder)):
             if name.lower().endswith((".mhd", ".mha")) and not name.startswith("."):
-                uid = _uid(os.path.splitext(name)[0])
-                where = f"subset{subset}/{name}"
+                where = _shown(f"subset{subset}/{name}")
+                uid = _uid(os.path.splitext(os.path.basename(where))[0])
                 found.sources.append(Source(uid, where, (os.path.join(folder, name),), subset))
     if not found.sources:
         raise UserError(
@@ -85,12 +85,17 @@ def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
 def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False) -> Found:
     """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into."""
     found, series = Found(), defaultdict[str, list[tuple[str, Slice]]](list)
+    roots = list({os.path.realpath(root): root for root in roots}.values())
     for root in roots:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name the folder of your scans with --scans DIR")
+        if os.path.realpath(root) == os.path.realpath(out):
+            raise UserError(
+                f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
+            )
         above = os.path.basename(os.path.abspath(root)) + "/" if len(roots) > 1 else ""
         for path in _walk(root, out):
-            name = above + os.path.relpath(path, root).replace(os.sep, "/")
+            name = _shown(above + os.path.relpath(path, root))
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
                 _look(path, name, found, series)
     for uid, members in sorted(series.items()):
@@ -116,13 +121,31 @@ def _walk(root: str, out: str) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
+def _shown(name: str) -> str:
+    """A path as one line of text, whatever bytes the file system has in it."""
+    name = name.replace(os.sep, "/").replace("\n", "\\n").replace("\r", "\\r")
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _is_text(path: str) -> bool:
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _look(path: str, name: str, found: Found, series: dict[str, list[tuple[str, Slice]]]) -> None:
     lower = name.lower()
+    if not _is_text(path):
+        found.bad.append((name, "its path is not UTF-8, which ITK cannot open: rename it"))
+        return
     ending = next(
         (ending for ending in sorted(IMAGES, key=len, reverse=True) if lower.endswith(ending)), None
     )
-    if ending:
+    if ending and os.path.isfile(path):
         found.sources.append(Source(_uid(name[: -len(ending)]), name, (path,)))
+    elif ending and os.path.islink(path) and not os.path.exists(path):
+        found.bad.append((name, "a link to a file that is not there"))
     elif os.path.splitext(lower)[1] in OTHERS or not os.path.isfile(path):
         found.not_images += 1
     else:
@@ -160,9 +183,7 @@ def _uid(text: str) -> str:
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", text.replace("/", "_")).lstrip(".-") or "_"
     if clean == text.replace("/", "_") and len(clean) <= UID_LENGTH:
         return clean
-    return (
-        f"{clean[: UID_LENGTH - 9]}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:8]}"
-    )
+    return f"{clean[: UID_LENGTH - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _unique(found: Found) -> Found:

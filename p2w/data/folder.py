@@ -132,7 +132,7 @@ class Folder:
         try:
             with open(self.sidecar(uid), "rb") as file:
                 return json.loads(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # ValueError: the disk lost it in a crash
             return None
 
     def check_strangers(self, sources: list[Source], bad: list[tuple[str, str]]) -> None:

@@ -32,6 +32,15 @@ class Grid:
         """
         letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
         plain = [OPPOSITE.get(letter, letter) for letter in letters]
+        volume = abs(
+            np.linalg.det(np.array(self.direction).reshape(3, 3))
+        )  # 1 where the axes are at right angles
+        if (
+            volume < 0.1
+            or sorted(plain) != sorted(CANONICAL)
+            or not np.isfinite([*self.spacing, *self.origin]).all()
+        ):
+            raise BadScan(f"no place in space: direction {self.direction}, spacing {self.spacing} mm")
         order = [plain.index(letter) for letter in CANONICAL]
         flips = [letters[axis] in OPPOSITE for axis in order]
         matrix = np.array(self.direction).reshape(3, 3)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from typing import IO
 
 from p2w.errors import UserError
 
@@ -16,18 +17,8 @@ def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
     without locks nothing is locked; what is written there must be written aside and renamed.
     """
     path = os.path.join(folder, f"{name}.lock")
-    while True:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            opened = open(path, "a")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:
-            continue  # the last one out took the folder away between our two steps
-        except OSError as error:
-            where = os.path.dirname(folder)
-            raise UserError(
-                f"{where} cannot be written ({error.strerror}): name another with --out DIR"
-            ) from error
-        with opened as file:
+    for _ in range(1000):
+        with _open(folder, path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
             except BlockingIOError as error:
@@ -44,6 +35,24 @@ def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)  # succeeds for the last one out
             return
+    raise UserError(f"{path}: the lock vanished a thousand times; remove {folder}, or name another --out")
+
+
+def _open(folder: str, path: str) -> IO[str]:
+    """The lock file. The last one out may take the folder away between the two steps; they are repeated."""
+    where = os.path.dirname(folder)
+    for attempt in range(1000):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            return open(path, "a")
+        except FileNotFoundError as error:
+            if attempt == 999 or not os.path.isdir(where):
+                raise UserError(f"{where}: no folder can be made there; name another --out") from error
+        except OSError as error:
+            raise UserError(
+                f"{where} cannot be written ({error.strerror}): name another --out DIR"
+            ) from error
+    raise AssertionError("not reached")
 
 
 def is_free(path: str) -> bool:

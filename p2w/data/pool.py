@@ -21,9 +21,19 @@ def pool(workers: int) -> Iterator[Callable[..., Any]]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
+
+    def submit(*task: Any) -> Any:
+        # A worker starts in here and inherits that Ctrl-C is ignored: none dies of it with a traceback while
+        # it imports. The price is a Ctrl-C that is lost in these milliseconds.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return executor.submit(*task)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        yield executor.submit
+        yield submit
         executor.shutdown()
     finally:
         signal.signal(signal.SIGTERM, before)

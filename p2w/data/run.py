@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -90,7 +91,9 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     if not todo:
         say(f"{job.out}: all {len(mine)} scans are cut already")
         return 0
-    folder.withdraw()
+    records = [folder.record(source.uid) for source in todo]
+    if any(record is None or "bad" not in record for record in records):  # not for another try at a bad scan
+        folder.withdraw()
     plan = make_plan(todo, job.settings)
     say(
         f"{len(todo)} scans to cut ({len(mine) - len(todo)} are finished), {plan.sub_scans:,} tiles, "
@@ -120,6 +123,7 @@ def _result(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any,
     try:
         return future.result()
     except BrokenProcessPool as error:
+        time.sleep(0.2)  # where a signal went to all of us, let ours arrive first: it tells the user more
         raise UserError(
             f"a worker was killed while it cut {source.name} or one of the next {len(waiting)} scans (most "
             "often: out of memory); finished scans are kept: give the same command again with fewer --workers"
@@ -220,10 +224,9 @@ def _tell(meta: dict[str, Any], folder: Folder) -> int:
             "no validation scans: "
             + ("there is only one scan" if len(parts["train_scans"]) == 1 else "--val-fraction 0")
         )
-    say(
-        f"{folder.root}: {len(parts['train_scans'])} scans for training, {len(parts['val_scans'])} for validation, "
-        f"{sum(shard['nbytes'] for shard in meta['shards']) / 2**30:.2f} GiB"
-    )
+    size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
+    train, val = len(parts["train_scans"]), len(parts["val_scans"])
+    say(f"{folder.root}: {size:.2f} GiB; scans for training {train}, for validation {val}")
     if meta["bad_scans"]:
         say(f"{len(meta['bad_scans'])} bad scans, see {os.path.join(folder.root, 'report.json')}")
     return 1 if meta["bad_scans"] else 0

@@ -54,8 +54,6 @@ def read_scan(source: Source) -> Scan:
     if stored is not None:
         checksum = 0 if stored.path == source.files[0] else _checksum(source.files)
         flat, checksum = read_voxels(stored, checksum)
-        if flat.size != np.prod(grid.size):
-            raise BadScan(f"wrong size: {flat.size:,} voxels, not {'x'.join(map(str, grid.size))}")
         array = flat.reshape(grid.size[::-1])
         voxels = to_int16(array, stored.slope, stored.intercept)
     else:
@@ -162,6 +160,8 @@ def _header(source: Source) -> tuple[Grid, Stored | None]:
     grid = Grid(
         tuple(size[:3]), reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
     )
+    if stored is not None and stored.count != np.prod(grid.size, dtype=np.int64):
+        raise BadScan(f"wrong size: {stored.count:,} voxels, not {'x'.join(map(str, grid.size))}")
     return grid, stored
 
 

@@ -79,15 +79,18 @@ def meta_image(path: str) -> Stored | None:
     local = data.upper() == "LOCAL"
     big = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false")).lower() == "true"
     dtype = np.dtype((">" if big else "<") + META_TYPES[fields["elementtype"]])
-    count = int(np.prod([int(n) for n in fields.get("dimsize", "").split()], dtype=np.int64))
     packed = fields.get("compresseddata", "false").lower() == "true"
     name = path if local else os.path.join(os.path.dirname(path), data)
     if not os.path.isfile(name):
         raise BadScan(f"its data file {data} is missing beside it")
-    offset = end if local else int(fields.get("headersize", 0))
+    try:
+        count = int(np.prod([int(n) for n in fields.get("dimsize", "").split()], dtype=np.int64))
+        offset = end if local else int(fields.get("headersize", 0))
+        size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
+    except ValueError as error:
+        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
     if offset < 0:  # MetaIO's way to say: the voxels are the end of the file
         offset = max(0, os.path.getsize(name) - count * dtype.itemsize)
-    size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
     return Stored(name, offset, dtype, count, packed, own_file=not local, packed_size=size)
 
 
