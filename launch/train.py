@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from p2w import config as settings
@@ -53,8 +54,11 @@ class Args:
         return self.run
 
 
-def parse(argv: list[str]) -> tuple[Args, str]:
-    """Command line -> arguments with a checked configuration, and the recipe's name. Raises UserError."""
+def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
+    """Command line -> arguments with a checked configuration, and the recipe's name. Raises UserError.
+
+    One process a node `speaks`: help and complaints about flags would otherwise come once a rank.
+    """
     named_first = bool(argv) and not argv[0].startswith("-")
     recipe = argv[0] if named_first else "paper"
     from_file = recipe.endswith(".json")
@@ -67,6 +71,7 @@ def parse(argv: list[str]) -> tuple[Args, str]:
         prog="torchrun launch/train.py [RECIPE | CONFIG.json]",
         description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}",
         config=(tyro.conf.FlagCreatePairsOff,),
+        console_outputs=speaks,
     )
     config = args.config
     if args.max_steps is not None:
@@ -98,13 +103,20 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:
     """Everything that can be refused before a process group starts. Raises UserError."""
-    args, recipe = parse(argv)
+    args, recipe = parse(argv, speaks=world.local_rank == 0)
     precision = choose_precision(args.config.train.amp, world.device)
     shards = open_set(args.shards)
-    Plan(
-        shards, "train", args.config.data.batch, args.config.data.seed, world.rank, world.size, training=True
-    )
-    RunFolder(args.folder).agrees(args.config, fingerprint(shards.meta))
+    config = args.config
+    rows = Plan(
+        shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
+    ).rows
+    if rows % config.optim.accumulate:
+        raise UserError(
+            f"optim.accumulate={config.optim.accumulate}: does not divide a rank's {rows} samples; pass a divisor"
+        )
+    with torch.device("meta"):
+        build(config)
+    RunFolder(args.folder).agrees(config, fingerprint(shards.meta))
     return args, recipe, shards, precision
 
 
@@ -122,7 +134,14 @@ def main() -> int:
             show_plan(args, recipe, shards, world, precision)
         return 0
     world = World.start()
-    pretrain(args.config, shards, args.folder, world, precision)
+    try:
+        pretrain(args.config, shards, args.folder, world, precision)
+    except UserError as error:
+        world.abandon(2, f"error: {error}")
+    except RuntimeError as error:
+        if world.size == 1 or "by peer" not in str(error):
+            raise
+        world.abandon(1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why")
     world.close()
     return 0
 

@@ -38,13 +38,19 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     """
     folder, data = RunFolder(run), fingerprint(shards.meta)
     _agree(world, config, data)
+    log = Log(run, world.is_main, config.train.steps)
+    trainer, looks, pictures = _build(
+        config, shards, folder, world, precision, log
+    )  # what it refuses leaves no folder behind
     if world.is_main:
         folder.open(config, data, shards.where, world.machine())
     world.barrier()
-    log = Log(run, world.is_main, config.train.steps)
     outcome = Outcome("failed", 0)
     try:
-        outcome = _fit(config, shards, folder, world, precision, log)
+        outcome = _fit(trainer, looks, pictures, folder, log)
+    except BaseException as error:
+        outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
+        raise
     finally:
         if world.is_main:
             folder.status(outcome.state, outcome.step, outcome.why)
@@ -53,14 +59,18 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     return outcome
 
 
-def _fit(
+def _build(
     config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
-) -> Outcome:
+) -> tuple[Trainer, list[Evaluator], Pictures]:
+    """The trainer, and the looks taken between its steps, the pictures among them."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
     model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+        for weight in (one for one in model.parameters() if one.ndim == 5 and one[0, 0].numel() == 1):
+            # For a 1x1x1 kernel both layouts are the same memory; gradients come in the plain one, and DDP warns.
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     batch, readers, device = config.data.batch, config.data.readers, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
@@ -80,6 +90,15 @@ def _fit(
         looks = [Validation(pretext, model, validation, world), similarity, pictures]
     else:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
+    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
+    return trainer, looks, pictures
+
+
+def _fit(
+    trainer: Trainer, looks: list[Evaluator], pictures: Pictures, folder: RunFolder, log: Log
+) -> Outcome:
+    """Continue where the folder stands, train, draw what came out."""
+    world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
     def look(step: int) -> Iterator[tuple[str, float]]:
         for one in looks:
@@ -89,18 +108,29 @@ def _fit(
     log.line(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
     )
-    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
     if resumed:
-        log.line(f"continues after step {trainer.step} of {config.train.steps}")
+        log.line(f"continues after step {trainer.step} of {steps}")
     if world.is_main:
         folder.status("running", trainer.step)
-    with stream:
+    with trainer.stream:
         outcome = trainer.fit(look)
-    if world.is_main:
-        model.eval()
-        with torch.no_grad(), trainer.stepper.autocast():
-            figures.save(pictures.figure(), folder.path, "reconstruction")
-        _summary(folder.path, outcome, log)
+    if not world.is_main:
+        return outcome
+    why = f" ({outcome.why})" if outcome.why else ""
+    log.line(f"{outcome.state} at step {outcome.step}{why}")
+    if outcome.state == "told to stop":
+        log.line("the same command continues it")
+        return outcome
+    trainer.model.eval()
+    with torch.no_grad(), trainer.stepper.autocast():
+        picture = pictures.figure()
+    try:
+        figures.save(picture, folder.path, "reconstruction")
+        _summary(folder.path, log)
+    except OSError as error:
+        log.warn(
+            f"{folder.path / 'figures'}: {error.strerror}; the weights are safe, the figures are not drawn"
+        )
     return outcome
 
 
@@ -115,13 +145,8 @@ def _agree(world: World, config: Config, data: str) -> None:
         )
 
 
-def _summary(run: Path, outcome: Outcome, log: Log) -> None:
+def _summary(run: Path, log: Log) -> None:
     """Draw the curves, and say in a few lines what came out."""
-    why = f" ({outcome.why})" if outcome.why else ""
-    log.line(f"{outcome.state} at step {outcome.step}{why}")
-    if outcome.state == "told to stop":
-        log.line("the same command continues it")
-        return
     log.line(f"pictures        {figures.save(figures.loss_curve(run), run, 'loss')}")
     log.line(f"                {run / 'figures' / 'reconstruction.png'}")
     records = [record for record in read_metrics(run) if "val/loss" in record]

@@ -6,9 +6,13 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them th
 import gc
 import os
 import platform
+import secrets
 import socket
+import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -69,7 +73,11 @@ class World:
         if world.size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             device_id = world.device if world.device.type == "cuda" else None
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(
+                backend, store=_meet(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout,
+                device_id=device_id,
+            )  # fmt: skip
         return world
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -106,6 +114,17 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
+    def abandon(self, code: int, line: str) -> NoReturn:
+        """After an error: say it and end at once, without a collective that the others may never join.
+
+        With several ranks the interpreter is not finalised either, see `close`.
+        """
+        print(line, file=sys.stderr, flush=True)
+        if self.size > 1:
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
+
     def describe(self) -> str:
         """One line for the log: how many processes, where, on what."""
         nodes = self.size // max(1, self.local_size)
@@ -124,3 +143,33 @@ class World:
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         }
+
+
+def _meet(world: World, timeout: timedelta) -> dist.Store:
+    """A store that the ranks of this start have to themselves.
+
+    torchrun (torch 2.13) keeps one store over its restarts and hands it out bare: ranks that come back read the
+    addresses that a dead attempt left, and wait for them for ever (half of the restarts tried). So every rank draws a
+    word, rank 0 strings the words together until each rank has found its own in it, and the keys of this start begin
+    with that. Raises UserError when the ranks do not meet in time.
+    """
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    own, deadline = secrets.token_hex(4), time.monotonic() + timeout.total_seconds()
+    store.set(f"word/{world.rank}", own)
+    store.set(f"seen/{world.rank}", "")
+    while time.monotonic() < deadline:
+        if world.is_main:
+            words = ".".join(store.get(f"word/{rank}").decode() for rank in range(world.size))
+            store.set("words", words)
+        words = store.get("words").decode()
+        if own in words:
+            store.set(f"seen/{world.rank}", words)
+        if world.is_main and all(store.get(f"seen/{r}").decode() == words for r in range(world.size)):
+            store.set("met", words)
+        met = store.get("met").decode() if store.check(["met"]) else ""
+        if own in met:
+            return dist.PrefixStore(met, store)
+        time.sleep(0.01)
+    raise UserError(
+        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet in {timeout}; start all nodes together"
+    )
