@@ -93,9 +93,10 @@ def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
     if os.path.isdir(path):
         path = os.path.join(path, NAME)
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
+        folder = (os.path.dirname(path) or ".") if os.path.basename(path) == NAME else path
+        found = f"no {NAME} there, so it is no finished set of shards" if os.path.isdir(folder) else "no such folder"
         raise UserError(
-            f"{folder}: no {NAME} there, so it is no finished set of shards; make one with "
+            f"{folder}: {found}; make one with "
             f"python preprocess/shard_luna.py --out {folder}, or name another folder"
         )
     manifest = _parse(path, path, os.path.dirname(path) or ".")
