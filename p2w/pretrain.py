@@ -68,9 +68,6 @@ def _build(
     model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
-        for weight in (one for one in model.parameters() if one.ndim == 5 and one[0, 0].numel() == 1):
-            # For a 1x1x1 kernel both layouts are the same memory; gradients come in the plain one, and DDP warns.
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     batch, readers, device = config.data.batch, config.data.readers, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,

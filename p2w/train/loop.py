@@ -6,6 +6,7 @@ step, so a pretext or layer that draws from them repeats exactly after a resume.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -59,6 +60,8 @@ class Trainer:
             network = cast(nn.Module, torch.compile(model))
         if world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
+            # Strides of a 1x1x1 kernel in channels-last have two names for the same memory, which DDP takes for a copy.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             network = DistributedDataParallel(network, device_ids=ids)
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
