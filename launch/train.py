@@ -125,7 +125,8 @@ def main() -> int:
     world = World.place()
     try:
         args, recipe, shards, precision = prepare(sys.argv[1:], world)
-    except UserError:
+    except UserError as error:
+        world.tell_agent(f"error: {error}")
         if world.local_rank:
             return 2  # local rank 0 says it for the node
         raise

@@ -4,6 +4,7 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them th
 """
 
 import gc
+import json
 import os
 import platform
 import secrets
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -120,10 +122,17 @@ class World:
         With several ranks the interpreter is not finalised either, see `close`.
         """
         print(line, file=sys.stderr, flush=True)
+        self.tell_agent(line)
         if self.size > 1:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
+
+    @staticmethod
+    def tell_agent(line: str) -> None:
+        """Have torchrun end its report with `line`: else a page of its own traceback hides what this rank has said."""
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
 
     def describe(self) -> str:
         """One line for the log: how many processes, where, on what."""

@@ -94,7 +94,11 @@ def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
         path = os.path.join(path, NAME)
     if not os.path.isfile(path):
         folder = (os.path.dirname(path) or ".") if os.path.basename(path) == NAME else path
-        found = f"no {NAME} there, so it is no finished set of shards" if os.path.isdir(folder) else "no such folder"
+        found = (
+            f"no {NAME} there, so it is no finished set of shards"
+            if os.path.isdir(folder)
+            else "no such folder"
+        )
         raise UserError(
             f"{folder}: {found}; make one with "
             f"python preprocess/shard_luna.py --out {folder}, or name another folder"
