@@ -4,6 +4,9 @@ import numpy as np
 import SimpleITK as sitk
 
 TAGS = {"0008|0060": "CT", "0028|1052": "-1024", "0028|1053": "1", "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL"}
+# A small LUNA16: uid -> subset, slices
+SCANS = {"1.3.1": (0, 130), "1.3.2": (0, 64), "1.3.3": (1, 70), "1.3.4": (2, 66), "1.3.5": (2, 64)}
+KEEP_ALL = ("--min-std", "0")  # sub-scans of air too
 
 
 def ct(shape, seed=0):

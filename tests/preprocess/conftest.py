@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +38,27 @@ def contents(folder):
 def command():
     """Start and call the commands, and compare what they wrote."""
     return SimpleNamespace(start=start, call=call, contents=contents)
+
+
+@pytest.fixture(scope="session")
+def luna(tmp_path_factory):
+    """Five scans in three subsets, one of them stored upside down."""
+    root = tmp_path_factory.mktemp("LUNA 16 ü")
+    from ct_files import SCANS, ct, write
+
+    for number, (uid, (subset, slices)) in enumerate(SCANS.items()):
+        turn = np.diag([1, -1, -1]) if uid == "1.3.3" else None
+        shape = (slices, 256, 256) if uid == "1.3.1" else (slices, 128, 140)
+        write(root / f"subset{subset}" / f"{uid}.mhd", ct(shape, number), direction=turn)
+    return root
+
+
+@pytest.fixture(scope="session")
+def whole(command, luna, tmp_path_factory):
+    """The set as one uninterrupted process with one worker writes it."""
+    from ct_files import KEEP_ALL
+
+    out = tmp_path_factory.mktemp("whole") / "shards"
+    code, said, _ = command.call("shard_luna", "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
+    assert code == 0, said
+    return out
