@@ -14,6 +14,7 @@ argparse and torch alone, so that it runs on bare GPU machines.
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -209,7 +210,8 @@ def machine() -> dict[str, object]:
     cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ": unknown")
     return {
         "cpu": cpu.split(":")[1].strip(),
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # above the cores: other work was timed too
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -138,7 +138,7 @@ def test_bits_do_not_depend_on_the_batch_nor_on_threads():
 
 
 def test_taps_do_not_depend_on_the_batch():
-    """The batch's longest filter must not reach into another sample's weights, at exact ratios least of all."""
+    """The batch's longest filter must not reach into another's weights, least of all at exact ratios."""
     size = (32, 64, 64)
     boxes = torch.cat([boxes_of(300), torch.tensor([[0.0, 0, 0, *SHAPE], [3, 7, 11, 35, 71, 75]])])
     for extra in ([0.0, 0, 0, 64, 128, 128], [0.0, 0, 0, 640, 1280, 1280]):
