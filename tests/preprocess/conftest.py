@@ -62,3 +62,26 @@ def whole(command, luna, tmp_path_factory):
     code, said, _ = command.call("shard_luna", "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
     assert code == 0, said
     return out
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory):
+    """Twelve scans that take one worker a second or two: there is time to stop it half-way, on any machine."""
+    root = tmp_path_factory.mktemp("many")
+    from ct_files import ct, write
+
+    voxels = ct((66, 384, 384))
+    for number in range(12):
+        write(root / "subset0" / f"1.4.{number}.mhd", voxels)
+    return root
+
+
+@pytest.fixture(scope="session")
+def many_whole(command, many, tmp_path_factory):
+    """The set of `many` as one uninterrupted process writes it."""
+    from ct_files import KEEP_ALL
+
+    out = tmp_path_factory.mktemp("many_whole") / "shards"
+    code, said, _ = command.call("shard_luna", "--luna", many, "--out", out, "--workers", 1, *KEEP_ALL)
+    assert code == 0, said
+    return out
