@@ -72,7 +72,10 @@ BAD = {
     "fp16": (["demo", "--train.amp", "fp16"], "error: train.amp=fp16: float16 needs a GPU"),
     "apex": (["demo", "--optim.fused", "apex"], "error: optim.fused=apex: apex is not installed"),
     "run is a file": (["demo", "--run-dir", "{tmp}/file"], "error: {tmp}/file: {tmp}/file is a file"),
-    "run below a file": (["demo", "--run-dir", "{tmp}/file/run"], "error: {tmp}/file/run: {tmp}/file is a file"),
+    "run below a file": (
+        ["demo", "--run-dir", "{tmp}/file/run"],
+        "error: {tmp}/file/run: {tmp}/file is a file",
+    ),
 }
 
 
