@@ -3,10 +3,13 @@
 On a terminal there is a progress bar with rate and time left; off a terminal, a line every ten seconds.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +25,29 @@ LINE_EVERY_S = 10.0
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write `path` so that a reader, or a power cut, sees the old file or the new one, never a half."""
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def append(path: Path, line: str) -> None:
+    """Add a whole line to a file, or, when the disk is full, nothing: half a line would spoil the next."""
+    data = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 class Log:
@@ -36,6 +57,7 @@ class Log:
         self.run, self.speaks, self.total = run, speaks, total_steps
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._writer: Any = None
+        self._board = True  # TensorBoard's files can be written
         self._bar: rp.Progress | None = None
         self._task: rp.TaskID | None = None
         self._last_line = 0.0
@@ -49,6 +71,14 @@ class Log:
     def warn(self, text: str) -> None:
         """One line that asks for attention."""
         self.line(f"warning: {text}", style="yellow")
+
+    @contextlib.contextmanager
+    def tolerate(self, what: str) -> Iterator[None]:
+        """For what a run can do without: a disk that takes no more is a warning, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"{self.run / what}: not written ({error.strerror or error}); the run goes on without")
 
     def rewind(self, step: int) -> None:
         """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
@@ -66,18 +96,29 @@ class Log:
         if not self.speaks:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            self.writer(step).add_scalar(name, value, step)
+        with self.tolerate("metrics.jsonl"):
+            append(self.run / "metrics.jsonl", json.dumps(record))
+        with self._on_board(step) as board:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
 
     def picture(self, name: str, figure: "Figure", step: int) -> None:
         """Show a matplotlib figure in TensorBoard."""
         if self.speaks:
-            self.writer(step).add_figure(name, figure, step)
+            with self._on_board(step) as board:
+                board.add_figure(name, figure, step)
 
-    def writer(self, step: int) -> Any:
-        """TensorBoard's writer; made at the first use, so that what an earlier start logged beyond is hidden."""
+    @contextlib.contextmanager
+    def _on_board(self, step: int) -> Iterator[Any]:
+        """TensorBoard's writer; after a write that failed, one that swallows everything."""
+        board = self._writer_from(step) if self._board else _Nowhere()
+        self._board, before = False, self._board
+        with self.tolerate("tensorboard"):
+            yield board
+            self._board = before
+
+    def _writer_from(self, step: int) -> Any:
+        """The writer is made at the first use, so that what an earlier start logged beyond is hidden."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a second of imports, rank 0 only)
 
@@ -120,7 +161,18 @@ class Log:
         if self._bar is not None:
             self._bar.stop()
         if self._writer is not None:
-            self._writer.close()
+            with self.tolerate("tensorboard"):
+                self._writer.close()
+
+
+class _Nowhere:
+    """Takes what TensorBoard would."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Drop it."""
+
+    def add_figure(self, name: str, figure: "Figure", step: int) -> None:
+        """Drop it."""
 
 
 def duration(seconds: float) -> str:

@@ -53,7 +53,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
         raise
     finally:
         if world.is_main:
-            folder.status(outcome.state, outcome.step, outcome.why)
+            with log.tolerate("status.json"):
+                folder.status(outcome.state, outcome.step, outcome.why)
             folder.close()
         log.close()
     return outcome
@@ -83,7 +84,7 @@ def _build(
     pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)
     looks: list[Evaluator] = [pictures]
     if aside:
-        similarity = Similarity(config.pretext, model.encoder, validation, world, folder.path)
+        similarity = Similarity(config.pretext, model.encoder, validation, world, log)
         looks = [Validation(pretext, model, validation, world), similarity, pictures]
     else:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
@@ -108,7 +109,8 @@ def _fit(
     if resumed:
         log.line(f"continues after step {trainer.step} of {steps}")
     if world.is_main:
-        folder.status("running", trainer.step)
+        with log.tolerate("status.json"):
+            folder.status("running", trainer.step)
     with trainer.stream:
         outcome = trainer.fit(look)
     if not world.is_main:
@@ -121,13 +123,9 @@ def _fit(
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
         picture = pictures.figure()
-    try:
+    with log.tolerate("figures"):
         figures.save(picture, folder.path, "reconstruction")
         _summary(folder.path, log)
-    except OSError as error:
-        log.warn(
-            f"{folder.path / 'figures'}: {error.strerror}; the weights are safe, the figures are not drawn"
-        )
     return outcome
 
 

@@ -68,3 +68,15 @@ def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_full_disk_costs_the_line_and_not_the_run(tmp_path, capsys):
+    """/dev/full takes nothing: the record is lost with a warning, and the next one that fits is whole."""
+    log = Log(tmp_path, True, 10)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log.metrics(1, {"train/loss": 1.0})
+    assert "metrics.jsonl: not written (No space left on device)" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    log.metrics(2, {"train/loss": 1.0})
+    log.close()
+    assert steps(tmp_path) == [2]

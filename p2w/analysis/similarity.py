@@ -4,6 +4,7 @@ For every validation whole a few parts are cut, as in training but with fixed ke
 whole, a negative pair two parts of different wholes. Separability is the area under the ROC curve (0.5: none, 1: all).
 """
 
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from p2w.analysis.validation import VALIDATION_SEED
 from p2w.config import PretextConfig
 from p2w.data.stream import Stream
 from p2w.geometry import Keys
+from p2w.log import Log, write_atomic
 from p2w.model.protocol import Encoder
 from p2w.world import World
 
@@ -27,11 +29,11 @@ class Similarity:
     """`similarity/positive`, `/negative` (mean cosines) and `/auc`, and both sets of cosines in `RUN/figures`."""
 
     def __init__(
-        self, config: PretextConfig, encoder: Encoder, stream: Callable[[], Stream], world: World, run: Path,
+        self, config: PretextConfig, encoder: Encoder, stream: Callable[[], Stream], world: World, log: Log,
         parts: int = 6,
     ) -> None:  # fmt: skip
         self.config, self.encoder, self.stream, self.world = config, encoder, stream, world
-        self.run, self.parts = run, parts
+        self.log, self.parts = log, parts
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
         """Yield (name, value), the same on all ranks."""
@@ -40,10 +42,16 @@ class Similarity:
             return
         positive, negative = pair_cosines(features)
         if self.world.is_main:
-            np.savez(similarity_file(self.run, step), positive=positive, negative=negative)
+            self._save(step, positive, negative)
         yield "similarity/positive", float(positive.mean())
         yield "similarity/negative", float(negative.mean())
         yield "similarity/auc", auc(positive, negative)
+
+    def _save(self, step: int, positive: Array, negative: Array) -> None:
+        packed = io.BytesIO()
+        np.savez(packed, positive=positive, negative=negative)
+        with self.log.tolerate("figures"):
+            write_atomic(similarity_file(self.log.run, step), packed.getvalue())
 
     def _features(self) -> Array:
         """(wholes, parts, channels) over all ranks."""

@@ -38,8 +38,9 @@ class RunFolder:
         """Check that this command may continue the folder. Raises UserError naming the first setting that differs."""
         path = self.path / "config.json"
         if not path.exists():
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"{self.path}: is a file; name a folder with --run")
+            place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+            if not place.is_dir():
+                raise UserError(f"{self.path}: {place} is a file; name a folder with --run")
             return
         before, now = settings.flatten(settings.read(path)), settings.flatten(config)
         for name in sorted(now):
@@ -70,9 +71,12 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another process trains in it; wait for it, or name another --run"
             ) from error
-        write_atomic(self.path / "config.json", settings.to_json(config))
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
-        write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
+        try:
+            write_atomic(self.path / "config.json", settings.to_json(config))
+            write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run") from error
 
     def status(self, state: str, step: int, why: str = "") -> None:
         """Rank 0: say how things stand, for schedulers and people."""

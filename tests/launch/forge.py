@@ -13,7 +13,7 @@ import sys
 import time
 
 import sklearn.metrics  # noqa: F401  as does the similarity check
-import torch._dynamo  # noqa: F401  the optimizer imports it
+import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
 
 import launch.train  # noqa: F401

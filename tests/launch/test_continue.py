@@ -7,8 +7,8 @@ import time
 
 import psutil
 import pytest
-from processes import kill_group, torchrun
 from launch_runs import TINY, metrics, status, wait_for, weights
+from processes import kill_group, torchrun
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +33,7 @@ def check(run, whole):
 
 
 def first_checkpoint(run):
-    wait_for(lambda: (run / "checkpoints" / "step-00000004" / "meta.json").exists(), "the first checkpoint")
-
-
-def workers(process):
-    """The ranks of a torchrun."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    return [one for one in family if "launch/train.py" in one.cmdline()[1:2] or "-u" in one.cmdline()]
+    wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
 
 
 def test_torchrun_killed_at_any_moment_and_repeated(tiny_set, whole, tmp_path, start):
@@ -56,7 +50,7 @@ def test_torchrun_killed_at_any_moment_and_repeated(tiny_set, whole, tmp_path, s
 def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
-    for ready in (lambda: (run / "metrics.jsonl").exists(), lambda: first_checkpoint(run) or True):
+    for ready in ((run / "metrics.jsonl").exists, lambda: first_checkpoint(run) or True):
         pids = forge.start(tmp_path, *argv, ranks=2)
         wait_for(ready, "a sign of life")
         time.sleep(random.uniform(0, 0.5))
