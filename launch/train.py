@@ -32,6 +32,9 @@ from p2w.train.plan import plan
 from p2w.world import World
 
 
+MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
+
+
 @dataclass(frozen=True)
 class Args:
     """Command line of launch/train.py."""
@@ -43,7 +46,7 @@ class Args:
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     max_steps: int | None = None
     """Steps in all; the same as --train.steps."""
-    dry_run: bool = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
@@ -69,8 +72,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
         args=argv[1:] if named_first else argv,
         default=Args(config=base),
         prog="torchrun launch/train.py [RECIPE | CONFIG.json]",
-        description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}\n\n{MARKS}",
         console_outputs=speaks,
     )
     config = args.config
