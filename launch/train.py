@@ -31,7 +31,6 @@ from p2w.train.optim import Precision, choose_precision
 from p2w.train.plan import plan
 from p2w.world import World
 
-
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
 
 
