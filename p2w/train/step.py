@@ -76,10 +76,11 @@ class Stepper:
         DDP lays its buckets out anew after the first backward pass, and three ranks or more add numbers in an order
         that depends on the place in a bucket: without this, a resumed run's first step differs in the last bits.
         """
+        part = _split(views, self.config.optim.accumulate)[0]  # all of them at once may not fit
         _copy(self._before, self.buffers)
         with self.autocast():
-            output = self.network(views.input)
-        self.pretext.loss(output, views)[0].backward()
+            output = self.network(part.input)
+        self.pretext.loss(output, part)[0].backward()
         self.optimizer.zero_grad(set_to_none=True)
         _copy(self.buffers, self._before)
 
@@ -102,9 +103,12 @@ class Stepper:
 
 
 def _copy(into: list[Tensor], source: list[Tensor]) -> None:
-    """Copy all tensors in a few launches rather than one each."""
-    if into:
-        torch._foreach_copy_(into, source)
+    """Copy all tensors, in one launch for all of a type: given mixed types, torch makes a launch of each."""
+    for kind in {tensor.dtype for tensor in into}:
+        torch._foreach_copy_(
+            [tensor for tensor in into if tensor.dtype == kind],
+            [tensor for tensor in source if tensor.dtype == kind],
+        )
 
 
 def _split(views: Views, passes: int) -> list[Views]:

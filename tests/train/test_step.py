@@ -120,3 +120,28 @@ def test_frozen_parameters_stay():
     before = copy.deepcopy(model[0].state_dict())
     assert stepper(model).step(views(), 0).applied
     assert all(torch.equal(before[name], value) for name, value in model[0].state_dict().items())
+
+
+def test_the_throw_away_pass_leaves_no_trace_and_takes_no_more_memory_than_a_step():
+    model = network(norm=True)
+    one = stepper(model, accumulate=4)
+    before, seen = copy.deepcopy(model.state_dict()), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    one.settle(views(count=8))
+    assert seen == [2]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_scaled_loss_makes_the_same_step_and_a_bad_one_halves_the_scale():
+    """Loss scaling alone, in float32: a power of two changes no bit."""
+    plain, scaled = network(norm=True), network(norm=True)
+    one, two = stepper(plain, clip_norm=0.01), stepper(scaled, clip_norm=0.01)
+    two.scaler = torch.amp.GradScaler("cpu")
+    for step in range(3):
+        a, b = one.step(views(seed=step), step), two.step(views(seed=step), step)
+        assert a.grad_norm == b.grad_norm and torch.equal(weights(plain), weights(scaled))
+    data = views(seed=3)
+    data.target[0, 0, 0, 0, 0] = float("inf")
+    assert not two.step(data, 3).applied and two.scaler.get_scale() == 2.0**15
+    assert torch.equal(weights(plain), weights(scaled))
