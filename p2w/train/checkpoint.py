@@ -139,11 +139,15 @@ class Checkpoints:
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
-    def _mark_best(self, snapshot: Snapshot) -> None:
-        if snapshot.validation is None:
-            return
+    def would_be_best(self, validation: float | None) -> bool:
+        """Whether a checkpoint with this validation loss (None: not validated) would be better than all before."""
+        if validation is None:
+            return False
         before = self._best()
-        if snapshot.validation < (before[1] if before else float("inf")):
+        return validation < (before[1] if before else float("inf"))
+
+    def _mark_best(self, snapshot: Snapshot) -> None:
+        if self.would_be_best(snapshot.validation):
             path = self.folder / "best.json"
             write_atomic(path, json.dumps({"step": snapshot.step, "validation": snapshot.validation}))
 

@@ -62,11 +62,13 @@ class Trainer:
             ids = [world.device] if world.device.type == "cuda" else None
             # Strides of a 1x1x1 kernel in channels-last have two names for the same memory, which DDP takes for a copy.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            network = DistributedDataParallel(network, device_ids=ids)
+            # Training reads no running statistics: ranks share them where they are used, see _broadcast_buffers.
+            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
         self.step = 0
+        self.kept = -1  # the newest step that a sound checkpoint holds
         self.skipped = 0
         self.validation: float | None = None
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
@@ -90,6 +92,7 @@ class Trainer:
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = snapshot.step, state["skipped"]
+        self.kept = self.step
         self.log.rewind(self.step)
         return True
 
@@ -99,7 +102,7 @@ class Trainer:
             if self.step == 0:
                 self._validate(validate)
             outcome = self._train(validate, stop)
-            if self.step not in self.checkpoints.steps():
+            if self.step != self.kept:
                 self.save()
             self.world.barrier()
         return outcome
@@ -116,7 +119,7 @@ class Trainer:
                 self._validate(validate)
             if told and self.step < settings.steps:
                 return Outcome("told to stop", self.step, stop.name or "a signal to another rank")
-            if self.step % settings.checkpoint_every == 0:
+            if self.step % settings.checkpoint_every == 0 or self.checkpoints.would_be_best(self.validation):
                 self.save()
         return Outcome("finished", self.step)
 
@@ -133,6 +136,7 @@ class Trainer:
         }
         try:
             self.checkpoints.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
+            self.kept = self.step
         except UserError as error:
             self.log.warn(f"{error}; the run goes on with the checkpoints it has")
 
@@ -158,7 +162,7 @@ class Trainer:
                 f"step {self.step}: gradient norm {result.grad_norm}, step skipped on all ranks "
                 f"({self.skipped} in a row)"
             )
-        if self.skipped >= self.config.train.max_skipped and self.stepper.precision.name != "fp16":
+        if self.skipped >= self.config.train.max_skipped:
             raise UserError(
                 f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
                 "lower --optim.lr, or pass --train.amp fp32"
@@ -200,7 +204,8 @@ class Trainer:
             f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
         self.validation = values.get("val/loss")
-        if self.validation is not None and self.step > 0:
+        # The look at the last step is one more where a run that goes on has none: it must not count there.
+        if self.validation is not None and self.step > 0 and self.step % self.config.train.validate_every == 0:
             self.stepper.schedule.observe(self.validation)
 
     def _broadcast_buffers(self) -> None:
