@@ -1,5 +1,6 @@
 """One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     Raises UserError for settings, data or a folder that do not go together.
     """
     folder, data = RunFolder(run), fingerprint(shards.meta)
-    _agree(world, config, data)
+    _agree(world, config, precision, data)
     log = Log(run, world.is_main, config.train.steps)
     trainer, looks, pictures = _build(
         config, shards, folder, world, precision, log
@@ -129,14 +130,15 @@ def _fit(
     return outcome
 
 
-def _agree(world: World, config: Config, data: str) -> None:
-    """Raise UserError when ranks were started with other settings or data than rank 0."""
-    mine = torch.tensor([int(fingerprint({"tiling": settings.to_json(config), "shards": data})[:15], 16)])
+def _agree(world: World, config: Config, precision: Precision, data: str) -> None:
+    """Raise UserError when ranks were started with other settings or data than rank 0, or compute otherwise."""
+    digest = hashlib.sha256(f"{settings.to_json(config)} {precision.name} {data}".encode()).digest()
+    mine = torch.tensor([int.from_bytes(digest[:7])])
     everyone = world.gather(mine)
     if (everyone != everyone[0]).any():
         raise UserError(
-            f"rank {world.rank} on {world.host} (data set {data}): settings or data differ between ranks; start every "
-            "node with the same command and the same shards"
+            f"rank {world.rank} on {world.host} (data set {data}, {precision.name}): settings, data or precision differ "
+            "between ranks; start every node with the same command and shards, and with --train.amp if GPUs differ"
         )
 
 
