@@ -97,8 +97,6 @@ class TrainConfig:
     """Memory layout with channels innermost (faster with batch norm)."""
     compile: bool = False
     """torch.compile the network: minutes at the start, a few percent a step."""
-    sync_batch_norm: bool = False
-    """Batch statistics over all ranks (CUDA only)."""
     validate_every: int = 500
     """Steps between validations."""
     early_stop: int = 0
