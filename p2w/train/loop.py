@@ -205,7 +205,11 @@ class Trainer:
         )
         self.validation = values.get("val/loss")
         # The look at the last step is one more where a run that goes on has none: it must not count there.
-        if self.validation is not None and self.step > 0 and self.step % self.config.train.validate_every == 0:
+        if (
+            self.validation is not None
+            and self.step > 0
+            and self.step % self.config.train.validate_every == 0
+        ):
             self.stepper.schedule.observe(self.validation)
 
     def _broadcast_buffers(self) -> None:
