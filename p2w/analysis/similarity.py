@@ -38,7 +38,7 @@ class Similarity:
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
         """Yield (name, value), the same on all ranks."""
         features = self._features()
-        if len(features) < 2:
+        if len(features) < 2 or not np.isfinite(features).all():  # a network that is lost has no angles
             return
         positive, negative = pair_cosines(features)
         if self.world.is_main:

@@ -4,8 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from p2w.analysis.similarity import auc, pair_cosines
+from p2w.analysis.similarity import Similarity, auc, pair_cosines, similarity_file
+from p2w.config import PretextConfig
+from p2w.data.stream import Stream, open_set
+from p2w.log import Log
+from p2w.model import build_encoder
+from p2w.world import World
 
 
 def cosine(a, b):
@@ -56,3 +62,18 @@ def test_auc_against_counting_all_pairs_with_ties(seed):
     rng = np.random.default_rng(seed)
     positive, negative = rng.integers(0, 6, 30) / 5, rng.integers(0, 5, 17) / 5
     assert auc(positive, negative) == pytest.approx(auc_naive(positive, negative), abs=1e-12)
+
+
+def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(tiny_set, tmp_path):
+    """Features that are not finite: no cosine, no file for the histogram, no error; validation says that it is lost."""
+    world = World(0, 1, 0, 1, "here", torch.device("cpu"), "test")
+    shards, encoder = open_set(str(tiny_set)), build_encoder("unet3d", 2).eval()
+    config, log = PretextConfig(size=(8, 16, 16)), Log(tmp_path, True, 1)
+    look = Similarity(config, encoder, lambda: Stream.validation(shards, 4, readers=0), world, log, parts=2)
+    with torch.no_grad():
+        assert [name for name, _ in look(0)] == [
+            f"similarity/{kind}" for kind in ("positive", "negative", "auc")
+        ]
+        encoder.down_tr512.ops[1].conv1.bias.fill_(float("nan"))
+        assert list(look(1)) == []
+    assert similarity_file(tmp_path, 0).exists() and not similarity_file(tmp_path, 1).exists()
