@@ -28,7 +28,6 @@ from p2w.pretrain import build, pretrain
 from p2w.recipes import RECIPES, named
 from p2w.train.folder import RunFolder, fingerprint
 from p2w.train.optim import Precision, choose_precision
-from p2w.train.plan import plan
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
@@ -83,6 +82,8 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
 
 def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
     """The dry run's page."""
+    from p2w.train.plan import plan  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
+
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
     facts = plan(config, lambda: build(config)[1], samples, 4 if precision.dtype is None else 2)

@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,18 @@ def test_only_world_reads_the_environment(path):
     for node in ast.walk(ast.parse(path.read_text())):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
         assert not reads, f"{path}:{node.lineno} reads the environment; p2w.world does"
+
+
+def test_help_waits_for_nothing_that_only_a_run_needs():
+    """Every rank imports launch/train.py; drawing, statistics, TensorBoard, Triton and streaming come in when used."""
+    heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset", "SimpleITK"}
+    code = f"import sys, runpy; runpy.run_path('launch/train.py'); print(*({heavy} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env={"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == []

@@ -1,26 +1,35 @@
 """Pictures of a run: part | reconstruction | whole, loss curve, similarity before and after. PNG, colour-blind safe."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from p2w.analysis.similarity import auc, similarity_file
 from p2w.log import read_metrics
 
-matplotlib.use("Agg")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's colour-blind safe palette
 
 
-def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> Figure:
+def _blank(**settings: Any) -> "Figure":
+    """An empty figure. Matplotlib comes in here: half a second that --help and ranks other than 0 are spared."""
+    import matplotlib  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    matplotlib.use("Agg")
+    return Figure(**settings)
+
+
+def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
     """Middle slices of a few volumes (B, 1, d, h, w) in [0, 1]: axial and coronal, one row a volume."""
     columns = (("part", part), ("reconstruction", reconstruction), ("whole", whole))
     rows = min(4, len(part))
     height = 1.9 * rows + 0.5
-    figure = Figure(figsize=(11.5, height))
+    figure = _blank(figsize=(11.5, height))
     axes = figure.subplots(1, 6)
     figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.45 / height, wspace=0.03)
     for pair, (name, volumes) in enumerate(columns):
@@ -40,10 +49,10 @@ def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> Figure:
     return figure
 
 
-def loss_curve(run: Path) -> Figure:
+def loss_curve(run: Path) -> "Figure":
     """Training and validation mean squared error over steps, with the best constant answer as a line."""
     records = read_metrics(run)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = _blank(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, colour, label, style in (
         ("train/loss", GREY, "training", "-"),
@@ -65,7 +74,7 @@ def loss_curve(run: Path) -> Figure:
     return figure
 
 
-def similarity_histogram(run: Path, steps: tuple[int, ...]) -> Figure:
+def similarity_histogram(run: Path, steps: tuple[int, ...]) -> "Figure":
     """Cosine similarity of positive and negative pairs at the given steps, side by side."""
     pairs = {}
     for step in steps:
@@ -74,7 +83,7 @@ def similarity_histogram(run: Path, steps: tuple[int, ...]) -> Figure:
     # One axis for all: at the start every pair is alike to a few millionths, and an axis of its own would hide that.
     low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
     bins = np.linspace(min(low, 0.99), 1, 41)
-    figure = Figure(figsize=(4.6 * len(steps), 3.4), layout="constrained")
+    figure = _blank(figsize=(4.6 * len(steps), 3.4), layout="constrained")
     axes = figure.subplots(1, len(steps), squeeze=False, sharex=True)[0]
     for axis, (step, (positive, negative)) in zip(axes, pairs.items(), strict=True):
         axis.hist(negative, bins, color=ORANGE, alpha=0.65, density=True, label="parts of different images")
@@ -86,7 +95,7 @@ def similarity_histogram(run: Path, steps: tuple[int, ...]) -> Figure:
     return figure
 
 
-def save(figure: Figure, run: Path, name: str) -> Path:
+def save(figure: "Figure", run: Path, name: str) -> Path:
     """Write `RUN/figures/NAME.png` and return its path."""
     path = run / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

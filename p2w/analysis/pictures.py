@@ -1,10 +1,10 @@
 """The pictures people look at while it trains: part | reconstruction | whole of four fixed wholes."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from p2w.analysis import figures
@@ -13,6 +13,9 @@ from p2w.data.stream import ShardSet
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CANDIDATES, SHOWN = 24, 4
 
@@ -34,7 +37,7 @@ class Pictures:
             self.log.picture("reconstruction", self.figure(), step)
         return ()
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The network as it stands, in evaluation mode."""
         return figures.triptych(self.views.input, self.model(self.views.input), self.views.target)
 
