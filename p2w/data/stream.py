@@ -14,7 +14,8 @@ gives those places weight 0.
 import time
 import weakref
 from collections.abc import Generator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -129,11 +130,7 @@ class Stream:
             )
         self.close()
         batches = self._host_batches(epoch, step)
-        if self.device.type == "cuda":
-            from p2w.data.upload import upload  # noqa: PLC0415 - upload imports Batch
-
-            return upload(batches, self.device)
-        return batches
+        return _upload(batches, self.device) if self.device.type == "cuda" else batches
 
     def _host_batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches in the ring's own memory."""
@@ -176,3 +173,48 @@ class Stream:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _upload(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """The same batches with every tensor on the GPU, copied beside the computation on the batch before.
+
+    Batch n starts up, on a CUDA stream of its own, before batch n - 1 is handed out: asked for later it would
+    find the GPU idle, since a step ends by waiting for its gradient's norm. Two device buffers take turns: the
+    copy waits for all computation asked for so far, that is on n - 2, which had the buffer. A pinned batch goes
+    back to its ring when its copy is done. Nothing here waits for the computation.
+    """
+    side, buffers = torch.cuda.Stream(device), list[Tensor]()
+    ahead: tuple[Batch, torch.cuda.Event] | None = None  # on its way up, and what says that it has arrived
+    with closing(batches):
+        try:
+            for count, batch in enumerate(batches):
+                if count < 2:
+                    buffers.append(torch.empty_like(batch.voxels, device=device))
+                before, ahead = ahead, _start_up(batch, buffers[count % 2], side)
+                if before is not None:
+                    yield _arrived(*before)
+                ahead[1].synchronize()
+            if ahead is not None:
+                yield _arrived(*ahead)
+        finally:
+            side.synchronize()  # nothing is freed while a copy writes or reads it
+
+
+def _start_up(batch: Batch, voxels: Tensor, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+    """Begin the copy of a batch into `voxels`; the event comes when it is done."""
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        voxels.copy_(batch.voxels, non_blocking=True)
+        ids, weight = (
+            few.pin_memory().to(side.device, non_blocking=True) for few in (batch.ids, batch.weight)
+        )
+        return replace(batch, voxels=voxels, ids=ids, weight=weight), side.record_event()
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Have the computation on a batch wait for its copy, and keep its ids' memory until that has read them."""
+    current = torch.cuda.current_stream(batch.voxels.device)
+    current.wait_event(copied)
+    batch.ids.record_stream(current)
+    batch.weight.record_stream(current)
+    return batch

@@ -325,8 +325,17 @@ def test_batches_on_the_gpu(tmp_path):
     shards = open_set(os.fspath(tmp_path))
     host = take(Stream(shards, batch=4, seed=5), 12)
     with Stream(shards, batch=4, seed=5, device="cuda") as stream:
-        for expected, batch in zip(host, stream.batches(), strict=False):
+        got = []
+        for _, batch in zip(host, stream.batches(), strict=False):
             torch.cuda._sleep(10_000_000)  # the computation lags behind: copies must wait for it
-            got = batch.voxels + 0
-            assert batch.ids.tolist() == expected[2] and batch.ids.device.type == "cuda"
-            np.testing.assert_array_equal(got.cpu(), expected[3])
+            got.append((batch.epoch, batch.step, batch.ids, batch.voxels + 0))  # ids are no reused buffer
+    for (epoch, step, ids, voxels), expected in zip(got, host, strict=True):
+        assert (epoch, step, ids.tolist()) == expected[:3] and ids.device.type == "cuda"
+        np.testing.assert_array_equal(voxels.cpu(), expected[3])
+    shares = {"batch": 4, "readers": 1}
+    with (
+        Stream.validation(shards, **shares) as cpu,
+        Stream.validation(shards, **shares, device="cuda") as gpu,
+    ):
+        weights = [[batch.weight.tolist() for batch in stream.batches()] for stream in (cpu, gpu)]
+    assert weights[0] == weights[1] and len(weights[0]) == cpu.steps_per_epoch
