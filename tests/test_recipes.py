@@ -1,5 +1,8 @@
 """The named runs: what the paper says stands in `paper`, and every recipe can be built."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,3 +39,14 @@ def test_large_has_the_network_size_of_a_sub_scan():
 def test_an_unknown_recipe_is_named_with_the_known_ones():
     with pytest.raises(UserError, match=r"recipe papr: unknown; one of demo, paper, large, or the path"):
         named("papr")
+
+
+@pytest.mark.parametrize("page", ["README.md", "slurm/pretrain.sbatch"])
+def test_the_commands_shown_ask_for_a_number_of_gpus_that_divides_the_batch(page):
+    text = (Path(__file__).resolve().parent.parent / page).read_text()
+    shown = re.findall(r"--nodes=(\d+) --gpus-per-node=(\d+) .*pretrain\.sbatch (\w+)(.*)", text)
+    assert shown
+    for nodes, gpus, recipe, rest in shown:
+        other = re.search(r"--data\.batch (\d+)", rest)
+        batch = int(other[1]) if other else named(recipe).data.batch
+        assert batch % (int(nodes) * int(gpus)) == 0, f"{recipe}: {batch} over {nodes} x {gpus}"
