@@ -54,22 +54,23 @@ class Similarity:
             write_atomic(similarity_file(self.log.run, step), packed.getvalue())
 
     def _features(self) -> Array:
-        """(wholes, parts, channels) over all ranks."""
-        rows, weights = [], []
+        """(wholes, parts, channels) over all ranks, by id: pairs are the same for any number of ranks."""
+        rows, ids, weights = [], [], []
         with self.stream() as stream:
             for batch in stream.batches():
                 each = [self._pooled(batch.voxels, batch.ids, part) for part in range(self.parts)]
                 rows.append(torch.stack(each, 1))
-                weights.append(batch.weight.to(self.world.device))
-        features = self.world.gather(torch.cat(rows))
-        weight = self.world.gather(torch.cat(weights))
-        return features[weight > 0].double().cpu().numpy()
+                ids.append(batch.ids)
+                weights.append(batch.weight)
+        features, number, weight = (self.world.gather(torch.cat(part)).cpu() for part in (rows, ids, weights))
+        real = weight > 0
+        return features[real][number[real].argsort()].double().numpy()
 
     def _pooled(self, voxels: Tensor, ids: Tensor, part: int) -> Tensor:
         config = self.config
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
         # Part 0 is the one validation reconstructs; these come after it.
-        keys = Keys(VALIDATION_SEED, 0, ids.to(voxels.device))
+        keys = Keys(VALIDATION_SEED, 0, ids)
         boxes = geometry.sample_boxes(keys, 1 + part, shape, config.volume_fraction, config.aspect_range)
         views = geometry.crop_resize(
             voxels, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias

@@ -1,5 +1,6 @@
 """Pairs, cosines and AUC against naive float64."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 
 from p2w.analysis.similarity import Similarity, auc, pair_cosines, similarity_file
 from p2w.config import PretextConfig
+from p2w.data.local import LocalSet
+from p2w.data.manifest import read_manifest
+from p2w.data.order import streamed_fixed
 from p2w.data.stream import Stream, open_set
 from p2w.log import Log
 from p2w.model import build_encoder
@@ -77,3 +81,28 @@ def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(tiny_set, tmp
         encoder.down_tr512.ops[1].conv1.bias.fill_(float("nan"))
         assert list(look(1)) == []
     assert similarity_file(tmp_path, 0).exists() and not similarity_file(tmp_path, 1).exists()
+
+
+class InAnotherOrder(LocalSet):
+    """A local set read in the order of a streamed one; several ranks bring yet others together."""
+
+    def fixed_order(self, ids, batch):
+        return streamed_fixed(ids, batch)
+
+
+def test_the_pairs_do_not_depend_on_the_order_of_the_wholes(tiny_set, tmp_path):
+    world = World(0, 1, 0, 1, "here", torch.device("cpu"), "test")
+    torch.manual_seed(0)
+    encoder, config = build_encoder("unet3d", 2).eval(), PretextConfig(size=(8, 16, 16))
+    found = []
+    for kind in (LocalSet, InAnotherOrder):
+        shards = kind(read_manifest(tiny_set))
+        stream = functools.partial(Stream.validation, shards, 3, readers=0)
+        orders = [batch.ids.tolist() for batch in stream().batches()]
+        log = Log(tmp_path / kind.__name__, True, 1)
+        look = Similarity(config, encoder, stream, world, log, parts=2)
+        with torch.no_grad():
+            found.append((dict(look(0)), orders))
+    (one, ordered), (two, other) = found
+    assert ordered != other
+    assert one == pytest.approx(two, abs=1e-6)  # features may differ in a bit with their place in a batch
