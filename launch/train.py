@@ -82,11 +82,11 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
 
 def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
     """The dry run's page."""
-    from p2w.train.plan import plan  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
+    from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
 
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
-    facts = plan(config, lambda: build(config)[1], samples, 4 if precision.dtype is None else 2)
+    facts = cost(config, lambda: build(config)[1], samples, 4 if precision.dtype is None else 2)
     wholes, steps = len(shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
     flops = facts.flops_per_sample * batch * steps

@@ -1,4 +1,4 @@
-"""A whole data set: plan from headers, workers over scans, merge."""
+"""A whole data set: forecast from headers, workers over scans, merge."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
     """What headers say of the scans of one share."""
 
     sub_scans: int
@@ -94,7 +94,7 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     records = [folder.record(source.uid) for source in todo]
     if any(record is None or "bad" not in record for record in records):  # not for another try at a bad scan
         folder.withdraw()
-    plan = make_plan(todo, job.settings)
+    plan = forecast(todo, job.settings)
     say(
         f"{len(todo)} scans to cut ({len(mine) - len(todo)} are finished), {plan.sub_scans:,} tiles, "
         f"{plan.out_bytes(job.settings) / 2**30:.1f} GiB"
@@ -130,7 +130,7 @@ def _result(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any,
         ) from error
 
 
-def make_plan(sources: list[Source], settings: Settings) -> Plan:
+def forecast(sources: list[Source], settings: Settings) -> Forecast:
     """Read headers, and nothing else."""
     sub_scans = voxels = nbytes = sound = 0
     bad = []
@@ -145,11 +145,11 @@ def make_plan(sources: list[Source], settings: Settings) -> Plan:
         voxels += int(np.prod(grid.size))
         nbytes += size
         sound += 1
-    return Plan(sub_scans, voxels, nbytes, bad, sound)
+    return Forecast(sub_scans, voxels, nbytes, bad, sound)
 
 
 def _dry_run(found: Found, mine: list[Source], job: Job) -> int:
-    plan = make_plan(mine, job.settings)
+    plan = forecast(mine, job.settings)
     bad = sorted(found.bad + plan.bad)
     for where, why in bad:
         say(f"bad scan: {where}: {why}")
@@ -175,7 +175,7 @@ def _dry_run(found: Found, mine: list[Source], job: Job) -> int:
     return 1 if bad else 0
 
 
-def _check_disk(plan: Plan, job: Job) -> None:
+def _check_disk(plan: Forecast, job: Job) -> None:
     """Refuse what cannot fit: of a chest CT a fifth of the tiles is left out, hardly ever two fifths."""
     need = plan.out_bytes(job.settings) * (0.6 if job.settings.tiling.min_std_hu else 1.0)
     free = _free(job.out)

@@ -12,7 +12,7 @@ from p2w.model import Network
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """Figures of one run. FLOPs count a multiply and an add as two; bytes are per rank."""
 
     parameters: int
@@ -31,7 +31,7 @@ class Plan:
         ]
 
 
-def plan(config: Config, build: Callable[[], Network], share: int, bytes_per_value: int) -> Plan:
+def cost(config: Config, build: Callable[[], Network], share: int, bytes_per_value: int) -> Cost:
     """Count for a rank that takes `share` samples a pass, its activations in `bytes_per_value` bytes.
 
     Everything runs on torch's meta device: shapes without data, so `large` is counted in a second on any machine.
@@ -54,7 +54,7 @@ def plan(config: Config, build: Callable[[], Network], share: int, bytes_per_val
             model(part).sum().backward()
     parameters = sum(p.numel() for p in model.parameters())
     per_parameter = 4 * (2 + (1 if config.optim.name == "sgd" else 2))
-    return Plan(
+    return Cost(
         parameters=parameters,
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         flops_per_sample=counter.get_total_flops(),
