@@ -204,12 +204,10 @@ class Trainer:
             f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         )
         self.validation = values.get("val/loss")
-        # The look at the last step is one more where a run that goes on has none: it must not count there.
+        due = self.step > 0 and self.step % self.config.train.validate_every == 0
         if (
-            self.validation is not None
-            and self.step > 0
-            and self.step % self.config.train.validate_every == 0
-        ):
+            self.validation is not None and due
+        ):  # the last step's extra look would tell a run made longer from a long one
             self.stepper.schedule.observe(self.validation)
 
     def _broadcast_buffers(self) -> None:
