@@ -33,6 +33,7 @@ class World:
     host: str
     device: torch.device
     device_reason: str
+    agent: int = 0  # process id of the torchrun that started this rank; 0 without one
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +65,8 @@ class World:
             raise UserError("P2W_DEVICE=cuda: no CUDA device here; unset it to run on the CPU")
         else:
             device, reason = torch.device("cpu"), "P2W_DEVICE=cpu" if asked else "no CUDA device here"
-        return World(rank, size, local_rank, local_size, socket.gethostname(), device, reason)
+        agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        return World(rank, size, local_rank, local_size, socket.gethostname(), device, reason, agent)
 
     @staticmethod
     def start(timeout_s: float = 1800) -> "World":
@@ -130,6 +132,10 @@ class World:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
+
+    def orphaned(self) -> bool:
+        """True once the torchrun that started this rank is gone: nobody would restart, stop or report it any more."""
+        return self.agent not in (0, os.getppid())
 
     @staticmethod
     def tell_agent(line: str) -> None:

@@ -69,7 +69,8 @@ def loss_curve(run: Path) -> "Figure":
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("mean squared error (1 = 2000 HU)²")
     axis.set_yscale("log")
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
     return figure
 

@@ -107,10 +107,18 @@ class Folder:
                 theirs = file.read()
         except OSError as error:
             raise self._unwritable(error) from error
-        if theirs != mine:
+        if theirs != mine and not self._holds_shards():
+            self.withdraw()  # nothing was cut with those settings: start anew with these
+            shutil.rmtree(os.path.join(self.root, "scans"))
+            os.makedirs(os.path.join(self.root, "scans"))
+            publish(path, mine, self.aside("settings.json", share.name))
+        elif theirs != mine:
             raise UserError(
                 f"{self.root} was cut with {_differences(theirs, mine)}: name another --out, or delete it"
             )
+
+    def _holds_shards(self) -> bool:
+        return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
 
     def finished(self, source: Source) -> dict[str, Any] | None:
         """What is known of a scan cut by a run like this one; None when it must be cut (again)."""

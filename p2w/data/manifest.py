@@ -100,8 +100,8 @@ def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
             else "no such folder"
         )
         raise UserError(
-            f"{folder}: {found}; make one with "
-            f"python preprocess/shard_luna.py --out {folder}, or name another folder"
+            f"{folder}: {found}; name a data set with "
+            "--shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards"
         )
     manifest = _parse(path, path, os.path.dirname(path) or ".")
     for shard in manifest.meta["shards"]:

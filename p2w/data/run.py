@@ -156,7 +156,7 @@ def _dry_run(found: Found, mine: list[Source], job: Job) -> int:
     free = _free(job.out)
     workers = min(job.workers or default_workers(), max(1, len(mine)))
     tiling = job.settings.tiling
-    say(f"scans          {plan.sound:,} ({len(bad)} bad), {plan.source_bytes / 2**30:.2f} GiB to read")
+    say(f"scans          {plan.sound:,}, besides {len(bad)} bad ones; {plan.source_bytes / 2**30:.2f} GiB to read")
     say(f"sub-scans      {plan.sub_scans:,} tiles of {tiling.tile} (z, y, x), z margin {tiling.z_margin}")
     if tiling.min_std_hu:
         say(
@@ -217,6 +217,7 @@ def _tell(meta: dict[str, Any], folder: Folder) -> int:
         f"{tiling['min_std_hu']:g} HU), {kept:,} sub-scans kept"
     )
     if kept == 0:
+        folder.withdraw()
         why = "the scans are all bad or nearly constant, see report.json there"
         raise UserError(f"{folder.root}: not one sub-scan: {why}")
     if not parts["val_scans"]:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,24 @@ class RunFolder:
         if not path.exists():
             place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
             if not place.is_dir():
-                raise UserError(f"{self.path}: {place} is a file; name a folder with --run")
+                raise UserError(f"{self.path}: {place} is a file; name a folder with --run-dir")
             return
         before, now = settings.flatten(settings.read(path)), settings.flatten(config)
-        for name in sorted(now):
-            if now[name] != before.get(name) and name not in settings.MAY_CHANGE:
-                raise UserError(
-                    f"{path}: {name} was {before.get(name)}, now {now[name]}; a run keeps its settings: repeat its own "
-                    "command, or name another folder with --run"
-                )
+        changed = [
+            f"{name} was {before.get(name)}, now {now[name]}"
+            for name in sorted(now)
+            if now[name] != before.get(name) and name not in settings.MAY_CHANGE
+        ]
+        if changed:
+            raise UserError(
+                f"{path}: {'; '.join(changed)}. A run keeps its settings: repeat its own command, or name another folder "
+                "with --run-dir"
+            )
         starts = self._starts()
         if starts and starts[-1].get("data") != data:
             raise UserError(
                 f"{self.path}: was trained on data set {starts[-1].get('data')}, now {data}; pass the --shards it began "
-                "with, or name another folder with --run"
+                "with, or name another folder with --run-dir"
             )
 
     def open(self, config: Config, data: str, shards: str, machine: dict[str, Any]) -> None:
@@ -63,20 +68,23 @@ class RunFolder:
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(
-                f"{self.path}: {error.strerror}; name a folder you may write with --run"
+                f"{self.path}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"{self.path}: another process trains in it; wait for it, or name another --run"
+                f"{self.path}: another process trains in it ({self._holder()}); wait for it or end it, or name another "
+                "--run-dir"
             ) from error
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"{socket.gethostname()}, pid {os.getpid()}".encode())
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
         try:
             write_atomic(self.path / "config.json", settings.to_json(config))
             write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run") from error
+            raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run-dir") from error
 
     def status(self, state: str, step: int, why: str = "") -> None:
         """Rank 0: say how things stand, for schedulers and people."""
@@ -88,6 +96,11 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    def _holder(self) -> str:
+        """Who wrote its name into the lock."""
+        assert self._lock is not None
+        return os.pread(self._lock, 200, 0).decode(errors="replace") or "it left no name"
+
     def _starts(self) -> list[dict[str, Any]]:
         path = self.path / "run.json"
         try:
@@ -96,5 +109,5 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); delete it if the data set is still the same, or name another folder "
-                "with --run"
+                "with --run-dir"
             ) from error

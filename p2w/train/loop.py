@@ -104,7 +104,11 @@ class Trainer:
             outcome = self._train(validate, stop)
             if self.step != self.kept:
                 self.save()
-            self.world.barrier()
+            if self.world.any(self.world.is_main and self.step != self.kept):
+                raise UserError(
+                    f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
+                    "command"
+                )
         return outcome
 
     def _train(self, validate: Validate, stop: StopRequest) -> Outcome:
@@ -114,11 +118,11 @@ class Trainer:
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
             self._one(next(batches))
-            told = self.world.any(stop.asked)
+            told = self.world.any(stop.asked or self.world.orphaned())
             if self.step % settings.validate_every == 0 or self.step == settings.steps:
                 self._validate(validate)
             if told and self.step < settings.steps:
-                return Outcome("told to stop", self.step, stop.name or "a signal to another rank")
+                return Outcome("told to stop", self.step, stop.name or "torchrun or another rank")
             if self.step % settings.checkpoint_every == 0 or self.checkpoints.would_be_best(self.validation):
                 self.save()
         return Outcome("finished", self.step)
