@@ -38,7 +38,8 @@ demo: $(VENV)/.installed
 	  --shards $(DEMO)/shards --run-dir $(DEMO)/run
 	@echo "look            $(DEMO)/run/figures/reconstruction.png (part | reconstruction | whole), loss.png, similarity.png"
 	@echo "next            . $(BIN)/activate && tensorboard --logdir $(DEMO)/run/tensorboard"
-	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards && torchrun launch/train.py"
+	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards"
+	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -23,7 +23,6 @@ from p2w.config import Config
 from p2w.data.plan import Plan
 from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
-from p2w.log import duration
 from p2w.pretrain import build, pretrain
 from p2w.recipes import RECIPES, named
 from p2w.train.folder import RunFolder, fingerprint
@@ -98,9 +97,12 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
     print(f"processes       {world.describe()}; {precision.name} ({precision.reason})")
     print("\n".join(facts.lines()))
     print(f"steps           {steps:,} of {batch} wholes = {steps / epoch:.1f} epochs of {epoch:,} steps")
+    kept = (config.train.keep + 1) * facts.checkpoint_bytes / 2**30
     print(
-        f"in all          {flops / 1e18:.3g} EFLOP: {duration(flops / 4e14)} on one GPU that sustains 400 TFLOP/s"
+        f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
+    hours = flops / 4e14 / 3600
+    print(f"in all          {flops / 1e15:,.0f} PFLOP: {hours:,.1f} h on one GPU that sustains 400 TFLOP/s")
 
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:

@@ -124,7 +124,15 @@ class Config:
 
 # Settings that may change when a run folder is continued: they do not touch what is computed before the end.
 MAY_CHANGE = frozenset(
-    {"data.readers", "train.steps", "train.checkpoint_every", "train.early_stop", "train.keep", "train.log_every", "train.max_skipped"}
+    {
+        "data.readers",
+        "train.steps",
+        "train.checkpoint_every",
+        "train.early_stop",
+        "train.keep",
+        "train.log_every",
+        "train.max_skipped",
+    }
 )
 
 

@@ -108,7 +108,12 @@ def _fit(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
     )
     if resumed:
-        log.line(f"continues after step {trainer.step} of {steps}")
+        left = steps - trainer.step
+        log.line(
+            f"continues after step {trainer.step} of {steps}"
+            if left > 0
+            else f"has its {trainer.step} steps already"
+        )
     if world.is_main:
         with log.tolerate("status.json"):
             folder.status("running", trainer.step)

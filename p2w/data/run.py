@@ -156,7 +156,9 @@ def _dry_run(found: Found, mine: list[Source], job: Job) -> int:
     free = _free(job.out)
     workers = min(job.workers or default_workers(), max(1, len(mine)))
     tiling = job.settings.tiling
-    say(f"scans          {plan.sound:,}, besides {len(bad)} bad ones; {plan.source_bytes / 2**30:.2f} GiB to read")
+    say(
+        f"scans          {plan.sound:,}, besides {len(bad)} bad ones; {plan.source_bytes / 2**30:.2f} GiB to read"
+    )
     say(f"sub-scans      {plan.sub_scans:,} tiles of {tiling.tile} (z, y, x), z margin {tiling.z_margin}")
     if tiling.min_std_hu:
         say(

@@ -20,6 +20,7 @@ class Cost:
     flops_per_sample: int
     state_bytes: int
     activation_bytes: int
+    checkpoint_bytes: int
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -53,11 +54,12 @@ def cost(config: Config, build: Callable[[], Network], share: int, bytes_per_val
         with counter:
             model(part).sum().backward()
     parameters = sum(p.numel() for p in model.parameters())
-    per_parameter = 4 * (2 + (1 if config.optim.name == "sgd" else 2))
+    averages = 1 if config.optim.name == "sgd" else 2  # that the optimizer keeps of every gradient
     return Cost(
         parameters=parameters,
         encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
         flops_per_sample=counter.get_total_flops(),
-        state_bytes=per_parameter * parameters,
+        state_bytes=4 * (2 + averages) * parameters,
         activation_bytes=sum(saved.values()) * share,
+        checkpoint_bytes=4 * (1 + averages) * parameters,
     )

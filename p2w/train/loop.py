@@ -122,7 +122,8 @@ class Trainer:
             if self.step % settings.validate_every == 0 or self.step == settings.steps:
                 self._validate(validate)
             if told and self.step < settings.steps:
-                return Outcome("told to stop", self.step, stop.name or "torchrun or another rank")
+                gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
+                return Outcome("told to stop", self.step, stop.name or gone)
             if self.step % settings.checkpoint_every == 0 or self.checkpoints.would_be_best(self.validation):
                 self.save()
         return Outcome("finished", self.step)

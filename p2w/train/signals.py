@@ -34,7 +34,8 @@ class StopRequest:
         self.name, self._at = signal.Signals(number).name, time.monotonic()
         if self.speaks:  # straight to the descriptor: a signal may come while Python's own stream is locked
             os.write(
-                2, f"{self.name}: saves after this step, then leaves (a second Ctrl-C leaves at once)\n".encode()
+                2,
+                f"{self.name}: saves after this step, then leaves (a second Ctrl-C leaves at once)\n".encode(),
             )
 
     def __enter__(self) -> "StopRequest":

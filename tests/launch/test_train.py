@@ -244,7 +244,7 @@ def test_a_longer_run_continues_the_shorter_one(forge, tiny_set, tmp_path):
 
 
 def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
-    """Neither weights nor metrics nor figures can be written any more: each is a warning, and training goes on."""
+    """Neither weights nor metrics nor figures can be written any more: training goes on, but its end is no success."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
@@ -254,8 +254,8 @@ def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
         argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", disk / "run"]
         finished(forge.run(tmp_path, *argv))
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 65536))
-        err = finished(forge.run(tmp_path, *argv, "--max-steps", 12))
-        assert "not saved" in err and "finished at step 12" in err
+        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12)
+        assert codes == [2] and "step 12: could not be saved" in err and "Traceback" not in err
         (disk / "ballast").unlink()
         finished(forge.run(tmp_path, *argv, "--max-steps", 12))
         assert status(disk / "run") == {"state": "finished", "step": 12, "why": ""}

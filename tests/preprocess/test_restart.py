@@ -159,3 +159,11 @@ def test_a_full_disk_stops_it_cleanly(command, luna, whole, tmp_path):
         assert command.contents(disk / "shards") == command.contents(whole)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_in_which_nothing_was_cut_takes_other_settings(command, luna, whole, tmp_path):
+    out = tmp_path / "shards"
+    code, _, err = command.call(NAME, "--luna", luna, "--out", out, "--z-margin", 1000, *KEEP_ALL)
+    assert code == 2 and "not one sub-scan" in err and not (out / "manifest.parquet").exists()
+    assert command.call(NAME, "--luna", luna, "--out", out, *KEEP_ALL)[0] == 0
+    assert command.contents(out) == command.contents(whole)
