@@ -247,7 +247,7 @@ def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
     """Neither weights nor metrics nor figures can be written any more: training goes on, but its end is no success."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs root to mount a small file system")
     try:
