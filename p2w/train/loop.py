@@ -63,6 +63,8 @@ class Trainer:
             # Strides of a 1x1x1 kernel in channels-last have two names for the same memory, which DDP takes for a copy.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             # Training reads no running statistics: ranks share them where they are used, see _broadcast_buffers.
+            # torch 2.13 warns that the argument has another name; 2.11 does not know that name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
