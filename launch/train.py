@@ -11,6 +11,7 @@ the same run folder continues it, at any number of ranks that divides the batch.
 """
 
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,8 @@ from p2w.train.optim import Precision, choose_precision
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
+
+LOCAL_RANK_0_SPEAKS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,14 @@ def main() -> int:
     world = World.place()
     try:
         args, recipe, shards, precision = prepare(sys.argv[1:], world)
-    except UserError as error:
-        world.tell_agent(f"error: {error}")
-        if world.local_rank:
-            return 2  # local rank 0 says it for the node
+    except (UserError, SystemExit) as error:
+        if isinstance(error, UserError):
+            world.tell_agent(f"error: {error}")
+        refused = isinstance(error, UserError) or bool(error.code)
+        if refused and world.local_rank:
+            # Local rank 0 says it for the node; torchrun ends it with the first rank that leaves, so that is not us.
+            time.sleep(LOCAL_RANK_0_SPEAKS_S)
+            return 2
         raise
     if args.dry_run:
         if world.is_main:

@@ -118,7 +118,7 @@ def test_dry_run(command, luna, tmp_path):
     )
     assert code == 0
     for text in (
-        "scans          4 (0 bad)",
+        "scans          4, besides 0 bad ones",
         "sub-scans      11 tiles",
         "to write ",
         "free there ",
