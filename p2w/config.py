@@ -122,7 +122,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-# Settings that may change when a run folder is continued: they do not touch what is computed before the end.
+# Settings that may change when a run folder is continued: they do not touch the steps already done. `train.steps` does touch
+# the ones to come under a cosine schedule, whose rates follow from the last step.
 MAY_CHANGE = frozenset(
     {
         "data.readers",
