@@ -73,13 +73,18 @@ def _opened(url: str) -> Iterator[Any]:
     """
     stream = wds.gopen(source(url))
     try:
-        yield stream
+        # The pipe itself: the wrapper's `read` raises as soon as the process has failed, and what had arrived before, up
+        # to a full pipe, is lost. Of a short shard that may be everything, at every try.
+        yield stream.stream
     except (OSError, tarfile.TarError) as error:
         with suppress(subprocess.TimeoutExpired):  # it runs on if its bytes are no tar
             code = stream.proc.wait(1.0)
             if code:
                 raise OSError(f"{_program(url)} ended with code {code}") from error
         raise
+    else:
+        if code := stream.proc.poll():
+            raise OSError(f"{_program(url)} ended with code {code}")
     finally:
         stream.proc.terminate()
         with suppress(OSError):  # the exit status of a process that we have ended

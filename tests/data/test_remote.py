@@ -282,6 +282,22 @@ def test_a_broken_connection_is_opened_again(tmp_path, monkeypatch, caplog):
     assert "trying again" in caplog.text and "curl ended with code 18" in caplog.text
 
 
+def test_what_arrived_before_a_failure_is_not_lost(tmp_path):
+    """A short shard is in the pipe, and curl long gone with an error, before anybody reads."""
+    whole = bytes(range(256)) * 64
+    (tmp_path / "a.tar").write_bytes(whole)
+    handler = type("HangsUp", (_HangsUp,), {"folder": os.fspath(tmp_path), "asked": {"/a.tar": 3}})
+    arrived = b""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.tar"
+        with pytest.raises(OSError, match="curl ended with code 18"), remote._opened(url) as stream:
+            time.sleep(1.0)
+            arrived = stream.read(1000) + stream.read()
+        server.shutdown()
+    assert arrived == whole[: len(whole) // 2]
+
+
 def test_addresses(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="http, https or s3"):
         open_set("ftp://host/set")
