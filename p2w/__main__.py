@@ -1,0 +1,34 @@
+"""The command `p2w`: what is done with data sets, machines and runs beside training.
+
+    p2w COMMAND --help        the same as  python -m p2w COMMAND --help
+"""
+
+import importlib
+import sys
+
+from p2w.errors import UserError, exits
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def usage() -> str:
+    """What there is."""
+    width = max(map(len, COMMANDS), default=0)
+    lines = [f"    p2w {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join([(__doc__ or "").rstrip(), "", *lines])
+
+
+@exits
+def main() -> int:
+    """Hand the rest of the command line to `main(argv)` of the command's module, imported when asked for."""
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"p2w {name}: no such command; one of {', '.join(COMMANDS)}")
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest) or 0)
+
+
+if __name__ == "__main__":
+    main()
