@@ -2,6 +2,7 @@
 # make test    install and run every test
 # make lint    style and types
 # make bench   measure; writes bench/results
+# make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -9,10 +10,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo
+SOAK   ?= soak
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench soak clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -50,7 +52,12 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy
 
 bench: $(VENV)/.tools
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out bench/soak.py bench/goodput.py bench/plain_loop.py, $(wildcard bench/*.py)); do \
+	  echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+soak: $(VENV)/.tools
+	$(BIN)/python bench/soak.py --folder $(SOAK)
+	$(BIN)/python bench/goodput.py --folder $(SOAK)
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info

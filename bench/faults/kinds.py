@@ -122,13 +122,16 @@ def clock_jumps(run: Run, rng: random.Random) -> str:
 
 
 def disk_full(run: Run, rng: random.Random) -> str:
-    """No room for two checkpoints' time, then room again."""
+    """No room for a checkpoint, for some seconds; then room again."""
     ballast = run.disk / "ballast"
     ballast.write_bytes(
         bytes(max(0, shutil.disk_usage(run.disk).free - rng.choice((0, 4096, 65536, 500_000))))
     )
+    before = run.said().count("not saved")
     with contextlib.suppress(Wrong):
-        wait_for(lambda: not run.life.running(), "", rng.uniform(0.5, 2.0))
+        wait_for(
+            lambda: run.said().count("not saved") > before or not run.life.running(), "", rng.uniform(1, 5)
+        )
     ballast.unlink()
     run.gaps = True
     return "goes on"

@@ -36,10 +36,13 @@ def alive(pid: int) -> bool:
 class Torchrun:
     """torchrun and its ranks."""
 
-    def __init__(self, folder: Path, argv: list[str], ranks: int, restarts: int) -> None:
+    def __init__(
+        self, folder: Path, argv: list[str], ranks: int, restarts: int, script: str = "launch/train.py"
+    ) -> None:
         self.count, self.began, self.seen = ranks, time.monotonic(), set[int]()
+        self.script = script
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [f"--max-restarts={restarts}", "launch/train.py", *argv]
+        command += [f"--max-restarts={restarts}", script, *argv]
         with open(folder / "out.txt", "ab") as out, open(folder / "err.txt", "ab") as err:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=err, env={**os.environ, **ENV}, cwd=REPO, start_new_session=True
@@ -54,9 +57,7 @@ class Torchrun:
         """Process ids of the ranks there are just now."""
         try:
             found = [
-                one.pid
-                for one in psutil.Process(self.process.pid).children()
-                if "launch/train.py" in one.cmdline()
+                one.pid for one in psutil.Process(self.process.pid).children() if self.script in one.cmdline()
             ]
         except psutil.NoSuchProcess:
             found = []
