@@ -178,11 +178,10 @@ def checkpoint_half(run: Run, rng: random.Random) -> str:
 
 
 def metrics_torn(run: Run, rng: random.Random) -> str:
-    """The last line of metrics.jsonl was half written, or is followed by bytes that are no text."""
-    path = run.run / "metrics.jsonl"
-    os.truncate(path, path.stat().st_size - rng.randrange(1, 40))
-    with open(path, "ab") as file:
-        file.write(rng.randbytes(rng.choice((0, 7))))
+    """A crash came within a line of metrics.jsonl, or left bytes that are no text."""
+    half = f'{{"step": {run.step() + 1}, "time": 1795'.encode()
+    with open(run.run / "metrics.jsonl", "ab") as file:
+        file.write(rng.choice((half[: rng.randrange(1, len(half))], rng.randbytes(7))))
     return "killed"
 
 
