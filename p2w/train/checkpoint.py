@@ -72,8 +72,8 @@ class Checkpoints:
         """Write one durably, then drop those no longer kept. Raises UserError when the disk takes no more."""
         final, beside = self.path(snapshot.step), self.folder / f".step-{snapshot.step:08d}.tmp"
         try:
-            for left in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
+            for left in self.folder.glob(".*.tmp"):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             beside.mkdir(parents=True)
             save_file({k: v.contiguous() for k, v in snapshot.model.items()}, beside / FILES[0])
             torch.save(snapshot.state, beside / FILES[1])
@@ -138,16 +138,19 @@ class Checkpoints:
         os.replace(folder, aside)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def continue_from(self, step: int | None) -> None:
-        """Rank 0, before training goes on from `step` (None: from nothing): `latest` and `best.json` forget what is beyond.
+    def continue_from(self, snapshot: Snapshot | None) -> None:
+        """Rank 0, before training goes on from `snapshot` (None: from nothing): set right `latest` and `best.json`.
 
-        A later best one was damaged, or is of steps that will be done again and judged again.
+        What is beyond was damaged, or will be done and judged again; and a kill may have come before they were written.
         """
+        step = None if snapshot is None else snapshot.step
         with contextlib.suppress(OSError):  # a folder that cannot be written says so at the first save
             if self.folder.is_dir() and self._linked() != step:
                 self._link(step)
             if (best := self.best()) is not None and best > (-1 if step is None else step):
                 (self.folder / "best.json").unlink()
+            if snapshot is not None:
+                self._mark_best(snapshot)
 
     def load_latest(self) -> Snapshot | None:
         """The newest sound checkpoint, or None when there is none; a damaged one is named and passed over."""

@@ -92,7 +92,7 @@ class Trainer:
                 "the run folder must be one all nodes share"
             )
         if self.world.is_main:
-            self.checkpoints.continue_from(None if snapshot is None else snapshot.step)
+            self.checkpoints.continue_from(snapshot)
         if snapshot is None:
             self.log.rewind(-1)  # killed before its first checkpoint, a run begins again
             return False
