@@ -11,6 +11,7 @@ import pytest
 from launch_runs import TINY, metrics, status, wait_for, weights
 from processes import kill_group, torchrun
 
+from p2w.log import read_metrics
 from p2w.train.signals import StopRequest
 
 
@@ -115,7 +116,7 @@ def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
         assert codes == [0, 0], err
         assert status(run) == {"state": "told to stop", "step": step, "why": "a signal to another rank"}
         assert os.readlink(run / "checkpoints" / "latest") == f"step-{step:08d}"
-        assert not any(one["step"] == step and "val/loss" in one for one in metrics(run))
+        assert not any(one["step"] == step and "val/loss" in one for one in read_metrics(run))
     assert forge.run(tmp_path, *argv, ranks=2)[0] == [0, 0]
     check(run, whole)
     best = "checkpoints/best.json"
