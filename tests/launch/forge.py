@@ -1,7 +1,8 @@
 """Starts launch/train.py in forked copies of a process that has done its imports: 0.1 s a start instead of five.
 
 What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Reads a
-JSON line {argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and with their exit codes at the end.
+JSON line {argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and at the end with their exit
+codes.
 """
 
 import json
@@ -12,8 +13,8 @@ import socket
 import sys
 import time
 
-import matplotlib.backends.backend_agg  # noqa: F401  as do the pictures
-import matplotlib.figure  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  as do the pictures
 import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
