@@ -20,6 +20,7 @@ from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.interruptible import Interruptible
 from p2w.train.loop import Evaluator, Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -75,11 +76,16 @@ def _build(
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
     stream = Stream(shards, "train", batch, seed=config.data.seed, **share)
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep, log.warn)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
+    )
     trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
 
     def validation() -> Stream:
-        return Stream.validation(shards, batch, **share)
+        """For looks that all ranks take together; told to stop, they end."""
+        stream = Interruptible.validation(shards, batch, **share)
+        stream.told = trainer.told
+        return stream
 
     aside = len(shards.ids("val"))
     pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)

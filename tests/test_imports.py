@@ -24,6 +24,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.data": ("p2w.errors", "p2w.data"),
     "p2w.pretext": ("p2w.errors", "p2w.config", "p2w.geometry", "p2w.model", "p2w.pretext"),
     "p2w.train": (*BASE, "p2w.pretext.protocol", "p2w.train"),
+    "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
     "p2w.analysis": (*BASE, "p2w.pretext.protocol", "p2w.analysis"),
 }
 OFFLINE = {f"p2w.data.{name}" for name in ("scan", "subscan", "shard", "manifest", "phantom")}
