@@ -17,9 +17,11 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,12 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 from faults.clocked import Plain, Way, Whole  # noqa: E402
 from soak import prepare  # noqa: E402
 
+from p2w.config import TrainConfig  # noqa: E402
 from p2w.data.stream import open_set  # noqa: E402
+from p2w.pretrain import build  # noqa: E402
+from p2w.recipes import named  # noqa: E402
+from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: E402
+from p2w.train.saver import Saver  # noqa: E402
 
 EPOCHS_MIN = (1.0, 5.0, 10.0, 20.0)
 SAVES_MIN = {"an epoch": 0.0, "10 min": 10.0, "2 min": 2.0, "30 s": 0.5}
@@ -137,30 +144,65 @@ def measure(way: Way, options: Options) -> dict:
     return found
 
 
+def paper_size(folder: Path, rounds: int = 5) -> dict[str, float]:
+    """Seconds that a checkpoint of the paper's network with Adam keeps the loop, and that a restart needs to load it."""
+    _, network = build(named("paper"))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    for parameter in network.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    checkpoints = Checkpoints(folder / "paper-size", keep=1)
+    saver, times = Saver(checkpoints, TrainConfig(), print), dict[str, list[float]]()
+
+    def clock(name: str, work: Callable[[], object]) -> None:
+        began = time.monotonic()
+        work()
+        times.setdefault(name, []).append(time.monotonic() - began)
+
+    for step in range(1, rounds + 1):
+        state = {"optimizer": optimizer.state_dict(), "owed": False}
+        snapshot, plain = Snapshot(step, network.state_dict(), state, None), folder / "snapshot.pt"
+        clock("p2w stands still", lambda snapshot=snapshot: saver.save(snapshot))
+        clock("p2w writes beside", saver.wait)
+        both = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
+        clock("plain stands still", lambda both=both, plain=plain: torch.save(both, plain))
+        clock("p2w loads", checkpoints.load_latest)
+        clock("plain loads", lambda plain=plain: torch.load(plain))
+    shutil.rmtree(folder / "paper-size")
+    plain.unlink()
+    return {name: round(statistics.median(values[1:]), 3) for name, values in times.items()}
+
+
 def table(found: dict) -> list[dict]:
-    """Goodput at one fault in ten minutes over a week, for epochs and checkpoint intervals of several lengths."""
-    rows, week = [], 7 * 86400.0
-    kills = schedule(60 * FAULT_MIN, week, 1)
-    step_s = 0.1  # only the ratio to epoch and interval matters
+    """Goodput at one fault in ten minutes over four weeks, for epochs and checkpoint intervals of several lengths.
+
+    Saves keep the loop, and loading adds to a restart, as with the paper's network.
+    """
+    weeks, step_s, size = (
+        28 * 86400.0,
+        0.1,
+        found["paper_size_s"],
+    )  # of step_s only the ratio to the intervals matters
+    kills, rows = schedule(60 * FAULT_MIN, weeks, 1), []
+
+    def run(way: str, minutes: float) -> dict[str, float]:
+        restart = found[way]["restart_s"]["mean"] + size[f"{way} loads"]
+        lag = size["p2w writes beside"] if way == "p2w" else 0.0
+        pieces = Pieces(step_s, 60 * minutes / step_s, size[f"{way} stands still"], lag, restart)
+        return replay(kills, weeks, pieces)
+
     for epoch in EPOCHS_MIN:
-        mine, theirs = found["p2w"], found["plain"]
-
-        def pieces(way: dict, minutes: float, lag_s: float) -> Pieces:
-            return Pieces(
-                step_s, 60 * minutes / step_s, way["stall_s_a_save"], lag_s, way["restart_s"]["median"]
-            )
-
-        plain = replay(kills, week, pieces(theirs, epoch, 0.0))
+        plain = run("plain", epoch)
         row = {
             "epoch_min": epoch,
             "plain": plain["goodput"],
             "plain: snapshots destroyed": plain["kills_within_a_save"],
         }
         for name, minutes in SAVES_MIN.items():
-            ours = replay(kills, week, pieces(mine, minutes or epoch, 1.0))
+            ours = run("p2w", minutes or epoch)
             row[f"p2w, a checkpoint every {name}"] = ours["goodput"]
             row[f"ratio, {name}"] = round(ours["goodput"] / plain["goodput"], 3)
-        rows.append(row)
+        rows.append({"faults": len(kills), **row})
     return rows
 
 
@@ -187,6 +229,7 @@ def main() -> None:
         ):
             found[way.name] = measure(way, options)
             print(json.dumps({way.name: found[way.name]}, indent=1), flush=True)
+        found["paper_size_s"] = paper_size(folder)
         found["load_after"] = os.getloadavg()
     found["one_fault_in_ten_minutes"] = table(found)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

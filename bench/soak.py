@@ -13,6 +13,7 @@ run is set aside in DIR/kept, with all that it printed. Kinds and promises: benc
 import json
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def summary(log: list[dict]) -> dict:
 def main() -> int:
     """Soak until enough faults or minutes; 1 when a promise was not kept."""
     options = tyro.cli(Options, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no process behind
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
