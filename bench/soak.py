@@ -97,6 +97,7 @@ def summary(log: list[dict]) -> dict:
             "killed": {
                 "faults": len(killed),
                 "max": max((entry["lost"] for entry in killed), default=None),
+                "more_than_an_interval": sum(entry["lost"] > EVERY for entry in killed),
                 "mean": round(statistics.fmean(entry["lost"] for entry in killed), 2) if killed else None,
             },
         },

@@ -1,7 +1,8 @@
 """Every kind of fault: which promise of issue 4 it tries, and how it is put into a run.
 
 `live` faults hit a run that trains; `down` faults hit its folder or data while no process is there. A fault returns what it
-promises: "killed" (at most one checkpoint interval is lost), "told" (nothing is lost) or "goes on" (no restart at all).
+promises: "killed" (at most one checkpoint interval is lost, and the steps beside a checkpoint that was still being written),
+"told" (nothing is lost) or "goes on" (no restart at all).
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from faults.data import damage_shard, other_set, shard_gone
 from faults.lives import send
-from faults.runs import EVERY, Run, Wrong, wait_for
+from faults.runs import Run, Wrong, wait_for
 
 Inject = Callable[[Run, random.Random], str]
 
@@ -86,8 +87,11 @@ def rank_raises(run: Run, rng: random.Random) -> str:
 
 
 def hung_rank(run: Run, rng: random.Random) -> str:
-    """SIGSTOP of one rank, for good: the others must find it, and all must end."""
-    send(signal.SIGSTOP, [rng.choice(run.life.ranks())])
+    """SIGSTOP of one rank, for good: the others find it, name it and end."""
+    ranks, before = run.life.ranks(), len(run.said())
+    odd = rng.randrange(len(ranks))
+    send(signal.SIGSTOP, [ranks[odd]])
+    wait_for(lambda: f"rank {odd} " in run.said()[before:], f"the name of rank {odd}, which hangs")
     return "killed"
 
 
@@ -124,9 +128,9 @@ def clock_jumps(run: Run, rng: random.Random) -> str:
 def disk_full(run: Run, rng: random.Random) -> str:
     """No room for a checkpoint, for some seconds; then room again."""
     ballast = run.disk / "ballast"
-    ballast.write_bytes(
-        bytes(max(0, shutil.disk_usage(run.disk).free - rng.choice((0, 4096, 65536, 500_000))))
-    )
+    room = rng.choice((0, 4096, 65536, 500_000))
+    with contextlib.suppress(OSError):  # the run writes too, and may have taken the last of it
+        ballast.write_bytes(bytes(max(0, shutil.disk_usage(run.disk).free - room)))
     before = run.said().count("not saved")
     with contextlib.suppress(Wrong):
         wait_for(
@@ -199,6 +203,7 @@ KINDS = {
     "killed before the first step": Kind(kill_at_start, 2, phase="down"),
     "rank crashes (SIGSEGV, SIGBUS, SIGABRT)": Kind(crash_rank, 2),
     "rank raises": Kind(rank_raises, 2, "forked"),
+    "rank hangs (SIGSTOP)": Kind(hung_rank, 2, "forked", least=2),
     "SIGTERM to torchrun": Kind(told(signal.SIGTERM, "agent"), 3, "torchrun"),
     "SIGINT to torchrun": Kind(told(signal.SIGINT, "agent"), 3, "torchrun"),
     "SIGTERM to a rank": Kind(told(signal.SIGTERM, "rank"), 3),
@@ -219,4 +224,3 @@ KINDS = {
 }
 NOT_FINITE = "gradient not finite"  # decided when a run begins, see soak.py: the calm run must have it too
 PROMISES = {name: kind.promise for name, kind in KINDS.items()} | {NOT_FINITE: 6}
-INTERVALS = {"killed": EVERY, "told": 0, "goes on": 0}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from faults.lives import Forge, Forked, Life, Torchrun
 
-STEPS, EVERY = 120, 4
+STEPS, EVERY = 120, 6
 FLAGS = """
 demo --data.batch 4 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2 --optim.schedule plateau
---optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1
+--optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1 --train.hang-minutes 0.5
 """.split()  # noqa: SIM905
 LIFE_S = 150.0
 
@@ -64,6 +64,7 @@ class Run:
         self.life: Life | None = None
         self.readers = 1
         self.calm: list[dict] | None = None  # metrics of the calm run
+        self.beside = 1  # see Soak.again
         self.gaps = False  # a full disk has kept steps out of metrics.jsonl
 
     def argv(self, form: str = "", steps: int = STEPS, run: Path | None = None) -> list[str]:
@@ -123,6 +124,11 @@ class Run:
             return None
         fresh = (self.run / "status.json").stat().st_mtime_ns >= (self.run / "run.json").stat().st_mtime_ns
         return int(self.status()["step"]) if fresh else None
+
+    def writing(self) -> int | None:
+        """The step whose checkpoint is being written, or was when all ended."""
+        names = [path.name for path in (self.run / "checkpoints").glob(".step-*[0-9].tmp")]
+        return max((int(name.removeprefix(".step-").removesuffix(".tmp")) for name in names), default=None)
 
     def took_up(self, step: int) -> None:
         """Note which ranks do the steps from `step` on."""

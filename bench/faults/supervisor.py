@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from faults.kinds import INTERVALS, KINDS, NOT_FINITE
+from faults.kinds import KINDS, NOT_FINITE
 from faults.lives import Forge
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 
@@ -143,7 +143,7 @@ class Soak:
         else:
             lost, left, more = self.again(run, before, began, promise)
         damaged = sum("newest checkpoint" in other for other in more)
-        allowed = EVERY * damaged + max(INTERVALS[promise], EVERY * bool(more))
+        allowed = EVERY * damaged + (EVERY + run.beside if promise == "killed" or more else 0)
         hold(lost <= allowed, f"{[name, *more]}: lost {lost} steps, {allowed} allowed")
         run.check(run.calm if len(run.plan.segments) == 1 else None)
         run.save()
@@ -171,8 +171,10 @@ class Soak:
         folder or data suffered meanwhile.
         """
         reached, left, more = run.step(), None, list[str]()
+        run.beside = 1  # steps done while a checkpoint was being written that a kill has cost
         while (resumed := run.resumed(before)) is None:
-            reached = max(reached, run.step())
+            reached, writing = max(reached, run.step()), run.writing()
+            run.beside = max(run.beside, 0 if writing is None else reached - writing)
             hold(time.monotonic() < began + 240, f"{promise}: does not train again")
             if not run.life.running():
                 left = left or round(time.monotonic() - began, 1)
