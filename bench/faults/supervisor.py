@@ -45,7 +45,7 @@ class Soak:
                 why = str(error) if isinstance(error, Wrong) else traceback.format_exc()
                 self.note(wrong=why[:2000], run=run.plan.number)
                 self.clear(run, keep=True)
-                if all("wrong" in entry for entry in self.log[-3:]):
+                if len(self.log) > 2 and all("wrong" in entry for entry in self.log[-3:]):
                     break  # something else is broken
 
     def close(self) -> None:
