@@ -8,7 +8,9 @@ import sys
 
 from p2w.errors import UserError, exits
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "report": ("p2w.analysis.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
+}
 
 
 def usage() -> str:
