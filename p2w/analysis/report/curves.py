@@ -187,11 +187,15 @@ def _over_time(axes: "Axes", facts: Facts, name: str, factor: float = 1.0) -> bo
     times, values, unit, seconds, began = _hours(facts, name)
     for label, start in zip(("started again", *[""] * len(facts.starts)), facts.clocks()[1:], strict=False):
         axes.axvline((start - began) / seconds, color=ORANGE, linestyle=":", label=label)
-    pieces = _thin(times, values)
-    axes.plot(pieces[0], np.array(pieces[1]) * factor, color=BLUE)
+    times, values = _thin(times, values)
+    breaks = np.searchsorted(times, [(start - began) / seconds for start in facts.clocks()])
+    for piece in np.split(
+        np.column_stack((times, values)), breaks
+    ):  # no line across the time between two starts
+        axes.plot(piece[:, 0], piece[:, 1] * factor, color=BLUE)
     axes.set_xlabel(f"time since the first start ({unit})")
     axes.set_ylim(bottom=0)
-    return bool(pieces[0])
+    return bool(times)
 
 
 def _throughput(axes: "Axes", facts: Facts) -> bool:

@@ -23,9 +23,8 @@ def header(facts: Facts, good: set[str], running: set[str]) -> Markup:
     }.get(state)
     size = TIMES.join(f"{edge:.0f}" for edge in numbers(facts.config.get("pretext.size")))
     weights = number(start.get("parameters"))
-    what = [f"{facts.config[key]}" for key in ("pretext.name", "model.name") if facts.config.get(key)] + [
-        f"width {facts.config['model.width']}"
-    ] * ("model.width" in facts.config)
+    named = (("", "pretext.name"), ("", "model.name"), ("width ", "model.width"))
+    what = [f"{title}{facts.config[key]}" for title, key in named if key in facts.config]
     what += [f"{weights / 1e6:.2f} M parameters"] * (not math.isnan(weights)) + [
         f"{size} voxels (z y x)"
     ] * bool(size)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Facts:
         """From each start to the last line it logged before the next one; NaN when that cannot be told."""
         began = self.clocks()
         total = 0.0
-        for first, following in zip(began, [*began[1:], math.inf], strict=True):
+        for first, following in pairwise([*began, math.inf]):
             # A record is as fine as milliseconds, a start as seconds.
             within = [r["time"] for r in self.records if first <= r.get("time", -1) < following]
             total += max(within, default=first) - first

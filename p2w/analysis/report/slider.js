@@ -38,7 +38,7 @@
     const [rows, columns] = plane.size;
     canvas.width = columns;
     canvas.height = rows;
-    const context = canvas.getContext("2d");
+    const context = canvas.getContext("2d", { willReadFrequently: true }); // drawn by the CPU, never by a GPU
     const image = context.createImageData(columns, rows);
     for (let r = 0, i = 0; r < rows; r++) {
       for (let c = 0; c < columns; c++, i += 4) {
