@@ -201,5 +201,5 @@ def _step_of(text: str) -> float:
     """The step a metrics line speaks of; infinity when the line is broken."""
     try:
         return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

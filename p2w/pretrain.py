@@ -1,6 +1,9 @@
 """One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
 
 import hashlib
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,18 +11,18 @@ from typing import Any
 import torch
 
 from p2w import config as settings
-from p2w.analysis import figures
+from p2w.analysis import figures, report
 from p2w.analysis.pictures import Pictures
 from p2w.analysis.similarity import Similarity, similarity_file
 from p2w.analysis.validation import Validation
 from p2w.config import Config
 from p2w.data.stream import ShardSet, Stream
 from p2w.errors import UserError
-from p2w.log import Log, read_metrics
+from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.folder import RunFolder, describe, fingerprint
 from p2w.train.interruptible import Interruptible
 from p2w.train.loop import Evaluator, Outcome, Trainer
 from p2w.train.optim import Precision
@@ -45,7 +48,11 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
         config, shards, folder, world, precision, log
     )  # what it refuses leaves no folder behind
     if world.is_main:
-        folder.open(config, data, shards.where, world.machine())
+        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
+        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        folder.open(
+            config, data, shards.where, {**world.machine(), **command, **facts, "data_set": describe(shards)}
+        )
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
@@ -57,6 +64,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
         if world.is_main:
             with log.tolerate("status.json"):
                 folder.status(outcome.state, outcome.step, outcome.why)
+            with log.tolerate("report.html"):
+                log.line(f"report          {report.write(run)}")
             folder.close()
         log.close()
     return outcome
@@ -109,6 +118,7 @@ def _fit(
         for one in looks:
             yield from one(step)
 
+    before = max((int(record["step"]) for record in read_metrics(folder.path)), default=0)
     resumed = trainer.resume()
     log.line(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
@@ -123,6 +133,7 @@ def _fit(
     if world.is_main:
         with log.tolerate("status.json"):
             folder.status("running", trainer.step)
+            folder.note(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
         outcome = trainer.fit(look)
     if not world.is_main:
@@ -134,9 +145,10 @@ def _fit(
         return outcome
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
-        picture = pictures.figure()
+        picture, volumes = pictures.figure(), pictures.volumes()
     with log.tolerate("figures"):
         figures.save(picture, folder.path, "reconstruction")
+        write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
         _summary(folder.path, log)
     return outcome
 

@@ -1,10 +1,12 @@
 """The pictures people look at while it trains: part | reconstruction | whole of four fixed wholes."""
 
+import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2w.analysis import figures
@@ -29,6 +31,8 @@ class Pictures:
         self.pretext, self.model, self.log = pretext, model, log
         if log.speaks:
             voxels, ids = telling_wholes(shards, split)
+            self.keys = [shards.key(int(row)) for row in ids]
+            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.shape
             self.views = pretext.sample(voxels.to(device), Keys(VALIDATION_SEED, 0, ids.to(device)))
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
@@ -40,6 +44,25 @@ class Pictures:
     def figure(self) -> "Figure":
         """The network as it stands, in evaluation mode."""
         return figures.triptych(self.views.input, self.model(self.views.input), self.views.target)
+
+    def volumes(self) -> bytes:
+        """The same as an npz file, for the slider of report.html, which holds for analysis/reconstructions.npz too.
+
+        `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), uint8, 0..255 for 0..1; `keys` (W,); `extent_mm`
+        (W, 3), edges z y x of the whole; `scale` (S,), here one NaN: each part has the volume that training gave it.
+        """
+        views, packed = self.views, io.BytesIO()
+        part, output = _grey(views.input)[:, None], _grey(self.model(views.input))[:, None]
+        np.savez_compressed(
+            packed, whole=_grey(views.target), part=part, output=output,
+            scale=np.array([np.nan]), keys=np.array(self.keys), extent_mm=self.extent_mm,
+        )  # fmt: skip
+        return packed.getvalue()
+
+
+def _grey(volumes: Tensor) -> NDArray[np.uint8]:
+    """(B, 1, d, h, w) in [0, 1] -> (B, d, h, w)."""
+    return (volumes[:, 0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,7 @@ class ShardSet:
         self.keys = table["key"]
         self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
         self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
+        self.spacing_mm = np.stack([table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)  # (n, 3)
         self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
         named = table["shard"].to_pylist()
         number = {name: index for index, name in enumerate(self.shard_names)}
