@@ -8,7 +8,9 @@ import sys
 
 from p2w.errors import UserError, exits
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "verify": ("p2w.data.verify", "whether a data set is what was written; repair from the scans"),
+}
 
 
 def usage() -> str:
