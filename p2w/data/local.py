@@ -11,7 +11,7 @@ whose attributes are seconds old, it still ends the process; the next start then
 import functools
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class ShardSet:
         self.shape: tuple[int, int, int] = tuple(self.meta["shape"])  # D, H, W
         self.nbytes = 2 * int(np.prod(self.shape))
         self.verify = verify
+        self.on_bad: Literal["stop", "skip"] = "stop"  # what streams do about sub-scans that cannot be used
+        self.named_bad: set[int] = set()  # those that a warning has named
         self.keys = table["key"]
         self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
         self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)

@@ -21,6 +21,7 @@ from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
+from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.optim import Precision, Schedule, build_optimizer
 from p2w.train.signals import StopRequest
@@ -73,6 +74,7 @@ class Trainer:
         self.kept = -1  # the newest step that a sound checkpoint holds
         self.skipped = 0
         self.validation: float | None = None
+        self.bad = BadSamples(config.data, world, stream)
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
 
@@ -95,6 +97,7 @@ class Trainer:
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = snapshot.step, state["skipped"]
         self.kept = self.step
+        self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step)
         return True
 
@@ -139,6 +142,7 @@ class Trainer:
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
+            "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
         }
         try:
@@ -155,6 +159,7 @@ class Trainer:
         result = self.stepper.step(self._views(batch), self.step)
         self.step += 1
         self.validation = None
+        self.bad.count(batch, self.step)
         self._account(result, len(batch.ids))
 
     def _views(self, batch: Batch) -> Views:
@@ -189,6 +194,7 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
+            **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
