@@ -157,6 +157,8 @@ def check(config: Config) -> Config:
         if not flat[name] >= least:
             raise UserError(f"{name}={flat[name]}: must be at least {least}; pass --{name.replace('_', '-')}")
     for name, value in flat.items():
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
     if not 0 <= config.data.max_bad_share <= 1:

@@ -167,6 +167,7 @@ def _parse(data: bytes, name: str, root: str) -> Manifest:
         rules.check_meta(meta)
         rules.check_size(file.metadata, len(data), meta)
         table = file.read()
+        table.validate(full=True)  # text that is none, for one
         rules.check_rows(table, meta)
     except (ValueError, pa.ArrowException, OSError) as error:
         raise DamagedManifest(f"{name} makes no sense ({_first(error)}): copy it again") from error

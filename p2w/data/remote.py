@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tarfile
 import time
+import tokenize
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -259,8 +260,8 @@ class _Cursor:
             start = io.BytesIO(data)
             npy.read_magic(start)
             found = npy.read_array_header_1_0(start)
-        except (ValueError, EOFError) as error:
-            return shards.damaged(sub_scan, f"its .npy header cannot be read ({str(error).splitlines()[0]})")
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+            return shards.damaged(sub_scan, f"its .npy header cannot be read ({type(error).__name__})")
         if found != (shards.shape, False, np.dtype("<i2")) or start.tell() != header:
             return shards.damaged(sub_scan, f"its .npy holds {found[2]} {found[0]}, not int16 {shards.shape}")
         return data

@@ -408,3 +408,16 @@ def test_a_packed_tar_is_not_unpacked(served, monkeypatch):
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(DataError, match="cannot be streamed"):
         shards.read_into(0, np.empty(SHAPE, np.int16))
+
+
+def test_an_npy_header_that_is_no_python(served, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    write_set(folder, train=(4,))
+    shards = open_set(url)
+    path = folder / shards.shard(0)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"'fortran_order'", b"'fortran_order(", 1))
+    with pytest.raises(DataError, match="header cannot be read") as error:
+        shards.read_into(0, np.empty(SHAPE, np.int16))
+    assert "\n" not in str(error.value)

@@ -167,3 +167,15 @@ def test_a_full_disk_is_one_line_and_the_old_ones_stay(small_disk, elements):
     assert latest.step == checkpoints.steps()[-1]
     checkpoints.save(snapshot(4))
     assert checkpoints.load_latest().step == 4
+
+
+@pytest.mark.parametrize("validation", ["gone", "text", [1]])
+def test_a_validation_that_is_no_number_is_one_line(saved, validation):
+    path = saved.path(3) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["validation"] = validation
+    if validation == "gone":
+        del meta["validation"]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        saved.load(3)
