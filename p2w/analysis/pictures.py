@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from p2w.analysis import figures
 from p2w.analysis.validation import VALIDATION_SEED
-from p2w.data.stream import ShardSet
+from p2w.data.stream import DataError, ShardSet
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext
@@ -70,8 +70,15 @@ def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
     ids = shards.ids(split)
     spread = ids[np.unique(np.linspace(0, len(ids) - 1, min(CANDIDATES, len(ids))).astype(int))]
     voxels = np.empty((len(spread), *shards.shape), np.int16)
+    good = np.ones(len(spread), bool)
     with shards.reader(spread) as reader:
         for row, sub_scan in enumerate(spread):
-            reader.read_into(int(sub_scan), voxels[row])
+            try:
+                reader.read_into(int(sub_scan), voxels[row])
+            except DataError:
+                good[row] = False
+                if shards.on_bad == "stop" or (not good[: row + 1].any() and row + 1 == len(spread)):
+                    raise
+    voxels, spread = voxels[good], spread[good]
     best = np.argsort(-voxels.reshape(len(voxels), -1)[:, ::16].std(1))[:SHOWN]
     return torch.from_numpy(voxels[best]), torch.from_numpy(spread[best])

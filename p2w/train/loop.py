@@ -23,6 +23,7 @@ from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
+from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
@@ -78,6 +79,7 @@ class Trainer:
         self.step = self.skipped = 0
         self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self.bad = BadSamples(config.data, world, stream)
         self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
@@ -103,6 +105,7 @@ class Trainer:
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
         self.saver.kept = (self.step, self.owed)
+        self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.owed)
         return True
 
@@ -160,6 +163,7 @@ class Trainer:
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
+            "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
             "owed": self.owed,  # told to stop, a run leaves without the look that is due
         }
@@ -175,6 +179,7 @@ class Trainer:
         settings = self.config.train
         self.owed = self.step % settings.validate_every == 0 or self.step == settings.steps
         self.validation = None
+        self.bad.count(batch, self.step)
         self._account(result, len(batch.ids))
 
     def _views(self, batch: Batch) -> Views:
@@ -210,6 +215,7 @@ class Trainer:
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
             "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
+            **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
