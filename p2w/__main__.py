@@ -1,6 +1,6 @@
 """The command `p2w`: what is done with data sets, machines and runs beside training.
 
-    p2w COMMAND --help        the same as  python -m p2w COMMAND --help
+p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 """
 
 import importlib
@@ -8,7 +8,12 @@ import sys
 
 from p2w.errors import UserError, exits
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": (
+        "p2w.doctor.command",
+        "what this machine has against what a run needs, and the remedy of each problem",
+    ),
+}
 
 
 def usage() -> str:
