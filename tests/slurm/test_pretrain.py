@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.t
 STEPS = 300
 # fp32, as in tests/launch: bf16's backward pass on some CPUs gives other gradients each time (`p2w doctor` finds them).
 SMALL = [
-    "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}", "--train.amp=fp32",
-    "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
+    "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
+    "--train.amp=fp32", "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
 ]  # fmt: skip
 Start = Callable[..., str]
 
