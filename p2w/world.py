@@ -175,6 +175,16 @@ def _processor() -> str:
     return platform.processor() or "cpu"
 
 
+def variable(name: str) -> str:
+    """A variable of the environment; empty when it is not set."""
+    return os.environ.get(name, "")
+
+
+def variables(**more: str) -> dict[str, str]:
+    """The environment for a child process: this one's and `more`."""
+    return os.environ | more
+
+
 def _meet(world: World, timeout: timedelta) -> dist.Store:
     """A store that the ranks of this start have to themselves.
 
