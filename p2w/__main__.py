@@ -1,6 +1,6 @@
 """The command `p2w`: what is done with data sets, machines and runs beside training.
 
-    p2w COMMAND --help        the same as  python -m p2w COMMAND --help
+p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 """
 
 import importlib

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from p2w.errors import UserError
+from p2w.model.conv import Conv3d
 from p2w.model.protocol import Encoder, Network
 
 
@@ -20,7 +21,7 @@ class ConvNormAct(nn.Module):
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(cin, cout, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(cin, cout, kernel_size=3, padding=1)
         self.bn1 = nn.BatchNorm3d(cout)
 
     def forward(self, x: Tensor) -> Tensor:
