@@ -21,7 +21,7 @@ from p2w.analysis.pairs import TINY, check_enough
 
 TEMPERATURE, NEGATIVES, TESTS = 0.7, 5000, 100
 DRAWN = "uniformly from the parts of all other wholes, with replacement"
-BLOCK = 1 << 24  # similarities held at once: 64 MiB in float32
+BLOCK = 1 << 25  # similarities held at once: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def draw_tests(wholes: int, parts: int, whole: int, tests: int, negatives: int, 
     anchor = rng.integers(0, parts, tests)
     positive = rng.integers(0, parts - 1, tests)
     rows = rng.integers(0, (wholes - 1) * parts, (tests, negatives))
-    rows[rows >= whole * parts] += parts  # the whole's own parts are no negatives
+    rows += parts * (rows >= whole * parts)  # the whole's own parts are no negatives
     return Tests(anchor, positive + (positive >= anchor), rows)
 
 
@@ -50,37 +50,38 @@ def contrastive_losses(
 ) -> Tensor:  # fmt: skip
     """Mean loss over the tests of each of `wholes` (default: all), float64 on the CPU, in that order.
 
-    Computed on the device of `features` in their floating type; sums in float64. A whole's similarities to the pool are one
-    product of matrices, in blocks of bounded size, and its negatives are picked from there. A whole's value is the
-    same whichever others are asked for, so ranks can share the work. `tick` is called after each.
+    Computed on the device of `features` in their floating type; sums in float64. Similarities are products of blocks of the
+    pool with all of it, of bounded size and at fixed places, and a test's negatives are picked from its anchor's row. So
+    a whole's value is the same bits whichever others are asked for, and ranks can share the work in contiguous
+    stretches. `tick` is called after each whole.
     Raises UserError for fewer than two wholes, or two parts of each.
     """
     count, parts, channels = features.shape
     check_enough(count, parts)
-    unit = torch.nn.functional.normalize(features, dim=2, eps=TINY)
-    pool = unit.reshape(count * parts, channels)
-    step = max(1, BLOCK // len(pool))
-    result = []
-    for whole in range(count) if wholes is None else wholes:
-        drawn = draw_tests(count, parts, whole, tests, negatives, seed)
-        total = torch.zeros((), dtype=torch.float64, device=features.device)
-        for first in range(0, parts, step):
-            mine = (drawn.anchor >= first) & (drawn.anchor < first + step)
-            similar = unit[whole, first : first + step] @ pool.T / temperature
-            anchor, positive, rows = (
-                torch.from_numpy(part).to(features.device)
-                for part in (drawn.anchor[mine] - first, drawn.positive[mine], drawn.negatives[mine])
-            )
-            total += _losses(similar, anchor, positive + whole * parts, rows).sum()
-        result.append(total / tests)
-        tick()
-    return torch.stack(result).cpu() if result else torch.zeros(0, dtype=torch.float64)
+    pool = torch.nn.functional.normalize(features, dim=2, eps=TINY).reshape(-1, channels)
+    rows = max(1, BLOCK // len(pool))
+    rows -= rows % parts if rows > parts else 0  # a whole in one block, where there is room
+    asked = list(range(count) if wholes is None else wholes)
+    totals = dict.fromkeys(asked, torch.zeros((), dtype=torch.float64, device=features.device))
+    for start in range(0, len(pool), rows):
+        end = min(start + rows, len(pool))
+        inside = [whole for whole in asked if whole * parts < end and start < (whole + 1) * parts]
+        similar = pool[start:end] @ pool.T / temperature if inside else pool
+        for whole in inside:
+            drawn = draw_tests(count, parts, whole, tests, negatives, seed)
+            first = whole * parts
+            for row in range(max(start, first), min(end, first + parts)):
+                mine = drawn.anchor == row - first
+                totals[whole] = totals[whole] + _losses(
+                    similar[row - start], drawn.positive[mine] + first, drawn.negatives[mine]
+                )
+            if end >= first + parts:
+                tick()
+    return torch.tensor([float(totals[whole]) / tests for whole in asked], dtype=torch.float64)
 
 
-def _losses(similar: Tensor, anchor: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
-    """Loss (T,) float64 of tests that look up their similarities / temperature in rows of `similar`."""
-    # One flat look-up: gathering rows first would copy the pool's width for every test.
-    start = (anchor * similar.shape[1])[:, None]
-    against = similar.view(-1).take(start + negatives).exp().sum(1, dtype=torch.float64)
-    alike = similar[anchor, positive].double()
-    return (alike.exp() + against).log() - alike
+def _losses(similar: Tensor, positive: NDArray[np.int64], negatives: NDArray[np.int64]) -> Tensor:
+    """Sum () float64 of the losses of tests with one anchor: `similar` (W * P,) are its similarities / temperature."""
+    alike = similar[torch.from_numpy(positive).to(similar.device)].double()
+    against = similar.take(torch.from_numpy(negatives).to(similar.device)).exp().sum(1, dtype=torch.float64)
+    return ((alike.exp() + against).log() - alike).sum()
