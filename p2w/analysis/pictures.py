@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from p2w.analysis import figures
+from p2w.analysis.looks import read, spread
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.data.stream import ShardSet
 from p2w.geometry import Keys
@@ -32,9 +32,11 @@ class Pictures:
             self.views = pretext.sample(voxels.to(device), Keys(VALIDATION_SEED, 0, ids.to(device)))
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Draw; the other ranks have nothing to do."""
+        """Show plain pixels, which matplotlib's titles would make ten times as dear; other ranks have nothing to do."""
         if self.log.speaks:
-            self.log.picture("reconstruction", self.figure(), step)
+            views = self.views
+            pixels = figures.strip(views.input, self.model(views.input), views.target)
+            self.log.picture("part, reconstruction, whole; each axial, coronal", pixels, step)
         return ()
 
     def figure(self) -> "Figure":
@@ -44,11 +46,7 @@ class Pictures:
 
 def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
     """Voxels (4, D, H, W) int16 and ids (4,): of evenly spread wholes, those with the largest standard deviation."""
-    ids = shards.ids(split)
-    spread = ids[np.unique(np.linspace(0, len(ids) - 1, min(CANDIDATES, len(ids))).astype(int))]
-    voxels = np.empty((len(spread), *shards.shape), np.int16)
-    with shards.reader(spread) as reader:
-        for row, sub_scan in enumerate(spread):
-            reader.read_into(int(sub_scan), voxels[row])
-    best = np.argsort(-voxels.reshape(len(voxels), -1)[:, ::16].std(1))[:SHOWN]
-    return torch.from_numpy(voxels[best]), torch.from_numpy(spread[best])
+    ids = spread(shards.ids(split), CANDIDATES)
+    voxels = read(shards, ids)
+    best = voxels.flatten(1)[:, ::16].float().std(1).argsort(descending=True, stable=True)[:SHOWN]
+    return voxels[best], torch.from_numpy(ids)[best]

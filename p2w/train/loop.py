@@ -98,12 +98,15 @@ class Trainer:
         self.log.rewind(self.step)
         return True
 
-    def fit(self, validate: Validate) -> Outcome:
-        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended."""
+    def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
+        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended.
+
+        `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
+        """
         with StopRequest(self.log.speaks) as stop:
             if self.step == 0:
                 self._validate(validate)
-            outcome = self._train(validate, stop)
+            outcome = self._train(validate, look, stop)
             if self.step != self.kept:
                 self.save()
             if self.world.any(self.world.is_main and self.step != self.kept):
@@ -113,7 +116,7 @@ class Trainer:
                 )
         return outcome
 
-    def _train(self, validate: Validate, stop: StopRequest) -> Outcome:
+    def _train(self, validate: Validate, look: Validate, stop: StopRequest) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
         while self.step < settings.steps:
@@ -123,6 +126,8 @@ class Trainer:
             told = self.world.any(stop.asked or self.world.orphaned())
             if self.step % settings.validate_every == 0 or self.step == settings.steps:
                 self._validate(validate)
+            elif settings.look_every and self.step % settings.look_every == 0:
+                self._validate(look)
             if told and self.step < settings.steps:
                 gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
                 return Outcome("told to stop", self.step, stop.name or gone)
@@ -207,9 +212,6 @@ class Trainer:
         if not values:
             return
         self.log.metrics(self.step, values)
-        self.log.line(
-            f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        )
         self.validation = values.get("val/loss")
         due = self.step > 0 and self.step % self.config.train.validate_every == 0
         if (
