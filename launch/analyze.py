@@ -113,9 +113,15 @@ def show(summary: dict[str, Any], run: Path) -> None:
     Console().print(table)
     over = summary["over_checkpoints"]
     if over:
-        low, high = over["ci95"]
-        r, interval = over["pearson_r"], "" if math.isnan(low) else f" ({low:.2f} to {high:.2f})"
-        print(f"Pearson r of contrastive loss and validation MSE: {r:.3f}{interval}, n = {over['n']}")
+        (low, high), r = over["ci95"], over["pearson_r"]
+        r = (
+            "too few checkpoints"
+            if math.isnan(r)
+            else f"{r:.3f}"
+            if math.isnan(low)
+            else f"{r:.3f} ({low:.2f} to {high:.2f})"
+        )
+        print(f"Pearson r of contrastive loss and validation MSE: {r}, n = {over['n']}")
     print(f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}")
 
 

@@ -31,7 +31,7 @@ MARKERS = "osD^vPX"
 
 def _grid(count: int, width: float, height: float, **settings: Any) -> tuple["Figure", list[Any]]:
     """A figure of `count` panels, at most three in a row, and its axes."""
-    columns = min(3, count)
+    columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)
     figure = blank(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **settings).ravel()
@@ -82,7 +82,12 @@ def similarity(pairs: dict[str, tuple[Floats, Floats]], numbers: dict[str, dict[
         ):
             share = np.full(values.size, 1 / values.size)
             axis.hist(values.ravel(), bins, weights=share, color=colour, alpha=0.6, label=name)
-        found = numbers[label]
+        found, low = numbers[label], min(float(positive.min()), float(negative.min()))
+        if low > bins[-2]:  # one bar, in which everything lies
+            axis.text(
+                0.5, 0.5, f"all within {1 - low:.0e} of 1", transform=axis.transAxes, ha="center", fontsize=9
+            )
+        axis.tick_params(labelbottom=True)
         axis.set_title(f"{label}\nAUC {found['auc']:.3f}, d' {found['d_prime']:.2f}", fontsize=10)
         axis.set(xlabel="cosine similarity of features", ylabel="share of pairs")
         axis.legend(fontsize=8, loc="upper left")

@@ -1,7 +1,8 @@
-"""Starts launch/train.py, or another script of launch/, in forked copies of a process that has done its imports: 0.1 s a start instead of five.
+"""Starts a script of launch/ in forked copies of a process that has done its imports: 0.1 s a start instead of five.
 
 What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Reads a
-JSON line {script, argv, ranks, out, err} from stdin; answers with the ranks' process ids, and with their exit codes at the end.
+JSON line {script, argv, ranks, out, err} from stdin; answers with the ranks' process ids, and at the end with their
+exit codes.
 """
 
 import json

@@ -17,7 +17,7 @@ TINY = """
 
 
 class Forge:
-    """A process that forks ranks of launch/train.py on request, one run at a time."""
+    """A process that forks ranks of a script of launch/ on request, one run at a time."""
 
     def __init__(self) -> None:
         env = {
