@@ -17,7 +17,7 @@ TINY = """
 
 
 class Forge:
-    """A process that forks ranks of launch/train.py on request, one run at a time."""
+    """A process that forks ranks of a script of launch/ on request, one run at a time."""
 
     def __init__(self) -> None:
         env = {
@@ -32,11 +32,13 @@ class Forge:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, start_new_session=True,
         )  # fmt: skip
 
-    def start(self, folder: Path, *argv: object, ranks: int = 1) -> list[int]:
+    def start(
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py"
+    ) -> list[int]:
         """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        request = {"argv": [str(arg) for arg in argv], "ranks": ranks}
+        request = {"script": script, "argv": [str(arg) for arg in argv], "ranks": ranks}
         request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -46,11 +48,13 @@ class Forge:
         """Exit codes of the ranks."""
         return json.loads(self.process.stdout.readline())
 
-    def run(self, folder: Path, *argv: object, ranks: int = 1) -> tuple[list[int], str, str]:
+    def run(
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py"
+    ) -> tuple[list[int], str, str]:
         """A whole run: exit codes, stdout, stderr."""
         for name in ("out.txt", "err.txt"):
             (folder / name).unlink(missing_ok=True)
-        self.start(folder, *argv, ranks=ranks)
+        self.start(folder, *argv, ranks=ranks, script=script)
         return self.wait(), (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
 
 
