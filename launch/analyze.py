@@ -12,6 +12,7 @@ interrupted, at any number of ranks; the numbers do not depend on it.
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,12 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the networks' arithmetic."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+
+
+def parse(argv: list[str], speaks: bool = True) -> Args:
+    """Command line -> arguments. One process a node `speaks`."""
+    prog = "torchrun launch/analyze.py"
+    return tyro.cli(Args, args=argv, prog=prog, description=__doc__, console_outputs=speaks)
 
 
 def build(args: Args, world: World) -> Analysis:
@@ -114,14 +121,9 @@ def show(summary: dict[str, Any], run: Path) -> None:
     over = summary["over_checkpoints"]
     if over:
         (low, high), r = over["ci95"], over["pearson_r"]
-        r = (
-            "too few checkpoints"
-            if math.isnan(r)
-            else f"{r:.3f}"
-            if math.isnan(low)
-            else f"{r:.3f} ({low:.2f} to {high:.2f})"
-        )
-        print(f"Pearson r of contrastive loss and validation MSE: {r}, n = {over['n']}")
+        interval = "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
+        told = "undefined" if math.isnan(r) else f"{r:.3f}{interval}"
+        print(f"Pearson r of contrastive loss and validation MSE: {told}, n = {over['n']} checkpoints")
     print(f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}")
 
 
@@ -129,12 +131,7 @@ def main() -> int:
     """Parse, build, run."""
     world = World.place()
     try:
-        args = tyro.cli(
-            Args,
-            prog="torchrun launch/analyze.py",
-            description=__doc__,
-            console_outputs=world.local_rank == 0,
-        )
+        args = parse(sys.argv[1:], speaks=world.local_rank == 0)
         analysis = build(args, world)
     except (UserError, SystemExit) as error:
         if isinstance(error, UserError):

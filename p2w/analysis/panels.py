@@ -1,6 +1,7 @@
 """Figures of an analysis (paper, Fig. 2), in Okabe and Ito's and in Tol's colours, which colour-blind people tell apart."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,51 +144,80 @@ def contrastive(
     return figure
 
 
-def _show(axis: Any, volume: NDArray[np.uint8], title: str = "", colour: str = "") -> None:
-    """The middle axial slice of a volume (d, h, w), framed where there is a colour."""
-    axis.imshow(volume[len(volume) // 2], cmap="gray", vmin=0, vmax=255)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=8)
-    for spine in axis.spines.values():
-        spine.set(visible=bool(colour), color=colour or None, linewidth=3)
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a mosaic: the middle axial slice of `volume` (d, h, w), 0..255; framed where there is a colour."""
+
+    volume: NDArray[np.uint8]
+    title: str = ""
+    colour: str = ""
+
+
+def _mosaic(rows: Sequence[Sequence[Tile | None]], title: str = "") -> "Figure":
+    """Tiles of one size in a grid, on one axis: half a hundred axes would take seconds to draw."""
+    height, width = next(tile for row in rows for tile in row if tile is not None).volume.shape[1:]
+    head, gap, columns = 2 * height // 7, max(1, width // 16), max(map(len, rows))
+    size = (columns * (width + gap), len(rows) * (height + head))
+    inches = 1.5 * columns
+    figure = blank(figsize=(inches, inches * size[1] / size[0] + 0.3))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1 - 0.3 / (inches * size[1] / size[0] + 0.3)))
+    canvas = np.full((size[1], size[0]), np.nan)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            if tile is None:
+                continue
+            top, left = i * (height + head) + head, j * (width + gap)
+            canvas[top : top + height, left : left + width] = tile.volume[len(tile.volume) // 2]
+            axis.text(
+                left + width / 2, top - 0.03 * height, tile.title, ha="center", va="bottom", fontsize=7.5
+            )
+            if tile.colour:
+                x, y = [left, left + width], [top, top + height]
+                outline = (x[0], x[1], x[1], x[0], x[0]), (y[0], y[0], y[1], y[1], y[0])
+                axis.plot(*outline, color=tile.colour, linewidth=3, clip_on=False)
+    axis.imshow(
+        canvas, cmap="gray", vmin=0, vmax=255, extent=(0, size[0], size[1], 0), interpolation="nearest"
+    )
+    axis.set(xlim=(-gap, size[0]), ylim=(size[1] + gap, 0), aspect="auto")
+    axis.set_axis_off()
+    figure.text(0.5, 1 - 0.06 / figure.get_figheight(), title, ha="center", va="top", fontsize=10)
+    return figure
 
 
 def growing(
     whole: NDArray[np.uint8], part: NDArray[np.uint8], output: NDArray[np.uint8], scale: Sequence[float]
 ) -> "Figure":
-    """Middle axial slices: parts of growing scale above, what is reconstructed from each below, the whole at the right.
+    """Parts of growing scale above, what is reconstructed from each below, the whole at the right.
 
     `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), 0..255.
     """
-    rows, columns = 2 * len(whole), len(scale) + 1
-    figure = blank(figsize=(1.5 * columns, 1.62 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for w, target in enumerate(whole):
-        for s, value in enumerate(scale):
-            name = f"1/{1 / value:.0f} of the volume" if value < 1 else "the whole"
-            error = np.mean(((output[w, s].astype(float) - target) / 255) ** 2)
-            _show(axes[2 * w, s], part[w, s], name if w == 0 else "")
-            _show(axes[2 * w + 1, s], output[w, s], f"MSE {error:.4f}")
-        _show(axes[2 * w, -1], target, "target" if w == 0 else "")
-        axes[2 * w + 1, -1].set_axis_off()
-        axes[2 * w, 0].set_ylabel("part", fontsize=8)
-        axes[2 * w + 1, 0].set_ylabel("output", fontsize=8)
-    return figure
+    rows: list[list[Tile | None]] = []
+    for target, parts, outputs in zip(whole, part, output, strict=True):
+        names = [
+            f"part, 1/{1 / value:.0f} of the volume" if value < 1 else "the whole as the part"
+            for value in scale
+        ]
+        errors = [np.mean(((made.astype(float) - target) / 255) ** 2) for made in outputs]
+        rows.append([*(Tile(*pair) for pair in zip(parts, names, strict=True)), Tile(target, "target")])
+        rows.append(
+            [Tile(made, f"output, MSE {error:.4f}") for made, error in zip(outputs, errors, strict=True)]
+        )
+    return _mosaic(rows, "Middle axial slices; MSE of the whole volume, (1 = 2000 HU)²")
 
 
 def neighbours(rows: Sequence[dict[str, Any]], label: str) -> "Figure":
-    """Query, its whole, and the wholes most like it, a row a query: middle axial slices.
+    """Query, its whole, and the wholes most like it, a row a query.
 
     A row has `query` and `own` (d, h, w) uint8, `rank` of its own whole, and `hits`: (volume, cosine, whether it is that).
     """
-    columns = 2 + len(rows[0]["hits"])
-    figure = blank(figsize=(1.6 * columns, 1.85 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        _show(line[0], row["query"], "query: a part")
-        _show(line[1], row["own"], f"its whole: rank {row['rank']}")
-        for place, (axis, (volume, cosine, own)) in enumerate(zip(line[2:], row["hits"], strict=True), 1):
+    tiles: list[list[Tile | None]] = []
+    for row in rows:
+        line: list[Tile | None] = [
+            Tile(row["query"], "query: a part"),
+            Tile(row["own"], f"its whole: rank {row['rank']}"),
+        ]
+        for place, (volume, cosine, own) in enumerate(row["hits"], 1):
             verdict = "its whole" if own else "another"
-            _show(axis, volume, f"{place}: {verdict}\ncosine {cosine:.4f}", BLUE if own else ORANGE)
-    figure.suptitle(f"{label}: nearest wholes by cosine similarity", fontsize=10)
-    return figure
+            line.append(Tile(volume, f"{place}: {verdict}\ncosine {cosine:.4f}", BLUE if own else ORANGE))
+        tiles.append(line)
+    return _mosaic(tiles, f"{label}: nearest wholes by cosine similarity (middle axial slices)")

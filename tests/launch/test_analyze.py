@@ -2,21 +2,27 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 from ct_sets import write_structured_set
-from launch_runs import TINY, metrics
+from launch_runs import TINY, metrics, wait_for
 from safetensors.torch import load_file
 
+from launch.analyze import build, parse
 from p2w import config as settings
+from p2w import pretrain
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.data.stream import open_set
+from p2w.errors import UserError
 from p2w.geometry import Keys
-from p2w.pretrain import build
 from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.world import World
 
 SMALL = """--parts 4 --pairs 6 --tests 3 --negatives 20 --scales 3 --scale-parts 3 --scatter-wholes 3
 --scatter-parts 12 --batch 4""".split()  # noqa: SIM905
@@ -59,10 +65,16 @@ def summary(run):
     return json.loads((run / "analysis" / "summary.json").read_text(), parse_constant=refuse)
 
 
+def numbers(run):
+    """All that was measured, without the label that the run's folder gives."""
+    found = summary(run)
+    return list(found["networks"].values()), found["over_checkpoints"]
+
+
 def validation_mse(run, step, shards):
     """One whole at a time, in float64: part 0 of every validation whole, reconstructed."""
     config = settings.read(run / "config.json")
-    pretext, model = build(config)
+    pretext, model = pretrain.build(config)
     model.load_state_dict(Checkpoints(run / "checkpoints").load(step).model)
     model.eval()
     opened, errors = open_set(str(shards)), []
@@ -112,25 +124,21 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
 
 def test_two_ranks_give_the_same_numbers(forge, analyzed, trained, tmp_path):
     run, _, _ = analyze(forge, trained, tmp_path, "--against", "random,histogram,pixels", ranks=2)
-    one, two = summary(analyzed[0]), summary(run)
-    assert two["world_size"] == 2
-    assert two["networks"] == one["networks"] and two["over_checkpoints"] == one["over_checkpoints"]
+    assert summary(run)["world_size"] == 2 and numbers(run) == numbers(analyzed[0])
 
 
-def test_an_interrupted_analysis_continues(forge, analyzed, tmp_path):
-    """What is there is not made again; what is gone is, and comes out the same."""
-    before = summary(analyzed[0])
+def test_what_is_gone_from_the_cache_is_made_again_and_nothing_else(forge, analyzed, tmp_path):
+    before = numbers(analyzed[0])
     run = shutil.copytree(analyzed[0], tmp_path / "run")
     cache = sorted((run / "analysis" / "cache").iterdir())
-    gone = next(path for path in cache if path.name.startswith("parts-"))
+    gone = next(path for path in cache if path.name.startswith("scales-"))
     gone.unlink()
-    (run / "analysis" / "summary.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in cache if path != gone}
-    _, out, _ = analyze(forge, run, tmp_path, "--against", "random,histogram,pixels", ranks=2)
-    assert "16/16 parts looked at" in out  # rank 0's half of the wholes, 4 parts each
+    _, out, _ = analyze(forge, run, tmp_path, "--against", "random,histogram,pixels")
+    assert "72/72 parts looked at" in out  # 8 wholes, 9 parts each
     assert times == {path: path.stat().st_mtime_ns for path in times} and gone.exists()
-    assert len(list((run / "analysis" / "cache").iterdir())) == len(cache)
-    assert summary(run)["networks"] == before["networks"]
+    assert sorted((run / "analysis" / "cache").iterdir()) == cache
+    assert numbers(run) == before
 
 
 def test_other_runs_by_label_and_step_and_one_that_is_lost(forge, trained, tmp_path):
@@ -155,47 +163,57 @@ def test_other_runs_by_label_and_step_and_one_that_is_lost(forge, trained, tmp_p
 
 
 BAD = {
-    "no run": (
-        ["--run-dir", "{tmp}/none"],
-        "error: {tmp}/none: no config.json there, so it is no run folder",
-    ),
-    "no such step": (["--run-dir", "{run}", "--step", "7"], "no checkpoint of step 7; there are 3, 6, 9, 12"),
-    "no such other": (["--run-dir", "{run}", "--against", "genesis"], "error: genesis: no config.json there"),
-    "two of a name": (["--run-dir", "{run}", "--against", "random,random"], "two are called random"),
-    "other data": (["--run-dir", "{run}", "--shards", "{other}"], "the run was trained on"),
-    "no data": (["--run-dir", "{run}", "--shards", "{tmp}/none"], "error: {tmp}/none: no such folder"),
-    "no such split": (["--run-dir", "{run}", "--split", "test"], "0 sub-scan(s) in split 'test'"),
-    "one whole": (
-        ["--run-dir", "{run}", "--max-wholes", "1"],
-        "error: --max-wholes 1: parts of different wholes",
-    ),
-    "one part": (["--run-dir", "{run}", "--parts", "1"], "error: --parts 1: must be at least 2"),
-    "temperature": (
-        ["--run-dir", "{run}", "--temperature", "0"],
-        "error: --temperature 0.0: must be above 0",
-    ),
+    "no run": (["--run-dir", "{tmp}/none"], "{tmp}/none: no config.json there, so it is no run folder"),
+    "no such step": (["--step", "7"], "no checkpoint of step 7; there are 3, 6, 9, 12"),
+    "no such other": (["--against", "genesis"], "genesis: no config.json there"),
+    "two of a name": (["--against", "random,random"], "two are called random"),
+    "itself": (["--against", "{run}"], "is the run itself"),
+    "other data": (["--shards", "{tmp}/other"], "the run was trained on"),
+    "no data": (["--shards", "{tmp}/none"], "{tmp}/none: no such folder"),
+    "no such split": (["--split", "test"], "0 sub-scan(s) in split 'test'"),
+    "one whole": (["--max-wholes", "1"], "--max-wholes 1: parts of different wholes"),
+    "one part": (["--parts", "1"], "--parts 1: must be at least 2"),
+    "temperature": (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    "scale": (["--volume-fraction", "0.5", "0.1"], "needs 0 < low <= high <= 1"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(forge, trained, tmp_path, case):
+def test_bad_input_is_refused_before_anything_starts(trained, tmp_path, case):
     argv, says = BAD[case]
     if case == "other data":
         write_structured_set(tmp_path / "other", train=3)
-    names = {"tmp": tmp_path, "run": trained, "other": tmp_path / "other"}
     before = sorted(trained.rglob("*"))
-    codes, _, err = forge.run(tmp_path, *(word.format(**names) for word in argv), script=SCRIPT)
-    assert codes == [2] and says.format(**names) in err and len(err.splitlines()) == 1, err
+    words = [word.format(tmp=tmp_path, run=trained) for word in argv]
+    with pytest.raises(UserError, match=re.escape(says.format(tmp=tmp_path, run=trained))) as refused:
+        build(parse(["--run-dir", str(trained), *words]), World.place())
+    assert len(str(refused.value).splitlines()) == 1
     assert sorted(trained.rglob("*")) == before
 
 
-def test_a_run_without_checkpoint_or_validation(forge, trained, tmp_path):
+def test_a_refusal_is_one_line_and_exit_code_2(forge, trained, tmp_path):
     empty = shutil.copytree(trained, tmp_path / "empty")
     shutil.rmtree(empty / "checkpoints")
     codes, _, err = forge.run(tmp_path, "--run-dir", empty, script=SCRIPT)
-    assert codes == [2] and f"error: {empty}: no checkpoint there yet" in err
-    shards = write_structured_set(tmp_path / "set", train=3, val=0)
-    argv = [*TINY, "--max-steps", "1", "--shards", shards, "--run-dir", tmp_path / "novalidation"]
-    assert forge.run(tmp_path, "demo", *argv)[0] == [0]
-    codes, _, err = forge.run(tmp_path, "--run-dir", tmp_path / "novalidation", script=SCRIPT)
-    assert codes == [2] and "0 sub-scan(s) in split 'val'" in err and "--val-fraction" in err
+    assert (
+        codes == [2]
+        and err == f"error: {empty}: no checkpoint there yet; train it: launch/train.py --run-dir {empty}\n"
+    )
+
+
+def test_one_process_of_several_that_is_killed_ends_the_others_and_the_command_continues(
+    forge, trained, tmp_path
+):
+    """A rank dies in the middle: nothing half-written is left, and the same command goes on from the cache."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    cache = run / "analysis" / "cache"
+    argv = ["--run-dir", run, *SMALL, "--against", "random", "--parts", "24", "--no-checkpoints"]
+    pids = forge.start(tmp_path, *argv, ranks=2, script=SCRIPT)
+    wait_for(lambda: cache.is_dir() and any(cache.glob("*.npz")), "the first features")
+    os.kill(pids[1], signal.SIGKILL)
+    assert all(forge.wait()) and not (run / "analysis" / "summary.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in cache.glob("*.npz")}
+    codes, _, err = forge.run(tmp_path, *argv, script=SCRIPT)
+    assert codes == [0], err
+    assert times and times == {path: path.stat().st_mtime_ns for path in times}
+    assert len(summary(run)["networks"]) == 2
