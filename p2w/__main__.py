@@ -8,7 +8,9 @@ import sys
 
 from p2w.errors import UserError, exits
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "export": ("p2w.weights.export", "write a run's weights for other programs"),
+}
 
 
 def usage() -> str:

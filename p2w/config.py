@@ -105,8 +105,12 @@ class TrainConfig:
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Also save when this long has passed since the last save, so that a slow machine loses no more; 0 never."""
     keep: int = 3
     """Newest checkpoints kept, besides the best."""
+    keep_every: int = 0
+    """Save at multiples of this many steps, and keep those for good; 0 none."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     max_skipped: int = 20
@@ -131,8 +135,10 @@ MAY_CHANGE = frozenset(
         "data.readers",
         "train.steps",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
         "train.early_stop",
         "train.keep",
+        "train.keep_every",
         "train.log_every",
         "train.look_every",
         "train.max_skipped",
@@ -147,6 +153,7 @@ def check(config: Config) -> Config:
         "train.look_every": 0, "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
         "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
+        "train.checkpoint_minutes": 0, "train.keep_every": 0,
     }  # fmt: skip
     flat = flatten(config)
     for name, least in at_least.items():

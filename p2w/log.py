@@ -81,15 +81,17 @@ class Log:
         except OSError as error:
             self.warn(f"{self.run / what}: not written ({error.strerror or error}); the run goes on without")
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, looked: bool = True) -> None:
         """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
 
-        A last line cut short by a crash is dropped too.
+        So will the look at `step` itself, unless `looked`. A last line cut short by a crash is dropped too.
         """
         path = self.run / "metrics.jsonl"
         if not self.speaks or not path.exists():
             return
         kept = [text for text in _lines(path) if _step_of(text) <= step]
+        if not looked:
+            kept = [text for text in kept if _step_of(text) < step or '"train/' in text]
         write_atomic(path, "".join(f"{text}\n" for text in kept))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.interruptible import Interrupted, Interruptible
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -75,16 +76,25 @@ def _build(
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
     stream = Stream(shards, "train", batch, seed=config.data.seed, **share)
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.train.keep, log.warn)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
+    )
     trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
 
     def validation() -> Stream:
-        return Stream.validation(shards, batch, **share)
+        """For looks that all ranks take together; told to stop, they end."""
+        stream = Interruptible.validation(shards, batch, **share)
+        stream.told = trainer.told
+        return stream
+
+    def leave_if_told() -> None:
+        if trainer.told():
+            raise Interrupted
 
     aside = len(shards.ids("val"))
     split = "val" if aside else "train"
     pictures = Pictures(pretext, model, shards, split, world.device, log)
-    similarity = Similarity(config, model.encoder, shards, split, world, log)
+    similarity = Similarity(config, model.encoder, shards, split, world, log, leave_if_told)
     looks = Looks(similarity, pictures, every=config.train.look_every, log=log)
     if not aside:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")

@@ -42,9 +42,12 @@ class Similarity:
     """
 
     def __init__(
-        self, config: Config, encoder: Encoder, shards: ShardSet, split: str, world: World, log: Log
-    ) -> None:
+        self, config: Config, encoder: Encoder, shards: ShardSet, split: str, world: World, log: Log,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Read this rank's share. `between` is called before each batch, and may raise to break a look off."""
         self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
+        self.between = between
         self.rows = max(1, config.data.batch // world.size)  # as many as validation passes at a time
         ids = spread(shards.ids(split), WHOLES)
         own = np.array_split(ids, world.size)[world.rank]
@@ -89,6 +92,7 @@ class Similarity:
 
     def _pooled(self, index: Tensor) -> Tensor:
         """Features (rows, PARTS, channels) of the parts of some of the wholes."""
+        self.between()
         config, index = self.config, index.to(self.ids.device)
         voxels, keys = self.voxels[index], Keys(VALIDATION_SEED, 0, self.ids[index])
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])

@@ -5,6 +5,8 @@ the schedule it is all a run continues from. Torch's own random numbers are rese
 step, so a pretext or layer that draws from them repeats exactly after a resume.
 """
 
+import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
@@ -22,9 +24,12 @@ from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
 from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
+from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
 from p2w.train.step import Stepper, StepResult
+from p2w.train.window import Window
 from p2w.world import World
 
 Validate = Callable[[int], Iterable[tuple[str, float]]]
@@ -69,10 +74,11 @@ class Trainer:
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
-        self.step = 0
-        self.kept = -1  # the newest step that a sound checkpoint holds
-        self.skipped = 0
+        self.saver = Saver(checkpoints, config.train, log.warn)
+        self.step = self.skipped = 0
+        self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
 
@@ -85,6 +91,8 @@ class Trainer:
                 f"{self.checkpoints.folder}: rank {self.world.rank} sees another newest checkpoint than its peers; "
                 "the run folder must be one all nodes share"
             )
+        if self.world.is_main:
+            self.checkpoints.continue_from(snapshot)
         if snapshot is None:
             self.log.rewind(-1)  # killed before its first checkpoint, a run begins again
             return False
@@ -93,9 +101,9 @@ class Trainer:
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = snapshot.step, state["skipped"]
-        self.kept = self.step
-        self.log.rewind(self.step)
+        self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
+        self.saver.kept = (self.step, self.owed)
+        self.log.rewind(self.step, looked=not self.owed)
         return True
 
     def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
@@ -103,40 +111,51 @@ class Trainer:
 
         `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
         """
-        with StopRequest(self.log.speaks) as stop:
-            if self.step == 0:
-                self._validate(validate)
-            outcome = self._train(validate, look, stop)
-            if self.step != self.kept:
-                self.save()
-            if self.world.any(self.world.is_main and self.step != self.kept):
+        with StopRequest(self.log.speaks) as self._stop:
+            try:
+                outcome = self._train(validate, look)
+                self.saver.wait()
+                if self._unsaved():
+                    self.save()
+            finally:
+                self.saver.wait(Saver.LEAVING_S if sys.exc_info()[0] else None)
+            if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
                     f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
                     "command"
                 )
         return outcome
 
-    def _train(self, validate: Validate, look: Validate, stop: StopRequest) -> Outcome:
+    def _train(self, validate: Validate, look: Validate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
-        while self.step < settings.steps:
+        told = False
+        while True:
+            if self.owed and not told:
+                told = not self._validate(validate if self._due() else look)
+            if told and (self.owed or self.step < settings.steps):
+                gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
+                return Outcome("told to stop", self.step, self._stop.name or gone)
+            self.saver.poll()
+            if self._unsaved() and self.saver.due(self.step, self.validation):
+                self.save()
+            if self.step >= settings.steps:
+                return Outcome("finished", self.step)
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
             self._one(next(batches))
-            told = self.world.any(stop.asked or self.world.orphaned())
-            if self.step % settings.validate_every == 0 or self.step == settings.steps:
-                self._validate(validate)
-            elif settings.look_every and self.step % settings.look_every == 0:
-                self._validate(look)
-            if told and self.step < settings.steps:
-                gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
-                return Outcome("told to stop", self.step, stop.name or gone)
-            if self.step % settings.checkpoint_every == 0 or self.checkpoints.would_be_best(self.validation):
-                self.save()
-        return Outcome("finished", self.step)
+            told = self.told()
+
+    def told(self) -> bool:
+        """Whether any rank was told to stop; all ranks ask together and get the same answer."""
+        return self.world.any(self._stop.asked or self.world.orphaned())
+
+    def _unsaved(self) -> bool:
+        """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""
+        return self.saver.kept != (self.step, self.owed)
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint of this moment."""
+        """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
         if not self.world.is_main:
             return
         state = {
@@ -145,12 +164,9 @@ class Trainer:
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
             "samples_seen": self.step * self.config.data.batch,
+            "owed": self.owed,  # told to stop, a run leaves without the look that is due
         }
-        try:
-            self.checkpoints.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
-            self.kept = self.step
-        except UserError as error:
-            self.log.warn(f"{error}; the run goes on with the checkpoints it has")
+        self.saver.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
 
     def _one(self, batch: Batch) -> None:
         """One step: from wholes to updated weights."""
@@ -159,8 +175,14 @@ class Trainer:
             self._settled = True
         result = self.stepper.step(self._views(batch), self.step)
         self.step += 1
+        every = self.config.train.look_every
+        self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self._account(result, len(batch.ids))
+
+    def _due(self) -> bool:
+        """Whether the look at this step is a validation."""
+        return self.step % self.config.train.validate_every == 0 or self.step == self.config.train.steps
 
     def _views(self, batch: Batch) -> Views:
         """What this rank's wholes become at this step, whenever it is asked for."""
@@ -194,23 +216,26 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
+            "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
         self.log.progress(self.step, loss, rate, wait)
-        self._window = Window(self.stream.wait_seconds)
+        self._window = Window(self.stream.wait_seconds, self.saver.stall_s)
 
-    def _validate(self, validate: Validate) -> None:
-        """Run the evaluators, log what they yield, and let the schedule know the loss."""
+    def _validate(self, validate: Validate) -> bool:
+        """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
         before = time.monotonic()
         self._broadcast_buffers()
         self.model.eval()
-        with torch.no_grad(), self.stepper.autocast():
+        values: dict[str, float] = {}
+        with contextlib.suppress(Interrupted), torch.no_grad(), self.stepper.autocast():
             values = dict(validate(self.step))
+            self.owed = False
         self.model.train()
         self._window.pause(time.monotonic() - before)
         if not values:
-            return
+            return not self.owed
         self.log.metrics(self.step, values)
         self.validation = values.get("val/loss")
         due = self.step > 0 and self.step % self.config.train.validate_every == 0
@@ -218,36 +243,13 @@ class Trainer:
             self.validation is not None and due
         ):  # the last step's extra look would tell a run made longer from a long one
             self.stepper.schedule.observe(self.validation)
+        return True
 
     def _broadcast_buffers(self) -> None:
         """Give every rank rank 0's batch-norm statistics: the ones a checkpoint holds, so all validate one network."""
         if self.world.size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-
-class Window:
-    """Sums since the last logged line."""
-
-    def __init__(self, wait_before: float = 0.0) -> None:
-        self.loss = torch.zeros(())
-        self.steps = self.samples = 0
-        self.wait_before = wait_before
-        self._start, self._paused = time.monotonic(), 0.0
-
-    def add(self, loss: Tensor, samples: int) -> None:
-        """One step's loss (device scalar) and this rank's samples."""
-        self.loss = self.loss.to(loss.device) + loss
-        self.steps += 1
-        self.samples += samples
-
-    def pause(self, seconds: float) -> None:
-        """Leave validation out of the rate."""
-        self._paused += seconds
-
-    def seconds(self) -> float:
-        """Training time so far."""
-        return max(1e-9, time.monotonic() - self._start - self._paused)
 
 
 def _mix(*numbers: int) -> int:
