@@ -104,6 +104,8 @@ class TrainConfig:
     """torch.compile the network: minutes at the start, a few percent a step."""
     validate_every: int = 500
     """Steps between validations."""
+    look_every: int = 500
+    """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
     early_stop: int = 0
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: int = 500
@@ -145,6 +147,7 @@ MAY_CHANGE = frozenset(
         "train.keep",
         "train.keep_every",
         "train.log_every",
+        "train.look_every",
         "train.max_skipped",
     }
 )
@@ -154,7 +157,7 @@ def check(config: Config) -> Config:
     """Return `config` when its numbers make sense together. Raises UserError naming value, rule and remedy."""
     at_least = {
         "data.batch": 1, "data.readers": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
-        "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
+        "train.look_every": 0, "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
         "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
         "train.checkpoint_minutes": 0, "train.keep_every": 0,

@@ -12,8 +12,9 @@ import torch
 
 from p2w import config as settings
 from p2w.analysis import figures, report
+from p2w.analysis.looks import Looks, Similarity
 from p2w.analysis.pictures import Pictures
-from p2w.analysis.similarity import Similarity, similarity_file
+from p2w.analysis.similarity import similarity_file
 from p2w.analysis.validation import Validation
 from p2w.config import Config
 from p2w.data.stream import ShardSet, Stream
@@ -23,8 +24,8 @@ from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, describe, fingerprint
-from p2w.train.interruptible import Interruptible
-from p2w.train.loop import Evaluator, Outcome, Trainer
+from p2w.train.interruptible import Interrupted, Interruptible
+from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
 
@@ -44,9 +45,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     folder, data = RunFolder(run), fingerprint(shards.meta)
     _agree(world, config, precision, data)
     log = Log(run, world.is_main, config.train.steps)
-    trainer, looks, pictures = _build(
-        config, shards, folder, world, precision, log
-    )  # what it refuses leaves no folder behind
+    parts = _build(config, shards, folder, world, precision, log)  # what it refuses leaves no folder behind
+    trainer = parts[0]
     if world.is_main:
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
         facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
@@ -56,7 +56,7 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
-        outcome = _fit(trainer, looks, pictures, folder, log)
+        outcome = _fit(*parts, folder, log)
     except BaseException as error:
         outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
         raise
@@ -73,8 +73,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
 
 def _build(
     config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
-) -> tuple[Trainer, list[Evaluator], Pictures]:
-    """The trainer, and the looks taken between its steps, the pictures among them."""
+) -> tuple[Trainer, Validation | None, Looks, Pictures]:
+    """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
     model.to(world.device)
@@ -96,27 +96,38 @@ def _build(
         stream.told = trainer.told
         return stream
 
+    def leave_if_told() -> None:
+        if trainer.told():
+            raise Interrupted
+
     aside = len(shards.ids("val"))
-    pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)
-    looks: list[Evaluator] = [pictures]
-    if aside:
-        similarity = Similarity(config.pretext, model.encoder, validation, world, log)
-        looks = [Validation(pretext, model, validation, world), similarity, pictures]
-    else:
+    split = "val" if aside else "train"
+    pictures = Pictures(pretext, model, shards, split, world.device, log)
+    similarity = Similarity(config, model.encoder, shards, split, world, log, leave_if_told)
+    looks = Looks(similarity, pictures, every=config.train.look_every, log=log)
+    if not aside:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
-    return trainer, looks, pictures
+    return trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
 
 
 def _fit(
-    trainer: Trainer, looks: list[Evaluator], pictures: Pictures, folder: RunFolder, log: Log
+    trainer: Trainer,
+    validation: Validation | None,
+    looks: Looks,
+    pictures: Pictures,
+    folder: RunFolder,
+    log: Log,
 ) -> Outcome:
     """Continue where the folder stands, train, draw what came out."""
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
-    def look(step: int) -> Iterator[tuple[str, float]]:
-        for one in looks:
-            yield from one(step)
+    def validate(step: int) -> Iterator[tuple[str, float]]:
+        for name, value in validation(step) if validation else ():
+            log.line(f"step {step}  {name} {value:.4f}")
+            yield name, value
+        yield from looks(step)
+        looks.similarity.save(step)
 
     before = max((int(record["step"]) for record in read_metrics(folder.path)), default=0)
     resumed = trainer.resume()
@@ -135,7 +146,7 @@ def _fit(
             folder.status("running", trainer.step)
             folder.note(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
-        outcome = trainer.fit(look)
+        outcome = trainer.fit(validate, looks)
     if not world.is_main:
         return outcome
     why = f" ({outcome.why})" if outcome.why else ""

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2w.analysis import figures
+from p2w.analysis.looks import read, spread
 from p2w.analysis.validation import VALIDATION_SEED
-from p2w.data.stream import DataError, ShardSet
+from p2w.data.stream import ShardSet
+from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext
@@ -36,9 +38,11 @@ class Pictures:
             self.views = pretext.sample(voxels.to(device), Keys(VALIDATION_SEED, 0, ids.to(device)))
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Draw; the other ranks have nothing to do."""
+        """Show plain pixels, which matplotlib's titles would make ten times as dear; other ranks have nothing to do."""
         if self.log.speaks:
-            self.log.picture("reconstruction", self.figure(), step)
+            views = self.views
+            pixels = figures.strip(views.input, self.model(views.input), views.target)
+            self.log.picture("part, reconstruction, whole; each axial, coronal", pixels, step)
         return ()
 
     def figure(self) -> "Figure":
@@ -67,18 +71,12 @@ def _grey(volumes: Tensor) -> NDArray[np.uint8]:
 
 def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
     """Voxels (4, D, H, W) int16 and ids (4,): of evenly spread wholes, those with the largest standard deviation."""
-    ids = shards.ids(split)
-    spread = ids[np.unique(np.linspace(0, len(ids) - 1, min(CANDIDATES, len(ids))).astype(int))]
-    voxels = np.empty((len(spread), *shards.shape), np.int16)
-    good = np.ones(len(spread), bool)
-    with shards.reader(spread) as reader:
-        for row, sub_scan in enumerate(spread):
-            try:
-                reader.read_into(int(sub_scan), voxels[row])
-            except DataError:
-                good[row] = False
-                if shards.on_bad == "stop" or (not good[: row + 1].any() and row + 1 == len(spread)):
-                    raise
-    voxels, spread = voxels[good], spread[good]
-    best = np.argsort(-voxels.reshape(len(voxels), -1)[:, ::16].std(1))[:SHOWN]
-    return torch.from_numpy(voxels[best]), torch.from_numpy(spread[best])
+    ids = spread(shards.ids(split), CANDIDATES)
+    voxels, good = read(shards, ids)
+    if not good.any():
+        raise UserError(
+            f"{shards.where}: not one of {len(ids)} sub-scans of '{split}' can be read; run p2w verify on it"
+        )
+    voxels, ids = voxels[torch.from_numpy(good)], ids[good]
+    best = voxels.flatten(1)[:, ::16].float().std(1).argsort(descending=True, stable=True)[:SHOWN]
+    return voxels[best], torch.from_numpy(ids)[best]

@@ -115,6 +115,10 @@ class RunFolder:
         """Rank 0: say how things stand, for schedulers and people."""
         write_atomic(self.path / "status.json", json.dumps({"state": state, "step": step, "why": why}))
 
+    def last_start(self) -> dict[str, Any]:
+        """What was noted of the newest start; empty where nothing was. Raises UserError for a run.json that is broken."""
+        return (self._starts() or [{}])[-1]
+
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
