@@ -3,6 +3,8 @@
 # make lint    style and types
 # make bench   measure; writes bench/results
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
+# make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
+#                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -14,7 +16,7 @@ SOAK   ?= soak
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench soak clean
+.PHONY: help install demo test lint bench soak evidence clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -58,6 +60,9 @@ bench: $(VENV)/.tools
 soak: $(VENV)/.tools
 	$(BIN)/python bench/soak.py --folder $(SOAK)
 	$(BIN)/python bench/goodput.py --folder $(SOAK)
+
+evidence: $(VENV)/.installed
+	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -46,6 +46,8 @@ class Args:
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     max_steps: int | None = None
     """Steps in all; the same as --train.steps."""
+    on_bad_sample: Literal["stop", "skip"] | None = None
+    """About a sub-scan that is damaged; the same as --data.on-bad-sample."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -78,6 +80,8 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
     config = args.config
     if args.max_steps is not None:
         config = replace(config, train=replace(config.train, steps=args.max_steps))
+    if args.on_bad_sample is not None:
+        config = replace(config, data=replace(config.data, on_bad_sample=args.on_bad_sample))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
     return replace(args, config=settings.check(config), run=run), recipe
 
@@ -112,7 +116,7 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.local_rank == 0)
     precision = choose_precision(args.config.train.amp, world.device)
-    shards = open_set(args.shards)
+    shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
     config = args.config
     rows = Plan(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True

@@ -17,7 +17,8 @@ import rich.progress as rp
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from numpy.typing import NDArray
 
 LINE_EVERY_S = 10.0
 
@@ -104,11 +105,11 @@ class Log:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
-    def picture(self, name: str, figure: "Figure", step: int) -> None:
-        """Show a matplotlib figure in TensorBoard."""
+    def picture(self, name: str, pixels: "NDArray[np.uint8]", step: int) -> None:
+        """Show a grey picture (H, W) in TensorBoard."""
         if self.speaks:
             with self._on_board(step) as board:
-                board.add_figure(name, figure, step)
+                board.add_image(name, pixels, step, dataformats="HW")
 
     @contextlib.contextmanager
     def _on_board(self, step: int) -> Iterator[Any]:
@@ -173,7 +174,7 @@ class _Nowhere:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Drop it."""
 
-    def add_figure(self, name: str, figure: "Figure", step: int) -> None:
+    def add_image(self, name: str, pixels: "NDArray[np.uint8]", step: int, dataformats: str) -> None:
         """Drop it."""
 
 
@@ -201,5 +202,5 @@ def _step_of(text: str) -> float:
     """The step a metrics line speaks of; infinity when the line is broken."""
     try:
         return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

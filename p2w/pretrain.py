@@ -1,6 +1,9 @@
 """One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
 
 import hashlib
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,20 +11,21 @@ from typing import Any
 import torch
 
 from p2w import config as settings
-from p2w.analysis import figures
+from p2w.analysis import figures, report
+from p2w.analysis.looks import Looks, Similarity
 from p2w.analysis.pictures import Pictures
-from p2w.analysis.similarity import Similarity, similarity_file
+from p2w.analysis.similarity import similarity_file
 from p2w.analysis.validation import Validation
 from p2w.config import Config
 from p2w.data.stream import ShardSet, Stream
 from p2w.errors import UserError
-from p2w.log import Log, read_metrics
+from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder, fingerprint
-from p2w.train.interruptible import Interruptible
-from p2w.train.loop import Evaluator, Outcome, Trainer
+from p2w.train.folder import RunFolder, describe, fingerprint
+from p2w.train.interruptible import Interrupted, Interruptible
+from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
 
@@ -41,15 +45,18 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     folder, data = RunFolder(run), fingerprint(shards.meta)
     _agree(world, config, precision, data)
     log = Log(run, world.is_main, config.train.steps)
-    trainer, looks, pictures = _build(
-        config, shards, folder, world, precision, log
-    )  # what it refuses leaves no folder behind
+    parts = _build(config, shards, folder, world, precision, log)  # what it refuses leaves no folder behind
+    trainer = parts[0]
     if world.is_main:
-        folder.open(config, data, shards.where, world.machine())
+        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
+        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        folder.open(
+            config, data, shards.where, {**world.machine(), **command, **facts, "data_set": describe(shards)}
+        )
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
-        outcome = _fit(trainer, looks, pictures, folder, log)
+        outcome = _fit(*parts, folder, log)
     except BaseException as error:
         outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
         raise
@@ -57,6 +64,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
         if world.is_main:
             with log.tolerate("status.json"):
                 folder.status(outcome.state, outcome.step, outcome.why)
+            with log.tolerate("report.html"):
+                log.line(f"report          {report.write(run)}")
             folder.close()
         log.close()
     return outcome
@@ -64,8 +73,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
 
 def _build(
     config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
-) -> tuple[Trainer, list[Evaluator], Pictures]:
-    """The trainer, and the looks taken between its steps, the pictures among them."""
+) -> tuple[Trainer, Validation | None, Looks, Pictures]:
+    """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
     model.to(world.device)
@@ -87,28 +96,40 @@ def _build(
         stream.told = trainer.told
         return stream
 
+    def leave_if_told() -> None:
+        if trainer.told():
+            raise Interrupted
+
     aside = len(shards.ids("val"))
-    pictures = Pictures(pretext, model, shards, "val" if aside else "train", world.device, log)
-    looks: list[Evaluator] = [pictures]
-    if aside:
-        similarity = Similarity(config.pretext, model.encoder, validation, world, log)
-        looks = [Validation(pretext, model, validation, world), similarity, pictures]
-    else:
+    split = "val" if aside else "train"
+    pictures = Pictures(pretext, model, shards, split, world.device, log)
+    similarity = Similarity(config, model.encoder, shards, split, world, log, leave_if_told)
+    looks = Looks(similarity, pictures, every=config.train.look_every, log=log)
+    if not aside:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
-    return trainer, looks, pictures
+    return trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
 
 
 def _fit(
-    trainer: Trainer, looks: list[Evaluator], pictures: Pictures, folder: RunFolder, log: Log
+    trainer: Trainer,
+    validation: Validation | None,
+    looks: Looks,
+    pictures: Pictures,
+    folder: RunFolder,
+    log: Log,
 ) -> Outcome:
     """Continue where the folder stands, train, draw what came out."""
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
-    def look(step: int) -> Iterator[tuple[str, float]]:
-        for one in looks:
-            yield from one(step)
+    def validate(step: int) -> Iterator[tuple[str, float]]:
+        for name, value in validation(step) if validation else ():
+            log.line(f"step {step}  {name} {value:.4f}")
+            yield name, value
+        yield from looks(step)
+        looks.similarity.save(step)
 
+    before = max((int(record["step"]) for record in read_metrics(folder.path)), default=0)
     resumed = trainer.resume()
     log.line(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
@@ -123,8 +144,9 @@ def _fit(
     if world.is_main:
         with log.tolerate("status.json"):
             folder.status("running", trainer.step)
+            folder.note(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
-        outcome = trainer.fit(look)
+        outcome = trainer.fit(validate, looks)
     if not world.is_main:
         return outcome
     why = f" ({outcome.why})" if outcome.why else ""
@@ -134,9 +156,10 @@ def _fit(
         return outcome
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
-        picture = pictures.figure()
+        picture, volumes = pictures.figure(), pictures.volumes()
     with log.tolerate("figures"):
         figures.save(picture, folder.path, "reconstruction")
+        write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
         _summary(folder.path, log)
     return outcome
 

@@ -3,6 +3,7 @@
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them there is one process and no group.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -155,12 +156,33 @@ class World:
         return {
             "host": self.host,
             "world_size": self.size,
-            "device": self.device_reason if self.device.type == "cuda" else platform.processor() or "cpu",
+            "nodes": max(1, self.size // max(1, self.local_size)),
+            "device": self.device_reason if self.device.type == "cuda" else _processor(),
             "cores": os.cpu_count() or 0,
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         }
+
+
+def _processor() -> str:
+    """The CPU's name; Linux tells it to nobody but readers of this file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
+def variable(name: str) -> str:
+    """A variable of the environment; empty when it is not set."""
+    return os.environ.get(name, "")
+
+
+def variables(**more: str) -> dict[str, str]:
+    """The environment for a child process: this one's and `more`."""
+    return os.environ | more
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:

@@ -16,7 +16,9 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "preprocess": ("p2w.errors", "p2w.data"),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
+    "p2w.doctor": ("p2w",),  # looks at everything a run uses
     "p2w.pretrain": ("p2w",),  # puts the run together
+    "p2w.analyze": ("p2w",),  # puts the analysis together
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.geometry": ("p2w.errors", "p2w.kernels"),
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
@@ -26,6 +28,9 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.train": (*BASE, "p2w.pretext.protocol", "p2w.train"),
     "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
     "p2w.analysis": (*BASE, "p2w.pretext.protocol", "p2w.analysis"),
+    "p2w.analysis.subjects": (*BASE, "p2w.train", "p2w.pretrain", "p2w.analysis"),  # loads runs
+    "p2w.analysis.measure": (*BASE, "p2w.data.progress", "p2w.analysis"),
+    "p2w.analysis.showcase": (*BASE, "p2w.train.optim", "p2w.analysis"),
 }
 OFFLINE = {f"p2w.data.{name}" for name in ("scan", "subscan", "shard", "manifest", "phantom")}
 

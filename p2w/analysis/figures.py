@@ -1,13 +1,17 @@
-"""Pictures of a run: part | reconstruction | whole, loss curve, similarity before and after. PNG, colour-blind safe."""
+"""Pictures of a run: part | reconstruction | whole, loss curve, similarity before and after. As PNG and PDF; colours that
+colour-blind people tell apart."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w.analysis.similarity import auc, similarity_file
-from p2w.log import read_metrics
+from p2w.log import read_metrics, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's colour-blind safe palette
 
 
-def _blank(**settings: Any) -> "Figure":
+def blank(**settings: Any) -> "Figure":
     """An empty figure. Matplotlib comes in here: half a second that --help and ranks other than 0 are spared."""
     import matplotlib  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -29,7 +33,7 @@ def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
     columns = (("part", part), ("reconstruction", reconstruction), ("whole", whole))
     rows = min(4, len(part))
     height = 1.9 * rows + 0.5
-    figure = _blank(figsize=(11.5, height))
+    figure = blank(figsize=(11.5, height))
     axes = figure.subplots(1, 6)
     figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.45 / height, wspace=0.03)
     for pair, (name, volumes) in enumerate(columns):
@@ -49,10 +53,22 @@ def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
     return figure
 
 
+def strip(part: Tensor, reconstruction: Tensor, whole: Tensor) -> NDArray[np.uint8]:
+    """The same without words: grey pixels (rows, columns) of square panels, for a look that must cost next to nothing."""
+    edge = max(128, whole.shape[-1])
+    columns = []
+    for volumes in (part, reconstruction, whole):
+        stack = volumes[:4, :1].float()
+        for plane in (stack[:, :, stack.shape[2] // 2], stack.flip(2)[:, :, :, stack.shape[3] // 2]):
+            grey = torch.nn.functional.interpolate(plane, (edge, edge))[:, 0].clamp(0, 1) * 255
+            columns.append(torch.nn.functional.pad(grey, (1, 1, 1, 1), value=255).flatten(0, 1))
+    return torch.cat(columns, 1).byte().cpu().numpy()
+
+
 def loss_curve(run: Path) -> "Figure":
     """Training and validation mean squared error over steps, with the best constant answer as a line."""
     records = read_metrics(run)
-    figure = _blank(figsize=(6, 3.6), layout="constrained")
+    figure = blank(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, colour, label, style in (
         ("train/loss", GREY, "training", "-"),
@@ -84,7 +100,7 @@ def similarity_histogram(run: Path, steps: tuple[int, ...]) -> "Figure":
     # One axis for all: at the start every pair is alike to a few millionths, and an axis of its own would hide that.
     low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
     bins = np.linspace(min(low, 0.99), 1, 41)
-    figure = _blank(figsize=(4.6 * len(steps), 3.4), layout="constrained")
+    figure = blank(figsize=(4.6 * len(steps), 3.4), layout="constrained")
     axes = figure.subplots(1, len(steps), squeeze=False, sharex=True)[0]
     for axis, (step, (positive, negative)) in zip(axes, pairs.items(), strict=True):
         axis.hist(negative, bins, color=ORANGE, alpha=0.65, density=True, label="parts of different images")
@@ -97,8 +113,11 @@ def similarity_histogram(run: Path, steps: tuple[int, ...]) -> "Figure":
 
 
 def save(figure: "Figure", run: Path, name: str) -> Path:
-    """Write `RUN/figures/NAME.png` and return its path."""
+    """Write `RUN/figures/NAME.png` and `NAME.pdf`; returns the first's path."""
     path = run / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    for form in ("pdf", "png"):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=130, format=form)
+        write_atomic(path.with_suffix(f".{form}"), drawn.getvalue())
     return path

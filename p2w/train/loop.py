@@ -23,6 +23,7 @@ from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
+from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
@@ -78,6 +79,7 @@ class Trainer:
         self.step = self.skipped = 0
         self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self.bad = BadSamples(config.data, world, stream)
         self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
@@ -103,14 +105,18 @@ class Trainer:
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
         self.saver.kept = (self.step, self.owed)
+        self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.owed)
         return True
 
-    def fit(self, validate: Validate) -> Outcome:
-        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended."""
+    def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
+        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended.
+
+        `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
+        """
         with StopRequest(self.log.speaks) as self._stop:
             try:
-                outcome = self._train(validate)
+                outcome = self._train(validate, look)
                 self.saver.wait()
                 if self._unsaved():
                     self.save()
@@ -123,13 +129,13 @@ class Trainer:
                 )
         return outcome
 
-    def _train(self, validate: Validate) -> Outcome:
+    def _train(self, validate: Validate, look: Validate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
         told = False
         while True:
             if self.owed and not told:
-                told = not self._validate(validate)
+                told = not self._validate(validate if self._due() else look)
             if told and (self.owed or self.step < settings.steps):
                 gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
                 return Outcome("told to stop", self.step, self._stop.name or gone)
@@ -160,6 +166,7 @@ class Trainer:
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
+            "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
             "owed": self.owed,  # told to stop, a run leaves without the look that is due
         }
@@ -172,10 +179,15 @@ class Trainer:
             self._settled = True
         result = self.stepper.step(self._views(batch), self.step)
         self.step += 1
-        settings = self.config.train
-        self.owed = self.step % settings.validate_every == 0 or self.step == settings.steps
+        every = self.config.train.look_every
+        self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
+        self.bad.count(batch, self.step)
         self._account(result, len(batch.ids))
+
+    def _due(self) -> bool:
+        """Whether the look at this step is a validation."""
+        return self.step % self.config.train.validate_every == 0 or self.step == self.config.train.steps
 
     def _views(self, batch: Batch) -> Views:
         """What this rank's wholes become at this step, whenever it is asked for."""
@@ -210,6 +222,7 @@ class Trainer:
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
             "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
+            **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
@@ -230,9 +243,6 @@ class Trainer:
         if not values:
             return not self.owed
         self.log.metrics(self.step, values)
-        self.log.line(
-            f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        )
         self.validation = values.get("val/loss")
         due = self.step > 0 and self.step % self.config.train.validate_every == 0
         if (

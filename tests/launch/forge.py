@@ -1,10 +1,11 @@
-"""Starts launch/train.py in forked copies of a process that has done its imports: 0.1 s a start instead of five.
+"""Starts a script of launch/ in forked copies of a process that has done its imports: 0.1 s a start instead of five.
 
 What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Reads a
-JSON line {argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and at the end with their exit
-codes.
+JSON line {script, argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and at the end with
+their exit codes.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
 
+import launch.analyze
 import launch.train  # noqa: F401
 from tests.launch import spies
 
@@ -35,8 +37,8 @@ def become_rank(request: dict, rank: int, port: int) -> None:
         os.environ.update({name: str(value) for name, value in place.items()})
     for name, *args in request["spies"]:
         getattr(spies, name)(rank, *args)
-    sys.argv = ["launch/train.py", *request["argv"]]
-    runpy.run_path("launch/train.py", run_name="__main__")
+    sys.argv = [request["script"], *request["argv"]]
+    runpy.run_path(request["script"], run_name="__main__")
 
 
 def wait(pids: list[int]) -> list[int]:
@@ -60,6 +62,7 @@ def wait(pids: list[int]) -> list[int]:
 
 def main() -> None:
     """Serve until stdin ends."""
+    gc.freeze()  # else each rank's collections walk through, and copy, all that was imported here
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as probe:

@@ -12,12 +12,12 @@ REPO = Path(__file__).resolve().parent.parent.parent
 TINY = """
 --data.batch 4 --data.readers 1 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2
 --optim.schedule plateau --optim.plateau-patience 0 --max-steps 30 --train.validate-every 6
---train.checkpoint-every 4 --train.log-every 1
+--train.checkpoint-every 4 --train.log-every 1 --train.look-every 5
 """.split()  # noqa: SIM905
 
 
 class Forge:
-    """A process that forks ranks of launch/train.py on request, one run at a time."""
+    """A process that forks ranks of a script of launch/ on request, one run at a time."""
 
     def __init__(self) -> None:
         env = {
@@ -32,14 +32,16 @@ class Forge:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, start_new_session=True,
         )  # fmt: skip
 
-    def start(self, folder: Path, *argv: object, ranks: int = 1, spies: tuple = ()) -> list[int]:
+    def start(
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py", spies: tuple = ()
+    ) -> list[int]:
         """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after.
 
         `spies` are (name, argument, …) of functions in spies.py.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        request = {"argv": [str(arg) for arg in argv], "ranks": ranks, "spies": spies}
+        request = {"script": script, "argv": [str(arg) for arg in argv], "ranks": ranks, "spies": spies}
         request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -50,12 +52,12 @@ class Forge:
         return json.loads(self.process.stdout.readline())
 
     def run(
-        self, folder: Path, *argv: object, ranks: int = 1, spies: tuple = ()
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py", spies: tuple = ()
     ) -> tuple[list[int], str, str]:
         """A whole run: exit codes, stdout, stderr."""
         for name in ("out.txt", "err.txt"):
             (folder / name).unlink(missing_ok=True)
-        self.start(folder, *argv, ranks=ranks, spies=spies)
+        self.start(folder, *argv, ranks=ranks, script=script, spies=spies)
         return self.wait(), (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
 
 

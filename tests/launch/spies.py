@@ -9,8 +9,8 @@ import signal
 import zlib
 
 import p2w.pretrain
+from p2w.analysis.looks import Similarity
 from p2w.analysis.pictures import Pictures
-from p2w.analysis.similarity import Similarity
 from p2w.analysis.validation import Validation
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
@@ -64,7 +64,7 @@ def die(rank: int, at_step: int, victim: int) -> None:
 def tell(rank: int, at_step: int, victim: int, name: str) -> None:
     """SIGTERM rank `victim` while it looks at its first batch of validation or similarity after `at_step` steps."""
     kind = {"validation": Validation, "similarity": Similarity}[name]
-    look, batches = kind.__call__, Interruptible.batches
+    look, batches, pooled = kind.__call__, Interruptible.batches, Similarity._pooled
     looking = [False]
 
     def called(self, step):
@@ -78,4 +78,10 @@ def tell(rank: int, at_step: int, victim: int, name: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    kind.__call__, Interruptible.batches = called, handed
+    def encoded(self, index):
+        if looking[0] and kind is Similarity:
+            looking[0] = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pooled(self, index)
+
+    kind.__call__, Interruptible.batches, Similarity._pooled = called, handed, encoded

@@ -1,0 +1,129 @@
+"""Features of many parts of every whole, by anything that maps parts to features, shared by the ranks.
+
+Part p of whole k is a function of (seed, k, p) alone, and the parts of one whole meet the network in batches of their own:
+features are the same for any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the network's input.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2w import geometry
+from p2w.analysis.validation import VALIDATION_SEED
+from p2w.config import PretextConfig
+from p2w.data.stream import ShardSet
+from p2w.geometry import Keys, Range
+from p2w.world import World
+
+Features = Callable[[Tensor], Tensor]  # parts (B, 1, d, h, w) float32 in [0, 1] -> (B, C)
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PartSet:
+    """Which parts of every whole: of each range of volume fractions `each`, numbered from `first`, uniform within it."""
+
+    name: str
+    first: int
+    each: int
+    fractions: tuple[Range, ...]
+    aspect_range: Range = (0.5, 2.0)
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        """Parts of one whole, P."""
+        return self.each * len(self.fractions)
+
+    def boxes(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> Tensor:
+        """(W, P, 6) float32, see p2w.geometry; fraction by fraction."""
+        keys = Keys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids))
+        numbered = [
+            (self.first + place * self.each + part, fraction)
+            for place, fraction in enumerate(self.fractions)
+            for part in range(self.each)
+        ]
+        each = [
+            geometry.sample_boxes(keys, part, shape, fraction, self.aspect_range)
+            for part, fraction in numbered
+        ]
+        return torch.stack(each, 1)
+
+    def scale(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
+        """(W, P): volume of each part as a fraction of its whole's."""
+        boxes = self.boxes(ids, shape).double()
+        return ((boxes[..., 3:] - boxes[..., :3]).prod(-1) / math.prod(shape)).numpy()
+
+
+def log_bins(low: float, count: int) -> tuple[Range, ...]:
+    """`count` ranges from `low` to 1, equally wide in log scale."""
+    edges = np.geomspace(low, 1, count + 1)
+    edges[-1] = 1.0
+    return tuple((float(a), float(b)) for a, b in itertools.pairwise(edges))
+
+
+@torch.no_grad()
+def extract(
+    features: Features, view: PretextConfig, part_set: PartSet, shards: ShardSet, ids: NDArray[np.int64],
+    world: World, *, batch: int = 16, tick: Callable[[int], None] = lambda parts: None,
+) -> Array:  # fmt: skip
+    """Features (W, P, C) float32 of the wholes `ids`, in that order, on every rank; each rank does a stretch of them.
+
+    `view` says how a part reaches the network: its size, window and antialiasing. `tick` is told, whole by whole, how many
+    parts are done.
+    Raises DataError for a sub-scan that cannot be read.
+    """
+    share = -(-len(ids) // world.size)
+    mine = ids[world.rank * share : (world.rank + 1) * share]
+    boxes = part_set.boxes(mine, shards.shape).to(world.device)
+    voxels = torch.empty(shards.shape, dtype=torch.int16)
+    rows: list[Tensor] = []
+    with shards.reader(mine) as reader:
+        for row, sub_scan in enumerate(mine):
+            reader.read_into(int(sub_scan), voxels)
+            whole = voxels.to(world.device)
+            rows.append(torch.cat([features(cut(whole, some, view)) for some in boxes[row].split(batch)]))
+            tick(part_set.count)
+    return _together(rows, share, part_set.count, len(ids), world)
+
+
+def cut(whole: Tensor, boxes: Tensor, view: PretextConfig) -> Tensor:
+    """Parts (B, 1, d, h, w) in [0, 1]: boxes (B, 6) of one whole, int16 HU (D, H, W)."""
+    repeated = whole.expand(len(boxes), *whole.shape)
+    return geometry.crop_resize(
+        repeated, boxes, view.size, window_hu=view.window_hu, antialias=view.antialias
+    )
+
+
+def _together(rows: Sequence[Tensor], share: int, parts: int, count: int, world: World) -> Array:
+    """All ranks' rows (P, C) -> (W, P, C). A rank may have fewer than its share, or none, and not know C."""
+    channels = torch.tensor([rows[0].shape[1] if rows else 0])
+    widest = int(world.gather(channels).max())
+    stacked = torch.zeros((share, parts, widest), device=world.device)
+    for row, values in enumerate(rows):
+        stacked[row] = values
+    return world.gather(stacked)[:count].cpu().numpy()
+
+
+def histogram(parts: Tensor, bins: int = 64) -> Tensor:
+    """Intensity histogram (B, bins) of parts in [0, 1], as shares of the voxels: knows intensities, not where they are."""
+    count = len(parts)
+    place = (parts.flatten(1) * bins).long().clamp_(0, bins - 1)
+    place += torch.arange(count, device=parts.device)[:, None] * bins
+    counts = torch.bincount(place.flatten(), minlength=count * bins)
+    return counts.view(count, bins).float() / parts[0].numel()
+
+
+def pixels(parts: Tensor, size: tuple[int, int, int] = (4, 8, 8)) -> Tensor:
+    """Parts averaged down to `size`, flattened: knows what lies where, and nothing more."""
+    return torch.nn.functional.adaptive_avg_pool3d(parts, size).flatten(1)
+
+
+# Features without a network. Where they tell parts apart as well as a network does, the network may have learned no more.
+BASELINES: dict[str, Features] = {"histogram": histogram, "pixels": pixels}

@@ -1,0 +1,223 @@
+"""Figures of an analysis (paper, Fig. 2), in Okabe and Ito's and in Tol's colours, which colour-blind people tell apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.analysis.correlation import Correlation
+from p2w.analysis.figures import BLUE, GREY, ORANGE, blank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+TOL = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#000000",
+)
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def _grid(count: int, width: float, height: float, **settings: Any) -> tuple["Figure", list[Any]]:
+    """A figure of `count` panels, at most three in a row, and its axes."""
+    columns = 2 if count == 4 else min(3, count)
+    rows = -(-count // columns)
+    figure = blank(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **settings).ravel()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, list(axes[:count])
+
+
+def tsne(places: dict[str, Floats], kinds: NDArray[np.int64], scale: Floats) -> "Figure":
+    """Fig. 2a: a panel a network. `places` (N, 2) each; `kinds` (N,) number the whole, `scale` (N,) is 1 for wholes."""
+    figure, axes = _grid(len(places), 4.4, 4.6)
+    colours = np.array(TOL)[kinds % len(TOL)]
+    for axis, (label, place) in zip(axes, places.items(), strict=True):
+        for whole, marker, edge in ((False, "o", "none"), (True, "D", "black")):
+            some = (scale == 1) == whole
+            axis.scatter(
+                place[some, 0], place[some, 1], c=colours[some], s=70 if whole else 4 + 36 * scale[some],
+                marker=marker, edgecolors=edge, linewidths=1.2, alpha=1 if whole else 0.55, zorder=2 + whole,
+            )  # fmt: skip
+        axis.set(title=label, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    legend = [
+        axes[0].scatter([], [], s=4 + 36 * value, color=GREY, label=f"part, {name} of the volume")
+        for value, name in ((1 / 16, "1/16"), (1 / 4, "1/4"), (0.99, "1"))
+    ]
+    legend.append(
+        axes[0].scatter([], [], s=70, marker="D", color=GREY, edgecolors="black", label="the whole")
+    )
+    figure.legend(
+        handles=legend,
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        title="colour: which whole",
+        title_fontsize=8,
+    )
+    return figure
+
+
+def similarity(pairs: dict[str, tuple[Floats, Floats]], numbers: dict[str, dict[str, float]]) -> "Figure":
+    """Fig. 2b: cosines of positive and negative pairs, a panel a network, one axis for all."""
+    low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
+    bins = np.linspace(min(low, 0.99), 1, 61)
+    figure, axes = _grid(len(pairs), 4.2, 3.4, sharex=True)
+    for axis, (label, (positive, negative)) in zip(axes, pairs.items(), strict=True):
+        for values, colour, name in (
+            (negative, ORANGE, "negative: two wholes"),
+            (positive, BLUE, "positive: one whole"),
+        ):
+            share = np.full(values.size, 1 / values.size)
+            axis.hist(values.ravel(), bins, weights=share, color=colour, alpha=0.6, label=name)
+        found, low = numbers[label], min(float(positive.min()), float(negative.min()))
+        if low > bins[-2]:  # one bar, in which everything lies
+            axis.text(
+                0.5, 0.5, f"all within {1 - low:.0e} of 1", transform=axis.transAxes, ha="center", fontsize=9
+            )
+        axis.tick_params(labelbottom=True)
+        axis.set_title(f"{label}\nAUC {found['auc']:.3f}, d' {found['d_prime']:.2f}", fontsize=10)
+        axis.set(xlabel="cosine similarity of features", ylabel="share of pairs")
+        axis.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def by_scale(curves: dict[str, dict[str, list[float]]], trained: tuple[float, float]) -> "Figure":
+    """AUC and d' of pairs of parts of about one scale, against that scale; the scales of training in grey."""
+    figure, (left, right) = _grid(2, 5, 3.6)
+    for index, (label, curve) in enumerate(curves.items()):
+        style = {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        left.plot(curve["scale"], curve["auc"], label=label, **style)
+        right.plot(curve["scale"], curve["d_prime"], label=label, **style)
+    for axis, name in ((left, "AUC"), (right, "d'")):
+        axis.axvspan(*trained, color=GREY, alpha=0.15, linewidth=0, label="scales of training")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
+        axis.set(
+            xlabel="scale of both parts (share of the whole's volume)",
+            ylabel=f"separability of pairs ({name})",
+        )
+        axis.grid(alpha=0.3)
+    left.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    left.legend(fontsize=8)
+    return figure
+
+
+def contrastive(
+    steps: Sequence[int], loss: Sequence[float], mse: Sequence[float], found: Correlation
+) -> "Figure":
+    """Fig. 2c: contrastive loss, never trained, beside validation MSE over checkpoints; and one against the other."""
+    figure, (left, right) = _grid(2, 5.2, 3.6)
+    twin = left.twinx()
+    for axis, values, colour, style, name in (
+        (left, loss, BLUE, "o-", "contrastive loss (nats)"),
+        (twin, mse, ORANGE, "s--", "validation MSE, (1 = 2000 HU)²"),
+    ):
+        axis.plot(steps, values, style, color=colour, markersize=4)
+        axis.set_ylabel(name, color=colour)
+        axis.tick_params(axis="y", colors=colour)
+    left.set_xlabel("optimizer step of the checkpoint")
+    dots = right.scatter(mse, loss, c=list(steps), cmap="cividis", edgecolors="black", linewidths=0.4)
+    figure.colorbar(dots, ax=right, label="optimizer step")
+    interval = "" if np.isnan(found.low) else f", 95 % interval {found.low:.2f} to {found.high:.2f}"
+    title = (
+        "too few checkpoints for a correlation"
+        if np.isnan(found.r)
+        else f"Pearson r = {found.r:.3f}{interval}"
+    )
+    right.set_title(f"{title}, n = {found.n}", fontsize=10)
+    right.set(xlabel="validation MSE, (1 = 2000 HU)²", ylabel="contrastive loss (nats)")
+    right.grid(alpha=0.3)
+    return figure
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of a mosaic: the middle axial slice of `volume` (d, h, w), 0..255; framed where there is a colour."""
+
+    volume: NDArray[np.uint8]
+    title: str = ""
+    colour: str = ""
+
+
+def _mosaic(rows: Sequence[Sequence[Tile | None]], title: str = "") -> "Figure":
+    """Tiles of one size in a grid, on one axis: half a hundred axes would take seconds to draw."""
+    height, width = next(tile for row in rows for tile in row if tile is not None).volume.shape[1:]
+    head, gap, columns = 2 * height // 7, max(1, width // 16), max(map(len, rows))
+    size = (columns * (width + gap), len(rows) * (height + head))
+    inches = 1.5 * columns
+    figure = blank(figsize=(inches, inches * size[1] / size[0] + 0.3))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1 - 0.3 / (inches * size[1] / size[0] + 0.3)))
+    canvas = np.full((size[1], size[0]), np.nan)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            if tile is None:
+                continue
+            top, left = i * (height + head) + head, j * (width + gap)
+            canvas[top : top + height, left : left + width] = tile.volume[len(tile.volume) // 2]
+            axis.text(
+                left + width / 2, top - 0.03 * height, tile.title, ha="center", va="bottom", fontsize=7.5
+            )
+            if tile.colour:
+                x, y = [left, left + width], [top, top + height]
+                outline = (x[0], x[1], x[1], x[0], x[0]), (y[0], y[0], y[1], y[1], y[0])
+                axis.plot(*outline, color=tile.colour, linewidth=3, clip_on=False)
+    axis.imshow(
+        canvas, cmap="gray", vmin=0, vmax=255, extent=(0, size[0], size[1], 0), interpolation="nearest"
+    )
+    axis.set(xlim=(-gap, size[0]), ylim=(size[1] + gap, 0), aspect="auto")
+    axis.set_axis_off()
+    figure.text(0.5, 1 - 0.06 / figure.get_figheight(), title, ha="center", va="top", fontsize=10)
+    return figure
+
+
+def growing(
+    whole: NDArray[np.uint8], part: NDArray[np.uint8], output: NDArray[np.uint8], scale: Sequence[float]
+) -> "Figure":
+    """Parts of growing scale above, what is reconstructed from each below, the whole at the right.
+
+    `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), 0..255.
+    """
+    rows: list[list[Tile | None]] = []
+    for target, parts, outputs in zip(whole, part, output, strict=True):
+        names = [
+            f"part, 1/{1 / value:.0f} of the volume" if value < 1 else "the whole as the part"
+            for value in scale
+        ]
+        errors = [np.mean(((made.astype(float) - target) / 255) ** 2) for made in outputs]
+        rows.append([*(Tile(*pair) for pair in zip(parts, names, strict=True)), Tile(target, "target")])
+        rows.append(
+            [Tile(made, f"output, MSE {error:.4f}") for made, error in zip(outputs, errors, strict=True)]
+        )
+    return _mosaic(rows, "Middle axial slices; MSE of the whole volume, (1 = 2000 HU)²")
+
+
+def neighbours(rows: Sequence[dict[str, Any]], label: str) -> "Figure":
+    """Query, its whole, and the wholes most like it, a row a query.
+
+    A row has `query` and `own` (d, h, w) uint8, `rank` of its own whole, and `hits`: (volume, cosine, whether it is that).
+    """
+    tiles: list[list[Tile | None]] = []
+    for row in rows:
+        line: list[Tile | None] = [
+            Tile(row["query"], "query: a part"),
+            Tile(row["own"], f"its whole: rank {row['rank']}"),
+        ]
+        for place, (volume, cosine, own) in enumerate(row["hits"], 1):
+            verdict = "its whole" if own else "another"
+            line.append(Tile(volume, f"{place}: {verdict}\ncosine {cosine:.4f}", BLUE if own else ORANGE))
+        tiles.append(line)
+    return _mosaic(tiles, f"{label}: nearest wholes by cosine similarity (middle axial slices)")

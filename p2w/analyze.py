@@ -1,0 +1,202 @@
+"""One analysis of a run, as the paper's Fig. 2: built from its folder, measured by all ranks, drawn and written by rank 0.
+
+RUN/analysis/
+    summary.json           every number, with settings, data and machine
+    reconstructions.npz    parts of growing scale and what was reconstructed from them
+    cache/                 features; an interrupted analysis continues from here, the folder may be deleted
+RUN/figures/               tsne, similarity_networks, separability_by_scale, contrastive, reconstruction_scales, retrieval
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from p2w.analysis import contrast, figures, panels, showcase
+from p2w.analysis.cache import Cache, Key
+from p2w.analysis.correlation import Correlation, pearson
+from p2w.analysis.measure import SETS, Measure
+from p2w.analysis.protocol import Settings
+from p2w.analysis.subjects import Run, Subject, autocast
+from p2w.analysis.validation import Validation
+from p2w.data.stream import ShardSet, Stream
+from p2w.errors import UserError
+from p2w.log import Log, read_metrics, write_atomic
+from p2w.pretext import build_pretext
+from p2w.train.folder import fingerprint
+from p2w.train.optim import Precision
+from p2w.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What is analysed, on what, and how."""
+
+    run: Run
+    step: int
+    label: str
+    against: list[Subject]
+    checkpoints: bool
+    settings: Settings
+    shards: ShardSet
+    split: str
+    world: World
+    precision: Precision
+    log: Log
+
+
+def analyze(a: Analysis) -> dict[str, Any]:
+    """Measure, draw, write; returns the summary on rank 0, nothing on the others. Every rank calls it.
+
+    Raises UserError for data or networks that cannot be analysed.
+    """
+    began, world, data = time.monotonic(), a.world, fingerprint(a.shards.meta)
+    ids = a.settings.wholes(a.shards.ids(a.split))
+    measure = Measure(
+        a.settings,
+        a.settings.part_sets(a.run.config.pretext),
+        a.shards,
+        data,
+        ids,
+        world,
+        Cache(a.run.path, world),
+    )
+    own = a.run.subject(a.label, a.step, world, a.precision)
+    subjects = [*a.against, own]
+    steps = a.run.checkpoints.steps() if a.checkpoints else []
+    course = [a.run.subject(f"step {step}", step, world, a.precision) for step in steps]
+    a.log.line(
+        f"{a.run.path}: step {a.step} on {len(ids)} wholes of {a.shards.where} ({a.split}); {world.describe()}"
+    )
+    measure.fill(
+        [(subject, name) for subject in subjects for name in SETS] + [(one, "parts") for one in course]
+    )
+    subjects = _finite(measure, subjects, SETS, a.log)
+    course = _finite(measure, course, ("parts",), a.log)
+    if not subjects:
+        raise UserError(
+            f"{a.run.path}: no network has finite features, so there is nothing to compare; see the warnings"
+        )
+    measure.contrast([*subjects, *course])
+    mse = [_validation_mse(a, measure, one) for one in course]
+    summary: dict[str, Any] = {}
+    if world.is_main:
+        summary = {
+            "run": str(a.run.path), "step": a.step, "shards": a.shards.where, "split": a.split, "wholes": len(ids),
+            "world_size": world.size, "device": str(world.machine()["device"]), "data": data,
+            "precision": a.precision.name, "settings": _settings(a, measure),
+        }  # fmt: skip
+        summary |= _write(a, measure, subjects, course, mse)
+        summary["seconds"] = round(time.monotonic() - began, 1)
+        _save(a.run.path / "analysis" / "summary.json", summary)
+    world.barrier()
+    return summary
+
+
+def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
+    """As used, with what the run itself gave, and in words how negatives are drawn."""
+    used = {
+        "volume_fraction": a.settings.fraction(a.run.config.pretext),
+        "aspect_range": measure.sets["parts"].aspect_range,
+        "negatives_drawn": contrast.DRAWN,
+    }
+    return dataclasses.asdict(a.settings) | used
+
+
+def _finite(measure: Measure, subjects: Sequence[Subject], names: Sequence[str], log: Log) -> list[Subject]:
+    """Those whose features are finite; the others are named."""
+    kept = []
+    for subject in subjects:
+        if all(np.isfinite(measure.features(subject, name)).all() for name in names):
+            kept.append(subject)
+        else:
+            log.warn(f"{subject.label}: its features are not finite; left out")
+    return kept
+
+
+def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
+    """Of a checkpoint: as training logged it at that step, or measured now on all wholes of the split. A collective."""
+    assert subject.step is not None
+    if a.split == "val":
+        for record in read_metrics(a.run.path):
+            if record["step"] == subject.step and "val/loss" in record:
+                return float(record["val/loss"])
+    key: Key = ("mse", (subject.identity, measure.data, a.split))
+    if not measure.cache.has(key):
+        world, batch = a.world, a.world.size * max(1, a.settings.batch // a.world.size)
+        stream = functools.partial(
+            Stream.validation, a.shards, batch, rank=world.rank, world_size=world.size, device=world.device,
+            split=a.split,
+        )  # fmt: skip
+        model = a.run.network(subject.step, world)
+        with torch.no_grad(), autocast(world.device, a.precision):
+            look = Validation(build_pretext(a.run.config.pretext), model, stream, world)
+            found = dict(look(max(1, subject.step)))  # at step 0 it would also look for the mean image
+        measure.cache.write(key, np.array(found["val/loss"]))
+    return float(measure.cache.read(key))
+
+
+def _write(
+    a: Analysis, measure: Measure, subjects: list[Subject], course: list[Subject], mse: list[float]
+) -> dict[str, Any]:
+    """Rank 0: numbers of every network and over the checkpoints, and all figures."""
+    networks, pairs, places = {}, {}, {}
+    for subject in subjects:
+        a.log.line(f"{subject.label}: pairs, retrieval, t-SNE")
+        numbers, pairs[subject.label] = measure.numbers(subject)
+        networks[subject.label] = {"kind": subject.kind, "step": subject.step, **numbers}
+        places[subject.label] = measure.places(subject)
+    kinds, scale = measure.scatter()
+    drawn = {
+        "tsne": panels.tsne(places, kinds, scale),
+        "similarity_networks": panels.similarity(pairs, {k: v["similarity"] for k, v in networks.items()}),
+        "separability_by_scale": panels.by_scale(
+            {k: v["by_scale"] for k, v in networks.items()}, a.settings.fraction(a.run.config.pretext)
+        ),
+    }
+    over: dict[str, Any] = {}
+    if course:
+        steps, loss = [one.step or 0 for one in course], [measure.contrastive_loss(one) for one in course]
+        found = pearson(loss, mse)
+        over = {"steps": steps, "contrastive_loss": loss, "val_mse": mse, **_correlation(found)}
+        drawn["contrastive"] = panels.contrastive(steps, loss, mse, found)
+    if subjects[-1].step == a.step and subjects[-1].label == a.label:
+        drawn["retrieval"] = panels.neighbours(showcase.nearest(measure, subjects[-1]), a.label)
+        grown = showcase.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
+        showcase.keep(grown, a.run.path / "analysis" / "reconstructions.npz")
+        drawn["reconstruction_scales"] = panels.growing(
+            grown["whole"], grown["part"], grown["output"], grown["scale"]
+        )
+    for name, figure in drawn.items():
+        figures.save(figure, a.run.path, name)
+    return {"networks": networks, "over_checkpoints": over or None, "figures": sorted(drawn)}
+
+
+def _correlation(found: Correlation) -> dict[str, Any]:
+    """As the summary names it."""
+    return {"pearson_r": found.r, "ci95": [found.low, found.high], "p_value": found.p_value, "n": found.n}
+
+
+def _save(path: Path, summary: dict[str, Any]) -> None:
+    """Strict JSON: what is not a number is null."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(_plain(summary), indent=2, allow_nan=False))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make room, then repeat the command") from error
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for NaN and infinity, and lists for tuples."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
