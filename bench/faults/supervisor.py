@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
 from faults.lives import Forge
-from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
+from faults.runs import EVERY, FLAGS, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
 TOLD_S = 30.0  # a run that was told to stop is gone by then
@@ -110,7 +110,8 @@ class Soak:
         names = [
             name
             for name in self.kinds
-            if (kind := KINDS[name]).phase == phase and kind.only in fits and run.plan.ranks >= kind.least
+            if ("hangs" not in name or "--train.hang-minutes" in FLAGS)
+            and (kind := KINDS[name]).phase == phase and kind.only in fits and run.plan.ranks >= kind.least
         ]
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
 
