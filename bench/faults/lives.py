@@ -119,7 +119,14 @@ class Forked:
     ) -> None:  # fmt: skip
         self.forge, self.count, self.began = forge, ranks, time.monotonic()
         self._codes: list[int] | None = None
-        request = {"argv": argv, "argvs": argvs or {}, "ranks": ranks, "poison": sorted(poison), "spies": []}
+        request = {
+            "argv": argv,
+            "argvs": argvs or {},
+            "ranks": ranks,
+            "poison": sorted(poison),
+            "spies": [],
+            "script": "launch/train.py",
+        }
         request |= {"traps": str(folder), "out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         forge.ask(request)
         self._pids = forge.answer() or []

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from faults.lives import Forge, Forked, Life, Torchrun
-
 from p2w.config import TrainConfig
 
 STEPS, EVERY = 120, 6

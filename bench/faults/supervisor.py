@@ -111,7 +111,9 @@ class Soak:
             name
             for name in self.kinds
             if ("hangs" not in name or "--train.hang-minutes" in FLAGS)
-            and (kind := KINDS[name]).phase == phase and kind.only in fits and run.plan.ranks >= kind.least
+            and (kind := KINDS[name]).phase == phase
+            and kind.only in fits
+            and run.plan.ranks >= kind.least
         ]
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
 
