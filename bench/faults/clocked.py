@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from faults.lives import Torchrun
+from faults.runs import noted
 
 STUCK_S = 90.0  # without a new step; a start takes ten to thirty seconds
 TAIL = 1 << 14
@@ -112,14 +113,11 @@ class Whole(Way):
 
     def starts(self) -> int:
         """How often ranks took hold of the run."""
-        path = self.run / "run.json"
-        return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
+        return len(noted(self.run))
 
     def resumed(self, starts: int) -> int | None:
         """The step that the newest start took up, once it has."""
-        status = self.run / "status.json"
-        fresh = status.exists() and status.stat().st_mtime_ns >= (self.run / "run.json").stat().st_mtime_ns
-        return int(json.loads(status.read_text())["step"]) if fresh else None
+        return noted(self.run)[-1].get("from_step")
 
     def look(self, now: float) -> int:
         """Stalls too."""

@@ -39,6 +39,12 @@ def wait_for(happened: Callable[[], bool], what: str, seconds: float = LIFE_S, e
         time.sleep(every)
 
 
+def noted(run: Path) -> list[dict]:
+    """What run.json notes of each start."""
+    path = run / "run.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else []
+
+
 @dataclass
 class Plan:
     """What a run is, and which ranks did which of its steps; survives an end of the soak."""
@@ -118,15 +124,12 @@ class Run:
 
     def starts(self) -> int:
         """How often ranks have taken hold of the folder."""
-        path = self.run / "run.json"
-        return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
+        return len(noted(self.run))
 
     def resumed(self, before: int) -> int | None:
         """The step that the start after `before` starts took up; None until it has."""
-        if self.starts() <= before or not (self.run / "status.json").exists():
-            return None
-        fresh = (self.run / "status.json").stat().st_mtime_ns >= (self.run / "run.json").stat().st_mtime_ns
-        return int(self.status()["step"]) if fresh else None
+        starts = noted(self.run)
+        return starts[-1].get("from_step") if len(starts) > before else None
 
     def writing(self) -> int | None:
         """The step whose checkpoint is being written, or was when all ended."""
