@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from faults.lives import Forge, Forked, Life, Torchrun
-from p2w.config import TrainConfig
 
 STEPS, EVERY = 120, 6
 FLAGS = """
 demo --data.batch 4 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2 --optim.schedule plateau
---optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1
+--optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1 --train.hang-minutes 0.5
 """.split()  # noqa: SIM905
-if hasattr(TrainConfig(), "hang_minutes"):
-    FLAGS += ["--train.hang-minutes", "0.5"]
 LIFE_S = 150.0
 
 

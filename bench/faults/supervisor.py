@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
 from faults.lives import Forge
-from faults.runs import EVERY, FLAGS, STEPS, Plan, Run, Wrong, calm, hold, wait_for
+from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
 TOLD_S = 30.0  # a run that was told to stop is gone by then
@@ -84,7 +84,7 @@ class Soak:
         if number % 4 == 3:
             plan.poison = sorted(self.rng.sample(range(5, STEPS - NEAR_END), 2))
         run = Run(plan, self.folder, self.folder / "set", self.forge)
-        shutil.rmtree(run.folder, ignore_errors=True)
+        self.sweep(run)
         run.disk.mkdir(parents=True)
         if plan.small_disk:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(run.disk)], check=True)
@@ -97,10 +97,14 @@ class Soak:
             run.life.kill()
         if keep:
             shutil.copytree(run.folder, self.folder / "kept" / run.folder.name, dirs_exist_ok=True)
+        self.sweep(run)
+        self.run = None
+
+    def sweep(self, run: Run) -> None:
+        """Remove its folder, and the disk in it."""
         if run.disk.is_mount():
             subprocess.run(["umount", "-l", str(run.disk)], check=True)
-        shutil.rmtree(run.folder)
-        self.run = None
+        shutil.rmtree(run.folder, ignore_errors=True)
 
     def draw(self, phase: str, run: Run) -> str | None:
         """A kind that fits this life; the ones had least come first."""
@@ -110,10 +114,7 @@ class Soak:
         names = [
             name
             for name in self.kinds
-            if ("hangs" not in name or "--train.hang-minutes" in FLAGS)
-            and (kind := KINDS[name]).phase == phase
-            and kind.only in fits
-            and run.plan.ranks >= kind.least
+            if (kind := KINDS[name]).phase == phase and kind.only in fits and run.plan.ranks >= kind.least
         ]
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
 
