@@ -12,6 +12,7 @@ the same run folder continues it, at any number of ranks that divides the batch.
 
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -145,15 +146,20 @@ def main() -> int:
         if world.is_main:
             show_plan(args, recipe, shards, world, precision)
         return 0
-    world = World.start()
+    world = World.start(max(World.WAIT_S, 120 * args.config.train.hang_minutes))  # the watchdog knows more
     try:
         pretrain(args.config, shards, args.folder, world, precision)
     except UserError as error:
         world.abandon(2, f"error: {error}")
-    except RuntimeError as error:
-        if world.size == 1 or "by peer" not in str(error):
+    except Exception as error:
+        if world.size == 1:
             raise
-        world.abandon(1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why")
+        if World.lost_peer(error):
+            world.abandon(
+                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
+            )
+        said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
+        world.abandon(1, f"{said}\n{traceback.format_exc()}")
     world.close()
     return 0
 

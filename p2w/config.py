@@ -113,6 +113,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     max_skipped: int = 20
     """Stop after this many steps in a row whose gradient was not finite."""
+    hang_minutes: float = 10.0
+    """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
+    is named after a minute, or a quarter of this. A first step, which may compile, has three times as long."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ MAY_CHANGE = frozenset(
         "train.keep_every",
         "train.log_every",
         "train.max_skipped",
+        "train.hang_minutes",
     }
 )
 
@@ -159,6 +163,8 @@ def check(config: Config) -> Config:
     for name, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    if not config.train.hang_minutes > 0:
+        raise UserError(f"train.hang_minutes={config.train.hang_minutes}: must be above 0; the usual is 10")
     if config.train.seed >= 2**63:
         raise UserError(f"train.seed={config.train.seed}: must be below 2^63; pass --train.seed 0")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

@@ -18,11 +18,13 @@ from p2w.errors import UserError
 from p2w.log import Log, read_metrics
 from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
+from p2w.train import selfcheck
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, fingerprint
 from p2w.train.interruptible import Interruptible
 from p2w.train.loop import Evaluator, Outcome, Trainer
 from p2w.train.optim import Precision
+from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
 
@@ -40,9 +42,18 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     """
     folder, data = RunFolder(run), fingerprint(shards.meta)
     _agree(world, config, precision, data)
-    log = Log(run, world.is_main, config.train.steps)
+    with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
+        return _run(config, shards, folder, data, world, precision, watchdog)
+
+
+def _run(
+    config: Config, shards: ShardSet, folder: RunFolder, data: str, world: World, precision: Precision,
+    watchdog: Watchdog,
+) -> Outcome:  # fmt: skip
+    """Build and fit; rank 0 holds the folder meanwhile and writes there how it ended."""
+    log = Log(folder.path, world.is_main, config.train.steps)
     trainer, looks, pictures = _build(
-        config, shards, folder, world, precision, log
+        config, shards, folder, world, precision, log, watchdog
     )  # what it refuses leaves no folder behind
     if world.is_main:
         folder.open(config, data, shards.where, world.machine())
@@ -63,8 +74,9 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
 
 
 def _build(
-    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
-) -> tuple[Trainer, list[Evaluator], Pictures]:
+    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log,
+    watchdog: Watchdog,
+) -> tuple[Trainer, list[Evaluator], Pictures]:  # fmt: skip
     """The trainer, and the looks taken between its steps, the pictures among them."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
@@ -79,7 +91,9 @@ def _build(
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
-    trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
+    trainer = Trainer(
+        config, world, pretext, model, stream, checkpoints, log, precision, watchdog, shards.key
+    )
 
     def validation() -> Stream:
         """For looks that all ranks take together; told to stop, they end."""
@@ -111,6 +125,11 @@ def _fit(
 
     resumed = trainer.resume()
     log.line(
+        selfcheck.check(
+            trainer.model, trainer.config.pretext, trainer.stream.plan.shards.shape, precision, world
+        )
+    )
+    log.line(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
     )
     if resumed:
@@ -132,6 +151,7 @@ def _fit(
     if outcome.state == "told to stop":
         log.line("the same command continues it")
         return outcome
+    trainer.watchdog.at(trainer.step, "drawing")
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
         picture = pictures.figure()
