@@ -120,6 +120,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     max_skipped: int = 20
     """Stop after this many steps in a row whose gradient was not finite."""
+    hang_minutes: float = 10.0
+    """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
+    is named after a minute, or a quarter of this. A first step, which may compile, has three times as long."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.look_every",
         "train.max_skipped",
+        "train.hang_minutes",
     }
 )
 
@@ -175,6 +179,8 @@ def check(config: Config) -> Config:
         raise UserError(
             f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"
         )
+    if not config.train.hang_minutes > 0:
+        raise UserError(f"train.hang_minutes={config.train.hang_minutes}: must be above 0; the usual is 10")
     if config.train.seed >= 2**63:
         raise UserError(f"train.seed={config.train.seed}: must be below 2^63; pass --train.seed 0")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

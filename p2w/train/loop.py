@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
 from p2w.data.stream import Batch, Stream
-from p2w.errors import UserError
+from p2w.errors import SharedError, UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
@@ -30,6 +30,7 @@ from p2w.train.optim import Precision, Schedule, build_optimizer
 from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
 from p2w.train.step import Stepper, StepResult
+from p2w.train.watchdog import Watchdog
 from p2w.train.window import Window
 from p2w.world import World
 
@@ -57,8 +58,11 @@ class Trainer:
 
     def __init__(
         self, config: Config, world: World, pretext: Pretext, model: nn.Module, stream: Stream,
-        checkpoints: Checkpoints, log: Log, precision: Precision,
+        checkpoints: Checkpoints, log: Log, precision: Precision, watchdog: Watchdog | None = None,
+        key: Callable[[int], str] = str,
     ) -> None:  # fmt: skip
+        self.watchdog = watchdog or Watchdog(world)  # which watches once it is entered
+        self.key = key  # id of a sub-scan -> its name
         self.config, self.world, self.pretext, self.model = config, world, pretext, model
         self.stream, self.checkpoints, self.log = stream, checkpoints, log
         network: nn.Module = model
@@ -117,6 +121,7 @@ class Trainer:
         with StopRequest(self.log.speaks) as self._stop:
             try:
                 outcome = self._train(validate, look)
+                self.watchdog.at(self.step, "saving")
                 self.saver.wait()
                 if self._unsaved():
                     self.save()
@@ -146,11 +151,13 @@ class Trainer:
                 return Outcome("finished", self.step)
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+            self.watchdog.at(self.step, "reading data")
             self._one(next(batches))
             told = self.told()
 
     def told(self) -> bool:
         """Whether any rank was told to stop; all ranks ask together and get the same answer."""
+        self.watchdog.count()
         return self.world.any(self._stop.asked or self.world.orphaned())
 
     def _unsaved(self) -> bool:
@@ -161,6 +168,7 @@ class Trainer:
         """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
         if not self.world.is_main:
             return
+        self.watchdog.at(self.step, "saving")
         state = {
             "optimizer": self.stepper.optimizer.state_dict(),
             "schedule": self.stepper.schedule.state_dict(),
@@ -177,13 +185,15 @@ class Trainer:
         if not self._settled:
             self.stepper.settle(self._views(batch))
             self._settled = True
-        result = self.stepper.step(self._views(batch), self.step)
+        views = self._views(batch)
+        self.watchdog.at(self.step, "computing")
+        result = self.stepper.step(views, self.step)
         self.step += 1
         every = self.config.train.look_every
         self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
-        self._account(result, len(batch.ids))
+        self._account(result, batch.ids)
 
     def _due(self) -> bool:
         """Whether the look at this step is a validation."""
@@ -194,20 +204,21 @@ class Trainer:
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
         return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
 
-    def _account(self, result: StepResult, samples: int) -> None:
+    def _account(self, result: StepResult, ids: Tensor) -> None:
         self.skipped = 0 if result.applied else self.skipped + 1
         if not result.applied:
+            who = self._culprits(result, ids)
             self.log.warn(
                 f"step {self.step}: gradient norm {result.grad_norm}, step skipped on all ranks "
-                f"({self.skipped} in a row)"
+                f"({self.skipped} in a row); {who}"
             )
-        if self.skipped >= self.config.train.max_skipped:
-            raise UserError(
-                f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
-                "lower --optim.lr, or pass --train.amp fp32"
-            )
+            if self.skipped >= self.config.train.max_skipped:
+                raise SharedError(
+                    f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
+                    f"{who}; lower --optim.lr, or pass --train.amp fp32"
+                )
         window = self._window
-        window.add(result.loss, samples)
+        window.add(result.loss, len(ids))
         every = self.config.train.log_every
         if self.step % every and self.step != self.config.train.steps:
             return
@@ -229,9 +240,24 @@ class Trainer:
         self.log.progress(self.step, loss, rate, wait)
         self._window = Window(self.stream.wait_seconds, self.saver.stall_s)
 
+    def _culprits(self, result: StepResult, ids: Tensor) -> str:
+        """Whose loss was not finite, on which sub-scans. All ranks skip together, so all are here to ask each other."""
+        bad = self.world.gather(~torch.isfinite(result.loss).cpu().reshape(1)).tolist()
+        keys = [self.key(sub_scan) for sub_scan in self.world.gather(ids.cpu()).tolist()]
+        share = len(ids)
+        said = [
+            f"the loss of rank {rank} was not finite, on {', '.join(keys[rank * share : (rank + 1) * share])}"
+            for rank in range(self.world.size)
+            if bad[rank]
+        ]
+        who = "; ".join(said) or "the loss of every rank was finite"
+        self.log.event(self.step, {"skipped": who, "grad_norm": str(result.grad_norm), "keys": keys})
+        return who
+
     def _validate(self, validate: Validate) -> bool:
         """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
         before = time.monotonic()
+        self.watchdog.at(self.step, "validating")
         self._broadcast_buffers()
         self.model.eval()
         values: dict[str, float] = {}
