@@ -131,6 +131,7 @@ def measure(way: Way, options: Options) -> dict:
         "step_s": round(step_s, 4),
         "goodput": round(done * step_s / until, 4),
         "restart_s": {
+            "mean": round(statistics.fmean(restart), 2),
             "median": round(statistics.median(restart), 2),
             "max": round(max(restart), 2),
             "n": len(restart),

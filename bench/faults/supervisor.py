@@ -79,7 +79,7 @@ class Soak:
             plan = Plan(**json.loads(path.read_text()))
             plan.segments = [(first, ranks) for first, ranks in plan.segments]
             return Run(plan, self.folder, self.folder / "set", self.forge)
-        plan = Plan(number, self.rng.choice(("tar", "arrow")), self.rng.choice((2, 2, 2, 4, 1)))
+        plan = Plan(number, self.rng.choice(("tar", "arrow")), self.rng.choice((2, 2, 2, 2, 4, 1)))
         plan.small_disk, plan.segments = number % 4 == 1, [(0, plan.ranks)]
         if number % 4 == 3:
             plan.poison = sorted(self.rng.sample(range(5, STEPS - NEAR_END), 2))
