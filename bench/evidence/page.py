@@ -37,7 +37,7 @@ def write(docs: Path, folder: Path, sets: list[str]) -> None:
             "networks": networks(summary, cues),
             "shortcuts": shortcuts(cues),
             "scales": scales(summary),
-            "course": course(runs, data, summary, cues),
+            "course": course(summary, cues),
             "times": times(runs, data, summary, cues),
         }
         for name, block in blocks.items():
@@ -117,26 +117,20 @@ def scales(summary: dict[str, Any]) -> str:
     return table(("AUC of parts of scale about", *[f"{one:.2f}" for one in scale]), rows)
 
 
-def course(runs: Path, data: str, summary: dict[str, Any], cues: dict[str, Any]) -> str:
+def course(summary: dict[str, Any], cues: dict[str, Any]) -> str:
     """Pearson's r between validation MSE and contrastive loss over checkpoints."""
-    over, rows = summary["over_checkpoints"], []
-    rows.append(
+    over = summary["over_checkpoints"]
+    rows = [
         ["**Parts2Whole**, the paper's protocol", *correlation(over["contrastive_loss"], over["val_mse"])]
-    )
+    ]
+    kinds = {
+        "contrast": "8 parts a whole",
+        "centred": "the same, mean feature removed",
+        "error": "1 - AUC in its place",
+    }
     for name, label in (("parts", "**Parts2Whole**"), ("autoencoder", "autoencoder")):
-        seen = [one for one in read_metrics(runs / f"{data}-{name}") if one["step"] > 0 and "val/loss" in one]
-        mse = [one["val/loss"] for one in seen]
-        rows.append([f"{label}, looks of the run", *correlation([one["contrast/loss"] for one in seen], mse)])
-        told = [1 - one["similarity/auc"] for one in seen]
-        rows.append([f"{label}, looks: 1 - AUC in its place", *correlation(told, mse)])
-    along, mse_at = cues["course"], dict(zip(over["steps"], over["val_mse"], strict=True))
-    for key, what in (
-        ("contrast", "8 parts a whole"),
-        ("contrast_centred", "the same, mean feature removed"),
-    ):
-        rows.append(
-            [f"**Parts2Whole**, {what}", *correlation(along[key], [mse_at[step] for step in along["step"]])]
-        )
+        seen = cues[f"course of {name}"]
+        rows += [[f"{label}, {kind}", *correlation(seen[key], seen["mse"])] for key, kind in kinds.items()]
     return table(
         ("contrastive loss of", "first -> last", "r with validation MSE (95 %)", "checkpoints"), rows
     )

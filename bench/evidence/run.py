@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import page
-import shortcuts
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = {"phantom": 600, "real": 300}  # the real set is a quarter of the phantom's: 40 epochs and 79
@@ -93,6 +92,12 @@ def analysis_job(folder: Path, data: str) -> Job:
     return Job(f"{data}-analysis", [*command, *sizes], run / "analysis" / "summary.json")
 
 
+def shortcuts_job(folder: Path, data: str) -> Job:
+    """Ask what the features of all of them read."""
+    command = ["bench/evidence/shortcuts.py", folder, data, STEPS[data]]
+    return Job(f"{data}-shortcuts", command, folder / "runs" / f"{data}-shortcuts.json")
+
+
 def work(jobs: list[Job], folder: Path) -> None:
     """Run the jobs that are not done, as many at a time as there are cores, with the last word of each every minute."""
     waiting = [job for job in jobs if not job.finished]
@@ -141,9 +146,7 @@ def main() -> None:
         for stage in data_jobs(folder, real):
             work(stage, folder)
         work([train_job(folder, data, pretext) for data in sets for pretext in PRETEXTS], folder)
-        work([analysis_job(folder, data) for data in sets], folder)
-        for data in sets:
-            shortcuts.measure(folder, data, STEPS[data])
+        work([make(folder, data) for data in sets for make in (analysis_job, shortcuts_job)], folder)
     page.write(REPO / "docs", folder, sets)
 
 

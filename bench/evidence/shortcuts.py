@@ -1,11 +1,14 @@
 """What do the features read? Separability of parts when one cue after another is taken away.
 
+    python bench/evidence/shortcuts.py FOLDER DATA STEP      # as run.py does
+
 W, P, C = wholes, parts of each, channels. All subjects see the same parts, of 1/16 to 1/4, and all pairs are taken.
 """
 
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +21,10 @@ from torch import Tensor
 
 from p2w.analysis.contrast import contrastive_losses
 from p2w.analysis.features import Features, PartSet, extract
-from p2w.analysis.similarity import auc
+from p2w.analysis.similarity import auc, pair_cosines
 from p2w.analysis.subjects import Run, Subject, baseline
 from p2w.data.stream import ShardSet, open_set
-from p2w.log import write_atomic
+from p2w.log import read_metrics, write_atomic
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
@@ -63,10 +66,8 @@ def changed(features: Features, change: Features) -> Features:
 
 
 def measure(folder: Path, data: str, step: int) -> None:
-    """Write FOLDER/runs/DATA-shortcuts.json, unless it is there."""
+    """Write FOLDER/runs/DATA-shortcuts.json."""
     out = folder / "runs" / f"{data}-shortcuts.json"
-    if out.exists():
-        return
     torch.set_num_threads(1)
     world, shards = World.place(), open_set(str(folder / data))
     ids, began = shards.ids("val"), time.monotonic()
@@ -79,30 +80,23 @@ def measure(folder: Path, data: str, step: int) -> None:
         }
         found[subject.label] = numbers({k: v.astype(np.float64) for k, v in seen.items()}, shards, ids)
         print(f"{data}, {subject.label}: {json.dumps(found[subject.label])}", flush=True)
-    found["course"] = course(folder, data, shards, ids, world)
+    for name in ("parts", "autoencoder"):
+        found[f"course of {name}"] = course(Run.open(folder / "runs" / f"{data}-{name}"), shards, ids, world)
     found["seconds"] = round(time.monotonic() - began, 1)
     write_atomic(out, json.dumps(found, indent=1))
 
 
-def course(
-    folder: Path, data: str, shards: ShardSet, ids: NDArray[np.int64], world: World
-) -> dict[str, list[float]]:
-    """Of every checkpoint of Parts2Whole: contrastive loss, the same with the mean feature removed, and 1 - AUC."""
-    run = Run.open(folder / "runs" / f"{data}-parts")
-    keys = [shards.key(int(one)).split("/") for one in ids]
-    scan, tile = (np.unique([key[k] for key in keys], return_inverse=True)[1] for k in (0, 1))
-    found: dict[str, list[float]] = {
-        name: [] for name in ("step", "contrast", "contrast_centred", "loss_1_auc")
-    }
+def course(run: Run, shards: ShardSet, ids: NDArray[np.int64], world: World) -> dict[str, list[float]]:
+    """Of every checkpoint: validation MSE, contrastive loss, the same with the mean feature removed, and 1 - AUC."""
+    mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
+    found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
     for step in run.checkpoints.steps():
         subject = run.subject("", step, world, choose_precision("fp32", world.device))
         features = extract(subject.load(), subject.view, PARTS, shards, ids, world).astype(np.float64)
-        told = separability(features, scan, tile)["all"]
-        assert told is not None
-        found["step"].append(step)
-        found["contrast"].append(contrast(features))
-        found["contrast_centred"].append(contrast(features - features.mean((0, 1))))
-        found["loss_1_auc"].append(1 - told)
+        told = auc(*pair_cosines(features))
+        centred = contrast(features - features.mean((0, 1)))
+        for name, value in zip(found, (step, mse[step], contrast(features), centred, 1 - told), strict=True):
+            found[name].append(value)
     return found
 
 
@@ -186,3 +180,7 @@ def readable(features: Array, target: Array) -> list[float]:
     flat, wanted = features.reshape(-1, channels), target.reshape(wholes * parts, -1)
     guess = cross_val_predict(model, flat, wanted, groups=groups, cv=GroupKFold(5)).reshape(wanted.shape)
     return [float(one) for one in r2_score(wanted, guess, multioutput="raw_values")]
+
+
+if __name__ == "__main__":
+    measure(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

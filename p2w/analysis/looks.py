@@ -25,7 +25,7 @@ from p2w.log import Log, write_atomic
 from p2w.model.protocol import Encoder
 from p2w.world import World
 
-WHOLES, PARTS = 48, 3
+WHOLES, PARTS = 32, 3
 FRACTION = (1 / 16, 1 / 4)  # a part's volume as a share of its whole (paper, section 3)
 SHARE = 0.02  # of the time that looks should take at most
 SETTLE_S = 60.0  # before that, the share says little
@@ -38,7 +38,7 @@ class Similarity:
 
     Yields `similarity/positive`, `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: always told apart)
     and `contrast/loss` (paper, Fig. 2c, its 5,000 negatives drawn from the parts of the subset's other wholes).
-    Every rank keeps the voxels of its share of the subset: 96 MiB over all ranks.
+    Every rank keeps the voxels of its share of the subset: 64 MiB over all ranks.
     """
 
     def __init__(

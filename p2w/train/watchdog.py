@@ -64,8 +64,8 @@ class Watchdog:
 
     def __init__(self, world: World, hang_s: float = 600.0) -> None:
         self.world, self.hang_s = world, hang_s
-        self.beat_s = min(BEAT_S, hang_s / 5)
         self.silent_s = min(SILENT_S, hang_s / 4)
+        self.beat_s = min(BEAT_S, self.silent_s / 10)
         now = time.monotonic()
         self.peers = [
             Peer(rank, world.host if rank == world.rank else "", now, now) for rank in range(world.size)

@@ -85,8 +85,9 @@ def test_a_rank_that_raises_is_readable_and_the_others_leave(forge, tiny_set, ca
     assert time.monotonic() - began < 60 and codes[victim] == 1 and 0 not in codes, err
     host = os.uname().nodename
     first = f"rank {victim} on {host} failed: LookupError: no such part\nTraceback (most recent call last):\n"
-    assert first in err and err.count("Traceback") == 1 and "lost another rank" in err, err
-    assert err.index(first) < err.index("lost another rank")
+    assert first in err and err.count("Traceback") == 1, err
+    # The others may be told to stop before they can say that they lost a rank; what they say comes after its own message.
+    assert "lost another rank" not in err[: err.index(first)]
     assert "hangs" not in err
     codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), ranks=3)
     assert codes == [0] * 3, err
