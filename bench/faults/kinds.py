@@ -87,7 +87,7 @@ def rank_raises(run: Run, rng: random.Random) -> str:
 
 
 def hung_rank(run: Run, rng: random.Random) -> str:
-    """SIGSTOP of one rank, for good: the others find it, name it and end. Without torchrun, rank 0 is who holds the store."""
+    """SIGSTOP of one rank, for good: the others find it, name it and end. Without torchrun, rank 0 holds the store."""
     ranks, before = run.life.ranks(), len(run.said())
     odd = rng.randrange(len(ranks))
     names = (f"hangs: rank {odd} on ", *(["hangs: no answer from the rendezvous store"] if odd == 0 else []))
