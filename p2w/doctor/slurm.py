@@ -28,6 +28,13 @@ def cluster(case: Case) -> Iterator[Row]:
         )
         return
     code, said = ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+    if code and "configuration source" in said:
+        yield note(
+            "Slurm",
+            "its commands are here, a configuration is not: no node of a cluster",
+            "export SLURM_CONF=FILE",
+        )
+        return
     if code:
         yield problem(
             "Slurm", f"sinfo does not answer: {said}", "scontrol ping; systemctl status slurmctld munge"

@@ -237,9 +237,10 @@ def arithmetic(case: Case) -> Iterator[Row]:
         right = all(map(math.isfinite, norms)) and norms[0] > 0
         off = max(off, abs(norms[1] / norms[0] - 1) if right else math.inf)
     if not off < AGREE:
+        how = f"differ from fp32's by {off:.0%}" if math.isfinite(off) else "are not finite, fp32's are"
         yield problem(
             "arithmetic",
-            f"{precision.name} gradients of {case.recipe} differ from fp32's by {off:.0%}",
+            f"{precision.name} gradients of {case.recipe} {how}",
             "--train.amp fp32   # and update torch",
         )
     else:

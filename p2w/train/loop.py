@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
 from p2w.data.stream import Batch, Stream
-from p2w.errors import SharedError, UserError
+from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
@@ -29,6 +29,7 @@ from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
 from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
+from p2w.train.skips import Skips
 from p2w.train.step import Stepper, StepResult
 from p2w.train.watchdog import Watchdog
 from p2w.train.window import Window
@@ -62,7 +63,6 @@ class Trainer:
         key: Callable[[int], str] = str,
     ) -> None:  # fmt: skip
         self.watchdog = watchdog or Watchdog(world)  # which watches once it is entered
-        self.key = key  # id of a sub-scan -> its name
         self.config, self.world, self.pretext, self.model = config, world, pretext, model
         self.stream, self.checkpoints, self.log = stream, checkpoints, log
         network: nn.Module = model
@@ -80,9 +80,10 @@ class Trainer:
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
         self.saver = Saver(checkpoints, config.train, log.warn)
-        self.step = self.skipped = 0
+        self.step = 0
         self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self.skips = Skips(config.train.max_skipped, world, key, log)
         self.bad = BadSamples(config.data, world, stream)
         self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
@@ -107,7 +108,7 @@ class Trainer:
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
+        self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state["owed"]
         self.saver.kept = (self.step, self.owed)
         self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.owed)
@@ -173,7 +174,7 @@ class Trainer:
             "optimizer": self.stepper.optimizer.state_dict(),
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
-            "skipped": self.skipped,
+            "skipped": self.skips.in_a_row,
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
             "owed": self.owed,  # told to stop, a run leaves without the look that is due
@@ -193,7 +194,8 @@ class Trainer:
         self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
-        self._account(result, batch.ids)
+        self.skips.count(result, batch.ids, self.step)
+        self._account(result, len(batch.ids))
 
     def _due(self) -> bool:
         """Whether the look at this step is a validation."""
@@ -204,21 +206,10 @@ class Trainer:
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
         return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
 
-    def _account(self, result: StepResult, ids: Tensor) -> None:
-        self.skipped = 0 if result.applied else self.skipped + 1
-        if not result.applied:
-            who = self._culprits(result, ids)
-            self.log.warn(
-                f"step {self.step}: gradient norm {result.grad_norm}, step skipped on all ranks "
-                f"({self.skipped} in a row); {who}"
-            )
-            if self.skipped >= self.config.train.max_skipped:
-                raise SharedError(
-                    f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
-                    f"{who}; lower --optim.lr, or pass --train.amp fp32"
-                )
+    def _account(self, result: StepResult, samples: int) -> None:
+        """Add a step to the window, and log the window where a line is due."""
         window = self._window
-        window.add(result.loss, len(ids))
+        window.add(result.loss, samples)
         every = self.config.train.log_every
         if self.step % every and self.step != self.config.train.steps:
             return
@@ -239,20 +230,6 @@ class Trainer:
         self.log.metrics(self.step, record)
         self.log.progress(self.step, loss, rate, wait)
         self._window = Window(self.stream.wait_seconds, self.saver.stall_s)
-
-    def _culprits(self, result: StepResult, ids: Tensor) -> str:
-        """Whose loss was not finite, on which sub-scans. All ranks skip together, so all are here to ask each other."""
-        bad = self.world.gather(~torch.isfinite(result.loss).cpu().reshape(1)).tolist()
-        keys = [self.key(sub_scan) for sub_scan in self.world.gather(ids.cpu()).tolist()]
-        share = len(ids)
-        said = [
-            f"the loss of rank {rank} was not finite, on {', '.join(keys[rank * share : (rank + 1) * share])}"
-            for rank in range(self.world.size)
-            if bad[rank]
-        ]
-        who = "; ".join(said) or "the loss of every rank was finite"
-        self.log.event(self.step, {"skipped": who, "grad_norm": str(result.grad_norm), "keys": keys})
-        return who
 
     def _validate(self, validate: Validate) -> bool:
         """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""

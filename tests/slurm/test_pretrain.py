@@ -14,10 +14,9 @@ from conftest import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
 
 STEPS = 300
-# fp32, as in tests/launch: bf16's backward pass on some CPUs gives other gradients each time (`p2w doctor` finds them).
 SMALL = [
     "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
-    "--train.amp=fp32", "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
+    "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
 ]  # fmt: skip
 Start = Callable[..., str]
 
@@ -28,7 +27,9 @@ def pretrain(cluster: Cluster, shards: Path) -> Start:
 
     def submit(run: Path, *options: str, more: tuple[str, ...] = ()) -> str:
         where = [f"--shards={shards}", "--run", str(run)]
-        return cluster.sbatch("--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more)
+        return cluster.sbatch(
+            "--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more, P2W_END_SECONDS="15"
+        )
 
     return submit
 
@@ -56,7 +57,7 @@ def test_two_nodes_train_as_one_and_neither_a_warning_nor_a_dead_worker_changes_
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
     cluster.wait(job, "second start", lambda: "continues after" in cluster.log(job))
-    stopped = int(re.findall(r"told to stop at step (\d+)", cluster.log(job))[0])
+    stopped = stops(cluster.log(job))[0]
     assert 3 <= stopped < STEPS
     assert f"continues after step {stopped} of {STEPS}" in cluster.log(job)
 
@@ -77,24 +78,26 @@ def test_a_signal_to_the_steps_a_dead_step_daemon_and_a_requeue_change_nothing(
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", "--signal=TERM", job)  # to the ranks of both nodes, not to the batch script
     cluster.wait(job, "go on", lambda: "told to stop, but the job was not" in cluster.log(job))
-    stopped = int(re.findall(r"told to stop at step (\d+)", cluster.log(job))[-1])
+    (stopped,) = stops(cluster.log(job))
 
     cluster.wait(job, "steps after the signal", lambda: len(losses(run)) > stopped)
-    os.kill(step_daemon(job, "node2"), signal.SIGKILL)
-    cluster.wait(
-        job, "third start", lambda: cluster.log(job).count(f"continues after step {stopped} of") == 2
-    )
-
-    before = len(losses(run))
-    cluster.wait(job, "steps after the death", lambda: len(losses(run)) > max(stopped, before))
     cluster.run("scontrol", "requeue", job)
-    cluster.wait(job, "requeue", lambda: cluster.job(job)["Restarts"] == "1")
-    told = [int(step) for step in re.findall(r"told to stop at step (\d+)", cluster.log(job))]
-    end = cluster.ended(job)
-    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
-    assert len(told) == 2 and stopped < told[1] < STEPS
+    cluster.wait(job, "requeue", lambda: cluster.log(job).count("continues after") == 2)
+    told = stops(cluster.log(job))
+    assert cluster.job(job)["Restarts"] == "1" and len(told) == 2 and stopped < told[1] < STEPS
+
+    cluster.wait(job, "steps after the requeue", lambda: len(losses(run)) > told[1])
     assert f"continues after step {told[1]} of {STEPS}" in cluster.log(job)  # no step was lost
+    os.kill(step_daemon(job, "node2"), signal.SIGKILL)  # its slurmd lives, and srun would wait for ever
+    end = cluster.ended(job)
+    # Its tasks may have worked on to their end, or died with it: then the job was requeued once more.
+    assert end["JobState"] == "COMPLETED" and end["Restarts"] in ("1", "2"), cluster.log(job)
     same_as(cluster, calm, run)
+
+
+def stops(log: str) -> list[int]:
+    """The steps at which a run was told to stop."""
+    return [int(step) for step in re.findall(r"told to stop at step (\d+)", log)]
 
 
 def same_as(cluster: Cluster, calm: tuple[str, Path], run: Path) -> None:
