@@ -2,6 +2,8 @@
 # make test    install and run every test
 # make lint    style and types
 # make bench   measure; writes bench/results
+# make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
+#                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -12,7 +14,7 @@ DEMO   ?= demo
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench evidence clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -51,6 +53,9 @@ lint: $(VENV)/.tools
 
 bench: $(VENV)/.tools
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+evidence: $(VENV)/.installed
+	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache *.egg-info

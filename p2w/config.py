@@ -27,6 +27,11 @@ class DataConfig:
     """Seed of the order of wholes and of their parts."""
     readers: int = 2
     """Threads a rank that read ahead; 0 reads in the training thread. No effect on the result."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """About a sub-scan whose checksum differs, or whose shard can no longer be read: stop; or name it, count it and
+    train on another one in its place, which (data.seed, epoch, sub-scan) decides."""
+    max_bad_share: float = 0.01
+    """With skip: stop when more than this share of an epoch's samples could not be used."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +104,25 @@ class TrainConfig:
     """torch.compile the network: minutes at the start, a few percent a step."""
     validate_every: int = 500
     """Steps between validations."""
+    look_every: int = 500
+    """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
     early_stop: int = 0
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Also save when this long has passed since the last save, so that a slow machine loses no more; 0 never."""
     keep: int = 3
     """Newest checkpoints kept, besides the best."""
+    keep_every: int = 0
+    """Save at multiples of this many steps, and keep those for good; 0 none."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     max_skipped: int = 20
     """Stop after this many steps in a row whose gradient was not finite."""
+    hang_minutes: float = 10.0
+    """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
+    is named after a minute, or a quarter of this. A first step, which may compile, has three times as long."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +141,18 @@ class Config:
 MAY_CHANGE = frozenset(
     {
         "data.readers",
+        "data.on_bad_sample",
+        "data.max_bad_share",
         "train.steps",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
         "train.early_stop",
         "train.keep",
+        "train.keep_every",
         "train.log_every",
+        "train.look_every",
         "train.max_skipped",
+        "train.hang_minutes",
     }
 )
 
@@ -141,17 +161,26 @@ def check(config: Config) -> Config:
     """Return `config` when its numbers make sense together. Raises UserError naming value, rule and remedy."""
     at_least = {
         "data.batch": 1, "data.readers": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
-        "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
+        "train.look_every": 0, "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
         "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
+        "train.checkpoint_minutes": 0, "train.keep_every": 0,
     }  # fmt: skip
     flat = flatten(config)
     for name, least in at_least.items():
         if not flat[name] >= least:
             raise UserError(f"{name}={flat[name]}: must be at least {least}; pass --{name.replace('_', '-')}")
     for name, value in flat.items():
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    if not 0 <= config.data.max_bad_share <= 1:
+        raise UserError(
+            f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"
+        )
+    if not config.train.hang_minutes > 0:
+        raise UserError(f"train.hang_minutes={config.train.hang_minutes}: must be above 0; the usual is 10")
     if config.train.seed >= 2**63:
         raise UserError(f"train.seed={config.train.seed}: must be below 2^63; pass --train.seed 0")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

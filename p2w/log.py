@@ -17,7 +17,8 @@ import rich.progress as rp
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import numpy as np
+    from numpy.typing import NDArray
 
 LINE_EVERY_S = 10.0
 
@@ -80,15 +81,17 @@ class Log:
         except OSError as error:
             self.warn(f"{self.run / what}: not written ({error.strerror or error}); the run goes on without")
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, looked: bool = True) -> None:
         """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
 
-        A last line cut short by a crash is dropped too.
+        So will the look at `step` itself, unless `looked`. A last line cut short by a crash is dropped too.
         """
         path = self.run / "metrics.jsonl"
         if not self.speaks or not path.exists():
             return
         kept = [text for text in _lines(path) if _step_of(text) <= step]
+        if not looked:
+            kept = [text for text in kept if _step_of(text) < step or '"train/' in text]
         write_atomic(path, "".join(f"{text}\n" for text in kept))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -102,11 +105,20 @@ class Log:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
-    def picture(self, name: str, figure: "Figure", step: int) -> None:
-        """Show a matplotlib figure in TensorBoard."""
+    def event(self, step: int, facts: dict[str, Any]) -> None:
+        """Append one JSON object to `metrics.jsonl` that is no curve: TensorBoard does not get it."""
+        if self.speaks:
+            with self.tolerate("metrics.jsonl"):
+                append(
+                    self.run / "metrics.jsonl",
+                    json.dumps({"step": step, "time": round(time.time(), 3), **facts}),
+                )
+
+    def picture(self, name: str, pixels: "NDArray[np.uint8]", step: int) -> None:
+        """Show a grey picture (H, W) in TensorBoard."""
         if self.speaks:
             with self._on_board(step) as board:
-                board.add_figure(name, figure, step)
+                board.add_image(name, pixels, step, dataformats="HW")
 
     @contextlib.contextmanager
     def _on_board(self, step: int) -> Iterator[Any]:
@@ -171,7 +183,7 @@ class _Nowhere:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Drop it."""
 
-    def add_figure(self, name: str, figure: "Figure", step: int) -> None:
+    def add_image(self, name: str, pixels: "NDArray[np.uint8]", step: int, dataformats: str) -> None:
         """Drop it."""
 
 
@@ -199,5 +211,5 @@ def _step_of(text: str) -> float:
     """The step a metrics line speaks of; infinity when the line is broken."""
     try:
         return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -16,6 +16,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "preprocess": ("p2w.errors", "p2w.data"),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
+    "p2w.doctor": ("p2w",),  # looks at everything a run uses
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analyze": ("p2w",),  # puts the analysis together
     "p2w.recipes": ("p2w.errors", "p2w.config"),
@@ -25,6 +26,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.data": ("p2w.errors", "p2w.data"),
     "p2w.pretext": ("p2w.errors", "p2w.config", "p2w.geometry", "p2w.model", "p2w.pretext"),
     "p2w.train": (*BASE, "p2w.pretext.protocol", "p2w.train"),
+    "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
     "p2w.analysis": (*BASE, "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.subjects": (*BASE, "p2w.train", "p2w.pretrain", "p2w.analysis"),  # loads runs
     "p2w.analysis.measure": (*BASE, "p2w.data.progress", "p2w.analysis"),

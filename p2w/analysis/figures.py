@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w.analysis.similarity import auc, similarity_file
@@ -49,6 +51,18 @@ def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
             axis.set_axis_off()
             axis.set_title(f"{name}\n{view}", fontsize=9)
     return figure
+
+
+def strip(part: Tensor, reconstruction: Tensor, whole: Tensor) -> NDArray[np.uint8]:
+    """The same without words: grey pixels (rows, columns) of square panels, for a look that must cost next to nothing."""
+    edge = max(128, whole.shape[-1])
+    columns = []
+    for volumes in (part, reconstruction, whole):
+        stack = volumes[:4, :1].float()
+        for plane in (stack[:, :, stack.shape[2] // 2], stack.flip(2)[:, :, :, stack.shape[3] // 2]):
+            grey = torch.nn.functional.interpolate(plane, (edge, edge))[:, 0].clamp(0, 1) * 255
+            columns.append(torch.nn.functional.pad(grey, (1, 1, 1, 1), value=255).flatten(0, 1))
+    return torch.cat(columns, 1).byte().cpu().numpy()
 
 
 def loss_curve(run: Path) -> "Figure":

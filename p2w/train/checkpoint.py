@@ -4,10 +4,14 @@ RUN/checkpoints/
     step-00000500/
         model.safetensors    the network's weights, named as in `encoder.…` and `decoder.…`
         state.pt             optimizer, scaler, schedule, position: plain types and tensors
-        meta.json            step, validation, versions, CRC-32C of the two files above; written last
+        meta.json            step, validation, versions, CRC-32C of the two files above and of itself; written last
+    latest                   link to the newest durable one; loading trusts checksums instead
     best.json                which of them had the lowest validation loss
+
+Names that begin with a dot are being written or thrown away; the next save sweeps up what a crash left of them.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -30,6 +34,7 @@ from p2w.log import write_atomic
 
 FILES = ("model.safetensors", "state.pt")
 CHUNK = 1 << 24
+UNSEALED = '"seal": "00000000"'
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Snapshot:
 class Checkpoints:
     """The folder of a run's checkpoints. Only rank 0 saves; every rank may load."""
 
-    def __init__(self, folder: Path, keep: int = 3, say: Callable[[str], None] = print) -> None:
-        self.folder, self.keep, self.say = folder, keep, say
+    def __init__(
+        self, folder: Path, keep: int = 3, say: Callable[[str], None] = print, keep_every: int = 0
+    ) -> None:
+        self.folder, self.keep, self.say, self.keep_every = folder, keep, say, keep_every
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -65,7 +72,8 @@ class Checkpoints:
         """Write one durably, then drop those no longer kept. Raises UserError when the disk takes no more."""
         final, beside = self.path(snapshot.step), self.folder / f".step-{snapshot.step:08d}.tmp"
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            for left in self.folder.glob(".*.tmp"):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             beside.mkdir(parents=True)
             save_file({k: v.contiguous() for k, v in snapshot.model.items()}, beside / FILES[0])
             torch.save(snapshot.state, beside / FILES[1])
@@ -76,12 +84,10 @@ class Checkpoints:
                 "torch": torch.__version__,
                 "crc32c": {name: _checksum(beside / name) for name in FILES},
             }
-            (beside / "meta.json").write_text(json.dumps(meta, indent=2))
+            (beside / "meta.json").write_bytes(seal(meta))
             for name in (*FILES, "meta.json", "."):
                 _sync(beside / name)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(beside, final)
-            _sync(self.folder)
+            self._publish(beside, snapshot.step)
             self._mark_best(snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # what each writer makes of a full disk
             shutil.rmtree(beside, ignore_errors=True)
@@ -90,8 +96,61 @@ class Checkpoints:
                 f"{final}: not saved ({str(error).splitlines()[0]}; {free:,} MiB free); make room, then repeat the "
                 "command"
             ) from error
-        self._prune()
+        self._prune(snapshot.step)
         return final
+
+    def _publish(self, beside: Path, step: int) -> None:
+        """Give a durable folder its name. One of that name was damaged, or still owed its validation."""
+        final = self.path(step)
+        if final.exists():
+            if self._linked() == step:
+                self._link(max((other for other in self.steps() if other < step), default=None))
+            self._discard(final)
+        os.replace(beside, final)
+        _sync(self.folder)
+        self._link(step)
+
+    def _linked(self) -> int | None:
+        """The step that `latest` names."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(os.readlink(self.folder / "latest").removeprefix("step-"))
+        return None
+
+    def _link(self, step: int | None) -> None:
+        """Have `latest` name this step, or nothing. A file system without links, or a full one, has no `latest`."""
+        link, beside = self.folder / "latest", self.folder / ".latest.tmp"
+        try:
+            beside.unlink(missing_ok=True)
+            if step is None:
+                link.unlink(missing_ok=True)
+            else:
+                os.symlink(self.path(step).name, beside)
+                os.replace(beside, link)
+            _sync(self.folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                link.unlink(missing_ok=True)
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a checkpoint: first its name, so that a crash leaves nothing that looks like one."""
+        aside = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def continue_from(self, snapshot: Snapshot | None) -> None:
+        """Rank 0, before training goes on from `snapshot` (None: from nothing): set right `latest` and `best.json`.
+
+        What is beyond was damaged, or will be done and judged again; and a kill may have come before they were written.
+        """
+        step = None if snapshot is None else snapshot.step
+        with contextlib.suppress(OSError):  # a folder that cannot be written says so at the first save
+            if self.folder.is_dir() and self._linked() != step:
+                self._link(step)
+            if (best := self.best()) is not None and best > (-1 if step is None else step):
+                (self.folder / "best.json").unlink()
+            if snapshot is not None:
+                self._mark_best(snapshot)
 
     def load_latest(self) -> Snapshot | None:
         """The newest sound checkpoint, or None when there is none; a damaged one is named and passed over."""
@@ -106,12 +165,15 @@ class Checkpoints:
         """The checkpoint at `step`, on the CPU. Raises UserError when it is missing, cut short or altered."""
         folder = self.path(step)
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = _unseal(folder / "meta.json")
+            if meta["step"] != step:
+                raise UserError(f"{folder}: its meta.json is of step {meta['step']}")
             for name in FILES:
                 if _checksum(folder / name) != meta["crc32c"][name]:
                     raise UserError(f"{folder / name}: checksum differs from meta.json, the file is damaged")
             model = load_file(folder / FILES[0])
             state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
+            validation = None if meta["validation"] is None else float(meta["validation"])
         except UserError:
             raise
         except (
@@ -124,7 +186,7 @@ class Checkpoints:
             pickle.UnpicklingError,
         ) as error:
             raise UserError(f"{folder}: not a whole checkpoint ({str(error).splitlines()[0]})") from error
-        return Snapshot(step, model, state, meta["validation"])
+        return Snapshot(step, model, state, validation)
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss, if one was marked."""
@@ -151,10 +213,30 @@ class Checkpoints:
             path = self.folder / "best.json"
             write_atomic(path, json.dumps({"step": snapshot.step, "validation": snapshot.validation}))
 
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            if step != self.best():
-                shutil.rmtree(self.path(step), ignore_errors=True)
+    def _prune(self, newest: int) -> None:
+        """Drop old ones. What is beyond `newest` was damaged and passed over: it does not count as kept."""
+        best = self.best()
+        for step in [step for step in self.steps() if step <= newest][: -self.keep]:
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
+                with contextlib.suppress(OSError):
+                    self._discard(self.path(step))
+
+
+def seal(meta: dict[str, Any]) -> bytes:
+    """`meta.json` with its own CRC-32C, taken while zeros stand in the place of it."""
+    text = json.dumps({**meta, "seal": "00000000"}, indent=2)
+    return text.replace(UNSEALED, f'"seal": "{crc32c.crc32c(text.encode()):08x}"').encode()
+
+
+def _unseal(path: Path) -> dict[str, Any]:
+    """Read a `meta.json`. Raises UserError when it is not as it was written; ValueError, LookupError, TypeError likewise."""
+    text = path.read_bytes().decode()
+    meta = json.loads(text)
+    found = str(meta["seal"])
+    text = text.replace(f'"seal": "{found}"', UNSEALED)
+    if f"{crc32c.crc32c(text.encode()):08x}" != found:
+        raise UserError(f"{path}: differs from its own checksum, the file is damaged")
+    return meta
 
 
 def _checksum(path: Path) -> int:

@@ -5,6 +5,8 @@ the schedule it is all a run continues from. Torch's own random numbers are rese
 step, so a pretext or layer that draws from them repeats exactly after a resume.
 """
 
+import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,14 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
 from p2w.data.stream import Batch, Stream
-from p2w.errors import UserError
+from p2w.errors import SharedError, UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
+from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
+from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
 from p2w.train.step import Stepper, StepResult
+from p2w.train.watchdog import Watchdog
+from p2w.train.window import Window
 from p2w.world import World
 
 Validate = Callable[[int], Iterable[tuple[str, float]]]
@@ -51,8 +58,11 @@ class Trainer:
 
     def __init__(
         self, config: Config, world: World, pretext: Pretext, model: nn.Module, stream: Stream,
-        checkpoints: Checkpoints, log: Log, precision: Precision,
+        checkpoints: Checkpoints, log: Log, precision: Precision, watchdog: Watchdog | None = None,
+        key: Callable[[int], str] = str,
     ) -> None:  # fmt: skip
+        self.watchdog = watchdog or Watchdog(world)  # which watches once it is entered
+        self.key = key  # id of a sub-scan -> its name
         self.config, self.world, self.pretext, self.model = config, world, pretext, model
         self.stream, self.checkpoints, self.log = stream, checkpoints, log
         network: nn.Module = model
@@ -69,10 +79,12 @@ class Trainer:
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
-        self.step = 0
-        self.kept = -1  # the newest step that a sound checkpoint holds
-        self.skipped = 0
+        self.saver = Saver(checkpoints, config.train, log.warn)
+        self.step = self.skipped = 0
+        self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self.bad = BadSamples(config.data, world, stream)
+        self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
 
@@ -85,6 +97,8 @@ class Trainer:
                 f"{self.checkpoints.folder}: rank {self.world.rank} sees another newest checkpoint than its peers; "
                 "the run folder must be one all nodes share"
             )
+        if self.world.is_main:
+            self.checkpoints.continue_from(snapshot)
         if snapshot is None:
             self.log.rewind(-1)  # killed before its first checkpoint, a run begins again
             return False
@@ -93,89 +107,118 @@ class Trainer:
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = snapshot.step, state["skipped"]
-        self.kept = self.step
-        self.log.rewind(self.step)
+        self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
+        self.saver.kept = (self.step, self.owed)
+        self.bad.load(state.get("bad_samples", self.bad.state()))
+        self.log.rewind(self.step, looked=not self.owed)
         return True
 
-    def fit(self, validate: Validate) -> Outcome:
-        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended."""
-        with StopRequest(self.log.speaks) as stop:
-            if self.step == 0:
-                self._validate(validate)
-            outcome = self._train(validate, stop)
-            if self.step != self.kept:
-                self.save()
-            if self.world.any(self.world.is_main and self.step != self.kept):
+    def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
+        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended.
+
+        `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
+        """
+        with StopRequest(self.log.speaks) as self._stop:
+            try:
+                outcome = self._train(validate, look)
+                self.watchdog.at(self.step, "saving")
+                self.saver.wait()
+                if self._unsaved():
+                    self.save()
+            finally:
+                self.saver.wait(Saver.LEAVING_S if sys.exc_info()[0] else None)
+            if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
                     f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
                     "command"
                 )
         return outcome
 
-    def _train(self, validate: Validate, stop: StopRequest) -> Outcome:
+    def _train(self, validate: Validate, look: Validate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
-        while self.step < settings.steps:
+        told = False
+        while True:
+            if self.owed and not told:
+                told = not self._validate(validate if self._due() else look)
+            if told and (self.owed or self.step < settings.steps):
+                gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
+                return Outcome("told to stop", self.step, self._stop.name or gone)
+            self.saver.poll()
+            if self._unsaved() and self.saver.due(self.step, self.validation):
+                self.save()
+            if self.step >= settings.steps:
+                return Outcome("finished", self.step)
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+            self.watchdog.at(self.step, "reading data")
             self._one(next(batches))
-            told = self.world.any(stop.asked or self.world.orphaned())
-            if self.step % settings.validate_every == 0 or self.step == settings.steps:
-                self._validate(validate)
-            if told and self.step < settings.steps:
-                gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
-                return Outcome("told to stop", self.step, stop.name or gone)
-            if self.step % settings.checkpoint_every == 0 or self.checkpoints.would_be_best(self.validation):
-                self.save()
-        return Outcome("finished", self.step)
+            told = self.told()
+
+    def told(self) -> bool:
+        """Whether any rank was told to stop; all ranks ask together and get the same answer."""
+        self.watchdog.count()
+        return self.world.any(self._stop.asked or self.world.orphaned())
+
+    def _unsaved(self) -> bool:
+        """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""
+        return self.saver.kept != (self.step, self.owed)
 
     def save(self) -> None:
-        """Rank 0 writes a checkpoint of this moment."""
+        """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
         if not self.world.is_main:
             return
+        self.watchdog.at(self.step, "saving")
         state = {
             "optimizer": self.stepper.optimizer.state_dict(),
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "skipped": self.skipped,
+            "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
+            "owed": self.owed,  # told to stop, a run leaves without the look that is due
         }
-        try:
-            self.checkpoints.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
-            self.kept = self.step
-        except UserError as error:
-            self.log.warn(f"{error}; the run goes on with the checkpoints it has")
+        self.saver.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
 
     def _one(self, batch: Batch) -> None:
         """One step: from wholes to updated weights."""
         if not self._settled:
             self.stepper.settle(self._views(batch))
             self._settled = True
-        result = self.stepper.step(self._views(batch), self.step)
+        views = self._views(batch)
+        self.watchdog.at(self.step, "computing")
+        result = self.stepper.step(views, self.step)
         self.step += 1
+        every = self.config.train.look_every
+        self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
-        self._account(result, len(batch.ids))
+        self.bad.count(batch, self.step)
+        self._account(result, batch.ids)
+
+    def _due(self) -> bool:
+        """Whether the look at this step is a validation."""
+        return self.step % self.config.train.validate_every == 0 or self.step == self.config.train.steps
 
     def _views(self, batch: Batch) -> Views:
         """What this rank's wholes become at this step, whenever it is asked for."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
         return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
 
-    def _account(self, result: StepResult, samples: int) -> None:
+    def _account(self, result: StepResult, ids: Tensor) -> None:
         self.skipped = 0 if result.applied else self.skipped + 1
         if not result.applied:
+            who = self._culprits(result, ids)
             self.log.warn(
                 f"step {self.step}: gradient norm {result.grad_norm}, step skipped on all ranks "
-                f"({self.skipped} in a row)"
+                f"({self.skipped} in a row); {who}"
             )
-        if self.skipped >= self.config.train.max_skipped:
-            raise UserError(
-                f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
-                "lower --optim.lr, or pass --train.amp fp32"
-            )
+            if self.skipped >= self.config.train.max_skipped:
+                raise SharedError(
+                    f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
+                    f"{who}; lower --optim.lr, or pass --train.amp fp32"
+                )
         window = self._window
-        window.add(result.loss, samples)
+        window.add(result.loss, len(ids))
         every = self.config.train.log_every
         if self.step % every and self.step != self.config.train.steps:
             return
@@ -189,63 +232,56 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
+            "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
+            **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
         self.log.progress(self.step, loss, rate, wait)
-        self._window = Window(self.stream.wait_seconds)
+        self._window = Window(self.stream.wait_seconds, self.saver.stall_s)
 
-    def _validate(self, validate: Validate) -> None:
-        """Run the evaluators, log what they yield, and let the schedule know the loss."""
+    def _culprits(self, result: StepResult, ids: Tensor) -> str:
+        """Whose loss was not finite, on which sub-scans. All ranks skip together, so all are here to ask each other."""
+        bad = self.world.gather(~torch.isfinite(result.loss).cpu().reshape(1)).tolist()
+        keys = [self.key(sub_scan) for sub_scan in self.world.gather(ids.cpu()).tolist()]
+        share = len(ids)
+        said = [
+            f"the loss of rank {rank} was not finite, on {', '.join(keys[rank * share : (rank + 1) * share])}"
+            for rank in range(self.world.size)
+            if bad[rank]
+        ]
+        who = "; ".join(said) or "the loss of every rank was finite"
+        self.log.event(self.step, {"skipped": who, "grad_norm": str(result.grad_norm), "keys": keys})
+        return who
+
+    def _validate(self, validate: Validate) -> bool:
+        """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
         before = time.monotonic()
+        self.watchdog.at(self.step, "validating")
         self._broadcast_buffers()
         self.model.eval()
-        with torch.no_grad(), self.stepper.autocast():
+        values: dict[str, float] = {}
+        with contextlib.suppress(Interrupted), torch.no_grad(), self.stepper.autocast():
             values = dict(validate(self.step))
+            self.owed = False
         self.model.train()
         self._window.pause(time.monotonic() - before)
         if not values:
-            return
+            return not self.owed
         self.log.metrics(self.step, values)
-        self.log.line(
-            f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        )
         self.validation = values.get("val/loss")
         due = self.step > 0 and self.step % self.config.train.validate_every == 0
         if (
             self.validation is not None and due
         ):  # the last step's extra look would tell a run made longer from a long one
             self.stepper.schedule.observe(self.validation)
+        return True
 
     def _broadcast_buffers(self) -> None:
         """Give every rank rank 0's batch-norm statistics: the ones a checkpoint holds, so all validate one network."""
         if self.world.size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-
-class Window:
-    """Sums since the last logged line."""
-
-    def __init__(self, wait_before: float = 0.0) -> None:
-        self.loss = torch.zeros(())
-        self.steps = self.samples = 0
-        self.wait_before = wait_before
-        self._start, self._paused = time.monotonic(), 0.0
-
-    def add(self, loss: Tensor, samples: int) -> None:
-        """One step's loss (device scalar) and this rank's samples."""
-        self.loss = self.loss.to(loss.device) + loss
-        self.steps += 1
-        self.samples += samples
-
-    def pause(self, seconds: float) -> None:
-        """Leave validation out of the rate."""
-        self._paused += seconds
-
-    def seconds(self) -> float:
-        """Training time so far."""
-        return max(1e-9, time.monotonic() - self._start - self._paused)
 
 
 def _mix(*numbers: int) -> int:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -10,15 +12,20 @@ from typing import Any
 class StopRequest:
     """Catches SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while open; restores the handlers after.
 
-    Another Ctrl-C later than BURST_S leaves at once, without saving. Sooner ones, and any other signal, change nothing:
-    scancel signals torchrun and its workers, torchrun then signals the workers again, and all of it is one request.
+    A SIGTERM or SIGINT later than BURST_S after a first one leaves at once, without saving, with exit code 128 + its
+    number. Sooner ones change nothing: scancel signals torchrun and its workers, torchrun then signals the workers again,
+    and all of it is one request. SIGUSR1 is never a second one: slurm/pretrain.sbatch repeats it until a run has ended.
+
+    Python runs a handler only between two of its own instructions, so a process that waits for a dead peer inside a
+    collective would never see the second signal. A thread does: the interpreter writes each signal's number to a socket.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    BURST_S = 1.0
+    IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+    BURST_S = 2.0
 
     def __init__(self, speaks: bool = False) -> None:
-        self.name, self.speaks, self._at = "", speaks, 0.0
+        self.name, self.speaks = "", speaks
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -28,17 +35,31 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if number == signal.SIGINT and time.monotonic() - self._at > self.BURST_S:
-                os._exit(128 + number)
             return
-        self.name, self._at = signal.Signals(number).name, time.monotonic()
+        self.name = signal.Signals(number).name
         if self.speaks:  # straight to the descriptor: a signal may come while Python's own stream is locked
             os.write(
                 2,
-                f"{self.name}: saves after this step, then leaves (a second Ctrl-C leaves at once)\n".encode(),
+                f"{self.name}: saves after this step, then leaves (a second Ctrl-C or SIGTERM leaves at once)\n".encode(),
             )
 
+    def _watch(self, numbers: socket.socket) -> None:
+        """In a thread of its own: leave at a second signal. Ends with the socket."""
+        first: float | None = None
+        while received := numbers.recv(1):
+            if received[0] not in self.IMPATIENT:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > self.BURST_S:
+                os._exit(128 + received[0])
+        numbers.close()
+
     def __enter__(self) -> "StopRequest":
+        numbers, self._written = socket.socketpair()
+        self._written.setblocking(False)
+        threading.Thread(target=self._watch, args=(numbers,), name="p2w-signals", daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         for number in self.SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -48,3 +69,5 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._written.close()

@@ -1,10 +1,11 @@
 """Starts a script of launch/ in forked copies of a process that has done its imports: 0.1 s a start instead of five.
 
 What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Reads a
-JSON line {script, argv, ranks, out, err} from stdin; answers with the ranks' process ids, and at the end with their
-exit codes.
+JSON line {script, argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and at the end with
+their exit codes.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -13,12 +14,15 @@ import socket
 import sys
 import time
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  as do the pictures
 import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
 
 import launch.analyze
 import launch.train  # noqa: F401
+from tests.launch import spies
 
 
 def become_rank(request: dict, rank: int, port: int) -> None:
@@ -31,6 +35,8 @@ def become_rank(request: dict, rank: int, port: int) -> None:
         place = {"RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_RANK": rank, "MASTER_PORT": port}
         place |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({name: str(value) for name, value in place.items()})
+    for name, *args in request["spies"]:
+        getattr(spies, name)(rank, *args)
     sys.argv = [request["script"], *request["argv"]]
     runpy.run_path(request["script"], run_name="__main__")
 
@@ -56,6 +62,7 @@ def wait(pids: list[int]) -> list[int]:
 
 def main() -> None:
     """Serve until stdin ends."""
+    gc.freeze()  # else each rank's collections walk through, and copy, all that was imported here
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as probe:

@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent.parent
 TINY = """
 --data.batch 4 --data.readers 1 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2
 --optim.schedule plateau --optim.plateau-patience 0 --max-steps 30 --train.validate-every 6
---train.checkpoint-every 4 --train.log-every 1
+--train.checkpoint-every 4 --train.log-every 1 --train.look-every 5
 """.split()  # noqa: SIM905
 
 
@@ -33,12 +33,15 @@ class Forge:
         )  # fmt: skip
 
     def start(
-        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py"
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py", spies: tuple = ()
     ) -> list[int]:
-        """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after."""
+        """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after.
+
+        `spies` are (name, argument, …) of functions in spies.py.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        request = {"script": script, "argv": [str(arg) for arg in argv], "ranks": ranks}
+        request = {"script": script, "argv": [str(arg) for arg in argv], "ranks": ranks, "spies": spies}
         request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -49,12 +52,12 @@ class Forge:
         return json.loads(self.process.stdout.readline())
 
     def run(
-        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py"
+        self, folder: Path, *argv: object, ranks: int = 1, script: str = "launch/train.py", spies: tuple = ()
     ) -> tuple[list[int], str, str]:
         """A whole run: exit codes, stdout, stderr."""
         for name in ("out.txt", "err.txt"):
             (folder / name).unlink(missing_ok=True)
-        self.start(folder, *argv, ranks=ranks, script=script)
+        self.start(folder, *argv, ranks=ranks, script=script, spies=spies)
         return self.wait(), (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
 
 

@@ -11,6 +11,9 @@ import pytest
 from launch_runs import TINY, metrics, status, wait_for, weights
 from processes import kill_group, torchrun
 
+from p2w.log import read_metrics
+from p2w.train.signals import StopRequest
+
 
 @pytest.fixture(scope="session")
 def whole(forge, tiny_set, tmp_path_factory):
@@ -100,6 +103,43 @@ def test_sigusr1_to_one_rank_stops_all_and_ends_well(forge, tiny_set, whole, tmp
     assert (status(run)["state"], status(run)["why"]) == ("told to stop", "a signal to another rank")
     assert forge.run(tmp_path, *argv, ranks=2)[0] == [0, 0]
     check(run, whole)
+
+
+def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
+    """Validation or similarity, before the first step, between two and after the last: it is broken off and made up for."""
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    looks = ((0, "validation"), (6, "similarity"), (12, "validation"), (30, "validation"))
+    for step, name in looks:
+        spies = (("tell", step, 1, name), ("draw_nothing",))
+        codes, _, err = forge.run(tmp_path, *argv, ranks=2, spies=spies)
+        assert codes == [0, 0], err
+        assert status(run) == {"state": "told to stop", "step": step, "why": "a signal to another rank"}
+        assert os.readlink(run / "checkpoints" / "latest") == f"step-{step:08d}"
+        assert not any(one["step"] == step and "val/loss" in one for one in read_metrics(run))
+    assert forge.run(tmp_path, *argv, ranks=2)[0] == [0, 0]
+    check(run, whole)
+    best = "checkpoints/best.json"
+    assert (run / best).read_text() == (whole / best).read_text()
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == [
+        path.name for path in sorted((whole / "checkpoints").glob("step-*"))
+    ]
+
+
+def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp_path):
+    """Rank 0 waits for rank 1 inside a collective, where Python's own handlers do not run."""
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--max-steps", 100_000, "--shards", tiny_set, "--run-dir", run)
+    pids = forge.start(tmp_path, *argv, ranks=2, spies=(("draw_nothing",),))
+    first_checkpoint(run)
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(pids[0], signal.SIGTERM)
+    time.sleep(StopRequest.BURST_S + 0.2)
+    assert psutil.Process(pids[0]).status() != psutil.STATUS_ZOMBIE
+    os.kill(pids[0], signal.SIGTERM)
+    os.kill(pids[1], signal.SIGKILL)
+    assert forge.wait() == [128 + signal.SIGTERM, -9]
 
 
 def test_torchrun_restarts_by_itself_when_a_rank_is_killed(tiny_set, whole, tmp_path, start):

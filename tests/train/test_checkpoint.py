@@ -2,7 +2,11 @@
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
+import sys
 import time
 
 import crc32c
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from p2w.errors import UserError
-from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.train.checkpoint import Checkpoints, Snapshot, seal
 
 
 def snapshot(step, validation=None, fill=None):
@@ -132,8 +136,8 @@ def test_a_pickle_that_would_run_code_is_refused(saved, tmp_path):
     torch.save({"optimizer": Trap(str(sprung))}, folder / "state.pt")
     meta = json.loads((folder / "meta.json").read_text())
     meta["crc32c"]["state.pt"] = crc32c.crc32c((folder / "state.pt").read_bytes())
-    (folder / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="step-00000003"):
+    (folder / "meta.json").write_bytes(seal(meta))
+    with pytest.raises(UserError, match=r"step-00000003: not a whole checkpoint \(Weights only load failed"):
         saved.load(3)
     assert saved.load_latest().step == 2
     assert not sprung.exists()
@@ -167,3 +171,146 @@ def test_a_full_disk_is_one_line_and_the_old_ones_stay(small_disk, elements):
     assert latest.step == checkpoints.steps()[-1]
     checkpoints.save(snapshot(4))
     assert checkpoints.load_latest().step == 4
+
+
+def test_latest_is_a_relative_link_to_the_newest(saved, tmp_path):
+    link = saved.folder / "latest"
+    assert os.readlink(link) == "step-00000003"
+    saved.folder.rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "latest" / "meta.json").is_file()
+
+
+def test_what_a_run_goes_on_from_is_latest_and_best_again(saved):
+    saved.save(snapshot(4, validation=0.1))
+    truncate(saved.path(4) / "state.pt")
+    saved.continue_from(saved.load_latest())
+    assert os.readlink(saved.folder / "latest") == "step-00000003" and saved.best() is None
+    saved.continue_from(None)
+    assert not (saved.folder / "latest").is_symlink()
+
+
+def test_a_file_system_without_links_has_no_latest(saved, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    saved.save(snapshot(4))
+    assert saved.load_latest().step == 4 and not (saved.folder / "latest").is_symlink() and not saved.said
+
+
+def test_one_passed_over_does_not_push_out_what_is_saved_after_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, say=lambda line: None)
+    for step in (1, 2, 9):
+        checkpoints.keep = 3
+        checkpoints.save(snapshot(step))
+    truncate(checkpoints.path(9) / "state.pt")
+    checkpoints.keep = 1
+    checkpoints.save(snapshot(3))
+    assert checkpoints.steps() == [3, 9] and checkpoints.load_latest().step == 3
+
+
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 12):
+        checkpoints.save(snapshot(step))
+    assert checkpoints.steps() == [4, 8, 10, 11]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "meta.json"])
+@pytest.mark.parametrize("seed", range(25))
+def test_any_flip_or_cut_is_found(saved, name, seed):
+    """One bit of one byte, another byte in its place, or the end missing: at random places of each file."""
+    rng = random.Random(f"{name} {seed}")
+    path = saved.path(3) / name
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data))
+    if seed % 3 == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif seed % 3 == 1:
+        data[at] = (data[at] + rng.randrange(1, 256)) % 256
+    else:
+        del data[at:]
+    path.write_bytes(data)
+    found = saved.load_latest()
+    assert found.step == 2 and same(dict(found.model), dict(snapshot(2).model))
+    assert len(saved.said) == 1 and "step-00000003" in saved.said[0] and "\n" not in saved.said[0]
+
+
+def test_every_byte_of_meta_json_is_sealed(saved):
+    path = saved.path(3) / "meta.json"
+    sound = path.read_bytes()
+    for place in range(len(sound)):
+        data = bytearray(sound)
+        data[place] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(UserError):
+            saved.load(3)
+    path.write_bytes(sound.replace(b"\n", b"\r\n"))
+    with pytest.raises(UserError):
+        saved.load(3)
+
+
+def test_a_checkpoint_under_another_name_is_not_taken_for_that_step(saved):
+    saved.path(3).rename(saved.path(7))
+    assert saved.load_latest().step == 2 and "is of step 3" in saved.said[0]
+
+
+WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
+
+
+def killed_in_a_save(checkpoints, snapshot, at):
+    """Save in a forked process that kills itself at its `at`-th touch of the file system; False when it got through."""
+    pid = os.fork()
+    if pid == 0:
+        count = [0]
+
+        def touch(event, _):
+            if event in WRITES:
+                count[0] += 1
+            if event in WRITES and count[0] > at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(touch)
+        try:
+            checkpoints.save(snapshot)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [4, 3], ids=["a new step", "one saved again"])
+def test_killed_at_every_touch_of_the_disk(saved, tmp_path, step):
+    """Whatever the moment: sound ones are there, `latest` and `best` name one of them, and the next save sweeps up."""
+    new, sound, at = snapshot(step, validation=0.5, fill=9), tmp_path / "sound", 0
+    saved.save(snapshot(3, validation=0.9))
+    shutil.copytree(saved.folder, sound, symlinks=True)
+    while killed_in_a_save(saved, new, at):
+        found = saved.load_latest()
+        assert not saved.said and found.step in (2, 3, 4)
+        assert found.step != 2 or step == 3
+        is_new = found.step == step and found.validation == 0.5
+        assert same(dict(found.model), dict((new if is_new else snapshot(found.step)).model))
+        if (saved.folder / "latest").is_symlink():
+            saved.load(int(os.readlink(saved.folder / "latest").removeprefix("step-")))
+        saved.continue_from(found)
+        assert os.readlink(saved.folder / "latest") == saved.path(found.step).name
+        assert saved.best() == (None if found.step == 2 else found.step if is_new else 3)
+        saved.save(snapshot(5))
+        assert not list(saved.folder.glob(".*")) and saved.load_latest().step == 5
+        shutil.rmtree(saved.folder)
+        shutil.copytree(sound, saved.folder, symlinks=True)
+        at += 1
+    assert at > 15
+    assert saved.load_latest().validation == 0.5 and saved.best() == step
+
+
+@pytest.mark.parametrize("validation", ["gone", "text", [1]])
+def test_a_validation_that_is_no_number_is_one_line(saved, validation):
+    path = saved.path(3) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["validation"] = validation
+    if validation == "gone":
+        del meta["validation"]
+    path.write_bytes(seal(meta))
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        saved.load(3)

@@ -1,5 +1,7 @@
 """The loop's bookkeeping, in one process: what counts as a validation, what is kept, when a run is given up."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from p2w.log import Log, read_metrics
 from p2w.model import build_encoder
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.interruptible import Interrupted
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -97,3 +100,32 @@ def test_a_damaged_last_checkpoint_is_written_anew(trainer, tmp_path):
     assert again.resume() and again.step == 4
     again.fit(scripted({}))
     assert last.read_bytes() == sound
+
+
+def test_a_look_that_was_broken_off_is_made_up_for_once(trainer):
+    """Killed after the look that was owed and before the next checkpoint: it is done and logged again, not twice."""
+    losses = {0: 0.9, 2: 0.5, 4: 0.6, 6: 0.7, 8: 0.4}
+    settings = {"steps": 8, "validate_every": 2, "checkpoint_every": 100}
+
+    def broken_off(step):
+        if step == 4:
+            raise Interrupted
+        return scripted(losses)(step)
+
+    def killed(step):
+        if step == 6:
+            raise KeyboardInterrupt
+        return scripted(losses)(step)
+
+    first = trainer(**settings)
+    outcome = first.fit(broken_off)
+    assert (outcome.state, outcome.step) == ("told to stop", 4)
+    for how in (killed, killed, scripted(losses)):
+        run = trainer(**settings)
+        assert run.resume() and run.step == 4 and run.owed
+        with contextlib.suppress(KeyboardInterrupt):
+            run.fit(how)
+    looks = [(one["step"], one["val/loss"]) for one in read_metrics(run.log.run) if "val/loss" in one]
+    assert looks == list(losses.items())
+    assert run.stepper.schedule.state_dict() == {"factor": 0.25, "best": 0.4, "bad": 0}
+    assert run.checkpoints.best() == 8 and run.checkpoints.steps() == [2, 4, 8]

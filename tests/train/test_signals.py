@@ -57,10 +57,27 @@ def test_a_burst_of_signals_still_saves():
     assert process.communicate(timeout=20)[0] == "asked\nsaved\n" and process.returncode == 0
 
 
-def test_a_second_ctrl_c_after_a_while_leaves_at_once():
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        (signal.SIGTERM, signal.SIGINT, 130),
+    ],
+)
+def test_a_second_one_after_a_while_leaves_at_once(first, second, code):
     process = waiting(60)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     assert process.stdout.readline() == "asked\n"
     time.sleep(StopRequest.BURST_S + 0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[0] == "" and process.returncode == 130
+    process.send_signal(second)
+    assert process.communicate(timeout=20)[0] == "" and process.returncode == code
+
+
+def test_slurms_warning_repeated_is_no_second_signal():
+    """Nor is the SIGTERM at the time limit after it: the run is saving by then."""
+    process = waiting(2 * StopRequest.BURST_S + 1)
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+        time.sleep(StopRequest.BURST_S / 2 + 0.1)
+    assert process.communicate(timeout=20)[0] == "asked\nsaved\n" and process.returncode == 0

@@ -1,0 +1,154 @@
+"""Does reconstruction alone make contrastive features? Trains, analyses and writes docs/evidence.md anew.
+
+    make evidence                                          # phantom; with P2W_REAL_DATA=FOLDER the real scans too
+    python bench/evidence/run.py --folder evidence --real ../shared/data
+    python bench/evidence/run.py --page-only               # from what is in the folder
+
+About half an hour on two free cores. The same command continues one that was stopped. On every data set two networks are
+trained, alike but for what they see: Parts2Whole parts of 1/16 to 1/4, an autoencoder the whole. launch/analyze.py compares
+them with the random network they began as, and with features that are no network; shortcuts.py asks what they read.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import page
+
+REPO = Path(__file__).resolve().parent.parent.parent
+STEPS = {"phantom": 600, "real": 300}  # the real set is a quarter of the phantom's: 40 epochs and 79
+EVERY = {"phantom": 25, "real": 12}  # steps between checkpoints, each validated
+PRETEXTS: dict[str, list[str]] = {"parts": [], "autoencoder": ["--pretext.volume-fraction", "1", "1"]}
+REAL = ("luna16", "dicom", "nifti")  # of the folder of real scans; its other folders hold no whole chests
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One command and the file that says it is done."""
+
+    name: str
+    command: Sequence[object]
+    done: Path
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do."""
+        if self.done.name == "status.json" and self.done.exists():
+            return bool(json.loads(self.done.read_text())["state"] == "finished")
+        return self.done.exists()
+
+
+def data_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
+    """Sets of sub-scans: 40 phantom scans, a quarter of them for validation; real scans, one of three for validation."""
+    luna, phantom = folder / "LUNA16", folder / "phantom"
+    cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", phantom, "--subsets", "0-9"]
+    phantoms = ["-m", "p2w.data.phantom", "--out", luna, "--scans", "40", "--workers", str(os.cpu_count())]
+    done = phantom / "manifest.parquet"
+    jobs = [Job("phantom-scans", phantoms, done), Job("phantom-cut", [*cut, "--val-fraction", "0.25"], done)]
+    if real:
+        links = (
+            folder / "realscans"
+        )  # one folder with nothing else in it: names, and so the split, follow from it
+        links.mkdir(parents=True, exist_ok=True)
+        for name in REAL:
+            if not (links / name).exists():
+                (links / name).symlink_to(real / name)
+        cut = [
+            "preprocess/shard_scans.py",
+            "--scans",
+            links,
+            "--out",
+            folder / "real",
+            "--val-fraction",
+            "0.34",
+        ]
+        jobs.append(Job("real-cut", cut, folder / "real" / "manifest.parquet"))
+    return [[job] for job in jobs]
+
+
+def train_job(folder: Path, data: str, pretext: str) -> Job:
+    """Train one network."""
+    run = folder / "runs" / f"{data}-{pretext}"
+    steps, every = STEPS[data], EVERY[data]
+    length = (
+        f"demo --train.steps {steps} --train.validate-every {every} --train.checkpoint-every {every}".split()
+    )
+    where = ["--train.keep", "100", "--shards", folder / data, "--run-dir", run]
+    return Job(run.name, ["launch/train.py", *length, *where, *PRETEXTS[pretext]], run / "status.json")
+
+
+def analysis_job(folder: Path, data: str) -> Job:
+    """Analyse Parts2Whole against all others, at the last step of each."""
+    run, other = (folder / "runs" / f"{data}-{name}" for name in PRETEXTS)
+    against = f"histogram,pixels,random,autoencoder={other}@{STEPS[data]}"
+    command = ["launch/analyze.py", "--run", run, "--step", STEPS[data], "--against", against]
+    sizes = ["--shards", folder / data, "--scales", "6", "--scale-parts", "4"]
+    return Job(f"{data}-analysis", [*command, *sizes], run / "analysis" / "summary.json")
+
+
+def shortcuts_job(folder: Path, data: str) -> Job:
+    """Ask what the features of all of them read."""
+    command = ["bench/evidence/shortcuts.py", folder, data, STEPS[data]]
+    return Job(f"{data}-shortcuts", command, folder / "runs" / f"{data}-shortcuts.json")
+
+
+def work(jobs: list[Job], folder: Path) -> None:
+    """Run the jobs that are not done, as many at a time as there are cores, with the last word of each every minute."""
+    waiting = [job for job in jobs if not job.finished]
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "COLUMNS": "200"}
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    said = time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            job = waiting.pop(0)
+            with open(folder / "logs" / f"{job.name}.txt", "ab") as log:
+                command = [sys.executable, *map(str, job.command)]
+                running[job] = subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+            print(f"{time.strftime('%H:%M:%S')}  {job.name} begins", flush=True)
+        time.sleep(0.5)
+        for job in [job for job, process in running.items() if process.poll() is not None]:
+            if code := running.pop(job).returncode:
+                for process in running.values():
+                    process.terminate()
+                sys.exit(
+                    f"error: {job.name} ended with code {code}: see {folder / 'logs' / job.name}.txt, repeat the command"
+                )
+            print(f"{time.strftime('%H:%M:%S')}  {job.name} is done", flush=True)
+        if time.monotonic() - said > 60:
+            said = time.monotonic()
+            for job in running:
+                last = (folder / "logs" / f"{job.name}.txt").read_text().splitlines()[-1:]
+                print(f"          {job.name}: {last[0] if last else 'no word yet'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
+    parser.add_argument(
+        "--real", default="", help="folder of real scans with luna16, dicom, nifti; empty: phantom only"
+    )
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    args = parser.parse_args()
+    folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
+    if real and not all((real / name).is_dir() for name in REAL):
+        sys.exit(f"error: {real}: must hold the folders {', '.join(REAL)}; leave --real out to do without")
+    sets = ["phantom", *(["real"] if real else [])]
+    if not args.page_only:
+        for stage in data_jobs(folder, real):
+            work(stage, folder)
+        work([train_job(folder, data, pretext) for data in sets for pretext in PRETEXTS], folder)
+        work([make(folder, data) for data in sets for make in (analysis_job, shortcuts_job)], folder)
+    page.write(REPO / "docs", folder, sets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Write the weights of a run for other programs.
+
+    p2w export runs/paper --to safetensors       one file with its card inside: p2w.load(FILE), or safetensors alone
+    p2w export runs/paper --to models-genesis    torch file under Models Genesis' names: {"state_dict": …}
+    p2w export runs/paper --to hub-folder        model.safetensors, card.json, README.md: upload it as it is
+
+The best checkpoint by validation, else the newest, unless --step names one.
+"""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from safetensors.torch import save
+from torch import Tensor
+
+from p2w.errors import UserError
+from p2w.log import write_atomic
+from p2w.model.genesis_keys import to_genesis
+from p2w.train.checkpoint import Checkpoints
+from p2w.weights.card import card, markdown
+from p2w.weights.load import filled, find
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write, and where."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    to: Literal["safetensors", "models-genesis", "hub-folder"]
+    """Which format."""
+    out: Path | None = None
+    """File or folder to write; default beside the checkpoints, RUN/export/…"""
+    step: int | None = None
+    """Which checkpoint; default the best, else the newest."""
+    what: Annotated[Literal["encoder", "all"], tyro.conf.arg(aliases=["--holds"])] = "encoder"
+    """The encoder alone, or the decoder too."""
+
+
+def main(argv: list[str]) -> int:
+    """Read the checkpoint, check it, write."""
+    options = tyro.cli(Options, args=argv, prog="p2w export", description=__doc__)
+    trained = find(options.run, options.step)
+    snapshot = Checkpoints(trained.run / "checkpoints").load(trained.step)
+    model = trained.config.model
+    encoder = filled(model.name, model.width, snapshot.model, str(trained.folder))
+    state = {
+        k: v.contiguous()
+        for k, v in snapshot.model.items()
+        if options.what == "all" or k.startswith("encoder.")
+    }
+    described = card(trained, encoder, options.what)
+    ending, write = WRITERS[options.to]
+    out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{ending}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(out, state, described)
+    except OSError as error:
+        raise UserError(f"{out}: not written ({error.strerror or error}); name another with --out") from error
+    print(
+        f"{out}: {options.what} of step {trained.step}, {sum(v.numel() for v in state.values()) / 1e6:.2f} M values"
+    )
+    return 0
+
+
+def _safetensors(out: Path, state: State, described: dict[str, object]) -> None:
+    write_atomic(out, save(state, {"format": "pt", "p2w": json.dumps(described, sort_keys=True)}))
+
+
+def _models_genesis(out: Path, state: State, described: dict[str, object]) -> None:
+    """As its port saves: `module.` in front, under `state_dict`; plain types, loads with weights_only=True."""
+    packed = io.BytesIO()
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in to_genesis(state).items()},
+            "p2w": json.dumps(described),
+        },
+        packed,
+    )
+    write_atomic(out, packed.getvalue())
+
+
+def _hub_folder(out: Path, state: State, described: dict[str, object]) -> None:
+    """Written beside and renamed; an older one there is replaced only when it is one of ours."""
+    if out.exists() and not (out / "card.json").is_file():
+        raise UserError(f"{out}: stands there already and is no hub folder of ours; name another with --out")
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    _safetensors(beside / "model.safetensors", state, described)
+    write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
+    write_atomic(beside / "README.md", markdown(described))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(beside, out)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, State, dict[str, object]], None]]] = {
+    "safetensors": (".safetensors", _safetensors),
+    "models-genesis": (".pt", _models_genesis),
+    "hub-folder": ("", _hub_folder),
+}

@@ -1,0 +1,105 @@
+"""`p2w.load`: whatever holds our weights -> the encoder, ready to be fine-tuned."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from p2w import config as settings
+from p2w.errors import UserError
+from p2w.model import Encoder, build_encoder
+from p2w.train.checkpoint import Checkpoints
+from p2w.weights.card import Trained
+
+HEADER = 100_000_000  # bytes: safetensors' own limit
+
+
+def load(path: str | Path) -> Encoder:
+    """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or hub folder.
+
+    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
+    Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        path = find(path).folder
+    if path.is_dir() and (path / "meta.json").is_file():
+        trained = find(path.parent.parent, int(path.name.removeprefix("step-")))
+        snapshot = Checkpoints(path.parent).load(trained.step)
+        model = trained.config.model
+        return filled(model.name, model.width, snapshot.model, str(path))
+    file = path / "model.safetensors" if path.is_dir() else path
+    card = read_card(file)
+    try:
+        name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: its card does not say which encoder ({error}); export the run again"
+        ) from error
+    try:
+        return filled(name, width, load_file(file), str(file))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def find(run: Path, step: int | None = None) -> Trained:
+    """A checkpoint of a run: the one asked for, else the best, else the newest. Raises UserError when there is none."""
+    config = settings.read(run / "config.json")
+    checkpoints = Checkpoints(run / "checkpoints")
+    there = checkpoints.steps()
+    if step is None:
+        best = checkpoints.best()
+        step = best if best in there else (there[-1] if there else None)
+    if step is None or step not in there:
+        has = f"it has {', '.join(map(str, there))}" if there else "it has none"
+        raise UserError(f"{run}: no checkpoint{'' if step is None else f' of step {step}'}; {has}")
+    return Trained(run, step, config)
+
+
+def filled(name: str, width: int, state: dict[str, Tensor], where: str) -> Encoder:
+    """The encoder with the tensors of `state` named `encoder.…`. Raises UserError for any that lacks or differs."""
+    with torch.device("meta"):
+        encoder = build_encoder(name, width)
+    wanted = encoder.state_dict()
+    given = {
+        key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")
+    }
+    wrong = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
+    unknown = sorted(set(given) - set(wanted))
+    if wrong or unknown:
+        first = f"encoder.{(wrong + unknown)[0]}"
+        raise UserError(
+            f"{where}: {len(wrong)} of {len(wanted)} tensors of {name} (width {width}) are missing or of another shape, "
+            f"{len(unknown)} are unknown, first {first}; these are weights of another network"
+        )
+    encoder.load_state_dict(given, assign=True)
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(True)
+    return encoder
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """The card in a safetensors header, without reading the tensors. Raises UserError when there is none."""
+    try:
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(HEADER, file.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            text = json.loads(opened.read(length))["__metadata__"]["p2w"]
+        card = json.loads(text)
+        if not isinstance(card, dict):
+            raise ValueError("its card is no object")
+        return card
+    except OSError as error:
+        raise UserError(
+            f"{file}: {error.strerror}; name a run, a checkpoint or a file made by p2w export"
+        ) from error
+    except (ValueError, LookupError, TypeError, struct.error, RecursionError) as error:
+        raise UserError(
+            f"{file}: no weights with a p2w card ({error}); make one: p2w export RUN --to safetensors"
+        ) from error

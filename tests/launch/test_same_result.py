@@ -1,0 +1,151 @@
+"""Whatever interrupts a run: the same weights at the same number of ranks, the same samples and parts at any number."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+from launch_runs import TINY, status, wait_for, weights
+
+from p2w.data.local import LocalSet
+from p2w.data.manifest import read_manifest
+from p2w.data.stream import Stream
+from p2w.train.checkpoint import Checkpoints
+
+STEPS, EVERY, EPOCH = 10, 2, 3  # 24 sub-scans in batches of 8; the run ends in its fourth epoch
+CHAIN = ((1, 0), (2, 2), (5, 0), (8, 2))  # killed at the step after so many, with so many readers
+
+
+def command(shards, run, readers):
+    sizes = f"--data.batch 8 --max-steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY}"
+    return [
+        "demo", *TINY, *sizes.split(), "--data.readers", readers, "--shards", shards, "--run-dir", run,
+    ]  # fmt: skip
+
+
+def read_record(path) -> dict[int, tuple]:
+    """Step -> (epoch, ids, parts) in the order of the global batch. A step done twice must be the same both times."""
+    seen: dict[tuple[int, int], dict] = {}
+    for line in path.read_text().splitlines():
+        one = json.loads(line)
+        assert seen.setdefault((one["step"], one["rank"]), one) == one
+    steps = {}
+    for (step, _), one in sorted(seen.items()):
+        _, ids, parts = steps.get(step, (0, [], []))
+        steps[step] = (one["epoch"], ids + one["ids"], parts + one["parts"])
+    return steps
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(forge, tiny_set, tmp_path_factory):
+    """Run folder and record of an uninterrupted run at a number of ranks; each is done once."""
+    done = {}
+
+    def once(ranks):
+        if ranks not in done:
+            folder = tmp_path_factory.mktemp(f"whole{ranks}")
+            argv = command(tiny_set, folder / "run", 1)
+            spies = (("record", str(folder / "record")), ("draw_nothing",))
+            codes, _, err = forge.run(folder, *argv, ranks=ranks, spies=spies)
+            assert codes == [0] * ranks, err
+            done[ranks] = (folder / "run", read_record(folder / "record"))
+        return done[ranks]
+
+    return once
+
+
+def test_an_epoch_shows_every_sub_scan_once(uninterrupted):
+    _, whole = uninterrupted(1)
+    assert list(whole) == list(range(STEPS))
+    assert [epoch for epoch, *_ in whole.values()] == [step // EPOCH for step in range(STEPS)]
+    for first in range(0, STEPS - EPOCH, EPOCH):
+        ids = Counter(one for step in range(first, first + EPOCH) for one in whole[step][1])
+        assert len(ids) == 24 and set(ids.values()) == {1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_killed_again_and_again(forge, tiny_set, uninterrupted, tmp_path, ranks):
+    """In the first epoch, before and after the first checkpoint, and in later ones; with and without reader threads."""
+    run, path = tmp_path / "run", tmp_path / "record"
+    chain = CHAIN if ranks < 8 else CHAIN[1:]
+    for count, (at, readers) in enumerate(chain):
+        path.unlink(missing_ok=True)
+        spies = (("record", str(path)), ("draw_nothing",), ("die", at, count % ranks))
+        codes, _, err = forge.run(tmp_path, *command(tiny_set, run, readers), ranks=ranks, spies=spies)
+        assert codes[count % ranks] == -9, err
+        if count:  # lost: an interval, and the steps done while the last checkpoint was being written
+            before = chain[count - 1][0]
+            assert min(read_record(path)) >= before // EVERY * EVERY - EVERY
+        (tmp_path / f"record{count}").write_bytes(path.read_bytes())
+    path.unlink()
+    spies = (("record", str(path)), ("draw_nothing",))
+    codes, _, err = forge.run(tmp_path, *command(tiny_set, run, 2), ranks=ranks, spies=spies)
+    assert codes == [0] * ranks, err
+    everything = tmp_path / "everything"
+    everything.write_bytes(b"".join(file.read_bytes() for file in tmp_path.glob("record*")))
+    assert read_record(everything) == uninterrupted(1)[1]
+    if ranks < 8:
+        assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
+
+
+def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
+    """On sight of the folder that is being written: what is there stays sound, and the run ends as if nothing had been."""
+    sizes = "--model.width 8 --max-steps 10 --train.checkpoint-every 1 --train.validate-every 100".split()  # noqa: SIM905
+    argv = ["demo", *TINY, *sizes, "--shards", tiny_set, "--run-dir"]
+    run = tmp_path / "run"
+    folder, newest, hit = run / "checkpoints", -1, 0
+    for moment in range(3):
+        pids = forge.start(tmp_path, *argv, run, ranks=2, spies=(("draw_nothing",),))
+        wanted = f".step-{max(newest, 0) + 2 + moment:08d}.tmp"
+        wait_for(lambda name=wanted: name in _names(folder), wanted)
+        time.sleep(0.004 * moment)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert forge.wait() == [-9, -9]
+        hit += any(name.endswith(".tmp") for name in _names(folder))
+        said = []
+        found = Checkpoints(folder, say=said.append).load_latest()
+        assert not said and found.step >= newest + 1
+        assert (folder / "latest").resolve().name == f"step-{found.step:08d}"
+        newest = found.step
+    assert hit, "no kill met a write"
+    codes, _, err = forge.run(tmp_path, *argv, run, ranks=2, spies=(("draw_nothing",),))
+    assert codes == [0, 0] and "passed over" not in err, err
+    assert status(run)["state"] == "finished" and not list(folder.glob(".*"))
+    codes, _, err = forge.run(tmp_path, *argv, tmp_path / "whole", ranks=2, spies=(("draw_nothing",),))
+    assert codes == [0, 0], err
+    assert weights(run, 10) == weights(tmp_path / "whole", 10)
+
+
+def _names(folder):
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(folder)
+    return []
+
+
+class Counting(LocalSet):
+    """Counts the epochs it orders and the sub-scans it reads."""
+
+    orders = reads = 0
+
+    def train_order(self, *args):
+        self.orders += 1
+        return super().train_order(*args)
+
+    def read_into(self, *args):
+        self.reads += 1
+        return super().read_into(*args)
+
+
+def test_a_late_position_costs_no_more_than_the_first(tiny_set):
+    spent = []
+    for place in ((0, 0), (1000, 1), (10**9, 2)):
+        shards = Counting(read_manifest(tiny_set))
+        with Stream(shards, "train", 8, readers=0) as stream:
+            batch = next(stream.batches(*place))
+        assert (batch.epoch, batch.step) == place
+        spent.append((shards.orders, shards.reads))
+    assert spent == [(1, 8)] * 3

@@ -1,0 +1,102 @@
+"""Out of a run and back: the same bits, with a card that says what they are; what is not ours is one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import p2w
+from p2w.__main__ import COMMANDS
+from p2w.errors import UserError
+from p2w.model.genesis_keys import from_genesis
+from p2w.weights import export
+
+
+def weights(run, step=10):
+    state = load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    return {k: v for k, v in state.items() if k.startswith("encoder.")}
+
+
+def same(encoder, state):
+    mine = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    return mine.keys() == state.keys() and all(torch.equal(mine[k], state[k]) for k in state)
+
+
+def test_a_run_loads_as_its_best_checkpoint_and_a_checkpoint_as_itself(trained_run):
+    encoder = p2w.load(trained_run)
+    assert same(encoder, weights(trained_run, 10))
+    assert same(p2w.load(trained_run / "checkpoints" / "step-00000020"), weights(trained_run, 20))
+    assert (encoder.channels, encoder.strides) == ((4, 8, 16, 32), (1, 2, 4, 8))
+    features = encoder(torch.rand(1, 1, 16, 32, 32))
+    features[-1].mean().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hub-folder"])
+@pytest.mark.parametrize("what", ["encoder", "all"])
+def test_round_trip_is_exact_and_the_card_says_what_it_is(trained_run, tmp_path, to, what):
+    out = tmp_path / "out"
+    assert export.main([str(trained_run), "--to", to, "--what", what, "--out", str(out)]) == 0
+    assert same(p2w.load(out), weights(trained_run))
+    file = out / "model.safetensors" if to == "hub-folder" else out
+    held = load_file(file)
+    assert any(k.startswith("decoder.") for k in held) == (what == "all")
+    if to == "hub-folder":
+        card = json.loads((out / "card.json").read_text())
+        assert card["training"]["figures"] == {"val/loss": 0.02, "similarity/auc": 0.8}
+        assert card["training"]["data"]["fingerprint"] == "0123456789abcdef"
+        assert card["input"]["axis_order"] == "zyx" and card["training"]["samples"] == 160
+        assert "encoder = p2w.load(" in (out / "README.md").read_text()
+        assert export.main([str(trained_run), "--to", to, "--out", str(out), "--step", "20"]) == 0
+        assert same(p2w.load(out), weights(trained_run, 20))
+
+
+def test_models_genesis_file_loads_without_code_and_comes_back(trained_run, tmp_path):
+    out = tmp_path / "genesis.pt"
+    export.main([str(trained_run), "--to", "models-genesis", "--out", str(out)])
+    state = torch.load(out, weights_only=True)["state_dict"]
+    assert "module.down_tr64.ops.0.conv1.weight" in state
+    back, expected = from_genesis(state), weights(trained_run)
+    assert back.keys() == expected.keys() and all(torch.equal(back[k], expected[k]) for k in back)
+
+
+def test_what_is_not_ours_is_refused(trained_run, tmp_path):
+    stranger = tmp_path / "stranger.safetensors"
+    save_file({"a": torch.zeros(1)}, stranger)
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "long").write_bytes(b"\xff" * 64)
+    for path in (stranger, tmp_path / "text", tmp_path / "long", tmp_path / "nothing", tmp_path):
+        with pytest.raises(UserError, match=str(path)):
+            p2w.load(path)
+    with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):
+        export.main([str(trained_run), "--to", "safetensors", "--step", "5"])
+    with pytest.raises(UserError, match=r"no hub folder of ours"):
+        export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path)])
+
+
+def test_weights_of_another_network_are_refused_and_told(trained_run, tmp_path):
+    out = tmp_path / "w.safetensors"
+    export.main([str(trained_run), "--to", "safetensors", "--out", str(out)])
+    state, card = load_file(out), export.find(trained_run)
+    assert card.step == 10
+    state.pop("encoder.down_tr64.ops.0.conv1.weight")
+    broken = tmp_path / "broken.safetensors"
+    described = {"encoder": {"name": "unet3d", "width": 2}}
+    save_file(state, broken, {"p2w": json.dumps(described)})
+    with pytest.raises(UserError, match=r"1 of 56 tensors of unet3d \(width 2\) are missing"):
+        p2w.load(broken)
+
+
+def test_the_command_from_the_shell(trained_run, tmp_path):
+    command = [sys.executable, "-m", "p2w", "export", str(trained_run), "--to", "safetensors"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "e.safetensors")], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "encoder of step 10" in done.stdout
+    failed = subprocess.run([*command, "--step", "7"], check=False, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
+    listed = subprocess.run([sys.executable, "-m", "p2w"], check=False, capture_output=True, text=True)
+    assert all(f"p2w {name}" in listed.stdout for name in COMMANDS)
