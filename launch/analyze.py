@@ -124,7 +124,9 @@ def show(summary: dict[str, Any], run: Path) -> None:
         interval = "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
         told = "undefined" if math.isnan(r) else f"{r:.3f}{interval}"
         print(f"Pearson r of contrastive loss and validation MSE: {told}, n = {over['n']} checkpoints")
-    print(f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}")
+    print(
+        f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}\nreport   {run / 'report.html'}"
+    )
 
 
 def main() -> int:

@@ -119,6 +119,9 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
         assert saved["whole"].shape == (4, 8, 16, 16) and saved["whole"].dtype == np.uint8
         assert (saved["part"][:, -1] == saved["whole"]).all() and saved["keys"].shape == (4,)
         assert saved["scale"].tolist() == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+        assert saved["extent_mm"].tolist() == [[16 * 2.5, *[pytest.approx(32 * 0.7)] * 2]] * 4
+    page = (run / "report.html").read_text()
+    assert "histogram" in page and "separability by scale" in page
     assert "chance" in out and str(run / "figures") in out
 
 
