@@ -12,6 +12,7 @@ reach. argparse and torch alone, so that it runs on bare GPU machines.
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -138,6 +139,7 @@ def main() -> None:
         torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     )
     machine = {"device": what, "system": platform.platform(), "torch": torch.__version__}
+    machine["load"] = os.getloadavg()[1]
     facts = {"size": args.size, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
     facts |= {"checkpoint_mib": round(kept / 2**20), "held_ms": round(1e3 * held, 1)}
     print(facts)

@@ -12,9 +12,10 @@ the same run folder continues it, at any number of ranks that divides the batch.
 
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,7 +24,7 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.data.plan import Plan
 from p2w.data.stream import ShardSet, open_set
-from p2w.errors import UserError, exits
+from p2w.errors import SharedError, UserError, exits
 from p2w.pretrain import build, pretrain
 from p2w.recipes import RECIPES, named
 from p2w.train.folder import RunFolder, fingerprint
@@ -32,7 +33,7 @@ from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
 
-LOCAL_RANK_0_SPEAKS_S = 5.0
+RANK_0_SPEAKS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Args:
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     max_steps: int | None = None
     """Steps in all; the same as --train.steps."""
+    on_bad_sample: Literal["stop", "skip"] | None = None
+    """About a sub-scan that is damaged; the same as --data.on-bad-sample."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -78,6 +81,8 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
     config = args.config
     if args.max_steps is not None:
         config = replace(config, train=replace(config.train, steps=args.max_steps))
+    if args.on_bad_sample is not None:
+        config = replace(config, data=replace(config.data, on_bad_sample=args.on_bad_sample))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
     return replace(args, config=settings.check(config), run=run), recipe
 
@@ -112,7 +117,7 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.local_rank == 0)
     precision = choose_precision(args.config.train.amp, world.device)
-    shards = open_set(args.shards)
+    shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
     config = args.config
     rows = Plan(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
@@ -138,22 +143,31 @@ def main() -> int:
         refused = isinstance(error, UserError) or bool(error.code)
         if refused and world.local_rank:
             # Local rank 0 says it for the node; torchrun ends it with the first rank that leaves, so that is not us.
-            time.sleep(LOCAL_RANK_0_SPEAKS_S)
+            time.sleep(RANK_0_SPEAKS_S)
             return 2
         raise
     if args.dry_run:
         if world.is_main:
             show_plan(args, recipe, shards, world, precision)
         return 0
-    world = World.start()
+    world = World.start(max(World.WAIT_S, 120 * args.config.train.hang_minutes))  # the watchdog knows more
     try:
         pretrain(args.config, shards, args.folder, world, precision)
+    except SharedError as error:
+        if not world.is_main:
+            time.sleep(RANK_0_SPEAKS_S)
+        world.abandon(2, f"error: {error}" if world.is_main else "")
     except UserError as error:
         world.abandon(2, f"error: {error}")
-    except RuntimeError as error:
-        if world.size == 1 or "by peer" not in str(error):
+    except Exception as error:
+        if world.size == 1:
             raise
-        world.abandon(1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why")
+        if World.lost_peer(error):
+            world.abandon(
+                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
+            )
+        said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
+        world.abandon(1, f"{said}\n{traceback.format_exc()}")
     world.close()
     return 0
 

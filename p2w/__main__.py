@@ -10,6 +10,12 @@ from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
+    "report": ("p2w.analysis.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
+    "verify": ("p2w.data.verify", "whether a data set is what was written; repair from the scans"),
+    "doctor": (
+        "p2w.doctor.command",
+        "what this machine has against what a run needs, and the remedy of each problem",
+    ),
 }
 
 

@@ -27,6 +27,11 @@ class DataConfig:
     """Seed of the order of wholes and of their parts."""
     readers: int = 2
     """Threads a rank that read ahead; 0 reads in the training thread. No effect on the result."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """About a sub-scan whose checksum differs, or whose shard can no longer be read: stop; or name it, count it and
+    train on another one in its place, which (data.seed, epoch, sub-scan) decides."""
+    max_bad_share: float = 0.01
+    """With skip: stop when more than this share of an epoch's samples could not be used."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     max_skipped: int = 20
     """Stop after this many steps in a row whose gradient was not finite."""
+    hang_minutes: float = 10.0
+    """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
+    is named after a minute, or a quarter of this. A first step, which may compile, has three times as long."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,8 @@ class Config:
 MAY_CHANGE = frozenset(
     {
         "data.readers",
+        "data.on_bad_sample",
+        "data.max_bad_share",
         "train.steps",
         "train.checkpoint_every",
         "train.checkpoint_minutes",
@@ -142,6 +152,7 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.look_every",
         "train.max_skipped",
+        "train.hang_minutes",
     }
 )
 
@@ -160,8 +171,16 @@ def check(config: Config) -> Config:
         if not flat[name] >= least:
             raise UserError(f"{name}={flat[name]}: must be at least {least}; pass --{name.replace('_', '-')}")
     for name, value in flat.items():
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    if not 0 <= config.data.max_bad_share <= 1:
+        raise UserError(
+            f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"
+        )
+    if not config.train.hang_minutes > 0:
+        raise UserError(f"train.hang_minutes={config.train.hang_minutes}: must be above 0; the usual is 10")
     if config.train.seed >= 2**63:
         raise UserError(f"train.seed={config.train.seed}: must be below 2^63; pass --train.seed 0")
     if not all(0 <= beta < 1 for beta in config.optim.betas):

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Input that breaks a rule. The message is one line: what, where, the rule, the remedy."""
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises together, with the same words: one of them says it for all."""
+
+
 def exits(main: Callable[[], int | None]) -> Callable[[], None]:
     """Make `main` a command: its return value is the exit code, a UserError is one line on stderr and code 2."""
 

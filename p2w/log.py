@@ -105,6 +105,15 @@ class Log:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
+    def event(self, step: int, facts: dict[str, Any]) -> None:
+        """Append one JSON object to `metrics.jsonl` that is no curve: TensorBoard does not get it."""
+        if self.speaks:
+            with self.tolerate("metrics.jsonl"):
+                append(
+                    self.run / "metrics.jsonl",
+                    json.dumps({"step": step, "time": round(time.time(), 3), **facts}),
+                )
+
     def picture(self, name: str, pixels: "NDArray[np.uint8]", step: int) -> None:
         """Show a grey picture (H, W) in TensorBoard."""
         if self.speaks:
@@ -202,5 +211,5 @@ def _step_of(text: str) -> float:
     """The step a metrics line speaks of; infinity when the line is broken."""
     try:
         return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -1,29 +1,32 @@
 """One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
 
-import hashlib
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from p2w import config as settings
-from p2w.analysis import figures
+from p2w.analysis import figures, report
 from p2w.analysis.looks import Looks, Similarity
 from p2w.analysis.pictures import Pictures
 from p2w.analysis.similarity import similarity_file
 from p2w.analysis.validation import Validation
 from p2w.config import Config
 from p2w.data.stream import ShardSet, Stream
-from p2w.errors import UserError
-from p2w.log import Log, read_metrics
+from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
 from p2w.pretext import Pretext, build_pretext
+from p2w.train.agree import agree
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.folder import RunFolder, describe, fingerprint
 from p2w.train.interruptible import Interrupted, Interruptible
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
+from p2w.train.selfcheck import trusted
+from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
 
@@ -40,12 +43,26 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     Raises UserError for settings, data or a folder that do not go together.
     """
     folder, data = RunFolder(run), fingerprint(shards.meta)
-    _agree(world, config, precision, data)
-    log = Log(run, world.is_main, config.train.steps)
-    parts = _build(config, shards, folder, world, precision, log)  # what it refuses leaves no folder behind
+    agree(world, config, precision, data)
+    with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
+        return _run(config, shards, folder, data, world, precision, watchdog)
+
+
+def _run(
+    config: Config, shards: ShardSet, folder: RunFolder, data: str, world: World, precision: Precision,
+    watchdog: Watchdog,
+) -> Outcome:  # fmt: skip
+    """Build and fit; rank 0 holds the folder meanwhile and writes there how it ended."""
+    log = Log(folder.path, world.is_main, config.train.steps)
+    # What is refused in here leaves no folder behind.
+    parts = _build(config, shards, folder, world, precision, log, watchdog)
     trainer = parts[0]
     if world.is_main:
-        folder.open(config, data, shards.where, world.machine())
+        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
+        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        folder.open(
+            config, data, shards.where, {**world.machine(), **command, **facts, "data_set": describe(shards)}
+        )
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
@@ -57,14 +74,17 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
         if world.is_main:
             with log.tolerate("status.json"):
                 folder.status(outcome.state, outcome.step, outcome.why)
+            with log.tolerate("report.html"):
+                log.line(f"report          {report.write(folder.path)}")
             folder.close()
         log.close()
     return outcome
 
 
 def _build(
-    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log
-) -> tuple[Trainer, Validation | None, Looks, Pictures]:
+    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log,
+    watchdog: Watchdog,
+) -> tuple[Trainer, Validation | None, Looks, Pictures]:  # fmt: skip
     """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
@@ -76,10 +96,13 @@ def _build(
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
     stream = Stream(shards, "train", batch, seed=config.data.seed, **share)
+    precision = trusted(config, precision, model, world, log.warn)
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
-    trainer = Trainer(config, world, pretext, model, stream, checkpoints, log, precision)
+    trainer = Trainer(
+        config, world, pretext, model, stream, checkpoints, log, precision, watchdog, shards.key
+    )
 
     def validation() -> Stream:
         """For looks that all ranks take together; told to stop, they end."""
@@ -120,6 +143,7 @@ def _fit(
         yield from looks(step)
         looks.similarity.save(step)
 
+    before = max((int(record["step"]) for record in read_metrics(folder.path)), default=0)
     resumed = trainer.resume()
     log.line(
         f"{folder.path}: {world.describe()}; {precision.name} ({precision.reason}); {trainer.optimizer_reason}"
@@ -134,6 +158,7 @@ def _fit(
     if world.is_main:
         with log.tolerate("status.json"):
             folder.status("running", trainer.step)
+            folder.note(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
         outcome = trainer.fit(validate, looks)
     if not world.is_main:
@@ -143,25 +168,15 @@ def _fit(
     if outcome.state == "told to stop":
         log.line("the same command continues it")
         return outcome
+    trainer.watchdog.at(trainer.step, "drawing")
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
-        picture = pictures.figure()
+        picture, volumes = pictures.figure(), pictures.volumes()
     with log.tolerate("figures"):
         figures.save(picture, folder.path, "reconstruction")
+        write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
         _summary(folder.path, log)
     return outcome
-
-
-def _agree(world: World, config: Config, precision: Precision, data: str) -> None:
-    """Raise UserError when ranks were started with other settings or data than rank 0, or compute otherwise."""
-    digest = hashlib.sha256(f"{settings.to_json(config)} {precision.name} {data}".encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:7])])
-    everyone = world.gather(mine)
-    if (everyone != everyone[0]).any():
-        raise UserError(
-            f"rank {world.rank} on {world.host} (data set {data}, {precision.name}): settings, data or precision differ "
-            "between ranks; start every node with the same command and shards, and with --train.amp if GPUs differ"
-        )
 
 
 def _summary(run: Path, log: Log) -> None:

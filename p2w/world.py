@@ -3,18 +3,20 @@
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them there is one process and no group.
 """
 
+import contextlib
 import gc
 import json
 import os
 import platform
 import secrets
+import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,10 @@ class World:
     device: torch.device
     device_reason: str
     agent: int = 0  # process id of the torchrun that started this rank; 0 without one
+    store: dist.Store | None = None  # where the ranks met; None in one process
+
+    WAIT_S: ClassVar[float] = 1800.0  # for a collective that others do not join
+    MEET_S: ClassVar[float] = 300.0  # for all ranks to be there
 
     @property
     def is_main(self) -> bool:
@@ -69,8 +75,11 @@ class World:
         return World(rank, size, local_rank, local_size, socket.gethostname(), device, reason, agent)
 
     @staticmethod
-    def start(timeout_s: float = 1800) -> "World":
-        """Read the environment and join the process group: NCCL for GPU tensors, gloo for CPU tensors."""
+    def start(timeout_s: float = WAIT_S, meet_s: float = MEET_S) -> "World":
+        """Read the environment and join the process group: NCCL for GPU tensors, gloo for CPU tensors.
+
+        A collective may take `timeout_s`, the ranks meet within `meet_s`. Raises UserError when they do not.
+        """
         world = World.place()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
@@ -81,8 +90,9 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             device_id = world.device if world.device.type == "cuda" else None
             timeout = timedelta(seconds=timeout_s)
+            world = replace(world, store=_meet(world, timedelta(seconds=meet_s)))
             dist.init_process_group(
-                backend, store=_meet(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout,
+                backend, store=world.store, rank=world.rank, world_size=world.size, timeout=timeout,
                 device_id=device_id,
             )  # fmt: skip
         return world
@@ -121,17 +131,42 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
-    def abandon(self, code: int, line: str) -> NoReturn:
+    def connection(self, timeout_s: float) -> dist.Store:
+        """A connection of its own to the store, for a thread: a call that waits on another does not hold it up."""
+        assert self.store is not None
+        store = self.store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        store.set_timeout(timedelta(seconds=timeout_s))
+        return store
+
+    def abandon(self, code: int, text: str, at_once: bool = False) -> NoReturn:
         """After an error: say it and end at once, without a collective that the others may never join.
 
-        With several ranks the interpreter is not finalised either, see `close`.
+        With several ranks, or `at_once` from a thread, the interpreter is not finalised either, see `close`. torchrun
+        repeats the first line of `text`; an empty one is left to another rank to say.
         """
-        print(line, file=sys.stderr, flush=True)
-        self.tell_agent(line)
-        if self.size > 1:
-            sys.stdout.flush()
+        if text:
+            os.write(2, f"{text}\n".encode())  # in one piece: other ranks write there too
+            self.tell_agent(text.partition("\n")[0])
+        if self.size > 1 or at_once:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
+
+    def end_neighbour(self, pid: int) -> None:
+        """SIGKILL a rank that this rank's torchrun has started, and no other process: ids mean nothing across containers."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if self.agent and parent == self.agent == os.getppid():
+                os.kill(pid, signal.SIGKILL)
+
+    @staticmethod
+    def lost_peer(error: BaseException) -> bool:
+        """Whether an error only says that another rank has left a collective."""
+        said = str(error)
+        return isinstance(error, RuntimeError) and any(
+            sign in said for sign in ("by peer", "Broken pipe", "gloo", "remote process exited")
+        )
 
     def orphaned(self) -> bool:
         """True once the torchrun that started this rank is gone: nobody would restart, stop or report it any more."""
@@ -155,12 +190,33 @@ class World:
         return {
             "host": self.host,
             "world_size": self.size,
-            "device": self.device_reason if self.device.type == "cuda" else platform.processor() or "cpu",
+            "nodes": max(1, self.size // max(1, self.local_size)),
+            "device": self.device_reason if self.device.type == "cuda" else _processor(),
             "cores": os.cpu_count() or 0,
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         }
+
+
+def _processor() -> str:
+    """The CPU's name; Linux tells it to nobody but readers of this file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
+def variable(name: str) -> str:
+    """A variable of the environment; empty when it is not set."""
+    return os.environ.get(name, "")
+
+
+def variables(**more: str) -> dict[str, str]:
+    """The environment for a child process: this one's and `more`."""
+    return os.environ | more
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:
@@ -171,6 +227,26 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
     word, rank 0 strings the words together until each rank has found its own in it, and the keys of this start begin
     with that. Raises UserError when the ranks do not meet in time.
     """
+    place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    try:
+        return _meet_at(place, world, timeout)
+    except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError among them
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"rank {world.rank} on {world.host}: could not meet the other ranks at {place} (MASTER_ADDR:MASTER_PORT) "
+            f"within {timeout.total_seconds():.0f} s: {_reason(error)}; rank 0 must run on that host, its port be free and "
+            "reachable from every node, and all nodes be started together"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of torch's word on it, without the C++ stack behind."""
+    return str(error).splitlines()[0].split(". This may indicate")[0].rstrip(".")
+
+
+def _meet_at(place: str, world: World, timeout: timedelta) -> dist.Store:
+    """`_meet`, with torch's own errors."""
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     own, deadline = secrets.token_hex(4), time.monotonic() + timeout.total_seconds()
     store.set(f"word/{world.rank}", own)
@@ -189,5 +265,6 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
             return dist.PrefixStore(met, store)
         time.sleep(0.01)
     raise UserError(
-        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet in {timeout}; start all nodes together"
+        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {place} within "
+        f"{timeout.total_seconds():.0f} s; start all nodes together, with the same number of processes"
     )

@@ -19,7 +19,7 @@ from p2w.analysis.contrast import contrastive_losses
 from p2w.analysis.similarity import auc, pair_cosines, similarity_file
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.config import Config
-from p2w.data.stream import ShardSet
+from p2w.data.stream import DataError, ShardSet
 from p2w.geometry import Keys
 from p2w.log import Log, write_atomic
 from p2w.model.protocol import Encoder
@@ -56,8 +56,10 @@ class Similarity:
         )  # more ranks than wholes: has a share in the work, not in the numbers
         steps = -(-len(ids) // (world.size * self.rows))
         place = torch.arange(steps * self.rows)
-        self.order, self.real = place.clamp(max=len(mine) - 1), (place < len(own)).to(world.device)
-        self.ids, self.voxels = torch.from_numpy(mine).to(world.device), read(shards, mine).to(world.device)
+        voxels, good = read(shards, mine)
+        self.order = place.clamp(max=len(mine) - 1)
+        self.real = ((place < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
+        self.ids, self.voxels = torch.from_numpy(mine).to(world.device), voxels.to(world.device)
         self.pairs: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
@@ -154,10 +156,18 @@ def spread(ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
 
 
-def read(shards: ShardSet, ids: NDArray[np.int64]) -> Tensor:
-    """Voxels (N, D, H, W) int16 of a few sub-scans. Raises DataError for one that is damaged."""
-    voxels = np.empty((len(ids), *shards.shape), np.int16)
+def read(shards: ShardSet, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Voxels (N, D, H, W) int16 of a few sub-scans, and which of them could be read; the others are zero.
+
+    Raises DataError for one that is damaged, unless the set's policy is to go on without.
+    """
+    voxels, good = np.zeros((len(ids), *shards.shape), np.int16), np.ones(len(ids), np.bool_)
     with shards.reader(ids) as reader:
         for row, sub_scan in enumerate(ids):
-            reader.read_into(int(sub_scan), voxels[row])
-    return torch.from_numpy(voxels)
+            try:
+                reader.read_into(int(sub_scan), voxels[row])
+            except DataError:
+                if shards.on_bad == "stop":
+                    raise
+                good[row] = False
+    return torch.from_numpy(voxels), good

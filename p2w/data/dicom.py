@@ -5,6 +5,7 @@ over). The pixels are read by GDCM through SimpleITK, so whatever it decompresse
 DICOM PS3.5 section 7, PS3.6.
 """
 
+import math
 import os
 import struct
 import zlib
@@ -20,6 +21,9 @@ ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 SYNTAX, LAST, PIXELS = 0x00020010, 0x00281053, 0x7FE00010
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
+DEEPEST = 100  # sequences within sequences
+UNPACKED = 1 << 24  # bytes of a deflated header
+PACKED_TIMES = 1032  # as for zlib: frames that promise more, packed by whatever, are wrong
 HEAD = 1 << 16  # bytes read at first: nearly every header fits
 
 
@@ -61,8 +65,10 @@ def _element(data: bytes, at: int, code: _Encoding) -> tuple[int, bytes, int, in
     return tag, vr, at + 8, struct.unpack_from(code.order + "H", data, at + 6)[0]
 
 
-def _skip(data: bytes, at: int, code: _Encoding, end: int) -> int:
+def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> int:
     """The byte after a sequence (end=SEQUENCE_END) or an item (end=ITEM_END) of undefined length."""
+    if depth > DEEPEST:
+        raise struct.error(f"sequences more than {DEEPEST} deep")
     while True:
         tag, vr, start, length = _element(data, at, code)
         if tag == end:
@@ -70,13 +76,16 @@ def _skip(data: bytes, at: int, code: _Encoding, end: int) -> int:
         if length != UNDEFINED:
             at = start + length
         elif tag == ITEM:
-            at = _skip(data, start, code, ITEM_END)
+            at = _skip(data, start, code, ITEM_END, depth + 1)
         else:  # an unknown element of undefined length is written in implicit form
-            at = _skip(data, start, _Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
+            inner = _Encoding(False, "<") if vr == b"UN" else code
+            at = _skip(data, start, inner, SEQUENCE_END, depth + 1)
 
 
-def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int]:
-    """Elements of the top level up to the pixels, and the byte at which the pixels end (0: not to be known).
+def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]:
+    """Elements of the top level up to the pixels, the byte at which those end (0: not to be known), and their length.
+
+    The length is None where they are packed, or there are none.
 
     Raises struct.error where `data` ends too early.
     """
@@ -89,10 +98,11 @@ def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int]:
             code = _Encoding(syntax != IMPLICIT, ">" if syntax == BIG_ENDIAN else "<")
             deflated = syntax == DEFLATED
             if deflated:
-                data, at = zlib.decompressobj(-15).decompress(data[at:]), 0
+                data, at = zlib.decompressobj(-15).decompress(data[at:], UNPACKED), 0
         tag, vr, start, length = _element(data, at, code)
         if tag == PIXELS:
-            return found, code, 0 if deflated or length == UNDEFINED else start + length
+            plain = length != UNDEFINED
+            return found, code, start + length if plain and not deflated else 0, length if plain else None
         if length == UNDEFINED:
             at = _skip(data, start, _Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
         else:
@@ -101,7 +111,7 @@ def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int]:
             at = start + length
     if at > len(data):
         raise struct.error("it ends within its header")
-    return found, code, 0
+    return found, code, 0, None
 
 
 def read_slice(path: str) -> Slice | None:
@@ -116,9 +126,9 @@ def read_slice(path: str) -> Slice | None:
             return None
         try:
             try:
-                found, code, end = _elements(data)
+                found, code, end, length = _elements(data)
             except (struct.error, zlib.error):
-                found, code, end = _elements(data + file.read())
+                found, code, end, length = _elements(data + file.read())
         except (struct.error, zlib.error) as error:
             raise BadScan(f"its DICOM header cannot be read ({error}): copy the file again") from error
     if end > nbytes:
@@ -129,9 +139,10 @@ def read_slice(path: str) -> Slice | None:
 
     def numbers(tag: int) -> tuple[float, ...]:
         try:
-            return tuple(float(part) for part in text(tag).split("\\") if part.strip())
+            found = tuple(float(part) for part in text(tag).split("\\") if part.strip())
         except ValueError:
             return ()
+        return found if all(map(math.isfinite, found)) else ()
 
     def short(tag: int) -> int:
         value = found.get(tag, b"")
@@ -140,7 +151,13 @@ def read_slice(path: str) -> Slice | None:
     if not text(0x0020000E) or not short(0x00280010):
         return None
     rows, columns, samples = short(0x00280010), short(0x00280011), short(0x00280002) or 1
-    frames = int((numbers(0x00280008) or (1,))[0])
+    frames = max(1, int((numbers(0x00280008) or (1,))[0]))
+    promised = rows * columns * samples * frames * (short(0x00280100) or 8) // 8
+    if promised > (length if length is not None else PACKED_TIMES * nbytes):
+        held = f"its pixels have {length:,}" if length is not None else f"it has {nbytes:,}, packed"
+        raise BadScan(
+            f"{frames} x {columns} x {rows} pixels take {promised:,} bytes, {held}: copy the file again"
+        )
     return Slice(
         path=path,
         nbytes=nbytes,
@@ -190,6 +207,8 @@ def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Gr
         raise BadScan(
             f"no rescale: RescaleSlope or RescaleIntercept is missing in {bare} of {len(slices)} slices"
         )
+    if any(len(one.position) != 3 for one in slices):
+        raise BadScan("has slices without a position in space (ImagePositionPatient)")
     row, column = np.array(slices[0].orientation).reshape(2, 3)
     normal = np.cross(row, column)
     slices = sorted(

@@ -17,12 +17,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
+from p2w.data import rules, typed
 from p2w.data.find import Source
 from p2w.data.locks import hold, is_free
-from p2w.data.manifest import NAME, VERSION, dump, publish
+from p2w.data.manifest import NAME, SCHEMA, VERSION, dump, publish
 from p2w.data.scan import source_files
 from p2w.data.subscan import WINDOW_HU, Tiling
 from p2w.errors import UserError
+
+ROW = {
+    "key": str, "scan_uid": str, "subset": int, "z": int, "y": int, "x": int, "mean_hu": float, "std_hu": float,
+    "spacing_x": float, "spacing_y": float, "spacing_z": float, "offset": int, "nbytes": int, "crc32c": int,
+}  # fmt: skip
+COLUMNS = pa.schema([SCHEMA.field(name) for name in ROW])
+NAMED = {"uid": str, "name": str, "subset": int}
+FINISHED = {
+    "nbytes": int, "checksum": str, "left_out": int, "rows": [ROW], "shard": (None, {"nbytes": int, "crc32c": int}),
+}  # fmt: skip
+RECORD = (NAMED | {"bad": str}, NAMED | rules.PLACE | FINISHED)  # scans/UID.json
 
 
 @dataclass(frozen=True)
@@ -139,8 +153,15 @@ class Folder:
         """The sidecar of a scan, finished or bad."""
         try:
             with open(self.sidecar(uid), "rb") as file:
-                return json.loads(file.read())
-        except (FileNotFoundError, ValueError):  # ValueError: the disk lost it in a crash
+                record: dict[str, Any] = typed.parse(file.read(), RECORD)
+            pa.RecordBatch.from_pylist(record.get("rows", []), schema=COLUMNS)
+            return record if record["uid"] == uid else None
+        except (
+            FileNotFoundError,
+            ValueError,
+            OverflowError,
+            pa.ArrowException,
+        ):  # ValueError: the disk lost it in a crash, or it is not ours
             return None
 
     def check_strangers(self, sources: list[Source], bad: list[tuple[str, str]]) -> None:
@@ -212,7 +233,7 @@ class Folder:
 def _differences(theirs: bytes, mine: bytes) -> str:
     """The settings that differ, as "z_margin 0 and not 25"."""
     try:
-        old, new = _flat(json.loads(theirs)), _flat(json.loads(mine))
+        old, new = (_flat(typed.parse(text, {"tiling": {}})) for text in (theirs, mine))
     except ValueError:
         return "settings that cannot be read"
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]

@@ -14,16 +14,20 @@ when, where or by how many workers it was written.
 import io
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from crc32c import crc32c
 
+from p2w.data import rules, typed
 from p2w.errors import UserError
 
 NAME = "manifest.parquet"
 VERSION = 1
+SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +49,10 @@ SCHEMA = pa.schema(
         ("std_hu", pa.float32()),
     ]
 )
+
+
+class DamagedManifest(UserError):
+    """There is a manifest, but not the one that was written, or one that cannot be trusted."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +81,42 @@ def publish(path: str, data: bytes, temporary: str) -> None:
 
 
 def manifest_bytes(rows: list[dict[str, Any]], meta: dict[str, Any]) -> bytes:
-    """The parquet file of `rows` (sorted here) with `meta` as JSON under the schema metadata key "p2w"."""
+    """The parquet file of `rows` (sorted here) with `meta` as JSON under the schema metadata key "p2w".
+
+    Another key carries the CRC-32C of the whole file with eight zeros in its own place, so that a byte that changes
+    anywhere is found, in the footer too, which Parquet's own checksums leave out.
+    """
     rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"]))
-    schema = SCHEMA.with_metadata({b"p2w": dump(meta)})
+    schema = SCHEMA.with_metadata(
+        {b"p2w": dump(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
+    )
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    at = data.rindex(SEAL + UNSEALED) + len(SEAL)
+    return data[:at] + b"%08x" % crc32c(data) + data[at + len(UNSEALED) :]
 
 
 def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
     """Read the manifest of a folder, of a manifest file, or of its bytes (fetched by the caller).
 
-    Raises UserError when it is missing, is not one of ours, or a shard it names is absent or of another size
-    (the shards of bytes cannot be checked and are not).
+    Raises UserError when it is missing, is damaged, is not one of ours, does not make sense (`rules`), or a shard
+    it names is absent or of another size (the shards of bytes cannot be checked and are not).
+    """
+    manifest = open_manifest(where)
+    if manifest.root:
+        again = f"copy it again, or cut it again: {repair_command(manifest.root, manifest.meta)}"
+        rules.refuse_faults(manifest.root, manifest.meta, again)
+    return manifest
+
+
+def open_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
+    """As `read_manifest`, without a look at the shards.
+
+    Raises UserError when there is none; DamagedManifest when there is one that cannot be used.
     """
     if isinstance(where, bytes):
-        return _parse(pa.BufferReader(where), "the fetched manifest", "")
+        return _parse(where, "the fetched manifest", "")
     path = os.fspath(where)
     if os.path.isdir(path):
         path = os.path.join(path, NAME)
@@ -103,29 +131,58 @@ def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
             f"{folder}: {found}; name a data set with "
             "--shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards"
         )
-    manifest = _parse(path, path, os.path.dirname(path) or ".")
-    for shard in manifest.meta["shards"]:
-        name = os.path.join(manifest.root, shard["name"])
-        size = os.path.getsize(name) if os.path.isfile(name) else None
-        if size != shard["nbytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(
-                f"{name} {found}, the manifest says {shard['nbytes']:,} bytes: copy it again, or repeat the "
-                "command that cut the scans (it writes only what is missing)"
-            )
-    return manifest
-
-
-def _parse(source: str | pa.NativeFile, name: str, root: str) -> Manifest:
     try:
-        table = pq.read_table(source)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not a parquet file ({reason}): copy it again") from error
-    meta = json.loads((table.schema.metadata or {}).get(b"p2w", b"{}"))
-    if meta.get("schema") != VERSION or not table.schema.remove_metadata().equals(SCHEMA):
-        raise UserError(
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise DamagedManifest(f"{path}: cannot be read ({error.strerror}): copy it again") from error
+    return _parse(data, path, os.path.dirname(path) or ".")
+
+
+def repair_command(root: str, meta: dict[str, Any]) -> str:
+    """The command that cuts damaged shards again, for the user to fill in where the scans are."""
+    luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
+    return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
+
+
+def _parse(data: bytes, name: str, root: str) -> Manifest:
+    try:
+        _check_seal(data)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        schema = file.schema_arrow
+        text = (schema.metadata or {}).get(b"p2w", b"{}")
+        meta = typed.parse(text, {})
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedManifest(f"{name} is not a parquet file ({_first(error)}): copy it again") from error
+    except ValueError as error:
+        raise DamagedManifest(f"{name} is damaged ({_first(error)}): copy it again") from error
+    if meta.get("schema") != VERSION or not schema.remove_metadata().equals(SCHEMA):
+        raise DamagedManifest(
             f"{name} is not a p2w manifest of version {VERSION}: name a folder written by "
             "preprocess/shard_luna.py or preprocess/shard_scans.py"
         )
-    return Manifest(table, meta, root)
+    try:
+        if meta.get("seal") is not None and SEAL not in data:
+            raise ValueError("its checksum is gone")
+        rules.check_meta(meta)
+        rules.check_size(file.metadata, len(data), meta)
+        table = file.read()
+        table.validate(full=True)  # text that is none, for one
+        rules.check_rows(table, meta)
+    except (ValueError, pa.ArrowException, OSError) as error:
+        raise DamagedManifest(f"{name} makes no sense ({_first(error)}): copy it again") from error
+    return Manifest(table.replace_schema_metadata(schema.metadata), meta, root)
+
+
+def _check_seal(data: bytes) -> None:
+    """Raise ValueError when the file is not the one that was written; sets of an earlier time have no seal."""
+    at = data.rfind(SEAL) + len(SEAL)
+    if at < len(SEAL):
+        return
+    found = crc32c(UNSEALED, crc32c(data[:at]))
+    if b"%08x" % crc32c(data[at + len(UNSEALED) :], found) != data[at : at + len(UNSEALED)]:
+        raise ValueError("its checksum differs from what was written")
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

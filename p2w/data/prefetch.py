@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from p2w.data.local import Reader
 from p2w.data.plan import Plan
+from p2w.data.standin import StandIns
 
+Place = tuple[
+    NDArray[np.int16], NDArray[np.int64]
+]  # voxels (b, D, H, W) of a batch, ids (b,) of what was read
 RING = 3  # one batch with the consumer, one full, one being filled
 _JOIN_SECONDS = 10.0  # a thread in a stalled network read is left behind rather than waited for
 
@@ -22,15 +26,16 @@ _JOIN_SECONDS = 10.0  # a thread in a stalled network read is left behind rather
 class Lane:
     """One thread's share: the rows it fills, and its readers of the epoch in which it stands."""
 
-    def __init__(self, plan: Plan, rows: Sequence[int]) -> None:
+    def __init__(self, stand_ins: StandIns, rows: Sequence[int]) -> None:
         """Fill `rows` of every batch."""
-        self.plan, self.rows = plan, rows
+        self.plan, self.stand_ins, self.rows = stand_ins.plan, stand_ins, rows
         self.epoch = -1
         self.readers: list[Reader] = []
         self._open = ExitStack()
 
-    def fill(self, epoch: int, step: int, voxels: NDArray[np.int16]) -> None:
-        """Read this lane's rows of one batch (b, D, H, W); steps are asked for in order."""
+    def fill(self, epoch: int, step: int, place: Place) -> None:
+        """Read this lane's rows of one batch; steps are asked for in order."""
+        voxels, read = place
         ids = self.plan.epoch_ids(epoch)
         if epoch != self.epoch:
             self.close()
@@ -39,7 +44,7 @@ class Lane:
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
         for row, reader in zip(self.rows, self.readers, strict=True):
-            reader.read_into(int(ids[step, row]), voxels[row])
+            read[row] = self.stand_ins.read(reader, int(ids[step, row]), epoch, voxels[row])
 
     def close(self) -> None:
         """Close the readers of the epoch."""
@@ -50,7 +55,7 @@ class Lane:
 class Prefetch:
     """The threads, the ring they fill, and the one condition at which they and the consumer meet."""
 
-    def __init__(self, plan: Plan, lanes: Sequence[Lane], ring: Sequence[NDArray[np.int16]]) -> None:
+    def __init__(self, plan: Plan, lanes: Sequence[Lane], ring: Sequence[Place]) -> None:
         """Nothing runs before `start`."""
         self.plan, self.lanes, self.ring = plan, lanes, ring
         self.meeting = threading.Condition()

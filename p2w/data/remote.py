@@ -10,20 +10,22 @@ sub-scans: B / W * 16 * 2 MiB of memory, 512 MiB for a batch of 16 on one rank. 
 shard, after a resume or where two slots share one, streams that shard's front and drops it.
 """
 
+import io
 import logging
 import shlex
 import shutil
 import subprocess
 import tarfile
 import time
+import tokenize
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 import numpy as np
 import webdataset as wds
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from numpy.lib import format as npy
 
 from p2w.data import manifest, order
 from p2w.data.local import DataError, Reader, ShardSet
@@ -34,6 +36,10 @@ from p2w.errors import UserError
 BUFFER = 16  # sub-scans of one slot among which its order is shuffled; a part of the order, so not a setting
 _TRIES = 5  # without any progress; a server may well hang up on a stream that waits for the training
 _PAUSE = 0.5  # seconds before the first new try, doubled for each further one
+
+NPY_HEADER = 4096  # bytes at most before the voxels of a .npy; ours has 128
+PIECE = 1 << 20  # bytes read at a time
+MOST_MANIFEST = 1 << 30  # bytes; the largest set known, all of LUNA16, has 3 million
 
 _PROGRAMS = {
     "http": ("curl", "apt-get install curl"),
@@ -100,7 +106,12 @@ def fetch(url: str) -> bytes:
     stream = wds.gopen(source(url))
     try:
         with closing(stream):
-            data: bytes = stream.read()
+            data: bytes = stream.read(MOST_MANIFEST)
+            if len(data) == MOST_MANIFEST:
+                stream.proc.terminate()
+                raise UserError(
+                    f"{url}: has {MOST_MANIFEST:,} bytes or more, which no manifest has: check the address"
+                )
             return data
     except OSError as error:
         code = stream.proc.wait()
@@ -108,6 +119,19 @@ def fetch(url: str) -> bytes:
             f"{url}: cannot be fetched ({_program(url)} ended with code {code}): check the address, and that "
             "it is readable from this machine"
         ) from error
+
+
+class Bounded:
+    """A stream that ends where the manifest says: a server may send for ever, and tar headers promise anything."""
+
+    def __init__(self, stream: Any, nbytes: int) -> None:
+        self.stream, self.left = stream, nbytes
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        data: bytes = self.stream.read(min(count, self.left))
+        self.left -= len(data)
+        return data
 
 
 class RemoteSet(ShardSet):
@@ -150,7 +174,7 @@ class _Cursor:
         """Nothing is fetched before the first `read_into`."""
         self.shards = shards
         self.due = Counter(ids.tolist())  # validation asks for an id twice where it fills up
-        self.kept: dict[int, bytes] = {}
+        self.kept: dict[int, bytes | DataError] = {}
         numbers = np.unique(shards.shard_numbers[ids])
         self.arriving = self._arrivals(ids, order.permutation(numbers, *shuffle) if shuffle else numbers)
 
@@ -165,18 +189,26 @@ class _Cursor:
             self.kept[arrived] = data
         self.due[sub_scan] -= 1
         data = self.kept[sub_scan] if self.due[sub_scan] else self.kept.pop(sub_scan)
+        if isinstance(data, DataError):
+            raise data
         voxels = np.frombuffer(data, np.uint8)[-self.shards.nbytes :]  # behind the header of the .npy
         self.shards.copy(sub_scan, voxels, out)
 
-    def _arrivals(self, ids: Ids, shards: Ids) -> Generator[tuple[int, bytes], None, None]:
-        """Every id once with its .npy file, shard by shard."""
+    def _arrivals(self, ids: Ids, shards: Ids) -> Generator[tuple[int, bytes | DataError], None, None]:
+        """Every id once with its .npy file, shard by shard, or with what keeps it from coming."""
         for number in shards.tolist():
-            yield from self._shard(number, ids[self.shards.shard_numbers[ids] == number])
+            wanted = {self.shards.key(i): i for i in ids[self.shards.shard_numbers[ids] == number].tolist()}
+            try:
+                yield from self._shard(number, wanted)
+            except DataError as error:
+                for sub_scan in wanted.values():
+                    yield sub_scan, error
 
-    def _shard(self, number: int, ids: Ids) -> Generator[tuple[int, bytes], None, None]:
+    def _shard(
+        self, number: int, wanted: dict[str, int]
+    ) -> Generator[tuple[int, bytes | DataError], None, None]:
         """The wanted sub-scans of one shard; a stream that breaks is opened again, without what has come."""
         url = f"{self.shards.where}/{self.shards.shard_names[number]}"
-        wanted = {self.shards.key(i): i for i in ids.tolist()}
         failures = 0
         while wanted:
             before = len(wanted)
@@ -196,18 +228,43 @@ class _Cursor:
             logging.getLogger(__name__).warning("%s: %s; trying again", url, reason)
             time.sleep(_PAUSE * 2 ** (failures - 1))
 
-    def _stream(self, url: str, wanted: dict[str, int]) -> Generator[tuple[int, bytes], None, None]:
+    def _stream(
+        self, url: str, wanted: dict[str, int]
+    ) -> Generator[tuple[int, bytes | DataError], None, None]:
         """One try: stream the shard, taking out of `wanted` what comes."""
+        number = self.shards.shard_numbers[next(iter(wanted.values()))]
         with _opened(url) as stream:
-            files = tar_file_expander(
-                [{"url": url, "stream": stream}],
-                handler=wds.reraise_exception,
-                select_files=lambda name: name.endswith(".npy") and name[: -len(".npy")] in wanted,
+            bounded = Bounded(stream, self.shards.meta["shards"][number]["nbytes"])
+            with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|", bufsize=PIECE) as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # it would remember all
+                    key = member.name.removesuffix(".npy")
+                    if member.name == key or key not in wanted:
+                        continue
+                    data = self._checked(tar, member, wanted[key])
+                    yield wanted.pop(key), data
+                    if not wanted:
+                        return
+
+    def _checked(self, tar: tarfile.TarFile, member: tarfile.TarInfo, sub_scan: int) -> bytes | DataError:
+        """The bytes of a member that says it is the .npy of a sub-scan; its size is looked at before they are read."""
+        shards = self.shards
+        header = member.size - shards.nbytes
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 < header <= NPY_HEADER:
+            return shards.damaged(
+                sub_scan, f"its tar member is no file of {shards.nbytes:,} bytes and a header"
             )
-            for sample in group_by_keys(files, handler=wds.reraise_exception):
-                yield wanted.pop(sample["__key__"]), sample["npy"]
-                if not wanted:
-                    return
+        file = tar.extractfile(member)
+        data = file.read() if file else b""
+        try:
+            start = io.BytesIO(data)
+            npy.read_magic(start)
+            found = npy.read_array_header_1_0(start)
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+            return shards.damaged(sub_scan, f"its .npy header cannot be read ({type(error).__name__})")
+        if found != (shards.shape, False, np.dtype("<i2")) or start.tell() != header:
+            return shards.damaged(sub_scan, f"its .npy holds {found[2]} {found[0]}, not int16 {shards.shape}")
+        return data
 
     def close(self) -> None:
         """End the stream and its process."""

@@ -109,7 +109,7 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
             done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 source = waiting.pop(future)
-                record = _result(future, source, waiting)
+                record = result_of(future, source, waiting)
                 tiles += len(record.get("rows", ()))
                 progress.step(f"{tiles:,} sub-scans")
                 if "bad" in record:
@@ -119,7 +119,8 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     return bad
 
 
-def _result(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any, Source]) -> dict[str, Any]:
+def result_of(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any, Any]) -> dict[str, Any]:
+    """What became of a scan. Raises UserError when a worker process was killed."""
     try:
         return future.result()
     except BrokenProcessPool as error:

@@ -5,6 +5,7 @@ LUNA16. Scans stored otherwise (flipped or permuted direction matrices) are turn
 interpolation; an oblique scan keeps its small angles in `direction`.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from crc32c import crc32c
 
 from p2w.data.find import Source
 from p2w.data.grid import BadScan, Grid, to_canonical
+from p2w.data.itk import bounded, check_promise, last_line, nrrd_files, opened
 from p2w.data.stored import Stored, check_size, meta_image, nifti, read_voxels
 
 INT16 = np.iinfo(np.int16)
@@ -21,6 +23,7 @@ PADDING_HU = (
     -1500
 )  # scanners write -2000, -3024 or -32768 outside the field of view; no tissue or air is that low
 AIR_HU = -200  # air and lung lie below, fat and everything denser above
+VOXEL_BYTES = 24  # that ITK takes for one voxel while it reads: two images of 8 bytes, and one to convert
 RARE = 1e-3  # a CT of a body has more air, and more tissue, than this share of its voxels
 
 
@@ -73,15 +76,7 @@ def source_files(source: Source) -> tuple[str, ...]:
         stored = meta_image(path)
         return (path,) if stored is None or stored.path == path else (path, stored.path)
     if lower.endswith(".nhdr"):
-        with open(path, "rb") as file:
-            lines = file.read(1 << 16).decode("latin-1").splitlines()
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in lines
-            if line.lower().startswith(("data file:", "datafile:"))
-        ]
-        beside = [os.path.join(os.path.dirname(path), name) for name in names]
-        return (path, *(name for name in beside if os.path.isfile(name)))
+        return nrrd_files(path)
     return source.files
 
 
@@ -138,12 +133,7 @@ def _header(source: Source) -> tuple[Grid, Stored | None]:
         stored = nifti(path)
     if stored is not None:
         check_size(stored)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise BadScan(f"cannot be read: {_last_line(error)}") from error
+    reader = opened(path)
     size, dimension = list(reader.GetSize()), reader.GetDimension()
     while dimension > 3 and size[dimension - 1] == 1:
         dimension -= 1
@@ -160,7 +150,9 @@ def _header(source: Source) -> tuple[Grid, Stored | None]:
     grid = Grid(
         tuple(size[:3]), reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
     )
-    if stored is not None and stored.count != np.prod(grid.size, dtype=np.int64):
+    if stored is None:
+        check_promise(path, reader, sum(os.path.getsize(file) for file in source_files(source)))
+    elif stored.count != math.prod(grid.size):
         raise BadScan(f"wrong size: {stored.count:,} voxels, not {'x'.join(map(str, grid.size))}")
     return grid, stored
 
@@ -169,15 +161,21 @@ def _read_with_itk(source: Source) -> np.ndarray:
     """Stored order [z,y,x]; DICOM values come rescaled, as int32 where every slope and intercept is whole."""
     try:
         if source.grid is not None:
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(source.files)
-            reader.SetOutputPixelType(sitk.sitkInt32 if source.exact else sitk.sitkFloat32)
-            image = reader.Execute()
+            series = sitk.ImageSeriesReader()
+            series.SetImageIO("GDCMImageIO")
+            series.SetFileNames(source.files)
+            series.SetOutputPixelType(sitk.sitkInt32 if source.exact else sitk.sitkFloat32)
+            with bounded(VOXEL_BYTES * math.prod(source.grid.size)):
+                image = series.Execute()
         else:
-            image = sitk.ReadImage(source.files[0])
-    except RuntimeError as error:
-        raise BadScan(f"cannot be read: {_last_line(error)}") from error
+            reader = opened(source.files[0])
+            with bounded(VOXEL_BYTES * math.prod(reader.GetSize())):
+                image = reader.Execute()
+    except (RuntimeError, MemoryError) as error:
+        raise BadScan(f"cannot be read: {last_line(error)}") from error
     array = sitk.GetArrayFromImage(image)
+    if source.grid is not None and array.shape != source.grid.size[::-1]:
+        raise BadScan(f"its pixels are {array.shape} (z, y, x), its headers say {source.grid.size[::-1]}")
     return array.reshape(array.shape[-3:])
 
 
@@ -188,8 +186,3 @@ def _checksum(files: tuple[str, ...]) -> int:
             while piece := file.read(1 << 20):
                 crc = crc32c(piece, crc)
     return crc
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -7,9 +7,11 @@ the source. Formats: MetaIO header keys as in ITK's documentation; NIfTI-1 and -
 nifti2.h.
 """
 
+import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,10 @@ NIFTI_TYPES = {
     1280: "u8",
 }
 HEADER = 1 << 16  # bytes in which a header ends
+LINE = 2048  # bytes of a line of a MetaImage header; ITK's parser writes beyond its own 4096 (SimpleITK 2.5)
+MOST_DIMS = 10
+SPARE = 1 << 20  # bytes behind the voxels that a packed stream may hold
+PIECE = 1 << 20  # bytes unpacked at a time
 TIMES = 1032  # the most that zlib packs: a header that promises more is wrong
 GZIP = 16 + zlib.MAX_WBITS
 BOTH = 32 + zlib.MAX_WBITS  # zlib or gzip, told apart by their first bytes
@@ -64,7 +70,9 @@ def meta_image(path: str) -> Stored | None:
     """The voxels of a `.mhd` or `.mha`; None for the rare kinds only ITK reads (text, lists of files)."""
     with open(path, "rb") as file:
         fields, end = {}, 0
-        for line in file:
+        while line := file.readline(HEADER):
+            if len(line) > LINE or any(byte < 32 and byte not in b"\t\r\n" for byte in line):
+                raise BadScan("the MetaImage header is damaged (a line that is no text): copy it again")
             key, _, value = line.decode("latin-1").partition("=")
             fields[key.strip().lower()] = value.strip()
             end += len(line)
@@ -73,10 +81,15 @@ def meta_image(path: str) -> Stored | None:
     data = fields.get("elementdatafile", "")
     if not data:
         raise BadScan("the MetaImage header names no ElementDataFile: copy it again")
+    dims = _dims(fields)
     binary = fields.get("binarydata", "true").lower() != "false"
     if not binary or data.upper() == "LIST" or "%" in data or fields.get("elementtype") not in META_TYPES:
         return None
     local = data.upper() == "LOCAL"
+    if not local and not beside(data):
+        raise BadScan(
+            f"its data file {data!r} is not in the header's folder: put it there, and its bare name in the header"
+        )
     big = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false")).lower() == "true"
     dtype = np.dtype((">" if big else "<") + META_TYPES[fields["elementtype"]])
     packed = fields.get("compresseddata", "false").lower() == "true"
@@ -84,14 +97,35 @@ def meta_image(path: str) -> Stored | None:
     if not os.path.isfile(name):
         raise BadScan(f"its data file {data} is missing beside it")
     try:
-        count = int(np.prod([int(n) for n in fields.get("dimsize", "").split()], dtype=np.int64))
+        count = math.prod(dims)
         offset = end if local else int(fields.get("headersize", 0))
         size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
     except ValueError as error:
         raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
-    if offset < 0:  # MetaIO's way to say: the voxels are the end of the file
+    if offset == -1:  # MetaIO's way to say: the voxels are the end of the file
         offset = max(0, os.path.getsize(name) - count * dtype.itemsize)
+    if offset < 0 or (size or 0) < 0:
+        raise BadScan(f"the MetaImage header is damaged (sizes {offset} and {size}): copy it again")
     return Stored(name, offset, dtype, count, packed, own_file=not local, packed_size=size)
+
+
+def _dims(fields: dict[str, str]) -> list[int]:
+    """Voxels along x, y, z, ... of a MetaImage."""
+    try:
+        dims = [int(n) for n in fields.get("dimsize", "").split()]
+        given = int(fields.get("ndims", len(dims)))
+    except ValueError as error:
+        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
+    if not 1 <= len(dims) <= MOST_DIMS or given != len(dims) or min(dims) < 1:
+        raise BadScan(
+            f"wrong size: the MetaImage header is damaged (DimSize {dims[:MOST_DIMS]}, NDims {given}): copy it again"
+        )
+    return dims
+
+
+def beside(name: str) -> bool:
+    """Whether a data file's name leads to the header's folder or one below it."""
+    return bool(name) and not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
 def nifti(path: str) -> Stored | None:
@@ -100,7 +134,7 @@ def nifti(path: str) -> Stored | None:
     with open(path, "rb") as file:
         head = file.read(HEADER)
     try:
-        head = zlib.decompressobj(GZIP).decompress(head) if packed else head
+        head = zlib.decompressobj(GZIP).decompress(head, HEADER) if packed else head
         order = "<" if struct.unpack_from("<i", head)[0] in (348, 540) else ">"
         if struct.unpack_from(order + "i", head)[0] == 348:
             dims = struct.unpack_from(order + "8h", head, 40)
@@ -115,7 +149,9 @@ def nifti(path: str) -> Stored | None:
         raise BadScan(f"the NIfTI header cannot be read ({error}): copy it again") from error
     if kind not in NIFTI_TYPES or not 1 <= dims[0] <= 7:
         return None
-    count = int(np.prod(dims[1 : dims[0] + 1], dtype=np.int64))
+    if min(dims[1 : dims[0] + 1]) < 1 or not 0 <= offset < 1 << 62:  # NaN too
+        raise BadScan(f"the NIfTI header is damaged (dimensions {dims}, voxels at {offset}): copy it again")
+    count = math.prod(dims[1 : dims[0] + 1])
     if slope == 0 or not np.isfinite([slope, intercept]).all():  # by the standard: no scaling
         slope, intercept = 1.0, 0.0
     dtype = np.dtype(order + NIFTI_TYPES[kind])
@@ -132,6 +168,10 @@ def check_size(stored: Stored) -> None:
         need = max(
             stored.expected() // TIMES,
             0 if stored.unpack_first else stored.offset + (stored.packed_size or 0),
+        )
+    if not 0 <= stored.offset <= need < 1 << 62 and not stored.compressed:
+        raise BadScan(
+            f"damaged: voxels at byte {stored.offset:,}, {stored.expected():,} of them: copy it again"
         )
     if size < need or (stored.own_file and not stored.compressed and size != need):
         name = os.path.basename(stored.path)
@@ -166,15 +206,40 @@ def _unpack(stored: Stored, crc: int) -> tuple[np.ndarray, int]:
     crc = crc32c(data, crc)
     packed = data if stored.unpack_first else data[stored.offset :]
     name = os.path.basename(stored.path)
+    out, at, extra = np.empty(need, "u1"), 0, 0
     try:
-        out = zlib.decompress(packed, BOTH, need)
-        if len(out) < need:  # a gzip file of several members, as parallel packers write
-            pieces, rest = [], bytes(packed)
-            while rest:
-                stream = zlib.decompressobj(BOTH)
-                pieces.append(stream.decompress(rest))
-                rest = stream.unused_data
-            out = b"".join(pieces)
+        for piece in _pieces(packed, need):
+            keep = min(len(piece), need - at)
+            out[at : at + keep] = np.frombuffer(piece, "u1", keep)
+            at, extra = at + keep, extra + len(piece) - keep
+            if extra > SPARE:
+                raise BadScan(
+                    f"wrong size: {name} unpacks to more than the {need:,} bytes its header promises"
+                )
     except zlib.error as error:
         raise BadScan(f"damaged: {name} does not unpack ({error})") from error
-    return np.frombuffer(out, "u1")[skip:need], crc
+    return out[skip:at], crc
+
+
+def _pieces(packed: memoryview, need: int) -> Iterator[bytes]:
+    """What a zlib or gzip stream unpacks to, little by little: one gzip member, or more for `need` bytes.
+
+    Parallel packers write several members. Raises zlib.error where a member is damaged or ends early.
+    """
+    stream, come = zlib.decompressobj(BOTH), 0
+    for start in range(0, len(packed), PIECE):
+        rest: bytes | memoryview = packed[start : start + PIECE]
+        while rest:
+            if stream.eof:
+                if come >= need:
+                    return
+                stream = zlib.decompressobj(BOTH)
+            piece = stream.decompress(rest, PIECE)
+            come += len(piece)
+            yield piece
+            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
+    while not stream.eof:
+        piece = stream.decompress(b"", PIECE)
+        if not piece:
+            raise zlib.error("it ends too early")
+        yield piece

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +27,17 @@ from p2w.data.local import DataError, LocalSet, ShardSet
 from p2w.data.plan import Plan
 from p2w.data.prefetch import RING, Lane, Prefetch
 from p2w.data.shard import read_manifest
+from p2w.data.standin import Policy, StandIns
 from p2w.errors import UserError
 
 __all__ = ["Batch", "DataError", "ShardSet", "Stream", "open_set"]
 
 
-def open_set(where: str, verify: bool = True) -> ShardSet:
+def open_set(where: str, verify: bool = True, on_bad: Policy = "stop") -> ShardSet:
     """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` leaves out checksums.
+
+    With `on_bad="skip"`, streams put another sub-scan in the place of one whose checksum differs or whose shard
+    can no longer be read (`standin`). A set that misses shards from the start is refused all the same.
 
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed.
@@ -40,8 +45,11 @@ def open_set(where: str, verify: bool = True) -> ShardSet:
     if "://" in where:
         from p2w.data.remote import RemoteSet  # noqa: PLC0415 - webdataset serves remote sets only
 
-        return RemoteSet.open(where, verify)
-    return LocalSet(read_manifest(where), verify)
+        shards: ShardSet = RemoteSet.open(where, verify)
+    else:
+        shards = LocalSet(read_manifest(where), verify)
+    shards.on_bad = on_bad
+    return shards
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,13 @@ class Batch:
     """One rank's share of a step. `voxels` is a reused buffer: valid until the next batch is asked for."""
 
     voxels: Tensor  # (b, D, H, W) int16 HU
-    ids: Tensor  # (b,) int64 manifest rows
-    weight: Tensor  # (b,) float32: 1, or 0 where validation filled up the last batch
+    ids: Tensor  # (b,) int64 manifest rows of what was read
+    weight: (
+        Tensor  # (b,) float32: 1, or 0 where validation filled up the last batch or left out a bad sub-scan
+    )
     epoch: int
     step: int
+    bad: int = 0  # rows of sub-scans that could not be used, where others stand in
 
 
 class Stream:
@@ -121,7 +132,7 @@ class Stream:
 
         Raises:
             UserError: the position does not exist.
-            DataError: a sub-scan's checksum differs, or its shard cannot be read.
+            DataError: a sub-scan's checksum differs, or its shard cannot be read, and the set's policy is to stop.
         """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise UserError(
@@ -134,8 +145,10 @@ class Stream:
 
     def _host_batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches in the ring's own memory."""
-        plan, ring, threads = self.plan, [buffer.numpy() for buffer in self._ring], self.readers
-        lanes = [Lane(plan, range(lane, plan.rows, threads or 1)) for lane in range(threads or 1)]
+        plan, threads = self.plan, self.readers
+        ring = [(buffer.numpy(), np.empty(plan.rows, np.int64)) for buffer in self._ring]
+        stand_ins = StandIns(plan)
+        lanes = [Lane(stand_ins, range(lane, plan.rows, threads or 1)) for lane in range(threads or 1)]
         prefetch = Prefetch(plan, lanes, ring)
         end = self._end = weakref.finalize(self, prefetch.close)  # also called at interpreter exit
         if threads:
@@ -150,8 +163,12 @@ class Stream:
                 else:
                     lanes[0].fill(at_epoch, at_step, ring[0])
                 self.wait_seconds += time.perf_counter() - began
-                ids = torch.from_numpy(plan.epoch_ids(at_epoch)[at_step].copy())
-                yield Batch(self._ring[count % len(ring)], ids, plan.weight(at_step), at_epoch, at_step)
+                place = count % len(ring)
+                ids = torch.from_numpy(ring[place][1].copy())
+                meant = ids == torch.from_numpy(plan.epoch_ids(at_epoch)[at_step].copy())
+                weight = plan.weight(at_step) if plan.training else plan.weight(at_step) * meant
+                bad = int((~meant).sum())
+                yield Batch(self._ring[place], ids, weight, at_epoch, at_step, bad)
                 prefetch.release(count)
         finally:
             end()

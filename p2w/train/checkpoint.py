@@ -173,6 +173,7 @@ class Checkpoints:
                     raise UserError(f"{folder / name}: checksum differs from meta.json, the file is damaged")
             model = load_file(folder / FILES[0])
             state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)
+            validation = None if meta["validation"] is None else float(meta["validation"])
         except UserError:
             raise
         except (
@@ -185,7 +186,7 @@ class Checkpoints:
             pickle.UnpicklingError,
         ) as error:
             raise UserError(f"{folder}: not a whole checkpoint ({str(error).splitlines()[0]})") from error
-        return Snapshot(step, model, state, meta["validation"])
+        return Snapshot(step, model, state, validation)
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss, if one was marked."""

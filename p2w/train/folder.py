@@ -2,9 +2,9 @@
 
 RUN/
     config.json     every setting; a run can be started from it
-    run.json        data set, machine and versions of each start
+    run.json        data set, machine, versions and command of each start, and where it took the run up
     status.json     running | finished | stopped early | told to stop | failed, and the step
-    metrics.jsonl   checkpoints/  tensorboard/  figures/
+    metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
 """
 
 import fcntl
@@ -16,8 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from p2w import config as settings
 from p2w.config import Config
+from p2w.data.stream import ShardSet
 from p2w.errors import UserError
 from p2w.log import write_atomic
 
@@ -26,6 +29,23 @@ def fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a data set: a hash of what its manifest says of shape, window, tiling, split and shards."""
     told = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(shards: ShardSet) -> dict[str, Any]:
+    """What a reader of the run wants to know of its data set once the shards are out of reach; plain JSON types.
+
+    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` (z, y, x) as
+    [smallest, median, largest].
+    """
+    facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
+    for split in ("train", "val"):
+        ids = shards.ids(split)
+        scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
+        facts[split] = {"sub_scans": len(ids), "scans": len(scans)}
+    if len(shards):
+        spread = np.quantile(shards.spacing_mm, (0, 0.5, 1), axis=0).round(4)
+        facts["spacing_mm"] = spread.tolist()
+    return facts
 
 
 class RunFolder:
@@ -85,6 +105,11 @@ class RunFolder:
             write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run-dir") from error
+
+    def note(self, **facts: Any) -> None:
+        """Rank 0: add to what is noted of this start."""
+        *before, start = self._starts()
+        write_atomic(self.path / "run.json", json.dumps({"starts": [*before, start | facts]}, indent=2))
 
     def status(self, state: str, step: int, why: str = "") -> None:
         """Rank 0: say how things stand, for schedulers and people."""

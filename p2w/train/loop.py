@@ -23,12 +23,15 @@ from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
+from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.interruptible import Interrupted
 from p2w.train.optim import Precision, Schedule, build_optimizer
 from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
+from p2w.train.skips import Skips
 from p2w.train.step import Stepper, StepResult
+from p2w.train.watchdog import Watchdog
 from p2w.train.window import Window
 from p2w.world import World
 
@@ -56,8 +59,10 @@ class Trainer:
 
     def __init__(
         self, config: Config, world: World, pretext: Pretext, model: nn.Module, stream: Stream,
-        checkpoints: Checkpoints, log: Log, precision: Precision,
+        checkpoints: Checkpoints, log: Log, precision: Precision, watchdog: Watchdog | None = None,
+        key: Callable[[int], str] = str,
     ) -> None:  # fmt: skip
+        self.watchdog = watchdog or Watchdog(world)  # which watches once it is entered
         self.config, self.world, self.pretext, self.model = config, world, pretext, model
         self.stream, self.checkpoints, self.log = stream, checkpoints, log
         network: nn.Module = model
@@ -75,9 +80,11 @@ class Trainer:
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
         self.saver = Saver(checkpoints, config.train, log.warn)
-        self.step = self.skipped = 0
+        self.step = 0
         self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
+        self.skips = Skips(config.train.max_skipped, world, key, log)
+        self.bad = BadSamples(config.data, world, stream)
         self._stop = StopRequest()
         self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
         self._window = Window()
@@ -101,8 +108,9 @@ class Trainer:
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped, self.owed = snapshot.step, state["skipped"], state["owed"]
+        self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state["owed"]
         self.saver.kept = (self.step, self.owed)
+        self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.owed)
         return True
 
@@ -114,6 +122,7 @@ class Trainer:
         with StopRequest(self.log.speaks) as self._stop:
             try:
                 outcome = self._train(validate, look)
+                self.watchdog.at(self.step, "saving")
                 self.saver.wait()
                 if self._unsaved():
                     self.save()
@@ -143,11 +152,13 @@ class Trainer:
                 return Outcome("finished", self.step)
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+            self.watchdog.at(self.step, "reading data")
             self._one(next(batches))
             told = self.told()
 
     def told(self) -> bool:
         """Whether any rank was told to stop; all ranks ask together and get the same answer."""
+        self.watchdog.count()
         return self.world.any(self._stop.asked or self.world.orphaned())
 
     def _unsaved(self) -> bool:
@@ -158,11 +169,13 @@ class Trainer:
         """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
         if not self.world.is_main:
             return
+        self.watchdog.at(self.step, "saving")
         state = {
             "optimizer": self.stepper.optimizer.state_dict(),
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
-            "skipped": self.skipped,
+            "skipped": self.skips.in_a_row,
+            "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
             "owed": self.owed,  # told to stop, a run leaves without the look that is due
         }
@@ -173,11 +186,15 @@ class Trainer:
         if not self._settled:
             self.stepper.settle(self._views(batch))
             self._settled = True
-        result = self.stepper.step(self._views(batch), self.step)
+        views = self._views(batch)
+        self.watchdog.at(self.step, "computing")
+        result = self.stepper.step(views, self.step)
         self.step += 1
         every = self.config.train.look_every
         self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
+        self.bad.count(batch, self.step)
+        self.skips.count(result, batch.ids, self.step)
         self._account(result, len(batch.ids))
 
     def _due(self) -> bool:
@@ -190,17 +207,7 @@ class Trainer:
         return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
 
     def _account(self, result: StepResult, samples: int) -> None:
-        self.skipped = 0 if result.applied else self.skipped + 1
-        if not result.applied:
-            self.log.warn(
-                f"step {self.step}: gradient norm {result.grad_norm}, step skipped on all ranks "
-                f"({self.skipped} in a row)"
-            )
-        if self.skipped >= self.config.train.max_skipped:
-            raise UserError(
-                f"step {self.step}, rank {self.world.rank}: {self.skipped} steps in a row without a finite gradient; "
-                "lower --optim.lr, or pass --train.amp fp32"
-            )
+        """Add a step to the window, and log the window where a line is due."""
         window = self._window
         window.add(result.loss, samples)
         every = self.config.train.log_every
@@ -217,6 +224,7 @@ class Trainer:
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
             "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
+            **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
@@ -226,6 +234,7 @@ class Trainer:
     def _validate(self, validate: Validate) -> bool:
         """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
         before = time.monotonic()
+        self.watchdog.at(self.step, "validating")
         self._broadcast_buffers()
         self.model.eval()
         values: dict[str, float] = {}

@@ -43,7 +43,7 @@ def naive_features(shards, encoder):
     """Of every validation whole and its parts, one at a time. Parts are the paper's although CONFIG's are the whole."""
     features = []
     for sub_scan in shards.ids("val"):
-        whole = read(shards, np.array([sub_scan]))
+        whole, _ = read(shards, np.array([sub_scan]))
         for part in (1, 2, 3):
             keys = Keys(VALIDATION_SEED, 0, torch.tensor([sub_scan]))
             boxes = geometry.sample_boxes(keys, part, shards.shape, (1 / 16, 1 / 4), (0.5, 2.0))

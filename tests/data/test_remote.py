@@ -1,11 +1,14 @@
 """Streaming from a web server: the same sub-scans, exactly shared, and a connection that breaks."""
 
+import gzip
 import http.server
+import io
 import itertools
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 import time
 
@@ -327,3 +330,94 @@ def test_s3_through_the_aws_cli(served, monkeypatch):
     assert not curls()
     with pytest.raises(UserError, match=r"aws ended with code 1"):
         open_set("s3://bucket/other")
+
+
+def test_stand_ins_for_what_cannot_be_streamed(served, monkeypatch, capfd):
+    """A flipped byte, a shard cut short and one that is gone: the others stand in, the same for any world size."""
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    wholes = write_set(folder, train=COUNTS)
+    shards = open_set(url)
+    flip(folder, shards.shard(1), int(shards.offsets[1]))
+    os.truncate(folder / shards.shard(6), int(shards.offsets[6]))
+    (folder / shards.shard(9)).unlink()
+    bad = {
+        1,
+        *(i for i in range(len(shards)) if i >= 6 and shards.shard(i) in (shards.shard(6), shards.shard(9))),
+    }
+    streams = []
+    for world in (1, 2):
+        parts = [
+            take(
+                Stream(open_set(url, on_bad="skip"), batch=4, seed=2, rank=r, world_size=world, readers=1), 8
+            )
+            for r in range(world)
+        ]
+        streams.append([[i for part in parts for i in part[step][2]] for step in range(8)])
+        for step in range(8):
+            voxels = np.concatenate([part[step][3] for part in parts])
+            np.testing.assert_array_equal(voxels, np.stack([wholes[i] for i in streams[-1][step]]))
+    assert streams[0] == streams[1] and not {i for ids in streams[0] for i in ids} & bad
+    assert "checksum differs" in capfd.readouterr().err
+
+
+def npy_member(name, size=None, shape=SHAPE, kind=tarfile.REGTYPE, link=""):
+    """A tar member like those of a shard, and one that lies in what is named."""
+    voxels = np.zeros(shape, "<i2")
+    file = io.BytesIO()
+    np.save(file, voxels)
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(file.getvalue()) if size is None else size, kind, link
+    data = file.getvalue() if kind == tarfile.REGTYPE else b""
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        ({"kind": tarfile.SYMTYPE, "link": "/etc/passwd", "size": 0}, "no file of 128 bytes"),
+        ({"kind": tarfile.LNKTYPE, "link": "/etc/passwd", "size": 0}, "no file of 128 bytes"),
+        ({"kind": tarfile.CHRTYPE, "size": 0}, "no file of 128 bytes"),
+        ({"kind": tarfile.GNUTYPE_SPARSE}, "no file of 128 bytes|cannot be streamed"),
+        ({"size": 1 << 32}, "no file of 128 bytes"),
+        ({"size": 10}, "no file of 128 bytes"),
+        ({"shape": (4, 4, 4)}, r"holds int16 \(4, 4, 4\)"),
+    ],
+)
+def test_tar_members_that_lie_are_refused(served, monkeypatch, lie, says):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    write_set(folder, train=(4,))
+    shards = open_set(url)
+    key, path = shards.key(0), folder / shards.shard(0)
+    size = path.stat().st_size
+    before = npy_member(f"/{key}.npy") + npy_member(f"../{key}.npy")  # names of other files: passed by
+    data = before + npy_member(f"{key}.npy", **lie)
+    path.write_bytes((data + bytes(size))[:size])
+    with pytest.raises(DataError, match=says) as error:
+        shards.read_into(0, np.empty(SHAPE, np.int16))
+    assert "\n" not in str(error.value) and not curls()
+
+
+def test_a_packed_tar_is_not_unpacked(served, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    write_set(folder, train=(4,))
+    shards = open_set(url)
+    path = folder / shards.shard(0)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match="cannot be streamed"):
+        shards.read_into(0, np.empty(SHAPE, np.int16))
+
+
+def test_an_npy_header_that_is_no_python(served, monkeypatch):
+    monkeypatch.setattr(remote, "_PAUSE", 0.01)
+    folder, url, _ = served
+    write_set(folder, train=(4,))
+    shards = open_set(url)
+    path = folder / shards.shard(0)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"'fortran_order'", b"'fortran_order(", 1))
+    with pytest.raises(DataError, match="header cannot be read") as error:
+        shards.read_into(0, np.empty(SHAPE, np.int16))
+    assert "\n" not in str(error.value)

@@ -171,7 +171,11 @@ def test_every_flipped_byte_is_found(tmp_path, form, readers):
                 assert victim not in batch.ids.tolist()
                 assert batch.epoch == 0
         assert shards.shard(victim) in str(error.value) and shards.key(victim) in str(error.value)
-        assert "delete" in str(error.value) and "\n" not in str(error.value)
+        assert (
+            "p2w verify" in str(error.value)
+            and "--repair" in str(error.value)
+            and "\n" not in str(error.value)
+        )
         assert not readers_alive()
         flip(tmp_path, shards.shard(victim), int(shards.offsets[victim]) + at)
     take(Stream(open_set(os.fspath(tmp_path)), batch=5, readers=readers), 3)
@@ -198,6 +202,19 @@ def test_a_shard_cut_short_after_open_is_an_error_and_not_a_bus_error(tmp_path):
     os.truncate(tmp_path / "1.2.0001.tar", 512)
     with pytest.raises(DataError, match=r"1\.2\.0001\.tar"):
         take(Stream(shards, batch=15, readers=2), 1)
+
+
+@pytest.mark.parametrize("form", ["tar", "arrow"])
+def test_a_shard_cut_short_while_it_is_mapped_is_an_error_and_not_a_bus_error(tmp_path, form):
+    write_set(tmp_path, form)
+    shards = open_set(os.fspath(tmp_path))
+    with pytest.raises(DataError, match="has 0 bytes of") as error, Stream(shards, batch=15) as stream:
+        for batch in stream.batches():
+            if batch.epoch == 0:
+                os.truncate(tmp_path / f"1.2.0001.{form}", 0)
+    assert "p2w verify" in str(error.value)
+    with pytest.raises(UserError, match=rf"1\.2\.0001\.{form} has 0 bytes"):  # and so says the next start
+        open_set(os.fspath(tmp_path))
 
 
 def test_no_manifest(tmp_path):

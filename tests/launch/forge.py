@@ -5,6 +5,7 @@ JSON line {script, argv, ranks, out, err, spies} from stdin; answers with the ra
 their exit codes.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -61,6 +62,7 @@ def wait(pids: list[int]) -> list[int]:
 
 def main() -> None:
     """Serve until stdin ends."""
+    gc.freeze()  # else each rank's collections walk through, and copy, all that was imported here
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as probe:

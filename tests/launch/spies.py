@@ -6,14 +6,20 @@ The rank runs the real program; a spy wraps one of its methods.
 import json
 import os
 import signal
+import threading
+import time
 import zlib
+
+import torch
 
 import p2w.pretrain
 from p2w.analysis.looks import Similarity
 from p2w.analysis.pictures import Pictures
-from p2w.analysis.validation import Validation
+from p2w.analysis.validation import VALIDATION_SEED, Validation
+from p2w.data.stream import Stream
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
+from p2w.train import agree
 from p2w.train.interruptible import Interruptible
 from p2w.train.step import Stepper
 
@@ -85,3 +91,90 @@ def tell(rank: int, at_step: int, victim: int, name: str) -> None:
         return pooled(self, index)
 
     kind.__call__, Interruptible.batches, Similarity._pooled = called, handed, encoded
+
+
+def starve(rank: int, at_step: int, victim: int) -> None:
+    """Have rank `victim` wait for ever for the batch after `at_step` steps."""
+    batches = Stream.batches
+
+    def handed(self, *place):
+        for count, batch in enumerate(batches(self, *place)):
+            if rank == victim and self.plan.training and count == at_step:
+                threading.Event().wait()
+            yield batch
+
+    Stream.batches = handed
+
+
+def dawdle(rank: int, seconds: float) -> None:
+    """Look slowly: each batch of a look takes this long on top."""
+    loss_of_one = Validation._loss_of_one
+
+    def slow(self, output, views, index):
+        if index == 0:
+            time.sleep(seconds)
+        return loss_of_one(self, output, views, index)
+
+    Validation._loss_of_one = slow
+
+
+def fail(rank: int, at_step: int, victim: int) -> None:
+    """Raise in the pretext of rank `victim` at the step after `at_step` steps."""
+    sample, calls = Parts2Whole.sample, []
+
+    def sampled(self, voxels, given):
+        if rank == victim and given.seed != VALIDATION_SEED:
+            calls.append(1)
+            if len(calls) > at_step:
+                raise LookupError("no such part")
+        return sample(self, voxels, given)
+
+    Parts2Whole.sample = sampled
+
+
+def poison(rank: int, at_step: int, victim: int, path: str) -> None:
+    """Make the loss of rank `victim` not a number at the step after `at_step` steps; note the state before and after."""
+    step_of, loss_of, now = Stepper.step, Parts2Whole.loss, [-1]
+
+    def state(stepper):
+        tensors = [*stepper.network.state_dict().values()]
+        tensors += [v for one in stepper.optimizer.state_dict()["state"].values() for v in one.values()]
+        return zlib.crc32(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+
+    def stepped(self, views, step):
+        now[0], before = step, state(self)
+        result = step_of(self, views, step)
+        if step == at_step:
+            with open(f"{path}.{rank}", "w") as file:
+                json.dump([before, state(self), result.applied], file)
+        return result
+
+    def lost(self, output, views):
+        loss, extras = loss_of(self, output, views)
+        return loss * float("nan" if (now[0], rank) == (at_step, victim) else "1"), extras
+
+    Stepper.step, Parts2Whole.loss = stepped, lost
+
+
+def skew_clock(rank: int, victim: int, seconds: float) -> None:
+    """The clock of rank `victim` is wrong."""
+    if rank == victim:
+        now = time.time
+        time.time = lambda: now() + seconds
+
+
+def lag(rank: int, victim: int, seconds: float) -> None:
+    """Rank `victim` is slow."""
+    step_of = Stepper.step
+
+    def stepped(self, views, step):
+        time.sleep(seconds * (rank == victim))
+        return step_of(self, views, step)
+
+    Stepper.step = stepped
+
+
+def be_another(rank: int, victim: int, what: str) -> None:
+    """Rank `victim` runs another version of something."""
+    if rank == victim:
+        setattr(*{"torch": (torch, "__version__", "2.11.0"), "p2w": (agree, "__version__", "0.0.9")}[what])

@@ -302,3 +302,15 @@ def test_killed_at_every_touch_of_the_disk(saved, tmp_path, step):
         at += 1
     assert at > 15
     assert saved.load_latest().validation == 0.5 and saved.best() == step
+
+
+@pytest.mark.parametrize("validation", ["gone", "text", [1]])
+def test_a_validation_that_is_no_number_is_one_line(saved, validation):
+    path = saved.path(3) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["validation"] = validation
+    if validation == "gone":
+        del meta["validation"]
+    path.write_bytes(seal(meta))
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        saved.load(3)

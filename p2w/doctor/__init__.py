@@ -1,0 +1,1 @@
+"""`p2w doctor`: what this machine has, against what a run needs."""

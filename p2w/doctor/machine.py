@@ -1,0 +1,200 @@
+"""Cores, memory, disks, limits and the clock, against what the run needs."""
+
+import ctypes
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from p2w.data.manifest import NAME
+from p2w.data.prefetch import RING
+from p2w.doctor.row import GIB, Case, Row, note, ok, problem, refused, size
+from p2w.errors import UserError
+from p2w.train.optim import choose_precision
+
+PROCESS_BYTES = GIB // 2  # Python, torch and the libraries of one rank on a CPU (0.45 GiB seen)
+SUB_SCAN_BYTES = 2**21
+SHM_BYTES = GIB  # NCCL's buffers between the GPUs of a machine; containers often give 64 MiB
+PROBE_BYTES = 16 * 2**20
+OPEN_FILES = 1024  # pipes, sockets, TensorBoard; shards are mapped and need none
+MAPS = 20_480  # 16,384 mapped shards at a time, see data/local.py; the rest are Python's, torch's and their libraries'
+CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR, the clock is not synchronised
+SLACK_S = 60.0  # a file server's clock may be ahead by so much
+
+
+def cores(case: Case) -> Iterator[Row]:
+    """Cores of this process (a container or Slurm may give fewer than there are), and what they compute in."""
+    mine, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    needed = case.ranks * (1 + case.config.data.readers)
+    precision = choose_precision("auto", torch.device("cpu"))
+    work = f"{case.ranks} rank(s) with {case.config.data.readers} reader(s)"
+    found = f"{mine} of {all_of_them} cores for {work}; {precision.reason}"
+    if mine < case.ranks or (mine < needed and case.cuda):
+        yield note(
+            "CPU",
+            f"{found}: threads will wait for each other",
+            "sbatch --cpus-per-task=N, docker --cpus=N, or --data.readers 1",
+        )
+    else:
+        yield ok("CPU", found)
+
+
+def memory(case: Case) -> Iterator[Row]:
+    """Free memory against weights, optimizer, activations and batches; on GPUs, each device's."""
+    try:
+        cost = case.cost
+    except UserError as error:
+        yield refused("memory", error)
+        return
+    rows = max(1, case.config.data.batch // case.ranks)
+    network, batches = cost.state_bytes + cost.activation_bytes, RING * rows * SUB_SCAN_BYTES
+    remedy = "--optim.accumulate 2 (or 4, 8): fewer samples at a time; or fewer ranks on this machine"
+    if case.cuda:
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            if free < network:
+                found = (
+                    f"GPU {index}: {size(free)} of {size(total)} free, {case.recipe} needs {size(network)}"
+                )
+                yield problem("memory", found, f"{remedy}; nvidia-smi shows who holds it")
+    here = case.ranks * (PROCESS_BYTES + batches + (0 if case.cuda else network))
+    free = free_memory()
+    found = f"{size(free)} free; {case.recipe} on {case.ranks} rank(s) here needs about {size(here)}"
+    found += f", and {size(network)} on each GPU" if case.cuda else ""
+    yield ok("memory", found) if here < free else problem("memory", found, remedy)
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process could still take: the machine's, or less where a control group (Slurm, Docker) limits it."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    for entry in (proc / "self/cgroup").read_text().splitlines():
+        _, kinds, place = entry.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = cgroups / kinds
+        limit, usage = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        )
+        folder = root / place.lstrip("/")
+        for group in (folder, *folder.parents[: len(folder.relative_to(root).parts)]):
+            try:
+                free.append(int((group / limit).read_text()) - int((group / usage).read_text()))
+            except (OSError, ValueError):  # no such file, or the word `max`
+                continue
+    return max(0, min(free))
+
+
+def shared_memory(case: Case, where: str = "/dev/shm") -> Iterator[Row]:
+    """NCCL's place between GPUs; p2w's readers are threads and use none."""
+    free = shutil.disk_usage(where).free if os.path.isdir(where) else 0
+    several = case.cuda and case.ranks > 1
+    found = f"{size(free)} free; {'NCCL between the GPUs needs 1 GiB' if several else 'only NCCL between GPUs uses it'}"
+    if several and free < SHM_BYTES:
+        yield problem(where, found, "docker run --shm-size=2g, or  mount -o remount,size=2g /dev/shm")
+    else:
+        yield ok(where, found)
+
+
+def disk(case: Case) -> Iterator[Row]:
+    """Room for the run folder's checkpoints, and how fast they are written."""
+    absolute = case.run.absolute()
+    place = next(place for place in (absolute, *absolute.parents) if place.exists())
+    try:
+        each = case.cost.checkpoint_bytes
+    except UserError:  # told by `memory`
+        each = 0
+    kept = sum(file.stat().st_size for file in place.rglob("step-*/*")) if place == absolute else 0
+    need = max(
+        0, (case.config.train.keep + 2) * each - kept
+    )  # the newest ones, the best, and the one being written
+    free = shutil.disk_usage(place).free
+    found = f"{case.run}: {size(free)} free, checkpoints need {size(need)} more"
+    elsewhere = "--run-dir on another disk, --train.keep 1, or delete what is not needed (df -h)"
+    if free < need + PROBE_BYTES:
+        yield problem("run disk", found, elsewhere)
+        return
+    try:
+        rate = write_speed(place)
+    except OSError as error:
+        yield problem(
+            "run disk",
+            f"{place}: cannot be written to ({error.strerror})",
+            "name a folder you may write with --run-dir",
+        )
+        return
+    yield ok("run disk", f"{found}; written at {size(rate)}/s, one in {each / rate:,.1f} s")
+
+
+def write_speed(place: Path) -> float:
+    """Bytes a second to the disk below `place`, flushed, by one file without a name."""
+    block = os.urandom(2**20)
+    began = time.perf_counter()
+    with tempfile.TemporaryFile(dir=place) as file:
+        for _ in range(PROBE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return PROBE_BYTES / (time.perf_counter() - began)
+
+
+def limits(case: Case, maps: Path = Path("/proc/sys/vm/max_map_count")) -> Iterator[Row]:
+    """Open files and memory maps of a process. Every shard in use is one map."""
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < OPEN_FILES:
+        yield problem(
+            "limits",
+            f"{files} open files a process, {OPEN_FILES} are needed",
+            f"ulimit -n {OPEN_FILES}   # the hard limit is {hard}",
+        )
+        return
+    try:
+        most = int(maps.read_text())
+    except (OSError, ValueError):
+        most = 65_530  # Linux's default
+    if most < MAPS:
+        yield problem(
+            "limits",
+            f"{most:,} memory maps a process, up to {MAPS:,} are used",
+            "sysctl -w vm.max_map_count=65530",
+        )
+    else:
+        yield ok("limits", f"{files:,} open files, {most:,} memory maps a process")
+
+
+def clock(case: Case) -> Iterator[Row]:
+    """Whether the clock stands behind a file's date, and whether anything sets it."""
+    behind = clock_behind(
+        [*Path(__file__).parents[1].rglob("*.py"), Path(case.shards or "shards", NAME), *case.run.glob("*")]
+    )
+    if behind:
+        yield problem(
+            "clock", f"{time.ctime()}: {behind}", "timedatectl set-ntp true   # or  ntpdate -u pool.ntp.org"
+        )
+        return
+    found = f"{time.ctime()}; p2w compares no two nodes' clocks"
+    if synchronised():
+        yield ok("clock", f"{found}; NTP keeps it")
+    else:
+        munge = "Slurm's munge refuses a node that is 5 minutes off"
+        yield note("clock", f"{found}; not synchronised by NTP ({munge})", "timedatectl set-ntp true")
+
+
+def clock_behind(files: list[Path]) -> str:
+    """The file whose date is in the future, by how much; empty when there is none."""
+    dates = [(file.stat().st_mtime, file) for file in files if file.exists()]
+    date, file = max(dates, default=(0.0, Path()))
+    ahead = date - time.time()
+    return f"{ahead:,.0f} s before the date of {file}" if ahead > SLACK_S else ""
+
+
+def synchronised() -> bool:
+    """Whether the kernel says that something sets its clock: adjtimex(2), asked without changing anything."""
+    timex = ctypes.create_string_buffer(512)  # struct timex is 208 bytes; all zero asks only
+    state = ctypes.CDLL(None, use_errno=True).adjtimex(timex)
+    return 0 <= state < CLOCK_ERROR

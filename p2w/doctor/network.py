@@ -1,0 +1,170 @@
+"""Names, ports and a real all-reduce: what torchrun, gloo and NCCL stand on."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from p2w.doctor.row import Case, Row, note, ok, problem
+from p2w.world import variable, variables
+
+TORCHRUN_PORT = 29500
+JOB_PORTS = range(15_000, 30_000)  # slurm/pretrain.sbatch takes one by the job's number
+MEET_S = 30.0
+SLOW_NAME_S = 1.0
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def host_name(case: Case, name: str = "") -> Iterator[Row]:
+    """Whether this host's name leads to this host: gloo and torchrun look it up, and wait for whom it names."""
+    name = name or socket.gethostname()
+    began = time.perf_counter()
+    try:
+        address = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    except (OSError, UnicodeError) as error:
+        yield problem(
+            "host name",
+            f"{name} does not resolve ({error})",
+            f"echo '127.0.1.1 {name}' >> /etc/hosts   # on every node its own address",
+        )
+        return
+    seconds = time.perf_counter() - began
+    try:
+        connect(str(address))
+    except OSError as error:
+        yield problem(
+            "host name", f"{name} resolves to {address}, which does not lead back here ({error.strerror or error})",
+            f"correct {name} in /etc/hosts, or export GLOO_SOCKET_IFNAME=INTERFACE (ip -brief address)",
+        )  # fmt: skip
+        return
+    found = f"{name} is {address}, which answers; so does loopback"
+    try:
+        connect("127.0.0.1")
+    except OSError as error:
+        yield problem(
+            "loopback", f"127.0.0.1 does not answer ({error.strerror or error})", "ip link set lo up"
+        )
+        return
+    if seconds > SLOW_NAME_S:
+        yield note("host name", f"{found}, after {seconds:.1f} s", f"echo '{address} {name}' >> /etc/hosts")
+    elif str(address).startswith("127."):
+        yield ok("host name", f"{found} (several nodes without Slurm: torchrun --local-addr ADDRESS)")
+    else:
+        yield ok("host name", found)
+
+
+def connect(address: str) -> None:
+    """Listen at `address` and connect to it. Raises OSError when one of the two does not work."""
+    with socket.socket() as server:
+        server.bind((address, 0))
+        server.listen(1)
+        with socket.create_connection(server.getsockname(), timeout=5):
+            server.accept()[0].close()
+
+
+def interfaces(case: Case) -> Iterator[Row]:
+    """Network interfaces that gloo and NCCL were told to use; one that is not here fails every start."""
+    here = [name for _, name in socket.if_nameindex()]
+    for name in INTERFACES:
+        asked = variable(name).lstrip("^=")
+        unknown = [
+            part for part in asked.split(",") if part and not any(one.startswith(part) for one in here)
+        ]
+        if unknown:
+            yield problem(
+                "interfaces", f"{name}={variable(name)}, but here are {', '.join(here)}", f"unset {name}"
+            )
+
+
+def ports(
+    case: Case, wanted: int = TORCHRUN_PORT, low: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+) -> Iterator[Row]:
+    """The port torchrun meets at, and those that Slurm jobs take by their number."""
+    if not free(wanted):
+        yield problem(
+            "ports",
+            f"{wanted}, torchrun's, is taken",
+            f"torchrun --standalone ..., or --master-port {wanted + 1} (who: ss -ltnp)",
+        )
+        return
+    taken = [port for port in JOB_PORTS if not free(port)]
+    found = f"{wanted} (torchrun) is free, of {JOB_PORTS[0]}-{JOB_PORTS[-1]} (Slurm jobs) {len(taken)} taken"
+    try:
+        first = int(low.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = JOB_PORTS[-1] + 1
+    if first <= JOB_PORTS[-1]:
+        yield note(
+            "ports",
+            f"{found}; outgoing connections take ports from {first} on",
+            "sysctl -w net.ipv4.ip_local_port_range='32768 60999'",
+        )
+    else:
+        yield ok("ports", found)
+
+
+def free(port: int) -> bool:
+    """Whether a server could listen there, on all addresses."""
+    with socket.socket() as s:
+        s.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as torchrun does: closed connections do not count
+        try:
+            s.bind(("", port))
+            return True
+        except OSError:
+            return False
+
+
+def all_reduce(case: Case, within_s: float = MEET_S) -> Iterator[Row]:
+    """Two processes meet as ranks do and sum their numbers: over gloo, and over NCCL where there are two GPUs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {} if case.cuda and torch.cuda.device_count() > 1 else {"P2W_DEVICE": "cpu"}
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "p2w.doctor.two_ranks", str(within_s)],
+            env=variables(**where, **own, RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="False"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    deadline, said, complaint = time.monotonic() + within_s, "", ""
+    try:
+        for rank in ranks:
+            out, err = rank.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            said = said or out
+            complaint = (
+                complaint or (rank.returncode != 0 and (err.strip().splitlines() or ["no word"])[-1]) or ""
+            )
+    except subprocess.TimeoutExpired:
+        complaint = f"no answer in {within_s:.0f} s"
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    if complaint:
+        yield problem(
+            "all-reduce",
+            f"two processes: {complaint}",
+            "GLOO_SOCKET_IFNAME=lo p2w doctor   # works? Then mend `host name`",
+        )
+        return
+    for backend, (seconds, nbytes) in json.loads(said).items():
+        yield ok(
+            "all-reduce",
+            f"two processes over {backend}: {nbytes >> 20} MiB in {1000 * seconds:.0f} ms, the sum is right",
+        )

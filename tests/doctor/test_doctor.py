@@ -1,0 +1,259 @@
+"""`p2w doctor`: every check against the real thing gone wrong, and the whole command as a process."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ct_sets import write_structured_set
+
+from p2w import config as settings
+from p2w.doctor import data, machine, network, slurm, software
+from p2w.doctor.checks import CHECKS, answer
+from p2w.doctor.row import Case, Row, ok, refused
+from p2w.errors import UserError
+from p2w.recipes import named
+from p2w.train.folder import RunFolder
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def case(tmp_path, tiny_set) -> Case:
+    return Case("demo", named("demo"), str(tiny_set), tmp_path / "run", 1, False)
+
+
+def only(rows) -> Row:
+    (row,) = rows
+    return row
+
+
+def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_set):
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "p2w", "doctor", "demo", "--shards", str(tiny_set), "--ranks", "2"]
+        command += ["--run-dir", str(tmp_path / "run"), "--train.amp", "fp32", *more]
+        env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    told = run("--json")
+    page = json.loads(told.stdout)
+    rows = {row["name"]: row for row in page["rows"]}
+    assert {
+        "torch",
+        "apex",
+        "triton",
+        "memory",
+        "clock",
+        "shards",
+        "ports",
+        "host name",
+        "all-reduce",
+        "Slurm",
+    } <= set(rows)
+    assert rows["all-reduce"]["status"] == rows["checksums"]["status"] == "ok", rows
+    assert "batch 16 = 2 rank(s) x 8" in rows["batch"]["found"]
+    problems = [row for row in page["rows"] if row["status"] == "problem"]
+    assert told.returncode == (1 if problems else 0) and page["problems"] == len(problems)
+    assert all(row["remedy"] for row in problems) and "Traceback" not in told.stderr
+    assert os.listdir(tmp_path) == []  # it changes nothing
+
+
+def test_a_broken_set_is_a_problem_and_exit_code_1(tmp_path, tiny_set):
+    broken = shutil.copytree(tiny_set, tmp_path / "set")
+    next(broken.glob("*.tar")).unlink()
+    code = "import sys; from p2w.doctor import checks, data, command; checks.CHECKS = (data.shards,); "
+    code += "sys.exit(command.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--shards", str(broken)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "P2W_DEVICE": "cpu"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "is missing" in done.stdout and "-> " in done.stdout
+    assert "1 problem(s), 0 note(s)" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
+    assert [row.status for row in data.shards(case)] == ["ok"] * 4
+    folder = write_structured_set(tmp_path / "set", train=2, val=1, per=2)
+    case = replace(
+        case, shards=str(folder), config=replace(case.config, data=replace(case.config.data, batch=4))
+    )
+    for shard in folder.glob("*.tar"):
+        voxels = bytearray(shard.read_bytes())
+        for at in range(600, len(voxels), 1024):  # in every sub-scan
+            voxels[at] ^= 1
+        shard.write_bytes(voxels)
+    rows = {row.name: row for row in data.shards(case)}
+    assert rows["checksums"].status == "problem" and "key 1.2.826." in rows["checksums"].found
+    assert f"p2w verify {folder}" in rows["checksums"].remedy
+    rows = {row.name: row for row in data.shards(replace(case, ranks=3))}
+    assert rows["batch"].status == "problem" and "3 ranks" in rows["batch"].found
+    nowhere = only(data.shards(replace(case, shards=str(tmp_path / "nowhere"))))
+    assert (
+        nowhere.status == "problem"
+        and "no such folder" in nowhere.found
+        and "preprocess/shard" in nowhere.remedy
+    )
+
+
+def test_a_run_folder_of_other_settings(case):
+    RunFolder(case.run).open(case.config, "x", "shards", {})
+    rows = {row.name: row for row in data.shards(case)}
+    assert rows["run folder"].status == "problem" and "--shards" in rows["run folder"].remedy
+    other = replace(
+        case, config=settings.check(replace(case.config, train=replace(case.config.train, seed=5)))
+    )
+    rows = {row.name: row for row in data.shards(other)}
+    assert "train.seed was 0, now 5" in rows["run folder"].found
+
+
+def test_a_full_disk_and_one_that_cannot_be_written(case, tmp_path):
+    assert only(machine.disk(case)).status == "ok"
+    wide = replace(case, config=replace(case.config, model=replace(case.config.model, width=4096)))
+    full = only(machine.disk(wide))  # terabytes of checkpoints
+    assert full.status == "problem" and "--train.keep 1" in full.remedy
+    proc = only(machine.disk(replace(case, run=Path("/proc/none/run"))))
+    assert proc.status == "problem"
+
+
+def test_memory_against_need_and_control_groups(case, tmp_path):
+    assert only(machine.memory(case)).status == "ok"
+    wide = replace(case, config=replace(case.config, model=replace(case.config.model, width=2048)))
+    assert "--optim.accumulate" in only(machine.memory(wide)).remedy
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    (groups / "job/step").mkdir(parents=True)
+    assert machine.free_memory(proc, groups) == 8000 * 1024
+    (groups / "job/memory.max").write_text("5000000\n")
+    (groups / "job/memory.current").write_text("1000000\n")
+    (groups / "job/step/memory.max").write_text("max\n")
+    assert machine.free_memory(proc, groups) == 4_000_000
+
+
+def test_limits_and_clock(case, tmp_path):
+    low = tmp_path / "max_map_count"
+    low.write_text("4096\n")
+    assert "vm.max_map_count" in only(machine.limits(case, low)).remedy
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096)); from p2w.doctor import machine; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(*machine.limits(None))"],
+        env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert "256 open files" in done.stdout and "ulimit -n 1024" in done.stdout
+    case.run.mkdir()
+    (case.run / "status.json").touch()
+    assert only(machine.clock(case)).status != "problem"
+    tomorrow = time.time() + 86_400
+    os.utime(case.run / "status.json", (tomorrow, tomorrow))
+    behind = only(machine.clock(case))
+    assert behind.status == "problem" and "status.json" in behind.found and "86,400 s" in behind.found
+
+
+def test_a_busy_port_a_name_that_leads_nowhere_and_an_unknown_interface(case, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        busy = only(network.ports(case, port))
+        assert busy.status == "problem" and f"--master-port {port + 1}" in busy.remedy
+    assert "free" in only(network.ports(case, port)).found
+    assert "does not resolve" in only(network.host_name(case, "no-such-host.invalid")).found
+    elsewhere = only(network.host_name(case, "192.0.2.1"))  # of documentation, on no machine
+    assert elsewhere.status == "problem" and "GLOO_SOCKET_IFNAME" in elsewhere.remedy
+    assert only(network.host_name(case, "localhost")).status == "ok"
+    assert list(network.interfaces(case)) == []
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
+    assert only(network.interfaces(case)).remedy == "unset NCCL_SOCKET_IFNAME"
+
+
+def test_all_reduce_that_does_not_come_to_its_end(case, monkeypatch):
+    late = only(network.all_reduce(case, 0.2))
+    assert late.status == "problem" and "no answer" in late.found
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
+    failed = only(network.all_reduce(case))
+    assert failed.status == "problem" and "none7" in failed.found
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_which_apex(case, tmp_path, monkeypatch, nvidia):
+    """As in tests/train/test_optim.py: PyPI's is a Pyramid toolkit without `optimizers`."""
+    assert (only(software.apex(case)).status, "not installed" in only(software.apex(case)).found) == (
+        "ok",
+        True,
+    )
+    (tmp_path / "apex" / ("optimizers" if nvidia else "scripts")).mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    row = only(software.apex(case))
+    assert row.status == ("ok" if nvidia else "note")
+    assert ("web toolkit" in row.found) is not nvidia
+    asked = replace(case, config=replace(case.config, optim=replace(case.config.optim, fused="apex")))
+    assert only(software.apex(asked)).status == "problem"
+    sys.modules.pop("apex", None)
+
+
+def test_cards_that_torch_cannot_use(case, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    row = only(software.torch_build(case, str(tmp_path)))
+    assert (row.status == "problem") is not torch.cuda.is_available()
+
+
+def test_gradients_that_are_wrong_are_found(case, monkeypatch):
+    def wrong(self, *args, **kwargs):  # a kernel that loses everything below 1/2
+        return conv(self, *args, **kwargs).mul(2).trunc()
+
+    fp32 = replace(case, config=replace(case.config, train=replace(case.config.train, amp="fp32")))
+    assert only(software.arithmetic(fp32)).status == "ok"
+    conv = torch.nn.Conv3d.forward
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", wrong)
+    assert only(software.arithmetic(fp32)).status == "problem"
+
+
+def test_slurm_that_is_not_there_half_there_or_silent(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "not here" in only(slurm.cluster(case)).found
+    for name in slurm.COMMANDS:
+        half = only(slurm.cluster(case)).status
+        assert half == ("ok" if name == "sbatch" else "problem")
+        (tmp_path / name).write_text("#!/bin/sh\necho cannot reach the controller >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    silent = only(slurm.cluster(case))
+    assert silent.status == "problem" and "cannot reach the controller" in silent.found
+
+
+def test_a_check_that_fails_or_hangs_is_a_problem(case):
+    def failing(case):
+        yield ok("one", "before")
+        raise KeyError("odd")
+
+    def hanging(case):
+        yield from iter(lambda: time.sleep(30), 1)
+
+    rows = answer(failing, case)
+    assert [row.status for row in rows] == ["ok", "problem"] and "KeyError: 'odd'" in rows[1].found
+    assert "no answer in 0 s" in only(answer(hanging, case, 0.2)).found
+
+
+def test_what_a_user_error_says_is_split_into_what_and_remedy():
+    row = refused("x", UserError("a: b: wrong; do this"))
+    assert (row.found, row.remedy) == ("a: b: wrong", "do this")
+    row = refused("x", UserError("a: not b: do that"))
+    assert (row.found, row.remedy) == ("a: not b", "do that")
+
+
+def test_every_check_has_a_name_of_its_own():
+    assert len({check.__name__ for check in CHECKS}) == len(CHECKS)

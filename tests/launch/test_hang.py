@@ -1,0 +1,94 @@
+"""A rank that is stopped, hangs, or raises: it is named, the others leave, torchrun brings the run back. Real processes."""
+
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+from launch_runs import TINY, metrics, status, wait_for, weights
+from processes import torchrun
+
+HANG = ["--train.hang-minutes", "0.5"]  # a rank that gives no sign of life is found after 7.5 s
+
+
+@pytest.fixture(scope="session")
+def calm(forge, tiny_set, tmp_path_factory):
+    """The uninterrupted run on three processes."""
+    folder = tmp_path_factory.mktemp("calm")
+    codes, _, err = forge.run(folder, *argv(tiny_set, folder / "run"), ranks=3)
+    assert codes == [0] * 3, err
+    return folder / "run"
+
+
+def argv(shards, run):
+    return "demo", *TINY, "--data.batch", 6, *HANG, "--shards", shards, "--run-dir", run
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(tiny_set, calm, tmp_path, start, victim):
+    run = tmp_path / "run"
+    process = start(torchrun(3, *argv(tiny_set, run), restarts=1), tmp_path)
+    wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
+    agent = next(
+        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
+    )
+    ranks = {int(one.environ()["RANK"]): one for one in agent.children()}
+    ranks[victim].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, left = psutil.wait_procs(list(ranks.values()), timeout=60)
+    assert (
+        not left and time.monotonic() - stopped < 25
+    )  # torchrun alone would have waited 30 s for the stopped one
+    assert process.wait(120) == 0, (tmp_path / "err.txt").read_text()
+    err = (tmp_path / "err.txt").read_text()
+    said = re.findall(r"^hangs: .*", err, re.MULTILINE)
+    assert len(said) == 1 and re.match(rf"hangs: rank {victim} on \S+: no sign of life for \d+ s", said[0]), (
+        err
+    )
+    assert status(run) == {"state": "finished", "step": 30, "why": ""}
+    assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_waits_for_its_data_is_named(forge, tiny_set, tmp_path, ranks):
+    run = tmp_path / "run"
+    codes, _, err = forge.run(
+        tmp_path, *argv(tiny_set, run), "--train.hang-minutes", "0.1", ranks=ranks,
+        spies=(("starve", 5, ranks - 1),),
+    )  # fmt: skip
+    assert codes[0] == 1 and 0 not in codes, err
+    said = re.findall(r"^hangs: .*", err, re.MULTILINE)
+    assert len(said) == 1, err
+    assert re.match(
+        rf"hangs: rank {ranks - 1} on \S+: reading data at step 5 for \d+ s; all ranks leave", said[0]
+    )
+    codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), "--train.hang-minutes", "10", ranks=ranks)
+    assert codes == [0] * ranks and status(run)["state"] == "finished", err
+
+
+def test_a_long_look_is_no_hang(forge, tiny_set, tmp_path):
+    """Each of four batches takes 1.3 of the 3.6 s that a hang takes."""
+    codes, _, err = forge.run(
+        tmp_path, *argv(tiny_set, tmp_path / "run"), "--train.hang-minutes", "0.06", "--max-steps", 1,
+        "--data.batch", 2, ranks=2, spies=(("dawdle", 1.3),),
+    )  # fmt: skip
+    assert codes == [0, 0] and "hangs" not in err, err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_raises_is_readable_and_the_others_leave(forge, tiny_set, calm, tmp_path, victim):
+    run = tmp_path / "run"
+    began = time.monotonic()
+    codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), ranks=3, spies=(("fail", 9, victim),))
+    assert time.monotonic() - began < 60 and codes[victim] == 1 and 0 not in codes, err
+    host = os.uname().nodename
+    first = f"rank {victim} on {host} failed: LookupError: no such part\nTraceback (most recent call last):\n"
+    assert first in err and err.count("Traceback") == 1, err
+    # The others may be told to stop before they can say that they lost a rank; what they say comes after its own message.
+    assert "lost another rank" not in err[: err.index(first)]
+    assert "hangs" not in err
+    codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), ranks=3)
+    assert codes == [0] * 3, err
+    assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
