@@ -2,6 +2,7 @@
 # make test    install and run every test
 # make lint    style and types
 # make bench   measure; writes bench/results
+# make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
 #
@@ -11,10 +12,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo
+SOAK   ?= soak
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench evidence clean
+.PHONY: help install demo test lint bench soak evidence clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -52,10 +54,15 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy
 
 bench: $(VENV)/.tools
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out bench/soak.py bench/goodput.py bench/plain_loop.py, $(wildcard bench/*.py)); do \
+	  echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+soak: $(VENV)/.tools
+	$(BIN)/python bench/soak.py --folder $(SOAK)
+	$(BIN)/python bench/goodput.py --folder $(SOAK)
 
 evidence: $(VENV)/.installed
 	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info

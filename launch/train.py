@@ -169,7 +169,7 @@ def main() -> int:
         said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
         world.abandon(1, f"{said}\n{traceback.format_exc()}")
     world.close()
-    return 0
+    world.leave()
 
 
 if __name__ == "__main__":

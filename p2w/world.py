@@ -131,6 +131,17 @@ class World:
             dist.barrier()
             dist.destroy_process_group()
 
+    @staticmethod
+    def leave(code: int = 0) -> NoReturn:
+        """End the process at once, all that it holds being closed; nothing is finalised.
+
+        The interpreter would free a million objects of torch one by one: 1.5 s of processor time (torch 2.13, Python 3.11),
+        for which a scheduler that has told the run to stop, or torchrun with its other ranks, would wait.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+
     def connection(self, timeout_s: float) -> dist.Store:
         """A connection of its own to the store, for a thread: a call that waits on another does not hold it up."""
         assert self.store is not None
@@ -148,9 +159,7 @@ class World:
             os.write(2, f"{text}\n".encode())  # in one piece: other ranks write there too
             self.tell_agent(text.partition("\n")[0])
         if self.size > 1 or at_once:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-            os._exit(code)
+            self.leave(code)
         sys.exit(code)
 
     def end_neighbour(self, pid: int) -> None:

@@ -1,5 +1,6 @@
 """Ranks over gloo in real processes, and one process without a group."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -77,3 +78,14 @@ def test_a_device_there_is_not_is_refused(monkeypatch, asked):
     monkeypatch.setenv("P2W_DEVICE", asked)
     with pytest.raises(UserError, match=f"P2W_DEVICE={asked}: "):
         World.place()
+
+
+def test_leaving_flushes_and_finalises_nothing(capfd):
+    """What is printed arrives; what would be done at the interpreter's end is not."""
+    pid = os.fork()
+    if pid == 0:
+        atexit.register(print, "finalised", flush=True)
+        print("printed")
+        World.leave(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert capfd.readouterr().out == "printed\n"

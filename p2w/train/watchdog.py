@@ -79,6 +79,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="p2w-watchdog", daemon=True)
         self._origin: Any = None  # whose stub knows no `clone`
         self._store: Any = None
+        self._answer_s = max(2.0, self.silent_s / 4)
+        self._talk: threading.Thread | None = None
+        self._trouble = ""
 
     def at(self, step: int, doing: str) -> None:
         """This rank has done `step` steps and now begins `doing`, one of PLACES."""
@@ -92,7 +95,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world.size > 1:
-            self._origin = self.world.connection(max(2.0, self.silent_s / 4))
+            self._origin = self.world.connection(self._answer_s)
             self._store = self._origin.clone()
         self._thread.start()
         return self
@@ -115,32 +118,44 @@ class Watchdog:
             ):  # this very process was stopped: it knows nothing of the others
                 for peer in self.peers:
                     peer.heard = peer.moved = now
-            last = now
             trouble = self._exchange()
             verdict = self._verdict or self.judge(time.monotonic(), trouble)
             if verdict:
                 self._leave(verdict, store_answers=not trouble)
+            last = time.monotonic()
         self._exchange()
 
     def _exchange(self) -> str:
-        """Write this rank's beat and read the others'. Returns what is wrong with the store, if anything."""
+        """Write this rank's beat and read the others'. Returns what is wrong with the store, if anything.
+
+        In a thread that may stay behind: where the store's process is stopped, TCPStore's `check` and `clone` wait for ever,
+        whatever time-out was set (torch 2.13).
+        """
+        if self._talk is None or not self._talk.is_alive():
+            self._talk = threading.Thread(target=self._converse, name="p2w-beat", daemon=True)
+            self._talk.start()
+        self._talk.join(self._answer_s)
+        return "it does not answer" if self._talk.is_alive() else self._trouble
+
+    def _converse(self) -> None:
+        """One beat out, the others' in; `_trouble` says what was wrong."""
         self._tick += 1
         me = self.peers[self.world.rank]
         beat = [self._tick, self._place, os.getpid(), self.world.host, self._left, self._verdict]
-        if self._store is None:
+        store, self._trouble = self._store, ""
+        if store is None:
             self._take(me, json.dumps(beat))
-            return ""
+            return
         try:
-            self._store.set(f"beat/{me.rank}", json.dumps(beat))
+            store.set(f"beat/{me.rank}", json.dumps(beat))
             for peer in self.peers:
-                if peer.tick < 0 and not self._store.check([f"beat/{peer.rank}"]):
+                if peer.tick < 0 and not store.check([f"beat/{peer.rank}"]):
                     continue
-                self._take(peer, self._store.get(f"beat/{peer.rank}").decode())
+                self._take(peer, store.get(f"beat/{peer.rank}").decode())
         except RuntimeError as error:
+            self._trouble = str(error).partition("\n")[0]
             with contextlib.suppress(RuntimeError):  # after a time-out an answer may still be on the way
                 self._store = self._origin.clone() if self._origin is not None else None
-            return str(error).partition("\n")[0]
-        return ""
 
     def _take(self, peer: Peer, text: str) -> None:
         """Note what a beat says and when it changed."""

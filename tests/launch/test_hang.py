@@ -51,6 +51,17 @@ def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(tiny_set, calm
     assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
 
 
+def test_the_stopped_rank_that_holds_the_store_is_found(forge, tiny_set, tmp_path):
+    """Without torchrun, rank 0 does; asked from a stopped process, some calls of the store never return."""
+    run, err = tmp_path / "run", tmp_path / "err.txt"
+    pids = forge.start(tmp_path, *argv(tiny_set, run), "--train.hang-minutes", "0.1", ranks=2)
+    wait_for((run / "metrics.jsonl").exists, "a sign of life")
+    os.kill(pids[0], signal.SIGSTOP)
+    wait_for(lambda: "hangs: no answer from the rendezvous store" in err.read_text(), "the reason", 20)
+    os.kill(pids[0], signal.SIGKILL)
+    assert forge.wait() == [-9, 1]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_waits_for_its_data_is_named(forge, tiny_set, tmp_path, ranks):
     run = tmp_path / "run"

@@ -1,0 +1,182 @@
+"""One run under faults: the command that is repeated, what its folder says, and the calm run it must equal."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from faults.lives import Forge, Forked, Life, Torchrun
+
+STEPS, EVERY = 120, 6
+FLAGS = """
+demo --data.batch 4 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2 --optim.schedule plateau
+--optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1 --train.hang-minutes 0.5
+""".split()  # noqa: SIM905
+LIFE_S = 150.0
+
+
+class Wrong(AssertionError):
+    """A promise that was not kept."""
+
+
+def hold(true: bool, what: str) -> None:
+    """Raise Wrong with `what` unless it is true."""
+    if not true:
+        raise Wrong(what)
+
+
+def wait_for(happened: Callable[[], bool], what: str, seconds: float = LIFE_S, every: float = 0.01) -> None:
+    """Poll until it happened."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        hold(time.monotonic() < deadline, f"{what} did not come in {seconds:.0f} s")
+        time.sleep(every)
+
+
+def noted(run: Path) -> list[dict]:
+    """What run.json notes of each start."""
+    path = run / "run.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else []
+
+
+@dataclass
+class Plan:
+    """What a run is, and which ranks did which of its steps; survives an end of the soak."""
+
+    number: int
+    form: str = "tar"
+    ranks: int = 2
+    poison: list[int] = field(default_factory=list)  # steps whose gradient is not finite
+    small_disk: bool = False
+    segments: list[tuple[int, int]] = field(default_factory=list)  # (first step, ranks)
+
+    def name(self) -> str:
+        """The calm run that this one must equal."""
+        parts = [f"{first}x{ranks}" for first, ranks in self.segments]
+        return "-".join([*parts, *(f"nan{step}" for step in self.poison)])
+
+
+class Run:
+    """A folder, and at most one life in it."""
+
+    def __init__(self, plan: Plan, root: Path, sets: Path, forge: Forge) -> None:
+        self.plan, self.root, self.sets, self.forge = plan, root, sets, forge
+        self.folder = root / f"run-{plan.number:03d}"
+        self.disk = self.folder / "disk"  # where --run-dir lies; a small tmpfs for some runs
+        self.run = self.disk / "run"
+        self.life: Life | None = None
+        self.readers = 1
+        self.calm: list[dict] | None = None  # metrics of the calm run
+        self.beside = 1  # see Soak.again
+        self.gaps = False  # a full disk has kept steps out of metrics.jsonl
+
+    def argv(self, form: str = "", steps: int = STEPS, run: Path | None = None) -> list[str]:
+        """The command's arguments: the same in every life, but for settings that may change."""
+        own = ["--shards", str(self.sets / (form or self.plan.form)), "--run-dir", str(run or self.run)]
+        own += ["--max-steps", str(steps), "--train.checkpoint-every", str(EVERY)]
+        return [*FLAGS, *own, "--data.readers", str(self.readers)]
+
+    def start(self, rng: random.Random, by_torchrun: bool) -> Life:
+        """Type the command (again)."""
+        self.readers = rng.choice((0, 1, 2))
+        if by_torchrun and not self.plan.poison:
+            self.life = Torchrun(self.folder, self.argv(), self.plan.ranks, rng.choice((0, 3)))
+        else:
+            self.life = self.fork()
+        return self.life
+
+    def fork(self, **more) -> Forked:
+        """A life by the forge."""
+        return Forked(self.forge, self.folder, self.argv(), self.plan.ranks, self.plan.poison, **more)
+
+    def said(self) -> str:
+        """All that was printed in this run."""
+        path = self.folder / "err.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def records(self) -> list[dict]:
+        """What metrics.jsonl says of training, without what depends on the clock; a torn last line is left out."""
+        path, kept = self.run / "metrics.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if "train/loss" in record:
+                kept.append({k: v for k, v in record.items() if k != "time" and "speed/" not in k})
+        return kept
+
+    def step(self) -> int:
+        """The newest step in metrics.jsonl."""
+        records = self.records()
+        return records[-1]["step"] if records else 0
+
+    def status(self) -> dict:
+        """status.json; empty before there is one."""
+        path = self.run / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def starts(self) -> int:
+        """How often ranks have taken hold of the folder."""
+        return len(noted(self.run))
+
+    def resumed(self, before: int) -> int | None:
+        """The step that the start after `before` starts took up; None until it has."""
+        starts = noted(self.run)
+        return starts[-1].get("from_step") if len(starts) > before else None
+
+    def writing(self) -> int | None:
+        """The step whose checkpoint is being written, or was when all ended."""
+        names = [path.name for path in (self.run / "checkpoints").glob(".step-*[0-9].tmp")]
+        return max((int(name.removeprefix(".step-").removesuffix(".tmp")) for name in names), default=None)
+
+    def took_up(self, step: int) -> None:
+        """Note which ranks do the steps from `step` on."""
+        self.plan.segments = [(first, ranks) for first, ranks in self.plan.segments if first < step]
+        if not self.plan.segments or self.plan.segments[-1][1] != self.plan.ranks:
+            self.plan.segments.append((step, self.plan.ranks))
+
+    def check(self, calm: list[dict] | None) -> None:
+        """Each step once, in order; and, number by number, what the calm run says of them."""
+        records = self.records()
+        steps = [record["step"] for record in records]
+        if not self.gaps:
+            hold(steps == list(range(1, len(steps) + 1)), f"steps in metrics.jsonl: {steps}")
+        hold(steps == sorted(set(steps)), f"steps in metrics.jsonl: {steps}")
+        if calm is not None:
+            by_step = {record["step"]: record for record in calm}
+            for record in records:
+                hold(
+                    str(record) == str(by_step[record["step"]]),  # as text, in which nan is nan
+                    f"{record} where the calm run has {by_step[record['step']]}",
+                )
+
+    def weights(self) -> bytes:
+        """The last checkpoint's weights as they lie on the disk."""
+        return (self.run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+
+    def save(self) -> None:
+        """Leave a note for a later start of the soak."""
+        (self.folder / "plan.json").write_text(json.dumps(asdict(self.plan)))
+
+
+def calm(like: Run) -> tuple[list[dict], bytes]:
+    """Metrics and weights of the uninterrupted run with the same changes of ranks; run now when there is none yet."""
+    plan = Plan(like.plan.number, ranks=like.plan.ranks, poison=like.plan.poison)
+    run = Run(plan, like.root, like.sets, like.forge)
+    run.folder = like.root / "calm" / like.plan.name()
+    run.disk = run.folder
+    run.run = run.folder / "run"
+    if not (run.folder / "done").exists():
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        ends = [first for first, _ in like.plan.segments[1:]] + [STEPS]
+        for (_, ranks), end in zip(like.plan.segments, ends, strict=True):
+            life = Forked(like.forge, run.folder, run.argv(steps=end), ranks, plan.poison)
+            wait_for(lambda life=life: not life.running(), "the end of a calm run")
+            hold(set(life.codes()) == {0}, f"calm run: exit codes {life.codes()}\n{run.said()}")
+        (run.folder / "done").touch()
+    return run.records(), run.weights()
