@@ -145,8 +145,8 @@ def disk_full(run: Run, rng: random.Random) -> str:
 
 
 def newest(run: Run) -> Path:
-    """The folder of the newest checkpoint."""
-    return max((run.run / "checkpoints").glob("step-*"))
+    """The folder of the newest checkpoint that is not half there already."""
+    return max(path.parent for path in (run.run / "checkpoints").glob("step-*/meta.json"))
 
 
 def some_file(run: Run, rng: random.Random) -> Path:

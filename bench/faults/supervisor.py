@@ -111,10 +111,14 @@ class Soak:
         had = Counter(entry["kind"] for entry in self.done)
         fits = {"", "torchrun" if run.life and run.life.agent else "forked"}
         fits |= {"disk"} if run.plan.small_disk else set()
+        saved = any((run.run / "checkpoints").glob("step-*/meta.json"))
         names = [
             name
             for name in self.kinds
-            if (kind := KINDS[name]).phase == phase and kind.only in fits and run.plan.ranks >= kind.least
+            if (saved or "newest checkpoint" not in name)
+            and (kind := KINDS[name]).phase == phase
+            and kind.only in fits
+            and run.plan.ranks >= kind.least
         ]
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
 

@@ -112,17 +112,15 @@ class Watchdog:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._end.wait(self.beat_s):
-            now = time.monotonic()
-            if (
-                now - last > self.silent_s / 2
-            ):  # this very process was stopped: it knows nothing of the others
-                for peer in self.peers:
-                    peer.heard = peer.moved = now
             trouble = self._exchange()
+            now = time.monotonic()
+            if now - last > self.silent_s / 2 and not trouble:
+                for peer in self.peers:  # this very process was stopped: it knows nothing of the others
+                    peer.heard = peer.moved = now
+            last = now
             verdict = self._verdict or self.judge(time.monotonic(), trouble)
             if verdict:
                 self._leave(verdict, store_answers=not trouble)
-            last = time.monotonic()
         self._exchange()
 
     def _exchange(self) -> str:
