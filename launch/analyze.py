@@ -109,7 +109,7 @@ def show(summary: dict[str, Any], run: Path) -> None:
     for head in ("network", "step", "AUC", "d'", "contrastive loss", "top-1", "top-5", "MRR"):
         table.add_column(head, justify="left" if head == "network" else "right")
     for label, found in summary["networks"].items():
-        pairs, hits = found["similarity"], found["retrieval"]["wholes"]
+        pairs, hits = found["similarity"], found["retrieval"]
         table.add_row(
             label, str(found["step"] or ""), f"{pairs['auc']:.3f}", f"{pairs['d_prime']:.2f}",
             f"{found['contrastive_loss']:.3f}", f"{hits['top1']:.3f}", f"{hits['top5']:.3f}", f"{hits['mrr']:.3f}",
@@ -124,7 +124,9 @@ def show(summary: dict[str, Any], run: Path) -> None:
         interval = "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
         told = "undefined" if math.isnan(r) else f"{r:.3f}{interval}"
         print(f"Pearson r of contrastive loss and validation MSE: {told}, n = {over['n']} checkpoints")
-    print(f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}")
+    print(
+        f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}\nreport   {run / 'report.html'}"
+    )
 
 
 def main() -> int:

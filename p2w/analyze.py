@@ -4,6 +4,7 @@ RUN/analysis/
     summary.json           every number, with settings, data and machine
     reconstructions.npz    parts of growing scale and what was reconstructed from them
     cache/                 features; an interrupted analysis continues from here, the folder may be deleted
+RUN/report.html            drawn anew with what is above
 RUN/figures/               tsne, similarity_networks, separability_by_scale, contrastive, reconstruction_scales, retrieval
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from p2w.analysis import contrast, figures, panels, showcase
+from p2w.analysis import contrast, figures, panels, report, showcase
 from p2w.analysis.cache import Cache, Key
 from p2w.analysis.correlation import Correlation, pearson
 from p2w.analysis.measure import SETS, Measure
@@ -96,6 +97,8 @@ def analyze(a: Analysis) -> dict[str, Any]:
         summary |= _write(a, measure, subjects, course, mse)
         summary["seconds"] = round(time.monotonic() - began, 1)
         _save(a.run.path / "analysis" / "summary.json", summary)
+        with a.log.tolerate("report.html"):
+            report.write(a.run.path)
     world.barrier()
     return summary
 

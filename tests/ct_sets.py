@@ -45,5 +45,5 @@ def write_structured_set(folder: Path, form: str = "tar", train: int = 6, val: i
         shards.append({"name": f"{uid}.{form}", "nbytes": done.nbytes, "crc32c": done.crc32c})
     meta = {"schema": VERSION, "format": form, "shape": list(SHAPE), "dtype": "int16", "shards": shards}
     meta |= {"window_hu": [-1000, 1000], "axis_order": "zyx", "split": {"rule": "scan", "val_scans": val}}
-    publish(os.fspath(folder / NAME), manifest_bytes(rows, meta), "test")
+    publish(os.fspath(folder / NAME), manifest_bytes(rows, meta), os.fspath(folder / "unfinished"))
     return folder

@@ -83,13 +83,25 @@ def networks(summary: dict[str, Any], cues: dict[str, Any]) -> str:
     rows, found = [], summary["networks"]
     for label in order(found):
         pairs, hits = found[label]["similarity"], found[label]["retrieval"]["wholes"]
+        alike = f"{cues[label]['plain']:.3f} ± {cues[label]['error']:.3f}"
         rows.append(
-            [title(label), f"{pairs['auc']:.3f}", f"{cues[label]['error']:.3f}", f"{pairs['d_prime']:.2f}",
+            [title(label), alike, f"{pairs['auc']:.3f}", f"{pairs['d_prime']:.2f}",
              f"{found[label]['contrastive_loss']:.3f}", f"{hits['top1']:.2f}", f"{hits['mrr']:.2f}"]
         )  # fmt: skip
     chance = f"{hits['chance_top1']:.2f}", f"{hits['chance_mrr']:.2f}"
-    rows.append(["chance", "0.500", "", "0.00", "8.517", *chance])
-    return table(("features", "AUC", "± s.e.", "d'", "contrastive loss", "whole found: top-1", "MRR"), rows)
+    rows.append(["chance", "0.500", "0.500", "0.00", "8.517", *chance])
+    return table(
+        (
+            "features",
+            "AUC, all pairs",
+            "AUC, drawn pairs",
+            "d'",
+            "contrastive loss",
+            "whole found: top-1",
+            "MRR",
+        ),
+        rows,
+    )
 
 
 def shortcuts(cues: dict[str, Any]) -> str:
@@ -124,7 +136,7 @@ def course(summary: dict[str, Any], cues: dict[str, Any]) -> str:
         ["**Parts2Whole**, the paper's protocol", *correlation(over["contrastive_loss"], over["val_mse"])]
     ]
     kinds = {
-        "contrast": "8 parts a whole",
+        "contrast": "4 parts of every whole",
         "centred": "the same, mean feature removed",
         "error": "1 - AUC in its place",
     }
@@ -154,7 +166,7 @@ def times(runs: Path, data: str, summary: dict[str, Any], cues: dict[str, Any]) 
         parts.append(f"{name} {(seen[-1]['time'] - seen[0]['time']) / 60:.0f} min")
     start = json.loads((runs / f"{data}-parts" / "run.json").read_text())["starts"][-1]
     return (
-        f"{summary['wholes']} validation wholes; training: {', '.join(parts)}, side by side, one core each; analysis "
+        f"{data.capitalize()}: training {', '.join(parts)}, one process of one thread each; analysis "
         f"{summary['seconds'] / 60:.0f} min; shortcuts {cues['seconds'] / 60:.0f} min; {start['cores']} cores, torch "
         f"{start['torch']}, {platform.machine()}. Seeds: data 0, weights 0, analysis {summary['settings']['seed']}."
     )

@@ -88,8 +88,9 @@ def analysis_job(folder: Path, data: str) -> Job:
     run, other = (folder / "runs" / f"{data}-{name}" for name in PRETEXTS)
     against = f"histogram,pixels,random,autoencoder={other}@{STEPS[data]}"
     command = ["launch/analyze.py", "--run", run, "--step", STEPS[data], "--against", against]
-    sizes = ["--shards", folder / data, "--scales", "6", "--scale-parts", "4"]
-    return Job(f"{data}-analysis", [*command, *sizes], run / "analysis" / "summary.json")
+    sizes = "--max-wholes 40 --parts 10 --scales 6 --scale-parts 4"
+    command += ["--shards", folder / data, *sizes.split()]
+    return Job(f"{data}-analysis", command, run / "analysis" / "summary.json")
 
 
 def shortcuts_job(folder: Path, data: str) -> Job:

@@ -30,6 +30,7 @@ from p2w.world import World
 
 Array = NDArray[np.float64]
 PARTS = PartSet("parts", 1_000, 8, ((1 / 16, 1 / 4),))
+FEW = dataclasses.replace(PARTS, each=4)  # of every checkpoint
 FIRST_TESTED = 5  # scans from which on the error is one of scans; below, one of wholes
 
 
@@ -92,7 +93,7 @@ def course(run: Run, shards: ShardSet, ids: NDArray[np.int64], world: World) -> 
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
     for step in run.checkpoints.steps():
         subject = run.subject("", step, world, choose_precision("fp32", world.device))
-        features = extract(subject.load(), subject.view, PARTS, shards, ids, world).astype(np.float64)
+        features = extract(subject.load(), subject.view, FEW, shards, ids, world).astype(np.float64)
         told = auc(*pair_cosines(features))
         centred = contrast(features - features.mean((0, 1)))
         for name, value in zip(found, (step, mse[step], contrast(features), centred, 1 - told), strict=True):

@@ -115,8 +115,8 @@ class Measure:
                 "d_prime": [one["d_prime"] for one in per_scale],
             },
             "retrieval": {
-                "wholes": retrieval.scores(retrieval.among_wholes(own, gallery), len(gallery)),
-                "parts": retrieval.scores(retrieval.among_parts(own), len(gallery)),
+                **retrieval.scores(retrieval.among_wholes(own, gallery), len(gallery)),
+                "another_part": retrieval.scores(retrieval.among_parts(own), len(gallery)),
             },
             "contrastive_loss": self.contrastive_loss(subject),
         }

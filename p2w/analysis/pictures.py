@@ -56,15 +56,15 @@ class Pictures:
         (W, 3), edges z y x of the whole; `scale` (S,), here one NaN: each part has the volume that training gave it.
         """
         views, packed = self.views, io.BytesIO()
-        part, output = _grey(views.input)[:, None], _grey(self.model(views.input))[:, None]
+        part, output = grey(views.input)[:, None], grey(self.model(views.input))[:, None]
         np.savez_compressed(
-            packed, whole=_grey(views.target), part=part, output=output,
+            packed, whole=grey(views.target), part=part, output=output,
             scale=np.array([np.nan]), keys=np.array(self.keys), extent_mm=self.extent_mm,
         )  # fmt: skip
         return packed.getvalue()
 
 
-def _grey(volumes: Tensor) -> NDArray[np.uint8]:
+def grey(volumes: Tensor) -> NDArray[np.uint8]:
     """(B, 1, d, h, w) in [0, 1] -> (B, d, h, w)."""
     return (volumes[:, 0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from p2w import geometry
 from p2w.analysis import retrieval
 from p2w.analysis.features import PartSet, cut
 from p2w.analysis.measure import Measure
-from p2w.analysis.pictures import telling_wholes
+from p2w.analysis.pictures import grey, telling_wholes
 from p2w.analysis.protocol import GROWING
 from p2w.analysis.subjects import Run, Subject, autocast
 from p2w.analysis.validation import VALIDATION_SEED
@@ -31,7 +30,8 @@ Grey = NDArray[np.uint8]
 def reconstructions(
     run: Run, step: int, shards: ShardSet, split: str, world: World, precision: Precision
 ) -> dict[str, Any]:
-    """Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,).
+    """Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,);
+    `extent_mm` (W, 3), edges z y x of the whole.
 
     A part grows round its place: the draws that put and shape it are the same at all scales.
     """
@@ -56,6 +56,7 @@ def reconstructions(
     return {
         "whole": shown[:, -1], "part": shown, "output": made, "scale": np.array(GROWING),
         "keys": np.array([shards.key(int(row)) for row in ids]),
+        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.shape,
     }  # fmt: skip
 
 
@@ -96,8 +97,3 @@ def _picture(measure: Measure, subject: Subject, name: str, index: int) -> Grey:
     return grey(
         cut(voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], subject.view)
     )[0]
-
-
-def grey(volumes: Tensor) -> Grey:
-    """(B, 1, d, h, w) in [0, 1] -> (B, d, h, w), 0..255."""
-    return (volumes[:, 0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -119,7 +119,7 @@ class Trainer:
 
         `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
         """
-        with StopRequest(self.log.speaks) as self._stop:
+        with StopRequest(self.log.speaks, last_words=self.world.size > 1) as self._stop:
             try:
                 outcome = self._train(validate, look)
                 self.watchdog.at(self.step, "saving")

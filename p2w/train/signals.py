@@ -16,6 +16,9 @@ class StopRequest:
     number. Sooner ones change nothing: scancel signals torchrun and its workers, torchrun then signals the workers again,
     and all of it is one request. SIGUSR1 is never a second one: slurm/pretrain.sbatch repeats it until a run has ended.
 
+    With `last_words`, an error leaves the handlers where they are: the process says why it ends and does so by itself, and
+    the SIGTERM that torchrun sends it at once, because a peer has failed, must not cut that off.
+
     Python runs a handler only between two of its own instructions, so a process that waits for a dead peer inside a
     collective would never see the second signal. A thread does: the interpreter writes each signal's number to a socket.
     """
@@ -24,8 +27,8 @@ class StopRequest:
     IMPATIENT = (signal.SIGTERM, signal.SIGINT)
     BURST_S = 2.0
 
-    def __init__(self, speaks: bool = False) -> None:
-        self.name, self.speaks = "", speaks
+    def __init__(self, speaks: bool = False, last_words: bool = False) -> None:
+        self.name, self.speaks, self.last_words = "", speaks, last_words
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -67,6 +70,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.last_words and isinstance(error, Exception):
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)

@@ -97,7 +97,7 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
     for one in found["networks"].values():
         assert one["similarity"]["n_pairs"] == 48 and 0 <= one["similarity"]["auc"] <= 1
         assert len(one["by_scale"]["auc"]) == len(one["by_scale"]["scale"]) == 3
-        assert one["retrieval"]["wholes"]["n_queries"] == 32 and one["retrieval"]["parts"]["gallery"] == 8
+        assert one["retrieval"]["n_queries"] == 32 and one["retrieval"]["another_part"]["gallery"] == 8
         assert 0 < one["contrastive_loss"] < math.log(1 + 20 * math.exp(2 / 0.7))
     over = found["over_checkpoints"]
     assert over["steps"] == [3, 6, 9, 12] and over["n"] == 4
@@ -119,6 +119,9 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
         assert saved["whole"].shape == (4, 8, 16, 16) and saved["whole"].dtype == np.uint8
         assert (saved["part"][:, -1] == saved["whole"]).all() and saved["keys"].shape == (4,)
         assert saved["scale"].tolist() == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+        assert saved["extent_mm"].tolist() == [[16 * 2.5, *[pytest.approx(32 * 0.7)] * 2]] * 4
+    page = (run / "report.html").read_text()
+    assert "histogram" in page and "separability by scale" in page
     assert "chance" in out and str(run / "figures") in out
 
 
