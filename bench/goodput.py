@@ -43,7 +43,7 @@ from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: E402
 from p2w.train.saver import Saver  # noqa: E402
 
 EPOCHS_MIN = (1.0, 5.0, 10.0, 20.0)
-SAVES_MIN = {"an epoch": 0.0, "10 min": 10.0, "2 min": 2.0, "30 s": 0.5}
+SAVES_MIN = {"epoch": 0.0, "10 min": 10.0, "2 min": 2.0, "30 s": 0.5}
 FAULT_MIN = 10.0
 
 
@@ -177,7 +177,8 @@ def paper_size(folder: Path, rounds: int = 5) -> dict[str, float]:
 def table(found: dict) -> list[dict]:
     """Goodput at one fault in ten minutes over four weeks, for epochs and checkpoint intervals of several lengths.
 
-    Saves keep the loop, and loading adds to a restart, as with the paper's network.
+    Saves keep the loop, and loading adds to a restart, as with the paper's network. A restart of the plain loop is taken to
+    be as short as p2w's, whose imports are the same; those that hang for torch's reasons are counted in the real run only.
     """
     weeks, step_s, size = (
         28 * 86400.0,
@@ -187,7 +188,7 @@ def table(found: dict) -> list[dict]:
     kills, rows = schedule(60 * FAULT_MIN, weeks, 1), []
 
     def run(way: str, minutes: float) -> dict[str, float]:
-        restart = found[way]["restart_s"]["mean"] + size[f"{way} loads"]
+        restart = found["p2w"]["restart_s"]["mean"] + size[f"{way} loads"]
         lag = size["p2w writes beside"] if way == "p2w" else 0.0
         pieces = Pieces(step_s, 60 * minutes / step_s, size[f"{way} stands still"], lag, restart)
         return replay(kills, weeks, pieces)
@@ -201,8 +202,8 @@ def table(found: dict) -> list[dict]:
         }
         for name, minutes in SAVES_MIN.items():
             ours = run("p2w", minutes or epoch)
-            row[f"p2w, a checkpoint every {name}"] = ours["goodput"]
-            row[f"ratio, {name}"] = round(ours["goodput"] / plain["goodput"], 3)
+            row[f"p2w, saving every {name}"] = ours["goodput"]
+            row[f"ratio, saving every {name}"] = round(ours["goodput"] / plain["goodput"], 3)
         rows.append({"faults": len(kills), **row})
     return rows
 
