@@ -107,6 +107,7 @@ def summary(log: list[dict]) -> dict:
             for by, times in back.items()
         },
         "wrong": wrong,
+        "errors_of_the_soak_itself": sum("harness" in entry for entry in log),
     }
 
 

@@ -41,11 +41,20 @@ class Soak:
             run = self.run = self.run or self.open()
             try:
                 self.turn(run)
-            except (Wrong, OSError, LookupError, ValueError, AttributeError) as error:
-                why = str(error) if isinstance(error, Wrong) else traceback.format_exc()
-                self.note(wrong=why[:2000], run=run.plan.number)
+            except Wrong as error:
+                self.note(wrong=str(error)[:2000], run=run.plan.number)
                 self.clear(run, keep=True)
-                if len(self.log) > 2 and all("wrong" in entry for entry in self.log[-3:]):
+            except (
+                OSError,
+                LookupError,
+                ValueError,
+                AttributeError,
+            ):  # of the soak itself, not of what it tries
+                self.note(harness=traceback.format_exc()[-2000:], run=run.plan.number)
+                self.clear(run, keep=True)
+                if len(self.log) > 2 and all(
+                    "wrong" in entry or "harness" in entry for entry in self.log[-3:]
+                ):
                     break  # something else is broken
 
     def close(self) -> None:
