@@ -110,8 +110,9 @@ class TrainConfig:
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: float = 10.0
-    """Also save when this long has passed since the last save, so that a slow machine loses no more; 0 never."""
+    checkpoint_minutes: float = 0.5
+    """Also save when this long has passed since the last save, so that a slow machine loses no more; 0 never. What a kill
+    costs grows with it, see bench/goodput.py; training goes on beside the writing."""
     keep: int = 3
     """Newest checkpoints kept, besides the best."""
     keep_every: int = 0

@@ -17,6 +17,7 @@ STEPS = 300
 SMALL = [
     "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
     "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
+    "--train.checkpoint-minutes=0",
 ]  # fmt: skip
 Start = Callable[..., str]
 
