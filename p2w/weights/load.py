@@ -32,7 +32,9 @@ def load(path: str | Path) -> Encoder:
         path = path.resolve()  # checkpoints/latest is a link
         number = path.name.removeprefix("step-")
         if not number.isdecimal():
-            raise UserError(f"{path}: is no checkpoint of a run, whose name is step-NUMBER; name its run folder")
+            raise UserError(
+                f"{path}: is no checkpoint of a run, whose name is step-NUMBER; name its run folder"
+            )
         trained = find(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model

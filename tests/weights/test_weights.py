@@ -71,7 +71,14 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
     (tmp_path / "long").write_bytes(b"\xff" * 64)
     (tmp_path / "copied").mkdir()
     (tmp_path / "copied" / "meta.json").write_text("{}")
-    for path in (stranger, tmp_path / "copied", tmp_path / "text", tmp_path / "long", tmp_path / "nothing", tmp_path):
+    for path in (
+        stranger,
+        tmp_path / "copied",
+        tmp_path / "text",
+        tmp_path / "long",
+        tmp_path / "nothing",
+        tmp_path,
+    ):
         with pytest.raises(UserError, match=str(path)):
             p2w.load(path)
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):
