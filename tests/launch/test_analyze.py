@@ -125,6 +125,7 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
         assert saved["extent_mm"].tolist() == [[16 * 2.5, *[pytest.approx(32 * 0.7)] * 2]] * 4
     page = (run / "report.html").read_text()
     assert "histogram" in page and "separability by scale" in page
+    assert "<td>chance</td>" in page and "chance top1" not in page and "contrast/loss, as logged" not in page
     assert "chance" in out and str(run / "figures") in out
 
 
