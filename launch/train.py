@@ -150,8 +150,9 @@ def main() -> int:
         if world.is_main:
             show_plan(args, recipe, shards, world, precision)
         return 0
-    world = World.start(max(World.WAIT_S, 120 * args.config.train.hang_minutes))  # the watchdog knows more
     try:
+        # The watchdog knows more than a collective that is not joined.
+        world = World.start(max(World.WAIT_S, 120 * args.config.train.hang_minutes))
         pretrain(args.config, shards, args.folder, world, precision)
     except SharedError as error:
         if not world.is_main:

@@ -94,7 +94,12 @@ def analyze(a: Analysis) -> dict[str, Any]:
             "world_size": world.size, "device": str(world.machine()["device"]), "data": data,
             "precision": a.precision.name, "settings": _settings(a, measure),
         }  # fmt: skip
-        summary |= _write(a, measure, subjects, course, mse)
+        try:
+            summary |= _write(a, measure, subjects, course, mse)
+        except OSError as error:
+            raise UserError(
+                f"{a.run.path}: figures not written ({error.strerror or error}); make room, then repeat the command"
+            ) from error
         summary["seconds"] = round(time.monotonic() - began, 1)
         _save(a.run.path / "analysis" / "summary.json", summary)
         with a.log.tolerate("report.html"):
@@ -161,7 +166,7 @@ def _write(
         "tsne": panels.tsne(places, kinds, scale),
         "similarity_networks": panels.similarity(pairs, {k: v["similarity"] for k, v in networks.items()}),
         "separability_by_scale": panels.by_scale(
-            {k: v["by_scale"] for k, v in networks.items()}, a.settings.fraction(a.run.config.pretext)
+            {k: v["by_scale"] for k, v in networks.items()}, a.run.config.pretext.volume_fraction, a.label
         ),
     }
     over: dict[str, Any] = {}

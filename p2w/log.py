@@ -84,14 +84,17 @@ class Log:
     def rewind(self, step: int, looked: bool = True) -> None:
         """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
 
-        So will the look at `step` itself, unless `looked`. A last line cut short by a crash is dropped too.
+        So will the look at `step` itself, unless `looked`; what was logged of the step stays. A last line cut short by a
+        crash is dropped too.
         """
         path = self.run / "metrics.jsonl"
         if not self.speaks or not path.exists():
             return
         kept = [text for text in _lines(path) if _step_of(text) <= step]
         if not looked:
-            kept = [text for text in kept if _step_of(text) < step or '"train/' in text]
+            kept = [
+                text for text in kept if _step_of(text) < step or '"train/' in text or '"skipped"' in text
+            ]
         write_atomic(path, "".join(f"{text}\n" for text in kept))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -26,6 +26,19 @@ def test_rewind_drops_later_steps_and_a_broken_last_line(tmp_path):
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
+def test_rewind_to_a_look_that_is_owed_keeps_what_the_step_itself_said(tmp_path):
+    log = Log(tmp_path, True, 10)
+    log.event(2, {"skipped": "the loss of rank 1 was not finite"})
+    log.metrics(2, {"train/loss": 0.5})
+    log.metrics(2, {"val/loss": 0.5})
+    log.close()
+    Log(tmp_path, True, 10).rewind(2, looked=False)
+    assert [set(record) - {"step", "time"} for record in read_metrics(tmp_path)] == [
+        {"skipped"},
+        {"train/loss"},
+    ]
+
+
 @pytest.mark.parametrize("line", ['{"step": Infinity}', '{"step": null}', "[]", "7", "{}", '"step"'])
 def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')

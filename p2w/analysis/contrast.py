@@ -82,6 +82,9 @@ def contrastive_losses(
 
 def _losses(similar: Tensor, positive: NDArray[np.int64], negatives: NDArray[np.int64]) -> Tensor:
     """Sum () float64 of the losses of tests with one anchor: `similar` (W * P,) are its similarities / temperature."""
-    alike = similar[torch.from_numpy(positive).to(similar.device)].double()
-    against = similar.take(torch.from_numpy(negatives).to(similar.device)).exp().sum(1, dtype=torch.float64)
-    return ((alike.exp() + against).log() - alike).sum()
+    alike = similar[torch.from_numpy(positive).to(similar.device)]
+    apart = similar.take(torch.from_numpy(negatives).to(similar.device))
+    top = torch.maximum(apart.amax(1), alike)  # below t = 0.011, exp(1 / t) is more than float32 holds
+    against = (apart - top[:, None]).exp().sum(1, dtype=torch.float64)
+    above = (alike - top).double()
+    return ((above.exp() + against).log() - above).sum()

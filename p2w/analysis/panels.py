@@ -95,15 +95,19 @@ def similarity(pairs: dict[str, tuple[Floats, Floats]], numbers: dict[str, dict[
     return figure
 
 
-def by_scale(curves: dict[str, dict[str, list[float]]], trained: tuple[float, float]) -> "Figure":
-    """AUC and d' of pairs of parts of about one scale, against that scale; the scales of training in grey."""
+def by_scale(curves: dict[str, dict[str, list[float]]], trained: tuple[float, float], own: str) -> "Figure":
+    """AUC and d' of pairs of parts of about one scale, against that scale; in grey the scales that `own` was trained on."""
     figure, (left, right) = _grid(2, 5, 3.6)
+    said = f"scales that {own} was trained on"
     for index, (label, curve) in enumerate(curves.items()):
         style = {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         left.plot(curve["scale"], curve["auc"], label=label, **style)
         right.plot(curve["scale"], curve["d_prime"], label=label, **style)
     for axis, name in ((left, "AUC"), (right, "d'")):
-        axis.axvspan(*trained, color=GREY, alpha=0.15, linewidth=0, label="scales of training")
+        if trained[0] < trained[1]:
+            axis.axvspan(*trained, color=GREY, alpha=0.15, linewidth=0, label=said)
+        else:
+            axis.axvline(trained[0], color=GREY, linewidth=3, alpha=0.5, label=said)
         axis.set_xscale("log", base=2)
         axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
         axis.set(

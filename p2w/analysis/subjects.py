@@ -72,7 +72,14 @@ class Run:
         torch.manual_seed(self.config.train.seed)
         _, model = build(self.config)
         if step is not None:
-            model.load_state_dict(self.checkpoints.load(step).model)
+            weights = self.checkpoints.load(step).model
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{self.checkpoints.path(step)}: holds another network than {self.path / 'config.json'} says; "
+                    "copy the run folder again"
+                ) from error
         model.to(world.device).eval()
         if self.config.train.channels_last:
             model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
@@ -134,19 +141,27 @@ def parse_against(against: str, run: Run, world: World, precision: Precision) ->
         elif word in BASELINES:
             found.append(baseline(word, run.config.pretext))
         else:
-            label, named, place = word.rpartition("=")
-            path, at, step = place.rpartition("@")
-            if not at or not step.isdigit():
-                path, step = place, ""
-            other = Run.open(Path(path))
-            asked = other.step(int(step) if step else None)
-            found.append(other.subject(label if named else name_of(Path(path)), asked, world, precision))
+            label, path, step = _named(word)
+            other = Run.open(path)
+            found.append(other.subject(label or name_of(path), other.step(step), world, precision))
     labels = [subject.label for subject in found]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(
             f"--against {against}: two are called {twice[0]}; name one of them as LABEL={twice[0]}"
         )
     return found
+
+
+def _named(word: str) -> tuple[str, Path, int | None]:
+    """`LABEL=RUN@STEP` -> label, folder, step; "" and None where left out. The first reading whose folder is there holds."""
+    label, named, rest = word.partition("=")
+    readings: list[tuple[str, Path, int | None]] = []
+    for said, place in (("", word), *([(label, rest)] if named else [])):
+        path, at, step = place.rpartition("@")
+        readings.append((said, Path(place), None))
+        if at and step.isascii() and step.isdecimal():
+            readings.append((said, Path(path), int(step)))
+    return next((reading for reading in readings if reading[1].is_dir()), readings[-1])
 
 
 def name_of(path: Path) -> str:

@@ -10,7 +10,7 @@ whose attributes are seconds old, it still ends the process; the next start then
 
 import functools
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -156,12 +156,17 @@ class LocalSet(ShardSet):
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
 
         Raises:
-            DataError: the checksum differs from the manifest's, or the shard cannot be mapped or was cut short.
+            DataError: the checksum differs from the manifest's, or the shard cannot be read or was cut short.
         """
         start, number = int(self.offsets[sub_scan]), int(self.shard_numbers[sub_scan])
         shard = self._map(number)
-        with suppress(FileNotFoundError):  # removed: its map still holds it
-            size, whole = os.stat(self._paths[number]).st_size, self.meta["shards"][number]["nbytes"]
-            if size != whole:
-                raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {whole:,}")
+        whole = self.meta["shards"][number]["nbytes"]
+        try:
+            size = os.stat(self._paths[number]).st_size
+        except FileNotFoundError:
+            size = whole  # removed: its map still holds it
+        except OSError as error:
+            raise self.damaged(sub_scan, f"the shard cannot be read ({error.strerror})") from error
+        if size != whole:
+            raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {whole:,}")
         self.copy(sub_scan, shard[start : start + self.nbytes], out)

@@ -27,7 +27,9 @@ def agree(world: World, config: Config, precision: Precision, data: str) -> None
     if world.is_main:
         everyone = [json.loads(world.store.get(f"facts/{rank}")) for rank in range(world.size)]
         world.store.set("verdict", _verdict(everyone))
-    if verdict := world.store.get("verdict").decode():
+    verdict = world.store.get("verdict").decode()
+    world.barrier()  # without torchrun the store ends with rank 0: not before all have read it
+    if verdict:
         raise SharedError(verdict)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from p2w.config import DataConfig
 from p2w.data.stream import Batch, Stream
-from p2w.errors import UserError
+from p2w.errors import SharedError
 from p2w.world import World
 
 
@@ -19,7 +19,7 @@ class BadSamples:
     def count(self, batch: Batch, step: int) -> None:
         """Account for a batch; every rank calls it at every step.
 
-        Raises UserError, on all ranks at the same step, past `data.max_bad_share` of the samples of an epoch.
+        Raises SharedError, on all ranks at the same step, past `data.max_bad_share` of the samples of an epoch.
         """
         if self.config.on_bad_sample == "stop":
             return
@@ -29,7 +29,7 @@ class BadSamples:
         self.in_epoch += found
         self.total += found
         if self.in_epoch > self.config.max_bad_share * self.per_epoch:
-            raise UserError(
+            raise SharedError(
                 f"step {step}: {self.in_epoch} of an epoch's {self.per_epoch} samples could not be used, "
                 f"data.max_bad_share={self.config.max_bad_share:g} allows {self.config.max_bad_share * self.per_epoch:g}; "
                 "the warnings name them: repair the set with p2w verify, or pass a larger --data.max-bad-share"

@@ -91,13 +91,18 @@ class Checkpoints:
             self._mark_best(snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # what each writer makes of a full disk
             shutil.rmtree(beside, ignore_errors=True)
-            free = shutil.disk_usage(self.folder.parent).free >> 20
             raise UserError(
-                f"{final}: not saved ({str(error).splitlines()[0]}; {free:,} MiB free); make room, then repeat the "
-                "command"
+                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); make room, then repeat the command"
             ) from error
         self._prune(snapshot.step)
         return final
+
+    def _free(self) -> str:
+        """Room on the disk, in words; a file server that is gone does not tell."""
+        try:
+            return f"{shutil.disk_usage(self.folder.parent).free >> 20:,} MiB free"
+        except OSError as error:
+            return f"free space unknown: {error.strerror}"
 
     def _publish(self, beside: Path, step: int) -> None:
         """Give a durable folder its name. One of that name was damaged, or still owed its validation."""

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
 from p2w.data.stream import Batch, Stream
-from p2w.errors import UserError
+from p2w.errors import SharedError, UserError
 from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
@@ -98,6 +98,14 @@ class Trainer:
                 f"{self.checkpoints.folder}: rank {self.world.rank} sees another newest checkpoint than its peers; "
                 "the run folder must be one all nodes share"
             )
+        there = self.checkpoints.steps()
+        if (
+            snapshot is None and len(there) > 1
+        ):  # one alone, damaged, costs what a kill before it would have cost
+            raise SharedError(
+                f"{self.checkpoints.folder}: {len(there)} checkpoints and not one that can be read: look at the disk first; "
+                "to begin this run again, move that folder away"
+            )
         if self.world.is_main:
             self.checkpoints.continue_from(snapshot)
         if snapshot is None:
@@ -108,7 +116,7 @@ class Trainer:
         self.stepper.optimizer.load_state_dict(state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state["owed"]
+        self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state.get("owed", False)
         self.saver.kept = (self.step, self.owed)
         self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.owed)

@@ -34,7 +34,7 @@ PLACES = (
 BEAT_S = 1.0
 SILENT_S = 60.0
 LEFT_S = 5.0
-FIRST_STEP = 3.0  # times what is allowed later: compilation, kernels tried out
+SLOW = 3.0  # times what is allowed else: the first step compiles and tries kernels out, drawing imports matplotlib
 LOWEST_SPEAKS_S = 3.0
 
 
@@ -190,7 +190,8 @@ class Watchdog:
             return "; ".join(
                 f"{peer} has left, at step {peer.place[0]}; its own message says why" for peer in failed
             )
-        allowed = self.hang_s * (1.0 if self._steps else FIRST_STEP)
+        slow = not self._steps or any(PLACES[peer.place[1]] == "drawing" for peer in here)
+        allowed = self.hang_s * (SLOW if slow else 1.0)
         if not here or min(now - peer.moved for peer in here) <= allowed:
             return ""
         behind = min(peer.place for peer in here)
@@ -211,4 +212,7 @@ class Watchdog:
         for peer in near:
             if store_answers and peer.rank not in alive and not peer.left:
                 self.world.end_neighbour(peer.pid)
+        time.sleep(
+            2 * self.beat_s
+        )  # the others read the reason in our beat; the store may end with this process
         self.world.abandon(1, f"hangs: {verdict}; all ranks leave", at_once=True)

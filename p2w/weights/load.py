@@ -29,7 +29,13 @@ def load(path: str | Path) -> Encoder:
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
-        trained = find(path.parent.parent, int(path.name.removeprefix("step-")))
+        path = path.resolve()  # checkpoints/latest is a link
+        number = path.name.removeprefix("step-")
+        if not number.isdecimal():
+            raise UserError(
+                f"{path}: is no checkpoint of a run, whose name is step-NUMBER; name its run folder"
+            )
+        trained = find(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
         return filled(model.name, model.width, snapshot.model, str(path))

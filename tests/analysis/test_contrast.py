@@ -65,6 +65,15 @@ def test_ends_of_the_scale():
     np.testing.assert_allclose(apart, math.log(1 + 100 * math.exp(-1 / 0.7)), rtol=1e-6)
 
 
+def test_a_low_temperature_is_no_overflow():
+    """At t = 0.01 exp(1 / t) is no float32; 100 negatives at cosine 0 to one positive at 1, and the other way round."""
+    eye = torch.eye(3).repeat_interleave(2, 0).view(3, 2, 3)
+    assert (contrastive_losses(eye, tests=4, negatives=100, temperature=0.01) < 1e-30).all()
+    crossed = eye.flatten(0, 1)[[0, 2, 0, 2, 0, 2]].view(3, 2, 3)  # both parts of a whole at right angles
+    found = contrastive_losses(crossed, tests=4, negatives=100, temperature=0.01)
+    assert ((found > 100 + math.log(25)) & (found < 100 + math.log(75))).all()
+
+
 def test_one_whole_has_no_negatives():
     with pytest.raises(UserError, match=r"1 whole.* at least 2"):
         contrastive_losses(torch.ones(1, 4, 2))

@@ -85,6 +85,20 @@ def test_a_shard_cut_short_under_a_running_job_is_stood_in_for(tmp_path, capfd):
     assert capfd.readouterr().err.count("the shard has 100 bytes of") == 3
 
 
+def test_a_disk_that_fails_under_a_running_job_is_stood_in_for(tmp_path, capfd):
+    wholes = write_set(tmp_path)
+    path = tmp_path / "1.2.0001.tar"
+    with Stream(open_set(os.fspath(tmp_path), on_bad="skip"), batch=5) as stream:
+        for batch in stream.batches():
+            if (batch.epoch, batch.step) == (0, 0):
+                path.unlink()
+                path.symlink_to(path)  # to look at it is an error of the file system
+            if batch.epoch == 2:
+                break
+            np.testing.assert_array_equal(batch.voxels, np.stack([wholes[i] for i in batch.ids.tolist()]))
+    assert capfd.readouterr().err.count("key 1.2.0001/") == 3
+
+
 def test_a_set_of_nothing_but_bad_sub_scans_stops(tmp_path):
     damaged_set(tmp_path, bad=range(15))
     with pytest.raises(DataError, match=f"{standin.TRIES} others") as error:

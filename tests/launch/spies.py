@@ -6,6 +6,7 @@ The rank runs the real program; a spy wraps one of its methods.
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import zlib
@@ -22,6 +23,8 @@ from p2w.pretext.parts2whole import Parts2Whole
 from p2w.train import agree
 from p2w.train.interruptible import Interruptible
 from p2w.train.step import Stepper
+
+OTHERS: list[socket.socket] = []  # kept open
 
 
 def record(rank: int, path: str) -> None:
@@ -178,3 +181,11 @@ def be_another(rank: int, victim: int, what: str) -> None:
     """Rank `victim` runs another version of something."""
     if rank == victim:
         setattr(*{"torch": (torch, "__version__", "2.11.0"), "p2w": (agree, "__version__", "0.0.9")}[what])
+
+
+def take_port(rank: int, path: str) -> None:
+    """Another program has the port at which rank 0 is to serve; what rank 0 tells torchrun goes to `path`. It is alone."""
+    if rank:
+        os._exit(0)
+    OTHERS.append(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
+    os.environ["TORCHELASTIC_ERROR_FILE"] = path

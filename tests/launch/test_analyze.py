@@ -17,11 +17,14 @@ from safetensors.torch import load_file
 from launch.analyze import build, parse
 from p2w import config as settings
 from p2w import pretrain
+from p2w.analysis import panels
+from p2w.analysis.subjects import Run, parse_against
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.data.stream import open_set
 from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.train.optim import choose_precision
 from p2w.world import World
 
 SMALL = """--parts 4 --pairs 6 --tests 3 --negatives 20 --scales 3 --scale-parts 3 --scatter-wholes 3
@@ -122,6 +125,7 @@ def test_numbers_and_files(analyzed, trained, tiny_set):
         assert saved["extent_mm"].tolist() == [[16 * 2.5, *[pytest.approx(32 * 0.7)] * 2]] * 4
     page = (run / "report.html").read_text()
     assert "histogram" in page and "separability by scale" in page
+    assert "<td>chance</td>" in page and "chance top1" not in page and "contrast/loss, as logged" not in page
     assert "chance" in out and str(run / "figures") in out
 
 
@@ -202,6 +206,43 @@ def test_a_refusal_is_one_line_and_exit_code_2(forge, trained, tmp_path):
         codes == [2]
         and err == f"error: {empty}: no checkpoint there yet; train it: launch/train.py --run-dir {empty}\n"
     )
+
+
+def test_what_cannot_be_written_or_is_of_another_network_is_one_line(forge, analyzed, trained, tmp_path):
+    run = shutil.copytree(analyzed[0], tmp_path / "run")
+    shutil.rmtree(run / "figures")
+    (run / "figures").write_text("a file where a folder should be")
+    codes, _, err = forge.run(
+        tmp_path, "--run-dir", run, *SMALL, "--against", "histogram", "--no-checkpoints", script=SCRIPT
+    )
+    assert codes == [2] and "figures not written" in err and "Traceback" not in err
+    other = shutil.copytree(trained, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["model"]["width"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    codes, _, err = forge.run(tmp_path, "--run-dir", other, *SMALL, "--against", "", script=SCRIPT)
+    assert codes == [2] and "holds another network than" in err and "Traceback" not in err
+
+
+def test_a_folder_may_have_any_name(trained, tmp_path):
+    """`=` and `@` in a folder's name, with and without a label and a step; digits that int() does not read."""
+    odd = tmp_path / "lr=0.1@2"
+    shutil.copytree(trained, odd)
+    run = Run.open(trained)
+    precision = choose_precision("fp32", torch.device("cpu"))
+    words = f"{odd},a={odd},b={odd}@6,c={trained}@9"
+    found = parse_against(words, run, World.place(), precision)
+    assert [(one.label, one.step) for one in found] == [("lr=0.1@2", 12), ("a", 12), ("b", 6), ("c", 9)]
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        parse_against(f"{trained}@²", run, World.place(), precision)
+
+
+def test_the_scales_of_training_are_those_of_the_run():
+    curve = {"scale": [0.25, 1.0], "auc": [0.9, 0.99], "d_prime": [1.5, 3.5]}
+    parts, whole = (panels.by_scale({"a": curve}, trained, "a") for trained in ((1 / 16, 1 / 4), (1.0, 1.0)))
+    assert len(parts.axes[0].patches) == 1 and len(whole.axes[0].patches) == 0
+    for figure in (parts, whole):
+        assert "scales that a was trained on" in figure.axes[0].get_legend_handles_labels()[1]
 
 
 def test_one_process_of_several_that_is_killed_ends_the_others_and_the_command_continues(

@@ -184,3 +184,19 @@ def test_a_finished_run_repeated_changes_nothing(forge, tiny_set, whole):
     assert forge.run(whole.parent, *argv, ranks=2)[0] == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
     assert metrics(whole) == lines and status(whole)["state"] == "finished"
+
+
+def test_checkpoints_of_which_none_can_be_read_do_not_begin_the_run_again(forge, tiny_set, tmp_path):
+    """A disk that fails for a while must not cost a week: the curves and what there is stay, a person decides."""
+    run = tmp_path / "run"
+    argv = ("demo", *TINY, "--max-steps", 8, "--shards", tiny_set, "--run-dir", run)
+    spies = (("draw_nothing",),)
+    assert forge.run(tmp_path, *argv, spies=spies)[0] == [0]
+    damaged = sorted((run / "checkpoints").glob("step-*/state.pt"))
+    assert len(damaged) > 1
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    lines = (run / "metrics.jsonl").read_text()
+    codes, _, err = forge.run(tmp_path, *argv, spies=spies)
+    assert codes == [2] and f"{len(damaged)} checkpoints and not one that can be read" in err
+    assert (run / "metrics.jsonl").read_text() == lines

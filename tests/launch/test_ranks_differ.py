@@ -1,5 +1,6 @@
 """Ranks that do not fit together: what differs is named once; what may differ does no harm. Real processes."""
 
+import json
 import os
 import re
 import socket
@@ -70,6 +71,17 @@ def test_a_busy_port_is_one_line():
         said = meet(0, "127.0.0.1", port, 3)
     assert f"could not meet the other ranks at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 3 s" in said
     assert "in use" in said
+
+
+def test_torchrun_repeats_why_the_ranks_did_not_meet(forge, tiny_set, tmp_path):
+    told = tmp_path / "told.json"
+    spies = (("take_port", str(told)),)
+    codes, _, err = forge.run(
+        tmp_path, "demo", *TINY, "--shards", tiny_set, "--run-dir", tmp_path / "run", ranks=2, spies=spies
+    )
+    assert codes == [2, 0] and "Traceback" not in err
+    line = json.loads(told.read_text())["message"]
+    assert line in err.splitlines() and "error: rank 0 on" in line and "in use" in line
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-node.invalid"])

@@ -173,6 +173,16 @@ def test_a_full_disk_is_one_line_and_the_old_ones_stay(small_disk, elements):
     assert checkpoints.load_latest().step == 4
 
 
+def test_a_disk_that_is_gone_is_one_line_too(tmp_path):
+    """Not even its free space can be asked for; the run is to go on until the next try."""
+    (tmp_path / "gone").write_text("")
+    with pytest.raises(
+        UserError, match=r"not saved \(.*; free space unknown: Not a directory\); make room"
+    ) as error:
+        Checkpoints(tmp_path / "gone" / "run" / "checkpoints").save(snapshot(1))
+    assert "\n" not in str(error.value)
+
+
 def test_latest_is_a_relative_link_to_the_newest(saved, tmp_path):
     link = saved.folder / "latest"
     assert os.readlink(link) == "step-00000003"

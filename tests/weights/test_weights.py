@@ -29,6 +29,7 @@ def test_a_run_loads_as_its_best_checkpoint_and_a_checkpoint_as_itself(trained_r
     encoder = p2w.load(trained_run)
     assert same(encoder, weights(trained_run, 10))
     assert same(p2w.load(trained_run / "checkpoints" / "step-00000020"), weights(trained_run, 20))
+    assert same(p2w.load(trained_run / "checkpoints" / "latest"), weights(trained_run, 20))
     assert (encoder.channels, encoder.strides) == ((4, 8, 16, 32), (1, 2, 4, 8))
     features = encoder(torch.rand(1, 1, 16, 32, 32))
     features[-1].mean().backward()
@@ -68,7 +69,16 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
     save_file({"a": torch.zeros(1)}, stranger)
     (tmp_path / "text").write_text("hello")
     (tmp_path / "long").write_bytes(b"\xff" * 64)
-    for path in (stranger, tmp_path / "text", tmp_path / "long", tmp_path / "nothing", tmp_path):
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "meta.json").write_text("{}")
+    for path in (
+        stranger,
+        tmp_path / "copied",
+        tmp_path / "text",
+        tmp_path / "long",
+        tmp_path / "nothing",
+        tmp_path,
+    ):
         with pytest.raises(UserError, match=str(path)):
             p2w.load(path)
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):

@@ -46,7 +46,7 @@ def charts(facts: Facts) -> list[Markup]:
 
 
 def _is_contrastive(name: str) -> bool:
-    return name.startswith("contrastive") and "loss" in name
+    return name.startswith(("contrastive", "contrast/")) and "loss" in name
 
 
 def _chart(name: str, draw: Draw, caption: str, facts: Facts) -> Markup | None:

@@ -126,12 +126,13 @@ def analysis(facts: Facts) -> Markup | None:
 
 def _networks(networks: dict[str, dict[str, object]]) -> Markup:
     """One row a network."""
-    extra = sorted({key for network in networks.values() for key in child(network, "retrieval")})
-    extra = [
+    extra = sorted(
         key
-        for key in extra
-        if any(not math.isnan(number(child(n, "retrieval").get(key))) for n in networks.values())
-    ]
+        for key in {key for network in networks.values() for key in child(network, "retrieval")}
+        if key not in HIDDEN
+        and not key.startswith("chance_")
+        and any(not math.isnan(number(child(n, "retrieval").get(key))) for n in networks.values())
+    )
     head = (
         "network",
         "kind",
@@ -154,11 +155,17 @@ def _networks(networks: dict[str, dict[str, object]]) -> Markup:
         ]
         at = DASH if math.isnan(step) else f"{step:,.0f}"
         rows.append((name, network.get("kind", ""), at, *(figure(*cell) for cell in cells)))
+    by_lot = [child(network, "retrieval") for network in networks.values()]
+    by_lot = [found for found in by_lot if any(f"chance_{key}" in found for key in extra)]
+    if by_lot:
+        chances = (figure(number(by_lot[0].get(f"chance_{key}")), 3) for key in extra)
+        rows.append(("chance", "", DASH, figure(0.5, 3), figure(0.0, 2), DASH, DASH, DASH, *chances))
     note = "Cosine similarity of pairs of parts: positive, of one whole; negative, of two. d' is the distance of the means "
     note += "in standard deviations."
     return join((table(head, rows), tag("p", note, class_="note")))
 
 
+HIDDEN = {"gallery", "n_queries"}  # sizes, the same for all
 SIMILARITY = (("auc", 3), ("d_prime", 2), ("positive_mean", 3), ("negative_mean", 3))
 
 

@@ -18,11 +18,11 @@ PICTURES = {  # figures/NAME.png -> how to read it
     "part's scale. Clusters by colour mean that parts of one image lie together.",
     "similarity_networks": "Cosine similarity of pairs of parts, by network. The less the two histograms overlap, the "
     "better the features tell images apart.",
-    "separability_by_scale": "Separability against the scale of the parts. Training showed only scales up to a quarter; "
+    "separability_by_scale": "Separability against the scale of the parts. In grey, the scales that training showed; "
     "what lies beyond is generalisation.",
     "contrastive": "Contrastive loss beside validation MSE over the checkpoints. Only the MSE is trained; that both fall "
     "together is the paper's claim.",
-    "reconstruction_scales": "One whole, reconstructed from parts of growing scale.",
+    "reconstruction_scales": "Fixed wholes, reconstructed from parts of growing scale.",
     "retrieval": "Nearest neighbours: whether a part finds the whole it was cut from among all wholes.",
     "similarity": "Cosine similarity of pairs of parts before and after training, on validation wholes.",
     "reconstruction": "Middle slices of four fixed wholes: what the network saw, what it made of it, what was there.",

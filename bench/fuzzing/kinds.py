@@ -1,0 +1,260 @@
+"""Every kind of file that p2w reads: how a valid one is made, and how the product reads it."""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "data")]
+
+SHAPE = (8, 24, 20)  # z, y, x of the scans
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`make` writes valid files; `read` reads them; `sealed` names files of which no byte may change unnoticed."""
+
+    make: Callable[[Path], None]
+    read: Callable[[Path], object]
+    sealed: tuple[str, ...] = ()
+    expands: int = 0  # bytes that a file may unpack to, for each of its bytes
+
+
+def kinds() -> dict[str, Kind]:
+    """Everything that is read from a disk or a line."""
+    from ct_files import ct, dicom, write  # noqa: PLC0415
+
+    def scan(name: str) -> Callable[[Path], None]:
+        return lambda folder: write(folder / name, ct(SHAPE)) and None
+
+    def series(folder: Path) -> None:
+        dicom(folder / "ct", ct((4, 24, 20)), "1.2.3")
+
+    def packed_series(folder: Path) -> None:
+        dicom(folder / "ct", ct((4, 24, 20)), "1.2.3", compressor="JPEG2000")
+
+    names = (
+        "a.mhd",
+        "packed.mhd",
+        "a.mha",
+        "packed.mha",
+        "a.nii",
+        "a.nii.gz",
+        "a.nrrd",
+        "packed.nrrd",
+        "a.nhdr",
+    )
+    table = {f"scan-{name}": Kind(scan(name), read_scans, expands=1032) for name in names}
+    return table | {
+        "scan-dicom": Kind(series, read_scans),
+        "scan-dicom-packed": Kind(packed_series, read_scans, expands=1032),
+        "shard-tar": Kind(make_set("tar"), read_set, ("1.2.0000.tar", "1.2.0001.tar")),
+        "shard-arrow": Kind(make_set("arrow"), read_set, ("1.2.0000.arrow", "1.2.0001.arrow")),
+        "manifest": Kind(make_set("tar", only="manifest.parquet"), read_manifest, ("manifest.parquet",)),
+        "manifest-unsealed": Kind(make_unsealed, read_manifest, expands=64),
+        "tar-stream": Kind(make_set("tar", only="1.2.0000.tar"), read_tar_stream),
+        "checkpoint": Kind(
+            make_checkpoint, read_checkpoint, ("step-00000003/model.safetensors", "step-00000003/state.pt")
+        ),
+        "checkpoint-resealed": Kind(make_checkpoint, lambda folder: read_checkpoint(folder, reseal=True)),
+        "safetensors": Kind(make_safetensors, read_safetensors),
+        "config": Kind(make_config, read_config),
+        "settings": Kind(make_settings, read_settings),
+    }
+
+
+def read_scans(folder: Path) -> None:
+    """As preprocess/shard_scans.py finds, forecasts and reads."""
+    from p2w.data.cut import _read  # noqa: PLC0415
+    from p2w.data.find import find_scans  # noqa: PLC0415
+    from p2w.data.folder import Settings  # noqa: PLC0415
+    from p2w.data.grid import BadScan  # noqa: PLC0415
+    from p2w.data.run import forecast  # noqa: PLC0415
+    from p2w.errors import UserError  # noqa: PLC0415
+
+    found = find_scans([str(folder)], str(folder / "out"))
+    forecast(found.sources, Settings())
+    reasons = [why for _, why in found.bad]
+    for source in found.sources:
+        try:
+            _read(source)
+        except BadScan as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def make_set(form: str, only: str = "") -> Callable[[Path], None]:
+    from stream_sets import write_set  # noqa: PLC0415
+
+    def make(folder: Path) -> None:
+        write_set(folder, form, train=(3,), val=(2,))
+        for path in folder.iterdir():
+            if only and path.name != only:
+                path.unlink()
+
+    return make
+
+
+def make_unsealed(folder: Path) -> None:
+    """A manifest of an earlier time, without its own checksum: all rests on the rules."""
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    make_set("tar", "manifest.parquet")(folder)
+    table = pq.read_table(folder / "manifest.parquet")
+    meta = json.loads(table.schema.metadata[b"p2w"])
+    meta.pop("seal")
+    table = table.replace_schema_metadata({b"p2w": json.dumps(meta).encode()})
+    pq.write_table(table, folder / "manifest.parquet", compression="zstd")
+
+
+def read_manifest(folder: Path) -> None:
+    from p2w.data.local import ShardSet  # noqa: PLC0415
+    from p2w.data.manifest import open_manifest  # noqa: PLC0415
+
+    shards = ShardSet(open_manifest((folder / "manifest.parquet").read_bytes()), "fuzzed")
+    assert len(shards.ids("train")) + len(shards.ids("val")) <= len(shards)
+
+
+def read_set(folder: Path) -> None:
+    """p2w verify, and every sub-scan as training reads it."""
+    from p2w.data import verify  # noqa: PLC0415
+    from p2w.data.manifest import open_manifest  # noqa: PLC0415
+    from p2w.data.stream import open_set  # noqa: PLC0415
+    from p2w.errors import UserError  # noqa: PLC0415
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        manifest = open_manifest(folder)
+        faults = [verify.check_shard(manifest, shard) for shard in manifest.meta["shards"]]
+    lines = [fault.line(str(folder)) for fault in faults if fault]
+    try:
+        shards = open_set(str(folder))
+        for sub_scan in range(len(shards)):
+            shards.read_into(sub_scan, np.empty(shards.shape, np.int16))
+    except UserError as error:
+        assert lines, f"training found what verify did not: {error}"
+    if lines:
+        raise UserError(lines[0])
+
+
+def read_tar_stream(folder: Path) -> None:
+    """A remote shard, from a file in the place of curl."""
+    from stream_sets import write_set  # noqa: PLC0415
+
+    from p2w.data import remote  # noqa: PLC0415
+    from p2w.data.manifest import open_manifest  # noqa: PLC0415
+
+    remote._PAUSE, remote.logging.disable = 0.0, remote.logging.disable
+    with tempfile.TemporaryDirectory() as sound:
+        write_set(Path(sound), "tar", train=(3,), val=(2,))
+        shards = remote.RemoteSet(open_manifest(sound), "http://nowhere")
+
+    @contextlib.contextmanager
+    def opened(url: str):
+        with open(folder / "1.2.0000.tar", "rb") as file:
+            yield file
+
+    before, remote._opened = remote._opened, opened
+    try:
+        for sub_scan in range(3):
+            shards.read_into(sub_scan, np.empty(shards.shape, np.int16))
+    finally:
+        remote._opened = before
+
+
+def make_checkpoint(folder: Path) -> None:
+    import torch  # noqa: PLC0415
+
+    from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: PLC0415
+
+    model = {"a.weight": torch.ones(3, 5), "a.bias": torch.zeros(3)}
+    state = {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "skipped": 0, "schedule": {"bad": 1}}
+    Checkpoints(folder).save(Snapshot(3, model, state, 0.5))
+
+
+def read_checkpoint(folder: Path, reseal: bool = False) -> None:
+    from p2w.train import checkpoint  # noqa: PLC0415
+
+    if reseal:  # what someone writes who knows how
+        meta = folder / "step-00000003" / "meta.json"
+        with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+            told = json.loads(meta.read_text())
+            told["crc32c"] = {name: checkpoint._checksum(meta.parent / name) for name in checkpoint.FILES}
+            meta.write_bytes(checkpoint.seal(told))
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.best()
+    checkpoints.load(3)
+
+
+def make_safetensors(folder: Path) -> None:
+    import torch  # noqa: PLC0415
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    save_file({"encoder.a": torch.ones(3, 5), "decoder.b": torch.zeros(7)}, folder / "model.safetensors")
+
+
+def read_safetensors(folder: Path) -> None:
+    """Weights as checkpoints and their users read them."""
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    from p2w.errors import UserError  # noqa: PLC0415
+
+    try:
+        load_file(folder / "model.safetensors")
+    except (SafetensorError, ValueError) as error:
+        raise UserError("no weights") from error
+
+
+def make_config(folder: Path) -> None:
+    from p2w.config import Config, to_json  # noqa: PLC0415
+
+    (folder / "config.json").write_text(to_json(Config()))
+
+
+def read_config(folder: Path) -> None:
+    from p2w import config  # noqa: PLC0415
+
+    config.flatten(config.read(folder / "config.json"))
+
+
+def make_settings(folder: Path) -> None:
+    from ct_files import ct, write  # noqa: PLC0415
+
+    from p2w.data.cut import cut_scan  # noqa: PLC0415
+    from p2w.data.find import find_scans  # noqa: PLC0415
+    from p2w.data.folder import Folder, Settings, Share  # noqa: PLC0415
+    from p2w.data.subscan import Tiling  # noqa: PLC0415
+
+    write(folder / "scans" / "a.mha", ct((16, 16, 16)))
+    out = Folder(str(folder / "set"), Settings(Tiling((8, 8, 8), 0, 0.0)))
+    with out.share_lock(Share()):
+        out.prepare(Share())
+        for source in find_scans([str(folder / "scans")], "").sources:
+            cut_scan(source, out, Share())
+
+
+def read_settings(folder: Path) -> None:
+    """settings.json and scans/*.json, as a run that goes on reads them, and the merge."""
+    from p2w.data.find import find_scans  # noqa: PLC0415
+    from p2w.data.folder import Folder, Settings, Share  # noqa: PLC0415
+    from p2w.data.merge import merge, unfinished  # noqa: PLC0415
+    from p2w.data.subscan import Tiling  # noqa: PLC0415
+
+    out = Folder(str(folder / "set"), Settings(Tiling((8, 8, 8), 0, 0.0)))
+    found = find_scans([str(folder / "scans")], str(folder / "set"))
+    with out.share_lock(Share()):
+        out.prepare(Share())
+        out.check_strangers(found.sources, found.bad)
+        for source in found.sources:
+            out.finished(source)
+    with out.merge_lock():
+        if not unfinished(found, out):
+            merge(found, out)
