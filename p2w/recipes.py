@@ -23,7 +23,7 @@ DEMO = Recipe(
         pretext=PretextConfig(size=(16, 32, 32)),
         model=ModelConfig(width=8),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=20),
-        train=TrainConfig(steps=600, validate_every=100, look_every=50, checkpoint_every=100, log_every=5),
+        train=TrainConfig(steps=600, validate_every=100, look_every=100, checkpoint_every=100, log_every=5),
     ),
 )
 
