@@ -85,8 +85,12 @@ class Checkpoints:
                 "crc32c": {name: _checksum(beside / name) for name in FILES},
             }
             (beside / "meta.json").write_bytes(seal(meta))
-            for name in (*FILES, "meta.json", "."):
-                _sync(beside / name)
+            log = self.folder.parent / "metrics.jsonl"  # whose lines of these steps nobody will write again
+            for path in (
+                *(beside / name for name in (*FILES, "meta.json", ".")),
+                *([log] if log.is_file() else []),
+            ):
+                _sync(path)
             self._publish(beside, snapshot.step)
             self._mark_best(snapshot)
         except (OSError, SafetensorError, RuntimeError) as error:  # what each writer makes of a full disk
