@@ -79,7 +79,16 @@ def train_job(folder: Path, data: str, pretext: str) -> Job:
     length = (
         f"demo --train.steps {steps} --train.validate-every {every} --train.checkpoint-every {every}".split()
     )
-    where = ["--train.keep", "100", "--shards", folder / data, "--run-dir", run]
+    where = [
+        "--train.keep",
+        "100",
+        "--train.checkpoint-minutes",
+        "0",
+        "--shards",
+        folder / data,
+        "--run-dir",
+        run,
+    ]
     return Job(run.name, ["launch/train.py", *length, *where, *PRETEXTS[pretext]], run / "status.json")
 
 
