@@ -192,9 +192,11 @@ class Checkpoints:
             TypeError,
             RuntimeError,
             SafetensorError,
+            EOFError,
             pickle.UnpicklingError,
         ) as error:
-            raise UserError(f"{folder}: not a whole checkpoint ({str(error).splitlines()[0]})") from error
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{folder}: not a whole checkpoint ({why})") from error
         return Snapshot(step, model, state, validation)
 
     def best(self) -> int | None:

@@ -324,3 +324,16 @@ def test_a_validation_that_is_no_number_is_one_line(saved, validation):
     path.write_bytes(seal(meta))
     with pytest.raises(UserError, match="not a whole checkpoint"):
         saved.load(3)
+
+
+def test_a_state_that_ends_early_under_a_right_checksum_is_one_line(saved):
+    """As someone writes it who knows how: bench/fuzz.py, checkpoint-resealed 38363."""
+    folder = saved.path(3)
+    (folder / "state.pt").write_bytes(
+        b"\x80\x02"
+    )  # a pickle that stops after its header: EOFError without a word
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["crc32c"]["state.pt"] = crc32c.crc32c((folder / "state.pt").read_bytes())
+    (folder / "meta.json").write_bytes(seal(meta))
+    with pytest.raises(UserError, match=r"not a whole checkpoint \(.+\)$"):
+        saved.load(3)
