@@ -9,7 +9,7 @@ class Conv3d(nn.Conv3d):
 
     oneDNN 3.12 (torch 2.13, AMX) reads memory that it never wrote when it computes the weights' gradient of a bf16
     convolution of 3 slices over a map of D = 2: of 15 sizes tried, all five with D = 2 gave values up to infinity, all
-    others the right ones. `p2w.selfcheck` compares the run's own network with fp32 at start, should there be more.
+    others the right ones. `p2w.train.selfcheck` compares the run's own network with fp32 at start, should there be more.
     """
 
     def forward(self, x: Tensor) -> Tensor:
