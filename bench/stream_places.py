@@ -1,4 +1,4 @@
-"""Reading where nothing is warm: from a disk whose cache was dropped, and from a web server; and what 20 epochs leave in memory.
+"""Reading what is not in memory: from a disk whose cache was dropped, from a web server; and what 20 epochs leave behind.
 
     python bench/stream_places.py --folder /data/bench    # sets that `bench/stream.py --folder … --write` has written
     python bench/stream_places.py                         # writes its own
@@ -37,6 +37,7 @@ from p2w.data.stream import Stream, open_set
 class Options:
     """What to measure."""
 
+    peers: str = sys.executable  # the Python of the peers' environment
     folder: str = ""
     batch: int = 16
     rounds: int = 3
@@ -89,7 +90,7 @@ def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callabl
         def run() -> (
             float
         ):  # a process of its own each time: the last one's maps would keep pages in the cache
-            process = Peer(name, folder, Sets(peers=sys.executable, batch=options.batch))
+            process = Peer(name, folder, Sets(peers=options.peers, batch=options.batch))
             drop(f"{folder}/{where}")
             try:
                 return float(process.ask("epoch 2")["rate"])
@@ -128,8 +129,8 @@ def served(folder: str) -> Iterator[str]:
         places = " ".join(f"{kind}_temp_path {run}/{kind};" for kind in kinds)
         root = "user root;" if os.geteuid() == 0 else ""
         Path(f"{run}/conf").write_text(
-            f"{root} worker_processes 1; daemon off; pid {run}/pid; error_log {run}/error; events {{}} http {{ access_log off; "
-            f"sendfile on; {places} server {{ listen 127.0.0.1:{port}; root {folder}; }} }}"
+            f"{root} worker_processes 1; daemon off; pid {run}/pid; error_log {run}/error; events {{}} "
+            f"http {{ access_log off; sendfile on; {places} server {{ listen 127.0.0.1:{port}; root {folder}; }} }}"
         )
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         server = subprocess.Popen([nginx, "-p", run, "-e", f"{run}/error", "-c", f"{run}/conf"])
@@ -195,7 +196,7 @@ def main(options: Options) -> None:
     folder = options.folder or tempfile.mkdtemp()
     try:
         if not options.folder:
-            write(folder, Sets(samples=256, peers=sys.executable))
+            write(folder, Sets(samples=256, peers=options.peers))
         given: list[float] = []
         disk = rotate(cold(folder, options, given), options.rounds)
         with served(f"{folder}/tar") as url:

@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from p2w.data import order
+from p2w.data.checksum import crc32c
 from p2w.data.manifest import Manifest, repair_command
 from p2w.data.order import Ids
 from p2w.errors import UserError
@@ -126,7 +126,7 @@ class ShardSet:
         for start in range(0, self.nbytes, _BLOCK):
             block = target[start : start + _BLOCK]
             np.copyto(block, source[start : start + _BLOCK])
-            found = crc32c(block, found)
+            found = crc32c(block.data, found)
         if found != expected:
             at = int(self.offsets[sub_scan])
             raise self.damaged(
