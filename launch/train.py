@@ -90,6 +90,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
 def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
     """The dry run's page."""
     from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
+    from p2w.train.forecast import describe  # noqa: PLC0415
 
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
@@ -110,30 +111,9 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
         f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
     print(f"in all          {flops / 1e15:,.0f} PFLOP forward and backward")
-    sizes = {"gradient_bytes": 4 * facts.parameters, "sample_bytes": shards.nbytes, "batch": batch}
-    for line in _forecast(world, steps, flops_per_sample=facts.flops_per_sample, **sizes):
-        print(line)
-
-
-def _forecast(world: World, steps: int, **sizes: int) -> list[str]:
-    """How long it would take: on these ranks where their card is known, else on one and on eight H100."""
-    from p2w.train.forecast import between, forecast, known  # noqa: PLC0415  (only for this page)
-
-    card = known(world.device_reason) if world.device.type == "cuda" else None
-    name, pieces = card or known("H100")  # type: ignore[misc]
-    lines = []
-    for ranks in [world.size] if card else [1, 8]:
-        if sizes["batch"] % ranks:
-            continue
-        node = world.local_size if card else 8
-        slow, fast = (forecast(one, ranks=ranks, per_node=node, **sizes) for one in between(pieces))
-        hours = [one.step_s * steps / 3600 for one in (fast, slow)]
-        lines.append(
-            f"{'forecast' if not lines else '':16}{ranks} x {name}: {slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} "
-            f"samples/s, {hours[0]:,.1f}-{hours[1]:,.1f} h; all-reduce {1e3 * fast.all_reduce_s:.1f} ms of a step's "
-            f"{1e3 * fast.step_s:.1f}, {1e3 * fast.exposed_s:.1f} of them not hidden; limit: {fast.limit}"
-        )
-    return [*lines, f"{'':16}assumed: {pieces.sources}"]
+    card = world.device_reason if world.device.type == "cuda" else ""
+    said = describe(facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps)
+    print("\n".join(f"{'' if number else 'forecast':16}{line}" for number, line in enumerate(said)))
 
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:

@@ -47,6 +47,9 @@ class Held:
             )
         self.voxels = torch.empty((len(self.ids), *shards.shape), dtype=torch.int16, device=device)
         self.there: NDArray[np.bool_] = np.zeros(len(self.ids), np.bool_)
+        self._written: torch.cuda.Event | None = (
+            None  # in whichever CUDA stream that was: iterations have their own
+        )
 
     def places(self, ids: Ids) -> Ids:
         """Where ids of the split stand in `voxels` and `there`."""
@@ -58,10 +61,14 @@ class Held:
         On a GPU all of it is queued in the current CUDA stream. `source` (b, D, H, W) is on the CPU, pinned for a GPU.
         """
         places = self.places(ids.numpy())
+        if self._written is not None:
+            torch.cuda.current_stream(out.device).wait_event(self._written)
         if fresh:
             rows = [self.voxels[places[row]] for row in fresh]
             for row, voxels in zip(fresh, rows, strict=True):
                 voxels.copy_(source[row], non_blocking=True)
             self.there[places[list(fresh)]] = True
+            if out.is_cuda:
+                self._written = torch.cuda.current_stream(out.device).record_event()
         # One launch, whose offsets have 64 bits whatever torch does for an index into 30 billion voxels.
         torch._foreach_copy_(list(out.unbind()), [self.voxels[place] for place in places])

@@ -8,12 +8,15 @@ of the machine it runs on and compares the forecast with runs of one and of two 
 import math
 from dataclasses import dataclass, replace
 
+from p2w.train.cost import Cost
+
 BUCKET_BYTES = (
     25 << 20
 )  # of gradients that DDP sums at a time; the last one has no backward pass to hide behind
 BACKWARD = (
     2 / 3
 )  # of a step's arithmetic: the gradients of inputs and of weights, each as much as the forward pass
+SAMPLE_BYTES = 2 << 20  # a sub-scan
 READ_BYTES_PER_S = 7e9  # of a rank: bench/stream.py, two readers on two cores, warm page cache, checksums
 
 
@@ -110,3 +113,22 @@ def between(pieces: Pieces) -> tuple[Pieces, Pieces]:
     """Pieces at the peak -> at the low and the high end of what is sustained."""
     low, high = (replace(pieces, flops_per_s=share * pieces.flops_per_s) for share in SUSTAINED)
     return low, high
+
+
+def describe(cost: Cost, card: str, *, ranks: int, per_node: int, batch: int, steps: int) -> list[str]:
+    """Lines for a person: these ranks on `card`, as torch names it; one and eight H100 where that is not a known one."""
+    here = known(card)
+    name, pieces = here or known("H100") or ("", Pieces(1, 1, 1))
+    sizes = {"batch": batch, "flops_per_sample": cost.flops_per_sample, "sample_bytes": SAMPLE_BYTES,
+             "gradient_bytes": 4 * cost.parameters}  # fmt: skip
+    lines = []
+    for count, node in [(ranks, per_node)] if here else [(1, 8), (8, 8)]:
+        if batch % count:
+            continue
+        slow, fast = (forecast(one, ranks=count, per_node=node, **sizes) for one in between(pieces))
+        hours = [one.step_s * steps / 3600 for one in (fast, slow)]
+        lines.append(
+            f"{count} x {name}: {slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} samples/s, "
+            f"{hours[0]:,.1f}-{hours[1]:,.1f} h; all-reduce {1e3 * fast.all_reduce_s:.1f} ms beside a step of {1e3 * fast.step_s:.1f}; limit: {fast.limit}"
+        )
+    return [*lines, f"assumed: {pieces.sources}; few samples a rank may sustain less"]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from p2w.train.forecast import Pieces, all_reduce_s, between, forecast, known
+from p2w.train.cost import Cost
+from p2w.train.forecast import Pieces, all_reduce_s, between, describe, forecast, known
 
 PAPER = {"flops_per_sample": 580e9, "gradient_bytes": 67e6, "sample_bytes": 2 << 20}
 
@@ -47,3 +48,11 @@ def test_known_cards():
     assert name == "H200" and known("AMD EPYC") is None
     rates = [forecast(one, ranks=1, per_node=8, batch=16, **PAPER).samples_per_s for one in (low, high)]
     assert rates[0] == pytest.approx(0.28 * 989e12 / 580e9) and rates[1] > 680
+
+
+def test_lines_for_a_person():
+    cost = Cost(16_750_000, 7_030_000, 580_000_000_000, 0, 0, 0)
+    here = describe(cost, "NVIDIA H200", ranks=4, per_node=4, batch=16, steps=351_800)
+    assert here[0].startswith("4 x H200: 1,8") and "limit: arithmetic" in here[0] and len(here) == 2
+    other = describe(cost, "", ranks=1, per_node=1, batch=12, steps=10)
+    assert [line.split(":")[0] for line in other] == ["1 x H100", "assumed"]  # 8 do not share a batch of 12
