@@ -127,8 +127,8 @@ def describe(cost: Cost, card: str, *, ranks: int, per_node: int, batch: int, st
             continue
         slow, fast = (forecast(one, ranks=count, per_node=node, **sizes) for one in between(pieces))
         hours = [one.step_s * steps / 3600 for one in (fast, slow)]
-        lines.append(
-            f"{count} x {name}: {slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} samples/s, "
-            f"{hours[0]:,.1f}-{hours[1]:,.1f} h; all-reduce {1e3 * fast.all_reduce_s:.1f} ms beside a step of {1e3 * fast.step_s:.1f}; limit: {fast.limit}"
-        )
+        rates = f"{slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} samples/s"
+        times = f"{hours[0]:,.1f}-{hours[1]:,.1f} h"
+        sums = f"all-reduce {1e3 * fast.all_reduce_s:.1f} ms beside a step of {1e3 * fast.step_s:.1f}"
+        lines.append(f"{count} x {name}: {rates}, {times}; {sums}; limit: {fast.limit}")
     return [*lines, f"assumed: {pieces.sources}; few samples a rank may sustain less"]
