@@ -96,7 +96,9 @@ def row(group: str, name: str, rates: list[float], unit: str, kind: str = "peer"
 def save(
     path: Path, question: str, command: str, rows: list[Row], goals: list[Goal], **more: Any
 ) -> dict[str, Any]:
-    """Write a result; returns it."""
+    """Write a result; returns it. Rows of one group are put together, groups in the order of their first rows."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    rows = sorted(rows, key=lambda row: groups.index(row.group))
     result = {
         "question": question,
         "command": command,

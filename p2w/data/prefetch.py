@@ -40,10 +40,10 @@ class Had:
         """Which of these ids must be read for a step."""
         return self.since[self.held.places(ids)] > epoch * self.steps + step
 
-    def add(self, sub_scan: np.int64, epoch: int, step: int) -> None:
-        """It has been read for a step."""
-        place = self.held.places(np.asarray(sub_scan))
-        self.since[place] = min(self.since[place], epoch * self.steps + step)
+    def add(self, ids: Ids, epoch: int, step: int) -> None:
+        """These have been read for a step."""
+        places = self.held.places(ids)
+        self.since[places] = np.minimum(self.since[places], epoch * self.steps + step)
 
 
 class Lane:
@@ -69,12 +69,12 @@ class Lane:
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
         for row, reader in zip(self.rows, self.readers, strict=True):
-            fresh[row] = self.had is None or bool(self.had.lacks(ids[step, row], epoch, step))
+            fresh[row] = self.had is None or self.had.lacks(ids[step, row, None], epoch, step)[0]
             read[row] = ids[step, row]
             if fresh[row]:
                 read[row] = self.stand_ins.read(reader, int(ids[step, row]), epoch, voxels[row])
                 if self.had:
-                    self.had.add(read[row], epoch, step)
+                    self.had.add(read[row, None], epoch, step)
 
     def close(self) -> None:
         """Close the readers of the epoch."""

@@ -17,7 +17,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class Stream:
         split: str = "val",
     ) -> Self:
         """One pass in fixed order, every sub-scan once; the last batch is filled up with weight 0."""
-        share = {"rank": rank, "world_size": world_size}
+        share: dict[str, Any] = {"rank": rank, "world_size": world_size}
         return cls(shards, split, batch, **share, readers=readers, device=device, training=False)
 
     @property

@@ -84,10 +84,10 @@ def test_a_lane_ahead_does_not_promise_to_one_behind(tmp_path):
     write_set(tmp_path)
     shards = open_set(os.fspath(tmp_path))
     had = Had(Held(shards, "train", CPU), steps=3)
-    had.add(np.int64(5), 1, 0)
+    had.add(np.array([5]), 1, 0)
     assert had.lacks(np.array([5, 6]), 0, 2).tolist() == [True, True]
     assert had.lacks(np.array([5, 6]), 1, 0).tolist() == [False, True]
-    had.add(np.int64(5), 0, 2)
+    had.add(np.array([5]), 0, 2)
     assert had.lacks(np.array([5, 6]), 0, 2).tolist() == [False, True]
 
 
