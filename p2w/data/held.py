@@ -39,13 +39,17 @@ class Held:
         """
         self.ids = shards.ids(split)  # ascending
         need, free = len(self.ids) * shards.nbytes, free_bytes(device) // sharers
+        gib = 1 << 30
+        refusal = (
+            f"data.on_device: {len(self.ids):,} sub-scans take {need / gib:.1f} GiB of {device}, which has "
+            f"{free / gib:.1f} GiB free and needs {reserve / gib:.1f} for the network; pass --data.no-on-device"
+        )
         if need + reserve > free:
-            gib = 1 << 30
-            raise UserError(
-                f"data.on_device: {len(self.ids):,} sub-scans take {need / gib:.1f} GiB of {device}, which has "
-                f"{free / gib:.1f} GiB free and needs {reserve / gib:.1f} for the network; pass --data.no-on-device"
-            )
-        self.voxels = torch.empty((len(self.ids), *shards.shape), dtype=torch.int16, device=device)
+            raise UserError(refusal)
+        try:
+            self.voxels = torch.empty((len(self.ids), *shards.shape), dtype=torch.int16, device=device)
+        except torch.OutOfMemoryError as error:  # free, but not in one piece, or taken meanwhile
+            raise UserError(refusal) from error
         self.there: NDArray[np.bool_] = np.zeros(len(self.ids), np.bool_)
         self._written: torch.cuda.Event | None = (
             None  # in whichever CUDA stream that was: iterations have their own
