@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from crc32c import crc32c
 
+from p2w.data.dicom_pixels import plain_pixels
 from p2w.data.find import Source
 from p2w.data.grid import BadScan, Grid, to_canonical
 from p2w.data.itk import bounded, check_promise, last_line, nrrd_files, opened
@@ -59,6 +60,8 @@ def read_scan(source: Source) -> Scan:
         flat, checksum = read_voxels(stored, checksum)
         array = flat.reshape(grid.size[::-1])
         voxels = to_int16(array, stored.slope, stored.intercept)
+    elif source.grid and source.exact and (plain := plain_pixels(source.files, source.grid.size)):
+        voxels, checksum = plain
     else:
         checksum = _checksum(files)
         voxels = to_int16(_read_with_itk(source))
