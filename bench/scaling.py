@@ -3,9 +3,9 @@
     python bench/scaling.py              # measures the pieces here, checks, prints the forecast: two minutes on two cores
     python bench/scaling.py --rounds 9
 
-Pieces, measured in one process: a step of one sample and a step of two, so what a sample costs and what a step costs; in two
-processes: the all-reduce of the network's gradients alone, over gloo. Checked: a step of four samples in one process,
-and steps of one and of two samples a process in two. The network is the paper's at 32x32x16 voxels, an eighth of its
+Pieces: a step of one sample and a step of two, so what a sample costs and what a step costs, in one process, and in two
+side by side that sum nothing (they share a memory bus, GPUs do not); the all-reduce of the network's gradients alone, over
+gloo. Checked: a step of four samples in one process; steps of one, two and four samples in each of two, with the sum. The network is the paper's at 32x32x16 voxels, an eighth of its
 arithmetic, with all its 67 MB of gradients, so that sums weigh more than they would; one thread a process.
 """
 
@@ -67,9 +67,15 @@ def measured(world: World, rounds: int) -> dict[str, float]:
         torch.rand(14_000_000 // 4 + 250_000)
     ]  # DDP's buckets
 
-    def step(count: int) -> float:
+    def step(count: int, summed: bool = True) -> float:
         world.barrier()
         began = time.perf_counter()
+        if not summed:
+            with wrapped.no_sync():
+                return step_of(count, began)
+        return step_of(count, began)
+
+    def step_of(count: int, began: float) -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             output = wrapped(samples[:count])
@@ -88,6 +94,7 @@ def measured(world: World, rounds: int) -> dict[str, float]:
     ways = {f"step {count}": (lambda count=count: step(count)) for count in (1, 2, 4)}
     if world.size > 1:
         ways["all-reduce"] = reduce
+        ways |= {f"step {count}, no sum": (lambda count=count: step(count, False)) for count in (1, 2)}
     return {name: median(values) for name, values in rotate(ways, rounds).items()}
 
 
@@ -137,11 +144,18 @@ def main() -> None:
     small = replace(config, pretext=replace(config.pretext, size=SIZE))
     flops = cost(small, lambda: build(small)[1], 1, 2).flops_per_sample
     one, two = run(1, args.rounds), run(2, args.rounds)
-    sample_s = one["step 2"] - one["step 1"]
     speed = 4 * facts.parameters / two["all-reduce"]  # of a ring of two: each byte once
-    pieces = Pieces(
-        flops / sample_s, speed, speed, 0.0, one["step 1"] - sample_s, hidden=0.0, sources="measured here"
-    )
+
+    def pieces_of(first: float, second: float) -> Pieces:
+        sample_s = second - first
+        return Pieces(
+            flops / sample_s, speed, speed, 0.0, first - sample_s, hidden=0.0, sources="measured here"
+        )
+
+    alone = {
+        1: pieces_of(one["step 1"], one["step 2"]),
+        2: pieces_of(two["step 1, no sum"], two["step 2, no sum"]),
+    }
     rows, goals = [], []
     for ranks, own, seconds in (
         (1, 4, one["step 4"]),
@@ -149,7 +163,7 @@ def main() -> None:
         (2, 2, two["step 2"]),
         (2, 4, two["step 4"]),
     ):
-        said = forecast(pieces, ranks=ranks, per_node=2, batch=ranks * own, flops_per_sample=flops,
+        said = forecast(alone[ranks], ranks=ranks, per_node=2, batch=ranks * own, flops_per_sample=flops,
                         gradient_bytes=4 * facts.parameters, sample_bytes=2 << 20)  # fmt: skip
         group = f"{ranks} process(es) of one thread, {own} sample(s) each, this machine"
         rows += [Row(group, "measured", ranks * own / seconds, "samples/s", "ours"),
@@ -167,7 +181,11 @@ def main() -> None:
         name = f"{fast.ranks:5} x {CARD}, at {SUSTAINED[1]:.0%} of its peak"
         note = f"at {SUSTAINED[0]:.0%}: {slow.samples_per_s:,.0f}; {note}; limit {fast.limit}"
         rows.append(Row(group, name, fast.samples_per_s, "samples/s", "bound", note=note))
-    more = {"one_process": one, "two_processes": two, "pieces": vars(pieces)}
+    more = {
+        "one_process": one,
+        "two_processes": two,
+        "pieces": {ranks: vars(pieces) for ranks, pieces in alone.items()},
+    }
     question = "samples/s at any number of ranks: forecast against measurement"
     show(save(args.out, question, f"python bench/scaling.py --rounds {args.rounds}", rows, goals, **more))
 
