@@ -5,8 +5,9 @@
 
 Pieces: a step of one sample and a step of two, so what a sample costs and what a step costs, in one process, and in two
 side by side that sum nothing (they share a memory bus, GPUs do not); the all-reduce of the network's gradients alone, over
-gloo. Checked: a step of four samples in one process; steps of one, two and four samples in each of two, with the sum. The network is the paper's at 32x32x16 voxels, an eighth of its
-arithmetic, with all its 67 MB of gradients, so that sums weigh more than they would; one thread a process.
+gloo. Checked: a step of four samples in one process; steps of one, two and four samples in each of two, with the sum.
+The network is the paper's at 32x32x16 voxels, an eighth of its arithmetic, with all its 67 MB of gradients, so that sums
+weigh more than they would; one thread a process.
 """
 
 import argparse
