@@ -218,9 +218,7 @@ def main(options: Options) -> None:
     peer = max((name for name in disk if "2 workers" in name), key=lambda name: statistics.median(disk[name]))
     slope = float(np.polyfit(range(len(kept) - 2), kept[2:], 1)[0])
     goals = [
-        Goal(
-            "cold, times a DataLoader over an Arrow map", over(disk["p2w arrow, readers 2"], disk[peer]), 1.0
-        ),
+        Goal(f"cold, times the best peer ({peer})", over(disk["p2w arrow, readers 2"], disk[peer]), 1.0),
         Goal("HTTP, times webdataset", over(web["p2w, readers 2"], web["webdataset, 2 workers"]), 1.0),
         Goal("MiB more each epoch", slope, 0.1, at_least=False),
     ]
