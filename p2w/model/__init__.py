@@ -4,12 +4,16 @@ from collections.abc import Callable
 
 from p2w.errors import UserError
 from p2w.model.protocol import Encoder, Network, Output
+from p2w.model.resencl import ResEncL
 from p2w.model.unet3d import UNet3dEncoder
+from p2w.model.vit3d import ViT3d
 
 __all__ = ["ENCODERS", "Encoder", "Network", "Output", "build_encoder"]
 
 ENCODERS: dict[str, Callable[[int, int], Encoder]] = {
-    "unet3d": UNet3dEncoder
+    "unet3d": UNet3dEncoder,
+    "resencl": ResEncL,
+    "vit3d": ViT3d,
 }  # (width, in_channels) -> encoder
 
 

@@ -10,6 +10,9 @@ class Encoder(nn.Module):
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    in_channels: int = 1
+    least_voxels: int = 1
+    """How many voxels the coarsest features need: instance norm takes two."""
 
     def pooled(self, x: Tensor) -> Tensor:
         """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""

@@ -17,11 +17,11 @@ from p2w.model.protocol import Encoder
 
 
 class ConvNormAct(nn.Module):
-    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D, H, W)."""
+    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, cin: int, cout: int) -> None:
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = Conv3d(cin, cout, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(cin, cout, kernel_size=3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm3d(cout)
 
     def forward(self, x: Tensor) -> Tensor:

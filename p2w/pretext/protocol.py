@@ -1,5 +1,6 @@
 """What a pretext is. Shapes: B, C, D, H, W = batch, channel, slice, row, column; all axes z, y, x."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -64,10 +65,16 @@ class Pretext(Protocol):
 
 
 def check_size(size: Size, encoder: Encoder) -> None:
-    """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's stride."""
+    """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's stride, or
+    leave its coarsest features fewer voxels than it can normalise."""
     stride = encoder.strides[-1]
     if any(edge < stride or edge % stride for edge in size):
         raise UserError(
             f"pretext.size={size}: each edge must be a multiple of {stride}, the encoder's stride; "
             f"pass e.g. --pretext.size {' '.join(str(max(stride, edge // stride * stride)) for edge in size)}"
+        )
+    if math.prod(edge // stride for edge in size) < encoder.least_voxels:
+        raise UserError(
+            f"pretext.size={size}: the encoder's stride is {stride} and its coarsest features need {encoder.least_voxels} "
+            f"voxels to be normalised; pass e.g. --pretext.size {stride} {2 * stride} {2 * stride}"
         )
