@@ -1,7 +1,7 @@
 """nnU-Net's parameter names of ResEncL <-> ours.
 
-nnU-Net's convolution module holds its layers by name (`conv`, `norm`) and in a list (`all_modules.0`, `.1`), so a state dict of
-it names each tensor twice, and is loaded strictly. Ours names each once, as safetensors wants it.
+nnU-Net's convolution module holds its layers by name (`conv`, `norm`) and in a list (`all_modules.0`, `.1`), so its state
+dict names each tensor twice, and is loaded strictly. Ours names each once, as safetensors wants it.
 """
 
 from torch import Tensor

@@ -55,7 +55,8 @@ class Block(nn.Module):
 class ViT3d(Encoder):
     """`width` 32 is a ViT-S: 12 blocks of 384 channels in 6 heads, 21 M parameters; others scale.
 
-    There `channels` are (16, 32, 64, 384) and `strides` (1, 2, 4, 8): a 32 x 64 x 64 part becomes 256 tokens, 384 x 4 x 8 x 8.
+    There `channels` are (16, 32, 64, 384) and `strides` (1, 2, 4, 8): a 32 x 64 x 64 part becomes 256 tokens, and these
+    384 x 4 x 8 x 8.
     """
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
