@@ -41,7 +41,7 @@ class PretextConfig:
     name: str = "parts2whole"
     """Which proxy task."""
     size: tuple[int, int, int] = (32, 64, 64)
-    """Size of part and whole at the network, voxels z y x [I]; multiples of 8."""
+    """Size of part and whole at the network, voxels z y x [I]; multiples of the encoder's stride, 8 for the paper's."""
     volume_fraction: tuple[float, float] = (1 / 16, 1 / 4)
     """A part's volume as a share of its whole, uniform between the two [P]. `1 1` is an autoencoder."""
     aspect_range: tuple[float, float] = (0.5, 2.0)

@@ -67,14 +67,17 @@ class Pretext(Protocol):
 def check_size(size: Size, encoder: Encoder) -> None:
     """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's stride, or
     leave its coarsest features fewer voxels than it can normalise."""
-    stride = encoder.strides[-1]
+    stride, least = encoder.strides[-1], encoder.least_voxels
+    fits = [max(stride, edge // stride * stride) for edge in size]
+    few = math.prod(edge // stride for edge in fits) < least
+    wide = 2 if few else 1
+    remedy = f"pass e.g. --pretext.size {fits[0]} {wide * fits[1]} {wide * fits[2]}"
     if any(edge < stride or edge % stride for edge in size):
         raise UserError(
-            f"pretext.size={size}: each edge must be a multiple of {stride}, the encoder's stride; "
-            f"pass e.g. --pretext.size {' '.join(str(max(stride, edge // stride * stride)) for edge in size)}"
+            f"pretext.size={size}: each edge must be a multiple of {stride}, the encoder's stride; {remedy}"
         )
-    if math.prod(edge // stride for edge in size) < encoder.least_voxels:
+    if few:
         raise UserError(
-            f"pretext.size={size}: the encoder's stride is {stride} and its coarsest features need {encoder.least_voxels} "
-            f"voxels to be normalised; pass e.g. --pretext.size {stride} {2 * stride} {2 * stride}"
+            f"pretext.size={size}: at the encoder's stride, {stride}, its coarsest features must be {least} voxels at "
+            f"least, to be normalised; {remedy}"
         )

@@ -83,10 +83,12 @@ def test_nnunets_own_network_takes_the_state_strictly_and_gives_the_same_feature
 def test_what_instance_norm_cannot_take_is_refused_with_the_remedy():
     encoder = ResEncL(1)
     with pytest.raises(
-        UserError, match=r"pretext\.size=\(32, 32, 32\).*need 2 voxels.*--pretext\.size 32 64 64"
+        UserError, match=r"pretext\.size=\(32, 32, 32\).*must be 2 voxels.*--pretext\.size 32 64 64"
     ):
         check_size((32, 32, 32), encoder)
-    with pytest.raises(UserError, match=r"pretext\.size=\(16, 32, 32\).*--pretext\.size 32 32 32"):
+    with pytest.raises(
+        UserError, match=r"pretext\.size=\(16, 32, 32\).*multiple of 32.*--pretext\.size 32 64 64"
+    ):
         check_size((16, 32, 32), encoder)
     check_size((32, 64, 64), encoder)
     with pytest.raises(UserError, match="double an edge"):
