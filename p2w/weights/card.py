@@ -15,6 +15,14 @@ from p2w.model import Encoder
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
 FINGERPRINT = "the first 16 digits of a SHA-256 over the manifest: shape, window, tiling, split, and each shard's checksum"
+SEES = {
+    "autoencoder": "whole",
+    "models_genesis": "crop",
+    "rubiks_cube": "whole",
+    "rubiks_cube_pp": "whole",
+    "mae": "whole",
+}
+"""What a pretext feeds: wholes resized, crops as they are, else parts resized; for the spacing that the network saw."""
 LICENCE = (
     "The method is covered by US patents 11,915,417 and 12,430,767. Weights may fall under the terms of the scans they "
     "were trained on."
@@ -60,12 +68,8 @@ def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
             "step": trained.step,
             "samples": trained.step * config.data.batch,
             "figures": _figures(trained),
-            "data": {
-                "fingerprint": str(start["data"]),
-                "fingerprint_is": FINGERPRINT,
-                "shards": str(start["shards"]),
-                "set": start.get("data_set"),
-            },
+            "data": data_of(trained.run),
+            "data_set": start.get("data_set"),
             "command": start.get("command"),
             "config": json.loads(settings.to_json(config)),
         },
@@ -86,8 +90,14 @@ def _figures(trained: Trained) -> dict[str, float]:
     return found
 
 
+def data_of(run: Path) -> dict[str, Any]:
+    """The data set of the run's last start, as its folder recorded it."""
+    start = _last_start(run)
+    return {"fingerprint": str(start["data"]), "fingerprint_is": FINGERPRINT, "shards": str(start["shards"])}
+
+
 def _last_start(run: Path) -> dict[str, Any]:
-    """The run's last start, with its data set, as its folder recorded it. Raises UserError where nothing did."""
+    """What the folder recorded of the run's last start. Raises UserError where that names no data set."""
     try:
         start = json.loads((run / "run.json").read_text())["starts"][-1]
         return {**start, "data": start["data"], "shards": start["shards"]}
@@ -98,34 +108,26 @@ def _last_start(run: Path) -> dict[str, Any]:
 
 
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
-    """mm (z, y, x) of the scans, and of what reaches the network; None where the run did not note its data set.
+    """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
 
-    A whole is resized to the network's size, a part too, and is finer for that: `network` is the middle (geometric) between
-    the smallest part and the largest.
+    Wholes are resized to the network's size, parts too, which makes them finer.
     """
+    names = ("scans_smallest", "scans_median", "scans_largest")
+    sees = SEES.get(config.pretext.name, "part")
+    if sees == "crop" and settings.flatten(config).get("genesis.cube") == "whole":
+        sees = "whole"
     try:
-        low, median, high = ([float(mm) for mm in row] for row in data_set["spacing_mm"])
-        edges = zip(median, data_set["shape"], config.pretext.size, strict=True)
+        spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
+        edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
         whole = [mm * edge / size for mm, edge, size in edges]
     except (LookupError, TypeError, ValueError):
-        names = (
-            "scans_smallest",
-            "scans_median",
-            "scans_largest",
-            "network_smallest_part",
-            "network_whole",
-            "network",
-        )
-        return dict.fromkeys(names)
-    small, large = (fraction ** (1 / 3) for fraction in config.pretext.volume_fraction)
-    return {
-        "scans_smallest": low,
-        "scans_median": median,
-        "scans_largest": high,
-        "network_smallest_part": [round(mm * small, 4) for mm in whole],
-        "network_whole": [round(mm, 4) for mm in whole],
-        "network": [round(mm * math.sqrt(small * large), 4) for mm in whole],
-    }
+        return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
+    unit = spread[1] if sees == "crop" else whole
+    fractions = config.pretext.volume_fraction if sees == "part" else (1.0, 1.0)
+    small, large = (fraction ** (1 / 3) for fraction in fractions)
+    edges_of = {"network_smallest": small, "network": math.sqrt(small * large), "network_largest": large}
+    seen = {name: [round(mm * edge, 4) for mm in unit] for name, edge in edges_of.items()}
+    return {**dict(zip(names, spread, strict=True)), **seen}
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -163,6 +165,6 @@ def _of_spacing(spacing: dict[str, Any]) -> str:
     if spacing["network"] is None:
         return "The run did not note its scans' spacing."
     return (
-        f"Scans were cut as they are, {spacing['scans_median']} mm (z, y, x; median), parts and wholes resized: the network "
-        f"saw {spacing['network_smallest_part']} to {spacing['network_whole']} mm."
+        f"Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
+        f"network saw {spacing['network_smallest']} to {spacing['network_largest']} mm."
     )

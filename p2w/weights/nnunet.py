@@ -154,6 +154,6 @@ behind the first convolution takes shift and scale out again, but voxels beyond 
 a patch's border (0 is {window[0]:g} HU here, the image's mean there).
 
 **Spacing and patch.** `spacing` in the plan, {fed["spacing_mm_zyx"]["network"]} mm (z, y, x), is the middle of what
-the network saw, whose parts were resized; the patch is that of the pretraining, {fed["size_zyx"]} voxels. For another, edit
+the network saw; the patch is that of the pretraining, {fed["size_zyx"]} voxels. For another, edit
 `patch_size` in the plans that nnU-Net writes; edges are divisible by {fed["edges_divisible_by"]}.
 """

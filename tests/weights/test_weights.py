@@ -80,13 +80,11 @@ def test_the_card_tells_spacing_channels_data_and_command(trained_run, tmp_path)
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     spacing = card["input"]["spacing_mm_zyx"]
     assert spacing["scans_median"] == [1.25, 0.7, 0.7]
-    assert spacing["network_whole"] == [1.25 * 64 / 16, 0.7 * 128 / 32, 0.7 * 128 / 32]
-    assert spacing["network_smallest_part"] == pytest.approx(
-        [5 / 16 ** (1 / 3), *[2.8 / 16 ** (1 / 3)] * 2], abs=1e-4
-    )
-    assert spacing["network"] == pytest.approx([5 / 2, 2.8 / 2, 2.8 / 2])  # (1/16 x 1/4) ** (1/6) is 1/2
+    whole = [1.25 * 64 / 16, 0.7 * 128 / 32, 0.7 * 128 / 32]  # parts of 1/16 to 1/4 of its volume
+    for name, volume in (("network_smallest", 1 / 16), ("network", 1 / 8), ("network_largest", 1 / 4)):
+        assert spacing[name] == pytest.approx([mm * volume ** (1 / 3) for mm in whole], abs=1e-4)
     assert card["encoder"]["in_channels"] == 1 and card["training"]["command"] == "launch/train.py demo"
-    assert card["training"]["data"]["set"]["shape"] == [64, 128, 128]
+    assert card["training"]["data_set"]["shape"] == [64, 128, 128]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "[1.25, 0.7, 0.7] mm (z, y, x; median)" in text
 
