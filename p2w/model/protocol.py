@@ -2,12 +2,24 @@
 
 from torch import Tensor, nn
 
+from p2w.model.feeding import Feeding
+
 
 class Encoder(nn.Module):
-    """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`."""
+    """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`.
+
+    `strides` are those of rows and columns. Slices may shrink later (I3D), so a decoder goes by the features' own sizes.
+    """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    in_channels: int = 1
+    feeding: Feeding = "unit"
+    """What `p2w.model.feeding.feed` makes of a batch in [0, 1] for it."""
+    sees_input: tuple[str, ...] = ()
+    """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
+    norms_input: tuple[str, ...] = ()
+    """Tensors with one value for each image channel."""
 
     def pooled(self, x: Tensor) -> Tensor:
         """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""
