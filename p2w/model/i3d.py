@@ -85,7 +85,7 @@ class I3D(Encoder):
             self.add_module(name, mixed)
             cin = out[name] = mixed.cout
         self.channels = (first, second, out["Mixed_3c"], out["Mixed_4f"], out["Mixed_5c"])
-        self.strides = (2, 4, 8, 16, 32)
+        self.strides, self.slice_strides = (2, 4, 8, 16, 32), (2, 2, 2, 4, 8)
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:

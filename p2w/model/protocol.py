@@ -4,15 +4,18 @@ from torch import Tensor, nn
 
 from p2w.model.feeding import Feeding
 
+Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry a sample along its first axis
+
 
 class Encoder(nn.Module):
     """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`.
 
-    `strides` are those of rows and columns. Slices may shrink later (I3D), so a decoder goes by the features' own sizes.
+    `strides` are those of rows and columns; `slice_strides` of slices, where they shrink later (I3D).
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    slice_strides: tuple[int, ...] = ()
     in_channels: int = 1
     feeding: Feeding = "unit"
     """What `p2w.model.feeding.feed` makes of a batch in [0, 1] for it."""
@@ -28,6 +31,9 @@ class Encoder(nn.Module):
 
 
 class Network(nn.Module):
-    """What a pretext builds: any module that keeps the encoder as `.encoder`."""
+    """What a pretext builds: any module that keeps the encoder as `.encoder`.
+
+    `forward(input, *beside) -> Output`. Called with the input alone it runs as well: that is how it is checked and drawn.
+    """
 
     encoder: Encoder
