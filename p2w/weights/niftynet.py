@@ -35,7 +35,9 @@ LEAVES = {
     "bn_/moving_mean": "bn.running_mean",
     "bn_/moving_variance": "bn.running_var",
 }
-IMAGE = {f"DenseVNet/batch_norm/{k.removeprefix('bn_/')}": f"image_{v}" for k, v in LEAVES.items() if "bn" in k}
+IMAGE = {
+    f"DenseVNet/batch_norm/{k.removeprefix('bn_/')}": f"image_{v}" for k, v in LEAVES.items() if "bn" in k
+}
 HEAD = re.compile(r"DenseVNet/conv(_1)?/conv_/[wb]$")
 # What training left beside the weights: corrections of moving averages, averages of weights, Adam's slots, counters.
 BESIDE = re.compile(

@@ -23,7 +23,13 @@ MAGIC = 0xDB4775248B80FB57
 FOOTER = 48  # bytes: two handles of at most 20 bytes, padding, the magic number
 INDEX_LIMIT = 1 << 26  # bytes: an index of a million variables; larger ones are no checkpoint of a network
 VALUES = 1 << 30  # of a tensor
-DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # TensorFlow's numbers; bfloat16 (14) is no NumPy dtype
+DTYPES = {
+    1: "<f4",
+    2: "<f8",
+    3: "<i4",
+    9: "<i8",
+    19: "<f2",
+}  # TensorFlow's numbers; bfloat16 (14) is no NumPy dtype
 MASK = 0xA282EAD8
 
 
@@ -77,19 +83,19 @@ class Bundle:
     def tensor(self, name: str) -> Tensor:
         """One variable, checked against its checksum."""
         entry = self.entries[name]
-        shard = self.prefix.with_name(
-            f"{self.prefix.name}.data-{entry.shard:05d}-of-{self.shards:05d}"
-        )
+        shard = self.prefix.with_name(f"{self.prefix.name}.data-{entry.shard:05d}-of-{self.shards:05d}")
         if entry.dtype not in DTYPES or entry.sliced:
             what = "stored in slices" if entry.sliced else f"of TensorFlow's dtype {entry.dtype}"
             raise UserError(f"{shard}: {name} is {what}, which is not read; save it whole, as floats")
         kind = np.dtype(DTYPES[entry.dtype])
         count = math.prod(entry.shape)
         if not 0 <= count <= VALUES or entry.size != count * kind.itemsize:
-            raise UserError(f"{shard}: {name} of shape {entry.shape} in {entry.size} bytes; the index is damaged")
+            raise UserError(
+                f"{shard}: {name} of shape {entry.shape} in {entry.size} bytes; the index is damaged"
+            )
         try:
             with open(shard, "rb") as file:
-                file.seek(entry.offset)
+                file.seek(min(entry.offset, shard.stat().st_size))
                 data = file.read(entry.size)
         except OSError as error:
             raise UserError(f"{shard}: {error.strerror}; both files of a checkpoint are needed") from error
