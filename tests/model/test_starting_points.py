@@ -9,8 +9,10 @@ import torch
 from p2w.errors import UserError
 from p2w.model import ENCODERS, build_encoder
 from p2w.model.blocks import SameConv3d, average_same, pad_same
-from p2w.model.decoder import GeneralDecoder, build_decoder
+from p2w.model.decoder import EncoderDecoder, GeneralDecoder, build_decoder
 from p2w.model.resnet3d import ResNet3d, ShortcutA
+from p2w.train.optim import Precision
+from p2w.train.selfcheck import wrong_convolution
 
 SMALL = ["unet3d", "resnet10", "resnet18", "resnet50", "i3d", "dense_vnet"]
 
@@ -116,25 +118,22 @@ def test_both_uses_reach_every_parameter(name):
     ] == unused
 
 
-@pytest.mark.parametrize("name", SMALL[1:])
+@pytest.mark.parametrize("name", ["resnet10", "resnet50", "i3d", "dense_vnet"])
 def test_bf16_and_channels_last_on_a_cpu(name):
-    """Two slices at the coarsest level too, where oneDNN's bf16 gradient is not to be trusted."""
+    """Every convolution beside float32, two slices at the coarsest level too, where oneDNN's gradients were garbage."""
     torch.manual_seed(0)
-    encoder = build_encoder(name, 2).to(memory_format=torch.channels_last_3d)
-    decoder = build_decoder(encoder, skips=True).to(memory_format=torch.channels_last_3d)
+    encoder = build_encoder(name, 2)
+    network = EncoderDecoder(encoder, build_decoder(encoder, skips=True)).to(
+        memory_format=torch.channels_last_3d
+    )
+    bf16 = Precision("bf16", torch.bfloat16, "asked for")
+    assert wrong_convolution(network, bf16, (1, 1, 16, 32, 32), torch.device("cpu")) == ""
     x = torch.rand(2, 1, 16, 32, 32).contiguous(memory_format=torch.channels_last_3d)
-    gradients = []
-    for enabled in (False, True):
-        encoder.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            features = encoder(x)
-            logits = decoder(features)
-        (logits.float().square().mean() + features[-1].float().mean()).backward()
-        first = encoder.get_parameter(encoder.sees_input[0]).grad
-        assert first is not None and torch.isfinite(first).all()
-        gradients.append(first.clone())
-    plain, half = (g.flatten() for g in gradients)
-    assert torch.nn.functional.cosine_similarity(plain, half, dim=0) > 0.8
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(x)
+    out.square().mean().backward()
+    assert out.dtype == torch.float32 and out.shape == x.shape
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
 
 
 def test_shortcut_a_drops_voxels_and_appends_zeros():
@@ -146,7 +145,7 @@ def test_shortcut_a_drops_voxels_and_appends_zeros():
 
 
 def same_numpy(x, kernel, stride, reduce):
-    """SAME by its definition: ceil(size / stride) windows, the padding's odd voxel behind; reduce({place in window: value})."""
+    """SAME by its definition: ceil(size / stride) windows, the padding's odd voxel behind. `reduce` takes {place: value}."""
     out = [-(-n // stride) for n in x.shape]
     before = [max((o - 1) * stride + kernel - n, 0) // 2 for o, n in zip(out, x.shape, strict=True)]
     y = np.empty(out)

@@ -57,7 +57,7 @@ def test_any_of_its_files_names_a_checkpoint(tmp_path):
 def test_a_variable_that_the_table_does_not_know_is_refused():
     bundle = Bundle(GOLDEN)
     bundle.entries["DenseVNet/attention/w"] = next(iter(bundle.entries.values()))
-    with pytest.raises(UserError, match="1 variables that .* does not have, first DenseVNet/attention/w"):
+    with pytest.raises(UserError, match=r"1 variables that .* does not have, first DenseVNet/attention/w"):
         niftynet.read(bundle)
 
 
