@@ -1,5 +1,6 @@
 """Every starting point in the form its authors publish it: read back exactly, adapted, reported, or refused in one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import p2w
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.model.decoder import build_decoder
@@ -230,3 +232,20 @@ def test_inspect_says_what_init_would_do(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "MedicalNet: resnet10, width 2" in out and "adapted        1  conv1.weight" in out
     assert "positive-z, 4 channels" in out and "whole: --init takes it" in out
+
+
+def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_path):
+    """[0, 1], whatever its authors fed it; and only the U-Net goes out under Models Genesis' names."""
+    encoder = trained("resnet10")
+    card = {"encoder": {"name": "resnet10", "width": 2}, "training": {"data": {"fingerprint": "f"}}}
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    save_file(state, tmp_path / "r.safetensors", {"p2w": json.dumps(card)})
+    start = load_start(str(tmp_path / "r.safetensors"))
+    assert (
+        same(start.encoder, encoder) and start.encoder.feeding == "unit" and encoder.feeding == "positive-z"
+    )
+    assert p2w.load(tmp_path / "r.safetensors").feeding == "unit" and start.pretrained_on == {
+        "fingerprint": "f"
+    }
+    with pytest.raises(UserError, match="Models Genesis' names are for unet3d, not resnet10"):
+        export._models_genesis(tmp_path / "g.pt", state, card)
