@@ -92,22 +92,17 @@ def _file(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         whole = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: no file of plain tensors ({_why(error)}); it would run code when read, so it is not: "
-            "save its state_dict alone"
-        ) from error
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path}: is not read, since reading it would run {called[1]}; where you trust it, save its state_dict alone"
+            ) from error
+        raise UserError(f"{path}: no file of tensors; name {KNOWN}") from error
     except UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read as weights ({_why(error)}); name {KNOWN}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path}: cannot be read as weights ({why}); name {KNOWN}") from error
     if not isinstance(whole, dict):
         raise UserError(f"{path}: holds a {type(whole).__name__}, not tensors by name; name {KNOWN}")
     return whole
-
-
-def _why(error: Exception) -> str:
-    """The line that says what was wrong; torch's first lines are advice on how to load it all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("WeightsUnpickler error")]
-    return (told or lines or [type(error).__name__])[0][:160]
 
 
 def _tensors(whole: dict[str, Any], path: Path) -> State:

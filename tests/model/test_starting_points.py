@@ -11,6 +11,7 @@ from p2w.model import ENCODERS, build_encoder
 from p2w.model.blocks import SameConv3d, average_same, pad_same
 from p2w.model.decoder import EncoderDecoder, GeneralDecoder, build_decoder
 from p2w.model.resnet3d import ResNet3d, ShortcutA
+from p2w.pretext.protocol import check_size
 from p2w.train.optim import Precision
 from p2w.train.selfcheck import wrong_convolution
 
@@ -195,3 +196,14 @@ def test_sizes_that_there_are_not():
         build_encoder("i3d", 0)
     with pytest.raises(UserError, match="unknown; one of dense_vnet, i3d, resnet10"):
         build_encoder("resnet", 32)
+
+
+def test_a_size_is_judged_axis_by_axis():
+    """I3D divides slices by 8, rows and columns by 32; the others all edges alike."""
+    check_size((16, 32, 64), meta("i3d", 8))
+    with pytest.raises(
+        UserError, match=r"own of \(8, 32, 32\), the encoder's strides; pass e\.g\. --pretext\.size 8 32 32"
+    ):
+        check_size((12, 32, 48), meta("i3d", 8))
+    with pytest.raises(UserError, match="multiple of 8, the encoder's stride"):
+        check_size((12, 32, 48), meta("dense_vnet", 8))
