@@ -48,6 +48,8 @@ class UNet3dEncoder(Encoder):
     (64, 128, 256, 512) and (1, 2, 4, 8): a 32 x 64 x 64 part becomes 512 x 4 x 8 x 8.
     """
 
+    sees_input = ("down_tr64.ops.0.conv1.weight",)
+
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
         if width < 1:

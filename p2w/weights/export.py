@@ -85,6 +85,11 @@ def _safetensors(out: Path, state: State, described: dict[str, Any]) -> None:
 
 def _models_genesis(out: Path, state: State, described: dict[str, Any]) -> None:
     """As its port saves: `module.` in front, under `state_dict`; plain types, loads with weights_only=True."""
+    network = described["encoder"]["name"]
+    if network != "unet3d":
+        raise UserError(
+            f"{out}: Models Genesis' names are for unet3d, not {network}; export --to safetensors"
+        )
     packed = io.BytesIO()
     torch.save(
         {

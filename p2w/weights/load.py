@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,22 @@ from p2w.model import Encoder, build_encoder
 from p2w.model.nnunet_keys import from_nnunet
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
-from p2w.weights.card import Trained
+from p2w.weights.card import Trained, data_of
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a run, a checkpoint or a file of ours holds: names are `encoder.…` and, in some, `decoder.…`."""
+
+    name: str
+    width: int
+    state: dict[str, Tensor]
+    where: str
+    data: dict[str, str]
+    """`fingerprint` and `shards` of the set it was trained on."""
+    in_channels: int = 1
 
 
 def load(path: str | Path) -> Encoder:
@@ -27,7 +41,12 @@ def load(path: str | Path) -> Encoder:
     Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
-    path = Path(path)
+    held = read(Path(path))
+    return filled(held.name, held.width, held.state, held.where, held.in_channels)
+
+
+def read(path: Path) -> Held:
+    """All the weights of what `load` takes. Raises UserError as it does."""
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
@@ -40,7 +59,7 @@ def load(path: str | Path) -> Encoder:
         trained = find(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
-        return filled(model.name, model.width, snapshot.model, str(path))
+        return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
     of_nnunet = (path / nnunet.CHECKPOINT).is_file()
     file = path / (nnunet.CHECKPOINT if of_nnunet else "model.safetensors") if path.is_dir() else path
     card = read_json(path / "card.json") if of_nnunet else read_card(file)
@@ -53,9 +72,16 @@ def load(path: str | Path) -> Encoder:
         ) from error
     try:
         state = from_nnunet(nnunet.read(file)) if of_nnunet else load_file(file)
-        return filled(name, width, state, str(file), in_channels)
+        return Held(name, width, state, str(file), trained_on(card), in_channels)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def trained_on(card: dict[str, Any]) -> dict[str, str]:
+    """The data set that a card names; empty when it names none."""
+    training = card.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
 
 
 def find(run: Path, step: int | None = None) -> Trained:
@@ -89,6 +115,7 @@ def filled(name: str, width: int, state: dict[str, Tensor], where: str, in_chann
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
+    encoder.feeding = "unit"  # what our pretraining feeds every network
     for parameter in encoder.parameters():
         parameter.requires_grad_(True)
     return encoder
