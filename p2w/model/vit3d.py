@@ -72,7 +72,10 @@ class ViT3d(Encoder):
                 ConvNormAct(2 * fine, 4 * fine, 2),
             )
         )
-        self.to_tokens = Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2)
+        self.to_tokens = nn.Sequential(
+            Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
+            nn.BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
+        )
         self.blocks = nn.ModuleList(Block(12 * width) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(12 * width)
         for module in self.modules():
