@@ -92,7 +92,9 @@ class EncoderDecoder(Network):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        if not getattr(decoder, "skips", True):  # no gradient reaches these, and DDP would wait for them for ever
+        if not getattr(
+            decoder, "skips", True
+        ):  # no gradient reaches these, and DDP would wait for them for ever
             for name, parameter in encoder.named_parameters():
                 parameter.requires_grad_(not name.startswith(encoder.beside_pooled))
 

@@ -60,6 +60,8 @@ def read(path: Path) -> Held:
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
         return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
+    if path.name == nnunet.CHECKPOINT and path.is_file():
+        path = path.parent
     of_nnunet = (path / nnunet.CHECKPOINT).is_file()
     file = path / (nnunet.CHECKPOINT if of_nnunet else "model.safetensors") if path.is_dir() else path
     card = read_json(path / "card.json") if of_nnunet else read_card(file)

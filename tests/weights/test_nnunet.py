@@ -71,6 +71,8 @@ def test_round_trip_is_exact_and_nothing_is_stored_twice(exported, resencl_run):
     back = from_nnunet(nnunet.read(exported / "checkpoint_final.pth"))
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     encoder = p2w.load(exported)
+    file = p2w.load(exported / "checkpoint_final.pth")  # the card lies beside it
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), file.parameters(), strict=True))
     assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
     stored = sum(value.numel() * 4 for value in state.values())
     assert (
