@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,11 @@ def build(transfers: Sequence[Transfer], choice: Choice) -> Figure3:
     return Figure3("fig3", "Fig. 3: reconstruction against transfer, checkpoint by checkpoint", panels, notes)
 
 
+def pretraining(one: Transfer) -> str:
+    """The run that a checkpoint is of, from RUN/checkpoints/step-… or RUN@STEP; else all that is known."""
+    return re.sub(r"(/checkpoints/step-\d+|@\d+)$", "", one.source)
+
+
 def _order(task: str) -> tuple[int, str]:
     known_ones = list(paper.TASKS)
     return (known_ones.index(task) if task in known_ones else len(known_ones), task)
@@ -97,7 +103,7 @@ def _notes(unknown: int, usable: Sequence[Transfer]) -> list[str]:
         "A point is the mean of the fine-tunings of one checkpoint, its bar their standard deviation. Checkpoints of one "
         "training are no independent draws: the interval of r is too narrow."
     ]
-    runs = sorted({one.source.rpartition("@")[0] or one.source for one in usable})
+    runs = sorted({pretraining(one) for one in usable})
     if len(runs) > 1:
         notes.append(f"Checkpoints are of {len(runs)} pretrainings: {', '.join(runs)}.")
     if unknown:
@@ -116,7 +122,7 @@ def _panel(task: str, transfers: Sequence[Transfer], share: float, metric: str) 
         )
     for one in sorted(transfers, key=lambda transfer: transfer.step or 0):
         assert one.step is not None and one.val_mse is not None
-        place = (one.source.rpartition("@")[0] or one.source, one.step)
+        place = (pretraining(one), one.step)
         if place in seen:
             raise UserError(
                 f"task {task}, checkpoint {one.step}: two runs, {seen[place]} and {one.folder}; name the folders of one"

@@ -24,20 +24,20 @@ def probability(p: Number) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def sizes(claim: Claim) -> str:
+    """`10 pairs`, or the trials of both: `10 and 7`."""
+    return f"{claim.pairs[0]} pairs" if len(claim.pairs) == 1 else " and ".join(map(str, claim.pairs))
+
+
 def sentence(claim: Claim, table: Table) -> str:
     """One comparison in words."""
     title = next((column.title for column in table.columns if column.task == claim.task), claim.task)
-    sizes = (
-        f"n = {claim.pairs[0]} pairs"
-        if len(claim.pairs) == 1
-        else f"n = {' and '.join(map(str, claim.pairs))}"
-    )
     where = "" if claim.source == "here" else "the paper's numbers: "
     why = f", {claim.why}" if claim.why else ""
     apart = DASH if claim.difference is None else f"{claim.difference:+.2f}"
     return (
         f"{title}: {where}{claim.ours} {apart} against {claim.other}, {probability(claim.p)}, over the tasks by Holm "
-        f"{probability(claim.p_holm)} ({claim.test}, {sizes}{why})"
+        f"{probability(claim.p_holm)} ({claim.test}, n = {sizes(claim)}{why})"
     )
 
 
@@ -98,7 +98,7 @@ def csv_text(table: Table) -> str:
 
 SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$",
-    DASH: "--", ">": r"$>$", "<": r"$<$", "…": r"\dots{}",
+    DASH: "--", "[": "{[}", "]": "{]}", ">": r"$>$", "<": r"$<$", "…": r"\dots{}",
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def latex(table: Table) -> str:
     return rf"""% p2w {table.name}; needs \usepackage{{booktabs}}
 \begin{{table}}
 \centering\small
-\caption{{{tex(table.title)}. {said}}}
+\caption{{{tex(table.title)}}}
 \label{{tab:{table.name}}}
 \begin{{tabular}}{{l{"r" * len(table.columns)}}}
 \toprule
@@ -132,6 +132,8 @@ def latex(table: Table) -> str:
 {body}
 \bottomrule
 \end{{tabular}}
+\par\smallskip\footnotesize\raggedright
+{said}
 \end{{table}}
 """
 

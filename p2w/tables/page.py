@@ -9,7 +9,7 @@ from p2w.analysis.report.markup import Markup, join, safe, table, tag
 from p2w.analysis.report.page import HERE
 from p2w.errors import UserError
 from p2w.tables import figure3
-from p2w.tables.formats import amount, probability, sentence
+from p2w.tables.formats import DASH, amount, probability, sizes
 from p2w.tables.table import BEST, EQUIVALENT, Cell, Table, load
 
 NAME = "tables.html"
@@ -76,14 +76,26 @@ def _section(one: Table) -> Markup:
     names = ("row", "task", "trials", "against the best", "corrected", "test", "values", "folder")
     parts = [tag("h2", one.title), table(head, rows)]
     if one.claims:
-        parts += [
-            tag("h3", "Ours against the others"),
-            tag("ul", *(tag("li", sentence(c, one)) for c in one.claims)),
-        ]
+        parts += [tag("h3", f"{one.claims[0].ours} against the others"), _claims(one)]
     parts.append(tag("ul", *(tag("li", note) for note in one.notes), class_="note"))
     if behind:
         parts.append(tag("details", tag("summary", "Trials behind the numbers"), table(names, behind)))
     return tag("section", *parts)
+
+
+def _claims(one: Table) -> Markup:
+    """What is claimed of ours, a row a task; the paper's numbers below ours."""
+    titles = {column.task: column.title for column in one.columns}
+    rows = [
+        (
+            titles[claim.task], "here" if claim.source == "here" else "the paper's numbers", claim.other,
+            DASH if claim.difference is None else f"{claim.difference:+.2f}", probability(claim.p),
+            probability(claim.p_holm), claim.test, sizes(claim), claim.why,
+        )
+        for claim in one.claims
+    ]  # fmt: skip
+    names = ("task", "of", "against", "difference", "by itself", "Holm over the tasks", "test", "n", "")
+    return table(names, rows)
 
 
 def _cell(one: Cell) -> Markup:

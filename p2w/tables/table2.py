@@ -30,8 +30,8 @@ def row_of(one: Transfer) -> str | None:
 
 
 def skips(one: Transfer) -> bool:
-    """Whether it is of the ablation: pretrained with skip connections, or its decoder fine-tuned too."""
-    return bool(one.skips) or one.decoder == "pretrained"
+    """Whether it was pretrained with skip connections; where that is not known, whether its decoder is fine-tuned too."""
+    return one.decoder == "pretrained" if one.skips is None else one.skips
 
 
 def main(argv: list[str]) -> int:
