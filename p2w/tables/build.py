@@ -113,7 +113,7 @@ def cell(row: str, task: str, trials: Trials, planned: int, folder: str, publish
     own, order = summarise(values(trials)), sorted(trials)
     return Cell(
         row, task, known(own.mean), known(own.sd), own.n, planned,
-        paper_mean=published and published.mean, paper_sd=published and published.sd, trials=order,
+        paper_mean=published.mean if published else None, paper_sd=published.sd if published else None, trials=order,
         seeds=[trials[index][0] for index in order], values=[trials[index][1] for index in order], folder=folder,
     )  # fmt: skip
 
