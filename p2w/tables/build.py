@@ -105,7 +105,7 @@ def one_a_row(task: str, transfers: Sequence[Transfer], row_of: RowOf) -> dict[s
 
 def percent(trials: Trials) -> dict[int, tuple[int, float]]:
     """Seeds and values in percent."""
-    return {index: (seed, 100 * value) for index, (seed, value) in trials.items()}
+    return {index: (seed, round(100 * value, 10)) for index, (seed, value) in trials.items()}
 
 
 def cell(row: str, task: str, trials: Trials, planned: int, folder: str, published: Summary | None) -> Cell:
@@ -188,7 +188,7 @@ def notes(columns: Sequence[Column], choice: Choice, cells: Sequence[Cell]) -> l
     tests = sorted({one.test for one in cells if one.test})
     how = "; ".join(tests) if tests else "paired t-test where seeds agree, else Welch's"
     said.append(
-        f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p >= 0.05, {how}; {family}), "
+        f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p ≥ 0.05, {how}; {family}), "
         "which is no proof that they are equal."
     )
     if any(one.paper_mark for one in cells):

@@ -43,13 +43,16 @@ def sentence(claim: Claim, table: Table) -> str:
 
 def terminal(table: Table) -> None:
     """Print it: the paper's number below each of ours, claims and notes under it."""
+    from rich.cells import cell_len  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table as Rich  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no edge
+        console = Console(highlight=False, width=max(160, console.width))
     shown = Rich(title=table.title, title_justify="left", title_style="bold", show_lines=True)
-    shown.add_column("")
+    shown.add_column("", no_wrap=True, min_width=max(map(cell_len, table.rows)))
     for column in table.columns:
         shown.add_column(column.head)
     styles = {BEST: "bold", EQUIVALENT: "underline"}
@@ -97,7 +100,7 @@ def csv_text(table: Table) -> str:
 
 
 SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$",
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$", "≥": r"$\geq$",
     DASH: "--", "[": "{[}", "]": "{]}", ">": r"$>$", "<": r"$<$", "…": r"\dots{}",
 }  # fmt: skip
 
