@@ -107,14 +107,15 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX takes it; characters that no pdflatex knows become question marks."""
-    made = "".join(SPECIAL.get(letter, letter) for letter in text)
+    """Text as LaTeX takes it; two hyphens stay two, characters that no pdflatex knows become question marks."""
+    pieces = ("".join(SPECIAL.get(letter, letter) for letter in piece) for piece in text.split("--"))
+    made = "-{}-".join(pieces)
     return re.sub(r"[^\x20-\x7e\u00a0-\u017f]", "?", made)
 
 
 def latex(table: Table) -> str:
     """A `table` for booktabs: ours above, the paper's below, notes under it. Input it from a document of yours."""
-    width = len(table.columns) + 1
+    width, caption = len(table.columns) + 1, table.title.partition(": ")[2].capitalize() or table.title
     head = " & ".join(["", *(tex(column.head) for column in table.columns)])
     blocks = [rf"\multicolumn{{{width}}}{{l}}{{\emph{{Here}}}} \\"]
     blocks += [_latex_row(table, row, here=True) for row in table.rows if any(_has(table, row, here=True))]
@@ -127,7 +128,7 @@ def latex(table: Table) -> str:
     return rf"""% p2w {table.name}; needs \usepackage{{booktabs}}
 \begin{{table}}
 \centering\small
-\caption{{{tex(table.title)}}}
+\caption{{{tex(caption)}}}
 \label{{tab:{table.name}}}
 \begin{{tabular}}{{l{"r" * len(table.columns)}}}
 \toprule
