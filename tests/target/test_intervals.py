@@ -51,7 +51,8 @@ def test_undefined_and_perfect_rankings():
         intervals.auc_interval([0.1], [0, 1])
 
 
-def test_patients_are_drawn_whole_auc_against_copies():
+def test_patients_are_drawn_whole_auc_against_copies(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
     score, truth = some(40, 3, ties=True)
     patients = [f"p{index % 11}" for index in range(40)]
     rng = np.random.default_rng(intervals.SEED)

@@ -1,9 +1,8 @@
 """Sweeps: which commands make a table, and running them with a stand-in for launch/transfer.py in real processes."""
 
 import json
-import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -98,15 +97,17 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-def test_all_is_done_two_at_a_time_and_then_nothing(tmp_path, sweep):
-    assert sweep(2).wait() == 0
+def test_one_that_fails_is_named_the_others_go_on_and_what_is_done_is_not_done_again(tmp_path, sweep):
+    assert sweep(2, "a=x", "bad=broken", "b=y").wait() == 0
     said = (tmp_path / "said" / "out.txt").read_text()
-    assert "failed [] [2, 2, 2]" in said and "6/6 trials" in said
-    assert {line for lines in begun(tmp_path).values() for line in lines} <= {
-        f"{index} 3 {rank}" for index in (0, 1) for rank in (0, 1)
-    }
+    assert "ncc-bad: ended with code 1: error: broken: no such file; see" in said
+    assert "failed ['ncc-bad'] [2, 0, 2]" in said and "4/6 trials" in said
     before = begun(tmp_path)
-    assert sweep(2).wait() == 0 and begun(tmp_path) == before
+    assert {line for lines in before.values() for line in lines} <= {
+        f"{i} 3 {gpu}" for i in (0, 1) for gpu in (0, 1)
+    }
+    assert sweep(2).wait() == 0
+    assert begun(tmp_path) == before | {"c": begun(tmp_path)["c"]} and results(tmp_path) == 6
 
 
 def test_killed_outright_no_trial_is_done_twice(tmp_path, sweep):
@@ -136,13 +137,6 @@ def test_told_to_stop_it_takes_its_jobs_along_and_goes_on_later(tmp_path, sweep)
     assert not any(job.is_running() and job.status() != psutil.STATUS_ZOMBIE for job in jobs)
     assert "stopped: SIGTERM; the same command goes on" in (tmp_path / "said" / "out.txt").read_text()
     assert sweep(4).wait() == 0 and results(tmp_path) == 12
-
-
-def test_one_that_fails_is_named_and_the_others_go_on(tmp_path, sweep):
-    assert sweep(1, "bad=broken", "b=y").wait() == 0
-    said = (tmp_path / "said" / "out.txt").read_text()
-    assert "ncc-bad: ended with code 1: error: broken: no such file; see" in said
-    assert "failed ['ncc-bad'] [0, 1]" in said
 
 
 def common(top, **more):
@@ -223,28 +217,24 @@ def test_table1_rows_networks_and_refusals(tmp_path):
             plans.tasks(bad)
 
 
-def test_the_command_prints_and_writes_an_array(tmp_path):
+def test_the_command_prints_and_writes_an_array(tmp_path, monkeypatch, capsys):
     (tmp_path / "ncc").mkdir()
-    base = [
-        sys.executable,
-        "launch/sweep.py",
-        "table2",
-        "--tasks",
-        str(tmp_path / "ncc"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    monkeypatch.chdir(REPO)
+    command = runpy.run_path(str(REPO / "launch" / "sweep.py"))["main"]
+    base = ["launch/sweep.py", "table2", "--tasks", str(tmp_path / "ncc"), "--out", str(tmp_path / "out")]
     lists = tmp_path / "jobs.txt"
-    done = subprocess.run(
-        [*base, "--array", str(lists)], cwd=REPO, env=env, capture_output=True, text=True, check=True
-    )
+    monkeypatch.setattr(sys, "argv", [*base, "--array", str(lists)])
+    assert command() == 0
     lines = lists.read_text().splitlines()
     assert len(lines) == 6 and all(line.startswith("python launch/transfer.py --task ") for line in lines)
-    assert f"sbatch --array=1-6 slurm/transfer.sbatch {lists}" in done.stdout
+    assert f"sbatch --array=1-6 slurm/transfer.sbatch {lists}" in capsys.readouterr().out
     assert len((tmp_path / "jobs-pretraining.txt").read_text().splitlines()) == 6
+    monkeypatch.setattr(sys, "argv", [*base, "--dry-run", "--transfer-args=--recipe.lr 1"])
+    assert command() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 13 and said[-1] == "# 12 commands, 0 done" and said[6].endswith("--recipe.lr 1")
     assert not (tmp_path / "out").exists()
-    wrong = subprocess.run(
-        [*base, "--jobs", "0"], cwd=REPO, env=env, capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode == 2 and wrong.stderr == "error: --jobs 0: must be at least 1\n"
+    for wrong in ("--jobs", "--trials", "--ranks"):
+        monkeypatch.setattr(sys, "argv", [*base, wrong, "0"])
+        with pytest.raises(UserError, match=f"{wrong} 0: must be at least 1"):
+            command()
