@@ -93,7 +93,7 @@ def one_a_row(task: str, transfers: Sequence[Transfer], row_of: RowOf) -> dict[s
                 "or give one another --label when it is fine-tuned"
             )
         found[row] = one
-    sets = {one.fingerprint: one.folder for one in found.values()}
+    sets = {one.test_set: one.folder for one in found.values()}
     if len(sets) > 1:
         (one_print, one_folder), (other_print, other_folder) = list(sets.items())[:2]
         raise UserError(
@@ -139,7 +139,7 @@ def build(
         metric = metric_of(task, some, choice.metric)
         runs[task] = one_a_row(task, some, row_of)
         placed[task] = {row: percent(one.metric(metric)) for row, one in runs[task].items()}
-        prints = {one.fingerprint for one in runs[task].values()}
+        prints = {one.test_set for one in runs[task].values()}
         head = paper.TASKS.get(task, task), metric, paper.METRICS.get(metric, metric)
         columns.append(Column(task, *head, share, next(iter(prints), "")))
     shown = {

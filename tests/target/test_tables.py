@@ -178,6 +178,10 @@ def test_what_cannot_stand_in_one_table_is_refused(runs):
     write_transfer(runs / "ncc" / "other", label="other", auc=OURS, fingerprint="another")
     with pytest.raises(UserError, match="two target sets"):
         table1.main([str(runs)])
+    shutil.rmtree(runs / "ncc" / "other")
+    write_transfer(runs / "ncc" / "other", label="other", auc=OURS, fold=1)
+    with pytest.raises(UserError, match=r"two target sets, ncc-0 in .* and ncc-0 fold 1 in"):
+        table1.main([str(runs)])
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(runs):
