@@ -11,6 +11,8 @@ class Encoder(nn.Module):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     in_channels: int = 1
+    sees_input: tuple[str, ...] = ()
+    """Weights of the convolutions whose first `in_channels` inputs are the image."""
     least_voxels: int = 1
     """How many voxels the coarsest features need: instance norm takes two."""
 
