@@ -89,6 +89,7 @@ class ResEncL(Encoder):
     """
 
     least_voxels = 2
+    sees_input = ("stem.convs.0.conv.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

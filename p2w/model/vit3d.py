@@ -59,6 +59,8 @@ class ViT3d(Encoder):
     384 x 4 x 8 x 8.
     """
 
+    sees_input = ("stem.0.conv1.weight",)
+
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
         fine = max(1, width // 2)

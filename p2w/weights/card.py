@@ -69,6 +69,7 @@ def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
             "samples": trained.step * config.data.batch,
             "figures": _figures(trained),
             "data": data_of(trained.run),
+            "fingerprint_is": FINGERPRINT,
             "data_set": start.get("data_set"),
             "command": start.get("command"),
             "config": json.loads(settings.to_json(config)),
@@ -93,7 +94,7 @@ def _figures(trained: Trained) -> dict[str, float]:
 def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start, as its folder recorded it."""
     start = _last_start(run)
-    return {"fingerprint": str(start["data"]), "fingerprint_is": FINGERPRINT, "shards": str(start["shards"])}
+    return {"fingerprint": str(start["data"]), "shards": str(start["shards"])}
 
 
 def _last_start(run: Path) -> dict[str, Any]:
@@ -152,7 +153,7 @@ features = encoder(x)                # list, fine to coarse
 size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed["spacing_mm_zyx"])}
 
 **Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}
-({training["data"]["fingerprint_is"]}). All settings are in `card.json`.
+({training["fingerprint_is"]}). All settings are in `card.json`.
 
 | at that step | |
 |---|---|
