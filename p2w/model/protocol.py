@@ -17,8 +17,6 @@ class Encoder(nn.Module):
     strides: tuple[int, ...]
     slice_strides: tuple[int, ...] = ()
     in_channels: int = 1
-    sees_input: tuple[str, ...] = ()
-    """Weights of the convolutions whose first `in_channels` inputs are the image."""
     least_voxels: int = 1
     """How many voxels the coarsest features need: instance norm takes two."""
     feeding: Feeding = "unit"
