@@ -201,11 +201,11 @@ def _summary(run: Path, drawn: Path, log: Log) -> None:
 def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
     """First and last validation as text, beside the loss of always answering the mean image."""
     first, *_, last = [*records, *records]
-    beside = ""
+    beside, loss = "", "val/mse" if "val/mse" in first else "val/loss"
     if "val/loss_mean_image" in first:
         beside = f"   (always the mean image: {first['val/loss_mean_image']:.4f})"
     name = "validation MSE " if beside else "validation loss"
-    lines = [f"{name} {first['val/loss']:.4f} -> {last['val/loss']:.4f}{beside}"]
+    lines = [f"{name} {first[loss]:.4f} -> {last[loss]:.4f}{beside}"]
     if "similarity/auc" in first and "similarity/auc" in last:
         for name, title in (("positive", "of one image"), ("negative", "of two images")):
             key = f"similarity/{name}"
