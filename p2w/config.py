@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p2w.errors import UserError
+from p2w.pretext_config import IntensityConfig, check_pretexts
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,6 +178,7 @@ def check(config: Config) -> Config:
             raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    check_pretexts(flat)
     if not 0 <= config.data.max_bad_share <= 1:
         raise UserError(
             f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"

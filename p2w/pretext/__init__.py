@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 from p2w.config import Config
 from p2w.errors import UserError
+from p2w.pretext.autoencoder import Autoencoder
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Pretext, Views
 
 __all__ = ["PRETEXTS", "Pretext", "Views", "build_pretext"]
 
 PRETEXTS: dict[str, Callable[[Config], Pretext]] = {
-    "parts2whole": lambda config: Parts2Whole(config.pretext),
+    "parts2whole": lambda config: Parts2Whole(config.pretext, config.intensity),
+    "autoencoder": lambda config: Autoencoder(config.pretext, config.intensity),
 }
 
 
