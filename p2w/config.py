@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p2w.errors import UserError
+from p2w.pretext_config import ContrastConfig, IntensityConfig, check_pretexts
 
 
 @dataclass(frozen=True)
@@ -127,45 +128,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ContrastConfig:
-    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
-
-    temperature: float = 0.7
-    """Divides cosines [P: of its contrastive loss]."""
-    hidden: int = 256
-    """Width of the hidden layer between pooled features and embedding [?]; 0: the features are the embedding."""
-    dim: int = 128
-    """Channels of the embedding [?]."""
-    weight: float = 0.01
-    """parts2whole_contrast: of InfoNCE beside mean squared error [?]."""
-    both: bool = True
-    """parts2whole_contrast: reconstruct the whole from both parts, not from the first alone [?]."""
-    queue: int = 4096
-    """moco: parts remembered [?]."""
-    momentum: float = 0.99
-    """moco: share of itself that the following encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
-    bank: int = 32768
-    """instdisc, pirl, exemplar: places for wholes [?]; with fewer than the set has sub-scans, some share one."""
-    bank_momentum: float = 0.5
-    """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
-    prototypes: int = 128
-    """swav: prototypes [?]."""
-    sinkhorn_iterations: int = 3
-    """swav: how often assignments are balanced [?]."""
-    sinkhorn_epsilon: float = 0.05
-    """swav: how soft assignments are; smaller is harder [?]."""
-
-
-@dataclass(frozen=True)
 class Config:
     """A run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
 
 
 # Settings that may change when a run folder is continued: they do not touch the steps already done. `train.steps` does touch
@@ -197,8 +169,6 @@ def check(config: Config) -> Config:
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
         "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
         "train.checkpoint_minutes": 0, "train.keep_every": 0,
-        "contrast.hidden": 0, "contrast.dim": 1, "contrast.weight": 0, "contrast.queue": 1, "contrast.bank": 2,
-        "contrast.prototypes": 2, "contrast.sinkhorn_iterations": 1,
     }  # fmt: skip
     flat = flatten(config)
     for name, least in at_least.items():
@@ -209,7 +179,7 @@ def check(config: Config) -> Config:
             raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
-    _check_contrast(config.contrast)
+    check_pretexts(flat)
     if not 0 <= config.data.max_bad_share <= 1:
         raise UserError(
             f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"
@@ -236,20 +206,6 @@ def check(config: Config) -> Config:
             f"pretext.window_hu={floor} {ceiling}: the first must be below the second; the usual is -1000 1000"
         )
     return config
-
-
-def _check_contrast(config: ContrastConfig) -> None:
-    """The numbers of the contrastive pretexts that `check` cannot know from a table."""
-    for name, value in (("temperature", config.temperature), ("sinkhorn_epsilon", config.sinkhorn_epsilon)):
-        if not value > 0:
-            raise UserError(
-                f"contrast.{name}={value}: must be above 0; pass --contrast.{name.replace('_', '-')}"
-            )
-    for name, value in (("momentum", config.momentum), ("bank_momentum", config.bank_momentum)):
-        if not 0 <= value <= 1:
-            raise UserError(
-                f"contrast.{name}={value}: a share, from 0 to 1; pass --contrast.{name.replace('_', '-')}"
-            )
 
 
 def flatten(config: Config) -> dict[str, Any]:

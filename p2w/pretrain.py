@@ -137,9 +137,10 @@ def _fit(
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
     def validate(step: int) -> Iterator[tuple[str, float]]:
-        for name, value in validation(step) if validation else ():
-            log.line(f"step {step}  {name} {value:.4f}")
-            yield name, value
+        found = dict(validation(step)) if validation else {}
+        if found:
+            log.line(f"step {step}  {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+        yield from found.items()
         yield from looks(step)
         looks.similarity.save(step)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from p2w.config import Config
 from p2w.errors import UserError
 from p2w.pretext import contrast
+from p2w.pretext.autoencoder import Autoencoder
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.parts2whole_contrast import Parts2WholeContrast
 from p2w.pretext.protocol import Pretext, Views
@@ -15,7 +16,8 @@ from p2w.pretext.protocol import Pretext, Views
 __all__ = ["PRETEXTS", "Pretext", "Views", "build_pretext"]
 
 PRETEXTS: dict[str, Callable[[Config], Pretext]] = {
-    "parts2whole": lambda config: Parts2Whole(config.pretext),
+    "parts2whole": lambda config: Parts2Whole(config.pretext, config.intensity),
+    "autoencoder": lambda config: Autoencoder(config.pretext, config.intensity),
     "parts2whole_contrast": Parts2WholeContrast,
     "simclr": lambda config: contrast.Contrast(config, contrast.Batch),
     "moco": lambda config: contrast.Contrast(config, contrast.Queue),

@@ -1,6 +1,7 @@
 """Parts2Whole: reconstruct the whole from one of its parts (paper, section 2).
 
 Input: a random part, resized. Target: the whole it was cut from, resized to the same size. Loss: mean squared error.
+With `intensity.strength` the part's intensities are changed and the whole's are not (p2w.pretext.intensity).
 """
 
 from typing import cast
@@ -13,7 +14,9 @@ from p2w.config import PretextConfig
 from p2w.geometry import Keys
 from p2w.model.decoder import EncoderDecoder, build_decoder
 from p2w.model.protocol import Encoder, Network, Output
+from p2w.pretext.intensity import transform
 from p2w.pretext.protocol import Views, check_size
+from p2w.pretext_config import IntensityConfig
 
 
 class Parts2Whole:
@@ -21,18 +24,18 @@ class Parts2Whole:
 
     reconstructs = True
 
-    def __init__(self, config: PretextConfig) -> None:
-        self.config = config
+    def __init__(self, config: PretextConfig, intensity: IntensityConfig | None = None) -> None:
+        self.config, self.intensity = config, intensity or IntensityConfig()
 
     def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
-        """Wholes, int16 HU (B, D, H, W) -> part and whole, (B, 1, d, h, w) in [0, 1]."""
+        """Wholes, int16 HU (B, D, H, W) -> part and whole, (B, 1, d, h, w) in [0, 1]; the part transformed."""
         config = self.config
         shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
         boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.aspect_range)
         part, whole = geometry.part_and_whole(
             batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
         )
-        return Views(part, whole)
+        return Views(transform(part, keys, 0, self.intensity), whole)
 
     def build(self, encoder: Encoder) -> Network:
         """Encoder, decoder (skips off unless asked), sigmoid."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from p2w import geometry
 from p2w.config import Config
 from p2w.geometry import Keys
 from p2w.model.decoder import build_decoder
@@ -19,6 +18,7 @@ from p2w.pretext.contrast.head import Head
 from p2w.pretext.contrast.negatives import in_batch
 from p2w.pretext.contrast.parts import part_of
 from p2w.pretext.contrast.task import enough_wholes
+from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views, check_size
 
 
@@ -59,13 +59,8 @@ class Parts2WholeContrast:
 
     def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> part, whole, beside them another part, (B, 1, d, h, w) in [0, 1], ids (B,)."""
-        config = self.config.pretext
-        shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-        boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.aspect_range)
-        part, whole = geometry.part_and_whole(
-            batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
-        )
-        return Views(part, whole, beside=(part_of(batch_BDHW, keys, 1, config), keys.ids))
+        views = Parts2Whole(self.config.pretext, self.config.intensity).sample(batch_BDHW, keys)
+        return Views(views.input, views.target, beside=(part_of(batch_BDHW, keys, 1, self.config), keys.ids))
 
     def build(self, encoder: Encoder) -> Network:
         """Encoder, decoder (skips off unless asked), sigmoid; a head beside."""

@@ -1,4 +1,4 @@
-"""At 1, 2 and 4 ranks: the same loss, gradients, queue, bank and validation as one rank with the whole batch. Real processes."""
+"""At 1, 2 and 4 ranks: loss, gradients, queue, bank and validation of one rank with the whole batch. Real processes."""
 
 import subprocess
 import sys

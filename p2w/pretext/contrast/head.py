@@ -14,9 +14,10 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, config: ContrastConfig) -> None:
         super().__init__()
-        self.channels = config.dim if config.hidden else channels
-        layers = (nn.Linear(channels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim))
-        self.layers = nn.Sequential(*layers) if config.hidden else nn.Identity()
+        self.channels, self.layers = channels, nn.Sequential()
+        if config.hidden:
+            self.channels = config.dim
+            self.layers.extend([nn.Linear(channels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)])
 
     def forward(self, features: Tensor) -> Tensor:
         """In float32, whatever the precision of the encoder."""

@@ -50,7 +50,7 @@ class Contrast:
 
     def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> parts 0 and 1 of each, (B, 1, d, h, w) in [0, 1], and the wholes' ids (B,)."""
-        part, other = (part_of(batch_BDHW, keys, number, self.config.pretext) for number in (0, 1))
+        part, other = (part_of(batch_BDHW, keys, number, self.config) for number in (0, 1))
         other = mirrored(other, keys) if self.kind.mirrors else other
         return Views(part, other, beside=(other, keys.ids))
 
