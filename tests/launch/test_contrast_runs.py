@@ -16,7 +16,7 @@ def run(forge, shards, folder, name, *spies):
     return forge.run(folder, *argv, ranks=2, spies=(("draw_nothing",), *spies))
 
 
-@pytest.mark.parametrize("name", ["moco", "pirl", "exemplar", "parts2whole_contrast"])
+@pytest.mark.parametrize("name", ["moco", "pirl"])
 def test_killed_and_continued_it_is_the_run_that_was_not(forge, tiny_set, tmp_path, name):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     codes, _, err = run(forge, tiny_set, whole, name)
@@ -29,7 +29,7 @@ def test_killed_and_continued_it_is_the_run_that_was_not(forge, tiny_set, tmp_pa
     assert metrics(killed / "run") == metrics(whole / "run")
     last = metrics(whole / "run")[-1]
     assert last["similarity/auc"] > 0 and {"val/loss", "val/cosine", "val/told"} <= last.keys()
-    encoder, state = p2w.load(whole / "run").state_dict(), None
+    encoder = p2w.load(whole / "run").state_dict()
     state = load_file(whole / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
     assert status(whole / "run")["state"] == "finished"
     assert all(torch.equal(value, state[f"encoder.{key}"]) for key, value in encoder.items())

@@ -70,7 +70,9 @@ def test_a_known_answer():
     anchor = torch.tensor([[1.0, 0.0]])
     others = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     loss, *_ = info_nce(anchor, anchor, others, torch.tensor([[True, True, False]]), T)
-    assert float(loss.detach()) == pytest.approx(math.log(1 + (math.exp(-1 / T) + 1) / math.exp(1 / T)), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(
+        math.log(1 + (math.exp(-1 / T) + 1) / math.exp(1 / T)), rel=1e-6
+    )
 
 
 def test_parts_of_the_same_whole_are_no_negatives_and_a_whole_that_comes_twice_counts_once():
@@ -108,7 +110,7 @@ def test_without_weight_and_second_reconstruction_it_is_parts2whole():
     given = views(0)
     loss, _ = pretext.loss(network(given.input, *given.beside), given)
     alone = torch.nn.functional.mse_loss(network(given.input), given.target)
-    assert float(loss.detach()) == pytest.approx(float(alone), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(alone.detach()), rel=1e-6)
 
 
 def test_no_hidden_layer_is_the_bottleneck_itself():

@@ -17,7 +17,9 @@ class Head(nn.Module):
         self.channels, self.layers = channels, nn.Sequential()
         if config.hidden:
             self.channels = config.dim
-            self.layers.extend([nn.Linear(channels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)])
+            self.layers.extend(
+                [nn.Linear(channels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)]
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """In float32, whatever the precision of the encoder."""
