@@ -80,7 +80,8 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     accumulate: int = 1
-    """Split each rank's share of a batch into this many passes, to save memory."""
+    """Split each rank's share of a batch into this many passes, to save memory; contrastive pretexts take their negatives
+    from a pass, over all ranks."""
     schedule: Literal["constant", "cosine", "plateau"] = "plateau"
     """After warm-up: hold; fall as a cosine to 1 % at the last step; or halve when validation stops improving."""
     warmup_steps: int = 0

@@ -8,6 +8,7 @@
     swav       no negatives: prototypes, to which a batch is assigned in equal shares     clusters.Prototypes
     amdim      cells of one part's features against the whole of another part's           cells.Cells
 
+Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
 FACTS: paper, section 1 (what its method replaces); temperature 0.7, section 3.
 """
 
