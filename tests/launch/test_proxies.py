@@ -11,13 +11,22 @@ NAMES = {
     "rubiks_cube_pp": "--rubik.critic-width 2",
     "mae": "",
 }
-FEW = "--train.validate-every 100 --train.look-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16".split()
+FEW = "--train.validate-every 100 --train.look-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_proxy_trains_on_two_ranks_and_continues_where_it_stopped(forge, tiny_set, tmp_path, name):
     def run(folder, steps):
-        argv = ["demo", *TINY, *FEW, "--pretext.name", name, *NAMES[name].split(), "--max-steps", steps]
+        argv = [
+            "demo",
+            *TINY,
+            *FEW.split(),
+            "--pretext.name",
+            name,
+            *NAMES[name].split(),
+            "--max-steps",
+            steps,
+        ]
         argv += ["--shards", tiny_set, "--run-dir", tmp_path / folder]
         codes, _, err = forge.run(tmp_path / "out", *argv, ranks=2, spies=(("draw_nothing",),))
         assert codes == [0, 0], err
