@@ -1,7 +1,8 @@
 """Do intensities alone tell whose part it is? The shortcut, and whether transformed parts close it.
 
     python bench/evidence/probe.py --shards demo/shards
-    python bench/evidence/probe.py --shards demo/shards --run plain=runs/plain --run changed=runs/changed --out probe.json
+    python bench/evidence/probe.py --shards demo/shards --run runs/plain \\
+        --against histogram,random,plain=runs/plain@600,changed=runs/changed@600 --out probe.json
 
 Wholes that no network was trained on, parts of 1/16 to 1/4 of each. Two probes read one part's features and name its whole
 among all N: the nearest of the other parts, and a logistic regression fitted to half of the parts and asked about the rest.
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w import geometry
-from p2w.analysis.features import BASELINES, Features
+from p2w.analysis.features import Features
 from p2w.analysis.looks import read
 from p2w.analysis.similarity import auc, pair_cosines
-from p2w.analysis.subjects import Run
+from p2w.analysis.subjects import Run, baseline, parse_against
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.config import PretextConfig
 from p2w.data.stream import ShardSet, open_set
@@ -91,23 +92,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Numbers of every subject, printed as they come."""
     torch.set_num_threads(1)
     shards, world = open_set(args.shards), World.place()
-    runs = [(name, Run.open(Path(path))) for name, path in (one.split("=", 1) for one in args.run)]
-    view = runs[0][1].config.pretext if runs else PretextConfig(size=(16, 32, 32))
+    if args.run:
+        run = Run.open(args.run)
+        view = run.config.pretext
+        subjects = parse_against(args.against, run, world, choose_precision("fp32", world.device))
+    else:
+        view = PretextConfig(size=(16, 32, 32))
+        subjects = [baseline("histogram", view)]
     seen = parts_of(shards, args.split, view, args.strength, args.parts)
-    subjects: dict[str, Features] = {"histogram": BASELINES["histogram"]}
-    fp32 = choose_precision("fp32", world.device)
-    if runs:
-        subjects["random"] = runs[0][1].subject("random", None, world, fp32).load()
-    subjects |= {name: run.subject(name, run.step(), world, fp32).load() for name, run in runs}
     wholes = len(shards.ids(args.split))
     found: dict[str, Any] = {"wholes": wholes, "parts": args.parts, "chance": 1 / wholes}
     found |= {"strength": args.strength, "limits": dataclasses.asdict(IntensityConfig())}
     print(f"{wholes} wholes, {args.parts} parts each; chance {1 / wholes:.3f}, AUC 0.5")
-    for name, features in subjects.items():
+    for subject in subjects:
+        features = subject.load()
         for kind, index in (("plain", 0), ("transformed", 1)):
-            found[f"{name} {kind}"] = one = probes(read_features(features, [part[index] for part in seen]))
+            one = probes(read_features(features, [part[index] for part in seen]))
+            found[f"{subject.label} {kind}"] = one
             print(
-                f"{name:12}{kind:12} nearest {one['nearest']:.3f} ± {one['nearest_error']:.3f}  "
+                f"{subject.label:12}{kind:12} nearest {one['nearest']:.3f} ± {one['nearest_error']:.3f}  "
                 f"linear {one['linear']:.3f}  AUC {one['auc']:.3f}",
                 flush=True,
             )
@@ -121,7 +124,10 @@ def main() -> int:
     )
     parser.add_argument("--shards", required=True, help="folder of shards")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="which wholes")
-    parser.add_argument("--run", action="append", default=[], metavar="LABEL=RUN", help="a run's network too")
+    parser.add_argument("--run", type=Path, help="see parts as this run does: size, window")
+    parser.add_argument(
+        "--against", default="histogram", help="with --run: subjects, as launch/analyze.py names them"
+    )
     parser.add_argument("--strength", type=float, default=1.0, help="of the transformations, 0 to 1")
     parser.add_argument("--parts", type=int, default=16, help="of every whole")
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
