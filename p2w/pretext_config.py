@@ -113,3 +113,8 @@ def check_pretexts(flat: dict[str, Any]) -> None:
             raise UserError(
                 f"{name}={flat[name]}: must be from {low} to {high}; pass --{name.replace('_', '-')}"
             )
+    for name, usual in (("rubik.grid", "2 2 2"), ("mae.patch", "4 8 8")):
+        if min(flat[name]) < 1:
+            raise UserError(
+                f"{name}={flat[name]}: needs three numbers of at least 1; pass e.g. --{name} {usual}"
+            )

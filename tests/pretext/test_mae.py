@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2w.config import Config, PretextConfig
+from p2w.config import Config, PretextConfig, check
 from p2w.errors import UserError
 from p2w.geometry import Keys
 from p2w.model import build_encoder
@@ -65,5 +65,7 @@ def test_views_depend_on_the_key_alone_and_the_network_answers_with_a_volume():
 def test_patches_and_ratios_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"mae\.patch=\(3, 8, 8\): must divide pretext\.size"):
         build_pretext(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(3, 8, 8))))
+    with pytest.raises(UserError, match=r"mae\.patch=\(0, 8, 8\): needs three numbers of at least 1"):
+        check(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(0, 8, 8))))
     with pytest.raises(UserError, match=r"mae\.ratio=1\.0: hides 32 of 32 patches"):
         build_pretext(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(2, 4, 8), ratio=1.0)))
