@@ -26,10 +26,10 @@ class Placing(EncoderDecoder):
         self.place = nn.Linear(encoder.channels[-1], 6)
 
     def forward(self, x: Tensor, places: Tensor | None = None) -> Output:  # type: ignore[override]
-        """(B, 1, d, h, w) -> volume of that size in [0, 1]; where `places` (B, 6) are asked for, also by how much the guess
-        of each misses them, (B, 6) float32."""
+        """(B, 1, d, h, w) -> volume of that size in [0, 1]; in training, where `places` (B, 6) are asked for, also by how
+        much the guess of each misses them, (B, 6) float32. Validation so compares wholes alone, with place or without."""
         features = self.encoder(x)
         volume = torch.sigmoid(self.decoder(features).float())
-        if places is None:
+        if places is None or not self.training:
             return volume
         return volume, self.place(features[-1].float().mean((2, 3, 4))).float() - places

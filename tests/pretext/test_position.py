@@ -32,7 +32,7 @@ def test_loss_is_mse_plus_the_weighted_miss_and_the_input_alone_gives_the_volume
     )
     pretext = build_pretext(CONFIG)
     views = pretext.sample(wholes, keys)
-    network = pretext.build(build_encoder("unet3d", 2)).eval()
+    network = pretext.build(build_encoder("unet3d", 2))
     volume, misses = network(views.input, *views.beside)
     assert torch.equal(network(views.input), volume)
     boxes = geometry.sample_boxes(keys, 0, (16, 16, 16)).double().numpy()
@@ -46,6 +46,8 @@ def test_loss_is_mse_plus_the_weighted_miss_and_the_input_alone_gives_the_volume
     assert float(extras["place"]) == pytest.approx(np.mean(miss**2), rel=1e-5)
     loss.backward()
     assert all(weight.grad is not None for weight in network.parameters())
+    validated = network.eval()(views.input, *views.beside)
+    assert isinstance(validated, torch.Tensor) and not pretext.loss(validated, views)[1]
 
 
 def test_without_weight_nothing_is_added_and_an_autoencoder_has_no_place_to_ask_for():
