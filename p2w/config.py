@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p2w.errors import UserError
-from p2w.pretext_config import ContrastConfig, IntensityConfig, check_pretexts
+from p2w.pretext_config import (
+    ContrastConfig,
+    GenesisConfig,
+    IntensityConfig,
+    MaeConfig,
+    PositionConfig,
+    RubikConfig,
+    check_pretexts,
+)
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,10 @@ class Config:
     pretext: PretextConfig = field(default_factory=PretextConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    genesis: GenesisConfig = field(default_factory=GenesisConfig)
+    rubik: RubikConfig = field(default_factory=RubikConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
