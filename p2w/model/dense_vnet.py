@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from p2w.errors import UserError
 from p2w.model.blocks import SameConv3d, average_same, initialise, scaled
 from p2w.model.feeding import Feeding
 from p2w.model.protocol import Encoder
@@ -99,17 +100,24 @@ class DenseVNet(Encoder):
 
 
 class DenseVNetHead(nn.Module):
-    """Skips resized to half the input's size, joined, one 3x3x3 convolution, resized to full: the way to a mask."""
+    """Skips resized to half the input's size, joined, one 3x3x3 convolution, resized to full: the way to a mask.
+
+    There is none without skips: UserError says so.
+    """
 
     def __init__(self, channels: tuple[int, ...], skips: bool = True, out_channels: int = 1) -> None:
         super().__init__()
-        self.skips = skips
-        self.conv = SameConv3d(sum(channels[:-1]) if skips else channels[-2], out_channels, 3, bias=True)
+        if not skips:
+            raise UserError(
+                "dense_vnet: its head is made of skips; pass --pretext.skips, or take another network"
+            )
+        self.conv = SameConv3d(sum(channels[:-1]), out_channels, 3, bias=True)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Features of a DenseVNet -> logits (B, out_channels, D, H, W). Without skips only the coarsest is read."""
+        """Features of a DenseVNet -> logits (B, out_channels, D, H, W)."""
         half = features[0].shape[2:]
-        read = features[:-1] if self.skips else features[-2:-1]
-        resized = [functional.interpolate(f, half, mode="trilinear", align_corners=False) for f in read]
+        resized = [
+            functional.interpolate(f, half, mode="trilinear", align_corners=False) for f in features[:-1]
+        ]
         logits = self.conv(torch.cat(resized, dim=1))
         return functional.interpolate(logits, scale_factor=2, mode="trilinear", align_corners=False)

@@ -190,6 +190,8 @@ def test_wide_levels_do_not_make_a_wide_decoder():
 
 
 def test_sizes_that_there_are_not():
+    with pytest.raises(UserError, match=r"its head is made of skips; pass --pretext\.skips"):
+        build_decoder(meta("dense_vnet"), skips=False)
     with pytest.raises(UserError, match="depth 20: one of 10, 18"):
         ResNet3d(20)
     with pytest.raises(UserError, match=r"model\.width=0"):
