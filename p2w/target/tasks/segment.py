@@ -84,10 +84,12 @@ def around(
     jitter: float,
     key: tuple[int, str],
     of: str,
+    everything: NDArray | None = None,
 ) -> Iterator[Sample | LeftOut]:
     """One crop round the middle of the mask's bounding box, moved by up to `jitter` / 2 of its size along each axis.
 
     Without moving, a network learns that what it looks for is in the middle. `key`: seed and name that draw the move.
+    `everything`: a mask of which this one is a part, where a sample is to show other parts of it too.
     """
     box = ndimage.find_objects(mask)
     if not box or box[0] is None:
@@ -97,7 +99,7 @@ def around(
     step = np.ones(3) if spacing is None else np.array(spacing) / crops.spacing_zyx(grid)
     move = np.array([draw(key[0], key[1], axis) - 0.5 for axis in "zyx"])
     place = Place.round(centre + move * jitter * np.array(size) * step, size, grid, spacing)
-    piece = place.cut(mask, 0) > HALF
+    piece = place.cut(mask if everything is None else everything, 0) > HALF
     if not piece.any():
         yield LeftOut(f"{of}: too small to fill a voxel of the sample")
         return
