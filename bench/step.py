@@ -20,7 +20,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from p2w.model.unet3d import EncoderDecoder, UNet3dDecoder, UNet3dEncoder
+from p2w.model.decoder import EncoderDecoder
+from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 
 SIZE = (32, 64, 64)
 

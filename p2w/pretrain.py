@@ -32,7 +32,7 @@ from p2w.world import World
 
 def build(config: Config) -> tuple[Pretext, Network]:
     """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
-    pretext = build_pretext(config.pretext)
+    pretext = build_pretext(config)
     return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
 
 
@@ -171,18 +171,20 @@ def _fit(
     trainer.watchdog.at(trainer.step, "drawing")
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
-        picture, volumes = pictures.figure(), pictures.volumes()
+        picture = pictures.figure()
+        volumes = pictures.volumes() if pictures.pretext.reconstructs else b""
     with log.tolerate("figures"):
-        figures.save(picture, folder.path, "reconstruction")
-        write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
-        _summary(folder.path, log)
+        if volumes:
+            write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
+        drawn = figures.save(picture, folder.path, "reconstruction" if volumes else "views")
+        _summary(folder.path, drawn, log)
     return outcome
 
 
-def _summary(run: Path, log: Log) -> None:
+def _summary(run: Path, drawn: Path, log: Log) -> None:
     """Draw the curves, and say in a few lines what came out."""
     log.line(f"pictures        {figures.save(figures.loss_curve(run), run, 'loss')}")
-    log.line(f"                {run / 'figures' / 'reconstruction.png'}")
+    log.line(f"                {drawn}")
     records = [record for record in read_metrics(run) if "val/loss" in record]
     if not records:
         return
@@ -199,10 +201,11 @@ def _summary(run: Path, log: Log) -> None:
 def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
     """First and last validation as text, beside the loss of always answering the mean image."""
     first, *_, last = [*records, *records]
-    mean_image = first.get("val/loss_mean_image", float("nan"))
-    lines = [
-        f"validation MSE  {first['val/loss']:.4f} -> {last['val/loss']:.4f}   (always the mean image: {mean_image:.4f})"
-    ]
+    beside = ""
+    if "val/loss_mean_image" in first:
+        beside = f"   (always the mean image: {first['val/loss_mean_image']:.4f})"
+    name = "validation MSE " if beside else "validation loss"
+    lines = [f"{name} {first['val/loss']:.4f} -> {last['val/loss']:.4f}{beside}"]
     if "similarity/auc" in first and "similarity/auc" in last:
         for name, title in (("positive", "of one image"), ("negative", "of two images")):
             key = f"similarity/{name}"

@@ -3,16 +3,20 @@
 from collections.abc import Callable
 
 from p2w.errors import UserError
-from p2w.model.protocol import Encoder, Network
+from p2w.model.protocol import Encoder, Network, Output
 from p2w.model.unet3d import UNet3dEncoder
 
-__all__ = ["ENCODERS", "Encoder", "Network", "build_encoder"]
+__all__ = ["ENCODERS", "Encoder", "Network", "Output", "build_encoder"]
 
-ENCODERS: dict[str, Callable[[int], Encoder]] = {"unet3d": UNet3dEncoder}
+ENCODERS: dict[str, Callable[[int, int], Encoder]] = {
+    "unet3d": UNet3dEncoder
+}  # (width, in_channels) -> encoder
 
 
-def build_encoder(name: str, width: int) -> Encoder:
+def build_encoder(name: str, width: int, in_channels: int = 1) -> Encoder:
     """Make the encoder `name`. Raises UserError when the table has no such network."""
     if name not in ENCODERS:
         raise UserError(f"model.name={name}: unknown; one of {', '.join(sorted(ENCODERS))}")
-    return ENCODERS[name](width)
+    if width < 1 or in_channels < 1:
+        raise UserError(f"model.width={width}, input channels {in_channels}: both must be at least 1")
+    return ENCODERS[name](width, in_channels)

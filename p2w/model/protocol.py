@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry a sample along its first axis
+
 
 class Encoder(nn.Module):
     """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`."""
@@ -16,6 +18,9 @@ class Encoder(nn.Module):
 
 
 class Network(nn.Module):
-    """What a pretext builds: any module that keeps the encoder as `.encoder`."""
+    """What a pretext builds: any module that keeps the encoder as `.encoder`.
+
+    `forward(input, *beside) -> Output`. Called with the input alone it runs as well: that is how it is checked and drawn.
+    """
 
     encoder: Encoder

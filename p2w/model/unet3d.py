@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d
-from p2w.model.protocol import Encoder, Network
+from p2w.model.protocol import Encoder
 
 
 class ConvNormAct(nn.Module):
@@ -121,16 +121,3 @@ class UNet3dDecoder(nn.Module):
         for up, skip in ((self.up_tr256, coarse), (self.up_tr128, middle), (self.up_tr64, fine)):
             x = up(x, skip if self.skips else None)
         return self.out_tr(x)
-
-
-class EncoderDecoder(Network):
-    """Encoder and decoder in a row, sigmoid at the end: part (B, 1, D, H, W) in, volume in [0, 1] of that size out."""
-
-    def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""
-        return torch.sigmoid(self.decoder(self.encoder(x)).float())

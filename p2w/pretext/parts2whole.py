@@ -3,26 +3,25 @@
 Input: a random part, resized. Target: the whole it was cut from, resized to the same size. Loss: mean squared error.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from p2w import geometry
 from p2w.config import PretextConfig
-from p2w.errors import UserError
 from p2w.geometry import Keys
-from p2w.model.protocol import Encoder, Network
-from p2w.model.unet3d import EncoderDecoder, UNet3dDecoder
-from p2w.pretext.protocol import Views
+from p2w.model.decoder import EncoderDecoder, build_decoder
+from p2w.model.protocol import Encoder, Network, Output
+from p2w.pretext.protocol import Views, check_size
 
 
 class Parts2Whole:
     """One part a whole and step; the part's box is a function of (seed, epoch, id) alone."""
 
+    reconstructs = True
+
     def __init__(self, config: PretextConfig) -> None:
-        if any(edge < 8 or edge % 8 for edge in config.size):
-            raise UserError(
-                f"pretext.size={config.size}: each edge must be a multiple of 8, the encoder's stride"
-            )
         self.config = config
 
     def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
@@ -37,9 +36,13 @@ class Parts2Whole:
 
     def build(self, encoder: Encoder) -> Network:
         """Encoder, decoder (skips off unless asked), sigmoid."""
-        decoder = UNet3dDecoder(encoder.channels, encoder.strides, self.config.skips)
-        return EncoderDecoder(encoder, decoder)
+        check_size(self.config.size, encoder)
+        return EncoderDecoder(encoder, build_decoder(encoder, self.config.skips))
 
-    def loss(self, output: Tensor, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error between output and whole, in float32 (paper: Euclidean distance)."""
-        return torch.nn.functional.mse_loss(output.float(), views.target.float()), {}
+        return torch.nn.functional.mse_loss(cast(Tensor, output).float(), views.target.float()), {}
+
+    def panels(self, views: Views) -> dict[str, Tensor]:
+        """Part and whole."""
+        return {"part": views.input, "whole": views.target}

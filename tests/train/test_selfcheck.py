@@ -7,7 +7,8 @@ from p2w.config import PretextConfig
 from p2w.kernels import crop_resize_torch
 from p2w.model import build_encoder
 from p2w.model.conv import Conv3d
-from p2w.model.unet3d import EncoderDecoder, UNet3dDecoder
+from p2w.model.decoder import EncoderDecoder
+from p2w.model.unet3d import UNet3dDecoder
 from p2w.train.optim import Precision
 from p2w.train.selfcheck import wrong_convolution, wrong_crop
 

@@ -101,7 +101,7 @@ def _loss(axes: "Axes", facts: Facts) -> bool:
     floor = facts.series("val/loss_mean_image")[1]
     if floor and floor[0] > 0:
         axes.axhline(floor[0], color=ORANGE, linestyle="--", label="always the mean image")
-    axes.set_ylabel("mean squared error\n(1 = (window width)²)")
+    axes.set_ylabel("mean squared error\n(1 = (window width)²)" if floor else "loss of the pretext")
     _log(axes)
     return training or validation
 
