@@ -38,6 +38,12 @@ class Job:
 def run(task: Task, job: Job) -> int:
     """Do the job; the exit code: 0, or 1 when a case was bad. Raises UserError when it cannot go on."""
     task.check()
+    if not os.path.isdir(job.source):
+        raise UserError(f"{job.source}: no such folder; name the folder of the data with --source DIR")
+    if os.path.realpath(job.source) == os.path.realpath(job.out):
+        raise UserError(
+            f"{job.out}: the set gets a folder of its own, not that of the data: name it with --out DIR"
+        )
     say(f"looking through {job.source}")
     cases = task.find(job.source, job.out).sort()
     if not cases.cases:

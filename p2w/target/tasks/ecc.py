@@ -47,8 +47,6 @@ class Ecc:
 
     def find(self, source: str, out: str) -> Cases:
         """One case for each scan that the table names."""
-        if not os.path.isdir(source):
-            raise UserError(f"{source}: no such folder; name the folder of the scans with --source DIR")
         table = self.table or os.path.join(source, "candidates.csv")
         if not os.path.isfile(table):
             raise UserError(f"{table}: no such file; {listed.FORM} is needed: name it with --table FILE")

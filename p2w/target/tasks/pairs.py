@@ -17,14 +17,8 @@ from p2w.target import crops
 APART = 0.1  # voxels that a corner of the mask may be away from the image's
 
 
-def files_below(root: str, out: str, option: str = "--source") -> dict[str, str]:
-    """Name (relative, with /) -> path of every image file below a folder, in a fixed order. Raises UserError."""
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder; name the folder of the data with {option} DIR")
-    if os.path.realpath(root) == os.path.realpath(out):
-        raise UserError(
-            f"{out}: the set gets a folder of its own, not that of the data: name it with --out DIR"
-        )
+def files_below(root: str, out: str) -> dict[str, str]:
+    """Name (relative, with /) -> path of every image file below a folder, in a fixed order; `out` is passed over."""
     paths = {shown(os.path.relpath(path, root)): path for path in walk(root, out)}
     return {name: path for name, path in paths.items() if name.lower().endswith(IMAGES)}
 
