@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -23,6 +23,7 @@ from p2w.data import rules, typed
 from p2w.data.locks import hold, is_free
 from p2w.data.manifest import NAME, SCHEMA, VERSION, dump, publish
 from p2w.data.scan import source_files
+from p2w.data.seams import Chosen, Scanned
 from p2w.data.subscan import WINDOW_HU, Tiling
 from p2w.errors import UserError
 
@@ -79,29 +80,6 @@ class Share:
     def of(self, sources: list[Any]) -> list[Any]:
         """Every count-th scan, so that large and small subsets are mixed."""
         return sources[self.index :: self.count]
-
-
-class Chosen(Protocol):
-    """Settings of any kind of data set."""
-
-    @property
-    def format(self) -> str:
-        """Of the shards: tar or arrow."""
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON writes them; another run must have the same."""
-
-
-class Scanned(Protocol):
-    """What one shard is cut from: a scan, or a case of a target task."""
-
-    @property
-    def uid(self) -> str:
-        """Names the shard."""
-
-    @property
-    def name(self) -> str:
-        """What the user sees."""
 
 
 S = TypeVar("S", bound=Chosen)

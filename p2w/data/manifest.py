@@ -55,13 +55,14 @@ SCHEMA = pa.schema(
 class Form:
     """What the manifest of one kind of data set looks like: sub-scans to pretrain on, or samples of a target task."""
 
-    schema: pa.Schema
-    dims: int  # of a record: 3 for voxels [z,y,x], 4 with channels
+    schema: pa.Schema | None  # None: any that has PLACES
+    dims: int | None  # of a record: 3 for voxels [z,y,x], 4 with channels; None: any
     meta: dict[str, Any]  # forms (`typed`) of what its metadata may hold
     made_by: str
     remedy: str  # where there is no manifest
 
 
+PLACES = ("key", "shard", "offset", "nbytes", "crc32c")  # where records lie, in every kind of set
 SUB_SCANS = Form(
     SCHEMA,
     3,
@@ -69,6 +70,7 @@ SUB_SCANS = Form(
     "preprocess/shard_luna.py or preprocess/shard_scans.py",
     "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
 )
+ANY = Form(None, None, {}, "preprocess/", SUB_SCANS.remedy)  # to check its bytes, whatever they mean
 
 
 class DamagedManifest(UserError):
@@ -107,6 +109,7 @@ def manifest_bytes(rows: list[dict[str, Any]], meta: dict[str, Any], form: Form 
     anywhere is found, in the footer too, which Parquet's own checksums leave out.
     """
     rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
+    assert form.schema is not None  # one writes sets of a kind
     schema = form.schema.with_metadata(
         {b"p2w": dump(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
@@ -178,7 +181,9 @@ def _parse(data: bytes, name: str, root: str, form: Form) -> Manifest:
         raise DamagedManifest(f"{name} is not a parquet file ({_first(error)}): copy it again") from error
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first(error)}): copy it again") from error
-    if meta.get("schema") != VERSION or not schema.remove_metadata().equals(form.schema):
+    bare = schema.remove_metadata()
+    ours = set(PLACES) <= set(bare.names) if form.schema is None else bare.equals(form.schema)
+    if meta.get("schema") != VERSION or not ours:
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {VERSION}: name a folder written by {form.made_by}"
         )

@@ -37,15 +37,16 @@ OPTIONAL = {  # what sets of tests and of other tools may lack
 }
 
 
-def check_meta(meta: Any, dims: int = 3, optional: dict[str, Any] = OPTIONAL) -> None:
+def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIONAL) -> None:
     """Raise ValueError unless the metadata has the types it is written with, and names plain files."""
     present = {key: form for key, form in optional.items() if key in meta}
     if said := typed.misfit(meta, META | present, "its metadata"):
         raise ValueError(said)
     shape = meta["shape"]
-    if len(shape) != dims or not all(1 <= n <= MOST_VOXELS for n in shape):
+    dims = len(shape) if dims is None else dims
+    if not 3 <= len(shape) == dims <= 4 or not all(1 <= n <= MOST_VOXELS for n in shape):
         raise ValueError(
-            f"its shape is {shape}, not {COUNTS[dims]} numbers of voxels from 1 to {MOST_VOXELS:,}"
+            f"its shape is {shape}, not {COUNTS.get(dims, 'three or four')} numbers of voxels from 1 to {MOST_VOXELS:,}"
         )
     for shard in meta["shards"]:
         if not plain_name(shard["name"]):

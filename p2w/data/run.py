@@ -13,12 +13,13 @@ import numpy as np
 
 from p2w.data.cut import cut_scan
 from p2w.data.find import Found, Source
-from p2w.data.folder import Folder, Scanned, Settings, Share
+from p2w.data.folder import Folder, Settings, Share
 from p2w.data.grid import BadScan
 from p2w.data.merge import merge, unfinished
 from p2w.data.pool import pool
 from p2w.data.progress import Progress, duration, say
 from p2w.data.scan import read_grid
+from p2w.data.seams import Scanned
 from p2w.errors import UserError
 
 WORKER_BYTES = 2 << 30  # a worker stays below, for a scan of 512 x 512 x 764 voxels

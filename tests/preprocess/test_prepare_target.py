@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from p2w.data.phantom.targets.write import write_targets
+from p2w.data.verify import main as verify
 from p2w.errors import UserError
 from p2w.target.dataset import open_target
 from p2w.target.leak import check, check_run
@@ -220,7 +221,7 @@ def test_bad_tables_are_one_line(command, phantoms, tmp_path, row, line):
     assert code == 2 and line in err and err.count("\n") == 1, err
 
 
-def test_damaged_sets_are_refused(ncc, tmp_path):
+def test_damaged_sets_are_refused(ncc, tmp_path, capsys):
     out = tmp_path / "set"
     shutil.copytree(ncc, out)
     target = open_target(out)
@@ -230,6 +231,10 @@ def test_damaged_sets_are_refused(ncc, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(UserError, match="checksum differs"):
         open_target(out).read(range(len(target)))
+    assert verify([str(ncc)]) == 0 and verify([str(out)]) == 1
+    assert f"1 sub-scan: {target.key[0]}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"delete the shard.*prepare_target.py ncc"):
+        verify([str(out), "--repair", "--luna", "x"])
     shard.unlink()
     with pytest.raises(UserError, match=r"is missing.*prepare_target.py ncc"):
         open_target(out)
