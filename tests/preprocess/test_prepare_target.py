@@ -2,6 +2,7 @@
 
 import csv
 import os
+import runpy
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from p2w.target.dataset import open_target
 from p2w.target.leak import check, check_run
 
 NAME = "prepare_target"
+ROOT = Path(__file__).parents[2]
 SIZE = ("--size", 8, 16, 16, "--workers", 1)
 SUBSETS = ("--train-subsets", "0-1", "--val-subsets", 2, "--test-subsets", "3-9")
 LITS = ("--train", "0-1", "--val", 2, "--test", 3)
@@ -39,6 +41,19 @@ def ncc(command, phantoms, tmp_path_factory):
     )
     assert code == 0, said + err
     return out
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """The command in this process, for what ends before any worker starts: exit code and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", [NAME, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "preprocess" / f"{NAME}.py"), run_name="__main__")
+        return end.value.code, capsys.readouterr().err
+
+    return call
 
 
 def disjoint(target, fold=None):
@@ -193,9 +208,10 @@ def test_a_bad_scan_is_named_and_the_others_go_on(command, phantoms, tmp_path):
         (("ncc", "--source", "{T}/LUNA16", "--out", "x", "--size", "1", "8", "8"), "--size 1 8 8"),
     ],
 )
-def test_bad_input_is_one_line(command, phantoms, arguments, line, tmp_path):
+def test_bad_input_is_one_line(inside, phantoms, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     told = [text.replace("{T}", str(phantoms)) for text in arguments]
-    code, _, err = command.call(NAME, *told, cwd=tmp_path)
+    code, err = inside(*told)
     assert code == 2 and err.count("\n") == 1 and (line in err or "has to have one *" in err), err
     assert not (tmp_path / "x" / "manifest.parquet").exists()
 
@@ -210,14 +226,12 @@ def test_bad_input_is_one_line(command, phantoms, arguments, line, tmp_path):
         ("patient000,PA000,1,2,3,1", "6 values"),
     ],
 )
-def test_bad_tables_are_one_line(command, phantoms, tmp_path, row, line):
+def test_bad_tables_are_one_line(inside, phantoms, tmp_path, row, line):
     table = tmp_path / "t.csv"
     text = (phantoms / "CTPA" / "candidates.csv").read_text()
     table.write_text(text + row + "\n")
     line = line.replace("82", str(text.count("\n") + 1))
-    code, _, err = command.call(
-        NAME, "ecc", "--source", phantoms / "CTPA", "--out", tmp_path / "x", "--table", table
-    )
+    code, err = inside("ecc", "--source", phantoms / "CTPA", "--out", tmp_path / "x", "--table", table)
     assert code == 2 and line in err and err.count("\n") == 1, err
 
 
@@ -232,7 +246,7 @@ def test_damaged_sets_are_refused(ncc, tmp_path, capsys):
     with pytest.raises(UserError, match="checksum differs"):
         open_target(out).read(range(len(target)))
     assert verify([str(ncc)]) == 0 and verify([str(out)]) == 1
-    assert f"1 sub-scan: {target.key[0]}" in capsys.readouterr().out
+    assert f"1 sub-scan: {target.scan_uid[0]}/00000" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"delete the shard.*prepare_target.py ncc"):
         verify([str(out), "--repair", "--luna", "x"])
     shard.unlink()
