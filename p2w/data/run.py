@@ -13,7 +13,7 @@ import numpy as np
 
 from p2w.data.cut import cut_scan
 from p2w.data.find import Found, Source
-from p2w.data.folder import Folder, Settings, Share
+from p2w.data.folder import Folder, Scanned, Settings, Share
 from p2w.data.grid import BadScan
 from p2w.data.merge import merge, unfinished
 from p2w.data.pool import pool
@@ -119,7 +119,7 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     return bad
 
 
-def result_of(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any, Any]) -> dict[str, Any]:
+def result_of(future: "Future[dict[str, Any]]", source: Scanned, waiting: dict[Any, Any]) -> dict[str, Any]:
     """What became of a scan. Raises UserError when a worker process was killed."""
     try:
         return future.result()
