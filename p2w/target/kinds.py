@@ -1,4 +1,4 @@
-"""The two kinds of target task: what stands behind the encoder, the loss, and what is kept of a sample to judge it by.
+"""The two kinds of target task: the loss, and what is kept of a sample to judge it by.
 
 A kind is picked by the set's `meta["kind"]`; the loop knows neither. Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -12,9 +12,6 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from p2w.errors import UserError
-from p2w.model import Encoder, Network
-from p2w.model.decoder import build_decoder
-from p2w.model.heads import Classifier, Segmenter
 from p2w.target import metrics
 from p2w.target.ranks import total
 from p2w.world import World
@@ -26,9 +23,6 @@ class Kind(Protocol):
     """What the loop needs of a task."""
 
     name: str
-
-    def build(self, encoder: Encoder, skips: bool) -> Network:
-        """The whole network; the part behind the encoder is new."""
 
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
         """Of this rank's share of a batch of `batch` samples; the mean over ranks is the loss of the batch."""
@@ -47,13 +41,9 @@ class Kind(Protocol):
 
 
 class Classification:
-    """Encoder, pooled, 1024 units, one answer; binary cross-entropy."""
+    """One answer a sample; binary cross-entropy."""
 
     name = "classification"
-
-    def build(self, encoder: Encoder, skips: bool) -> Network:
-        """`skips` are a decoder's."""
-        return Classifier(encoder)
 
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
         """Logits (B,), labels (B,)."""
@@ -80,13 +70,9 @@ class Classification:
 
 
 class Segmentation:
-    """Encoder and decoder, one answer a voxel; soft Dice over the flattened batch."""
+    """One answer a voxel; soft Dice over the flattened batch."""
 
     name = "segmentation"
-
-    def build(self, encoder: Encoder, skips: bool) -> Network:
-        """A U-Net."""
-        return Segmenter(encoder, build_decoder(encoder, skips))
 
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
         """Logits (B, 1, D, H, W), masks of 0 and 1 of that shape."""
