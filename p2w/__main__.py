@@ -16,6 +16,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.doctor.command",
         "what this machine has against what a run needs, and the remedy of each problem",
     ),
+    "table1": ("p2w.tables.table1", "starting points on the target tasks, beside the paper's Table 1"),
+    "table2": ("p2w.tables.table2", "scale of the parts and skip connections, beside the paper's Table 2"),
+    "fig3": (
+        "p2w.tables.fig3",
+        "reconstruction against transfer over checkpoints, beside the paper's Fig. 3",
+    ),
 }
 
 

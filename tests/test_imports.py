@@ -32,6 +32,12 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.analysis.subjects": (*BASE, "p2w.train", "p2w.pretrain", "p2w.analysis"),  # loads runs
     "p2w.analysis.measure": (*BASE, "p2w.data.progress", "p2w.analysis"),
     "p2w.analysis.showcase": (*BASE, "p2w.train.optim", "p2w.analysis"),
+    "p2w.target.results": ("p2w.errors", "p2w.data.typed", "p2w.target"),
+    "p2w.target.statistics": ("p2w.errors",),
+    "p2w.target.intervals": ("p2w.errors",),
+    "p2w.target.paper": ("p2w.target.statistics",),
+    "p2w.tables": ("p2w.errors", "p2w.log", "p2w.data.typed", "p2w.target", "p2w.analysis", "p2w.tables"),
+    "p2w.sweep": (*BASE, "p2w.data.progress", "p2w.train.checkpoint", "p2w.target", "p2w.sweep"),
 }
 OFFLINE = {f"p2w.data.{name}" for name in ("scan", "subscan", "shard", "manifest", "phantom")}
 

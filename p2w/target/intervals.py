@@ -77,11 +77,15 @@ def mean_interval(values: ArrayLike, patients: Sequence[Hashable] | None = None)
     return ratio_interval(values, np.ones(np.shape(values)), patients)
 
 
-def ratio_interval(above: ArrayLike, below: ArrayLike, patients: Sequence[Hashable] | None = None) -> Interval:
+def ratio_interval(
+    above: ArrayLike, below: ArrayLike, patients: Sequence[Hashable] | None = None
+) -> Interval:
     """Of sum(above) / sum(below), one pair a case: a pooled IoU is the sum of intersections over that of unions."""
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if top.shape != bottom.shape or top.ndim != 1:
-        raise ValueError(f"numerators {top.shape} and denominators {bottom.shape}: must be two lists of one length")
+        raise ValueError(
+            f"numerators {top.shape} and denominators {bottom.shape}: must be two lists of one length"
+        )
 
     def ratio(weights: Floats) -> float:
         total = float(weights @ bottom)

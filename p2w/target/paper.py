@@ -23,6 +23,13 @@ METRICS = {
 # foreground IoU at 0.5 is our choice.
 COMPARED = {"ncc": "auc", "ncs": "mean_iou", "lcs": "iou", "ecc": "auc", "bms": "iou"}
 INFERRED = {"ncs": "inferred", "bms": "our choice"}
+MAY_COMPARE = {  # metrics that the paper's number of a task may be read as; beside others it is not shown
+    "ncc": ("auc",),
+    "ncs": ("mean_iou", "iou"),
+    "lcs": ("iou",),
+    "ecc": ("auc",),
+    "bms": ("iou", "mean_iou"),
+}
 
 
 def _row(*cells: tuple[float, float]) -> dict[str, Summary]:

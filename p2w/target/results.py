@@ -19,6 +19,7 @@ from p2w.errors import UserError
 
 NAME, RESULT = "transfer.json", "result.json"
 LARGEST = 1 << 22  # bytes; ours are a few kB
+MOST = 10**12
 
 INIT = {"label": str, "source": str}
 INIT_MAY = {  # what is known of the pretraining; null or absent where it is not
@@ -39,7 +40,7 @@ TRIAL = {"trial": int, "seed": int, "state": str}
 
 @dataclass(frozen=True)
 class Trial:
-    """One finished fine-tuning: metrics in [0, 1] by name, on `n_test` test cases."""
+    """One finished fine-tuning: its metrics on the test cases, in [0, 1], by name."""
 
     index: int
     seed: int
@@ -119,10 +120,15 @@ def read(folder: Path) -> Transfer:
     if said := typed.misfit(init, may, "'init' of it"):
         raise UserError(f"{path}: damaged ({said}); repeat the command that wrote it")
     limits = init.get("volume_fraction")
-    if limits is not None and len(limits) != 2:
-        raise UserError(f"{path}: damaged (volume_fraction has {len(limits)} numbers, not 2); repeat its command")
-    if not (0 < tree["fraction"] <= 1 and tree["trials"] >= 1):
-        said = f"fraction {tree['fraction']}, {tree['trials']} trials"
+    sound = {
+        "volume_fraction": limits is None or (len(limits) == 2 and 0 < limits[0] <= limits[1] <= 1),
+        "val_mse": init.get("val_mse") is None or 0 <= init["val_mse"] < MOST,
+        "step": init.get("step") is None or 0 <= init["step"] < MOST,
+        "fraction": 0 < tree["fraction"] <= 1,
+        "trials": 1 <= tree["trials"] <= 1000,
+    }
+    if wrong := next((name for name, good in sound.items() if not good), None):
+        said = f"{wrong} is {str(init.get(wrong, tree.get(wrong)))[:40]}"
         raise UserError(f"{path}: damaged ({said}); repeat the command that wrote it")
     trials, problems = _trials(folder, tree["trials"])
     return Transfer(
@@ -188,4 +194,6 @@ def _parse(path: Path, form: dict[str, Any]) -> Any:
         raise UserError(f"{path}: {error.strerror}; name a folder that launch/transfer.py wrote") from error
     except ValueError as error:
         said = str(error).partition("\n")[0]
-        raise UserError(f"{path}: damaged ({said}); delete it and repeat the command that wrote it") from error
+        raise UserError(
+            f"{path}: damaged ({said}); delete it and repeat the command that wrote it"
+        ) from error

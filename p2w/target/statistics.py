@@ -1,7 +1,7 @@
 """Mean and deviation of trials, and whether two of them differ; by scipy (paper, Table 1: ten trials, paired t-test).
 
-Two sets of trials are paired where trial i of both had the same seed, and so the same labels, order and decoder; else Welch's
-test compares them, and says why. Intervals of one trial's metric over its test cases: intervals.py.
+Two sets of trials are paired where trial i of both had the same seed, and so the same labels, order and decoder; else
+Welch's test compares them, and says why. Intervals of one trial's metric over its test cases: intervals.py.
 """
 
 import math
@@ -25,7 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A two-sided t-test of the mean of `a` against that of `b`: difference a - b, t, degrees of freedom, p; NaN where undefined.
+    """A two-sided t-test of mean a against mean b: difference a - b, t, degrees of freedom, p; NaN where undefined.
 
     `n` counts the pairs, or the values of both; `why` says why the test is not the paired one.
     """
@@ -95,7 +95,9 @@ def welch(a: Summary, b: Summary, why: str = "") -> Comparison:
     found = ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
     one, two = a.sd**2 / a.n, b.sd**2 / b.n
     df = (one + two) ** 2 / (one**2 / (a.n - 1) + two**2 / (b.n - 1))
-    return Comparison("Welch's t-test", difference, float(found.statistic), df, float(found.pvalue), sizes, why)
+    return Comparison(
+        "Welch's t-test", difference, float(found.statistic), df, float(found.pvalue), sizes, why
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
