@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.data.grid import Grid
 
@@ -67,8 +66,8 @@ class Place:
         """The crop, `outside` where the image ends; linear between voxels: float32 then, else of the image's type."""
         if (self.step == 1).all() and (self.first == np.rint(self.first)).all():
             return _whole(image, self.first.astype(int), self.size, outside)
-        last = self.first + (np.array(self.size) - 1) * self.step
-        low = np.maximum(np.floor(self.first).astype(int), 0)
+        last = self.first + (np.array(self.size) - 0.5) * self.step
+        low = np.maximum(np.floor(self.first - self.step / 2).astype(int), 0)
         high = np.minimum(np.ceil(last).astype(int) + 1, image.shape)
         if (low >= high).any():
             return np.full(self.size, outside, np.float32)
@@ -105,16 +104,21 @@ def _whole(image: NDArray, first: NDArray[np.intp], size: tuple[int, int, int], 
 def _line(box: NDArray, axis: int, first: float, step: float, size: int) -> NDArray:
     """Linear along one axis: the values at first + i * step, held at the ends.
 
-    A step of more than a voxel takes the mean over the step first, so that fine texture does not alias.
+    A step of more than a voxel takes the mean over points spread evenly over the step, so that fine texture does not
+    alias.
     """
-    if step > 1.5:
-        box = ndimage.uniform_filter1d(box, round(step), axis=axis, mode="nearest")
-    at = np.clip(first + np.arange(size) * step, 0, box.shape[axis] - 1)
-    left = np.minimum(at.astype(int), box.shape[axis] - 2 if box.shape[axis] > 1 else 0)
-    share = (at - left).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-    right = np.minimum(left + 1, box.shape[axis] - 1)
-    below, above = box.take(left, axis), box.take(right, axis)
-    return below + (above - below) * share
+    points = max(1, int(np.ceil(step - 0.01)))
+    shape = list(box.shape)
+    shape[axis] = size
+    total = np.zeros(shape, np.float32)
+    for point in range(points):
+        at = first + (np.arange(size) + (point + 0.5) / points - 0.5) * step
+        at = np.clip(at, 0, box.shape[axis] - 1)
+        left = np.minimum(at.astype(int), max(0, box.shape[axis] - 2))
+        share = (at - left).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        below, above = (box.take(np.minimum(i, box.shape[axis] - 1), axis) for i in (left, left + 1))
+        total += below + (above - below) * share
+    return total / np.float32(points)
 
 
 def tiles(

@@ -102,9 +102,15 @@ class Task(Protocol):
     """One target task. Class attributes say what its samples are."""
 
     name: ClassVar[str]
-    kind: ClassVar[str]
     size: ClassVar[tuple[int, int, int]]  # z, y, x: the paper's
-    classes: ClassVar[tuple[str, ...]]
+
+    @property
+    def kind(self) -> str:
+        """`classification` or `segmentation`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What 0 and 1 mean."""
 
     @property
     def channel_names(self) -> tuple[str, ...]:
