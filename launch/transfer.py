@@ -32,7 +32,7 @@ from p2w.log import Log
 from p2w.target import results, side_by_side
 from p2w.target.dataset import TargetSet, open_target
 from p2w.target.finetune import Told
-from p2w.target.origin import resolve
+from p2w.target.origin import leak, resolve
 from p2w.target.recipe import Recipe, check, recipe_of
 from p2w.target.subset import batches
 from p2w.target.transfer import Transfer, agrees, announce, run_trials
@@ -80,6 +80,8 @@ class Args:
     """Several ranks: end with the name of the one that hangs when none gets further for this long."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print what would be done, then stop."""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print no summary at the end."""
     recipe: Recipe = field(default_factory=Recipe)
 
 
@@ -115,7 +117,18 @@ def label_of(init: str) -> str:
     return folder.name if folder else name.stem
 
 
-def build(argv: list[str], world: World) -> tuple[Args, Transfer, dict[str, Any], Precision]:
+@dataclass(frozen=True)
+class Job:
+    """What the command line comes to. `leak`: one line on what pretraining has seen."""
+
+    args: Args
+    transfer: Transfer
+    tree: dict[str, Any]
+    precision: Precision
+    leak: str
+
+
+def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, source = parse(argv, speaks=world.local_rank == 0)
     check(args.recipe)
@@ -130,27 +143,37 @@ def build(argv: list[str], world: World) -> tuple[Args, Transfer, dict[str, Any]
     )  # fmt: skip
     precision = choose_precision(args.recipe.amp, world.device)
     check_data(transfer, world.size)
-    tree = agrees(transfer)
+    said = leak(transfer.origin, source, args.allow_leak, fold)
     transfer.build(0)
-    return args, transfer, tree, precision
+    return Job(args, transfer, agrees(transfer) | {"leak": said}, precision, said)
 
 
-def show_plan(transfer: Transfer, tree: dict[str, Any], world: World, precision: Precision) -> None:
+def show_plan(job: Job, world: World) -> None:
     """The dry run's page."""
+    transfer, tree = job.transfer, job.tree
     network, start = transfer.build(0)
     parameters = sum(weight.numel() for weight in network.parameters())
     encoder = sum(weight.numel() for weight in network.encoder.parameters())
     print(f"task        {tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}")
     print(f"samples     {', '.join(f'{len(rows):,} {split}' for split, rows in transfer.rows.items())}")
     counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
-    print(f"fraction    {transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial")
+    print(
+        f"fraction    {transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial"
+    )
     print(f"start       {transfer.label}: {start.source}")
-    print(f"network     {start.network}, width {start.width}: {parameters / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder")
+    print(f"leak        {job.leak}")
+    print(
+        f"network     {start.network}, width {start.width}: {parameters / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder"
+    )
     print(f"decoder     {tree['decoder']}")
     ends = batches(counts[0], transfer.recipe.batch)
-    print(f"an epoch    {len(ends)} steps of up to {math.ceil(counts[0] / len(ends))}, at most {transfer.recipe.max_epochs:,} epochs")
-    print(f"processes   {world.describe()}; {precision.name} ({precision.reason})")
-    print(f"trials      {transfer.trials}, seeds {transfer.seed(0)} to {transfer.seed(transfer.trials - 1)} -> {transfer.folder}")
+    print(
+        f"an epoch    {len(ends)} steps of up to {math.ceil(counts[0] / len(ends))}, at most {transfer.recipe.max_epochs:,} epochs"
+    )
+    print(f"processes   {world.describe()}; {job.precision.name} ({job.precision.reason})")
+    print(
+        f"trials      {transfer.trials}, seeds {transfer.seed(0)} to {transfer.seed(transfer.trials - 1)} -> {transfer.folder}"
+    )
     print("recipe      " + "  ".join(f"{name} {value}" for name, value in tree["recipe"].items()))
 
 
@@ -161,13 +184,17 @@ def show_results(run: Path) -> None:
     for name in names:
         values = [trial.metrics[name] for trial in found.trials if name in trial.metrics]
         spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"{name:14} {100 * statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)")
+        print(
+            f"{name:14} {100 * statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)"
+        )
 
 
-def work(args: Args, transfer: Transfer, tree: dict[str, Any], world: World, precision: Precision) -> int:
+def work(job: Job, world: World) -> int:
     """The trials that this process, with its ranks, does. Returns the exit code."""
+    args, log = job.args, Log(job.args.run, world.is_main, 0)
     if world.is_main:
-        announce(transfer, tree, world)
+        announce(job.transfer, job.tree, world)
+    log.line(job.leak)
     world.barrier()
     indices = sorted(set(args.trial)) or list(range(args.trials))
     several = world.size > 1
@@ -175,10 +202,12 @@ def work(args: Args, transfer: Transfer, tree: dict[str, Any], world: World, pre
     watching: contextlib.AbstractContextManager[Any] = watchdog if several else contextlib.nullcontext()
     with watching, StopRequest(speaks=False, last_words=several) as stop:
         try:
-            run_trials(transfer, indices, world, precision, _told(stop, world, watchdog))
+            run_trials(job.transfer, indices, world, job.precision, _told(stop, world, watchdog))
         except Told:
-            Log(args.run, world.is_main, 0).line(f"{stop.name or 'another rank'}: told to stop; the same command continues")
+            log.line(f"{stop.name or 'another rank'}: told to stop; the same command continues")
             return STOPPED
+    if world.is_main and not args.quiet:
+        show_results(args.run)
     return 0
 
 
@@ -199,7 +228,7 @@ def main() -> int:
     """Parse, build, run."""
     world = World.place()
     try:
-        args, transfer, tree, precision = build(sys.argv[1:], world)
+        job = build(sys.argv[1:], world)
     except (UserError, SystemExit) as error:
         if isinstance(error, UserError):
             world.tell_agent(f"error: {error}")
@@ -208,30 +237,31 @@ def main() -> int:
             time.sleep(LOCAL_RANK_0_SPEAKS_S)  # as launch/train.py: local rank 0 says it for the node
             return 2
         raise
-    if args.dry_run:
+    if job.args.dry_run:
         if world.is_main:
-            show_plan(transfer, tree, world, precision)
+            show_plan(job, world)
         return 0
-    code = 0
     try:
-        if args.workers > 1:
-            announce(transfer, tree, world)
-            code = side_by_side.run(sys.argv, args.workers)
+        if job.args.workers > 1:
+            announce(job.transfer, job.tree, world)
+            code = side_by_side.run(sys.argv, job.args.workers)
+            if not code:
+                show_results(job.args.run)
         else:
-            world = World.start(max(World.WAIT_S, 120 * args.hang_minutes))
-            code = work(args, transfer, tree, world, precision)
-        if world.is_main and not code and args.workers == 1:
-            show_results(args.run)
+            world = World.start(max(World.WAIT_S, 120 * job.args.hang_minutes))
+            code = work(job, world)
     except UserError as error:
         world.abandon(2, f"error: {error}")
     except Exception as error:
         if world.size == 1:
             raise
         if World.lost_peer(error):
-            world.abandon(1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why")
+            world.abandon(
+                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
+            )
         said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
         world.abandon(1, f"{said}\n{traceback.format_exc()}")
-    del transfer
+    del job
     world.close()
     return code
 

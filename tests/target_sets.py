@@ -37,7 +37,9 @@ def write_target_set(
 ) -> Path:  # fmt: skip
     """`counts` patients to train, validate and test, one scan each with `each` samples."""
     folder.mkdir(parents=True)
-    splits = [name for name, count in zip(("train", "val", "test"), counts, strict=True) for _ in range(count)]
+    splits = [
+        name for name, count in zip(("train", "val", "test"), counts, strict=True) for _ in range(count)
+    ]
     rows, shards, sources, scans = [], [], [], {}
     masks = kind == "segmentation"
     for number, split in enumerate(splits):
@@ -59,7 +61,9 @@ def write_target_set(
         done = shard.close()
         shards.append({"name": f"{name}.tar", "nbytes": done.nbytes, "crc32c": done.crc32c})
         file = {"role": "image", "file": f"{name}.nii", "nbytes": 1, "checksum": "00000000"}
-        sources.append({"uid": name, "patient": f"patient{number}", "files": [file], "samples": each, "left_out": []})
+        sources.append(
+            {"uid": name, "patient": f"patient{number}", "files": [file], "samples": each, "left_out": []}
+        )
         scans.setdefault(str(number % folds) if folds else split, []).append(name)
     meta = {
         "schema": 1, "tool": "test", "task": task, "kind": kind, "format": "tar", "dtype": "int16",

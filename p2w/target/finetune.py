@@ -59,7 +59,7 @@ class FineTuner:
         self.network = share_statistics(network, world)
         self.encoder = network.encoder
         self.trained = [weight for weight in self.network.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=recipe.lr)
+        self.optimizer = torch.optim.Adam(self.trained, lr=recipe.lr, eps=recipe.adam_eps)
         self.plateau = Plateau(recipe)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
         self.number = 0

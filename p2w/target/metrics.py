@@ -58,9 +58,7 @@ def segmentation(counts: NDArray[np.int64], patients: Sequence[str]) -> tuple[Me
     return found, sure
 
 
-def classification(
-    probability: Floats, label: Floats, patients: Sequence[str]
-) -> tuple[Measures, Intervals]:
+def classification(probability: Floats, label: Floats, patients: Sequence[str]) -> tuple[Measures, Intervals]:
     """Probabilities (N,) and labels (N,) of 0 and 1 -> metrics and their 95 % intervals, by patient.
 
     Where no patient is free of positives, or none has any, there is no `auc_patient`. Raises ValueError for one class alone.
@@ -114,5 +112,3 @@ def _numbers(patients: Sequence[str]) -> NDArray[np.intp]:
     """A number for every patient, in the order of their first samples."""
     known: dict[str, int] = {}
     return np.array([known.setdefault(patient, len(known)) for patient in patients], np.intp)
-
-

@@ -5,13 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from p2w.config import Config
+from p2w.data.manifest import open_manifest
 from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder, Network
 from p2w.model.decoder import build_decoder
 from p2w.model.heads import Classifier, Segmenter
 from p2w.pretext import build_pretext
+from p2w.target.dataset import TargetSet
+from p2w.target.leak import check, check_run
+from p2w.weights.card import Trained
 from p2w.weights.load import find, read_card
 from p2w.weights.start import RANDOM, Start, load_decoder, load_start
 
@@ -22,6 +25,7 @@ class Origin:
 
     source: str
     step: int | None = None
+    run: Path | None = None  # of ours
     val_loss: float | None = None
     val_mse: float | None = None  # the same where the proxy's loss is that of a reconstruction
     pretext: str | None = None
@@ -30,7 +34,7 @@ class Origin:
 
     def plain(self) -> dict[str, Any]:
         """As JSON writes it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "run"}
 
 
 def resolve(init: str) -> Origin:
@@ -43,7 +47,9 @@ def resolve(init: str) -> Origin:
     name, at, step = init.rpartition("@")
     if at and not Path(init).exists():
         if not step.isdecimal():
-            raise UserError(f"--init {init}: no such file; of a run, RUN@STEP names a step, such as {name}@1000")
+            raise UserError(
+                f"--init {init}: no such file; of a run, RUN@STEP names a step, such as {name}@1000"
+            )
         return _of_run(Path(name), int(step))
     path = Path(init)
     if (path / "checkpoints").is_dir():
@@ -59,8 +65,10 @@ def resolve(init: str) -> Origin:
 
 def _of_run(run: Path, step: int | None) -> Origin:
     trained = find(run, step)
-    losses = [one["val/loss"] for one in read_metrics(run) if one["step"] == trained.step and "val/loss" in one]
-    return _origin(str(trained.folder), trained.step, losses[-1] if losses else None, trained.config)
+    losses = [
+        one["val/loss"] for one in read_metrics(run) if one["step"] == trained.step and "val/loss" in one
+    ]
+    return _origin(trained, losses[-1] if losses else None)
 
 
 def _of_card(where: str, card: dict[str, Any]) -> Origin:
@@ -70,16 +78,26 @@ def _of_card(where: str, card: dict[str, Any]) -> Origin:
         loss = training["figures"].get("val/loss")
         low, high = pretext["volume_fraction"]
         return Origin(
-            where, int(training["step"]), loss, loss, pretext["name"], (low, high), bool(pretext["skips"])
+            where,
+            int(training["step"]),
+            None,
+            loss,
+            loss,
+            pretext["name"],
+            (low, high),
+            bool(pretext["skips"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return Origin(where)
 
 
-def _origin(source: str, step: int, loss: float | None, config: Config) -> Origin:
-    pretext = config.pretext
-    mse = loss if build_pretext(config).reconstructs else None
-    return Origin(source, step, loss, mse, pretext.name, pretext.volume_fraction, pretext.skips)
+def _origin(trained: Trained, loss: float | None) -> Origin:
+    pretext = trained.config.pretext
+    mse = loss if build_pretext(trained.config).reconstructs else None
+    source = str(trained.folder)
+    return Origin(
+        source, trained.step, trained.run, loss, mse, pretext.name, pretext.volume_fraction, pretext.skips
+    )
 
 
 def network_of(kind: str, start: Start, pretrained_decoder: bool) -> Network:
@@ -113,4 +131,20 @@ def blank(kind: str, encoder: Encoder, skips: bool) -> Network:
     return Segmenter(encoder, build_decoder(encoder, skips))
 
 
-__all__ = ["RANDOM", "Origin", "Start", "blank", "load_start", "network_of", "resolve"]
+def leak(origin: Origin, target: TargetSet, allow: bool, fold: int | None) -> str:
+    """One line on whether pretraining has seen scans that are tested on. Raises UserError when it has, unless allowed."""
+    if origin.source == RANDOM or origin.run is not None:
+        return check_run(target, origin.run, allow, fold)
+    data = load_start(origin.source).pretrained_on
+    if "shards" not in data:
+        return f"not checked whether pretraining saw test scans: weights of others ({data.get('what', 'data unknown')})"
+    try:
+        check(target, open_manifest(data["shards"]).meta, fold)
+    except UserError as error:
+        if allow:
+            return f"warning: {error} (--allow-leak)"
+        raise
+    return f"no test scan is among those that {data['shards']} trains on"
+
+
+__all__ = ["RANDOM", "Origin", "Start", "blank", "leak", "load_start", "network_of", "resolve"]

@@ -17,6 +17,9 @@ class Recipe:
     """Epochs without a lower validation loss before a trial stops [C: by task]."""
     lr: float = 1e-3
     """Adam's learning rate at the start [C]."""
+    adam_eps: float = 1e-7
+    """Adam's epsilon [?]. Smaller ones turn rounding noise into steps where the true gradient is zero, as it is for every
+    bias before a batch norm: trials would then differ from one machine, or number of ranks, to the next."""
     plateau_patience: int = 6
     """Epochs without improvement before the rate is halved [C]."""
     min_delta: float = 1e-4
@@ -64,7 +67,7 @@ def recipe_of(task: str) -> Recipe:
 def check(recipe: Recipe) -> Recipe:
     """Return `recipe` when its numbers make sense. Raises UserError naming setting, rule and value."""
     at_least = {"batch": 2, "patience": 1, "plateau_patience": 1, "max_epochs": 1, "seed": 0, "min_delta": 0}
-    at_least |= {"held_gib": 0, "checkpoint_minutes": 0, "lr": 0, "min_lr": 0}
+    at_least |= {"held_gib": 0, "adam_eps": 0, "checkpoint_minutes": 0, "lr": 0, "min_lr": 0}
     for name, least in at_least.items():
         value = getattr(recipe, name)
         if not least <= value < float("inf"):  # NaN among them

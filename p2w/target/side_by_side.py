@@ -16,7 +16,7 @@ def run(argv: list[str], workers: int) -> int:
 
     Each has its share of the cores, and with GPUs one of them in turn.
     """
-    command = [sys.executable, argv[0], *_without_workers(argv[1:])]
+    command = [sys.executable, argv[0], *_without_workers(argv[1:]), "--quiet"]
     threads = max(1, (os.cpu_count() or 1) // workers)
     devices = torch.cuda.device_count()
     children: list[subprocess.Popen[bytes]] = []
@@ -31,9 +31,7 @@ def run(argv: list[str], workers: int) -> int:
     try:
         for worker in range(workers):
             place = {"LOCAL_RANK": str(worker % devices)} if devices else {}
-            children.append(
-                subprocess.Popen(command, env=variables(OMP_NUM_THREADS=str(threads), **place))
-            )
+            children.append(subprocess.Popen(command, env=variables(OMP_NUM_THREADS=str(threads), **place)))
         return max(abs(child.wait()) for child in children)
     finally:
         for number, handler in before.items():

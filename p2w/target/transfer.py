@@ -231,7 +231,9 @@ def one_trial(transfer: Transfer, index: int, world: World, precision: Precision
     tuner = FineTuner(network, transfer.kind, transfer.recipe, precision, world, seed, told)
     rows = transfer.rows["test"]
     if world.is_main:
-        log.line(f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test")
+        log.line(
+            f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
+        )
     return Trial(
         index, seed, folder, tuner, transfer.kind, train, val, test,
         [transfer.source.key[row] for row in rows], [transfer.source.patient[row] for row in rows],

@@ -171,7 +171,9 @@ class Trial:
     def _line(self, epoch: Epoch) -> str:
         recipe = self.tuner.recipe
         left = min(recipe.patience - epoch.idle, recipe.max_epochs - epoch.number)
-        tail = f"ends in {left} epochs ({duration(left * epoch.seconds)}) unless it improves" if left else "ends"
+        tail = (
+            f"ends in {left} epochs ({duration(left * epoch.seconds)}) unless it improves" if left else "ends"
+        )
         return (
             f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
             f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {len(self.train) / epoch.seconds:.1f} samples/s  {tail}"
