@@ -10,6 +10,7 @@ from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
+    "inspect": ("p2w.weights.inspect", "whose weights a file holds, and whether a network takes all of them"),
     "report": ("p2w.analysis.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
     "verify": ("p2w.data.verify", "whether a data set is what was written; repair from the scans"),
     "doctor": (

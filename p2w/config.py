@@ -61,7 +61,7 @@ class ModelConfig:
     name: str = "unet3d"
     """Which encoder."""
     width: int = 32
-    """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I]."""
+    """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I], and others' published size."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Mixed(nn.Module):
 
 
 class I3D(Encoder):
-    """Features of 1a, 2c, 3c, 4f and 5c: at width 32 channels (64, 192, 480, 832, 1024), strides 2 to 32 in rows and columns.
+    """Features of 1a, 2c, 3c, 4f, 5c: at width 32 channels (64, 192, 480, 832, 1024), row and column strides 2 to 32.
 
     Slices shrink later: strides (2, 2, 2, 4, 8). A 32 x 64 x 64 part becomes 1024 x 4 x 2 x 2. Published weights have 3
     input channels; `feed` repeats a grey one, and weights summed over them do the same with one.

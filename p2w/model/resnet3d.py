@@ -110,13 +110,11 @@ class ResNet3d(Encoder):
         self.conv1 = Conv3d(in_channels, planes[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(planes[0])
         self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
-        cin = planes[0]
-        for number, (p, n, stride, dilation) in enumerate(
-            zip(planes, BLOCKS[depth], (1, 2, 1, 1), (1, 1, 2, 4), strict=True), start=1
-        ):
-            layer = _layer(block, depth in SHORTCUT_A, cin, p, n, stride, dilation)
-            self.add_module(f"layer{number}", layer)
+        layers, cin = [], planes[0]
+        for p, n, stride, dilation in zip(planes, BLOCKS[depth], (1, 2, 1, 1), (1, 1, 2, 4), strict=True):
+            layers.append(_layer(block, depth in SHORTCUT_A, cin, p, n, stride, dilation))
             cin = p * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:

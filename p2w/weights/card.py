@@ -56,7 +56,7 @@ def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
             "step": trained.step,
             "samples": trained.step * config.data.batch,
             "figures": _figures(trained),
-            "data": _data(trained.run),
+            "data": data_of(trained.run),
             "config": json.loads(settings.to_json(config)),
         },
         "notice": LICENCE,
@@ -76,7 +76,7 @@ def _figures(trained: Trained) -> dict[str, float]:
     return found
 
 
-def _data(run: Path) -> dict[str, Any]:
+def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start, as its folder recorded it."""
     try:
         last = json.loads((run / "run.json").read_text())["starts"][-1]

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ from p2w import config as settings
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
 from p2w.train.checkpoint import Checkpoints
-from p2w.weights.card import Trained
+from p2w.weights.card import Trained, data_of
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a run, a checkpoint or a file of ours holds: names are `encoder.…` and, in some, `decoder.…`."""
+
+    name: str
+    width: int
+    state: dict[str, Tensor]
+    where: str
+    data: dict[str, str]
+    """`fingerprint` and `shards` of the set it was trained on."""
 
 
 def load(path: str | Path) -> Encoder:
@@ -25,7 +38,12 @@ def load(path: str | Path) -> Encoder:
     Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
-    path = Path(path)
+    held = read(Path(path))
+    return filled(held.name, held.width, held.state, held.where)
+
+
+def read(path: Path) -> Held:
+    """All the weights of what `load` takes. Raises UserError as it does."""
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
@@ -38,7 +56,7 @@ def load(path: str | Path) -> Encoder:
         trained = find(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
-        return filled(model.name, model.width, snapshot.model, str(path))
+        return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
     file = path / "model.safetensors" if path.is_dir() else path
     card = read_card(file)
     try:
@@ -48,9 +66,16 @@ def load(path: str | Path) -> Encoder:
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
-        return filled(name, width, load_file(file), str(file))
+        return Held(name, width, load_file(file), str(file), trained_on(card))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def trained_on(card: dict[str, Any]) -> dict[str, str]:
+    """The data set that a card names; empty when it names none."""
+    training = card.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
 
 
 def find(run: Path, step: int | None = None) -> Trained:
