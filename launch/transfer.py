@@ -3,7 +3,7 @@
     torchrun launch/transfer.py --task targets/ncs --init runs/paper --label Parts2Whole --run-dir runs/ncs-p2w
     torchrun launch/transfer.py --task targets/ncs --init random --run-dir runs/ncs-scratch --fraction 0.1
     torchrun --nproc_per_node=4 launch/transfer.py --task targets/lcs --init runs/paper@35000 --run-dir runs/lcs-p2w
-    python launch/transfer.py --task targets/ncs --init random --width 8 --workers 4 --run-dir runs/small   trials side by side
+    python launch/transfer.py --task targets/ncs --init random --width 8 --workers 4 --run-dir runs/small   side by side
     python launch/transfer.py --task targets/ncs --init runs/paper --run-dir runs/ncs-p2w --dry-run
 
 The encoder is transferred, what is behind it starts at random (`--decoder pretrained`: the decoder is transferred too). The
@@ -15,7 +15,6 @@ Exit code 0 when no trial is left to this process, 2 for bad input, 143 when tol
 """
 
 import contextlib
-import math
 import statistics
 import sys
 import time
@@ -152,29 +151,24 @@ def show_plan(job: Job, world: World) -> None:
     """The dry run's page."""
     transfer, tree = job.transfer, job.tree
     network, start = transfer.build(0)
-    parameters = sum(weight.numel() for weight in network.parameters())
-    encoder = sum(weight.numel() for weight in network.encoder.parameters())
-    print(f"task        {tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}")
-    print(f"samples     {', '.join(f'{len(rows):,} {split}' for split, rows in transfer.rows.items())}")
+    millions = [sum(one.numel() for one in part.parameters()) / 1e6 for part in (network, network.encoder)]
     counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
-    print(
-        f"fraction    {transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial"
-    )
-    print(f"start       {transfer.label}: {start.source}")
-    print(f"leak        {job.leak}")
-    print(
-        f"network     {start.network}, width {start.width}: {parameters / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder"
-    )
-    print(f"decoder     {tree['decoder']}")
     ends = batches(counts[0], transfer.recipe.batch)
-    print(
-        f"an epoch    {len(ends)} steps of up to {math.ceil(counts[0] / len(ends))}, at most {transfer.recipe.max_epochs:,} epochs"
-    )
-    print(f"processes   {world.describe()}; {job.precision.name} ({job.precision.reason})")
-    print(
-        f"trials      {transfer.trials}, seeds {transfer.seed(0)} to {transfer.seed(transfer.trials - 1)} -> {transfer.folder}"
-    )
-    print("recipe      " + "  ".join(f"{name} {value}" for name, value in tree["recipe"].items()))
+    seeds = f"{transfer.seed(0)} to {transfer.seed(transfer.trials - 1)}"
+    lines = {
+        "task": f"{tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}",
+        "samples": ", ".join(f"{len(rows):,} {split}" for split, rows in transfer.rows.items()),
+        "fraction": f"{transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial",
+        "start": f"{transfer.label}: {start.source}",
+        "leak": job.leak,
+        "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
+        "decoder": tree["decoder"],
+        "an epoch": f"{len(ends)} steps of {ends[0]} samples, at most {transfer.recipe.max_epochs:,} epochs",
+        "processes": f"{world.describe()}; {job.precision.name} ({job.precision.reason})",
+        "trials": f"{transfer.trials}, seeds {seeds} -> {transfer.folder}",
+        "recipe": "  ".join(f"{name} {value}" for name, value in tree["recipe"].items()),
+    }
+    print("\n".join(f"{name:12}{text}" for name, text in lines.items()))
 
 
 def show_results(run: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from p2w.data.manifest import NAME, manifest_bytes
+from p2w.data.manifest import NAME, VERSION, manifest_bytes
 from p2w.data.shard import open_shard
 from p2w.target.record import FORM, SCHEMA
 
@@ -66,15 +66,12 @@ def write_target_set(
         )
         scans.setdefault(str(number % folds) if folds else split, []).append(name)
     meta = {
-        "schema": 1, "tool": "test", "task": task, "kind": kind, "format": "tar", "dtype": "int16",
+        "schema": VERSION, "tool": "test", "task": task, "kind": kind, "format": "tar", "dtype": "int16",
         "shape": [1 + masks, *SIZE], "channels": 1, "channel_names": ["ct"], "size_zyx": list(SIZE),
         "spacing_mm": [[mm, mm] for mm in spacing], "window": [-1000, 1000], "classes": ["ball"],
         "axis_order": "czyx", "orientation": "LPS", "settings": {"spacing_mm": spacing_mm}, "tables": {},
-        "split": {"rule": "test", "seed": 0, "folds": folds, "val_fraction": 0.25 if folds else 0.0, "samples": {}, "scans": scans},
+        "split": {"rule": "test", "seed": 0, "folds": folds, "val_fraction": 0.25, "samples": {}, "scans": scans},
         "sources": sources, "shards": shards, "bad_scans": [],
     }  # fmt: skip
-    from p2w.data.manifest import VERSION
-
-    meta["schema"] = VERSION
     (folder / NAME).write_bytes(manifest_bytes(rows, meta, FORM))
     return folder

@@ -71,7 +71,7 @@ class FineTuner:
         return self.number >= self.recipe.max_epochs or self.plateau.ended
 
     def epoch(self, train: Samples, val: Samples) -> Epoch:
-        """One pass over the training samples, then validation. Raises Told on all ranks; UserError when the loss is not finite."""
+        """One pass over the training samples, then validation. Raises Told, or UserError for a loss that is not finite."""
         began, lr = time.monotonic(), self.plateau.lr
         train_loss = self._train(train, lr)
         val_loss = self._validate(val)

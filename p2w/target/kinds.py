@@ -1,6 +1,7 @@
 """The two kinds of target task: the loss, and what is kept of a sample to judge it by.
 
-A kind is picked by the set's `meta["kind"]`; the loop knows neither. Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+A kind is picked by the set's `meta["kind"]`; the loop knows neither.
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
 from typing import Any, Protocol

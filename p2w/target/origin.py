@@ -21,7 +21,7 @@ from p2w.weights.start import RANDOM, Start, load_decoder, load_start
 
 @dataclass(frozen=True)
 class Origin:
-    """A starting point, resolved once for all trials: `source` names one checkpoint or file, whatever is trained meanwhile."""
+    """A starting point, resolved once for all trials: `source` names one checkpoint or file, not the newest of a run."""
 
     source: str
     step: int | None = None

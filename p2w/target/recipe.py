@@ -1,4 +1,4 @@
-"""How a target task is fine-tuned: every setting, and the literal table of what is published for the five tasks (FACTS 4)."""
+"""How a target task is fine-tuned: every setting, and a literal table of what is published for the five tasks (FACTS 4)."""
 
 import dataclasses
 from dataclasses import dataclass, replace
@@ -29,12 +29,12 @@ class Recipe:
     max_epochs: int = 1000
     """A trial ends here if not before [?]."""
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Precision of the network's arithmetic; auto takes bf16 where the device computes in it [?: fp32, as the protocol's code]."""
+    """Precision of the network's arithmetic; auto takes bf16 where the device computes in it [?]."""
     freeze: bool = False
     """Leave the encoder as it is and train what is behind it alone; its batch statistics stay too."""
     subset: Literal["by-trial", "fixed"] = "by-trial"
-    """Which patients a fraction of the training data keeps [?]: drawn anew for each trial, or the same for all of them. Either
-    way the same for every starting point, and a smaller fraction lies within a larger one."""
+    """Which patients a fraction of the training data keeps [?]: drawn anew for each trial, or the same for all of them.
+    Either way the same for every starting point, and a smaller fraction lies within a larger one."""
     seed: int = 0
     """Trial k has seed `seed + k`: of the initial weights, the order of samples and, by trial, the subset."""
     channels_last: bool = True

@@ -11,6 +11,7 @@ RUN/trial-00/
 import fcntl
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -174,9 +175,10 @@ class Trial:
         tail = (
             f"ends in {left} epochs ({duration(left * epoch.seconds)}) unless it improves" if left else "ends"
         )
+        speed = len(self.train) / epoch.seconds
         return (
             f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
-            f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {len(self.train) / epoch.seconds:.1f} samples/s  {tail}"
+            f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
         )
 
     def _save(self) -> None:
@@ -211,7 +213,7 @@ class Trial:
 
 def _numbers(interval: tuple[float, float]) -> list[float | None]:
     """JSON knows no NaN."""
-    return [None if value != value else value for value in interval]
+    return [None if math.isnan(value) else value for value in interval]
 
 
 __all__ = ["MODEL", "PREDICTIONS", "RESULT", "Place", "Told", "Trial", "folder_of", "is_finished"]
