@@ -16,7 +16,9 @@ Places = Sequence[int] | NDArray[np.int64]
 class Readable(Protocol):
     """What is asked of a set; `p2w.target.dataset.TargetSet` is one."""
 
-    meta: dict[str, Any]
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Of which `window` is used: stored values that become 0 and 1."""
 
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Voxels int16 (B, C, D, H, W) and targets of these rows."""

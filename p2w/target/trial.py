@@ -195,7 +195,7 @@ class Trial:
         """Weights and predictions, then the result; what the trial would have continued from goes."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
         packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays)
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
         try:
             if self.tuner.recipe.keep_weights:
                 card = {**self.card, "metrics": result["metrics"], "best_val_loss": result["best_val_loss"]}

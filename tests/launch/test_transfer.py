@@ -109,7 +109,9 @@ def test_two_ranks_come_to_the_same(forge, request, tmp_path, kind):
         run = tmp_path / str(ranks)
         codes, _, err = forge.run(tmp_path, *argv, "--run-dir", run, ranks=ranks, script=SCRIPT)
         assert codes == [0] * ranks, err
-        found.append([json.loads(line) for line in (run / "trial-00" / "metrics.jsonl").read_text().splitlines()])
+        found.append(
+            [json.loads(line) for line in (run / "trial-00" / "metrics.jsonl").read_text().splitlines()]
+        )
         assert result(run)["ranks"] == ranks
     for one, two in zip(*found, strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-5)
@@ -120,7 +122,18 @@ def test_two_ranks_come_to_the_same(forge, request, tmp_path, kind):
 
 def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path):
     pretrained, run = tmp_path / "pre", tmp_path / "run"
-    argv = ("demo", *TINY, "--max-steps", 6, "--train.look-every", 0, "--shards", tiny_set, "--run-dir", pretrained)
+    argv = (
+        "demo",
+        *TINY,
+        "--max-steps",
+        6,
+        "--train.look-every",
+        0,
+        "--shards",
+        tiny_set,
+        "--run-dir",
+        pretrained,
+    )
     assert forge.run(tmp_path, *argv, spies=(("draw_nothing",),))[0] == [0]
     seen = {"split": {"rule": "scan", "train_scans": ["scan000", "scan015"]}}
     seen |= {"sources": [{"uid": "scan015", "nbytes": 2, "checksum": "1", "subset": -1}], "shards": []}
@@ -158,7 +171,17 @@ def test_refusals_are_one_line(forge, balls, tmp_path):
 
 
 def test_trials_side_by_side(start, balls, tmp_path):
-    argv = [sys.executable, SCRIPT, "--task", balls, "--init", "random", "--run-dir", tmp_path / "run", *SMALL]
+    argv = [
+        sys.executable,
+        SCRIPT,
+        "--task",
+        balls,
+        "--init",
+        "random",
+        "--run-dir",
+        tmp_path / "run",
+        *SMALL,
+    ]
     argv += ["--trials", 2, "--workers", "2", "--recipe.max-epochs", 2, "--fraction", 0.5]
     process = start([str(word) for word in argv], tmp_path)
     assert process.wait(100) == 0, (tmp_path / "err.txt").read_text()
