@@ -6,7 +6,7 @@
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
 
 Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
-scan and overlap; what is more probable than --threshold is 1. The mask has the size, spacing, origin and direction of the scan.
+scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
 

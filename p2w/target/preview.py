@@ -15,7 +15,7 @@ AXES = ("axial, patient's left on the right", "coronal", "sagittal, front on the
 def draw(path: Path, voxels: NDArray[Any], mask: NDArray[np.uint8], grid: Grid, title: str) -> None:
     """A PNG of the axial slice with most of the mask, and the coronal and sagittal slices through the middle of it.
 
-    `voxels`, `mask`: canonical [z,y,x]. Without any mask, the middle of the scan. Raises UserError when it cannot be written.
+    `voxels`, `mask`: canonical [z,y,x]; without any mask, the middle of the scan. Raises UserError where it cannot write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
