@@ -33,7 +33,7 @@ from p2w.target.dataset import TargetSet, open_target
 from p2w.target.finetune import Told
 from p2w.target.origin import leak, resolve
 from p2w.target.recipe import Recipe, check, recipe_of
-from p2w.target.subset import batches
+from p2w.target.subset import epoch_of
 from p2w.target.transfer import Transfer, agrees, announce, run_trials
 from p2w.target.transfer import check as check_data
 from p2w.train.optim import Precision, choose_precision
@@ -153,7 +153,7 @@ def show_plan(job: Job, world: World) -> None:
     network, start = transfer.build(0)
     millions = [sum(one.numel() for one in part.parameters()) / 1e6 for part in (network, network.encoder)]
     counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
-    ends = batches(counts[0], transfer.recipe.batch)
+    steps = len(epoch_of(counts[0], transfer.recipe.batch, transfer.recipe.epoch_steps, 0, 0))
     seeds = f"{transfer.seed(0)} to {transfer.seed(transfer.trials - 1)}"
     lines = {
         "task": f"{tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}",
@@ -163,7 +163,7 @@ def show_plan(job: Job, world: World) -> None:
         "leak": job.leak,
         "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
         "decoder": tree["decoder"],
-        "an epoch": f"{len(ends)} steps of {ends[0]} samples, at most {transfer.recipe.max_epochs:,} epochs",
+        "an epoch": f"{steps} steps of up to {transfer.recipe.batch} samples, at most {transfer.recipe.max_epochs:,} epochs",
         "processes": f"{world.describe()}; {job.precision.name} ({job.precision.reason})",
         "trials": f"{transfer.trials}, seeds {seeds} -> {transfer.folder}",
         "recipe": "  ".join(f"{name} {value}" for name, value in tree["recipe"].items()),

@@ -19,7 +19,7 @@ from p2w.target.kinds import Kind
 from p2w.target.ranks import average_gradients, gather_rows, share_statistics
 from p2w.target.recipe import Plateau, Recipe
 from p2w.target.samples import Samples
-from p2w.target.subset import batches, order
+from p2w.target.subset import batches, epoch_of
 from p2w.train.optim import Precision
 from p2w.world import World
 
@@ -88,7 +88,7 @@ class FineTuner:
         return Epoch(self.number, train_loss, val_loss, lr, best, self.plateau.idle, seconds)
 
     def _train(self, samples: Samples, lr: float) -> float:
-        """Steps over all samples, each rank on its share of every batch. Mean loss over the samples."""
+        """The steps of an epoch, each rank on its share of every batch. Mean loss over the samples."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.network.train()
@@ -96,9 +96,7 @@ class FineTuner:
             self.encoder.eval()
         # Layers that draw (dropout) do it anew each epoch, and the same after an interruption.
         torch.manual_seed((self.seed * 1_000_003 + self.number) * 1_000_003 + self.world.rank)
-        places = order(len(samples), self.seed, self.number)
-        ends = batches(len(samples), self.recipe.batch)
-        whole = [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        whole = epoch_of(len(samples), self.recipe.batch, self.recipe.epoch_steps, self.seed, self.number)
         share = [batch[self.world.rank :: self.world.size] for batch in whole]
         summed = torch.zeros((), device=self.world.device)
         for batch, (x, target) in zip(whole, samples.batches(share), strict=True):
@@ -112,7 +110,7 @@ class FineTuner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             summed += loss.detach() * len(batch)
-        return float(self.world.sum(summed)) / self.world.size / len(samples)
+        return float(self.world.sum(summed)) / self.world.size / sum(map(len, whole))
 
     def _validate(self, samples: Samples) -> float:
         """The mean over batches of their loss, weighted by samples. Batches are those of the split's order."""

@@ -13,6 +13,9 @@ class Recipe:
 
     batch: int = 16
     """Samples a step, over all ranks together [C: by task]. An epoch is cut into batches of equal size, to within one."""
+    epoch_steps: int = 20
+    """An epoch has at least so many steps: a small training set is gone through as often as it takes [?]. Sets of the
+    paper's size have more; with a step or two an epoch, a trial would end before batch norm knows the set."""
     patience: int = 30
     """Epochs without a lower validation loss before a trial stops [C: by task]."""
     lr: float = 1e-3
@@ -67,7 +70,14 @@ def recipe_of(task: str) -> Recipe:
 def check(recipe: Recipe) -> Recipe:
     """Return `recipe` when its numbers make sense. Raises UserError naming setting, rule and value."""
     at_least = {"batch": 2, "patience": 1, "plateau_patience": 1, "max_epochs": 1, "seed": 0, "min_delta": 0}
-    at_least |= {"held_gib": 0, "adam_eps": 0, "checkpoint_minutes": 0, "lr": 0, "min_lr": 0}
+    at_least |= {
+        "held_gib": 0,
+        "epoch_steps": 0,
+        "adam_eps": 0,
+        "checkpoint_minutes": 0,
+        "lr": 0,
+        "min_lr": 0,
+    }
     for name, least in at_least.items():
         value = getattr(recipe, name)
         if not least <= value < float("inf"):  # NaN among them

@@ -47,6 +47,11 @@ def batches(count: int, batch: int) -> list[int]:
     return [count * (i + 1) // number for i in range(number)]
 
 
-def order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch's samples."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def epoch_of(count: int, batch: int, least: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """The batches of an epoch: all samples in an order of its own, again and again until there are `least` steps."""
+    ends = batches(count, batch)
+    found = []
+    for time in range(max(1, math.ceil(least / len(ends)))):
+        places = np.random.default_rng((seed, epoch, time)).permutation(count)
+        found += [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return found

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from p2w import __version__
+from p2w.data.locks import hold
 from p2w.errors import UserError
 from p2w.log import Log, write_atomic
 from p2w.model import Network
@@ -182,14 +183,18 @@ def _fixed(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def announce(transfer: Transfer, tree: dict[str, Any], world: World) -> None:
-    """Rank 0 makes the folder and writes transfer.json. Raises UserError where it cannot."""
+    """Rank 0 makes the folder and writes transfer.json, unless it is there. Raises UserError where it cannot.
+
+    Under a lock: the tasks of a job array all begin at once.
+    """
     path = transfer.folder / NAME
     command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
     try:
         transfer.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else {}
-        kept = max(transfer.trials, int(before.get("trials", 0)))
-        write_atomic(path, json.dumps(tree | {"trials": kept, "started": command}, indent=2))
+        with hold(str(transfer.folder / ".lock"), "transfer"):
+            before = json.loads(path.read_text()) if path.exists() else {"trials": 0}
+            if before["trials"] < transfer.trials:
+                write_atomic(path, json.dumps(tree | {"started": command}, indent=2))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a folder you may write with --run-dir") from error
 

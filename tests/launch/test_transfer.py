@@ -16,6 +16,7 @@ from p2w.target import results
 SCRIPT = "launch/transfer.py"
 SMALL = """
 --width 2 --trials 1 --recipe.batch 8 --recipe.lr 1e-2 --recipe.max-epochs 12 --recipe.checkpoint-minutes 0
+--recipe.epoch-steps 0
 """.split()  # noqa: SIM905
 
 
@@ -142,7 +143,7 @@ def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path
     starts["starts"][-1]["shards"] = str(tmp_path)
     (pretrained / "run.json").write_text(json.dumps(starts))
     argv = ("--task", balls, "--init", f"{pretrained}@6", "--run-dir", run, "--trials", 1)
-    argv += ("--recipe.max-epochs", 2, "--decoder", "pretrained")
+    argv += ("--recipe.max-epochs", 2, "--recipe.epoch-steps", 1, "--decoder", "pretrained")
     codes, _, err = forge.run(tmp_path, *argv, script=SCRIPT)
     assert codes == [2] and "pretraining trained on test scan scan015" in err and "--allow-leak" in err
     assert not run.exists()

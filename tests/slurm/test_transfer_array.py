@@ -10,7 +10,18 @@ from target_sets import write_target_set
 from p2w.target import results
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
-SMALL = ["--width", "2", "--recipe.max-epochs", "3", "--recipe.batch", "8", "--init", "random"]
+SMALL = [
+    "--width",
+    "2",
+    "--recipe.max-epochs",
+    "3",
+    "--recipe.batch",
+    "8",
+    "--recipe.epoch-steps",
+    "0",
+    "--init",
+    "random",
+]
 
 
 @pytest.fixture(scope="module")

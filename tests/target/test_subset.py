@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2w.errors import UserError
-from p2w.target.subset import batches, order, subset
+from p2w.target.subset import batches, epoch_of, subset
 
 PATIENTS = [f"p{number // 3}" for number in range(120)]  # 40 of them, 3 rows each
 ROWS = np.arange(0, 90)  # the first 30 train
@@ -54,10 +54,12 @@ def test_batches_hold_every_sample_once_and_are_alike(count, batch):
     assert ends[-1] == count and sizes.max() <= batch and sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
 
 
-def test_orders_are_permutations_of_their_own():
-    one, two = order(50, 1, 0), order(50, 1, 1)
-    assert (
-        sorted(one) == sorted(two) == list(range(50))
-        and (one != two).any()
-        and (one == order(50, 1, 0)).all()
-    )
+@pytest.mark.parametrize(("count", "least", "times"), [(50, 0, 1), (50, 4, 1), (50, 5, 2), (9, 20, 20)])
+def test_an_epoch_goes_through_all_samples_in_orders_of_its_own(count, least, times):
+    found = epoch_of(count, 16, least, 1, 0)
+    assert len(found) >= least and np.bincount(np.concatenate(found)).tolist() == [times] * count
+    again, other = epoch_of(count, 16, least, 1, 0), epoch_of(count, 16, least, 1, 1)
+    assert all((a == b).all() for a, b in zip(found, again, strict=True))
+    assert any((a != b).any() for a, b in zip(found, other, strict=True))
+    if times > 1:
+        assert (np.concatenate(found)[:count] != np.concatenate(found)[count : 2 * count]).any()
