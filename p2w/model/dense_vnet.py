@@ -67,6 +67,7 @@ class DenseVNet(Encoder):
         "blocks.0.down.conv.weight",
     )
     norms_input = tuple(f"image_bn.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
+    beside_pooled = tuple(f"blocks.{i}.skip." for i in range(len(STACKS)))
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

@@ -23,6 +23,13 @@ class Encoder(nn.Module):
     """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
+    beside_pooled: tuple[str, ...] = ()
+    """Prefixes of parameters that `pooled` does not depend on: freeze them for classification, DDP waits for them else."""
+
+    @property
+    def multiples(self) -> tuple[int, int, int]:
+        """What the edges (D, H, W) of an input are multiples of."""
+        return ((self.slice_strides or self.strides)[-1], self.strides[-1], self.strides[-1])
 
     def pooled(self, x: Tensor) -> Tensor:
         """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""

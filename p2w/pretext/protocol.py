@@ -65,9 +65,15 @@ class Pretext(Protocol):
 
 def check_size(size: Size, encoder: Encoder) -> None:
     """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's stride."""
-    stride = encoder.strides[-1]
-    if any(edge < stride or edge % stride for edge in size):
+    by = encoder.multiples
+    if any(edge < stride or edge % stride for edge, stride in zip(size, by, strict=True)):
+        rule = (
+            f"{by[0]}, the encoder's stride"
+            if len(set(by)) == 1
+            else f"its own of {by}, the encoder's strides"
+        )
+        fitting = (max(stride, edge // stride * stride) for edge, stride in zip(size, by, strict=True))
         raise UserError(
-            f"pretext.size={size}: each edge must be a multiple of {stride}, the encoder's stride; "
-            f"pass e.g. --pretext.size {' '.join(str(max(stride, edge // stride * stride)) for edge in size)}"
+            f"pretext.size={size}: each edge must be a multiple of {rule}; "
+            f"pass e.g. --pretext.size {' '.join(map(str, fitting))}"
         )

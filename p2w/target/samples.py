@@ -47,6 +47,8 @@ class Samples:
 
     def batches(self, places: Sequence[Places]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each list of places: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
+        if not len(places):
+            return
         if self.held is not None:
             voxels, targets = self.held
             for some in places:
@@ -54,11 +56,11 @@ class Samples:
                 yield self._unit(voxels[at]), targets[at]
             return
         with ThreadPoolExecutor(1, "p2w-samples") as reader:
-            ahead = reader.submit(self._read, places[0]) if len(places) else None
-            for following in (*places[1:], None):
-                assert ahead is not None
+            ahead = reader.submit(self._read, places[0])
+            for number in range(1, len(places) + 1):
                 voxels, targets = ahead.result()
-                ahead = reader.submit(self._read, following) if following is not None else None
+                if number < len(places):
+                    ahead = reader.submit(self._read, places[number])
                 yield self._unit(voxels.to(self.device)), targets.to(self.device)
 
     def _unit(self, voxels: Tensor) -> Tensor:

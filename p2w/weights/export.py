@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -73,12 +73,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _safetensors(out: Path, state: State, described: dict[str, object]) -> None:
+def _safetensors(out: Path, state: State, described: dict[str, Any]) -> None:
     write_atomic(out, save(state, {"format": "pt", "p2w": json.dumps(described, sort_keys=True)}))
 
 
-def _models_genesis(out: Path, state: State, described: dict[str, object]) -> None:
+def _models_genesis(out: Path, state: State, described: dict[str, Any]) -> None:
     """As its port saves: `module.` in front, under `state_dict`; plain types, loads with weights_only=True."""
+    network = described["encoder"]["name"]
+    if network != "unet3d":
+        raise UserError(
+            f"{out}: Models Genesis' names are for unet3d, not {network}; export --to safetensors"
+        )
     packed = io.BytesIO()
     torch.save(
         {
@@ -90,7 +95,7 @@ def _models_genesis(out: Path, state: State, described: dict[str, object]) -> No
     write_atomic(out, packed.getvalue())
 
 
-def _hub_folder(out: Path, state: State, described: dict[str, object]) -> None:
+def _hub_folder(out: Path, state: State, described: dict[str, Any]) -> None:
     """Written beside and renamed; an older one there is replaced only when it is one of ours."""
     if out.exists() and not (out / "card.json").is_file():
         raise UserError(f"{out}: stands there already and is no hub folder of ours; name another with --out")
@@ -104,7 +109,7 @@ def _hub_folder(out: Path, state: State, described: dict[str, object]) -> None:
     os.replace(beside, out)
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path, State, dict[str, object]], None]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Path, State, dict[str, Any]], None]]] = {
     "safetensors": (".safetensors", _safetensors),
     "models-genesis": (".pt", _models_genesis),
     "hub-folder": ("", _hub_folder),

@@ -28,6 +28,9 @@ from p2w.weights.tf_bundle import Bundle, prefix_of
 
 KNOWN = "Models Genesis, MedicalNet, I3D, NiftyNet's dense V-Net, or a run or file of p2w"
 CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}  # FACTS 1, 4
+UNREADABLE = (  # what torch and safetensors make of files that are none
+    SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
+)  # fmt: skip
 FIRST = {  # the first convolution and its published number of outputs
     "unet3d": ("down_tr64.ops.0.conv1.weight", 32),
     "i3d": ("Conv3d_1a_7x7.conv3d.weight", 64),
@@ -82,36 +85,24 @@ def _file(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name {KNOWN}") from error
+    try:
         if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
             return dict(load_file(path))
         whole = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name {KNOWN}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: no file of plain tensors ({_why(error)}); it would run code when read, so it is not: "
-            "save its state_dict alone"
-        ) from error
-    except (
-        SafetensorError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        AttributeError,
-    ) as error:
-        raise UserError(f"{path}: cannot be read as weights ({_why(error)}); name {KNOWN}") from error
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path}: is not read, since reading it would run {called[1]}; where you trust it, save its state_dict alone"
+            ) from error
+        raise UserError(f"{path}: no file of tensors; name {KNOWN}") from error
+    except UNREADABLE as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path}: cannot be read as weights ({why}); name {KNOWN}") from error
     if not isinstance(whole, dict):
         raise UserError(f"{path}: holds a {type(whole).__name__}, not tensors by name; name {KNOWN}")
     return whole
-
-
-def _why(error: Exception) -> str:
-    """The line that says what was wrong; torch's first lines are advice on how to load it all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("WeightsUnpickler error")]
-    return (told or lines or [type(error).__name__])[0][:160]
 
 
 def _tensors(whole: dict[str, Any], path: Path) -> State:

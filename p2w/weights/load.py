@@ -109,6 +109,7 @@ def filled(name: str, width: int, state: dict[str, Tensor], where: str) -> Encod
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
+    encoder.feeding = "unit"  # what our pretraining feeds every network
     for parameter in encoder.parameters():
         parameter.requires_grad_(True)
     return encoder
