@@ -65,8 +65,9 @@ class Common:
             raise UserError("--threads, --gpus: must be 0 or more")
         more = tuple(shlex.split(self.transfer_args))
         shares = numbers(self.fraction, "--fraction")
+        launch = LAUNCH.relative_to(Path.cwd()) if LAUNCH.is_relative_to(Path.cwd()) else LAUNCH
         return plans.Transfers(
-            LAUNCH, plans.tasks(self.tasks), self.out, self.trials, shares, self.width, more
+            launch, plans.tasks(self.tasks), self.out, self.trials, shares, self.width, more
         )
 
 
@@ -174,7 +175,7 @@ def work(jobs: list[Job], args: Table1 | Table2 | Fig3) -> int:
 
 def main() -> int:
     """Parse, build, run."""
-    args = tyro.cli(Args, prog="python launch/sweep.py", description=__doc__)  # type: ignore[var-annotated, arg-type]
+    args = tyro.cli(Args, prog="python launch/sweep.py", description=__doc__)
     jobs = args.plan()
     if args.array:
         write_array(jobs, args.array)

@@ -109,7 +109,7 @@ def tasks(texts: Sequence[str]) -> dict[str, Path]:
 
 def slug(label: str) -> str:
     """A label as the name of a folder: `[1/16,1/4]` -> `1of16-1of4`."""
-    plain = re.sub(r"[^a-z0-9.]+", "-", label.lower().replace("/", "of").replace("w/", "")).strip("-.")
+    plain = re.sub(r"[^a-z0-9.]+", "-", label.lower().replace("w/", "").replace("/", "of")).strip("-.")
     return plain or "run"
 
 

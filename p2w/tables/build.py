@@ -93,7 +93,7 @@ def one_a_row(task: str, transfers: Sequence[Transfer], row_of: RowOf) -> dict[s
                 "or give one another --label when it is fine-tuned"
             )
         found[row] = one
-    sets = {one.fingerprint: one.folder for one in found.values()}
+    sets = {one.test_set: one.folder for one in found.values()}
     if len(sets) > 1:
         (one_print, one_folder), (other_print, other_folder) = list(sets.items())[:2]
         raise UserError(
@@ -105,7 +105,7 @@ def one_a_row(task: str, transfers: Sequence[Transfer], row_of: RowOf) -> dict[s
 
 def percent(trials: Trials) -> dict[int, tuple[int, float]]:
     """Seeds and values in percent."""
-    return {index: (seed, 100 * value) for index, (seed, value) in trials.items()}
+    return {index: (seed, round(100 * value, 10)) for index, (seed, value) in trials.items()}
 
 
 def cell(row: str, task: str, trials: Trials, planned: int, folder: str, published: Summary | None) -> Cell:
@@ -113,7 +113,7 @@ def cell(row: str, task: str, trials: Trials, planned: int, folder: str, publish
     own, order = summarise(values(trials)), sorted(trials)
     return Cell(
         row, task, known(own.mean), known(own.sd), own.n, planned,
-        paper_mean=published and published.mean, paper_sd=published and published.sd, trials=order,
+        paper_mean=published.mean if published else None, paper_sd=published.sd if published else None, trials=order,
         seeds=[trials[index][0] for index in order], values=[trials[index][1] for index in order], folder=folder,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def build(
         metric = metric_of(task, some, choice.metric)
         runs[task] = one_a_row(task, some, row_of)
         placed[task] = {row: percent(one.metric(metric)) for row, one in runs[task].items()}
-        prints = {one.fingerprint for one in runs[task].values()}
+        prints = {one.test_set for one in runs[task].values()}
         head = paper.TASKS.get(task, task), metric, paper.METRICS.get(metric, metric)
         columns.append(Column(task, *head, share, next(iter(prints), "")))
     shown = {
@@ -188,7 +188,7 @@ def notes(columns: Sequence[Column], choice: Choice, cells: Sequence[Cell]) -> l
     tests = sorted({one.test for one in cells if one.test})
     how = "; ".join(tests) if tests else "paired t-test where seeds agree, else Welch's"
     said.append(
-        f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p >= 0.05, {how}; {family}), "
+        f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p ≥ 0.05, {how}; {family}), "
         "which is no proof that they are equal."
     )
     if any(one.paper_mark for one in cells):

@@ -58,10 +58,10 @@ def parse(argv: list[str], name: str, description: str) -> Options:
 
 
 def read(options: Options) -> list[Transfer]:
-    """The transfers, with what is left out said on stderr. Raises UserError when nothing is left."""
+    """The transfers, with what is left out or doubtful said on stderr. Raises UserError when nothing is left."""
     transfers, problems = collect(options.runs)
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr, flush=True)
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
     if not transfers:
         raise UserError(f"{options.runs[0]}: no transfer can be read, see above; repeat its command")
     return transfers

@@ -115,7 +115,7 @@ def _panel(task: str, transfers: Sequence[Transfer], share: float, metric: str) 
     """Points of one task."""
     points: list[Point] = []
     seen: dict[tuple[str, int], Path] = {}
-    sets = {one.fingerprint for one in transfers}
+    sets = {one.test_set for one in transfers}
     if len(sets) > 1:
         raise UserError(
             f"task {task}: two target sets, {' and '.join(sorted(sets)[:2])}; name the folders of one of them"

@@ -43,13 +43,16 @@ def sentence(claim: Claim, table: Table) -> str:
 
 def terminal(table: Table) -> None:
     """Print it: the paper's number below each of ours, claims and notes under it."""
+    from rich.cells import cell_len  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table as Rich  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no edge
+        console = Console(highlight=False, width=max(160, console.width))
     shown = Rich(title=table.title, title_justify="left", title_style="bold", show_lines=True)
-    shown.add_column("")
+    shown.add_column("", no_wrap=True, min_width=max(map(cell_len, table.rows)))
     for column in table.columns:
         shown.add_column(column.head)
     styles = {BEST: "bold", EQUIVALENT: "underline"}
@@ -98,19 +101,21 @@ def csv_text(table: Table) -> str:
 
 SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$",
+    "≥": r"$\geq$",
     DASH: "--", "[": "{[}", "]": "{]}", ">": r"$>$", "<": r"$<$", "…": r"\dots{}",
 }  # fmt: skip
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX takes it; characters that no pdflatex knows become question marks."""
-    made = "".join(SPECIAL.get(letter, letter) for letter in text)
+    """Text as LaTeX takes it; two hyphens stay two, characters that no pdflatex knows become question marks."""
+    pieces = ("".join(SPECIAL.get(letter, letter) for letter in piece) for piece in text.split("--"))
+    made = "-{}-".join(pieces)
     return re.sub(r"[^\x20-\x7e\u00a0-\u017f]", "?", made)
 
 
 def latex(table: Table) -> str:
     """A `table` for booktabs: ours above, the paper's below, notes under it. Input it from a document of yours."""
-    width = len(table.columns) + 1
+    width, caption = len(table.columns) + 1, table.title.partition(": ")[2].capitalize() or table.title
     head = " & ".join(["", *(tex(column.head) for column in table.columns)])
     blocks = [rf"\multicolumn{{{width}}}{{l}}{{\emph{{Here}}}} \\"]
     blocks += [_latex_row(table, row, here=True) for row in table.rows if any(_has(table, row, here=True))]
@@ -123,7 +128,7 @@ def latex(table: Table) -> str:
     return rf"""% p2w {table.name}; needs \usepackage{{booktabs}}
 \begin{{table}}
 \centering\small
-\caption{{{tex(table.title)}}}
+\caption{{{tex(caption)}}}
 \label{{tab:{table.name}}}
 \begin{{tabular}}{{l{"r" * len(table.columns)}}}
 \toprule

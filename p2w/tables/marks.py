@@ -31,7 +31,7 @@ def summary_of(one: Trials | Summary) -> Summary:
 def test(a: Trials | Summary, b: Trials | Summary) -> Comparison:
     """Paired where both are trials with the same seeds; Welch's where the paper's summaries are all there is."""
     if isinstance(a, Summary) or isinstance(b, Summary):
-        return welch(summary_of(a), summary_of(b), "from means and deviations")
+        return welch(summary_of(a), summary_of(b))
     return compare(a, b)
 
 

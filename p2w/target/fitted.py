@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,13 +14,14 @@ from torch import Tensor
 from p2w.data import typed
 from p2w.errors import UserError
 from p2w.model import Network, build_encoder
+from p2w.model.feeding import Feeding
 from p2w.target.origin import blank
 from p2w.target.trial import MODEL, RESULT
 from p2w.weights.load import read_card
 
 CARD = {
     "kind": str,
-    "encoder": {"name": str, "width": int, "in_channels": int},
+    "encoder": {"name": str, "width": int, "in_channels": int, "feeding": str},
     "skips": bool,
     "task": {"task": str, "channels": int, "size_zyx": [int], "window": [float], "settings": {}},
 }
@@ -100,12 +101,14 @@ def load_fitted(where: Path, device: torch.device) -> Fitted:
         raise UserError(
             f"{file}: no fine-tuned weights ({said}); name a run of launch/transfer.py, or a trial of it"
         )
-    encoder = card["encoder"]
-    network = blank(
-        card["kind"],
-        build_encoder(encoder["name"], encoder["width"], encoder["in_channels"]),
-        card["skips"],
-    )
+    told = card["encoder"]
+    encoder = build_encoder(told["name"], told["width"], told["in_channels"])
+    if told["feeding"] not in get_args(Feeding):
+        raise UserError(
+            f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(Feeding))}"
+        )
+    encoder.feeding = told["feeding"]
+    network = blank(card["kind"], encoder, card["skips"])
     try:
         network.load_state_dict(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:

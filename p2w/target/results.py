@@ -65,8 +65,14 @@ class Transfer:
     val_mse: float | None = None
     volume_fraction: tuple[float, float] | None = None
     skips: bool | None = None
+    fold: int | None = None
     trials: tuple[Trial, ...] = ()
     problems: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def test_set(self) -> str:
+        """What it was judged on: target set, and the fold where there are folds."""
+        return self.fingerprint + ("" if self.fold is None else f" fold {self.fold}")
 
     @property
     def finished(self) -> bool:
@@ -117,7 +123,10 @@ def read(folder: Path) -> Transfer:
     tree = _parse(path, SETTINGS | {"init": INIT})
     init, task = tree["init"], tree["task"]
     may = {key: form for key, form in INIT_MAY.items() if key in init}
-    if said := typed.misfit(init, may, "'init' of it"):
+    said = typed.misfit(init, may, "'init' of it") or typed.misfit(
+        tree.get("fold"), (int, None), "'fold' of it"
+    )
+    if said:
         raise UserError(f"{path}: damaged ({said}); repeat the command that wrote it")
     limits = init.get("volume_fraction")
     sound = {
@@ -135,6 +144,7 @@ def read(folder: Path) -> Transfer:
         folder, task["name"].lower(), task["kind"], task["fingerprint"], init["label"], init["source"],
         tree["network"], tree["decoder"], float(tree["fraction"]), tree["trials"], init.get("step"),
         init.get("val_mse"), None if limits is None else (float(limits[0]), float(limits[1])), init.get("skips"),
+        tree.get("fold"),
         tuple(trials), tuple(problems),
     )  # fmt: skip
 

@@ -112,6 +112,7 @@ class Transfer:
             "init": origin,
             "network": start.network,
             "width": start.width,
+            "feeding": start.encoder.feeding,
             "fraction": self.fraction,
             "decoder": "pretrained" if self.pretrained_decoder else "scratch",
             "fold": self.fold,
@@ -253,7 +254,12 @@ def card(transfer: Transfer, index: int, network: Network, start: Start) -> dict
         "p2w": __version__,
         "holds": "fine-tuned",
         "kind": transfer.kind.name,
-        "encoder": {"name": start.network, "width": start.width, "in_channels": network.encoder.in_channels},
+        "encoder": {
+            "name": start.network,
+            "width": start.width,
+            "in_channels": network.encoder.in_channels,
+            "feeding": network.encoder.feeding,
+        },
         "skips": bool(getattr(getattr(network, "decoder", None), "skips", False)),
         "task": {
             key: meta.get(key)

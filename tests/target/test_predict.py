@@ -41,7 +41,7 @@ class Threshold(nn.Module):
 
 def card(kind="segmentation", **settings):
     task = {"task": "toy", "channels": 1, "channel_names": ["ct"], "size_zyx": SIZE, "window": [-1000, 1000]}
-    encoder = {"name": "unet3d", "width": 2, "in_channels": 1}
+    encoder = {"name": "unet3d", "width": 2, "in_channels": 1, "feeding": "unit"}
     task |= {"settings": settings, "spacing_mm": None}
     return {"kind": kind, "encoder": encoder, "skips": True, "task": task, "holds": "fine-tuned"}
 
