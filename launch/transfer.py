@@ -15,7 +15,6 @@ Exit code 0 when no trial is left to this process, 2 for bad input, 143 when tol
 """
 
 import contextlib
-import statistics
 import sys
 import time
 import traceback
@@ -28,13 +27,14 @@ import tyro
 
 from p2w.errors import UserError, exits
 from p2w.log import Log
-from p2w.target import results, side_by_side
+from p2w.target import side_by_side
 from p2w.target.dataset import TargetSet, open_target
 from p2w.target.finetune import Told
 from p2w.target.origin import leak, resolve
 from p2w.target.recipe import Recipe, check, recipe_of
-from p2w.target.subset import epoch_of
-from p2w.target.transfer import Transfer, agrees, announce, run_trials
+from p2w.target.settled import agrees, announce
+from p2w.target.shown import show_plan, show_results
+from p2w.target.transfer import Transfer, run_trials
 from p2w.target.transfer import check as check_data
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.signals import StopRequest
@@ -147,42 +147,6 @@ def build(argv: list[str], world: World) -> Job:
     return Job(args, transfer, agrees(transfer) | {"leak": said}, precision, said)
 
 
-def show_plan(job: Job, world: World) -> None:
-    """The dry run's page."""
-    transfer, tree = job.transfer, job.tree
-    network, start = transfer.build(0)
-    millions = [sum(one.numel() for one in part.parameters()) / 1e6 for part in (network, network.encoder)]
-    counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
-    steps = len(epoch_of(counts[0], transfer.recipe.batch, transfer.recipe.epoch_steps, 0, 0))
-    seeds = f"{transfer.seed(0)} to {transfer.seed(transfer.trials - 1)}"
-    lines = {
-        "task": f"{tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}",
-        "samples": ", ".join(f"{len(rows):,} {split}" for split, rows in transfer.rows.items()),
-        "fraction": f"{transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial",
-        "start": f"{transfer.label}: {start.source}",
-        "leak": job.leak,
-        "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
-        "decoder": tree["decoder"],
-        "an epoch": f"{steps} steps of up to {transfer.recipe.batch} samples, at most {transfer.recipe.max_epochs:,} epochs",
-        "processes": f"{world.describe()}; {job.precision.name} ({job.precision.reason})",
-        "trials": f"{transfer.trials}, seeds {seeds} -> {transfer.folder}",
-        "recipe": "  ".join(f"{name} {value}" for name, value in tree["recipe"].items()),
-    }
-    print("\n".join(f"{name:12}{text}" for name, text in lines.items()))
-
-
-def show_results(run: Path) -> None:
-    """What the folder holds so far: mean and standard deviation over finished trials."""
-    found = results.read(run)
-    names = list(dict.fromkeys(name for trial in found.trials for name in trial.metrics))
-    for name in names:
-        values = [trial.metrics[name] for trial in found.trials if name in trial.metrics]
-        spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(
-            f"{name:14} {100 * statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)"
-        )
-
-
 def work(job: Job, world: World) -> int:
     """The trials that this process, with its ranks, does. Returns the exit code."""
     args, log = job.args, Log(job.args.run, world.is_main, 0)
@@ -233,7 +197,7 @@ def main() -> int:
         raise
     if job.args.dry_run:
         if world.is_main:
-            show_plan(job, world)
+            show_plan(job.transfer, job.tree, job.precision, world)
         return 0
     try:
         if job.args.workers > 1:

@@ -40,6 +40,7 @@ class Epoch:
     lr: float
     best: bool
     idle: int
+    samples: int
     seconds: float
 
 
@@ -73,7 +74,7 @@ class FineTuner:
     def epoch(self, train: Samples, val: Samples) -> Epoch:
         """One pass over the training samples, then validation. Raises Told, or UserError for a loss that is not finite."""
         began, lr = time.monotonic(), self.plateau.lr
-        train_loss = self._train(train, lr)
+        train_loss, seen = self._train(train, lr)
         val_loss = self._validate(val)
         if not math.isfinite(train_loss + val_loss):
             raise UserError(
@@ -85,10 +86,10 @@ class FineTuner:
         if best:
             self.best = self._copy()
         seconds = time.monotonic() - began
-        return Epoch(self.number, train_loss, val_loss, lr, best, self.plateau.idle, seconds)
+        return Epoch(self.number, train_loss, val_loss, lr, best, self.plateau.idle, seen, seconds)
 
-    def _train(self, samples: Samples, lr: float) -> float:
-        """The steps of an epoch, each rank on its share of every batch. Mean loss over the samples."""
+    def _train(self, samples: Samples, lr: float) -> tuple[float, int]:
+        """The steps of an epoch, each rank on its share of every batch. Mean loss over the samples, and their number."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.network.train()
@@ -110,7 +111,8 @@ class FineTuner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             summed += loss.detach() * len(batch)
-        return float(self.world.sum(summed)) / self.world.size / sum(map(len, whole))
+        seen = sum(map(len, whole))
+        return float(self.world.sum(summed)) / self.world.size / seen, seen
 
     def _validate(self, samples: Samples) -> float:
         """The mean over batches of their loss, weighted by samples. Batches are those of the split's order."""

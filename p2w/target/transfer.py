@@ -7,11 +7,6 @@ RUN/
 Processes share the trials of a folder: each takes the next one that is neither finished nor held by another.
 """
 
-import hashlib
-import json
-import os
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +17,9 @@ import numpy as np
 import torch
 
 from p2w import __version__
-from p2w.data.locks import hold
 from p2w.errors import UserError
-from p2w.log import Log, write_atomic
+from p2w.log import Log
 from p2w.model import Network
-from p2w.target import recipe as recipes
 from p2w.target.dataset import TargetSet
 from p2w.target.finetune import FineTuner
 from p2w.target.kinds import Kind, kind_of
@@ -38,7 +31,6 @@ from p2w.target.trial import Place, Trial, folder_of, is_finished
 from p2w.train.optim import Precision
 from p2w.world import World
 
-NAME = "transfer.json"
 Told = Callable[[], bool]
 
 
@@ -98,35 +90,6 @@ class Transfer:
             self.held[split] = Samples(self.source, self.rows[split], world.device, limit)
         return self.held[split]
 
-    def plain(self) -> dict[str, Any]:
-        """transfer.json."""
-        start = self.start()
-        origin = {"label": self.label, **self.origin.plain(), "data": start.pretrained_on}
-        return {
-            "task": {
-                "name": str(self.source.meta["task"]),
-                "kind": self.kind.name,
-                "fingerprint": fingerprint(self.source.meta),
-                "where": str(self.source.where),
-            },
-            "init": origin,
-            "network": start.network,
-            "width": start.width,
-            "feeding": start.encoder.feeding,
-            "fraction": self.fraction,
-            "decoder": "pretrained" if self.pretrained_decoder else "scratch",
-            "fold": self.fold,
-            "trials": self.trials,
-            "recipe": recipes.plain(self.recipe),
-            "samples": {split: len(rows) for split, rows in self.rows.items()},
-        }
-
-
-def fingerprint(meta: dict[str, Any]) -> str:
-    """A short name of a target set: a hash of what its manifest says of its samples and their splits."""
-    told = {key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
 
 def check(transfer: Transfer, ranks: int) -> None:
     """Everything about data that can be refused before anything is trained. Raises UserError."""
@@ -153,51 +116,6 @@ def check(transfer: Transfer, ranks: int) -> None:
             f"{ranks} ranks: a batch or a split has {smallest} sample(s), and every rank needs one; start at most "
             f"{smallest} processes, or trials side by side with --workers"
         )
-
-
-def agrees(transfer: Transfer) -> dict[str, Any]:
-    """What transfer.json will say. Raises UserError when the folder holds another run's."""
-    now = transfer.plain()
-    path = transfer.folder / NAME
-    if not path.exists():
-        return now
-    try:
-        before = json.loads(path.read_text())
-        same = [_fixed(tree) for tree in (before, now)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); name another folder with --run-dir") from error
-    differing = [name for name in same[1] if same[0].get(name) != same[1][name]]
-    if differing:
-        said = "; ".join(f"{name} was {same[0].get(name)}, now {same[1][name]}" for name in differing[:3])
-        raise UserError(
-            f"{path}: {said}. A run keeps its settings: repeat its own command, or name another folder with --run-dir"
-        )
-    return now
-
-
-def _fixed(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run keeps, flat."""
-    flat = {f"recipe.{k}": v for k, v in tree["recipe"].items() if k not in recipes.MAY_CHANGE}
-    flat |= {name: tree[name] for name in ("network", "width", "fraction", "decoder", "fold")}
-    flat["task"] = tree["task"]["fingerprint"]
-    return flat | {"init": tree["init"]["source"], "label": tree["init"]["label"]}
-
-
-def announce(transfer: Transfer, tree: dict[str, Any], world: World) -> None:
-    """Rank 0 makes the folder and writes transfer.json, unless it is there. Raises UserError where it cannot.
-
-    Under a lock: the tasks of a job array all begin at once.
-    """
-    path = transfer.folder / NAME
-    command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
-    try:
-        transfer.folder.mkdir(parents=True, exist_ok=True)
-        with hold(str(transfer.folder / ".lock"), "transfer"):
-            before = json.loads(path.read_text()) if path.exists() else {"trials": 0}
-            if before["trials"] < transfer.trials:
-                write_atomic(path, json.dumps(tree | {"started": command}, indent=2))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a folder you may write with --run-dir") from error
 
 
 def run_trials(

@@ -175,7 +175,7 @@ class Trial:
         tail = (
             f"ends in {left} epochs ({duration(left * epoch.seconds)}) unless it improves" if left else "ends"
         )
-        speed = len(self.train) / epoch.seconds
+        speed = epoch.samples / epoch.seconds
         return (
             f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
             f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"

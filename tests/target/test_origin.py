@@ -16,6 +16,7 @@ from p2w.target.dataset import open_target
 from p2w.target.origin import resolve
 from p2w.target.recipe import Recipe
 from p2w.target.samples import Samples
+from p2w.target.settled import plain
 from p2w.target.transfer import Transfer
 
 
@@ -79,7 +80,7 @@ def test_a_pretrained_decoder_keeps_its_skips(balls, exported, tmp_path):
 
 
 def test_what_is_known_of_the_pretraining(balls, exported, tmp_path):
-    told = transfer_of(balls, exported[0], tmp_path).plain()
+    told = plain(transfer_of(balls, exported[0], tmp_path))
     assert told["init"]["step"] == 7 and told["init"]["val_mse"] == 0.5 and told["init"]["skips"] is False
     assert (
         told["init"]["volume_fraction"] == (0.25, 1.0) and told["network"] == "unet3d" and told["width"] == 2
