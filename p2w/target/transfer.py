@@ -83,11 +83,11 @@ class Transfer:
         torch.manual_seed(2 * seed + 1)
         return network_of(self.kind.name, start, self.pretrained_decoder), start
 
-    def samples(self, split: str, world: World) -> Samples:
-        """Validation and test samples are decoded once for all trials of this process."""
-        if split not in self.held:
-            limit = self.recipe.held_gib * 2**30
-            self.held[split] = Samples(self.source, self.rows[split], world.device, limit)
+    def samples(self, split: str, rows: Rows, world: World) -> Samples:
+        """Decoded once for all trials of this process that see the same rows."""
+        if split not in self.held or not np.array_equal(self.held[split].rows, rows):
+            self.held.pop(split, None)  # before others take its place in memory
+            self.held[split] = Samples(self.source, rows, world.device, self.recipe.held_gib * 2**30)
         return self.held[split]
 
 
@@ -149,18 +149,17 @@ def one_trial(transfer: Transfer, index: int, world: World, precision: Precision
     folder, seed = folder_of(transfer.folder, index), transfer.seed(index)
     log = Log(folder, world.is_main, transfer.recipe.max_epochs)
     network, start = transfer.build(index)
-    limit = transfer.recipe.held_gib * 2**30
-    train = Samples(transfer.source, transfer.training_rows(index), world.device, limit)
-    val, test = (transfer.samples(split, world) for split in ("val", "test"))
+    rows = transfer.rows | {"train": transfer.training_rows(index)}
+    train, val, test = (transfer.samples(split, rows[split], world) for split in ("train", "val", "test"))
     tuner = FineTuner(network, transfer.kind, transfer.recipe, precision, world, seed, told)
-    rows = transfer.rows["test"]
     if world.is_main:
         log.line(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
         )
     return Trial(
         index, seed, folder, tuner, transfer.kind, train, val, test,
-        [transfer.source.key[row] for row in rows], [transfer.source.patient[row] for row in rows],
+        [transfer.source.key[row] for row in rows["test"]],
+        [transfer.source.patient[row] for row in rows["test"]],
         card(transfer, index, network, start), log, world,
     )  # fmt: skip
 
