@@ -1,5 +1,6 @@
 """The loop alone: what a frozen encoder keeps, what continues, what is refused."""
 
+import copy
 import math
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_it_goes_on_from_its_state_with_the_same_bits(sets):
     one.epoch(*sets)
     weights, state = one.state_dict()
     two = tuner()
-    two.load_state_dict(1, weights, state)
+    two.load_state_dict(1, weights, copy.deepcopy(state))  # as a file would hold it
     first, second = one.epoch(*sets), two.epoch(*sets)
     assert (first.train_loss, first.val_loss, first.number) == (second.train_loss, second.val_loss, 2)
     assert all(
