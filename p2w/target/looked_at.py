@@ -81,7 +81,7 @@ def _source(path: Path) -> Source:
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
         return pairs.as_source(path.name, str(path))
-    found = find_scans([str(path)], "")
+    found = find_scans([str(path)], str(path / ".out"))  # there is none: nothing is left out
     if len(found.sources) != 1:
         why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
         raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")
@@ -115,7 +115,8 @@ def mask_of(
     """0 and 1 on the canonical grid [z,y,x]."""
     windows = windows_of(subject, fitted, overlap)
     device = next(fitted.network.parameters()).device
-    progress = Progress(math.ceil(len(windows) / batch), "batches of windows")
+    levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
+    progress = Progress(levels * math.ceil(across / batch), "batches of windows")
 
     def predict(places: list[Place]) -> NDArray[np.float32]:
         stack = torch.from_numpy(np.stack([subject.crop(place) for place in places]))

@@ -3,11 +3,13 @@
 import csv
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from ct_files import dicom
 from safetensors.torch import save_file
 from torch import nn
 
@@ -151,6 +153,47 @@ def test_candidates_get_the_probability_of_their_crop(tmp_path, voxels):
         crop = torch.from_numpy(padded[at].astype(np.float32))[None, None]
         expected = torch.sigmoid(network((crop + 1000) / 2000))
         assert float(row["probability"]) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_several_images_scaled_by_their_own_range(tmp_path):
+    """MR: any values, one image a channel; 1 where both channels are in the upper half of their range."""
+    rng = np.random.default_rng(0)
+    values = [rng.random((10, 20, 18)) * 700 + 5, rng.random((10, 20, 18)) * 3]
+    paths = [tmp_path / f"P_{name}.nii.gz" for name in ("flair", "t1")]
+    for path, own in zip(paths, values, strict=True):
+        sitk.WriteImage(image_of(own.astype(np.float32), direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)), str(path))
+    asks = card(spacing=None)
+    asks["task"] |= {"channels": 2, "window": [0, 32767]}
+
+    class Both(Threshold):
+        def forward(self, x):
+            assert x.shape[1] == 2
+            return super().forward(x.amin(1, keepdim=True))
+
+    network = Fitted(None, Both(), asks)
+    subject = read_subject(paths, network)
+    found = subject.stored(mask_of(subject, network, 0.5, 0.5, 3, None)) > 0
+    upper = [(own - own.min()) / np.ptp(own) > 0.5 for own in values]
+    assert (found == (upper[0] & upper[1])).mean() > 0.999  # int16 rounds
+    sitk.WriteImage(image_of(values[1][1:].astype(np.float32)), str(paths[1]))
+    with pytest.raises(UserError, match=r"P_t1\.nii\.gz: "):
+        read_subject(paths, network)
+
+
+def test_a_dicom_folder_is_looked_at_where_one_stands(tmp_path, voxels, monkeypatch):
+    """The mask of a series lies where the series does."""
+    folder = tmp_path / "series"
+    dicom(folder, voxels, "1.2.3")
+    monkeypatch.chdir(folder)
+    network = fitted(spacing=None)
+    subject = read_subject([Path()], network)
+    mask = mask_of(subject, network, 0.5, 0.5, 3, None)
+    predict.write_mask(tmp_path / "mask.nii.gz", subject.stored(mask), subject.stored_grid)
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
+    series, mask = sitk.ReadImage(names), sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    assert (sitk.GetArrayFromImage(mask) == (sitk.GetArrayFromImage(series) > 0)).all()
+    assert mask.GetOrigin() == pytest.approx(series.GetOrigin(), abs=1e-4)
+    assert mask.GetSpacing() == pytest.approx(series.GetSpacing(), abs=1e-4)
 
 
 def test_refusals(tmp_path, voxels):
