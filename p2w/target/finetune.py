@@ -125,11 +125,17 @@ class FineTuner:
     def records(self, samples: Samples) -> Tensor:
         """What loss and metrics need of each sample, (N, …) float64 on the CPU, in the split's order, on every rank."""
         self.network.eval()
-        mine = range(self.world.rank, len(samples), self.world.size)
-        share = [mine[start : start + self.recipe.batch] for start in range(0, len(mine), self.recipe.batch)]
+        rank, size = self.world.rank, self.world.size
+        every = range(len(samples))
+        together = self.recipe.batch * size
+        share = [every[start:][:together][rank::size] for start in range(0, len(samples), together)]
+        batches_of = samples.batches([places for places in share if len(places)])
         found = []
-        for x, target in samples.batches(share):
-            self._leave_if_told()
+        for places in share:
+            self._leave_if_told()  # which all ranks ask together, also one that has none of the last samples
+            if not len(places):
+                continue
+            x, target = next(batches_of)
             with self._autocast():
                 logits = self.network(x)
             found.append(self.kind.record(logits, target))

@@ -28,8 +28,8 @@ def balls(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bright(tmp_path_factory):
-    """Is there a bright ball?"""
-    return write_target_set(tmp_path_factory.mktemp("bright") / "set", "classification")
+    """Is there a bright ball? With 15 samples to validate, of which two ranks have unequal numbers of batches of 7."""
+    return write_target_set(tmp_path_factory.mktemp("bright") / "set", "classification", (8, 5, 5))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def test_a_finished_trial_is_left_alone_and_more_trials_follow(forge, balls, who
 @pytest.mark.parametrize("kind", ["balls", "bright"])
 def test_two_ranks_come_to_the_same(forge, request, tmp_path, kind):
     argv = ("--task", request.getfixturevalue(kind), "--init", "random", *SMALL, "--recipe.lr", 1e-3)
-    argv += ("--recipe.max-epochs", 3)
+    argv += ("--recipe.max-epochs", 3, "--recipe.batch", 7)
     found = []
     for ranks in (1, 2):
         run = tmp_path / str(ranks)
