@@ -64,6 +64,15 @@ def test_it_goes_on_from_its_state_with_the_same_bits(sets):
     )
 
 
+def test_it_tells_bright_balls_from_faint_ones(sets):
+    one = tuner(Recipe(batch=8, epoch_steps=9, lr=3e-3))
+    for _ in range(8):
+        one.epoch(*sets)
+    one.take_best()
+    metrics, _ = one.kind.judge(one.records(sets[1]), [str(number) for number in range(12)])
+    assert metrics["auc"] > 0.9 and one.plateau.best < 0.4
+
+
 def test_the_best_weights_come_back(sets):
     one = tuner()
     losses, best = [], None
