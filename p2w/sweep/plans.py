@@ -156,6 +156,8 @@ def fig3(common: Transfers, run: Path, count: int) -> list[Job]:
 
 def validated(run: Path) -> list[int]:
     """Steps of the checkpoints of a run whose validation loss is logged. Raises UserError when there are fewer than two."""
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run}: holds no checkpoints; name the folder of a run with --pretrained")
     losses = {int(record["step"]) for record in read_metrics(run) if "val/loss" in record}
     kept = Checkpoints(run / "checkpoints").steps()
     both = [step for step in kept if step in losses]

@@ -1,1 +1,1 @@
-"""Target tasks: what a pretrained encoder is fine-tuned for. `dataset` reads what preprocess/prepare_target.py wrote."""
+"""The target tasks: what a pretrained encoder is worth downstream."""

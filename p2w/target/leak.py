@@ -43,13 +43,13 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
         return "no pretraining: no test scan can have been seen"
     try:
         meta, where = pretraining_of(run)
+        said = _first_leak(target, meta, fold)
     except UserError as error:
         if allow_leak:
             return f"not checked whether pretraining saw test scans (--allow-leak): {error}"
         raise UserError(
             f"{error}; whether it saw test scans cannot be ruled out: put the set back, or pass --allow-leak"
         ) from error
-    said = _first_leak(target, meta, fold)
     if said and not allow_leak:
         raise UserError(f"{target.where}: {run}: {said}: {REMEDY}")
     if said:

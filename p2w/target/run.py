@@ -38,6 +38,7 @@ class Job:
 def run(task: Task, job: Job) -> int:
     """Do the job; the exit code: 0, or 1 when a case was bad. Raises UserError when it cannot go on."""
     task.check()
+    say(f"looking through {job.source}")
     cases = task.find(job.source, job.out).sort()
     if not cases.cases:
         raise UserError(

@@ -173,6 +173,8 @@ def test_fig3_is_26_checkpoints_five_times_with_the_papers_shares(tmp_path):
     write_pretraining(tmp_path / "short", [5, 10], [5])
     with pytest.raises(UserError, match="2 checkpoints, 1 of them validated"):
         plans.fig3(common(tmp_path), tmp_path / "short", 26)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        plans.fig3(common(tmp_path), tmp_path / "nowhere", 26)
 
 
 def test_spread_takes_all_where_there_are_few_and_no_step_twice():

@@ -20,7 +20,7 @@ from p2w.target.crops import Place
 from p2w.target.record import SEGMENTATION
 from p2w.target.tasks import ct, pairs
 from p2w.target.tasks.protocol import Case, Cases, Cut, Split
-from p2w.target.tasks.segment import around
+from p2w.target.tasks.segment import Round, around
 
 TUMOUR = (1, 2, 4)
 TOP = 32767
@@ -38,6 +38,8 @@ class Bms:
     """mm z y x that a sample shows; it is resized to --size."""
     jitter: float = 0.25
     """How far the crop may lie from the tumour's middle, as a share of its size: 0 = centred."""
+    crops: int = 1
+    """Crops of each patient, each moved by chance."""
     folds: int = 3
     """The patients are dealt to so many folds; each is tested on once."""
     val_fraction: float = 0.15
@@ -66,9 +68,12 @@ class Bms:
             )
         if not all(1 <= mm <= 1000 for mm in self.crop_mm):
             raise UserError(f"--crop-mm {' '.join(map(str, self.crop_mm))}: mm z y x, each from 1 to 1000")
-        if not 0 <= self.jitter <= 0.9:
-            raise UserError(f"--jitter {self.jitter:g}: from 0 (centred) to 0.9 of the crop's size")
+        self._round(self.size).check()
         check_folds(self.folds, self.val_fraction)
+
+    def _round(self, size: tuple[int, int, int]) -> Round:
+        spacing = [mm / n for mm, n in zip(self.crop_mm, size, strict=True)]
+        return Round(size, spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
         """One case a patient that has a segmentation and all channels asked for."""
@@ -95,7 +100,7 @@ class Bms:
         return dealt(cases, self.folds, self.val_fraction, self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> Cut:
-        """One crop a patient, round the tumour."""
+        """Crops round the tumour."""
         images = [read_image(case.source(role)) for role in self.channels]
         first = images[0]
         for role, image in zip(self.channels, images, strict=True):
@@ -106,13 +111,12 @@ class Bms:
         read = [*zip(self.channels, images, strict=True), ("seg", file)]
         files = [ct.told(role, case.source(role).name, image.nbytes, image.checksum) for role, image in read]
         scales = [scale(role, image) for role, image in zip(self.channels, images, strict=True)]
-        spacing = [mm / n for mm, n in zip(self.crop_mm, size, strict=True)]
 
         def channels(place: Place) -> list[NDArray[np.int16]]:
             return [scaled(image.values, place, *own) for image, own in zip(images, scales, strict=True)]
 
-        key = (self.seed, case.patient)
-        return Cut(files, around(channels, mask, first.grid, size, spacing, self.jitter, key, "tumour"))
+        how = self._round(size)
+        return Cut(files, around(channels, mask, first.grid, how, case.patient, "tumour"))
 
 
 def scale(role: str, image: Image) -> tuple[float, float]:

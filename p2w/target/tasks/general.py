@@ -14,7 +14,7 @@ from p2w.target.tasks import ct, listed, pairs, tables
 from p2w.target.tasks.bms import TOP, check_folds, dealt, scale, scaled
 from p2w.target.tasks.ecc import folded
 from p2w.target.tasks.protocol import Case, Cases, Cut, Split
-from p2w.target.tasks.segment import Channels, Tiles, around, tiled
+from p2w.target.tasks.segment import Channels, Round, Tiles, around, tiled
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class General(Tiles):
     """Pattern of the masks' names; * is what it was in the image's name."""
     labels: tuple[int, ...] = ()
     """Values of a mask that are foreground; left out: all but 0."""
-    crops: Literal["tiles", "object"] = "tiles"
+    around: Literal["tiles", "object"] = "tiles"
     """tiles over all that is foreground, or one crop round it."""
     jitter: float = 0.25
-    """With --crops object: how far the crop may lie from its middle, as a share of its size."""
+    """With --around object: how far the crop may lie from its middle, as a share of its size."""
+    crops: int = 1
+    """With --around object: crops of each image, each moved by chance."""
     table: str = ""
     """Candidates patient,series,x,y,z,label[,fold][,split]: makes it a classification; x, y, z in LPS mm."""
     values: Literal["hu", "min-max"] = "hu"
@@ -80,13 +82,15 @@ class General(Tiles):
             raise UserError("--folds and --split-table: choose one")
         if self.table and self.values != "hu":
             raise UserError("--table goes with CT: --values hu")
-        if not 0 <= self.jitter <= 0.9:
-            raise UserError(f"--jitter {self.jitter:g}: from 0 (centred) to 0.9 of the crop's size")
+        self._round(self.size).check()
         try:
             if self.patient and re.compile(self.patient).groups < 1:
                 raise UserError(f"--patient {self.patient!r}: has no group (…) that would be the patient")
         except re.error as error:
             raise UserError(f"--patient {self.patient!r}: is no regular expression ({error})") from error
+
+    def _round(self, size: tuple[int, int, int]) -> Round:
+        return Round(size, self.spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
         """One case for each image with its mask, or for each scan that the table names."""
@@ -160,10 +164,9 @@ class General(Tiles):
         channels, grid, shape, said = self._image(case)
         mask, file = pairs.read_mask(case.source("mask"), grid, shape, self.labels, self.resample_masks)
         files = [said, ct.told("mask", case.source("mask").name, file.nbytes, file.checksum)]
-        if self.crops == "tiles":
+        if self.around == "tiles":
             return Cut(files, tiled(channels, mask, grid, size, self, case.uid))
-        key = (self.seed, case.uid)
-        return Cut(files, around(channels, mask, grid, size, self.spacing, self.jitter, key, "object"))
+        return Cut(files, around(channels, mask, grid, self._round(size), case.uid, "object"))
 
     def _image(self, case: Case) -> tuple[Channels, Grid, tuple[int, ...], dict[str, Any]]:
         """Crops of the image by place, its grid, its shape, and what its file is."""

@@ -23,7 +23,7 @@ from p2w.target.crops import Place
 from p2w.target.record import SEGMENTATION, SPLITS, WINDOW_HU
 from p2w.target.tasks import ct, lidc, tables
 from p2w.target.tasks.protocol import Case, Cases, Cut, LeftOut, Sample, Split
-from p2w.target.tasks.segment import around
+from p2w.target.tasks.segment import Round, around
 
 CASES = (510, 100, 408)  # train, val and test of all 1,018
 PATIENT = re.compile(r"LIDC-IDRI-\d+")
@@ -39,6 +39,8 @@ class Ncs:
     """mm z y x of a sample's voxels."""
     jitter: float = 0.25
     """How far the crop may lie from the nodule's middle, as a share of its size: 0 = centred."""
+    crops: int = 1
+    """Crops of each nodule, each moved by chance."""
     cases: tuple[int, int, int] = CASES
     """Cases to train on, validate and test on; with fewer or more cases than these: in their proportions."""
     seed: int = 0
@@ -57,12 +59,14 @@ class Ncs:
             raise UserError(f"--consensus {self.consensus:g}: a share of the readers, above 0 and up to 1")
         if not all(0.01 <= mm <= 100 for mm in self.spacing):
             raise UserError(f"--spacing {' '.join(map(str, self.spacing))}: mm z y x, each from 0.01 to 100")
-        if not 0 <= self.jitter <= 0.9:
-            raise UserError(f"--jitter {self.jitter:g}: from 0 (centred) to 0.9 of the crop's size")
+        self._round(self.size).check()
         if min(self.cases) < 0 or not self.cases[0]:
             raise UserError(
                 f"--cases {' '.join(map(str, self.cases))}: train, val and test, train at least 1"
             )
+
+    def _round(self, size: tuple[int, int, int]) -> Round:
+        return Round(size, self.spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
         """One case for each CT series that has readings."""
@@ -137,8 +141,8 @@ class Ncs:
                 continue
             for z, pixels in slices.items():
                 own[z] = pixels
-            key = (self.seed, f"{case.uid} {number}")
-            yield from around(channels, mask, scan.grid, size, self.spacing, self.jitter, key, of, everything)
+            name = f"{case.uid} {number}"
+            yield from around(channels, mask, scan.grid, self._round(size), name, of, everything)
             for z in slices:
                 own[z] = 0
 

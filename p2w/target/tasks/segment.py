@@ -75,20 +75,38 @@ def tiled(
         yield ct.sample(channels(place), place, grid, f"tile {number}", -1, piece)
 
 
+@dataclass(frozen=True)
+class Round:
+    """Crops round one object: their voxels, how many, and how far off its middle."""
+
+    size: tuple[int, int, int]
+    spacing: Sequence[float] | None  # mm of a sample's voxels, None: the scan's own
+    jitter: float  # up to half of this share of a crop's size, along each axis
+    crops: int
+    seed: int
+
+    def check(self) -> None:
+        """Raise UserError for options that make no crops."""
+        if not 0 <= self.jitter <= 0.9:
+            raise UserError(f"--jitter {self.jitter:g}: from 0 (centred) to 0.9 of the crop's size")
+        if not 1 <= self.crops <= 1000:
+            raise UserError(f"--crops {self.crops}: from 1 to 1000 of each object")
+        if self.crops > 1 and not self.jitter:
+            raise UserError(f"--crops {self.crops} with --jitter 0 would be the same crop {self.crops} times")
+
+
 def around(
     channels: Channels,
     mask: NDArray,
     grid: Grid,
-    size: tuple[int, int, int],
-    spacing: Sequence[float] | None,
-    jitter: float,
-    key: tuple[int, str],
+    how: Round,
+    name: str,
     of: str,
     everything: NDArray | None = None,
 ) -> Iterator[Sample | LeftOut]:
-    """One crop round the middle of the mask's bounding box, moved by up to `jitter` / 2 of its size along each axis.
+    """Crops round the middle of the mask's bounding box, each moved by chance, a function of seed and `name`.
 
-    Without moving, a network learns that what it looks for is in the middle. `key`: seed and name that draw the move.
+    Without moving, a network learns that what it looks for is in the middle. `of`: what the samples are of.
     `everything`: a mask of which this one is a part, where a sample is to show other parts of it too.
     """
     box = ndimage.find_objects(mask)
@@ -96,14 +114,17 @@ def around(
         yield LeftOut(f"{of}: the mask is empty")
         return
     centre = np.array([(part.start + part.stop - 1) / 2 for part in box[0]])
-    step = np.ones(3) if spacing is None else np.array(spacing) / crops.spacing_zyx(grid)
-    move = np.array([draw(key[0], key[1], axis) - 0.5 for axis in "zyx"])
-    place = Place.round(centre + move * jitter * np.array(size) * step, size, grid, spacing)
-    piece = place.cut(mask if everything is None else everything, 0) > HALF
-    if not piece.any():
-        yield LeftOut(f"{of}: too small to fill a voxel of the sample")
-        return
-    yield ct.sample(channels(place), place, grid, of, -1, piece)
+    step = np.ones(3) if how.spacing is None else np.array(how.spacing) / crops.spacing_zyx(grid)
+    for crop in range(how.crops):
+        move = np.array([draw(how.seed, name, f"{crop} {axis}") - 0.5 for axis in "zyx"])
+        place = Place.round(
+            centre + move * how.jitter * np.array(how.size) * step, how.size, grid, how.spacing
+        )
+        piece = place.cut(mask if everything is None else everything, 0) > HALF
+        if piece.any():
+            yield ct.sample(channels(place), place, grid, of, -1, piece)
+        else:
+            yield LeftOut(f"{of}: too small to fill a voxel of the sample")
 
 
 def draw(seed: int, uid: str, what: str) -> float:

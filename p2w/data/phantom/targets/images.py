@@ -32,7 +32,7 @@ def write_image(
 
 def blob(
     shape: tuple[int, int, int],
-    spacing: Sequence[float],
+    spacing: Sequence[float] | NDArray,
     centre: NDArray,
     radius_mm: float,
     rng: np.random.Generator,
