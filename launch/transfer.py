@@ -198,7 +198,7 @@ def main() -> int:
     if job.args.dry_run:
         if world.is_main:
             show_plan(job.transfer, job.tree, job.precision, world)
-        return 0
+        world.leave(0)
     try:
         if job.args.workers > 1:
             announce(job.transfer, job.tree, world)
@@ -221,7 +221,8 @@ def main() -> int:
         world.abandon(1, f"{said}\n{traceback.format_exc()}")
     del job
     world.close()
-    return code
+    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
+    world.leave(code)
 
 
 if __name__ == "__main__":
