@@ -9,6 +9,10 @@ import sys
 from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "predict": (
+        "p2w.target.predict",
+        "what a fine-tuned network says of a whole scan: a mask, or scores of candidates",
+    ),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": ("p2w.weights.inspect", "whose weights a file holds, and whether a network takes all of them"),
     "report": ("p2w.analysis.report", "RUN/report.html: one page of a run, with curves and a slice slider"),

@@ -34,7 +34,8 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
         "p2w.pretext",
     ),
     "p2w.train": (*BASE, "p2w.pretext.protocol", "p2w.train"),
-    "p2w.target": (*BASE, "p2w.data", "p2w.target"),
+    "p2w.target": (*BASE, "p2w.data", "p2w.train", "p2w.weights", "p2w.target"),
+    "p2w.target.origin": (*BASE, "p2w.data", "p2w.pretext", "p2w.weights", "p2w.target"),  # loads runs
     "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
     "p2w.analysis": (*BASE, "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.subjects": (*BASE, "p2w.train", "p2w.pretrain", "p2w.analysis"),  # loads runs

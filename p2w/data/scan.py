@@ -60,6 +60,11 @@ def read_grid(source: Source) -> tuple[Grid, int]:
     return grid.canonical()[0], _nbytes(source)
 
 
+def stored_grid(source: Source) -> Grid:
+    """The grid as it is stored, which `Grid.canonical` turns into that of `read_scan`. Raises BadScan."""
+    return _header(source)[0]
+
+
 def read_scan(source: Source) -> Scan:
     """Read, check and turn one scan. Raises BadScan when it is damaged, or no CT volume in HU."""
     array, (slope, intercept), grid, checksum = _read(source)
