@@ -217,7 +217,12 @@ def goals(rates: dict[str, list[float]]) -> list[Goal]:
     default = rates["p2w tar, readers 2, checksum"]
     return [
         Goal(f"samples/s, times the best peer ({best})", over(default, rates[best]), 3.0),
-        Goal(f"the checksum's share of the time, two readers, {LIBRARY}", 1 - over(on, off), 0.15, at_least=False),
+        Goal(
+            f"the checksum's share of the time, two readers, {LIBRARY}",
+            1 - over(on, off),
+            0.15,
+            at_least=False,
+        ),
         Goal("np.copyto is faster by", over(rates["np.copyto, one thread"], default), 2.0, at_least=False),
     ]
 
