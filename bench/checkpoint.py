@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from p2w.config import TrainConfig
-from p2w.model.unet3d import EncoderDecoder, UNet3dDecoder, UNet3dEncoder
+from p2w.model.decoder import EncoderDecoder
+from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.saver import Saver
 

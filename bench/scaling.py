@@ -141,9 +141,9 @@ def main() -> None:
         job(args.job, args.rounds)
         return
     config = named("paper")
-    facts = cost(config, lambda: build(config)[1], 1, 2)
+    facts = cost(config, lambda: build(config), 1, 2)
     small = replace(config, pretext=replace(config.pretext, size=SIZE))
-    flops = cost(small, lambda: build(small)[1], 1, 2).flops_per_sample
+    flops = cost(small, lambda: build(small), 1, 2).flops_per_sample
     one, two = run(1, args.rounds), run(2, args.rounds)
     speed = 4 * facts.parameters / two["all-reduce"]  # of a ring of two: each byte once
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from common import RESULTS, Goal, over, rotate, row, save, show
 from torch import nn
 
-from p2w.model.unet3d import EncoderDecoder, UNet3dDecoder, UNet3dEncoder
+from p2w.model.decoder import EncoderDecoder
+from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 from p2w.train.optim import Precision
 from p2w.train.selfcheck import wrong_convolution
 

@@ -94,7 +94,7 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
 
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
-    facts = cost(config, lambda: build(config)[1], samples, 4 if precision.dtype is None else 2)
+    facts = cost(config, lambda: build(config), samples, 4 if precision.dtype is None else 2)
     wholes, steps = len(shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
     flops = facts.flops_per_sample * batch * steps

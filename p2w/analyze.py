@@ -135,7 +135,7 @@ def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
     if a.split == "val":
         for record in read_metrics(a.run.path):
             if record["step"] == subject.step and "val/loss" in record:
-                return float(record["val/loss"])
+                return float(record.get("val/mse", record["val/loss"]))
     key: Key = ("mse", (subject.identity, measure.data, a.split))
     if not measure.cache.has(key):
         world, batch = a.world, a.world.size * max(1, a.settings.batch // a.world.size)
@@ -145,9 +145,9 @@ def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
         )  # fmt: skip
         model = a.run.network(subject.step, world)
         with torch.no_grad(), autocast(world.device, a.precision):
-            look = Validation(build_pretext(a.run.config.pretext), model, stream, world)
+            look = Validation(build_pretext(a.run.config), model, stream, world)
             found = dict(look(max(1, subject.step)))  # at step 0 it would also look for the mean image
-        measure.cache.write(key, np.array(found["val/loss"]))
+        measure.cache.write(key, np.array(found.get("val/mse", found["val/loss"])))
     return float(measure.cache.read(key))
 
 
@@ -177,11 +177,12 @@ def _write(
         drawn["contrastive"] = panels.contrastive(steps, loss, mse, found)
     if subjects[-1].step == a.step and subjects[-1].label == a.label:
         drawn["retrieval"] = panels.neighbours(showcase.nearest(measure, subjects[-1]), a.label)
-        grown = showcase.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
-        showcase.keep(grown, a.run.path / "analysis" / "reconstructions.npz")
-        drawn["reconstruction_scales"] = panels.growing(
-            grown["whole"], grown["part"], grown["output"], grown["scale"]
-        )
+        if build_pretext(a.run.config).reconstructs:
+            grown = showcase.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
+            showcase.keep(grown, a.run.path / "analysis" / "reconstructions.npz")
+            drawn["reconstruction_scales"] = panels.growing(
+                grown["whole"], grown["part"], grown["output"], grown["scale"]
+            )
     for name, figure in drawn.items():
         figures.save(figure, a.run.path, name)
     return {"networks": networks, "over_checkpoints": over or None, "figures": sorted(drawn)}

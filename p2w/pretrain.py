@@ -33,7 +33,7 @@ from p2w.world import World
 
 def build(config: Config) -> tuple[Pretext, Network]:
     """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
-    pretext = build_pretext(config.pretext)
+    pretext = build_pretext(config)
     return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
 
 
@@ -132,7 +132,7 @@ def _held(config: Config, shards: ShardSet, world: World, precision: Precision) 
     from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only where it is needed)
 
     passes = config.data.batch // world.size // config.optim.accumulate
-    facts = cost(config, lambda: build(config)[1], passes, 4 if precision.dtype is None else 2)
+    facts = cost(config, lambda: build(config), passes, 4 if precision.dtype is None else 2)
     sharers = world.local_size if world.device.type == "cpu" else 1
     reserve = facts.activation_bytes + facts.state_bytes
     return Held(shards, "train", world.device, reserve=reserve, sharers=sharers)
@@ -150,9 +150,10 @@ def _fit(
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
     def validate(step: int) -> Iterator[tuple[str, float]]:
-        for name, value in validation(step) if validation else ():
-            log.line(f"step {step}  {name} {value:.4f}")
-            yield name, value
+        found = dict(validation(step)) if validation else {}
+        if found:
+            log.line(f"step {step}  {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+        yield from found.items()
         yield from looks(step)
         looks.similarity.save(step)
 
@@ -184,18 +185,20 @@ def _fit(
     trainer.watchdog.at(trainer.step, "drawing")
     trainer.model.eval()
     with torch.no_grad(), trainer.stepper.autocast():
-        picture, volumes = pictures.figure(), pictures.volumes()
+        picture = pictures.figure()
+        volumes = pictures.volumes() if pictures.pretext.reconstructs else b""
     with log.tolerate("figures"):
-        figures.save(picture, folder.path, "reconstruction")
-        write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
-        _summary(folder.path, log)
+        if volumes:
+            write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
+        drawn = figures.save(picture, folder.path, "reconstruction" if volumes else "views")
+        _summary(folder.path, drawn, log)
     return outcome
 
 
-def _summary(run: Path, log: Log) -> None:
+def _summary(run: Path, drawn: Path, log: Log) -> None:
     """Draw the curves, and say in a few lines what came out."""
     log.line(f"pictures        {figures.save(figures.loss_curve(run), run, 'loss')}")
-    log.line(f"                {run / 'figures' / 'reconstruction.png'}")
+    log.line(f"                {drawn}")
     records = [record for record in read_metrics(run) if "val/loss" in record]
     if not records:
         return
@@ -212,10 +215,11 @@ def _summary(run: Path, log: Log) -> None:
 def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
     """First and last validation as text, beside the loss of always answering the mean image."""
     first, *_, last = [*records, *records]
-    mean_image = first.get("val/loss_mean_image", float("nan"))
-    lines = [
-        f"validation MSE  {first['val/loss']:.4f} -> {last['val/loss']:.4f}   (always the mean image: {mean_image:.4f})"
-    ]
+    beside, loss = "", "val/mse" if "val/mse" in first else "val/loss"
+    if "val/loss_mean_image" in first:
+        beside = f"   (always the mean image: {first['val/loss_mean_image']:.4f})"
+    name = "validation MSE " if beside else "validation loss"
+    lines = [f"{name} {first[loss]:.4f} -> {last[loss]:.4f}{beside}"]
     if "similarity/auc" in first and "similarity/auc" in last:
         for name, title in (("positive", "of one image"), ("negative", "of two images")):
             key = f"similarity/{name}"

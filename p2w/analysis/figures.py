@@ -28,15 +28,14 @@ def blank(**settings: Any) -> "Figure":
     return Figure(**settings)
 
 
-def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
-    """Middle slices of a few volumes (B, 1, d, h, w) in [0, 1]: axial and coronal, one row a volume."""
-    columns = (("part", part), ("reconstruction", reconstruction), ("whole", whole))
-    rows = min(4, len(part))
+def slices(columns: dict[str, Tensor]) -> "Figure":
+    """Middle slices of a few volumes (B, 1, d, h, w) in [0, 1]: axial and coronal of each title, one row a volume."""
+    rows = min(4, *map(len, columns.values()))
     height = 1.9 * rows + 0.5
-    figure = blank(figsize=(11.5, height))
-    axes = figure.subplots(1, 6)
+    figure = blank(figsize=(11.5 / 3 * len(columns), height))
+    axes = figure.subplots(1, 2 * len(columns))
     figure.subplots_adjust(0.005, 0.01, 0.995, 1 - 0.45 / height, wspace=0.03)
-    for pair, (name, volumes) in enumerate(columns):
+    for pair, (name, volumes) in enumerate(columns.items()):
         stack = volumes[:rows, 0].float().cpu().numpy()
         planes = (stack[:, stack.shape[1] // 2], stack[:, ::-1, stack.shape[2] // 2])
         for axis, stacked, view in zip(axes[2 * pair :], planes, ("axial", "coronal"), strict=False):
@@ -53,26 +52,29 @@ def triptych(part: Tensor, reconstruction: Tensor, whole: Tensor) -> "Figure":
     return figure
 
 
-def strip(part: Tensor, reconstruction: Tensor, whole: Tensor) -> NDArray[np.uint8]:
+def strip(columns: dict[str, Tensor]) -> NDArray[np.uint8]:
     """The same without words: grey pixels (rows, columns) of square panels, for a look that must cost next to nothing."""
-    edge = max(128, whole.shape[-1])
-    columns = []
-    for volumes in (part, reconstruction, whole):
+    edge = max(128, *(volumes.shape[-1] for volumes in columns.values()))
+    drawn = []
+    for volumes in columns.values():
         stack = volumes[:4, :1].float()
         for plane in (stack[:, :, stack.shape[2] // 2], stack.flip(2)[:, :, :, stack.shape[3] // 2]):
             grey = torch.nn.functional.interpolate(plane, (edge, edge))[:, 0].clamp(0, 1) * 255
-            columns.append(torch.nn.functional.pad(grey, (1, 1, 1, 1), value=255).flatten(0, 1))
-    return torch.cat(columns, 1).byte().cpu().numpy()
+            drawn.append(torch.nn.functional.pad(grey, (1, 1, 1, 1), value=255).flatten(0, 1))
+    return torch.cat(drawn, 1).byte().cpu().numpy()
 
 
 def loss_curve(run: Path) -> "Figure":
-    """Training and validation mean squared error over steps, with the best constant answer as a line."""
+    """Training and validation loss over steps; of a reconstruction also the best constant answer, as a line."""
     records = read_metrics(run)
+    kind = (
+        "mse" if any("val/mse" in record for record in records) else "loss"
+    )  # where that is one term of several
     figure = blank(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, colour, label, style in (
-        ("train/loss", GREY, "training", "-"),
-        ("val/loss", BLUE, "validation", "o-"),
+        (f"train/{kind}", GREY, "training", "-"),
+        (f"val/{kind}", BLUE, "validation", "o-"),
     ):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
@@ -83,7 +85,7 @@ def loss_curve(run: Path) -> "Figure":
     if floor:
         axis.axhline(floor[0], color=ORANGE, linestyle="--", label="always answering the mean image")
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("mean squared error (1 = 2000 HU)²")
+    axis.set_ylabel("mean squared error (1 = 2000 HU)²" if floor else "loss of the pretext")
     axis.set_yscale("log")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)

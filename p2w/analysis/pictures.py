@@ -1,4 +1,4 @@
-"""The pictures people look at while it trains: part | reconstruction | whole of four fixed wholes."""
+"""The pictures people look at while it trains: part | reconstruction | whole, or what else a pretext has."""
 
 import io
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ CANDIDATES, SHOWN = 24, 4
 
 
 class Pictures:
-    """Shows rank 0 in TensorBoard how four wholes with much to see are reconstructed. Yields no numbers."""
+    """Shows rank 0 in TensorBoard what becomes of four wholes with much to see. Yields no numbers."""
 
     def __init__(
         self, pretext: Pretext, model: nn.Module, shards: ShardSet, split: str, device: torch.device, log: Log
@@ -40,17 +40,25 @@ class Pictures:
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
         """Show plain pixels, which matplotlib's titles would make ten times as dear; other ranks have nothing to do."""
         if self.log.speaks:
-            views = self.views
-            pixels = figures.strip(views.input, self.model(views.input), views.target)
-            self.log.picture("part, reconstruction, whole; each axial, coronal", pixels, step)
+            columns = self._columns()
+            self.log.picture(f"{', '.join(columns)}; each axial, coronal", figures.strip(columns), step)
         return ()
 
     def figure(self) -> "Figure":
         """The network as it stands, in evaluation mode."""
-        return figures.triptych(self.views.input, self.model(self.views.input), self.views.target)
+        return figures.slices(self._columns())
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Titles and volumes; the answer, where it is a volume, stands before what was asked."""
+        shown = self.pretext.panels(self.views)
+        if not self.pretext.reconstructs:
+            return shown
+        *given, asked = shown
+        answer = {"reconstruction": self.model(self.views.input)}
+        return {title: shown[title] for title in given} | answer | {asked: shown[asked]}
 
     def volumes(self) -> bytes:
-        """The same as an npz file, for the slider of report.html, which holds for analysis/reconstructions.npz too.
+        """What was reconstructed as an npz file, for the slider of report.html; analysis/reconstructions.npz is alike.
 
         `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), uint8, 0..255 for 0..1; `keys` (W,); `extent_mm`
         (W, 3), edges z y x of the whole; `scale` (S,), here one NaN: each part has the volume that training gave it.

@@ -66,7 +66,7 @@ class Case:
 
         config = self.config
         samples = max(1, config.data.batch // self.ranks // config.optim.accumulate)
-        return cost(config, lambda: build(config)[1], samples, 4 if config.train.amp == "fp32" else 2)
+        return cost(config, lambda: build(config), samples, 4 if config.train.amp == "fp32" else 2)
 
 
 def size(count: float) -> str:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d
-from p2w.model.protocol import Encoder, Network
+from p2w.model.protocol import Encoder
 
 
 class ConvNormAct(nn.Module):
-    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D, H, W)."""
+    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, cin: int, cout: int) -> None:
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = Conv3d(cin, cout, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(cin, cout, kernel_size=3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm3d(cout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ class UNet3dEncoder(Encoder):
     `channels` and `strides` describe the returned features, fine to coarse; at width 32 they are
     (64, 128, 256, 512) and (1, 2, 4, 8): a 32 x 64 x 64 part becomes 512 x 4 x 8 x 8.
     """
+
+    sees_input = ("down_tr64.ops.0.conv1.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
@@ -121,16 +123,3 @@ class UNet3dDecoder(nn.Module):
         for up, skip in ((self.up_tr256, coarse), (self.up_tr128, middle), (self.up_tr64, fine)):
             x = up(x, skip if self.skips else None)
         return self.out_tr(x)
-
-
-class EncoderDecoder(Network):
-    """Encoder and decoder in a row, sigmoid at the end: part (B, 1, D, H, W) in, volume in [0, 1] of that size out."""
-
-    def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""
-        return torch.sigmoid(self.decoder(self.encoder(x)).float())

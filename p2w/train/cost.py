@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2w.config import Config
+from p2w.geometry import Keys
 from p2w.model import Network
+from p2w.pretext.protocol import Pretext
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,18 @@ class Cost:
         ]
 
 
-def cost(config: Config, build: Callable[[], Network], share: int, bytes_per_value: int) -> Cost:
+def cost(
+    config: Config, build: Callable[[], tuple[Pretext, Network]], share: int, bytes_per_value: int
+) -> Cost:
     """Count for a rank that takes `share` samples a pass, its activations in `bytes_per_value` bytes.
 
-    Everything runs on torch's meta device: shapes without data, so `large` is counted in a second on any machine.
+    The network runs on torch's meta device: shapes without data, so `large` is counted in a second on any machine.
     """
     with torch.device("meta"):
-        model = build()
-        part = torch.zeros(1, 1, *config.pretext.size)
+        pretext, model = build()
+    keys = Keys(0, 0, torch.zeros(1, dtype=torch.int64))
+    given = pretext.sample(torch.zeros((1, *config.pretext.size), dtype=torch.int16), keys)
+    passed = [tensor.to("meta") for tensor in (given.input, *given.beside)]
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -52,7 +58,9 @@ def cost(config: Config, build: Callable[[], Network], share: int, bytes_per_val
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         counter = FlopCounterMode(display=False)
         with counter:
-            model(part).sum().backward()
+            output = model(*passed)
+            answers = output if isinstance(output, tuple) else (output,)
+            sum(answer.float().sum() for answer in answers if answer.requires_grad).backward()
     parameters = sum(p.numel() for p in model.parameters())
     averages = 1 if config.optim.name == "sgd" else 2  # that the optimizer keeps of every gradient
     return Cost(

@@ -39,7 +39,8 @@ class Stepper:
         self.config, self.pretext, self.network = config, pretext, network
         self.optimizer, self.schedule, self.precision, self.device = optimizer, schedule, precision, device
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.buffers = list(network.buffers())
+        frozen = [p for p in network.parameters() if not p.requires_grad]  # a momentum encoder's
+        self.buffers = [*network.buffers(), *frozen]
         self._before = [torch.empty_like(buffer) for buffer in self.buffers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
 
@@ -51,9 +52,9 @@ class Stepper:
     def step(self, views: Views, step: int) -> StepResult:
         """Forward, backward and update for this rank's share of global step `step`."""
         passes = self.config.optim.accumulate
-        if views.input.shape[0] % passes:
+        if len(views) % passes:
             raise UserError(
-                f"optim.accumulate={passes}: does not divide a rank's {views.input.shape[0]} samples; pass a divisor"
+                f"optim.accumulate={passes}: does not divide a rank's {len(views)} samples; pass a divisor"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(step)
@@ -61,10 +62,10 @@ class Stepper:
         _copy(self._before, self.buffers)
         total = torch.zeros((), device=self.device)
         extras: dict[str, Tensor] = {}
-        for index, part in enumerate(_split(views, passes)):
+        for index, part in enumerate(views.split(passes)):
             with self._no_sync(index < passes - 1):
                 with self.autocast():
-                    output = self.network(part.input)
+                    output = self.network(part.input, *part.beside)
                 loss, extras = self.pretext.loss(output, part)
                 self.scaler.scale(loss / passes).backward()
             total += loss.detach() / passes
@@ -76,10 +77,10 @@ class Stepper:
         DDP lays its buckets out anew after the first backward pass, and three ranks or more add numbers in an order
         that depends on the place in a bucket: without this, a resumed run's first step differs in the last bits.
         """
-        part = _split(views, self.config.optim.accumulate)[0]  # all of them at once may not fit
+        part = views.split(self.config.optim.accumulate)[0]  # all of them at once may not fit
         _copy(self._before, self.buffers)
         with self.autocast():
-            output = self.network(part.input)
+            output = self.network(part.input, *part.beside)
         self.pretext.loss(output, part)[0].backward()
         self.optimizer.zero_grad(set_to_none=True)
         _copy(self.buffers, self._before)
@@ -109,11 +110,3 @@ def _copy(into: list[Tensor], source: list[Tensor]) -> None:
             [tensor for tensor in into if tensor.dtype == kind],
             [tensor for tensor in source if tensor.dtype == kind],
         )
-
-
-def _split(views: Views, passes: int) -> list[Views]:
-    if passes == 1:
-        return [views]
-    masks = views.mask.chunk(passes) if views.mask is not None else [None] * passes
-    chunks = zip(views.input.chunk(passes), views.target.chunk(passes), masks, strict=True)
-    return [Views(inputs, targets, mask) for inputs, targets, mask in chunks]

@@ -126,7 +126,7 @@ def test_a_look_that_is_too_dear_is_complained_of_once(look, tmp_path, capsys, m
 def test_the_strip_shows_middle_slices_of_every_volume():
     part, guess, whole = (torch.full((5, 1, 16, 32, 32), value) for value in (0.2, 0.4, 0.6))
     whole[1, 0, 8] = 1.0  # the middle axial slice, so one row of the coronal one
-    pixels = figures.strip(part, guess, whole)
+    pixels = figures.strip({"part": part, "reconstruction": guess, "whole": whole})
     assert pixels.shape == (4 * 130, 6 * 130) and pixels.dtype == np.uint8
     panels = pixels.reshape(4, 130, 6, 130)[:, 1:-1, :, 1:-1]
     assert (

@@ -25,7 +25,7 @@ PRETEXT = PretextConfig(size=(8, 16, 16))
 
 def network():
     torch.manual_seed(0)
-    pretext = build_pretext(PRETEXT)
+    pretext = build_pretext(Config(pretext=PRETEXT))
     return pretext, pretext.build(build_encoder("unet3d", 2)).eval()
 
 

@@ -7,8 +7,9 @@ import torch
 from p2w.config import Config, OptimConfig, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
+from p2w.model.decoder import EncoderDecoder
 from p2w.model.genesis_keys import from_genesis, to_genesis
-from p2w.model.unet3d import EncoderDecoder, Level, UNet3dDecoder, UNet3dEncoder
+from p2w.model.unet3d import Level, UNet3dDecoder, UNet3dEncoder
 from p2w.pretrain import build
 from p2w.train.cost import cost
 
@@ -123,12 +124,12 @@ def test_output_is_float32_in_0_1_under_autocast():
 
 def test_plan_counts_580_gflop_forward_and_backward():
     config = Config()
-    facts = cost(config, lambda: build(config)[1], share=1, bytes_per_value=2)
+    facts = cost(config, lambda: build(config), share=1, bytes_per_value=2)
     assert facts.flops_per_sample == pytest.approx(580e9, rel=0.01)
     assert facts.parameters == count(network())
     assert facts.state_bytes == 16 * facts.parameters  # weights, gradients, Adam's two averages, 4 bytes each
     sgd = Config(optim=OptimConfig(name="sgd"), pretext=PretextConfig(size=(64, 128, 128)))
-    large = cost(sgd, lambda: build(sgd)[1], share=2, bytes_per_value=2)
+    large = cost(sgd, lambda: build(sgd), share=2, bytes_per_value=2)
     assert large.state_bytes == 12 * facts.parameters
     assert large.flops_per_sample == pytest.approx(8 * facts.flops_per_sample, rel=1e-3)
     assert large.activation_bytes == pytest.approx(16 * facts.activation_bytes, rel=0.05)
@@ -142,7 +143,7 @@ def test_pooled_is_the_mean_of_the_bottleneck():
 
 
 def test_unknown_names_and_widths_and_other_strides_are_refused():
-    with pytest.raises(UserError, match=r"model\.name=resnet: unknown; one of unet3d"):
+    with pytest.raises(UserError, match=r"model\.name=resnet: unknown; one of .*, unet3d"):
         build_encoder("resnet", 32)
     with pytest.raises(UserError, match=r"model\.width=0"):
         UNet3dEncoder(0)

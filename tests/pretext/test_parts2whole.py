@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from p2w import geometry
-from p2w.config import PretextConfig
+from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.geometry import Keys
+from p2w.model import build_encoder
 from p2w.model.unet3d import UNet3dEncoder
 from p2w.pretext import build_pretext
 from p2w.pretext.parts2whole import Parts2Whole
@@ -102,12 +103,12 @@ def test_half_precision_output_is_compared_in_float32():
 @pytest.mark.parametrize("skips", [False, True])
 def test_build_puts_a_decoder_with_or_without_skips_behind_the_encoder(skips):
     encoder = UNet3dEncoder(2)
-    network = build_pretext(PretextConfig(skips=skips)).build(encoder)
+    network = build_pretext(Config(pretext=PretextConfig(skips=skips))).build(encoder)
     assert network.encoder is encoder and network.decoder.skips is skips
 
 
 def test_sizes_and_names_there_are_not_are_refused():
     with pytest.raises(UserError, match=r"pretext\.size=\(8, 12, 8\): each edge must be a multiple of 8"):
-        Parts2Whole(PretextConfig(size=(8, 12, 8)))
-    with pytest.raises(UserError, match=r"pretext\.name=whole2parts: unknown; one of parts2whole"):
-        build_pretext(PretextConfig(name="whole2parts"))
+        Parts2Whole(PretextConfig(size=(8, 12, 8))).build(build_encoder("unet3d", 2))
+    with pytest.raises(UserError, match=r"pretext\.name=whole2parts: unknown; one of amdim, autoencoder, "):
+        build_pretext(Config(pretext=PretextConfig(name="whole2parts")))

@@ -145,3 +145,12 @@ def test_a_scaled_loss_makes_the_same_step_and_a_bad_one_halves_the_scale():
     data.target[0, 0, 0, 0, 0] = float("inf")
     assert not two.step(data, 3).applied and two.scaler.get_scale() == 2.0**15
     assert torch.equal(weights(plain), weights(scaled))
+
+
+def test_wholes_are_shared_out_with_all_that_belongs_to_them():
+    ids = torch.arange(8)
+    both = Views(ids * 1.0, ids * 2, ids > 3, beside=(ids * 10, ids))
+    shares = both.split(4)
+    assert [share.input.tolist() for share in shares] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert shares[2].beside[0].tolist() == [40, 50] and shares[2].mask.tolist() == [True, True]
+    assert len(both.rows(slice(3, 4))) == 1

@@ -29,15 +29,16 @@ Tile = tuple[str, str, str]
 
 
 def _validation(facts: Facts) -> Tile | None:
-    steps, losses = facts.series("val/loss")
+    steps, losses = facts.series(facts.loss("val"))
     if not losses:
         return None
-    floor = ends(facts.series("val/loss_mean_image")[1])[0]
+    floors = facts.series("val/loss_mean_image")[1]
     # NaN is smaller than nothing and would be taken for the best.
     best = min(range(len(losses)), key=lambda at: (math.isnan(losses[at]), losses[at]))
-    more = f"always the mean image: {figure(floor)}"
-    more += f"; best {figure(losses[best])} at step {steps[best]:.0f}" if best < len(losses) - 1 else ""
-    return "Validation MSE, first → last", f"{figure(losses[0])} → {figure(losses[-1])}", more
+    more = [f"always the mean image: {figure(floors[0])}"] if floors else []
+    more += [f"best {figure(losses[best])} at step {steps[best]:.0f}"] if best < len(losses) - 1 else []
+    name = "Validation MSE" if floors else "Validation loss"
+    return f"{name}, first → last", f"{figure(losses[0])} → {figure(losses[-1])}", "; ".join(more)
 
 
 def _separability(facts: Facts) -> Tile | None:
