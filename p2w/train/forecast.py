@@ -131,4 +131,4 @@ def describe(cost: Cost, card: str, *, ranks: int, per_node: int, batch: int, st
         times = f"{hours[0]:,.1f}-{hours[1]:,.1f} h"
         sums = f"all-reduce {1e3 * fast.all_reduce_s:.1f} ms beside a step of {1e3 * fast.step_s:.1f}"
         lines.append(f"{count} x {name}: {rates}, {times}; {sums}; limit: {fast.limit}")
-    return [*lines, f"assumed: {pieces.sources}; few samples a rank may sustain less"]
+    return [*lines, f"assumed: {pieces.sources}; launches are not counted: few samples a rank sustain less"]
