@@ -22,7 +22,7 @@ def finished(result, ranks=1):
 
 def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_set, tmp_path):
     run = tmp_path / "run"
-    err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run))
+    err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run, draws=True))
     assert status(run) == {"state": "finished", "step": 30, "why": ""}
     first, last = [record["val/loss"] for record in metrics(run) if "val/loss" in record][::5]
     assert last < 0.8 * first
@@ -217,7 +217,9 @@ def test_early_stop_and_plateau_and_repeating_it(forge, tiny_set, tmp_path):
 
 def test_without_validation_scans_it_trains_with_a_warning(forge, tmp_path):
     shards = write_structured_set(tmp_path / "set", train=2, val=0)
-    err = finished(forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / "run"))
+    err = finished(
+        forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / "run", draws=True)
+    )
     assert err.count("warning: ") == 1 and "no scan is set aside" in err
     assert status(tmp_path / "run")["state"] == "finished"
     assert not any("val/loss" in record for record in metrics(tmp_path / "run"))
@@ -254,7 +256,7 @@ def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
         argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", disk / "run"]
         finished(forge.run(tmp_path, *argv))
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 65536))
-        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12)
+        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12, draws=True)
         assert codes == [2] and "step 12: could not be saved" in err and "Traceback" not in err
         (disk / "ballast").unlink()
         finished(forge.run(tmp_path, *argv, "--max-steps", 12))
