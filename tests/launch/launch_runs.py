@@ -1,7 +1,9 @@
 """Runs of launch/train.py: through torchrun as users start it, or forked from a process that has its imports done."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ class Forge:
             "P2W_DEVICE": "cpu",
             "COLUMNS": "200",
         }
+        self.running: list[int] = []
         self.process = subprocess.Popen(
             ["timeout", "-k", "5", "900", sys.executable, "tests/launch/forge.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, start_new_session=True,
@@ -59,13 +62,21 @@ class Forge:
         request = {"torchrun": [], **request, "script": script, "spies": spies}
         request |= {"argv": [str(arg) for arg in argv]}
         request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
+        if self.running:  # left by a test that failed: the next one does not suffer for it
+            for pid in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.wait()
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self.running = json.loads(self.process.stdout.readline())
+        return self.running
 
     def wait(self) -> list[int]:
         """Exit codes of the ranks."""
-        return json.loads(self.process.stdout.readline())
+        codes = json.loads(self.process.stdout.readline())
+        self.running = []
+        return codes
 
     def run(self, folder: Path, *argv: object, ranks: int = 1, **how: object) -> tuple[list[int], str, str]:
         """A whole run: exit codes, stdout, stderr."""

@@ -28,8 +28,9 @@ def argv(shards, run):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(forge, tiny_set, calm, tmp_path, victim):
     run = tmp_path / "run"
-    agent = forge.torchrun(tmp_path, *argv(tiny_set, run), ranks=3, restarts=1)
-    wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
+    spies = (("lag", 1, 0.1),)  # at step 16 every rank has given a first sign of life: one comes each 0.75 s
+    agent = forge.torchrun(tmp_path, *argv(tiny_set, run), ranks=3, restarts=1, spies=spies)
+    wait_for((run / "checkpoints" / "step-00000016" / "meta.json").exists, "a checkpoint")
     ranks = sorted(agent.children(), key=lambda one: one.pid)  # torchrun starts them in this order
     ranks[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
