@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SITE = Path(__file__).parent / "site"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PREFIX = "p2w-slurm-"
 
@@ -72,7 +73,7 @@ class Cluster:
         self.env |= {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{SITE}:{ROOT}",
             "TMPDIR": str(folder / "tmp"),
         }
 
