@@ -8,7 +8,6 @@ import subprocess
 import pytest
 from ct_sets import write_structured_set
 from launch_runs import TINY, metrics, status, weights
-from processes import torchrun
 
 SHORT = [*TINY, "--max-steps", "6", "--train.validate-every", "3", "--train.checkpoint-every", "3"]
 
@@ -61,7 +60,7 @@ BAD = {
     ),
     "unknown pretext": (
         ["demo", "--pretext.name", "puzzle"],
-        "error: pretext.name=puzzle: unknown; one of parts2whole",
+        "error: pretext.name=puzzle: unknown; one of amdim, ",
     ),
     "unknown model": (["demo", "--model.name", "resnet"], "error: model.name=resnet: unknown; one of "),
     "too few": (["demo", "--data.batch", "32"], "24 sub-scans do not fill one global batch of 32"),
@@ -120,14 +119,14 @@ def test_a_damaged_sub_scan_stops_all_ranks_and_is_named(forge, tiny_set, tmp_pa
     assert status(tmp_path / "run")["state"] == "failed"
 
 
-def test_under_torchrun_each_complaint_comes_once_a_node(tiny_set, tmp_path, start):
+def test_under_torchrun_each_complaint_comes_once_a_node(forge, tiny_set, tmp_path):
     for argv, said in (
         (["--data.batch", 5], "a global batch of 5 cannot be shared evenly by 2 ranks"),
         (["--x"], "--x"),
     ):
         run = tmp_path / said[:3]
-        process = start(torchrun(2, "demo", "--shards", tiny_set, "--run-dir", run / "run", *argv), run)
-        assert process.wait(120) != 0
+        forge.torchrun(run, "demo", "--shards", tiny_set, "--run-dir", run / "run", *argv, ranks=2)
+        assert forge.wait() != [0]
         err = (run / "err.txt").read_text()
         ours = [
             line for line in err.splitlines() if said in line and "traceback : " not in line
