@@ -97,7 +97,7 @@ def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
     run = tmp_path / "run"
     for steps, setting in ((4, ["--data.on-device"]), (6, []), (STEPS, ["--data.on-device"])):
         argv = [*command(tiny_set, run, 1), "--max-steps", steps, *setting]
-        codes, _, err = forge.run(tmp_path, *argv, ranks=ranks, spies=(("draw_nothing",),))
+        codes, _, err = forge.run(tmp_path, *argv, ranks=ranks)
         assert codes == [0] * ranks, err
     assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
 
