@@ -47,40 +47,25 @@ class Transfers:
     ) -> list[Job]:  # fmt: skip
         """One command of launch/transfer.py for each fold; `usual` is the share of the training data by task."""
         target = self.tasks[task]
-        chosen = self.folds or tuple(range(target.folds))
+        chosen = sorted(set(self.folds)) or list(range(target.folds))
         if target.folds and not set(chosen) <= set(range(target.folds)):
             raise UserError(
                 f"--folds {' '.join(map(str, chosen))}: {target.folder} has folds 0 to {target.folds - 1}"
             )
-        folds = chosen if target.folds else (None,)
+        folds: list[int] | list[None] = chosen if target.folds else [None]
         share = usual.get(target.task, 1.0)
         asked = (self.fraction.get(name) for name in (task, target.task, ""))
         share = next((one for one in asked if one is not None), share)
         return [self._job(task, init, label, share, network, decoder, needs, fold) for fold in folds]
 
     def _job(
-        self,
-        task: str,
-        init: str,
-        label: str,
-        share: float,
-        network: str,
-        decoder: str,
-        needs: str,
+        self, task: str, init: str, label: str, share: float, network: str, decoder: str, needs: str,
         fold: int | None,
-    ) -> Job:
+    ) -> Job:  # fmt: skip
         target, folder = self.tasks[task], self.out / task / slug(label)
         name, test_set = f"{task}-{folder.name}", target.fingerprint
-        flags: list[object] = [
-            "--task",
-            target.folder,
-            "--init",
-            init,
-            "--label",
-            label,
-            "--trials",
-            self.trials,
-        ]
+        flags: list[object] = ["--task", target.folder, "--init", init, "--label", label]
+        flags += ["--trials", self.trials]
         if fold is not None:
             flags += ["--fold", fold]
             folder, name, test_set = folder / f"fold-{fold}", f"{name}-fold-{fold}", f"{test_set} fold {fold}"
@@ -96,7 +81,7 @@ class Transfers:
             str(folder),
             *self.more,
         )
-        return Job(name, folder, command, self.trials, False, needs, test_set, share)
+        return Job(name, folder, command, self.trials, False, needs, test_set, float(f"{share:g}"))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from target_sets import write_target_set
 
 from p2w.data.manifest import NAME, manifest_bytes, open_manifest
 from p2w.target import results
+from p2w.train.folder import fingerprint
 
 SCRIPT = "launch/transfer.py"
 SMALL = """
@@ -153,7 +154,7 @@ def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path
     seen |= {"sources": [one], "shards": []}
     (tmp_path / NAME).write_bytes(manifest_bytes([], open_manifest(tiny_set).meta | seen))
     starts = json.loads((pretrained / "run.json").read_text())
-    starts["starts"][-1]["shards"] = str(tmp_path)
+    starts["starts"][-1] |= {"shards": str(tmp_path), "data": fingerprint(open_manifest(tmp_path).meta)}
     (pretrained / "run.json").write_text(json.dumps(starts))
     argv = ("--task", balls, "--init", f"{pretrained}@6", "--run-dir", run, "--trials", 1)
     argv += ("--recipe.max-epochs", 2, "--recipe.epoch-steps", 1, "--decoder", "pretrained")
