@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from ct_sets import write_structured_set
 
-from p2w.data.manifest import open_manifest
+from p2w.data.manifest import manifest_bytes, open_manifest
 from p2w.data.phantom.targets.write import write_targets
 from p2w.data.verify import main as verify
 from p2w.errors import UserError
@@ -301,6 +301,11 @@ def test_leaks_are_found_by_uid_and_by_file(ncc, tmp_path):
         UserError, match=r"other: is another data set now than .*run was trained on.*--allow-leak"
     ):
         check_run(target, run)
+    one = {"uid": test, "file": "a.nii", "nbytes": 2, "checksum": "1", "subset": -1, "left_out": 0}
+    one |= {"shape": [1] * 3, "spacing_mm": [1.0] * 3, "origin_xyz_mm": [0.0] * 3, "direction_xyz": [1.0] * 9}
+    meta = open_manifest(other).meta | {"sources": [one], "shards": []}
+    meta["split"] = {"rule": "scan", "train_scans": ["other"]}
+    (other / "manifest.parquet").write_bytes(manifest_bytes([], meta))
     own = {"shards": str(other), "fingerprint": fingerprint(open_manifest(other).meta)}
     assert "no test scan is among the 1 scans" in check_shards(target, "encoder.safetensors", own)
 
