@@ -8,7 +8,8 @@
     python launch/sweep.py fig3 … --array jobs.txt        writes them for sbatch --array=1-52 slurm/transfer.sbatch jobs.txt
 
 Then: p2w table1 runs/table1. A command whose trials are all finished is skipped, so the same sweep continues after it was
-stopped, however that came. Ctrl-C or SIGTERM lets every job save and leave. Exit code 1 when a job failed; its log is named.
+stopped, however that came; a trial under way goes on after its last checkpoint. Exit code 1 when a job failed; its log is
+named.
 """
 
 import shlex
@@ -41,6 +42,8 @@ class Common:
     """Fine-tunings of each starting point on each task."""
     fraction: tuple[str, ...] = ()
     """Share of the training data: VALUE for all tasks, or TASK=VALUE …; default the paper's."""
+    folds: tuple[int, ...] = ()
+    """Of sets that have folds (ECC, BMS), those to test on; default all, each a command of its own."""
     width: int | None = None
     """Width of the network; default its own."""
     transfer_args: str = ""
@@ -67,7 +70,7 @@ class Common:
         shares = numbers(self.fraction, "--fraction")
         launch = LAUNCH.relative_to(Path.cwd()) if LAUNCH.is_relative_to(Path.cwd()) else LAUNCH
         return plans.Transfers(
-            launch, plans.tasks(self.tasks), self.out, self.trials, shares, self.width, more
+            launch, plans.tasks(self.tasks), self.out, self.trials, shares, self.width, more, self.folds
         )
 
 

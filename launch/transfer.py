@@ -21,21 +21,23 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from p2w.errors import UserError, exits
+from p2w.errors import SharedError, UserError, exits
 from p2w.log import Log
 from p2w.target import side_by_side
 from p2w.target.dataset import TargetSet, open_target
 from p2w.target.finetune import Told
 from p2w.target.origin import leak, resolve
+from p2w.target.ranks import checksum
 from p2w.target.recipe import Recipe, check, recipe_of
-from p2w.target.settled import agrees, announce
+from p2w.target.settled import agrees, announce, fixed
 from p2w.target.shown import show_plan, show_results
-from p2w.target.transfer import Transfer, run_trials
+from p2w.target.transfer import Transfer, check_size, run_trials
 from p2w.target.transfer import check as check_data
+from p2w.train.agree import agree
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.signals import StopRequest
 from p2w.train.watchdog import Watchdog
@@ -118,13 +120,14 @@ def label_of(init: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line comes to. `leak`: one line on what pretraining has seen."""
+    """What the command line comes to. `leak`: one line on what pretraining has seen; `weights`: a checksum."""
 
     args: Args
     transfer: Transfer
     tree: dict[str, Any]
     precision: Precision
     leak: str
+    weights: str
 
 
 def build(argv: list[str], world: World) -> Job:
@@ -143,13 +146,17 @@ def build(argv: list[str], world: World) -> Job:
     precision = choose_precision(args.recipe.amp, world.device)
     check_data(transfer, world.size)
     said = leak(transfer.origin, source, args.allow_leak, fold)
-    transfer.build(0)
-    return Job(args, transfer, agrees(transfer) | {"leak": said}, precision, said)
+    network, _ = transfer.build(0)
+    check_size(transfer, network.encoder)
+    weights = checksum(network)
+    return Job(args, transfer, agrees(transfer) | {"leak": said}, precision, said, weights)
 
 
 def work(job: Job, world: World) -> int:
     """The trials that this process, with its ranks, does. Returns the exit code."""
     args, log = job.args, Log(job.args.run, world.is_main, 0)
+    given = fixed(job.tree) | {"--trials": args.trials, "--trial": list(args.trial), "weights": job.weights}
+    agree(world, given, job.precision, job.tree["task"]["fingerprint"], "--recipe.amp")
     if world.is_main:
         announce(job.transfer, job.tree, world)
     log.line(job.leak)
@@ -182,6 +189,14 @@ def _told(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable[[], b
     return told
 
 
+def _refuse(world: World, error: UserError) -> NoReturn:
+    """Leave with code 2; what all ranks found out together, rank 0 says for all."""
+    others_say = isinstance(error, SharedError) and not world.is_main
+    if others_say:
+        time.sleep(LOCAL_RANK_0_SPEAKS_S)
+    world.abandon(2, "" if others_say else f"error: {error}")
+
+
 def main() -> int:
     """Parse, build, run."""
     world = World.place()
@@ -209,7 +224,7 @@ def main() -> int:
             world = World.start(max(World.WAIT_S, 120 * job.args.hang_minutes))
             code = work(job, world)
     except UserError as error:
-        world.abandon(2, f"error: {error}")
+        _refuse(world, error)
     except Exception as error:
         if world.size == 1:
             raise

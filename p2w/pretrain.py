@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from p2w import config as settings
 from p2w.analysis import figures, report
 from p2w.analysis.looks import Looks, Similarity
 from p2w.analysis.pictures import Pictures
@@ -44,7 +45,8 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     Raises UserError for settings, data or a folder that do not go together.
     """
     folder, data = RunFolder(run), fingerprint(shards.meta)
-    agree(world, config, precision, data)
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.flatten(config).items()}
+    agree(world, given, precision, data, "--train.amp")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
         return _run(config, shards, folder, data, world, precision, watchdog)
 

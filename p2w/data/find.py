@@ -57,11 +57,11 @@ def parse_subsets(text: str) -> list[int]:
     return sorted(chosen)
 
 
-def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
-    """Scans `subset*/UID.mhd` of the subsets asked for, and the subsets whose folder is missing."""
+def find_luna(root: str, subsets: list[int], flag: str = "--luna") -> tuple[Found, list[int]]:
+    """Scans `subset*/UID.mhd` of the subsets asked for, and the subsets whose folder is missing; `flag` named the folder."""
     if not os.path.isdir(root):
         raise UserError(
-            f"{root}: no such folder; it should hold LUNA16's subset0 … subset9: name yours with --luna DIR"
+            f"{root}: no such folder; it should hold LUNA16's subset0 … subset9: name yours with {flag} DIR"
         )
     found, missing = Found(), []
     for subset in subsets:
@@ -76,19 +76,21 @@ def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
                 found.sources.append(Source(uid, where, (os.path.join(folder, name),), subset))
     if not found.sources:
         raise UserError(
-            f"{root}: no subset*/UID.mhd there for --subsets {','.join(map(str, subsets))}; LUNA16's subsets "
-            "lie in subset0 … subset9: name the folder above them with --luna DIR, or others with --subsets"
+            f"{root}: no subset*/UID.mhd there for subsets {','.join(map(str, subsets))}; LUNA16's subsets "
+            f"lie in subset0 … subset9: name the folder above them with {flag} DIR, or choose other subsets"
         )
     return _unique(found), missing
 
 
-def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False) -> Found:
-    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into."""
+def find_scans(
+    roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False, flag: str = "--scans"
+) -> Found:
+    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into; `flag` named the roots."""
     found, series = Found(), defaultdict[str, list[tuple[str, Slice]]](list)
     roots = list({os.path.realpath(root): root for root in roots}.values())
     for root in roots:
         if not os.path.isdir(root):
-            raise UserError(f"{root}: no such folder; name the folder of your scans with --scans DIR")
+            raise UserError(f"{root}: no such folder; name the folder of your scans with {flag} DIR")
         if os.path.realpath(root) == os.path.realpath(out):
             raise UserError(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
@@ -103,7 +105,7 @@ def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_
     if not (found.sources or found.bad or found.left_out):
         raise UserError(
             f"{', '.join(roots)}: no MetaImage, NIfTI, NRRD or DICOM there ({found.not_images} other files): "
-            "name the folder of your scans with --scans DIR"
+            f"name the folder of your scans with {flag} DIR"
         )
     return _unique(found)
 

@@ -19,15 +19,23 @@ class Job:
     units: int
     pretrains: bool = False
     needs: str = ""  # name of the job whose result it starts from
+    test_set: str = ""  # of a fine-tuning: what it is judged on, as `results.Transfer` says it
+    fraction: float = 1.0
 
     def count(self) -> int:
-        """Units that are finished."""
+        """Units that are finished. Raises UserError where the folder holds a fine-tuning on other data."""
         if self.pretrains:
             return int(self._state() in ("finished", "stopped early"))
         try:
-            return min(self.units, len(results.read(self.folder).trials))
+            found = results.read(self.folder)
         except UserError:  # not begun
             return 0
+        if self.test_set and (found.test_set, found.fraction) != (self.test_set, self.fraction):
+            raise UserError(
+                f"{self.folder}: is of target set {found.test_set} and --fraction {found.fraction:g}, the sweep's are "
+                f"{self.test_set} and {self.fraction:g}; name another --out"
+            )
+        return min(self.units, len(found.trials))
 
     @property
     def done(self) -> bool:

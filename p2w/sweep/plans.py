@@ -11,7 +11,21 @@ from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.sweep.job import Job
 from p2w.target import paper
+from p2w.target.dataset import open_target
+from p2w.target.record import SEGMENTATION
+from p2w.target.settled import fingerprint
 from p2w.train.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target set: its folder, the task's own name, and what decides how it is fine-tuned."""
+
+    folder: Path
+    task: str
+    kind: str
+    folds: int
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -19,36 +33,42 @@ class Transfers:
     """What all fine-tunings of a sweep have in common."""
 
     launch: Path  # where transfer.py and train.py lie
-    tasks: Mapping[str, Path]  # name -> folder of the target set
+    tasks: Mapping[str, Target]  # by the name they have in this sweep
     out: Path
     trials: int
     fraction: Mapping[str, float]  # by task, "" for all
     width: int | None = None
     more: tuple[str, ...] = ()  # further arguments of launch/transfer.py
+    folds: tuple[int, ...] = ()  # of sets that have folds: those to test on; () all
 
-    def job(
-        self,
-        task: str,
-        init: str,
-        label: str,
-        share: float,
-        network: str = "",
-        decoder: str = "",
+    def jobs(
+        self, task: str, init: str, label: str, usual: Mapping[str, float], network: str = "", decoder: str = "",
         needs: str = "",
-    ) -> Job:
-        """One command of launch/transfer.py."""
-        folder = self.out / task / slug(label)
-        share = self.fraction.get(task, self.fraction.get("", share))
-        flags: list[object] = [
-            "--task",
-            self.tasks[task],
-            "--init",
-            init,
-            "--label",
-            label,
-            "--trials",
-            self.trials,
-        ]
+    ) -> list[Job]:  # fmt: skip
+        """One command of launch/transfer.py for each fold; `usual` is the share of the training data by task."""
+        target = self.tasks[task]
+        chosen = sorted(set(self.folds)) or list(range(target.folds))
+        if target.folds and not set(chosen) <= set(range(target.folds)):
+            raise UserError(
+                f"--folds {' '.join(map(str, chosen))}: {target.folder} has folds 0 to {target.folds - 1}"
+            )
+        folds: list[int] | list[None] = chosen if target.folds else [None]
+        share = usual.get(target.task, 1.0)
+        asked = (self.fraction.get(name) for name in (task, target.task, ""))
+        share = next((one for one in asked if one is not None), share)
+        return [self._job(task, init, label, share, network, decoder, needs, fold) for fold in folds]
+
+    def _job(
+        self, task: str, init: str, label: str, share: float, network: str, decoder: str, needs: str,
+        fold: int | None,
+    ) -> Job:  # fmt: skip
+        target, folder = self.tasks[task], self.out / task / slug(label)
+        name, test_set = f"{task}-{folder.name}", target.fingerprint
+        flags: list[object] = ["--task", target.folder, "--init", init, "--label", label]
+        flags += ["--trials", self.trials]
+        if fold is not None:
+            flags += ["--fold", fold]
+            folder, name, test_set = folder / f"fold-{fold}", f"{name}-fold-{fold}", f"{test_set} fold {fold}"
         flags += ["--network", network] if network else []
         flags += ["--width", self.width] if self.width is not None else []
         flags += ["--fraction", f"{share:g}"] if share != 1 else []
@@ -61,7 +81,7 @@ class Transfers:
             str(folder),
             *self.more,
         )
-        return Job(f"{task}-{folder.name}", folder, command, self.trials, needs=needs)
+        return Job(name, folder, command, self.trials, False, needs, test_set, float(f"{share:g}"))
 
 
 @dataclass(frozen=True)
@@ -89,8 +109,8 @@ def starts(texts: Sequence[str]) -> list[Start]:
     return found
 
 
-def tasks(texts: Sequence[str]) -> dict[str, Path]:
-    """`NAME=DIR`, or `DIR` whose last part is the name. Raises UserError for a folder that is none."""
+def tasks(texts: Sequence[str]) -> dict[str, Target]:
+    """`NAME=DIR`, or `DIR` whose last part is the name. Raises UserError for a folder that is no target set."""
     found = {}
     for text in texts:
         name, equals, where = text.partition("=")
@@ -99,7 +119,9 @@ def tasks(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(
                 f"--tasks {text}: no folder {folder}; name sets that preprocess/prepare_target.py wrote"
             )
-        found[(name if equals else folder.resolve().name).lower()] = folder
+        meta = open_target(folder).meta
+        own = str(meta["task"]).lower(), str(meta["kind"]), int(meta["split"]["folds"]), fingerprint(meta)
+        found[(name if equals else folder.resolve().name).lower()] = Target(folder, *own)
     if len(found) < max(1, len(texts)):
         raise UserError(
             f"--tasks {' '.join(texts)}: at least one, each name once; NAME=DIR gives a set a name"
@@ -122,11 +144,16 @@ def _distinct(labels: Sequence[str], flag: str) -> None:
 
 def table1(common: Transfers, rows: Sequence[Start]) -> list[Job]:
     """Every starting point on every task, with all training data."""
-    return [common.job(task, row.init, row.label, 1.0, row.network) for task in common.tasks for row in rows]
+    return [
+        job
+        for task in common.tasks
+        for row in rows
+        for job in common.jobs(task, row.init, row.label, {}, row.network)
+    ]
 
 
 def table2(common: Transfers, shards: str, recipe: str, ranks: int, more: Sequence[str]) -> list[Job]:
-    """Six pretrainings, then each on every task; `w/ skips` fine-tunes the decoder too."""
+    """Six pretrainings, then each on every task; `w/ skips` fine-tunes the decoder too, where there is one."""
     jobs = []
     for parts in paper.TABLE2:
         run = common.out / "pretrained" / slug(parts.label)
@@ -136,11 +163,13 @@ def table2(common: Transfers, shards: str, recipe: str, ranks: int, more: Sequen
         where = ("--shards", shards, "--run-dir", str(run))
         command = (*start, str(common.launch / "train.py"), recipe, *where, *what, *more)
         jobs.append(Job(f"pretrain-{run.name}", run, command, 1, pretrains=True))
-    for task in common.tasks:
-        for parts, before in zip(paper.TABLE2, list(jobs), strict=False):
-            decoder = "pretrained" if parts.skips else ""
-            share = paper.FRACTIONS.get(task, 1.0)
-            jobs.append(common.job(task, str(before.folder), parts.label, share, "", decoder, before.name))
+    pretrained = list(jobs)
+    for task, target in common.tasks.items():
+        for parts, before in zip(paper.TABLE2, pretrained, strict=True):
+            decoder = "pretrained" if parts.skips and target.kind == SEGMENTATION else ""
+            jobs += common.jobs(
+                task, str(before.folder), parts.label, paper.FRACTIONS, decoder=decoder, needs=before.name
+            )
     return jobs
 
 
@@ -148,9 +177,10 @@ def fig3(common: Transfers, run: Path, count: int) -> list[Job]:
     """Checkpoints spread evenly over a pretraining, each on every task."""
     steps = spread(validated(run), count)
     return [
-        common.job(task, f"{run}@{step}", f"step-{step:08d}", paper.FRACTIONS.get(task, 1.0))
+        job
         for task in common.tasks
         for step in steps
+        for job in common.jobs(task, f"{run}@{step}", f"step-{step:08d}", paper.FRACTIONS)
     ]
 
 

@@ -3,7 +3,7 @@
     FOLDER/logs/NAME.txt     what a job said
     FOLDER/logs/NAME.lock    held by its process, however this one ended: no second sweep starts it beside
 
-Told to stop, every job is told once, saves what it has and leaves. One that fails is named, and the others go on.
+Told to stop, every job is told once and leaves. One that fails is named, and the others go on.
 """
 
 import fcntl

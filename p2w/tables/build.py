@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from p2w.analysis.report.markup import several
 from p2w.errors import UserError
+from p2w.tables.folds import joined, not_all, unlike
 from p2w.tables.marks import claims, known, marks
 from p2w.tables.table import Cell, Column, Table
 from p2w.target import paper
@@ -135,7 +136,7 @@ def build(
         if some:
             kept, share = by_fraction(task, some, choice.fraction, share)
             other += len(some) - len(kept)
-            some = kept
+            some = joined(kept)
         metric = metric_of(task, some, choice.metric)
         runs[task] = one_a_row(task, some, row_of)
         placed[task] = {row: percent(one.metric(metric)) for row, one in runs[task].items()}
@@ -154,6 +155,9 @@ def build(
     told = claims(placed, choice.ours, choice.against, "here")
     told += claims(shown, choice.ours, choice.against, "paper")
     said = notes(columns, choice, cells)
+    for column in columns:
+        own = runs[column.task]
+        said += filter(None, (not_all(column.title, [*own.values()]), unlike(column.title, own)))
     if other:
         said.append(f"Left out: {several(other, 'run')} with other shares of the training data (--fraction).")
     return Table(name, title, rows, columns, cells, told, said)

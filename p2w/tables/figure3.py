@@ -14,6 +14,7 @@ from p2w.analysis.report.markup import several
 from p2w.data import typed
 from p2w.errors import UserError
 from p2w.tables.build import Choice, by_fraction, metric_of, percent
+from p2w.tables.folds import joined, not_all
 from p2w.tables.marks import known
 from p2w.tables.table import MAYBE, Number
 from p2w.target import paper
@@ -81,7 +82,10 @@ def build(transfers: Sequence[Transfer], choice: Choice) -> Figure3:
             notes.append(
                 f"{task}: left out {several(len(some) - len(kept), 'run')} with other shares of the data."
             )
+        kept = joined(kept)
         panels.append(_panel(task, kept, share, metric_of(task, kept, choice.metric)))
+        if said := not_all(paper.TASKS.get(task, task), kept):
+            notes.append(said)
         unfinished = sum(not one.finished for one in kept)
         if unfinished:
             notes.append(f"{task}: {several(unfinished, 'checkpoint')} with fewer fine-tunings than planned.")

@@ -53,7 +53,8 @@ class FineTuner:
     ) -> None:  # fmt: skip
         self.kind, self.recipe, self.precision, self.world, self.seed = kind, recipe, precision, world, seed
         self.told = told
-        network.encoder.requires_grad_(not recipe.freeze)
+        if recipe.freeze:
+            network.encoder.requires_grad_(False)
         network.to(world.device)
         if recipe.channels_last:
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only

@@ -6,6 +6,7 @@
 A scan is the same when its uid is, or when its file is, byte for byte (size and checksum).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from p2w.data import typed
 from p2w.data.manifest import open_manifest
 from p2w.errors import UserError
 from p2w.target.dataset import TargetSet
+from p2w.train.folder import fingerprint
 
 REMEDY = (
     "pretrain on other scans, test on others, or pass --allow-leak and say so where you report the result"
@@ -41,8 +43,25 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
     """
     if run is None:
         return "no pretraining: no test scan can have been seen"
+    return _told(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
+
+
+def check_shards(
+    target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
+) -> str:
+    """The same for weights `of` which it is known only what `data` they come from: `shards` and, maybe, `fingerprint`."""
+    return _told(target, of, lambda: _open(data["shards"], data.get("fingerprint"), of), allow_leak, fold)
+
+
+def _told(
+    target: TargetSet,
+    of: str,
+    find: Callable[[], tuple[dict[str, Any], str]],
+    allow_leak: bool,
+    fold: int | None,
+) -> str:
     try:
-        meta, where = pretraining_of(run)
+        meta, where = find()
         said = _first_leak(target, meta, fold)
     except UserError as error:
         if allow_leak:
@@ -51,7 +70,7 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
             f"{error}; whether it saw test scans cannot be ruled out: put the set back, or pass --allow-leak"
         ) from error
     if said and not allow_leak:
-        raise UserError(f"{target.where}: {run}: {said}: {REMEDY}")
+        raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
     if said:
         return f"warning: {said} (--allow-leak)"
     return f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
@@ -68,12 +87,20 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}: does not say which data set the run was trained on ({error})") from error
     if not starts:
         raise UserError(f"{path}: does not say which data set the run was trained on")
-    where = starts[-1]["shards"]
+    return _open(starts[-1]["shards"], starts[-1].get("data"), str(run))
+
+
+def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
+    """The manifest there, which must still be that of the set `data` (a fingerprint; None: not known)."""
     if "://" in where:
         from p2w.data.stream import open_set  # noqa: PLC0415 - webdataset serves remote sets only
 
-        return open_set(where).meta, where
-    return open_manifest(where).meta, where
+        meta = open_set(where).meta
+    else:
+        meta = open_manifest(where).meta
+    if data is not None and fingerprint(meta) != data:
+        raise UserError(f"{where}: is another data set now than {of} was trained on")
+    return meta, where
 
 
 def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:

@@ -81,7 +81,7 @@ def _source(path: Path) -> Source:
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
         return pairs.as_source(path.name, str(path))
-    found = find_scans([str(path)], str(path / ".out"))  # there is none: nothing is left out
+    found = find_scans([str(path)], str(path / ".out"), flag="--scan")  # there is none: nothing is left out
     if len(found.sources) != 1:
         why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
         raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from p2w.data.manifest import open_manifest
 from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder, Network
@@ -13,7 +12,7 @@ from p2w.model.decoder import build_decoder
 from p2w.model.heads import Classifier, Segmenter
 from p2w.pretext import build_pretext
 from p2w.target.dataset import TargetSet
-from p2w.target.leak import check, check_run
+from p2w.target.leak import check_run, check_shards
 from p2w.weights.card import Trained
 from p2w.weights.load import find, read_card
 from p2w.weights.start import RANDOM, Start, load_decoder, load_start
@@ -65,10 +64,11 @@ def resolve(init: str) -> Origin:
 
 def _of_run(run: Path, step: int | None) -> Origin:
     trained = find(run, step)
-    losses = [
-        one["val/loss"] for one in read_metrics(run) if one["step"] == trained.step and "val/loss" in one
-    ]
-    return _origin(trained, losses[-1] if losses else None)
+    told: dict[str, Any] = {}
+    for one in read_metrics(run):
+        if one["step"] == trained.step:
+            told |= one
+    return _origin(trained, told.get("val/loss"), told.get("val/mse"))
 
 
 def _of_card(where: str, card: dict[str, Any]) -> Origin:
@@ -91,9 +91,10 @@ def _of_card(where: str, card: dict[str, Any]) -> Origin:
         return Origin(where)
 
 
-def _origin(trained: Trained, loss: float | None) -> Origin:
+def _origin(trained: Trained, loss: float | None, mse: float | None) -> Origin:
+    """`mse`: of the reconstruction, where the loss has further terms."""
     pretext = trained.config.pretext
-    mse = loss if build_pretext(trained.config).reconstructs else None
+    mse = (loss if mse is None else mse) if build_pretext(trained.config).reconstructs else None
     source = str(trained.folder)
     return Origin(
         source, trained.step, trained.run, loss, mse, pretext.name, pretext.volume_fraction, pretext.skips
@@ -138,13 +139,7 @@ def leak(origin: Origin, target: TargetSet, allow: bool, fold: int | None) -> st
     data = load_start(origin.source).pretrained_on
     if "shards" not in data:
         return f"not checked whether pretraining saw test scans: weights of others ({data.get('what', 'data unknown')})"
-    try:
-        check(target, open_manifest(data["shards"]).meta, fold)
-    except UserError as error:
-        if allow:
-            return f"warning: {error} (--allow-leak)"
-        raise
-    return f"no test scan is among those that {data['shards']} trains on"
+    return check_shards(target, origin.source, data, allow, fold)
 
 
 __all__ = ["RANDOM", "Origin", "Start", "blank", "leak", "load_start", "network_of", "resolve"]

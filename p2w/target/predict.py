@@ -94,6 +94,8 @@ def _check(options: Options, fitted: Fitted) -> None:
             raise UserError(
                 f"{fitted.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
             )
+        if options.preview is not None:
+            raise UserError(f"--preview {options.preview}: {fitted.file} makes no mask to draw; leave it out")
     elif options.candidates is not None or not name.endswith(MASKS):
         raise UserError(
             f"{fitted.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
@@ -108,8 +110,9 @@ def _check(options: Options, fitted: Fitted) -> None:
         raise UserError(
             f"--scan names {len(options.scan)} image(s), the network takes {fitted.channels}: {', '.join(names)}"
         )
-    if not options.out.parent.is_dir():
-        raise UserError(f"{options.out}: no folder {options.out.parent}; make it, or name another --out")
+    for flag, path in (("--out", options.out), ("--preview", options.preview)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:

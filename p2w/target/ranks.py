@@ -11,6 +11,7 @@ by a t-test, and it must not depend on the number of ranks. So ranks share what 
 
 from typing import Any
 
+import crc32c
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -104,3 +105,11 @@ def gather_rows(values: Tensor, world: World, count: int) -> Tensor:
     padded[: len(values)] = values
     everyone = world.gather(padded).view(world.size, most, *values.shape[1:])
     return everyone.transpose(0, 1).reshape(world.size * most, *values.shape[1:])[:count]
+
+
+def checksum(network: nn.Module) -> str:
+    """Of all its weights, on the CPU: ranks start from the same, or gradients are averaged that do not belong together."""
+    crc = 0
+    for value in network.state_dict().values():
+        crc = crc32c.crc32c(value.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"crc32c:{crc:08x}"

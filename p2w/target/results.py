@@ -16,6 +16,7 @@ from typing import Any
 
 from p2w.data import typed
 from p2w.errors import UserError
+from p2w.target.recipe import MAY_CHANGE
 
 NAME, RESULT = "transfer.json", "result.json"
 LARGEST = 1 << 22  # bytes; ours are a few kB
@@ -66,12 +67,18 @@ class Transfer:
     volume_fraction: tuple[float, float] | None = None
     skips: bool | None = None
     fold: int | None = None
+    folds: tuple[int, ...] = ()  # where runs of several folds were joined: which
+    of_folds: int = 0  # how many the target set has
+    width: int | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)  # what decides the outcome, where it is known
     trials: tuple[Trial, ...] = ()
     problems: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def test_set(self) -> str:
         """What it was judged on: target set, and the fold where there are folds."""
+        if self.folds:
+            return f"{self.fingerprint} folds {', '.join(map(str, self.folds))}"
         return self.fingerprint + ("" if self.fold is None else f" fold {self.fold}")
 
     @property
@@ -123,8 +130,9 @@ def read(folder: Path) -> Transfer:
     tree = _parse(path, SETTINGS | {"init": INIT})
     init, task = tree["init"], tree["task"]
     may = {key: form for key, form in INIT_MAY.items() if key in init}
+    later = {"fold": (int, None), "width": (int, None), "recipe": ({}, None)}
     said = typed.misfit(init, may, "'init' of it") or typed.misfit(
-        tree.get("fold"), (int, None), "'fold' of it"
+        {"folds": task.get("folds", 0)} | {key: tree.get(key) for key in later}, later | {"folds": int}
     )
     if said:
         raise UserError(f"{path}: damaged ({said}); repeat the command that wrote it")
@@ -144,9 +152,15 @@ def read(folder: Path) -> Transfer:
         folder, task["name"].lower(), task["kind"], task["fingerprint"], init["label"], init["source"],
         tree["network"], tree["decoder"], float(tree["fraction"]), tree["trials"], init.get("step"),
         init.get("val_mse"), None if limits is None else (float(limits[0]), float(limits[1])), init.get("skips"),
-        tree.get("fold"),
+        tree.get("fold"), (), task.get("folds", 0), tree.get("width"), _kept(tree.get("recipe") or {}),
         tuple(trials), tuple(problems),
     )  # fmt: skip
+
+
+def _kept(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what does not touch the outcome, and without what is no plain value."""
+    plain = {name: value for name, value in recipe.items() if isinstance(value, str | int | float)}
+    return {name: value for name, value in plain.items() if name not in MAY_CHANGE}
 
 
 def _trials(folder: Path, planned: int) -> tuple[list[Trial], list[str]]:

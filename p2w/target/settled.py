@@ -26,6 +26,7 @@ def plain(transfer: Transfer) -> dict[str, Any]:
         "task": {
             "name": str(transfer.source.meta["task"]),
             "kind": transfer.kind.name,
+            "folds": transfer.source.folds,
             "fingerprint": fingerprint(transfer.source.meta),
             "where": str(transfer.source.where),
         },
@@ -53,10 +54,14 @@ def agrees(transfer: Transfer) -> dict[str, Any]:
     now = plain(transfer)
     path = transfer.folder / NAME
     if not path.exists():
+        if (transfer.folder / "config.json").exists() or (transfer.folder / "checkpoints").exists():
+            raise UserError(
+                f"{transfer.folder}: is a run of launch/train.py; a fine-tuning gets its own folder: name it with --run-dir"
+            )
         return now
     try:
         before = json.loads(path.read_text())
-        same = [_fixed(tree) for tree in (before, now)]
+        same = [fixed(tree) for tree in (before, now)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name another folder with --run-dir") from error
     differing = [name for name in same[1] if same[0].get(name) != same[1][name]]
@@ -68,7 +73,7 @@ def agrees(transfer: Transfer) -> dict[str, Any]:
     return now
 
 
-def _fixed(tree: dict[str, Any]) -> dict[str, Any]:
+def fixed(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run keeps, flat."""
     flat = {f"recipe.{k}": v for k, v in tree["recipe"].items() if k not in recipes.MAY_CHANGE}
     flat |= {name: tree[name] for name in ("network", "width", "fraction", "decoder", "fold")}

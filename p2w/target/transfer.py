@@ -7,6 +7,7 @@ RUN/
 Processes share the trials of a folder: each takes the next one that is neither finished nor held by another.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch
 from p2w import __version__
 from p2w.errors import UserError
 from p2w.log import Log
-from p2w.model import Network
+from p2w.model import Encoder, Network
 from p2w.target.dataset import TargetSet
 from p2w.target.finetune import FineTuner
 from p2w.target.kinds import Kind, kind_of
@@ -107,6 +108,10 @@ def check(transfer: Transfer, ranks: int) -> None:
                 raise UserError(
                     f"{where}: the samples to {split} are all of class {found[0]}; both are needed"
                 )
+    if transfer.kind.name == "classification" and transfer.pretrained_decoder:
+        raise UserError(
+            f"--decoder pretrained: {transfer.source.meta['task']} is classification, which has no decoder; leave it out"
+        )
     smallest = min(len(rows["val"]), len(rows["test"]))
     for index in range(transfer.trials):
         count = len(transfer.training_rows(index))
@@ -115,6 +120,20 @@ def check(transfer: Transfer, ranks: int) -> None:
         raise UserError(
             f"{ranks} ranks: a batch or a split has {smallest} sample(s), and every rank needs one; start at most "
             f"{smallest} processes, or trials side by side with --workers"
+        )
+
+
+def check_size(transfer: Transfer, encoder: Encoder) -> None:
+    """Raise UserError where the samples of the set are of no size that the network takes."""
+    size, by = transfer.source.size_zyx, encoder.multiples
+    fits = [max(stride, round(edge / stride) * stride) for edge, stride in zip(size, by, strict=True)]
+    least = encoder.least_voxels
+    while math.prod(edge // stride for edge, stride in zip(fits, by, strict=True)) < least:
+        fits[2] += by[2]
+    if tuple(fits) != tuple(size):
+        raise UserError(
+            f"{transfer.source.where}: samples of {size} voxels (z, y, x), and the network takes multiples of {by}; prepare "
+            f"the set with --size {' '.join(map(str, fits))}, or name another --network"
         )
 
 

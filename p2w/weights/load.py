@@ -4,7 +4,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import Tensor
 from p2w import config as settings
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
+from p2w.model.feeding import Feeding
 from p2w.model.nnunet_keys import from_nnunet
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
@@ -33,6 +34,8 @@ class Held:
     data: dict[str, str]
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
+    feeding: Feeding = "unit"
+    """Our pretraining feeds every network [0, 1]; fine-tuning, what the network was trained to see."""
 
 
 def load(path: str | Path) -> Encoder:
@@ -42,7 +45,9 @@ def load(path: str | Path) -> Encoder:
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
     held = read(Path(path))
-    return filled(held.name, held.width, held.state, held.where, held.in_channels)
+    encoder = filled(held.name, held.width, held.state, held.where, held.in_channels)
+    encoder.feeding = held.feeding
+    return encoder
 
 
 def read(path: Path) -> Held:
@@ -68,13 +73,14 @@ def read(path: Path) -> Held:
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
         in_channels = int(card["encoder"].get("in_channels", 1))
-    except (LookupError, TypeError, ValueError) as error:
+        feeding = next(one for one in get_args(Feeding) if one == card["encoder"].get("feeding", "unit"))
+    except (LookupError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
         state = from_nnunet(nnunet.read(file)) if of_nnunet else load_file(file)
-        return Held(name, width, state, str(file), trained_on(card), in_channels)
+        return Held(name, width, state, str(file), trained_on(card), in_channels, feeding)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
 

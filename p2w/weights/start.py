@@ -112,7 +112,7 @@ def _from_ours(held: load.Held, network: str | None, width: int | None, in_chann
             f"{held.where}: {held.name} of width {held.width}, not {width}; leave the width to the file"
         )
     encoder = build_encoder(held.name, held.width, in_channels)
-    encoder.feeding = "unit"  # what our pretraining feeds every network
+    encoder.feeding = held.feeding
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     head = []
     for key, value in held.state.items():

@@ -21,6 +21,7 @@ from p2w.data.stream import Stream
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.target.samples import Samples
+from p2w.target.transfer import Transfer
 from p2w.train import agree
 from p2w.train.interruptible import Interruptible
 from p2w.train.step import Stepper
@@ -52,6 +53,12 @@ def record(rank: int, path: str) -> None:
         return step_of(self, views, step)
 
     Parts2Whole.sample, Stepper.step = sampled, stepped
+
+
+def begin_elsewhere(rank: int, which: int) -> None:
+    """One rank draws other initial weights."""
+    if rank == which:
+        Transfer.seed = lambda self, index: 77 + index
 
 
 def draw_nothing(rank: int) -> None:

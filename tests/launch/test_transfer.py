@@ -12,6 +12,7 @@ from target_sets import write_target_set
 
 from p2w.data.manifest import NAME, manifest_bytes, open_manifest
 from p2w.target import results
+from p2w.train.folder import fingerprint
 
 SCRIPT = "launch/transfer.py"
 SMALL = """
@@ -153,7 +154,7 @@ def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path
     seen |= {"sources": [one], "shards": []}
     (tmp_path / NAME).write_bytes(manifest_bytes([], open_manifest(tiny_set).meta | seen))
     starts = json.loads((pretrained / "run.json").read_text())
-    starts["starts"][-1]["shards"] = str(tmp_path)
+    starts["starts"][-1] |= {"shards": str(tmp_path), "data": fingerprint(open_manifest(tmp_path).meta)}
     (pretrained / "run.json").write_text(json.dumps(starts))
     argv = ("--task", balls, "--init", f"{pretrained}@6", "--run-dir", run, "--trials", 1)
     argv += ("--recipe.max-epochs", 2, "--recipe.epoch-steps", 1, "--decoder", "pretrained")
@@ -167,8 +168,16 @@ def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path
     assert found.volume_fraction == (1 / 16, 1 / 4) and found.decoder == "pretrained"
 
 
-def test_refusals_are_one_line(forge, balls, tmp_path):
+def test_ranks_that_start_from_other_weights_are_named_once(forge, balls, tmp_path):
+    argv = ("--task", balls, "--init", "random", "--run-dir", tmp_path / "run", *SMALL)
+    codes, _, err = forge.run(tmp_path, *argv, ranks=2, script=SCRIPT, spies=(("begin_elsewhere", 1),))
+    assert set(codes) <= {2, -15} and 2 in codes and not (tmp_path / "run").exists()
+    assert err.count("error:") == 1 and "has weights crc32c:" in err, err
+
+
+def test_refusals_are_one_line(forge, balls, bright, tmp_path):
     ok = ("--task", balls, "--init", "random", "--run-dir", tmp_path / "run")
+    (tmp_path / "pretrained" / "checkpoints").mkdir(parents=True)
     for more, said in (
         (("--task", tmp_path / "nowhere"), "no such folder"),
         (("--init", tmp_path / "gone.pt"), "gone.pt"),
@@ -178,6 +187,9 @@ def test_refusals_are_one_line(forge, balls, tmp_path):
         (("--network", "unet4d"), "model.name=unet4d"),
         (("--recipe.batch", 1), "--recipe.batch 1: must be at least 2"),
         (("--decoder", "pretrained"), "holds no decoder"),
+        (("--task", bright, "--decoder", "pretrained"), "classification, which has no decoder"),
+        (("--network", "resencl", "--width", 2), "prepare the set with --size 32 32 64"),
+        (("--width", 2, "--run-dir", tmp_path / "pretrained"), "is a run of launch/train.py"),
     ):
         codes, _, err = forge.run(tmp_path, *ok, *more, script=SCRIPT)
         assert codes == [2] and said in err and "Traceback" not in err, (more, err)

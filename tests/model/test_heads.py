@@ -20,3 +20,11 @@ def test_one_logit_a_sample_and_one_a_voxel(name):
     assert classifier.head[0].weight.shape == (HIDDEN, encoder.channels[-1])
     assert all(weight.grad is not None for weight in classifier.head.parameters())
     assert Segmenter(encoder, build_decoder(encoder, True))(x).shape == (2, 1, 16, 32, 32)
+
+
+def test_a_classifier_trains_nothing_that_no_gradient_reaches():
+    network = Classifier(build_encoder("dense_vnet", 2))
+    network(torch.rand(2, 1, 8, 8, 8)).sum().backward()
+    wanted = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    reached = {name for name, weight in network.named_parameters() if weight.grad is not None}
+    assert wanted == reached and any(".skip." in name for name, _ in network.named_parameters())

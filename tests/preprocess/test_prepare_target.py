@@ -1,6 +1,7 @@
 """preprocess/prepare_target.py as a user types it, on phantoms in the formats of the real data."""
 
 import csv
+import json
 import os
 import runpy
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from ct_sets import write_structured_set
 
+from p2w.data.manifest import manifest_bytes, open_manifest
 from p2w.data.phantom.targets.write import write_targets
 from p2w.data.verify import main as verify
 from p2w.errors import UserError
 from p2w.target.dataset import open_target
-from p2w.target.leak import check, check_run
+from p2w.target.leak import check, check_run, check_shards
+from p2w.train.folder import fingerprint
 
 NAME = "prepare_target"
 ROOT = Path(__file__).parents[2]
@@ -291,6 +295,19 @@ def test_leaks_are_found_by_uid_and_by_file(ncc, tmp_path):
     with pytest.raises(UserError, match=r"/gone: no such folder.*--allow-leak"):
         check_run(target, run)
     assert "not checked" in check_run(target, run, allow_leak=True)
+    other = write_structured_set(tmp_path / "other", train=1, val=1, per=2)  # in the place of the run's own
+    (run / "run.json").write_text(json.dumps({"starts": [{"shards": str(other), "data": "0123"}]}))
+    with pytest.raises(
+        UserError, match=r"other: is another data set now than .*run was trained on.*--allow-leak"
+    ):
+        check_run(target, run)
+    one = {"uid": test, "file": "a.nii", "nbytes": 2, "checksum": "1", "subset": -1, "left_out": 0}
+    one |= {"shape": [1] * 3, "spacing_mm": [1.0] * 3, "origin_xyz_mm": [0.0] * 3, "direction_xyz": [1.0] * 9}
+    meta = open_manifest(other).meta | {"sources": [one], "shards": []}
+    meta["split"] = {"rule": "scan", "train_scans": ["other"]}
+    (other / "manifest.parquet").write_bytes(manifest_bytes([], meta))
+    own = {"shards": str(other), "fingerprint": fingerprint(open_manifest(other).meta)}
+    assert "no test scan is among the 1 scans" in check_shards(target, "encoder.safetensors", own)
 
 
 def test_general_with_a_table_and_a_split_of_its_own(command, phantoms, tmp_path):

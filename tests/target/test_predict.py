@@ -212,7 +212,11 @@ def test_refusals(tmp_path, voxels):
         ([trial, "--scan", path, "--out", "m.jpg"], "segments"),
         ([trial, "--scan", path, "--out", tmp_path / "no" / "m.nii"], "no folder"),
         ([trial, "--scan", path, "--out", "m.nii", "--overlap", "1"], "--overlap"),
-        ([trial, "--scan", tmp_path / "empty", "--out", "m.nii"], "no MetaImage"),
+        ([trial, "--scan", tmp_path / "empty", "--out", "m.nii"], "no MetaImage.* with --scan DIR"),
+        (
+            [trial, "--scan", path, "--out", "m.nii", "--preview", tmp_path / "no" / "m.png"],
+            "--preview .*no folder",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             predict.main([str(word) for word in argv])

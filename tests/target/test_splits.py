@@ -1,10 +1,13 @@
 """Splits by patient: counts, disjointness, and the same for the same seed."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from p2w.target import splits
+from p2w.target.tasks import ncs
+from p2w.target.tasks.protocol import Case
 
 
 def test_the_numbers_of_lidc():
@@ -32,3 +35,15 @@ def test_folds_of_brats():
         assert Counter(split.values()) == {"test": 95, "val": 28, "train": 162}
         tested += [name for name, own in split.items() if own == "test"]
     assert len(set(tested)) == 285
+
+
+def test_ncs_tests_on_no_patient_that_pretraining_has(monkeypatch):
+    manifest = SimpleNamespace(meta={"sources": [{"uid": f"scan{i}"} for i in range(6)]})
+    monkeypatch.setattr(ncs, "open_manifest", lambda path: manifest)
+    cases = [
+        Case(f"scan{i}", f"scan{i}", f"patient{i % 10}", ()) for i in range(12)
+    ]  # scan10, scan11: of 0 and 1
+    of = ncs.Ncs(cases=(6, 2, 4), pretrained_on="shards").split(cases).of
+    tested = {name for name, split in of.items() if split == "test"}
+    assert tested == {f"patient{i}" for i in range(6, 10)} and set(of.values()) == {"train", "val", "test"}
+    assert len(of) == 10 and ncs.Ncs(cases=(6, 2, 4)).split(cases).of != of

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import REPO
+from target_sets import write_target_set
+from transfer_folders import write_transfer
 
 from p2w.errors import UserError
 from p2w.sweep import plans
@@ -45,7 +47,8 @@ from pathlib import Path
 from p2w.sweep import plans
 from p2w.sweep.work import Machine, Sweep
 top, trials = Path(sys.argv[1]), int(sys.argv[2])
-common = plans.Transfers(top / "launch", plans.tasks([f"ncc={top}"]), top / "out", trials, {})
+tasks = {"ncc": plans.Target(top, "ncc", "classification", 0, "f")}
+common = plans.Transfers(top / "launch", tasks, top / "out", trials, {})
 jobs = plans.table1(common, plans.starts(sys.argv[3:]))
 print("failed", Sweep(jobs, top / "out", Machine(2, 3, 2)).run("trials"), [job.count() for job in jobs])
 """
@@ -142,7 +145,9 @@ def test_told_to_stop_it_takes_its_jobs_along_and_goes_on_later(tmp_path, sweep)
 def common(top, **more):
     names = more.pop("names", ("ncc", "ncs"))
     for name in names:
-        (top / name).mkdir(exist_ok=True)
+        if not (top / name).exists():
+            kind = "segmentation" if name in ("ncs", "bms") else "classification"
+            write_target_set(top / name, kind, (1, 1, 1), 2, 3 if name == "bms" else 0, name)
     sets = plans.tasks([str(top / name) for name in names])
     return plans.Transfers(
         Path("launch"), sets, top / "out", more.pop("trials", 10), more.pop("fraction", {}), **more
@@ -193,7 +198,9 @@ def test_table2_pretrains_six_networks_and_names_what_each_row_needs(tmp_path):
     assert first[0].line.endswith("--pretext.volume-fraction 0.0625 1.0 --pretext.skips --train.steps 9")
     assert ["--pretext.skips" in job.command for job in jobs] == [True] + [False] * 17
     assert [job.needs for job in rest] == [job.name for job in first] * 2
-    assert [job.command.count("pretrained") for job in rest] == ([1] + [0] * 5) * 2
+    assert [job.command.count("pretrained") for job in rest] == [0] * 6 + [1] + [
+        0
+    ] * 5  # none for classification
     assert rest[3].command[rest[3].command.index("--init") + 1] == str(first[3].folder)
     assert rest[3].folder == tmp_path / "out" / "ncc" / "1of16-1of4"
 
@@ -214,13 +221,38 @@ def test_table1_rows_networks_and_refusals(tmp_path):
     for bad in (["=x"], ["a="], ["a=x", "A=y"]):
         with pytest.raises(UserError, match="--inits"):
             plans.starts(bad)
-    for bad in ([], [str(tmp_path / "nowhere")], [f"a={tmp_path}", f"A={tmp_path}"]):
+    own = tmp_path / "ncc"
+    for bad in ([], [str(tmp_path / "nowhere")], [f"a={own}", f"A={own}"]):
         with pytest.raises(UserError, match="--tasks"):
             plans.tasks(bad)
+    with pytest.raises(UserError, match="no manifest"):
+        plans.tasks([str(tmp_path)])
+
+
+def test_a_set_with_folds_is_a_command_for_each_of_them(tmp_path):
+    rows = plans.starts(["random"])
+    jobs = plans.table1(common(tmp_path, names=("bms",)), rows)
+    assert [job.line.partition("--fold ")[2][0] for job in jobs] == ["0", "1", "2"]
+    assert (
+        jobs[2].folder == tmp_path / "out" / "bms" / "scratch" / "fold-2" and len({j.name for j in jobs}) == 3
+    )
+    assert len(plans.table1(common(tmp_path, names=("bms",), folds=(1,)), rows)) == 1
+    with pytest.raises(UserError, match=r"--folds 3: .* has folds 0 to 2"):
+        plans.table1(common(tmp_path, names=("bms",), folds=(3,)), rows)
+
+
+def test_what_another_sweep_left_is_not_taken_for_done(tmp_path):
+    rows = plans.starts(["random"])
+    (job,) = plans.table1(common(tmp_path, names=("ncs",), trials=1), rows)
+    write_transfer(job.folder, "ncs", "Scratch", (0.5,), fingerprint=job.test_set)
+    assert job.done
+    (other,) = plans.table1(common(tmp_path, names=("ncs",), trials=1, fraction={"": 0.1}), rows)
+    with pytest.raises(UserError, match=r"--fraction 1, the sweep's are .* and 0\.1; name another --out"):
+        _ = other.done
 
 
 def test_the_command_prints_and_writes_an_array(tmp_path, monkeypatch, capsys):
-    (tmp_path / "ncc").mkdir()
+    common(tmp_path, names=("ncc",))
     monkeypatch.chdir(REPO)
     command = runpy.run_path(str(REPO / "launch" / "sweep.py"))["main"]
     base = ["launch/sweep.py", "table2", "--tasks", str(tmp_path / "ncc"), "--out", str(tmp_path / "out")]

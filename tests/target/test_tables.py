@@ -184,6 +184,41 @@ def test_what_cannot_stand_in_one_table_is_refused(runs):
         table1.main([str(runs)])
 
 
+def test_folds_are_one_cell_and_their_mean_is_a_trial(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folds = {0: (0.5, 0.6, 0.7), 1: (0.7, 0.8, 0.9), 2: (0.6, 0.7, None)}
+    for label in ("Parts2Whole", "Scratch"):
+        for fold, scores in folds.items():
+            if label == "Parts2Whole" or fold < 2:  # the other lacks a fold
+                where = Path(f"runs/bms/{label}/fold-{fold}")
+                write_transfer(where, "bms", label, scores, fold=fold)
+                settings = json.loads((where / "transfer.json").read_text())
+                settings["task"]["folds"] = 3
+                (where / "transfer.json").write_text(json.dumps(settings))
+    table = made()
+    ours, other = table.cell("Parts2Whole", "bms"), table.cell("Scratch", "bms")
+    assert ours.values == pytest.approx([60, 70]) and ours.missing == "2 of 3" and other.missing == "0 of 3"
+    assert "BMS: a trial is the mean over 3 folds." in table.notes and ours.folder == "runs/bms/Parts2Whole"
+    shutil.rmtree("runs/bms/Parts2Whole/fold-1")
+    shutil.rmtree("runs/bms/Parts2Whole/fold-2")
+    shutil.rmtree("runs/bms/Scratch/fold-1")
+    table = made()
+    assert table.cell("Scratch", "bms").n == 3 and "BMS: of 3 folds only 0 tested on." in table.notes
+
+
+def test_rows_of_different_recipes_are_named(runs, capsys):
+    for row, rate in (("p2w", 1e-3), ("mg", 1e-2), ("scratch", 1e-3)):
+        path = runs / "ncc" / row / "transfer.json"
+        told = json.loads(path.read_text()) | {
+            "recipe": {"lr": rate, "batch": 24, "held_gib": rate, "seed": 0}
+        }
+        path.write_text(json.dumps(told))
+    said = [note for note in made().notes if note.startswith("Warning")]
+    assert len(said) == 1 and "NCC: rows differ by more than their starting point: lr 0.0" in said[0]
+    assert "0.01 (Models Genesis)" in said[0] and "0.001 (Parts2Whole)" in said[0]
+    assert "batch" not in said[0] and "held_gib" not in said[0]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(runs):
     Path("file").write_text("")
     with pytest.raises(UserError, match="not written"):

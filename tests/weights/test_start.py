@@ -249,3 +249,13 @@ def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_p
     }
     with pytest.raises(UserError, match="Models Genesis' names are for unet3d, not resnet10"):
         export._models_genesis(tmp_path / "g.pt", state, card)
+
+
+def test_fine_tuned_weights_are_fed_as_they_were(tmp_path):
+    encoder = trained("resnet10")
+    card = {"encoder": {"name": "resnet10", "width": 2, "feeding": "positive-z"}}
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", {"p2w": json.dumps(card)})
+    start = load_start(str(tmp_path / "model.safetensors"))
+    assert start.encoder.feeding == "positive-z" and same(start.encoder, encoder)
+    assert p2w.load(tmp_path / "model.safetensors").feeding == "positive-z"

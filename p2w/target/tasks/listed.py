@@ -30,7 +30,7 @@ class Series:
 def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
     """One case for each scan below `source` that the table names. Raises UserError for a table that breaks its rules."""
     listed = read_table(table, ras)
-    found = find_scans([source], out)
+    found = find_scans([source], out, flag="--source")
     cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
     cases.tables = {os.path.basename(table): tables.checksum(table)}
     names = _names(found)

@@ -49,16 +49,18 @@ class Ncc:
 
     def find(self, source: str, out: str) -> Cases:
         """One case a scan that has candidates; those of other scans are counted."""
-        found, _ = find_luna(source, sorted(self._split_of()))
+        found, absent = find_luna(source, sorted(self._split_of()), "--source")
         path = self._table(source)
         marks = self._marks(path)
         cases = Cases(bad=list(found.bad), tables={os.path.basename(path): tables.checksum(path)})
+        split_of = self._split_of()
+        cases.left_out += [(f"subset{n}", f"is not there, to {split_of[n]} on") for n in absent]
         for scan in found.sources:
             own = marks.pop(os.path.splitext(os.path.basename(scan.files[0]))[0], None)
             if own is None:
                 cases.left_out.append((scan.name, f"has no candidate in {os.path.basename(path)}"))
                 continue
-            split = self._split_of()[scan.subset]
+            split = split_of[scan.subset]
             kept = tuple(self._thin(scan.uid, own))
             cases.cases.append(Case(scan.uid, scan.name, scan.uid, (("ct", scan),), marks=kept, split=split))
         if marks:

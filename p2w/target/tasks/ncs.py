@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from p2w.data.dicom import read_slice
 from p2w.data.find import find_scans, shown, walk
 from p2w.data.grid import BadScan, to_canonical
+from p2w.data.manifest import NAME, open_manifest
 from p2w.data.scan import Scan, read_scan
 from p2w.errors import UserError
 from p2w.target import splits
@@ -43,6 +44,9 @@ class Ncs:
     """Crops of each nodule, each moved by chance."""
     cases: tuple[int, int, int] = CASES
     """Cases to train on, validate and test on; with fewer or more cases than these: in their proportions."""
+    pretrained_on: str = ""
+    """Shards that encoders are pretrained on: no patient in them is tested on. LUNA16's scans are LIDC-IDRI's: beside its
+    subsets 0-6, 395 of 1,018 cases stay, and 408 are the paper's."""
     seed: int = 0
     """Draws the split and the jitter."""
 
@@ -70,8 +74,11 @@ class Ncs:
 
     def find(self, source: str, out: str) -> Cases:
         """One case for each CT series that has readings."""
-        found = find_scans([source], out)
+        found = find_scans([source], out, flag="--source")
         cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
+        if self.pretrained_on:
+            open_manifest(self.pretrained_on)
+            cases.tables[NAME] = tables.checksum(os.path.join(self.pretrained_on, NAME))
         readings: dict[str, str] = {}
         for path in walk(source, out):
             if path.lower().endswith(".xml") and (series := lidc.series_of(path)):
@@ -103,9 +110,25 @@ class Ncs:
         weight: dict[str, int] = {}
         for case in cases:
             weight[case.patient] = weight.get(case.patient, 0) + 1
+        if self.pretrained_on:
+            return self._unseen(cases, weight)
         part = splits.by_fractions(weight, self.cases, self.seed)
         rule = f"by patient: {' / '.join(map(str, self.cases))} cases or in these proportions, by sha256(seed:patient)"
         return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
+
+    def _unseen(self, cases: list[Case], weight: dict[str, int]) -> Split:
+        """The same, tested on patients alone that pretraining has not, as far as there are."""
+        scans = {one["uid"] for one in open_manifest(self.pretrained_on).meta["sources"]}
+        seen = {case.patient for case in cases if case.uid in scans}
+        wanted, test = round(len(cases) * self.cases[2] / sum(self.cases)), list[str]()
+        for patient in splits.shuffled(set(weight) - seen, self.seed):
+            if sum(weight[name] for name in test) < wanted:
+                test.append(patient)
+        rest = {patient: n for patient, n in weight.items() if patient not in test}
+        part = splits.by_fractions(rest, self.cases[:2], self.seed)
+        rule = f"by patient: {' / '.join(map(str, self.cases))} in proportion, tested on none in {self.pretrained_on}"
+        of = {name: SPLITS[i] for name, i in part.items()} | dict.fromkeys(test, "test")
+        return Split(rule, of, seed=self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> Cut:
         """A crop round each nodule that enough readers outlined."""
