@@ -135,7 +135,7 @@ def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
     if a.split == "val":
         for record in read_metrics(a.run.path):
             if record["step"] == subject.step and "val/loss" in record:
-                return float(record["val/loss"])
+                return float(record.get("val/mse", record["val/loss"]))
     key: Key = ("mse", (subject.identity, measure.data, a.split))
     if not measure.cache.has(key):
         world, batch = a.world, a.world.size * max(1, a.settings.batch // a.world.size)
@@ -147,7 +147,7 @@ def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
         with torch.no_grad(), autocast(world.device, a.precision):
             look = Validation(build_pretext(a.run.config), model, stream, world)
             found = dict(look(max(1, subject.step)))  # at step 0 it would also look for the mean image
-        measure.cache.write(key, np.array(found["val/loss"]))
+        measure.cache.write(key, np.array(found.get("val/mse", found["val/loss"])))
     return float(measure.cache.read(key))
 
 

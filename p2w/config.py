@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p2w.errors import UserError
+from p2w.pretext_config import (
+    ContrastConfig,
+    GenesisConfig,
+    IntensityConfig,
+    MaeConfig,
+    PositionConfig,
+    RubikConfig,
+    check_pretexts,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     accumulate: int = 1
-    """Split each rank's share of a batch into this many passes, to save memory."""
+    """Split each rank's share of a batch into this many passes, to save memory; contrastive pretexts take their negatives
+    from a pass, over all ranks."""
     schedule: Literal["constant", "cosine", "plateau"] = "plateau"
     """After warm-up: hold; fall as a cosine to 1 % at the last step; or halve when validation stops improving."""
     warmup_steps: int = 0
@@ -132,6 +142,12 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    genesis: GenesisConfig = field(default_factory=GenesisConfig)
+    rubik: RubikConfig = field(default_factory=RubikConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -176,6 +192,7 @@ def check(config: Config) -> Config:
             raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
+    check_pretexts(flat)
     if not 0 <= config.data.max_bad_share <= 1:
         raise UserError(
             f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"

@@ -58,8 +58,8 @@ def _mix_int(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _mix(z: Tensor) -> Tensor:
-    """The same on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
+def mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
     for shift, factor in _MIX:
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
@@ -79,9 +79,9 @@ def uniforms(keys: Keys, part: int, count: int) -> Tensor:
     state = 0
     for word in (keys.seed, keys.epoch, part):
         state = _mix_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
-    streams = _mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
+    streams = mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
     counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
-    bits = _mix(streams[:, None] + counters[None, :])
+    bits = mix(streams[:, None] + counters[None, :])
     return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
 

@@ -137,9 +137,10 @@ def _fit(
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
     def validate(step: int) -> Iterator[tuple[str, float]]:
-        for name, value in validation(step) if validation else ():
-            log.line(f"step {step}  {name} {value:.4f}")
-            yield name, value
+        found = dict(validation(step)) if validation else {}
+        if found:
+            log.line(f"step {step}  {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+        yield from found.items()
         yield from looks(step)
         looks.similarity.save(step)
 
@@ -201,11 +202,11 @@ def _summary(run: Path, drawn: Path, log: Log) -> None:
 def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
     """First and last validation as text, beside the loss of always answering the mean image."""
     first, *_, last = [*records, *records]
-    beside = ""
+    beside, loss = "", "val/mse" if "val/mse" in first else "val/loss"
     if "val/loss_mean_image" in first:
         beside = f"   (always the mean image: {first['val/loss_mean_image']:.4f})"
     name = "validation MSE " if beside else "validation loss"
-    lines = [f"{name} {first['val/loss']:.4f} -> {last['val/loss']:.4f}{beside}"]
+    lines = [f"{name} {first[loss]:.4f} -> {last[loss]:.4f}{beside}"]
     if "similarity/auc" in first and "similarity/auc" in last:
         for name, title in (("positive", "of one image"), ("negative", "of two images")):
             key = f"similarity/{name}"

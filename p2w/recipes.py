@@ -1,6 +1,6 @@
 """Named runs. Each says its command, its hardware, what it costs and what to expect; every field can be overridden."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2w.config import Config, DataConfig, ModelConfig, OptimConfig, PretextConfig, TrainConfig
 from p2w.errors import UserError
@@ -54,7 +54,15 @@ LARGE = Recipe(
     ),
 )
 
-RECIPES = {"demo": DEMO, "paper": PAPER, "large": LARGE}
+# torchrun --nproc_per_node=8 launch/train.py genesis --shards shards --run-dir runs/genesis
+# What Parts2Whole is compared with: Models Genesis on the same wholes, with the length and optimizer of `paper`, and with
+# skips as published; its cubes are 64x64x32 native voxels of the sub-scans.
+GENESIS = Recipe(
+    "Models Genesis on the same wholes: `paper` with skips, cubes of 64x64x32 native voxels",
+    replace(PAPER.config, pretext=PretextConfig(name="models_genesis", skips=True)),
+)
+
+RECIPES = {"demo": DEMO, "paper": PAPER, "large": LARGE, "genesis": GENESIS}
 
 
 def named(name: str) -> Config:

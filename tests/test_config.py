@@ -61,7 +61,7 @@ def test_json_round_trip_and_a_run_from_its_file(tmp_path):
         (b"[" * 100_000, "not JSON"),
         (b"[]", "must be an object of settings, got list"),
         (b'{"data": 3}', "data: must be an object of settings, got int"),
-        (b'{"date": {}}', "unknown setting date; known are data, pretext, model, optim, train"),
+        (b'{"date": {}}', "unknown setting date; known are data, pretext"),
         (b'{"data": {"bach": 3}}', "data: unknown setting bach; known are batch, seed, readers"),
         (b'{"data": {"batch": "16"}}', "batch: '16' does not fit int"),
         (b'{"data": {"batch": 16.0}}', "batch: 16.0 does not fit int"),

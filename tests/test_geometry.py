@@ -30,7 +30,7 @@ def test_mixer_is_splitmix64():
     states = [(1234567 + (k + 1) * geometry._GOLDEN) % 2**64 for k in range(3)]
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [geometry._mix_int(state) for state in states] == published
-    tensor = geometry._mix(torch.tensor([geometry._signed(state) for state in states]))
+    tensor = geometry.mix(torch.tensor([geometry._signed(state) for state in states]))
     assert [int(x) % 2**64 for x in tensor] == published
 
 

@@ -37,7 +37,7 @@ def test_large_has_the_network_size_of_a_sub_scan():
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match=r"recipe papr: unknown; one of demo, paper, large, or the path"):
+    with pytest.raises(UserError, match=r"recipe papr: unknown; one of demo, paper, large"):
         named("papr")
 
 

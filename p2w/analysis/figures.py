@@ -67,11 +67,14 @@ def strip(columns: dict[str, Tensor]) -> NDArray[np.uint8]:
 def loss_curve(run: Path) -> "Figure":
     """Training and validation loss over steps; of a reconstruction also the best constant answer, as a line."""
     records = read_metrics(run)
+    kind = (
+        "mse" if any("val/mse" in record for record in records) else "loss"
+    )  # where that is one term of several
     figure = blank(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, colour, label, style in (
-        ("train/loss", GREY, "training", "-"),
-        ("val/loss", BLUE, "validation", "o-"),
+        (f"train/{kind}", GREY, "training", "-"),
+        (f"val/{kind}", BLUE, "validation", "o-"),
     ):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:

@@ -23,7 +23,9 @@ def validation_keys(batch: Batch) -> Keys:
 
 
 class Validation:
-    """`val/loss` over every validation whole, each once; at step 0, of reconstructions, also `val/loss_mean_image`.
+    """`val/loss` over every validation whole, each once, and `val/…` of the loss's further scalars.
+
+    At step 0, of reconstructions, also `val/loss_mean_image`.
 
     The mean image is the voxel-wise mean of the validation targets themselves: the answer with the lowest mean squared
     error among those that ignore their input, so a network that beats it has looked.
@@ -35,15 +37,20 @@ class Validation:
         self.pretext, self.model, self.stream, self.world = pretext, model, stream, world
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Yield (name, the pretext's loss), the same on all ranks."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        """Yield (name, mean over the wholes of what the pretext's loss says), the same on all ranks."""
+        totals: Tensor | None = None  # weights, losses, further scalars
+        names: list[str] = []
         for views, weight in self._views():
             output = self.model(views.input, *views.beside)
             each = [self._loss_of_one(output, views, index) for index in range(len(weight))]
-            losses = torch.stack(each).double() * weight
-            total += torch.stack((losses.sum(), weight.sum()))
-        loss, count = self.world.sum(total).tolist()
-        yield "val/loss", loss / count
+            names = list(each[0][1])
+            told = torch.stack([torch.stack((loss, *extras.values())).double() for loss, extras in each])
+            sums = torch.cat((weight.sum()[None], weight @ told))
+            totals = sums if totals is None else totals + sums
+        assert totals is not None, "a split to validate holds a whole at least"
+        count, *values = self.world.sum(totals).tolist()
+        for name, value in zip(("loss", *names), values, strict=True):
+            yield f"val/{name}", value / count
         if step == 0 and self.pretext.reconstructs:
             yield "val/loss_mean_image", self._mean_image_loss()
 
@@ -53,10 +60,10 @@ class Validation:
                 views = self.pretext.sample(batch.voxels, validation_keys(batch))
                 yield views, batch.weight.to(self.world.device, torch.float64)
 
-    def _loss_of_one(self, output: Output, views: Views, index: int) -> Tensor:
+    def _loss_of_one(self, output: Output, views: Views, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         one = slice(index, index + 1)
         own = tuple(part[one] for part in output) if isinstance(output, tuple) else output[one]
-        return self.pretext.loss(own, views.rows(one))[0]
+        return self.pretext.loss(own, views.rows(one))
 
     def _mean_image_loss(self) -> float:
         totals: list[Tensor] = []  # sum of targets, of their squares, and their number

@@ -56,7 +56,8 @@ class Pretext(Protocol):
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, a mean over the wholes of `views`, and further scalars worth logging.
 
-        What a whole costs may depend on others only through `output`: validation asks for one whole at a time.
+        What a whole costs may depend on others only through `output`: validation asks for one whole at a time. A further
+        scalar `mse` is the mean squared error of a reconstruction, and is drawn in the place of a loss of several terms.
         """
 
     def panels(self, views: Views) -> dict[str, Tensor]:

@@ -110,5 +110,5 @@ def test_build_puts_a_decoder_with_or_without_skips_behind_the_encoder(skips):
 def test_sizes_and_names_there_are_not_are_refused():
     with pytest.raises(UserError, match=r"pretext\.size=\(8, 12, 8\): each edge must be a multiple of 8"):
         Parts2Whole(PretextConfig(size=(8, 12, 8))).build(build_encoder("unet3d", 2))
-    with pytest.raises(UserError, match=r"pretext\.name=whole2parts: unknown; one of parts2whole"):
+    with pytest.raises(UserError, match=r"pretext\.name=whole2parts: unknown; one of amdim, autoencoder, "):
         build_pretext(Config(pretext=PretextConfig(name="whole2parts")))

@@ -96,8 +96,8 @@ def _line(axes: "Axes", facts: Facts, name: str, label: str, style: str = "-", *
 
 
 def _loss(axes: "Axes", facts: Facts) -> bool:
-    training = _line(axes, facts, "train/loss", "training", color=GREY)
-    validation = _line(axes, facts, "val/loss", "validation", "o-", color=BLUE)
+    training = _line(axes, facts, facts.loss("train"), "training", color=GREY)
+    validation = _line(axes, facts, facts.loss("val"), "validation", "o-", color=BLUE)
     floor = facts.series("val/loss_mean_image")[1]
     if floor and floor[0] > 0:
         axes.axhline(floor[0], color=ORANGE, linestyle="--", label="always the mean image")

@@ -39,6 +39,10 @@ class Facts:
         points = [(record["step"], record[name]) for record in self.records if name in record]
         return [step for step, _ in points], [value for _, value in points]
 
+    def loss(self, of: str) -> str:
+        """The metric that shows how well "train" or "val" goes: mean squared error, where it is one term of several."""
+        return f"{of}/mse" if self.series("val/mse")[0] else f"{of}/loss"
+
     @property
     def state(self) -> str:
         """`running`, `finished`, `stopped early`, `told to stop`, `failed`; `killed` when nobody holds a running run."""

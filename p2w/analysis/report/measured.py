@@ -29,7 +29,7 @@ Tile = tuple[str, str, str]
 
 
 def _validation(facts: Facts) -> Tile | None:
-    steps, losses = facts.series("val/loss")
+    steps, losses = facts.series(facts.loss("val"))
     if not losses:
         return None
     floors = facts.series("val/loss_mean_image")[1]

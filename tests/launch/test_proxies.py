@@ -1,0 +1,39 @@
+"""Every generative proxy trains on two ranks, and stopped and continued it gives the same weights, bit for bit."""
+
+import pytest
+from launch_runs import TINY, metrics, weights
+
+NAMES = {
+    "parts2whole": "--intensity.strength 1 --position.weight 0.1",
+    "autoencoder": "",
+    "models_genesis": "--genesis.blocks 200",
+    "rubiks_cube": "--rubik.orders 5",
+    "rubiks_cube_pp": "--rubik.critic-width 2",
+    "mae": "",
+}
+FEW = "--train.validate-every 100 --train.look-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proxy_trains_on_two_ranks_and_continues_where_it_stopped(forge, tiny_set, tmp_path, name):
+    def run(folder, steps):
+        argv = [
+            "demo",
+            *TINY,
+            *FEW.split(),
+            "--pretext.name",
+            name,
+            *NAMES[name].split(),
+            "--max-steps",
+            steps,
+        ]
+        argv += ["--shards", tiny_set, "--run-dir", tmp_path / folder]
+        codes, _, err = forge.run(tmp_path / "out", *argv, ranks=2, spies=(("draw_nothing",),))
+        assert codes == [0, 0], err
+        return weights(tmp_path / folder, steps)
+
+    whole = run("whole", 4)
+    run("stopped", 2)
+    assert run("stopped", 4) == whole
+    losses = [one["train/loss"] for one in metrics(tmp_path / "whole") if "train/loss" in one]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
