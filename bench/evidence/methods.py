@@ -32,7 +32,7 @@ CONTENDERS: dict[str, list[str]] = {
     "+ contrast": ["--pretext.name", "parts2whole_contrast"],
     "+ contrast, intensity": ["--pretext.name", "parts2whole_contrast", "--intensity.strength", "1"],
     "simclr": ["--pretext.name", "simclr"],
-    "models_genesis": ["--pretext.name", "models_genesis", "--pretext.skips", "True"],
+    "models_genesis": ["--pretext.name", "models_genesis", "--pretext.skips"],
 }
 # … and what it shows beside them, with one.
 OTHERS = (
