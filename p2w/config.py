@@ -14,16 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from p2w import pretext_config as proxies
 from p2w.errors import UserError
-from p2w.pretext_config import (
-    ContrastConfig,
-    GenesisConfig,
-    IntensityConfig,
-    MaeConfig,
-    PositionConfig,
-    RubikConfig,
-    check_pretexts,
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class PretextConfig:
     name: str = "parts2whole"
     """Which proxy task."""
     size: tuple[int, int, int] = (32, 64, 64)
-    """Size of part and whole at the network, voxels z y x [I]; multiples of 8."""
+    """Size of part and whole at the network, voxels z y x [I]; multiples of the encoder's stride, 8 for the paper's."""
     volume_fraction: tuple[float, float] = (1 / 16, 1 / 4)
     """A part's volume as a share of its whole, uniform between the two [P]. `1 1` is an autoencoder."""
     aspect_range: tuple[float, float] = (0.5, 2.0)
@@ -70,7 +62,7 @@ class ModelConfig:
     name: str = "unet3d"
     """Which encoder."""
     width: int = 32
-    """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I]."""
+    """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I], and others' published size."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +134,12 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
-    intensity: IntensityConfig = field(default_factory=IntensityConfig)
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    position: PositionConfig = field(default_factory=PositionConfig)
-    genesis: GenesisConfig = field(default_factory=GenesisConfig)
-    rubik: RubikConfig = field(default_factory=RubikConfig)
-    mae: MaeConfig = field(default_factory=MaeConfig)
+    intensity: proxies.IntensityConfig = field(default_factory=proxies.IntensityConfig)
+    contrast: proxies.ContrastConfig = field(default_factory=proxies.ContrastConfig)
+    position: proxies.PositionConfig = field(default_factory=proxies.PositionConfig)
+    genesis: proxies.GenesisConfig = field(default_factory=proxies.GenesisConfig)
+    rubik: proxies.RubikConfig = field(default_factory=proxies.RubikConfig)
+    mae: proxies.MaeConfig = field(default_factory=proxies.MaeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -192,7 +184,7 @@ def check(config: Config) -> Config:
             raise UserError(f"{name}={str(value)[:20]}…: must be below 2^63; pass --{name.replace('_', '-')}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name}={value}: must be finite; pass --{name.replace('_', '-')}")
-    check_pretexts(flat)
+    proxies.check_pretexts(flat)
     if not 0 <= config.data.max_bad_share <= 1:
         raise UserError(
             f"data.max_bad_share={config.data.max_bad_share}: a share, from 0 to 1; pass --data.max-bad-share 0.01"

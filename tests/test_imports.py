@@ -13,7 +13,7 @@ FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO
 BASE = ("p2w.errors", "p2w.config", "p2w.world", "p2w.log", "p2w.geometry", "p2w.model", "p2w.data.stream")
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w",),
-    "preprocess": ("p2w.errors", "p2w.data"),
+    "preprocess": ("p2w.errors", "p2w.data", "p2w.target"),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
     "p2w.doctor": ("p2w",),  # looks at everything a run uses
@@ -34,11 +34,19 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
         "p2w.pretext",
     ),
     "p2w.train": (*BASE, "p2w.pretext.protocol", "p2w.train"),
+    "p2w.target": (*BASE, "p2w.data", "p2w.train", "p2w.weights", "p2w.target"),
+    "p2w.target.origin": (*BASE, "p2w.data", "p2w.pretext", "p2w.weights", "p2w.target"),  # loads runs
     "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
     "p2w.analysis": (*BASE, "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.subjects": (*BASE, "p2w.train", "p2w.pretrain", "p2w.analysis"),  # loads runs
     "p2w.analysis.measure": (*BASE, "p2w.data.progress", "p2w.analysis"),
     "p2w.analysis.showcase": (*BASE, "p2w.train.optim", "p2w.analysis"),
+    "p2w.target.results": ("p2w.errors", "p2w.data.typed", "p2w.target"),
+    "p2w.target.statistics": ("p2w.errors",),
+    "p2w.target.intervals": ("p2w.errors",),
+    "p2w.target.paper": ("p2w.target.statistics",),
+    "p2w.tables": ("p2w.errors", "p2w.log", "p2w.data.typed", "p2w.target", "p2w.analysis", "p2w.tables"),
+    "p2w.sweep": (*BASE, "p2w.data.progress", "p2w.train.checkpoint", "p2w.target", "p2w.sweep"),
 }
 OFFLINE = {f"p2w.data.{name}" for name in ("scan", "subscan", "shard", "manifest", "phantom")}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from p2w.data.find import Source
-from p2w.data.folder import Folder, Share
+from p2w.data.folder import Folder, Settings, Share
 from p2w.data.grid import BadScan
 from p2w.data.manifest import dump, publish
 from p2w.data.scan import Scan, read_scan
@@ -19,7 +19,7 @@ from p2w.data.subscan import SubScan, cut
 from p2w.errors import UserError
 
 
-def cut_scan(source: Source, folder: Folder, share: Share) -> dict[str, Any]:
+def cut_scan(source: Source, folder: Folder[Settings], share: Share) -> dict[str, Any]:
     """Read, cut, write; the record of it stands in the folder when this returns.
 
     A bad scan is a record too. Raises UserError when the folder cannot be written (a full disk).
@@ -37,7 +37,7 @@ def cut_scan(source: Source, folder: Folder, share: Share) -> dict[str, Any]:
                 os.unlink(folder.shard(source.uid))
         publish(folder.sidecar(source.uid), dump(record), os.path.join(aside, "record.json"))
     except OSError as error:
-        raise UserError(_unwritable(folder, error)) from error
+        raise UserError(unwritable(folder.root, error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return record
@@ -57,7 +57,7 @@ def _read(source: Source) -> Scan:
         raise BadScan(f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
-def _write(scan: Scan, source: Source, folder: Folder, aside: str) -> dict[str, Any]:
+def _write(scan: Scan, source: Source, folder: Folder[Settings], aside: str) -> dict[str, Any]:
     """The shard of a scan, renamed into place, and all the manifest will say of it."""
     tiling, grid = folder.settings.tiling, scan.grid
     path = os.path.join(aside, os.path.basename(folder.shard(scan.uid)))
@@ -109,16 +109,17 @@ def _single(value: float) -> float:
     return float(np.float32(value))
 
 
-def _unwritable(folder: Folder, error: OSError) -> str:
+def unwritable(root: str, error: OSError) -> str:
+    """Why the data set at `root` goes no further, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = 0
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder.root).free
+            free = shutil.disk_usage(root).free
         return (
-            f"{folder.root}: the disk is full ({free / 2**30:.1f} GiB free); finished scans are kept: make "
+            f"{root}: the disk is full ({free / 2**30:.1f} GiB free); finished scans are kept: make "
             "room and give the same command again"
         )
     return (
-        f"{folder.root}: cannot be written ({error.strerror or error}); finished scans are kept: give the "
+        f"{root}: cannot be written ({error.strerror or error}); finished scans are kept: give the "
         "same command again"
     )

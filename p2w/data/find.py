@@ -71,8 +71,8 @@ def find_luna(root: str, subsets: list[int]) -> tuple[Found, list[int]]:
             continue
         for name in sorted(os.listdir(folder)):
             if name.lower().endswith((".mhd", ".mha")) and not name.startswith("."):
-                where = _shown(f"subset{subset}/{name}")
-                uid = _uid(os.path.splitext(os.path.basename(where))[0])
+                where = shown(f"subset{subset}/{name}")
+                uid = safe_uid(os.path.splitext(os.path.basename(where))[0])
                 found.sources.append(Source(uid, where, (os.path.join(folder, name),), subset))
     if not found.sources:
         raise UserError(
@@ -94,8 +94,8 @@ def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
         above = os.path.basename(os.path.abspath(root)) + "/" if len(roots) > 1 else ""
-        for path in _walk(root, out):
-            name = _shown(above + os.path.relpath(path, root))
+        for path in walk(root, out):
+            name = shown(above + os.path.relpath(path, root))
             if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
                 _look(path, name, found, series)
     for uid, members in sorted(series.items()):
@@ -108,7 +108,7 @@ def find_scans(roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_
     return _unique(found)
 
 
-def _walk(root: str, out: str) -> Iterator[str]:
+def walk(root: str, out: str) -> Iterator[str]:
     """Files below `root` in a fixed order, through links but round no loop, past hidden ones and `out`."""
     seen, skip = set(), os.path.realpath(out)
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -121,7 +121,7 @@ def _walk(root: str, out: str) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A path as one line of text, whatever bytes the file system has in it."""
     name = name.replace(os.sep, "/").replace("\n", "\\n").replace("\r", "\\r")
     return name.encode(errors="backslashreplace").decode()
@@ -143,7 +143,7 @@ def _look(path: str, name: str, found: Found, series: dict[str, list[tuple[str, 
         (ending for ending in sorted(IMAGES, key=len, reverse=True) if lower.endswith(ending)), None
     )
     if ending and os.path.isfile(path):
-        found.sources.append(Source(_uid(name[: -len(ending)]), name, (path,)))
+        found.sources.append(Source(safe_uid(name[: -len(ending)]), name, (path,)))
     elif ending and os.path.islink(path) and not os.path.exists(path):
         found.bad.append((name, "a link to a file that is not there"))
     elif os.path.splitext(lower)[1] in OTHERS or not os.path.isfile(path):
@@ -175,10 +175,12 @@ def _series(uid: str, members: list[tuple[str, Slice]], found: Found, allow_gaps
         found.bad.append((name, str(error)))
         return
     exact = all(float(number).is_integer() for one in ordered for number in one.rescale)
-    found.sources.append(Source(_uid(uid), name, tuple(one.path for one in ordered), grid=grid, exact=exact))
+    found.sources.append(
+        Source(safe_uid(uid), name, tuple(one.path for one in ordered), grid=grid, exact=exact)
+    )
 
 
-def _uid(text: str) -> str:
+def safe_uid(text: str) -> str:
     """A name that every file system and tar takes; where it had to change, with a hash of the original."""
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", text.replace("/", "_")).lstrip(".-") or "_"
     if clean == text.replace("/", "_") and len(clean) <= UID_LENGTH:

@@ -13,17 +13,17 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from p2w.data import rules, typed
-from p2w.data.find import Source
 from p2w.data.locks import hold, is_free
 from p2w.data.manifest import NAME, SCHEMA, VERSION, dump, publish
 from p2w.data.scan import source_files
+from p2w.data.seams import Chosen, Scanned
 from p2w.data.subscan import WINDOW_HU, Tiling
 from p2w.errors import UserError
 
@@ -77,15 +77,21 @@ class Share:
         """For locks and unfinished files."""
         return f"{self.index}-of-{self.count}"
 
-    def of(self, sources: list[Source]) -> list[Source]:
+    def of(self, sources: list[Any]) -> list[Any]:
         """Every count-th scan, so that large and small subsets are mixed."""
         return sources[self.index :: self.count]
 
 
-class Folder:
+S = TypeVar("S", bound=Chosen)
+
+
+class Folder(Generic[S]):
     """Paths and small files of one data set folder."""
 
-    def __init__(self, root: str, settings: Settings) -> None:
+    form: Any = RECORD
+    columns = COLUMNS
+
+    def __init__(self, root: str, settings: S) -> None:
         """Nothing is touched before `prepare`."""
         self.root = root
         self.settings = settings
@@ -134,13 +140,17 @@ class Folder:
     def _holds_shards(self) -> bool:
         return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
 
-    def finished(self, source: Source) -> dict[str, Any] | None:
+    def nbytes(self, source: Any) -> int:
+        """Of all files that a shard is cut from."""
+        return sum(os.path.getsize(path) for path in source_files(source))
+
+    def finished(self, source: Scanned) -> dict[str, Any] | None:
         """What is known of a scan cut by a run like this one; None when it must be cut (again)."""
         record = self.record(source.uid)
         if record is None or "bad" in record or record["name"] != source.name:
             return None
         try:
-            if record["nbytes"] != sum(os.path.getsize(path) for path in source_files(source)):
+            if record["nbytes"] != self.nbytes(source):
                 return None
             shard = record["shard"]
             if shard is not None and os.path.getsize(self.shard(source.uid)) != shard["nbytes"]:
@@ -153,8 +163,8 @@ class Folder:
         """The sidecar of a scan, finished or bad."""
         try:
             with open(self.sidecar(uid), "rb") as file:
-                record: dict[str, Any] = typed.parse(file.read(), RECORD)
-            pa.RecordBatch.from_pylist(record.get("rows", []), schema=COLUMNS)
+                record: dict[str, Any] = typed.parse(file.read(), self.form)
+            pa.RecordBatch.from_pylist(record.get("rows", []), schema=self.columns)
             return record if record["uid"] == uid else None
         except (
             FileNotFoundError,
@@ -164,7 +174,7 @@ class Folder:
         ):  # ValueError: the disk lost it in a crash, or it is not ours
             return None
 
-    def check_strangers(self, sources: list[Source], bad: list[tuple[str, str]]) -> None:
+    def check_strangers(self, sources: Sequence[Scanned], bad: list[tuple[str, str]]) -> None:
         """Refuse scans of another run: the folder is to hold the scans asked for and no others."""
         known = {source.uid for source in sources}
         for name in sorted(os.listdir(os.path.join(self.root, "scans"))):

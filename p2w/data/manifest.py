@@ -51,6 +51,28 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Form:
+    """What the manifest of one kind of data set looks like: sub-scans to pretrain on, or samples of a target task."""
+
+    schema: pa.Schema | None  # None: any that has PLACES
+    dims: int | None  # of a record: 3 for voxels [z,y,x], 4 with channels; None: any
+    meta: dict[str, Any]  # forms (`typed`) of what its metadata may hold
+    made_by: str
+    remedy: str  # where there is no manifest
+
+
+PLACES = ("key", "shard", "offset", "nbytes", "crc32c")  # where records lie, in every kind of set
+SUB_SCANS = Form(
+    SCHEMA,
+    3,
+    rules.OPTIONAL,
+    "preprocess/shard_luna.py or preprocess/shard_scans.py",
+    "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
+)
+ANY = Form(None, None, {}, "preprocess/", SUB_SCANS.remedy)  # to check its bytes, whatever they mean
+
+
 class DamagedManifest(UserError):
     """There is a manifest, but not the one that was written, or one that cannot be trusted."""
 
@@ -80,14 +102,15 @@ def publish(path: str, data: bytes, temporary: str) -> None:
     os.replace(temporary, path)
 
 
-def manifest_bytes(rows: list[dict[str, Any]], meta: dict[str, Any]) -> bytes:
+def manifest_bytes(rows: list[dict[str, Any]], meta: dict[str, Any], form: Form = SUB_SCANS) -> bytes:
     """The parquet file of `rows` (sorted here) with `meta` as JSON under the schema metadata key "p2w".
 
     Another key carries the CRC-32C of the whole file with eight zeros in its own place, so that a byte that changes
     anywhere is found, in the footer too, which Parquet's own checksums leave out.
     """
-    rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"]))
-    schema = SCHEMA.with_metadata(
+    rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
+    assert form.schema is not None  # one writes sets of a kind
+    schema = form.schema.with_metadata(
         {b"p2w": dump(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
     buffer = io.BytesIO()
@@ -97,26 +120,26 @@ def manifest_bytes(rows: list[dict[str, Any]], meta: dict[str, Any]) -> bytes:
     return data[:at] + b"%08x" % crc32c(data) + data[at + len(UNSEALED) :]
 
 
-def read_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
+def read_manifest(where: str | os.PathLike[str] | bytes, form: Form = SUB_SCANS) -> Manifest:
     """Read the manifest of a folder, of a manifest file, or of its bytes (fetched by the caller).
 
     Raises UserError when it is missing, is damaged, is not one of ours, does not make sense (`rules`), or a shard
     it names is absent or of another size (the shards of bytes cannot be checked and are not).
     """
-    manifest = open_manifest(where)
+    manifest = open_manifest(where, form)
     if manifest.root:
         again = f"copy it again, or cut it again: {repair_command(manifest.root, manifest.meta)}"
         rules.refuse_faults(manifest.root, manifest.meta, again)
     return manifest
 
 
-def open_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
+def open_manifest(where: str | os.PathLike[str] | bytes, form: Form = SUB_SCANS) -> Manifest:
     """As `read_manifest`, without a look at the shards.
 
     Raises UserError when there is none; DamagedManifest when there is one that cannot be used.
     """
     if isinstance(where, bytes):
-        return _parse(where, "the fetched manifest", "")
+        return _parse(where, "the fetched manifest", "", form)
     path = os.fspath(where)
     if os.path.isdir(path):
         path = os.path.join(path, NAME)
@@ -127,25 +150,27 @@ def open_manifest(where: str | os.PathLike[str] | bytes) -> Manifest:
             if os.path.isdir(folder)
             else "no such folder"
         )
-        raise UserError(
-            f"{folder}: {found}; name a data set with "
-            "--shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards"
-        )
+        raise UserError(f"{folder}: {found}; {form.remedy}")
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
         raise DamagedManifest(f"{path}: cannot be read ({error.strerror}): copy it again") from error
-    return _parse(data, path, os.path.dirname(path) or ".")
+    return _parse(data, path, os.path.dirname(path) or ".", form)
 
 
 def repair_command(root: str, meta: dict[str, Any]) -> str:
     """The command that cuts damaged shards again, for the user to fill in where the scans are."""
+    if "task" in meta:
+        again = (
+            f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
+        )
+        return f"delete the shard, and repeat the command that made the set: {again}"
     luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
     return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
 
 
-def _parse(data: bytes, name: str, root: str) -> Manifest:
+def _parse(data: bytes, name: str, root: str, form: Form) -> Manifest:
     try:
         _check_seal(data)
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -156,15 +181,16 @@ def _parse(data: bytes, name: str, root: str) -> Manifest:
         raise DamagedManifest(f"{name} is not a parquet file ({_first(error)}): copy it again") from error
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first(error)}): copy it again") from error
-    if meta.get("schema") != VERSION or not schema.remove_metadata().equals(SCHEMA):
+    bare = schema.remove_metadata()
+    ours = set(PLACES) <= set(bare.names) if form.schema is None else bare.equals(form.schema)
+    if meta.get("schema") != VERSION or not ours:
         raise DamagedManifest(
-            f"{name} is not a p2w manifest of version {VERSION}: name a folder written by "
-            "preprocess/shard_luna.py or preprocess/shard_scans.py"
+            f"{name} is not a p2w manifest of version {VERSION}: name a folder written by {form.made_by}"
         )
     try:
         if meta.get("seal") is not None and SEAL not in data:
             raise ValueError("its checksum is gone")
-        rules.check_meta(meta)
+        rules.check_meta(meta, form.dims, form.meta)
         rules.check_size(file.metadata, len(data), meta)
         table = file.read()
         table.validate(full=True)  # text that is none, for one

@@ -15,6 +15,7 @@ import pyarrow as pa
 from p2w.data import typed
 from p2w.errors import UserError
 
+COUNTS = {3: "three", 4: "four"}
 MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
 MOST_VOXELS = 1 << 16  # along an axis
 UNPACKED = 1 << 26  # bytes that a small manifest may take in memory; a large one UNPACKED_TIMES its file
@@ -36,14 +37,17 @@ OPTIONAL = {  # what sets of tests and of other tools may lack
 }
 
 
-def check_meta(meta: Any) -> None:
+def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIONAL) -> None:
     """Raise ValueError unless the metadata has the types it is written with, and names plain files."""
-    present = {key: form for key, form in OPTIONAL.items() if key in meta}
+    present = {key: form for key, form in optional.items() if key in meta}
     if said := typed.misfit(meta, META | present, "its metadata"):
         raise ValueError(said)
     shape = meta["shape"]
-    if len(shape) != 3 or not all(1 <= n <= MOST_VOXELS for n in shape):
-        raise ValueError(f"its shape is {shape}, not three numbers of voxels from 1 to {MOST_VOXELS:,}")
+    dims = len(shape) if dims is None else dims
+    if not 3 <= len(shape) == dims <= 4 or not all(1 <= n <= MOST_VOXELS for n in shape):
+        raise ValueError(
+            f"its shape is {shape}, not {COUNTS.get(dims, 'three or four')} numbers of voxels from 1 to {MOST_VOXELS:,}"
+        )
     for shard in meta["shards"]:
         if not plain_name(shard["name"]):
             raise ValueError(

@@ -19,6 +19,7 @@ from p2w.data.merge import merge, unfinished
 from p2w.data.pool import pool
 from p2w.data.progress import Progress, duration, say
 from p2w.data.scan import read_grid
+from p2w.data.seams import Scanned
 from p2w.errors import UserError
 
 WORKER_BYTES = 2 << 30  # a worker stays below, for a scan of 512 x 512 x 764 voxels
@@ -119,7 +120,7 @@ def _cut(mine: list[Source], folder: Folder, job: Job) -> int:
     return bad
 
 
-def result_of(future: "Future[dict[str, Any]]", source: Source, waiting: dict[Any, Any]) -> dict[str, Any]:
+def result_of(future: "Future[dict[str, Any]]", source: Scanned, waiting: dict[Any, Any]) -> dict[str, Any]:
     """What became of a scan. Raises UserError when a worker process was killed."""
     try:
         return future.result()

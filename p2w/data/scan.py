@@ -38,6 +38,16 @@ class Scan:
     checksum: int  # CRC-32C of the source files' bytes, one after the other
 
 
+@dataclass(frozen=True)
+class Image:
+    """Values of any modality, or labels, [z,y,x] (a view) in LPS order, and their grid; as for a Scan otherwise."""
+
+    values: np.ndarray
+    grid: Grid
+    nbytes: int
+    checksum: int
+
+
 def quiet(threads: int) -> None:
     """Keep ITK to `threads` threads and its warnings off the screen, for this process."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
@@ -47,25 +57,49 @@ def quiet(threads: int) -> None:
 def read_grid(source: Source) -> tuple[Grid, int]:
     """The canonical grid and the size in bytes of a scan, from its headers alone. Raises BadScan."""
     grid, _ = _header(source)
-    return grid.canonical()[0], sum(os.path.getsize(path) for path in source_files(source))
+    return grid.canonical()[0], _nbytes(source)
+
+
+def stored_grid(source: Source) -> Grid:
+    """The grid as it is stored, which `Grid.canonical` turns into that of `read_scan`. Raises BadScan."""
+    return _header(source)[0]
 
 
 def read_scan(source: Source) -> Scan:
     """Read, check and turn one scan. Raises BadScan when it is damaged, or no CT volume in HU."""
-    grid, stored = _header(source)
-    files = source_files(source)
-    if stored is not None:
-        checksum = 0 if stored.path == source.files[0] else _checksum(source.files)
-        flat, checksum = read_voxels(stored, checksum)
-        array = flat.reshape(grid.size[::-1])
-        voxels = to_int16(array, stored.slope, stored.intercept)
-    else:
-        checksum = _checksum(files)
-        voxels = to_int16(_read_with_itk(source))
+    array, (slope, intercept), grid, checksum = _read(source)
+    voxels = to_int16(array, slope, intercept)
     check_ct(voxels)
     turned, order, flips = grid.canonical()
-    nbytes = sum(os.path.getsize(path) for path in files)
-    return Scan(source.uid, to_canonical(voxels, order, flips), turned, nbytes, checksum)
+    return Scan(source.uid, to_canonical(voxels, order, flips), turned, _nbytes(source), checksum)
+
+
+def read_image(source: Source) -> Image:
+    """Read and turn an image of any modality, or a mask; values as they are stored, scaled where the header says so.
+
+    Raises BadScan when it is damaged or holds values that are not finite.
+    """
+    array, (slope, intercept), grid, checksum = _read(source)
+    if (slope, intercept) != (1.0, 0.0):
+        array = array * np.float32(slope) + np.float32(intercept)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise BadScan("NaN or infinite values")
+    turned, order, flips = grid.canonical()
+    return Image(to_canonical(array, order, flips), turned, _nbytes(source), checksum)
+
+
+def _nbytes(source: Source) -> int:
+    return sum(os.path.getsize(path) for path in source_files(source))
+
+
+def _read(source: Source) -> tuple[np.ndarray, tuple[float, float], Grid, int]:
+    """Stored values [z,y,x] as they lie in the file, slope and intercept still to be applied, grid, checksum."""
+    grid, stored = _header(source)
+    if stored is None:
+        return _read_with_itk(source), (1.0, 0.0), grid, _checksum(source_files(source))
+    checksum = 0 if stored.path == source.files[0] else _checksum(source.files)
+    flat, checksum = read_voxels(stored, checksum)
+    return flat.reshape(grid.size[::-1]), (stored.slope, stored.intercept), grid, checksum
 
 
 def source_files(source: Source) -> tuple[str, ...]:

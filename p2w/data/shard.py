@@ -32,7 +32,13 @@ __all__ = [
 ]
 
 ALIGNMENT = 64  # bytes: a cache line, and what Arrow asks for
-COLUMNS = [name for name in SCHEMA.names if name not in ("split", "shard", "offset", "nbytes")]
+PLACED = ("split", "fold", "shard", "offset", "nbytes")  # what only the manifest says of a record
+NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing": "mm"}
+
+
+def columns_of(schema: pa.Schema) -> list[str]:
+    """Columns of a manifest that are written beside the voxels too."""
+    return [name for name in schema.names if name not in PLACED]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ShardFile(Protocol):
     """What both formats can do. `add` completes a row by its crc32c, offset and nbytes."""
 
     def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
-        """Append one sub-scan, voxels int16 [z,y,x]; `row` holds key, scan_uid, … as in the manifest."""
+        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); `row` holds key, scan_uid, … as in the manifest."""
 
     def close(self) -> Shard:
         """End the file and flush it to the disk."""
@@ -87,7 +93,7 @@ class _Sink:
         self.file.close()
 
 
-def _check(voxels: np.ndarray, shape: tuple[int, int, int]) -> None:
+def _check(voxels: np.ndarray, shape: tuple[int, ...]) -> None:
     assert voxels.shape == shape and voxels.dtype == np.dtype("<i2"), (voxels.shape, voxels.dtype)
     assert voxels.flags.c_contiguous
 
@@ -95,9 +101,12 @@ def _check(voxels: np.ndarray, shape: tuple[int, int, int]) -> None:
 class TarShard:
     """A tar of `KEY.npy` and `KEY.json`, the same bytes for the same content."""
 
-    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, path: str, shape: tuple[int, ...], schema: pa.Schema = SCHEMA, note: dict[str, Any] = NOTE
+    ) -> None:
         self.sink = _Sink(path)
         self.shape = shape
+        self.columns = columns_of(schema)
         header = io.BytesIO()
         npy.write_array_header_1_0(header, {"descr": "<i2", "fortran_order": False, "shape": shape})
         self.npy_header = header.getvalue()  # 128 bytes, so the voxels keep the tar block's alignment
@@ -121,7 +130,7 @@ class TarShard:
         assert offset % ALIGNMENT == 0, offset
         self.sink.write(voxels)
         self._pad(tarfile.BLOCKSIZE)
-        text = dump({name: row[name] for name in COLUMNS})
+        text = dump({name: row[name] for name in self.columns})
         self._member(row["key"] + ".json", len(text))
         self.sink.write(text)
         self._pad(tarfile.BLOCKSIZE)
@@ -141,12 +150,14 @@ class TarShard:
 class ArrowShard:
     """An Arrow IPC file of one record batch per sub-scan, voxels first: they start the batch's body."""
 
-    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, path: str, shape: tuple[int, ...], schema: pa.Schema = SCHEMA, note: dict[str, Any] = NOTE
+    ) -> None:
         self.sink = _Sink(path)
         self.shape = shape
+        self.columns = columns_of(schema)
         self.tensor = pa.fixed_shape_tensor(pa.int16(), shape)
-        fields = [pa.field("voxels", self.tensor)] + [SCHEMA.field(name) for name in COLUMNS]
-        note = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing": "mm"}
+        fields = [pa.field("voxels", self.tensor)] + [schema.field(name) for name in self.columns]
         self.schema = pa.schema(fields, metadata={b"p2w": dump(note)})
         self.writer = pa.ipc.new_file(self.sink, self.schema)
         self.header_sizes: dict[int, int] = {}  # padding -> bytes before the voxels of a batch
@@ -155,7 +166,7 @@ class ArrowShard:
     def _batch(self, row: dict[str, Any], voxels: np.ndarray) -> pa.RecordBatch:
         flat = pa.FixedSizeListArray.from_arrays(pa.array(voxels.reshape(-1)), voxels.size)
         columns = [pa.ExtensionArray.from_storage(self.tensor, flat)]
-        columns += [pa.array([row[name]], SCHEMA.field(name).type) for name in COLUMNS]
+        columns += [pa.array([row[name]], self.schema.field(name).type) for name in self.columns]
         return pa.record_batch(columns, schema=self.schema)
 
     def _measure(self, batch: pa.RecordBatch) -> None:
@@ -202,6 +213,11 @@ class ArrowShard:
 FORMATS: dict[str, type[TarShard] | type[ArrowShard]] = {"tar": TarShard, "arrow": ArrowShard}
 
 
-def open_shard(path: str, shape: tuple[int, int, int]) -> ShardFile:
-    """A new shard of sub-scans of `shape` at `path`, in the format of its extension (.tar or .arrow)."""
-    return FORMATS[os.path.splitext(path)[1][1:]](path, shape)
+def open_shard(
+    path: str, shape: tuple[int, ...], schema: pa.Schema = SCHEMA, note: dict[str, Any] = NOTE
+) -> ShardFile:
+    """A new shard of records of `shape` at `path`, in the format of its extension (.tar or .arrow).
+
+    Beside the voxels stands what the manifest's `schema` says of them; an Arrow file's own metadata is `note`.
+    """
+    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note)

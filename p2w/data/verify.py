@@ -11,6 +11,7 @@ byte for byte, the one the manifest tells of. Exit code 0: all is sound (again);
 named; 2: no data set there.
 """
 
+import contextlib
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ import tyro
 from crc32c import crc32c
 
 from p2w.data import rules
-from p2w.data.manifest import DamagedManifest, Manifest, open_manifest, repair_command
+from p2w.data.manifest import ANY, DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.data.progress import Progress, say
 from p2w.errors import UserError
 
@@ -86,6 +87,18 @@ def check_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = No
             return Fault(shard, fault, [key for key, *place in rows if not _sound(file, *place)])
     except OSError as error:
         return Fault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
+
+
+def _open(where: str) -> Manifest:
+    """A set of sub-scans, or of a target task's samples: their bytes are checked alike."""
+    try:
+        return open_manifest(where)
+    except DamagedManifest as error:
+        with contextlib.suppress(DamagedManifest):
+            manifest = open_manifest(where, ANY)
+            if "task" in manifest.meta:
+                return manifest
+        raise error
 
 
 def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int, int]]:
@@ -153,11 +166,15 @@ def main(argv: list[str]) -> int:
             f"{options.shards}: only a folder can be verified; training checks what it streams, copy the set to check it"
         )
     try:
-        manifest = open_manifest(options.shards)
+        manifest = _open(options.shards)
     except DamagedManifest as error:
         again = "repeat the preprocess command that cut the set, it writes the manifest again and no finished shard"
         say(f"damaged: {error}, or {again}")
         return 1
+    if options.repair and "task" in manifest.meta:
+        raise UserError(
+            f"{manifest.root}: {repair_command(manifest.root, manifest.meta)}; --repair is for scans"
+        )
     faults = check(manifest, options.workers or len(os.sched_getaffinity(0)))
     if not faults:
         count, size = len(manifest.meta["shards"]), sum(s["nbytes"] for s in manifest.meta["shards"])

@@ -8,36 +8,54 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from p2w.model.dense_vnet import DenseVNet, DenseVNetHead
 from p2w.model.protocol import Encoder, Network
 from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder
 
+WIDEST = 256  # channels of a general decoder's level: the paper's decoder has 256 | 128 | 64
+
 
 def build_decoder(encoder: Encoder, skips: bool, out_channels: int = 1) -> nn.Module:
-    """The paper's decoder where the encoder has its four levels, else one level of `GeneralDecoder` for each of its levels.
+    """The paper's decoder where the encoder has its four levels, the dense V-Net's own head, else a `GeneralDecoder`.
 
     `skips` joins the encoder's features at every level. The decoder maps features, fine to coarse, to logits
     (B, out_channels, D, H, W) at the size of the encoder's input, whose edges are multiples of its last stride.
     """
-    kind = UNet3dDecoder if encoder.strides == (1, 2, 4, 8) else GeneralDecoder
-    return kind(encoder.channels, encoder.strides, skips, out_channels)
+    if isinstance(encoder, DenseVNet):
+        return DenseVNetHead(encoder.channels, skips, out_channels)
+    if encoder.strides == (1, 2, 4, 8) and not encoder.slice_strides:
+        return UNet3dDecoder(encoder.channels, encoder.strides, skips, out_channels)
+    return GeneralDecoder(encoder.channels, encoder.strides, skips, out_channels, encoder.slice_strides)
 
 
 class GeneralDecoder(nn.Module):
-    """U-shaped, over any number of levels; levels of equal stride are joined without up-sampling."""
+    """U-shaped, over any number of levels; levels of equal stride are joined without up-sampling.
+
+    A level is as wide as the encoder's, but no wider than `WIDEST`: I3D's own 832 channels would make 86 M parameters
+    of a decoder for an encoder of 12 M. `slice_strides` are the strides along z where they differ.
+    """
 
     def __init__(
-        self, channels: tuple[int, ...], strides: tuple[int, ...], skips: bool = False, out_channels: int = 1
+        self,
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        skips: bool = False,
+        out_channels: int = 1,
+        slice_strides: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.skips = skips
-        pairs = list(zip(channels, strides, strict=True))
+        edges = [(z, s, s) for z, s in zip(slice_strides or strides, strides, strict=True)]
+        widths = [min(c, WIDEST) for c in channels[:-1]] + [channels[-1]]
+        pairs = list(zip(channels, widths, edges, strict=True))
         self.ups = nn.ModuleList(
-            Widen(cin, coarse // fine, cout if skips else 0, cout)
-            for (cout, fine), (cin, coarse) in reversed(list(itertools.pairwise(pairs)))
+            Widen(cin, _ratio(coarse, fine), skip if skips else 0, cout)
+            for (skip, cout, fine), (_, cin, coarse) in reversed(list(itertools.pairwise(pairs)))
         )
-        narrow = max(channels[0] // 2, 1)
-        self.last = Widen(channels[0], strides[0], 0, narrow) if strides[0] > 1 else nn.Identity()
-        self.out_tr = Final(narrow if strides[0] > 1 else channels[0], out_channels)
+        narrow = max(widths[0] // 2, 1)
+        widens = max(edges[0]) > 1
+        self.last = Widen(widths[0], edges[0], 0, narrow) if widens else nn.Identity()
+        self.out_tr = Final(narrow if widens else widths[0], out_channels)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Features fine to coarse -> logits (B, out_channels, D, H, W)."""
@@ -48,20 +66,23 @@ class GeneralDecoder(nn.Module):
 
 
 class Widen(nn.Module):
-    """Multiply the edges by `factor`, join the skip where there is one, then two ConvNormAct."""
+    """Multiply the edges by the factor of each axis, join the skip where there is one, then two ConvNormAct."""
 
-    def __init__(self, cin: int, factor: int, skip: int, cout: int) -> None:
+    def __init__(self, cin: int, factor: tuple[int, int, int], skip: int, cout: int) -> None:
         super().__init__()
+        widens = max(factor) > 1
         up = nn.ConvTranspose3d(cin, cout, kernel_size=factor, stride=factor)
-        self.up_conv = up if factor > 1 else nn.Identity()
-        self.ops = nn.Sequential(
-            ConvNormAct((cout if factor > 1 else cin) + skip, cout), ConvNormAct(cout, cout)
-        )
+        self.up_conv = up if widens else nn.Identity()
+        self.ops = nn.Sequential(ConvNormAct((cout if widens else cin) + skip, cout), ConvNormAct(cout, cout))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """(B, cin, D, H, W), (B, skip, fD, fH, fW) or None -> (B, cout, fD, fH, fW)."""
         x = self.up_conv(x)
         return self.ops(x if skip is None else torch.cat((x, skip), dim=1))
+
+
+def _ratio(coarse: tuple[int, int, int], fine: tuple[int, int, int]) -> tuple[int, int, int]:
+    return (coarse[0] // fine[0], coarse[1] // fine[1], coarse[2] // fine[2])
 
 
 class EncoderDecoder(Network):
@@ -71,6 +92,11 @@ class EncoderDecoder(Network):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        if not getattr(
+            decoder, "skips", True
+        ):  # no gradient reaches these, and DDP would wait for them for ever
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_(not name.startswith(encoder.beside_pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""

@@ -17,11 +17,11 @@ from p2w.model.protocol import Encoder
 
 
 class ConvNormAct(nn.Module):
-    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D, H, W)."""
+    """3x3x3 convolution, batch norm, ReLU: (B, Cin, D, H, W) -> (B, Cout, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, cin: int, cout: int) -> None:
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = Conv3d(cin, cout, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(cin, cout, kernel_size=3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm3d(cout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ class UNet3dEncoder(Encoder):
     `channels` and `strides` describe the returned features, fine to coarse; at width 32 they are
     (64, 128, 256, 512) and (1, 2, 4, 8): a 32 x 64 x 64 part becomes 512 x 4 x 8 x 8.
     """
+
+    sees_input = ("down_tr64.ops.0.conv1.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

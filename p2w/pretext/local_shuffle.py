@@ -84,6 +84,8 @@ def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tens
         keys = geometry.mix(seeds + n * _ODD % 2**62)
         partner = ((keys >> 1) & (2**62 - 1)).remainder(volume).gather(1, block) - slot
         partner = torch.where(partner < 0, partner + size, partner)
-        bit = geometry.mix(keys.gather(1, block) ^ (torch.maximum(slot, partner) * _ODD)) & 1
-        slot = torch.where(bit == 1, partner, slot)
+        coin = (
+            keys.gather(1, block) ^ (torch.maximum(slot, partner) * _ODD)
+        ) * _ODD  # its sign, of the keys' 64 bits
+        slot = torch.where(coin < 0, partner, slot)
     return slot

@@ -1,5 +1,6 @@
 """What a pretext is. Shapes: B, C, D, H, W = batch, channel, slice, row, column; all axes z, y, x."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -65,10 +66,19 @@ class Pretext(Protocol):
 
 
 def check_size(size: Size, encoder: Encoder) -> None:
-    """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's stride."""
-    stride = encoder.strides[-1]
-    if any(edge < stride or edge % stride for edge in size):
+    """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's strides, or
+    leave its coarsest features fewer voxels than it can normalise."""
+    by, least = encoder.multiples, encoder.least_voxels
+    fits = [max(stride, edge // stride * stride) for edge, stride in zip(size, by, strict=True)]
+    few = math.prod(edge // stride for edge, stride in zip(fits, by, strict=True)) < least
+    wide = 2 if few else 1
+    remedy = f"pass e.g. --pretext.size {fits[0]} {wide * fits[1]} {wide * fits[2]}"
+    if any(edge < stride or edge % stride for edge, stride in zip(size, by, strict=True)):
+        same = len(set(by)) == 1
+        rule = f"{by[0]}, the encoder's stride" if same else f"its own of {by}, the encoder's strides"
+        raise UserError(f"pretext.size={size}: each edge must be a multiple of {rule}; {remedy}")
+    if few:
         raise UserError(
-            f"pretext.size={size}: each edge must be a multiple of {stride}, the encoder's stride; "
-            f"pass e.g. --pretext.size {' '.join(str(max(stride, edge // stride * stride)) for edge in size)}"
+            f"pretext.size={size}: at the encoder's stride, {by[-1]}, its coarsest features must be {least} voxels at "
+            f"least, to be normalised; {remedy}"
         )

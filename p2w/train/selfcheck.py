@@ -103,7 +103,7 @@ def _differences(
     def rounded(shape: Shape) -> Tensor:
         return torch.randn(shape, generator=draw).to(dtype).float().to(device)
 
-    layer = copy.deepcopy(module)
+    layer = copy.deepcopy(module).requires_grad_()  # also of what the run keeps frozen
     x = rounded(size)
     if module.weight.is_contiguous(memory_format=torch.channels_last_3d):
         x = x.contiguous(memory_format=torch.channels_last_3d)

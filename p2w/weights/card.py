@@ -1,6 +1,7 @@
 """The model card: all that a user of the weights must know, collected by the program from the run folder."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder
 
-INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, 1, z, y, x)"
+INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
+FINGERPRINT = "the first 16 digits of a SHA-256 over the manifest: shape, window, tiling, split, and each shard's checksum"
+SEES = {
+    "autoencoder": "whole",
+    "models_genesis": "crop",
+    "rubiks_cube": "whole",
+    "rubiks_cube_pp": "whole",
+    "mae": "whole",
+}
+"""What a pretext feeds: wholes resized, crops as they are, else parts resized; for the spacing that the network saw."""
 LICENCE = (
     "The method is covered by US patents 11,915,417 and 12,430,767. Weights may fall under the terms of the scans they "
     "were trained on."
@@ -35,7 +45,7 @@ class Trained:
 
 def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
     """Plain JSON values. `holds` says what the file has: "encoder" or "all"."""
-    config = trained.config
+    config, start = trained.config, _last_start(trained.run)
     return {
         "p2w": __version__,
         "holds": holds,
@@ -44,19 +54,24 @@ def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
             "width": config.model.width,
             "channels": list(encoder.channels),
             "strides": list(encoder.strides),
+            "in_channels": encoder.in_channels,
         },
         "input": {
-            "what": INPUT,
+            "what": INPUT.format(channels=encoder.in_channels),
             "axis_order": "zyx",
             "window_hu": list(config.pretext.window_hu),
             "size_zyx": list(config.pretext.size),
+            "spacing_mm_zyx": _spacing(config, start.get("data_set")),
             "edges_divisible_by": encoder.strides[-1],
         },
         "training": {
             "step": trained.step,
             "samples": trained.step * config.data.batch,
             "figures": _figures(trained),
-            "data": _data(trained.run),
+            "data": data_of(trained.run),
+            "fingerprint_is": FINGERPRINT,
+            "data_set": start.get("data_set"),
+            "command": start.get("command"),
             "config": json.loads(settings.to_json(config)),
         },
         "notice": LICENCE,
@@ -76,15 +91,44 @@ def _figures(trained: Trained) -> dict[str, float]:
     return found
 
 
-def _data(run: Path) -> dict[str, Any]:
+def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start, as its folder recorded it."""
+    start = _last_start(run)
+    return {"fingerprint": str(start["data"]), "shards": str(start["shards"])}
+
+
+def _last_start(run: Path) -> dict[str, Any]:
+    """What the folder recorded of the run's last start. Raises UserError where that names no data set."""
     try:
-        last = json.loads((run / "run.json").read_text())["starts"][-1]
-        return {"fingerprint": str(last["data"]), "shards": str(last["shards"])}
+        start = json.loads((run / "run.json").read_text())["starts"][-1]
+        return {**start, "data": start["data"], "shards": start["shards"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{run}/run.json: does not tell the data set ({error}); copy the run folder again"
         ) from error
+
+
+def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
+    """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
+
+    Wholes are resized to the network's size, parts too, which makes them finer.
+    """
+    names = ("scans_smallest", "scans_median", "scans_largest")
+    sees = SEES.get(config.pretext.name, "part")
+    if sees == "crop" and settings.flatten(config).get("genesis.cube") == "whole":
+        sees = "whole"
+    try:
+        spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
+        edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
+        whole = [mm * edge / size for mm, edge, size in edges]
+    except (LookupError, TypeError, ValueError):
+        return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
+    unit = spread[1] if sees == "crop" else whole
+    fractions = config.pretext.volume_fraction if sees == "part" else (1.0, 1.0)
+    small, large = (fraction ** (1 / 3) for fraction in fractions)
+    edges_of = {"network_smallest": small, "network": math.sqrt(small * large), "network_largest": large}
+    seen = {name: [round(mm * edge, 4) for mm in unit] for name, edge in edges_of.items()}
+    return {**dict(zip(names, spread, strict=True)), **seen}
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -106,13 +150,22 @@ features = encoder(x)                # list, fine to coarse
 ```
 
 **Input**: {fed["what"]}; window {fed["window_hu"]} HU, axes {fed["axis_order"]}; trained at {fed["size_zyx"]} voxels; any
-size whose edges are divisible by {fed["edges_divisible_by"]}.
+size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed["spacing_mm_zyx"])}
 
-**Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}. All
-settings are in `card.json`.
+**Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}
+({training["fingerprint_is"]}). All settings are in `card.json`.
 
 | at that step | |
 |---|---|
 {figures}
 {card["notice"]}
 """
+
+
+def _of_spacing(spacing: dict[str, Any]) -> str:
+    if spacing["network"] is None:
+        return "The run did not note its scans' spacing."
+    return (
+        f"Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
+        f"network saw {spacing['network_smallest']} to {spacing['network_largest']} mm."
+    )

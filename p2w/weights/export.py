@@ -3,18 +3,20 @@
     p2w export runs/paper --to safetensors       one file with its card inside: p2w.load(FILE), or safetensors alone
     p2w export runs/paper --to models-genesis    torch file under Models Genesis' names: {"state_dict": …}
     p2w export runs/paper --to hub-folder        model.safetensors, card.json, README.md: upload it as it is
+    p2w export runs/resencl --to nnunet          folder with nnU-Net's checkpoint_final.pth; of a run of --model.name resencl
 
 The best checkpoint by validation, else the newest, unless --step names one.
 """
 
+import contextlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -25,6 +27,7 @@ from p2w.errors import UserError
 from p2w.log import write_atomic
 from p2w.model.genesis_keys import to_genesis
 from p2w.train.checkpoint import Checkpoints
+from p2w.weights import nnunet
 from p2w.weights.card import card, markdown
 from p2w.weights.load import filled, find
 
@@ -37,7 +40,7 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    to: Literal["safetensors", "models-genesis", "hub-folder"]
+    to: Literal["safetensors", "models-genesis", "nnunet", "hub-folder"]
     """Which format."""
     out: Path | None = None
     """File or folder to write; default beside the checkpoints, RUN/export/…"""
@@ -51,8 +54,12 @@ def main(argv: list[str]) -> int:
     """Read the checkpoint, check it, write."""
     options = tyro.cli(Options, args=argv, prog="p2w export", description=__doc__)
     trained = find(options.run, options.step)
+    model, form = trained.config.model, FORMATS[options.to]
+    if form.takes and model.name != form.takes:
+        raise UserError(f"{options.run}: trained {model.name}, and {form.why}; pass --to safetensors")
+    if form.encoder_alone and options.what == "all":
+        raise UserError(f"--what all: {form.why}, and its decoder is its own; leave it out")
     snapshot = Checkpoints(trained.run / "checkpoints").load(trained.step)
-    model = trained.config.model
     encoder = filled(model.name, model.width, snapshot.model, str(trained.folder))
     state = {
         k: v.contiguous()
@@ -60,11 +67,10 @@ def main(argv: list[str]) -> int:
         if options.what == "all" or k.startswith("encoder.")
     }
     described = card(trained, encoder, options.what)
-    ending, write = WRITERS[options.to]
-    out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{ending}"
+    out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write(out, state, described)
+        form.write(out, state, described)
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); name another with --out") from error
     print(
@@ -73,12 +79,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _safetensors(out: Path, state: State, described: dict[str, object]) -> None:
+def _safetensors(out: Path, state: State, described: dict[str, Any]) -> None:
     write_atomic(out, save(state, {"format": "pt", "p2w": json.dumps(described, sort_keys=True)}))
 
 
-def _models_genesis(out: Path, state: State, described: dict[str, object]) -> None:
+def _models_genesis(out: Path, state: State, described: dict[str, Any]) -> None:
     """As its port saves: `module.` in front, under `state_dict`; plain types, loads with weights_only=True."""
+    network = described["encoder"]["name"]
+    if network != "unet3d":
+        raise UserError(
+            f"{out}: Models Genesis' names are for unet3d, not {network}; export --to safetensors"
+        )
     packed = io.BytesIO()
     torch.save(
         {
@@ -90,22 +101,49 @@ def _models_genesis(out: Path, state: State, described: dict[str, object]) -> No
     write_atomic(out, packed.getvalue())
 
 
-def _hub_folder(out: Path, state: State, described: dict[str, object]) -> None:
+def _hub_folder(out: Path, state: State, described: dict[str, Any]) -> None:
+    with _folder(out) as beside:
+        _safetensors(beside / "model.safetensors", state, described)
+        write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
+        write_atomic(beside / "README.md", markdown(described))
+
+
+def _nnunet(out: Path, state: State, described: dict[str, Any]) -> None:
+    with _folder(out) as beside:
+        nnunet.write(beside, state, described)
+        write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
+        write_atomic(beside / "README.md", markdown(described) + nnunet.readme(described))
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[Path]:
     """Written beside and renamed; an older one there is replaced only when it is one of ours."""
     if out.exists() and not (out / "card.json").is_file():
-        raise UserError(f"{out}: stands there already and is no hub folder of ours; name another with --out")
+        raise UserError(f"{out}: stands there already and is no folder of ours; name another with --out")
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    _safetensors(beside / "model.safetensors", state, described)
-    write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
-    write_atomic(beside / "README.md", markdown(described))
+    yield beside
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path, State, dict[str, object]], None]]] = {
-    "safetensors": (".safetensors", _safetensors),
-    "models-genesis": (".pt", _models_genesis),
-    "hub-folder": ("", _hub_folder),
+@dataclass(frozen=True)
+class Format:
+    """A way out. `takes`: the one encoder that it is for, "" for any, and `why`."""
+
+    ending: str
+    write: Callable[[Path, State, dict[str, Any]], None]
+    takes: str = ""
+    why: str = ""
+    encoder_alone: bool = False
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", _safetensors),
+    "models-genesis": Format(".pt", _models_genesis, "unet3d", "Models Genesis is the paper's U-Net, unet3d"),
+    "nnunet": Format(
+        "-nnunet", _nnunet, "resencl", "nnU-Net takes its own residual encoder, resencl, alone", True
+    ),
+    "hub-folder": Format("", _hub_folder),
 }

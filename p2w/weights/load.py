@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,39 @@ from torch import Tensor
 from p2w import config as settings
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
+from p2w.model.nnunet_keys import from_nnunet
 from p2w.train.checkpoint import Checkpoints
-from p2w.weights.card import Trained
+from p2w.weights import nnunet
+from p2w.weights.card import Trained, data_of
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a run, a checkpoint or a file of ours holds: names are `encoder.…` and, in some, `decoder.…`."""
+
+    name: str
+    width: int
+    state: dict[str, Tensor]
+    where: str
+    data: dict[str, str]
+    """`fingerprint` and `shards` of the set it was trained on."""
+    in_channels: int = 1
+
+
 def load(path: str | Path) -> Encoder:
-    """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or hub folder.
+    """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder.
 
     Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
-    path = Path(path)
+    held = read(Path(path))
+    return filled(held.name, held.width, held.state, held.where, held.in_channels)
+
+
+def read(path: Path) -> Held:
+    """All the weights of what `load` takes. Raises UserError as it does."""
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
@@ -38,19 +59,31 @@ def load(path: str | Path) -> Encoder:
         trained = find(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
-        return filled(model.name, model.width, snapshot.model, str(path))
-    file = path / "model.safetensors" if path.is_dir() else path
-    card = read_card(file)
+        return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
+    if path.name == nnunet.CHECKPOINT and path.is_file():
+        path = path.parent
+    of_nnunet = (path / nnunet.CHECKPOINT).is_file()
+    file = path / (nnunet.CHECKPOINT if of_nnunet else "model.safetensors") if path.is_dir() else path
+    card = read_json(path / "card.json") if of_nnunet else read_card(file)
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
+        in_channels = int(card["encoder"].get("in_channels", 1))
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
-        return filled(name, width, load_file(file), str(file))
+        state = from_nnunet(nnunet.read(file)) if of_nnunet else load_file(file)
+        return Held(name, width, state, str(file), trained_on(card), in_channels)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def trained_on(card: dict[str, Any]) -> dict[str, str]:
+    """The data set that a card names; empty when it names none."""
+    training = card.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
 
 
 def find(run: Path, step: int | None = None) -> Trained:
@@ -67,10 +100,10 @@ def find(run: Path, step: int | None = None) -> Trained:
     return Trained(run, step, config)
 
 
-def filled(name: str, width: int, state: dict[str, Tensor], where: str) -> Encoder:
+def filled(name: str, width: int, state: dict[str, Tensor], where: str, in_channels: int = 1) -> Encoder:
     """The encoder with the tensors of `state` named `encoder.…`. Raises UserError for any that lacks or differs."""
     with torch.device("meta"):
-        encoder = build_encoder(name, width)
+        encoder = build_encoder(name, width, in_channels)
     wanted = encoder.state_dict()
     given = {
         key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")
@@ -84,9 +117,23 @@ def filled(name: str, width: int, state: dict[str, Tensor], where: str) -> Encod
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
+    encoder.feeding = "unit"  # what our pretraining feeds every network
     for parameter in encoder.parameters():
         parameter.requires_grad_(True)
     return encoder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The card beside weights of another program's format. Raises UserError when there is none."""
+    try:
+        card = json.loads(file.read_text())
+        if not isinstance(card, dict):
+            raise ValueError("it is no object")
+        return card
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: no p2w card ({error}); copy the folder whole, or export the run again"
+        ) from error
 
 
 def read_card(file: Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
 
 import launch.analyze
-import launch.train  # noqa: F401
+import launch.train
+import launch.transfer  # noqa: F401
 from tests.launch import spies
 
 

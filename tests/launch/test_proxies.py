@@ -1,11 +1,10 @@
-"""Every generative proxy trains on two ranks, and stopped and continued it gives the same weights, bit for bit."""
+"""Every kind of generative proxy trains on two ranks, and stopped and continued it gives the same weights, bit for bit."""
 
 import pytest
 from launch_runs import TINY, metrics, weights
 
 NAMES = {
     "parts2whole": "--intensity.strength 1 --position.weight 0.1",
-    "autoencoder": "",
     "models_genesis": "--genesis.blocks 200",
     "rubiks_cube": "--rubik.orders 5",
     "rubiks_cube_pp": "--rubik.critic-width 2",

@@ -63,7 +63,7 @@ BAD = {
         ["demo", "--pretext.name", "puzzle"],
         "error: pretext.name=puzzle: unknown; one of parts2whole",
     ),
-    "unknown model": (["demo", "--model.name", "resnet"], "error: model.name=resnet: unknown; one of unet3d"),
+    "unknown model": (["demo", "--model.name", "resnet"], "error: model.name=resnet: unknown; one of "),
     "too few": (["demo", "--data.batch", "32"], "24 sub-scans do not fill one global batch of 32"),
     "accumulate": (
         ["demo", "--optim.accumulate", "3"],

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from p2w.config import ContrastConfig
 from p2w.pretext.contrast import Queue
 from p2w.pretext.contrast.head import Head
 from p2w.pretext.contrast.losses import unit
+from p2w.pretext_config import ContrastConfig
 from tests.pretext.contrast_ranks import Plain, build, views
 from tests.pretext.contrast_reference import T, reference_nce, wide
 

@@ -82,3 +82,9 @@ def test_a_crop_that_is_wrong_is_found(monkeypatch, fault):
 
     monkeypatch.setattr(crop_resize_torch, "run", wrong)
     assert "differs from float64 by" in wrong_crop(PretextConfig(), CPU)
+
+
+def test_what_a_run_keeps_frozen_is_checked_too():
+    model = network(2).requires_grad_(False)
+    assert wrong_convolution(model, BF16, (1, 1, 16, 16, 16), CPU) == ""
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -6,20 +6,26 @@ import pytest
 import torch
 
 from p2w.log import Log
+from p2w.model import ENCODERS
 from p2w.pretrain import build
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.folder import RunFolder
 
+DATA_SET = {"shape": [64, 128, 128], "spacing_mm": [[0.6, 0.5, 0.5], [1.25, 0.7, 0.7], [2.5, 0.98, 0.98]]}
 
-@pytest.fixture(scope="session")
-def trained_run(tmp_path_factory):
-    """Two checkpoints, the first of them the best; do not change it."""
-    run = tmp_path_factory.mktemp("runs") / "small"
+
+def write_run(run, encoder="unet3d", width=2, size=(16, 32, 32)):
+    """Two checkpoints, the first of them the best."""
     config = named("demo")
-    config = replace(config, model=replace(config.model, width=2))
+    config = replace(
+        config,
+        model=replace(config.model, name=encoder, width=width),
+        pretext=replace(config.pretext, size=size),
+    )
     folder, log = RunFolder(run), Log(run, True, 20)
-    folder.open(config, "0123456789abcdef", "shards", {"host": "here"})
+    machine = {"host": "here", "command": "launch/train.py demo", "data_set": DATA_SET}
+    folder.open(config, "0123456789abcdef", "shards", machine)
     checkpoints = Checkpoints(run / "checkpoints")
     for step, validation in ((10, 0.02), (20, 0.03)):
         torch.manual_seed(step)
@@ -28,3 +34,22 @@ def trained_run(tmp_path_factory):
     log.close()
     folder.close()
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """A run of the paper's network; do not change it."""
+    return write_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="session")
+def resencl_run(tmp_path_factory):
+    """A run of nnU-Net's encoder; do not change it."""
+    return write_run(tmp_path_factory.mktemp("runs") / "resencl", "resencl", 1, (32, 64, 64))
+
+
+@pytest.fixture(scope="session", params=sorted(ENCODERS))
+def any_run(request, tmp_path_factory):
+    """A run of every encoder in the table; do not change it."""
+    run = tmp_path_factory.mktemp("runs") / request.param
+    return write_run(run, request.param, 1, (32, 64, 64))

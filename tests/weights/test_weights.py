@@ -1,6 +1,7 @@
 """Out of a run and back: the same bits, with a card that says what they are; what is not ours is one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import p2w
 from p2w.__main__ import COMMANDS
 from p2w.errors import UserError
+from p2w.model import build_encoder
 from p2w.model.genesis_keys import from_genesis
 from p2w.weights import export
 
@@ -55,6 +57,55 @@ def test_round_trip_is_exact_and_the_card_says_what_it_is(trained_run, tmp_path,
         assert same(p2w.load(out), weights(trained_run, 20))
 
 
+@pytest.mark.parametrize("to", ["safetensors", "hub-folder"])
+def test_every_encoder_comes_back_as_it_went(any_run, tmp_path, to):
+    out = tmp_path / "out"
+    assert export.main([str(any_run), "--to", to, "--out", str(out)]) == 0
+    encoder = p2w.load(out)
+    assert same(encoder, weights(any_run)) and same(p2w.load(any_run), weights(any_run))
+    assert all(value.requires_grad for value in encoder.parameters())
+
+
+def test_what_a_format_is_not_for_is_refused_before_anything_is_written(any_run, tmp_path):
+    name, out = any_run.name, tmp_path / "out"
+    for to, takes in (("models-genesis", "unet3d"), ("nnunet", "resencl")):
+        if name != takes:
+            with pytest.raises(UserError, match=rf"trained {name}, and .* {takes}.*; pass --to safetensors"):
+                export.main([str(any_run), "--to", to, "--out", str(out)])
+    assert not out.exists()
+
+
+def test_the_card_tells_spacing_channels_data_and_command(trained_run, tmp_path):
+    export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    spacing = card["input"]["spacing_mm_zyx"]
+    assert spacing["scans_median"] == [1.25, 0.7, 0.7]
+    whole = [1.25 * 64 / 16, 0.7 * 128 / 32, 0.7 * 128 / 32]  # parts of 1/16 to 1/4 of its volume
+    for name, volume in (("network_smallest", 1 / 16), ("network", 1 / 8), ("network_largest", 1 / 4)):
+        assert spacing[name] == pytest.approx([mm * volume ** (1 / 3) for mm in whole], abs=1e-4)
+    assert card["encoder"]["in_channels"] == 1 and card["training"]["command"] == "launch/train.py demo"
+    assert card["training"]["data_set"]["shape"] == [64, 128, 128]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "[1.25, 0.7, 0.7] mm (z, y, x; median)" in text
+
+
+def test_a_run_that_noted_no_data_set_has_a_card_without_spacing(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "old")
+    starts = json.loads((run / "run.json").read_text())
+    del starts["starts"][-1]["data_set"]
+    (run / "run.json").write_text(json.dumps(starts))
+    export.main([str(run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
+    assert "did not note its scans' spacing" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_more_input_channels_come_back(tmp_path):
+    state = {f"encoder.{k}": v for k, v in build_encoder("vit3d", 1, 3).state_dict().items()}
+    described = {"encoder": {"name": "vit3d", "width": 1, "in_channels": 3}}
+    save_file(state, tmp_path / "three.safetensors", {"p2w": json.dumps(described)})
+    encoder = p2w.load(tmp_path / "three.safetensors")
+    assert encoder.in_channels == 3 and same(encoder, state)
+
+
 def test_models_genesis_file_loads_without_code_and_comes_back(trained_run, tmp_path):
     out = tmp_path / "genesis.pt"
     export.main([str(trained_run), "--to", "models-genesis", "--out", str(out)])
@@ -83,7 +134,7 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
             p2w.load(path)
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):
         export.main([str(trained_run), "--to", "safetensors", "--step", "5"])
-    with pytest.raises(UserError, match=r"no hub folder of ours"):
+    with pytest.raises(UserError, match=r"no folder of ours"):
         export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path)])
 
 

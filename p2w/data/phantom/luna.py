@@ -114,7 +114,7 @@ def _run(todo: list[Job], workers: int) -> Iterator[str]:
             yield _write_scan(job)
         return
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=end_with_parent) as pool:
         try:
             for done in as_completed([pool.submit(_write_scan, job) for job in todo]):
                 yield done.result()
@@ -123,7 +123,7 @@ def _run(todo: list[Job], workers: int) -> Iterator[str]:
             raise
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let a worker end when the process that started it is killed: it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None  # this runs in workers only
@@ -162,7 +162,7 @@ def _claim(out: Path, identity: dict, jobs: list[Job]) -> None:
         raise UserError(
             f"{out}: {missing} scans take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room"
         )
-    _put(note, json.dumps({**identity, "scans": len(jobs)}, indent=1).encode() + b"\n")
+    put(note, json.dumps({**identity, "scans": len(jobs)}, indent=1).encode() + b"\n")
 
 
 def _write_scan(job: Job) -> str:
@@ -189,9 +189,9 @@ def _write_scan(job: Job) -> str:
         raise OSError(f"{mask} cannot be written: {str(error).splitlines()[-1]}") from None
     os.replace(part, mask)
     voxels = np.ascontiguousarray(scan.voxels[turn], "<i2")
-    _put(job.header.with_suffix(".raw"), voxels.data)
-    _put(job.record, json.dumps(_record(scan), indent=1).encode() + b"\n")
-    _put(job.header, _header(job, spacing, origin, direction).encode())
+    put(job.header.with_suffix(".raw"), voxels.data)
+    put(job.record, json.dumps(_record(scan), indent=1).encode() + b"\n")
+    put(job.header, _header(job, spacing, origin, direction).encode())
     return job.uid
 
 
@@ -230,11 +230,11 @@ def _write_tables(out: Path, jobs: list[Job]) -> None:
             nodules.append(",".join([job.uid, *(f"{v:.6f}" for v in n["mm_xyz"]), f"{n['diameter_mm']:.6f}"]))
         for c in record["candidates"]:
             candidates.append(",".join([job.uid, *(f"{v:.6f}" for v in c["mm_xyz"]), str(c["class"])]))
-    _put(out / "annotations.csv", "\n".join([*nodules, ""]).encode())
-    _put(out / "candidates_V2.csv", "\n".join([*candidates, ""]).encode())
+    put(out / "annotations.csv", "\n".join([*nodules, ""]).encode())
+    put(out / "candidates_V2.csv", "\n".join([*candidates, ""]).encode())
 
 
-def _put(path: Path, data: bytes | memoryview) -> None:
+def put(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:

@@ -54,12 +54,16 @@ class PhantomScan:
 
 
 def make_scan(
-    seed: int, shape: tuple[int, int, int] = (128, 256, 256), spacing_mm: Triple | None = None
+    seed: int,
+    shape: tuple[int, int, int] = (128, 256, 256),
+    spacing_mm: Triple | None = None,
+    contrast: float | None = None,
 ) -> PhantomScan:
     """A chest CT of `shape` (z, y, x); the same arguments give the same bytes, another seed another patient.
 
     Without `spacing_mm` (z, y, x) the voxels are sized so that the scan holds the whole chest: at 512 x 512
-    that is 0.6 to 0.9 mm in the plane, at 256 x 256 twice that. Raises UserError for a shape or spacing
+    that is 0.6 to 0.9 mm in the plane, at 256 x 256 twice that. `contrast`: HU above plain blood in vessels and heart;
+    without, drawn, and none in most patients. Raises UserError for a shape or spacing
     that cannot be a chest CT.
     """
     check(seed, shape, spacing_mm)
@@ -67,6 +71,8 @@ def make_scan(
         np.random.default_rng([seed, stage]) for stage in range(7)
     )
     body = Body.draw(patient)
+    if contrast is not None:
+        body = replace(body, contrast=contrast)
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.draw(scanner_rng)

@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from p2w.config import ContrastConfig
 from p2w.model.protocol import Encoder
 from p2w.pretext.contrast.head import Head
 from p2w.pretext.contrast.losses import Answer, both, first_of_each, info_nce, unit
 from p2w.pretext.contrast.negatives import Negatives
 from p2w.pretext.contrast.ranks import gather
+from p2w.pretext_config import ContrastConfig
 
 
 class _Slots(Negatives):

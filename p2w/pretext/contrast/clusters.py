@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from p2w.config import ContrastConfig
 from p2w.model.protocol import Encoder
 from p2w.pretext.contrast.head import Head
 from p2w.pretext.contrast.losses import Answer, full_precision, sinkhorn, strangers, unit
 from p2w.pretext.contrast.negatives import Negatives
 from p2w.pretext.contrast.ranks import gather
+from p2w.pretext_config import ContrastConfig
 
 
 class Prototypes(Negatives):

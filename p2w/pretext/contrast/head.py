@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from p2w.config import ContrastConfig
 from p2w.pretext.contrast.losses import full_precision, unit
+from p2w.pretext_config import ContrastConfig
 
 
 class Head(nn.Module):

@@ -5,11 +5,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from p2w.config import ContrastConfig
 from p2w.model.protocol import Encoder
 from p2w.pretext.contrast.head import Head
 from p2w.pretext.contrast.losses import Answer, both, info_nce, strangers, unit
 from p2w.pretext.contrast.ranks import gather, gather_with_gradient
+from p2w.pretext_config import ContrastConfig
 
 
 class Negatives(nn.Module):

@@ -1,0 +1,229 @@
+"""Fine-tune a starting point on a target task, in trials, and judge it on the task's test samples.
+
+    torchrun launch/transfer.py --task targets/ncs --init runs/paper --label Parts2Whole --run-dir runs/ncs-p2w
+    torchrun launch/transfer.py --task targets/ncs --init random --run-dir runs/ncs-scratch --fraction 0.1
+    torchrun --nproc_per_node=4 launch/transfer.py --task targets/lcs --init runs/paper@35000 --run-dir runs/lcs-p2w
+    python launch/transfer.py --task targets/ncs --init random --width 8 --workers 4 --run-dir runs/small   side by side
+    python launch/transfer.py --task targets/ncs --init runs/paper --run-dir runs/ncs-p2w --dry-run
+
+The encoder is transferred, what is behind it starts at random (`--decoder pretrained`: the decoder is transferred too). The
+same command on the same folder continues: finished trials are skipped, one that was interrupted goes on after its last
+checkpoint. Processes that are started with the same command share the trials, on one machine or many. A trial comes out
+the same on any number of ranks, but for rounding. `p2w table1 RUN…` reads the results.
+
+Exit code 0 when no trial is left to this process, 2 for bad input, 143 when told to stop before.
+"""
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from p2w.errors import UserError, exits
+from p2w.log import Log
+from p2w.target import side_by_side
+from p2w.target.dataset import TargetSet, open_target
+from p2w.target.finetune import Told
+from p2w.target.origin import leak, resolve
+from p2w.target.recipe import Recipe, check, recipe_of
+from p2w.target.settled import agrees, announce
+from p2w.target.shown import show_plan, show_results
+from p2w.target.transfer import Transfer, run_trials
+from p2w.target.transfer import check as check_data
+from p2w.train.optim import Precision, choose_precision
+from p2w.train.signals import StopRequest
+from p2w.train.watchdog import Watchdog
+from p2w.world import World
+
+LOCAL_RANK_0_SPEAKS_S = 5.0
+STOPPED = 143
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line of launch/transfer.py."""
+
+    task: Path
+    """Folder of a set that preprocess/prepare_target.py wrote."""
+    init: str
+    """Starting point: random, a run (its best checkpoint, else the newest), RUN@STEP, or a file of weights."""
+    run: Annotated[Path, tyro.conf.arg(aliases=["--run-dir"])]
+    """Folder of the results. Under torchrun with Python 3.11 spell it --run-dir, see launch/train.py."""
+    label: str = ""
+    """What tables call the starting point; default: the folder of the run, the file's name, or Scratch."""
+    network: str | None = None
+    """Which encoder; default unet3d, or that of the file."""
+    width: int | None = None
+    """Its width; default the published one, or that of the file."""
+    trials: int = 10
+    """How many trials; trial k has seed recipe.seed + k."""
+    trial: tuple[int, ...] = ()
+    """Do these alone, for a job array; default: all."""
+    fraction: float = 1.0
+    """Share of the training patients."""
+    decoder: Literal["scratch", "pretrained"] = "scratch"
+    """Segmentation: a new decoder with skips, or the one that was pretrained with the encoder."""
+    fold: int | None = None
+    """Which fold is tested on, of a set that has folds; default 0."""
+    workers: int = 1
+    """Processes that do trials side by side on this machine, without torchrun; each has its share of the cores."""
+    allow_leak: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on although the starting point was pretrained on scans that are tested on."""
+    hang_minutes: float = 10.0
+    """Several ranks: end with the name of the one that hangs when none gets further for this long."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print what would be done, then stop."""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print no summary at the end."""
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
+    """Command line -> arguments and the set they name; the recipe's defaults are those of its task. Raises UserError."""
+
+    def read(recipe: Recipe) -> Args:
+        return tyro.cli(
+            Args,
+            args=argv,
+            prog="torchrun launch/transfer.py",
+            description=f"{__doc__}\nSettings marked [C] are those of the paper's protocol, [?] our choice.",
+            console_outputs=speaks,
+            default=_defaults(recipe),
+        )
+
+    args = read(Recipe())
+    source = open_target(args.task)
+    return read(recipe_of(str(source.meta["task"]))), source
+
+
+def _defaults(recipe: Recipe) -> Any:
+    """Arguments with the recipe filled in; what the user must name is missing."""
+    return Args(task=tyro.MISSING, init=tyro.MISSING, run=tyro.MISSING, recipe=recipe)
+
+
+def label_of(init: str) -> str:
+    """What a starting point is called where no label was given."""
+    if init == "random":
+        return "Scratch"
+    name = Path(init.partition("@")[0])
+    folder = next((up for up in (name, *name.parents) if (up / "checkpoints").is_dir()), None)
+    return folder.name if folder else name.stem
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line comes to. `leak`: one line on what pretraining has seen."""
+
+    args: Args
+    transfer: Transfer
+    tree: dict[str, Any]
+    precision: Precision
+    leak: str
+
+
+def build(argv: list[str], world: World) -> Job:
+    """Everything that can be refused before a process group starts. Raises UserError."""
+    args, source = parse(argv, speaks=world.local_rank == 0)
+    check(args.recipe)
+    if not 1 <= args.trials <= 1000 or any(not 0 <= one < args.trials for one in args.trial):
+        raise UserError(f"--trials {args.trials} --trial {args.trial}: from 1 to 1000, numbered from 0")
+    if args.workers < 1 or (args.workers > 1 and world.size > 1):
+        raise UserError(f"--workers {args.workers}: at least 1, and more than one without torchrun only")
+    fold = 0 if args.fold is None and source.folds else args.fold
+    transfer = Transfer(
+        source, resolve(args.init), args.label or label_of(args.init), args.network, args.width, args.trials,
+        args.fraction, args.decoder == "pretrained", fold, args.recipe, args.run,
+    )  # fmt: skip
+    precision = choose_precision(args.recipe.amp, world.device)
+    check_data(transfer, world.size)
+    said = leak(transfer.origin, source, args.allow_leak, fold)
+    transfer.build(0)
+    return Job(args, transfer, agrees(transfer) | {"leak": said}, precision, said)
+
+
+def work(job: Job, world: World) -> int:
+    """The trials that this process, with its ranks, does. Returns the exit code."""
+    args, log = job.args, Log(job.args.run, world.is_main, 0)
+    if world.is_main:
+        announce(job.transfer, job.tree, world)
+    log.line(job.leak)
+    world.barrier()
+    indices = sorted(set(args.trial)) or list(range(args.trials))
+    several = world.size > 1
+    watchdog = Watchdog(world, 60 * args.hang_minutes)
+    watching: contextlib.AbstractContextManager[Any] = watchdog if several else contextlib.nullcontext()
+    with watching, StopRequest(speaks=False, last_words=several) as stop:
+        try:
+            run_trials(job.transfer, indices, world, job.precision, _told(stop, world, watchdog))
+        except Told:
+            log.line(f"{stop.name or 'another rank'}: told to stop; the same command continues")
+            return STOPPED
+    if world.is_main and not args.quiet:
+        show_results(args.run)
+    return 0
+
+
+def _told(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable[[], bool]:
+    """Whether this rank was told to stop; every call is a sign that it gets further."""
+    calls = 0
+
+    def told() -> bool:
+        nonlocal calls
+        calls += 1
+        watchdog.at(calls, "computing")
+        return stop.asked or world.orphaned()
+
+    return told
+
+
+def main() -> int:
+    """Parse, build, run."""
+    world = World.place()
+    try:
+        job = build(sys.argv[1:], world)
+    except (UserError, SystemExit) as error:
+        if isinstance(error, UserError):
+            world.tell_agent(f"error: {error}")
+        refused = isinstance(error, UserError) or bool(error.code)
+        if refused and world.local_rank:
+            time.sleep(LOCAL_RANK_0_SPEAKS_S)  # as launch/train.py: local rank 0 says it for the node
+            return 2
+        raise
+    if job.args.dry_run:
+        if world.is_main:
+            show_plan(job.transfer, job.tree, job.precision, world)
+        world.leave(0)
+    try:
+        if job.args.workers > 1:
+            announce(job.transfer, job.tree, world)
+            code = side_by_side.run(sys.argv, job.args.workers)
+            if not code:
+                show_results(job.args.run)
+        else:
+            world = World.start(max(World.WAIT_S, 120 * job.args.hang_minutes))
+            code = work(job, world)
+    except UserError as error:
+        world.abandon(2, f"error: {error}")
+    except Exception as error:
+        if world.size == 1:
+            raise
+        if World.lost_peer(error):
+            world.abandon(
+                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
+            )
+        said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
+        world.abandon(1, f"{said}\n{traceback.format_exc()}")
+    del job
+    world.close()
+    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
+    world.leave(code)
+
+
+if __name__ == "__main__":
+    exits(main)()

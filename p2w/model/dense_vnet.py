@@ -1,0 +1,123 @@
+"""NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path (FACTS 5).
+
+The input is averaged to half its size beside a 5x5x5 stride-2 convolution; stacks of 5, 10 and 10 convolutions growing by
+4, 8 and 16 follow, each with a skip convolution (12, 24, 24 channels) and, but for the last, one of stride 2 downwards (24).
+
+How it fits the encoder's protocol: `features` are the image at half size with the first skip, the second, the third, and,
+last, the third dense stack, which classification pools. The head reads the skips alone and is this network's decoder.
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from p2w.errors import UserError
+from p2w.model.blocks import SameConv3d, average_same, initialise, scaled
+from p2w.model.feeding import Feeding
+from p2w.model.protocol import Encoder
+
+STACKS = ((5, 4, 12), (10, 8, 24), (10, 16, 24))  # convolutions, growth, channels of the skip
+FIRST = 24  # channels of the first convolution and of those downwards
+
+
+class ConvNorm(nn.Module):
+    """Convolution and batch norm, then ReLU but for the network's first: (B, cin, D, H, W) -> (B, cout, …)."""
+
+    def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> None:
+        super().__init__()
+        self.conv = SameConv3d(cin, cout, kernel, stride)
+        self.bn = nn.BatchNorm3d(cout)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply them in turn."""
+        y = self.bn(self.conv(x))
+        return torch.relu_(y) if self.relu else y
+
+
+class DenseStack(nn.Module):
+    """Convolutions that each see all before them; then the skip, and where there is a coarser stack the way down."""
+
+    def __init__(self, cin: int, convolutions: int, growth: int, skip: int, down: int | None) -> None:
+        super().__init__()
+        self.stack = nn.ModuleList(ConvNorm(cin + i * growth, growth) for i in range(convolutions))
+        self.cout = cin + convolutions * growth
+        self.skip = ConvNorm(self.cout, skip)
+        self.down = None if down is None else ConvNorm(self.cout, down, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, cin, D, H, W) -> skip (B, skip, D, H, W), and (B, down, D/2, …) or, in the last, the stack itself."""
+        for conv in self.stack:
+            x = torch.cat((x, conv(x)), dim=1)
+        return self.skip(x), x if self.down is None else self.down(x)
+
+
+class DenseVNet(Encoder):
+    """At width 32 channels are (13, 24, 24, 184), strides (2, 4, 8, 8). Without NiftyNet's dropout and spatial prior.
+
+    Its published weights were trained on HU that nothing normalised [C: no normalisation in their configuration].
+    """
+
+    feeding: Feeding = "hu"
+    sees_input = (
+        "initial.conv.weight",
+        *(f"blocks.0.stack.{i}.conv.weight" for i in range(STACKS[0][0])),
+        "blocks.0.skip.conv.weight",
+        "blocks.0.down.conv.weight",
+    )
+    norms_input = tuple(f"image_bn.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
+    beside_pooled = tuple(f"blocks.{i}.skip." for i in range(len(STACKS)))
+
+    def __init__(self, width: int = 32, in_channels: int = 1) -> None:
+        super().__init__()
+        down = scaled(FIRST, width)
+        skips = [scaled(skip, width) for _, _, skip in STACKS]
+        self.in_channels = in_channels
+        self.image_bn = nn.BatchNorm3d(in_channels)
+        self.initial = ConvNorm(in_channels, down, kernel=5, stride=2, relu=False)
+        blocks, cin = [], in_channels + down
+        for i, (convolutions, growth, _) in enumerate(STACKS):
+            last = i == len(STACKS) - 1
+            blocks.append(
+                DenseStack(cin, convolutions, scaled(growth, width), skips[i], None if last else down)
+            )
+            cin = down
+        self.blocks = nn.ModuleList(blocks)
+        self.channels = (in_channels + skips[0], skips[1], skips[2], blocks[-1].cout)
+        self.strides = (2, 4, 8, 8)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, D, H, W), edges divisible by 8 -> list of features, fine to coarse."""
+        image = self.image_bn(average_same(x))
+        skips, x = [], torch.cat((image, self.initial(x)), dim=1)
+        for block in self.blocks:
+            skip, x = block(x)
+            skips.append(skip)
+        return [torch.cat((image, skips[0]), dim=1), *skips[1:], x]
+
+
+class DenseVNetHead(nn.Module):
+    """Skips resized to half the input's size, joined, one 3x3x3 convolution, resized to full: the way to a mask.
+
+    There is none without skips: UserError says so.
+    """
+
+    def __init__(self, channels: tuple[int, ...], skips: bool = True, out_channels: int = 1) -> None:
+        super().__init__()
+        if not skips:
+            raise UserError(
+                "dense_vnet: its head is made of skips; pass --pretext.skips, or take another network"
+            )
+        self.conv = SameConv3d(sum(channels[:-1]), out_channels, 3, bias=True)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Features of a DenseVNet -> logits (B, out_channels, D, H, W)."""
+        half = features[0].shape[2:]
+        resized = [
+            functional.interpolate(f, half, mode="trilinear", align_corners=False) for f in features[:-1]
+        ]
+        logits = self.conv(torch.cat(resized, dim=1))
+        return functional.interpolate(logits, scale_factor=2, mode="trilinear", align_corners=False)

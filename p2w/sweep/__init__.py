@@ -1,0 +1,1 @@
+"""The runs behind the tables: lists of commands, and running them."""

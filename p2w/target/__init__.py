@@ -1,0 +1,1 @@
+"""The target tasks: what a pretrained encoder is worth downstream."""

@@ -1,0 +1,91 @@
+"""The samples of a split, brought to the device as batches in [0, 1]: decoded once and kept there when they fit."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CHUNK = 64  # samples read at a time
+Places = Sequence[int] | NDArray[np.int64]
+
+
+class Readable(Protocol):
+    """What is asked of a set; `p2w.target.dataset.TargetSet` is one."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Of which `window` is used: stored values that become 0 and 1."""
+
+    def read(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Voxels int16 (B, C, D, H, W) and targets of these rows."""
+
+
+class Samples:
+    """Rows of a set. A sample is named by its place among them.
+
+    Voxels lie on the device as int16 and targets as read, where the split takes at most `held_bytes`; otherwise every batch
+    is read from the shards, one batch ahead.
+    """
+
+    def __init__(
+        self, source: Readable, rows: NDArray[np.int64], device: torch.device, held_bytes: float
+    ) -> None:
+        self.source, self.rows, self.device = source, rows, device
+        low, high = source.meta["window"]
+        self.low, self.scale = float(low), 1 / float(high - low)
+        self.held: tuple[Tensor, Tensor] | None = None
+        if len(rows) and self._sample_bytes() * len(rows) <= held_bytes:
+            self.held = self._hold()
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.rows)
+
+    def batches(self, places: Sequence[Places]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each list of places: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
+        if not len(places):
+            return
+        if self.held is not None:
+            voxels, targets = self.held
+            for some in places:
+                at = torch.as_tensor(np.asarray(some, np.int64)).to(self.device)
+                yield self._unit(voxels[at]), targets[at]
+            return
+        with ThreadPoolExecutor(1, "p2w-samples") as reader:
+            ahead = reader.submit(self._read, places[0])
+            for number in range(1, len(places) + 1):
+                voxels, targets = ahead.result()
+                if number < len(places):
+                    ahead = reader.submit(self._read, places[number])
+                yield self._unit(voxels.to(self.device)), targets.to(self.device)
+
+    def _unit(self, voxels: Tensor) -> Tensor:
+        """Stored int16 -> float32 in [0, 1] (FACTS 1: clip to the window, scale)."""
+        return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
+
+    def _read(self, places: Places) -> tuple[Tensor, Tensor]:
+        return self.source.read(self.rows[np.asarray(places, np.int64)])
+
+    def _sample_bytes(self) -> int:
+        voxels, targets = self.source.read(self.rows[:1])
+        return voxels.nbytes + targets.nbytes
+
+    def _hold(self) -> tuple[Tensor, Tensor]:
+        """All of them, read a chunk at a time into memory that was asked for once."""
+        held: tuple[Tensor, Tensor] | None = None
+        for start in range(0, len(self.rows), CHUNK):
+            parts = self.source.read(self.rows[start : start + CHUNK])
+            if held is None:
+                voxels, targets = (
+                    torch.empty((len(self.rows), *part.shape[1:]), dtype=part.dtype, device=self.device)
+                    for part in parts
+                )
+                held = voxels, targets
+            for whole, part in zip(held, parts, strict=True):
+                whole[start : start + len(part)] = part.to(self.device)
+        assert held is not None
+        return held

@@ -1,0 +1,93 @@
+"""Cut the data of a target task into shards of labelled samples.
+
+    python preprocess/prepare_target.py ncc --source LUNA16 --out targets/ncc
+
+`python preprocess/prepare_target.py TASK --help` says what a task reads and what can be set. Stop it whenever you like:
+the same command goes on where it stopped. Exit code 0; 1 when a case was bad (named, and listed in report.json); 2 when
+nothing could be done.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Generic, Literal, TypeVar
+
+import tyro
+
+from p2w.data.folder import Share
+from p2w.errors import UserError, exits
+from p2w.target.run import Job, run
+from p2w.target.tasks import TASKS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Making:
+    """What every task asks."""
+
+    source: str
+    """Folder that holds the data as it is published."""
+    out: str
+    """Folder to write, new or of an earlier run of the same settings."""
+    size: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="Z Y X")] = None
+    """Voxels of a stored sample, which is the network's input; left out: the paper's."""
+    format: Literal["tar", "arrow"] = "tar"
+    """tar opens with webdataset, arrow with pyarrow; both are read alike."""
+    workers: int = 0
+    """Cases cut at the same time; 0: one for each core, as far as memory goes (2 GiB each)."""
+    shard_of: str = "0/1"
+    """i/n: cut the i-th of n shares of the cases (i from 0), as one task of a job array."""
+    dry_run: bool = False
+    """Print cases, splits, samples, bytes and free disk, and stop."""
+    strict: bool = False
+    """Stop at the first bad case, with exit code 2."""
+
+    def job(self, size: tuple[int, int, int]) -> Job:
+        """The checked job. Raises UserError where a value makes no sense."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard_of)
+        if not match or not int(match[1]) < int(match[2]):
+            raise UserError(
+                f"--shard-of {self.shard_of!r}: write i/n with i from 0 to n - 1, such as 0/4 … 3/4"
+            )
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: 1 or more, or 0 for one a core")
+        size = self.size or size
+        if not all(4 <= n <= 1024 for n in size):
+            raise UserError(f"--size {' '.join(map(str, size))}: voxels z y x, each from 4 to 1024")
+        share = Share(int(match[1]), int(match[2]))
+        return Job(self.source, self.out, size, self.format, share, self.workers, self.dry_run, self.strict)
+
+
+@dataclass(frozen=True)
+class Command(Generic[T]):
+    """A task's own options and those of all."""
+
+    making: Annotated[Making, tyro.conf.arg(name="")]
+    task: Annotated[T, tyro.conf.arg(name="")]
+
+
+@exits
+def main() -> int:
+    """Parse, build, run."""
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(
+            f"usage: prepare_target.py {{{','.join(TASKS)}}} --source FOLDER --out FOLDER [options]\n\n{__doc__}"
+        )
+        return 0
+    if name not in TASKS:
+        raise UserError(f"no task {name}; one of {', '.join(TASKS)}")
+    kind = TASKS[name]
+    options = tyro.cli(
+        Command[kind],  # type: ignore[valid-type]
+        args=rest,
+        prog=f"prepare_target.py {name}",
+        description=kind.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return run(options.task, options.making.job(kind.size))
+
+
+if __name__ == "__main__":
+    main()

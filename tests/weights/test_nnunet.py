@@ -1,0 +1,141 @@
+"""The way into nnU-Net: FACTS 7's keys and no others, plain types, the same bits; nnU-Net's own code where installed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import p2w
+from p2w.errors import UserError
+from p2w.model.nnunet_keys import from_nnunet, to_nnunet
+from p2w.model.resencl import ResEncL
+from p2w.weights import export, nnunet
+
+CONFIGURATION = {
+    "data_identifier", "preprocessor_name", "spacing_style", "normalization_schemes", "use_mask_for_norm",
+    "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_mask", "resampling_fn_mask_kwargs", "spacing",
+    "patch_size",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(resencl_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nnunet") / "out"
+    assert export.main([str(resencl_run), "--to", "nnunet", "--out", str(out)]) == 0
+    return out
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def test_the_keys_are_those_that_nnunet_reads(exported):
+    held = torch.load(exported / "checkpoint_final.pth", weights_only=True)
+    assert set(held) == {"network_weights", "nnssl_adaptation_plan"}
+    plan = held["nnssl_adaptation_plan"]
+    assert set(plan) == {
+        "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
+        "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe",
+    }  # fmt: skip
+    assert set(plan["architecture_plans"]) == {
+        "arch_class_name",
+        "arch_kwargs",
+        "arch_kwargs_requiring_import",
+    }
+    assert set(plan["pretrain_plan"]) == {
+        "dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward",
+        "transpose_backward", "configurations", "experiment_planner_used",
+    }  # fmt: skip
+    ((_, configuration),) = plan["pretrain_plan"]["configurations"].items()
+    assert set(configuration) == CONFIGURATION
+    assert plain(plan) and json.loads((exported / "adaptation_plan.json").read_text()) == plan
+    assert configuration["patch_size"] == plan["recommended_downstream_patchsize"] == [32, 64, 64]
+    assert configuration["spacing"] == [1.25, 0.7, 0.7]  # 64 x 128 x 128 halved, parts of half an edge
+    assert plan["pretrain_plan"]["original_median_spacing_after_transp"] == [1.25, 0.7, 0.7]
+    assert plan["key_to_lpe"] is None
+    weights = held["network_weights"]
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):
+        assert any(name.startswith(key) for name in weights)
+    assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
+
+
+def test_round_trip_is_exact_and_nothing_is_stored_twice(exported, resencl_run):
+    state = load_file(resencl_run / "checkpoints" / "step-00000010" / "model.safetensors")
+    state = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    back = from_nnunet(nnunet.read(exported / "checkpoint_final.pth"))
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    encoder = p2w.load(exported)
+    file = p2w.load(exported / "checkpoint_final.pth")  # the card lies beside it
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), file.parameters(), strict=True))
+    assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
+    stored = sum(value.numel() * 4 for value in state.values())
+    assert (
+        exported / "checkpoint_final.pth"
+    ).stat().st_size < 1.5 * stored + 500_000  # names, not tensors, are doubled
+
+
+def test_the_published_width_goes_by_its_name(exported):
+    card = json.loads((exported / "card.json").read_text())
+    assert nnunet.plan(card)["architecture_plans"]["arch_class_name"].endswith(".unet.ResidualEncoderUNet")
+    card["encoder"] |= {"width": 32, "channels": list(ResEncL(1).channels)}
+    assert nnunet.plan(card)["architecture_plans"]["arch_class_name"] == "ResEncL"
+
+
+def test_what_the_readme_says_of_normalisation_is_our_input(exported):
+    """nnU-Net's CTNormalization is (clip(x, 0.5 %, 99.5 %) - mean) / std."""
+    told = nnunet.intensities([-1000.0, 1000.0])
+    text = (exported / "README.md").read_text()
+    assert json.dumps(told) in text and "\n## In nnU-Net\n" in text
+    hu = np.array([-3000, -1000, -250, 0, 1000, 3071], np.float32)
+    theirs = (hu.clip(told["percentile_00_5"], told["percentile_99_5"]) - told["mean"]) / told["std"]
+    np.testing.assert_array_equal(theirs, [0, 0, 0.375, 0.5, 1, 1])
+
+
+def test_damaged_folders_and_a_decoder_are_refused_in_a_line(exported, resencl_run, tmp_path):
+    with pytest.raises(UserError, match="--what all: nnU-Net takes"):
+        export.main([str(resencl_run), "--to", "nnunet", "--what", "all", "--out", str(tmp_path / "o")])
+    (tmp_path / "checkpoint_final.pth").write_bytes((exported / "checkpoint_final.pth").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"card\.json: no p2w card"):
+        p2w.load(tmp_path)
+    (tmp_path / "card.json").write_text((exported / "card.json").read_text())
+    with pytest.raises(UserError, match="holds no nnU-Net weights") as refused:
+        p2w.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_nnunets_own_code_builds_the_network_and_takes_the_weights(exported):
+    """Where nnunetv2 is installed: its network from our plan, stem and stages loaded strictly, as its trainer does."""
+    plans = pytest.importorskip("nnunetv2.utilities.get_network_from_plans")
+    schemes = pytest.importorskip("nnunetv2.preprocessing.normalization.default_normalization_schemes")
+    held = torch.load(exported / "checkpoint_final.pth", weights_only=True)
+    plan, weights = held["nnssl_adaptation_plan"], held["network_weights"]
+    how = plan["architecture_plans"]
+    network = plans.get_network_from_plans(
+        how["arch_class_name"], how["arch_kwargs"], how["arch_kwargs_requiring_import"],
+        plan["pretrain_num_input_channels"], 3, allow_init=True, deep_supervision=False,
+    )  # fmt: skip
+    assert (network.key_to_encoder, network.key_to_stem) == (plan["key_to_encoder"], plan["key_to_stem"])
+    assert list(network.keys_to_in_proj) == plan["keys_to_in_proj"]
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):
+        part = {
+            name.removeprefix(f"{key}."): value
+            for name, value in weights.items()
+            if name.startswith(f"{key}.")
+        }
+        network.get_submodule(key).load_state_dict(part)
+    mine = {f"encoder.{name}": value for name, value in network.encoder.state_dict().items()}
+    assert all(torch.equal(value, mine[name]) for name, value in to_nnunet(from_nnunet(weights)).items())
+    x = torch.rand(1, 1, 32, 64, 64)
+    ours = p2w.load(exported)
+    assert all(torch.equal(a, b) for a, b in zip(ours(x), network.encoder(x), strict=True))
+    assert network(x).shape == (1, 3, 32, 64, 64)
+    hu = np.random.default_rng(0).integers(-2000, 3000, (8, 8, 8)).astype(np.float32)
+    told = nnunet.intensities([-1000.0, 1000.0])
+    scheme = schemes.CTNormalization(intensityproperties=told)
+    np.testing.assert_allclose(scheme.run(hu.copy()), (hu.clip(-1000, 1000) + 1000) / 2000, rtol=0, atol=1e-7)

@@ -1,0 +1,251 @@
+"""Every starting point in the form its authors publish it: read back exactly, adapted, reported, or refused in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import p2w
+from p2w.errors import UserError
+from p2w.model import build_encoder
+from p2w.model.decoder import build_decoder
+from p2w.model.feeding import feed
+from p2w.weights import export, inspect
+from p2w.weights.start import examine, load_decoder, load_start
+
+
+def randomised(module):
+    """Norms too get values that are not 0 or 1, so that a mix-up shows."""
+    for value in module.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5) if value.ndim == 1 else value.normal_(0, 0.1)
+    return module
+
+
+def trained(name, width=2, in_channels=1):
+    torch.manual_seed(7)
+    return randomised(build_encoder(name, width, in_channels))
+
+
+def old(state):
+    """As torch 0.3 saved: no counters of batches."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def medicalnet(path, name="resnet10", **more):
+    encoder = trained(name)
+    state = OrderedDict((f"module.{k}", v) for k, v in encoder.state_dict().items())
+    state["module.conv_seg.0.weight"] = torch.zeros(4)
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"state": {}}, **more}, path)
+    return encoder
+
+
+def genesis(path):
+    """Models Genesis' kernels are x, y, z: the file holds ours turned."""
+    encoder = trained("unet3d")
+    decoder = randomised(build_decoder(encoder, skips=True))
+    state = {**encoder.state_dict(), **decoder.state_dict()}
+    turned = {f"module.{k}": v.permute(0, 1, 4, 3, 2) if v.ndim == 5 else v for k, v in state.items()}
+    torch.save({"epoch": 9, "state_dict": turned}, path)
+    return encoder, decoder
+
+
+def same(encoder, other):
+    mine, theirs = encoder.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[k], theirs[k]) for k in mine if not k.endswith("num_batches_tracked")
+    )
+
+
+def test_random_is_drawn_from_torchs_generator():
+    torch.manual_seed(3)
+    start = load_start("random", "resnet10", 2, in_channels=4)
+    torch.manual_seed(3)
+    assert same(start.encoder, build_encoder("resnet10", 2, 4)) and start.decoder_state is None
+    assert start.source == "random" and start.pretrained_on == {}
+    assert load_start("random", width=2).network == "unet3d"
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet34", "resnet50"])
+def test_medicalnet_tells_its_depth(tmp_path, name):
+    encoder = medicalnet(tmp_path / "r.pth", name)
+    start = load_start(str(tmp_path / "r.pth"))
+    assert same(start.encoder, encoder) and (start.network, start.width) == (name, 2)
+    assert start.report.head == ("conv_seg.0.weight",) and "MedicalNet" in start.report.table()
+    assert start.encoder.training and not start.report.missing
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_i3d_of_three_channels_sees_one_as_it_saw_grey(tmp_path, zipped):
+    """An old file, without counters, with a classifier; three input channels summed do what grey repeated did."""
+    encoder = trained("i3d", in_channels=3).eval()
+    state = {
+        **old(encoder.state_dict()),
+        "logits.conv3d.weight": torch.zeros(9),
+        "logits.conv3d.bias": torch.zeros(9),
+    }
+    torch.save(OrderedDict(state), tmp_path / "i.pt", _use_new_zipfile_serialization=zipped)
+    start = load_start(str(tmp_path / "i.pt"), "i3d")
+    assert start.report.adapted == ("Conv3d_1a_7x7.conv3d.weight",) and len(start.report.head) == 2
+    x = torch.rand(1, 1, 8, 32, 32)
+    grey = start.encoder.eval()(feed(x, "symmetric", 1))
+    repeated = encoder(feed(x, "symmetric", 3))
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(grey, repeated, strict=True))
+    assert same(load_start(str(tmp_path / "i.pt"), in_channels=3).encoder, encoder)
+
+
+@pytest.mark.parametrize("name", ["unet3d", "resnet10", "i3d"])
+def test_one_channel_becomes_four_that_agree(tmp_path, name):
+    encoder = trained(name).eval()
+    state = encoder.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    start = examine(str(tmp_path / "w.safetensors"), in_channels=4)
+    assert start.report.whole and set(start.report.adapted) == set(encoder.sees_input)
+    if name == "unet3d":  # a file under Models Genesis' names counts as theirs, whose kernels are turned
+        return
+    x = torch.rand(1, 1, 16, 32, 32)
+    four = start.encoder.eval()(x.expand(-1, 4, -1, -1, -1))
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(four, encoder(x), strict=True))
+
+
+def test_models_genesis_is_turned_to_zyx_with_its_decoder(tmp_path):
+    encoder, decoder = genesis(tmp_path / "g.pt")
+    start = load_start(str(tmp_path / "g.pt"), in_channels=1)
+    assert same(start.encoder, encoder) and "LUNA16" in start.pretrained_on["what"]
+    mine = build_decoder(start.encoder, skips=True)
+    load_decoder(mine, start)
+    assert same(mine, decoder)
+    other_classes = build_decoder(start.encoder, skips=True, out_channels=3)
+    load_decoder(other_classes, start)
+    assert torch.equal(other_classes.up_tr64.ops[1].bn1.weight, decoder.up_tr64.ops[1].bn1.weight)
+    with pytest.raises(UserError, match="without the skips"):
+        load_decoder(build_decoder(start.encoder, skips=False), start)
+
+
+def test_ours_in_every_form(trained_run, tmp_path):
+    """A run, a checkpoint and all exports give the same encoder; what we export as Models Genesis is not turned."""
+    exported = {}
+    for to in ("safetensors", "models-genesis", "hub-folder"):
+        exported[to] = tmp_path / to
+        export.main([str(trained_run), "--to", to, "--what", "all", "--out", str(exported[to])])
+    state = load_file(trained_run / "checkpoints" / "step-00000010" / "model.safetensors")
+    for path in (trained_run, trained_run / "checkpoints" / "step-00000010", *exported.values()):
+        start = load_start(str(path), width=2)
+        mine = start.encoder.state_dict()
+        assert all(torch.equal(mine[k], state[f"encoder.{k}"]) for k in mine), path
+        decoder = build_decoder(start.encoder, skips=False)
+        load_decoder(decoder, start)
+        assert torch.equal(decoder.out_tr.final_conv.weight, state["decoder.out_tr.final_conv.weight"])
+        if path != exported["models-genesis"]:
+            assert start.pretrained_on == {"fingerprint": "0123456789abcdef", "shards": "shards"}
+    assert load_start(str(trained_run), in_channels=3).report.adapted == ("down_tr64.ops.0.conv1.weight",)
+    export.main([str(trained_run), "--to", "safetensors", "--out", str(tmp_path / "e.safetensors")])
+    alone = load_start(str(tmp_path / "e.safetensors"))
+    with pytest.raises(UserError, match="holds no decoder"):
+        load_decoder(build_decoder(alone.encoder, skips=False), alone)
+
+
+def damaged(path, change):
+    """A MedicalNet file whose state dict `change` has altered."""
+    encoder = trained("resnet10")
+    state = {f"module.{k}": v for k, v in encoder.state_dict().items()}
+    change(state)
+    torch.save({"state_dict": state}, path)
+
+
+def test_a_part_of_a_network_is_refused_and_reported(tmp_path, capsys):
+    path = tmp_path / "r.pth"
+    for change, told in (
+        (lambda s: s.pop("module.layer3.0.conv1.weight"), "1 are missing"),
+        (lambda s: s.update({"module.layer3.0.bn1.weight": torch.zeros(3)}), "1 have another shape"),
+        (
+            lambda s: s.update({"module.attention.weight": torch.zeros(3)}),
+            "1 unknown ones, first attention.weight",
+        ),
+        (lambda s: s.update({"module.conv1.weight": torch.zeros(4, 1, 5, 5, 5)}), "1 have another shape"),
+    ):
+        damaged(path, change)
+        with pytest.raises(UserError, match=told) as refused:
+            load_start(str(path))
+        assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+        assert inspect.main([str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "missing        1  layer3.0.conv1.weight" in printed and "not whole" in printed
+
+
+def test_wrong_files_and_wrong_wishes(tmp_path, trained_run):
+    medicalnet(tmp_path / "r.pth")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({"state_dict": {"encoder.block.0.weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    torch.save({"state_dict": [1]}, tmp_path / "list.pt")
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes((tmp_path / "r.pth").read_bytes()[:5000])
+    blocks = trained("resnet10").state_dict()
+    torch.save({k: v for k, v in blocks.items() if not k.startswith("layer2")}, tmp_path / "blocks.pth")
+    for name, told in (
+        ("none.pt", "No such file"), ("text.pt", "no file of tensors|cannot be read"), ("tensor.pt", "holds a Tensor"),
+        ("other.pt", "unknown network .encoder.block"), ("list.pt", "state_dict is a list"),
+        ("cut.pth", "cannot be read|no file of tensors"), ("blocks.pth", "none of MedicalNet's depths"),
+        (".", "config.json|No such file|cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told) as refused:
+            load_start(str(tmp_path / name))
+        assert "\n" not in str(refused.value), name
+    with pytest.raises(UserError, match="weights of resnet10, and i3d was asked for"):
+        load_start(str(tmp_path / "r.pth"), "i3d")
+    with pytest.raises(UserError, match="of width 2; leave"):
+        load_start(str(tmp_path / "r.pth"), width=32)
+    with pytest.raises(UserError, match="of width 2, not 32"):
+        load_start(str(trained_run), width=32)
+    with pytest.raises(UserError, match="weights of unet3d, and resnet10 was asked for"):
+        load_start(str(trained_run), "resnet10")
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_would_run_code_is_one_line_and_exit_code_2(tmp_path):
+    path, mark = tmp_path / "evil.pth", tmp_path / "ran"
+    medicalnet(path, extra=Evil(mark))
+    command = [sys.executable, "-m", "p2w", "inspect", str(path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not mark.exists()
+    assert "reading it would run posix.system" in done.stderr and str(path) in done.stderr
+
+
+def test_inspect_says_what_init_would_do(tmp_path, capsys):
+    medicalnet(tmp_path / "r.pth")
+    assert inspect.main([str(tmp_path / "r.pth"), "--in-channels", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "MedicalNet: resnet10, width 2" in out and "adapted        1  conv1.weight" in out
+    assert "positive-z, 4 channels" in out and "whole: --init takes it" in out
+
+
+def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_path):
+    """[0, 1], whatever its authors fed it; and only the U-Net goes out under Models Genesis' names."""
+    encoder = trained("resnet10")
+    card = {"encoder": {"name": "resnet10", "width": 2}, "training": {"data": {"fingerprint": "f"}}}
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    save_file(state, tmp_path / "r.safetensors", {"p2w": json.dumps(card)})
+    start = load_start(str(tmp_path / "r.safetensors"))
+    assert (
+        same(start.encoder, encoder) and start.encoder.feeding == "unit" and encoder.feeding == "positive-z"
+    )
+    assert p2w.load(tmp_path / "r.safetensors").feeding == "unit" and start.pretrained_on == {
+        "fingerprint": "f"
+    }
+    with pytest.raises(UserError, match="Models Genesis' names are for unet3d, not resnet10"):
+        export._models_genesis(tmp_path / "g.pt", state, card)
