@@ -23,7 +23,7 @@ from p2w.train.cost import cost
 sys.path.insert(0, str(REPO))
 from launch.train import parse
 
-STEPS, SEEDS = 300, 3
+STEPS, SEEDS = 200, 3
 # What the table compares, with several seeds …
 CONTENDERS: dict[str, list[str]] = {
     "parts2whole": [],
