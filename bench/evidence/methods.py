@@ -85,7 +85,9 @@ def main() -> None:
             work(stage, folder)
         work([train_job(folder, *one) for one in todo], folder)
         runs = [folder_of(folder, *one) for one in todo]
-        bare = [compare_job(folder, folder_of(folder, "parts2whole", seed), True) for seed in range(args.seeds)]
+        bare = [
+            compare_job(folder, folder_of(folder, "parts2whole", seed), True) for seed in range(args.seeds)
+        ]
         work([*(compare_job(folder, run) for run in runs), *bare], folder)
     methods_page.write(REPO / "docs", folder, METHODS, share, folder_of)
 

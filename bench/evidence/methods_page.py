@@ -30,7 +30,9 @@ def write(
         for figure in ("reconstruction.png", "views.png"):
             source = folder_of(folder, name, 0) / "figures" / figure
             if source.exists():
-                shrink(source, docs / "methods" / f"{folder_of(folder, name, 0).name.removesuffix('-seed0')}.png")
+                shrink(
+                    source, docs / "methods" / f"{folder_of(folder, name, 0).name.removesuffix('-seed0')}.png"
+                )
     tasks = [title for _, title in TASKS.values()]
     path.write_text(
         fill(path.read_text(), "comparison", table(("", "seeds", "cost of a step", *COLUMNS, *tasks), rows))
@@ -49,7 +51,9 @@ def _found(
             break
         one = json.loads((run / file).read_text())
         start = run.name if file == "compared.json" else "scratch"
-        one["tasks"] = {task: _scores(folder / "transfer" / f"{start}-{task}", metric) for task, (metric, _) in TASKS.items()}
+        one["tasks"] = {
+            task: _scores(folder / "transfer" / task / start, metric) for task, (metric, _) in TASKS.items()
+        }
         found.append(one)
     return found
 

@@ -10,7 +10,6 @@ same arithmetic. The same command continues one that was stopped.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import methods
 from jobs import REPO, Job, work
 from page import fill, table
 from run import data_jobs
+
+from p2w.tables.table import BEST, Cell, load
 
 PATIENTS = 40
 SHORT = "--recipe.max-epochs 30 --recipe.epoch-steps 4 --recipe.patience 12"
@@ -40,13 +41,31 @@ CONTEST = ("ncc", "ncs")  # what the contenders are fine-tuned on
 def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Phantoms, then the target sets cut from them."""
     raw = folder / "targets-raw"
-    command = ["-m", "p2w.data.phantom.targets", "--out", raw, "--patients", PATIENTS, "--workers", os.cpu_count()]
+    command = [
+        "-m",
+        "p2w.data.phantom.targets",
+        "--out",
+        raw,
+        "--patients",
+        PATIENTS,
+        "--workers",
+        os.cpu_count(),
+    ]
     cut = []
     for task, flags in CUT.items():
         source = raw / RAW[task] if task in RAW else real and real / "sarcoma"
         if source:
             out, kind = folder / "targets" / task, task if task in RAW else "general"
-            made: list[object] = ["preprocess/prepare_target.py", kind, "--source", source, "--out", out, "--workers", 1]
+            made: list[object] = [
+                "preprocess/prepare_target.py",
+                kind,
+                "--source",
+                source,
+                "--out",
+                out,
+                "--workers",
+                1,
+            ]
             cut.append(Job(f"cut-{task}", [*made, *flags.split()], out / "manifest.parquet"))
     return [[Job("targets-raw", command, folder / "targets" / "ncc" / "manifest.parquet")], cut]
 
@@ -66,9 +85,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
-    parser.add_argument("--real", default="", help="folder of real scans with `sarcoma` in it; empty: phantoms only")
-    parser.add_argument("--inits", choices=("table1", "methods"), default="table1", help="which starting points")
-    parser.add_argument("--trials", type=int, default=0, help="default 10; 2 for methods, whose seeds count too")
+    parser.add_argument(
+        "--real", default="", help="folder of real scans with `sarcoma` in it; empty: phantoms only"
+    )
+    parser.add_argument(
+        "--inits", choices=("table1", "methods"), default="table1", help="which starting points"
+    )
+    parser.add_argument(
+        "--trials", type=int, default=0, help="default 10; 2 for methods, whose seeds count too"
+    )
     args = parser.parse_args()
     folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
     for stage in (*data_jobs(folder, None), *set_jobs(folder, real)):
@@ -85,9 +110,14 @@ def main() -> None:
         command = sweep(folder, folder / "transfer", CONTEST, starts, args.trials or 2)
         sys.exit(subprocess.run(command, cwd=REPO, env=env, check=False).returncode)
     work([methods.train_job(folder, name, 0) for name in TABLE1.values()], folder)
-    starts = {"Scratch": "random", **{label: methods.folder_of(folder, name, 0) for label, name in TABLE1.items()}}
+    starts = {
+        "Scratch": "random",
+        **{label: methods.folder_of(folder, name, 0) for label, name in TABLE1.items()},
+    }
     tasks = [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
-    subprocess.run(sweep(folder, folder / "table1", tasks, starts, args.trials or 10), cwd=REPO, env=env, check=True)
+    subprocess.run(
+        sweep(folder, folder / "table1", tasks, starts, args.trials or 10), cwd=REPO, env=env, check=True
+    )
     subprocess.run(
         [sys.executable, "-m", "p2w", "table1", folder / "table1", "--fraction", "0.1", "--against", "Scratch"],
         cwd=REPO, env=env, check=True,
@@ -97,9 +127,31 @@ def main() -> None:
 
 def write(page: Path, found: Path) -> None:
     """Fill the block `table1` of docs/targets.md."""
-    result = json.loads(found.read_text())
-    page.write_text(fill(page.read_text(), "table1", table((), result)))
+    seen = load(found)
+    columns = [
+        column for column in seen.columns if any(cell.n for cell in seen.cells if cell.task == column.task)
+    ]
+    claims = {claim.task: claim for claim in seen.claims if claim.other == "Scratch"}
+    rows = [[row, *(_cell(seen.cell(row, column.task)) for column in columns)] for row in seen.rows]
+    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+    tests = [claims.get(column.task) for column in columns]
+    rows.append(
+        [
+            "Parts2Whole - Scratch",
+            *("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests),
+        ]
+    )
+    head = ("", *(column.head for column in columns))
+    page.write_text(fill(page.read_text(), "table1", table(head, rows)))
     print(page)
+
+
+def _cell(cell: Cell) -> str:
+    """`**91.2 ± 0.3**`, the best in bold; fewer trials than planned are said."""
+    if cell.mean is None:
+        return "-"
+    text = f"{cell.mean:.2f} ± {cell.sd or 0:.2f}"
+    return (f"**{text}**" if cell.mark == BEST else text) + (f" ({cell.missing})" if cell.missing else "")
 
 
 if __name__ == "__main__":
