@@ -9,7 +9,7 @@ from typing import Any
 from page import fill, shrink, table
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
-    "AUC": lambda one: one["all"],
+    "AUC": lambda one: one["plain"],
     "same tile, other scan": lambda one: one["against_one_tile"],
     "standardised": lambda one: one["standardised"],
     "gamma": lambda one: one["gamma"],
