@@ -1,7 +1,8 @@
 # make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
 # make test    install and run every test
 # make lint    style and types
-# make bench   measure; writes bench/results
+# make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
+# make bench-peers   what users would take instead, in an environment of its own (2 GB), beside ours in the same runs
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
@@ -13,10 +14,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= demo
 SOAK   ?= soak
+PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench soak evidence clean
+.PHONY: help install demo test lint bench bench-peers soak evidence clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -29,10 +31,10 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 $(VENV)/.installed: $(VENV)/.venv setup.cfg constraints.txt
-	$(PIP) --editable .
+	$(PIP) --editable '.[fast]'
 	@touch $@
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) --editable '.[test,lint]'
+	$(PIP) --editable '.[fast,test,lint]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -53,9 +55,30 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Peers take part where `make bench-peers` has installed them. bench/fuzz.py, soak.py, goodput.py are no questions of speed.
+WITH_PEERS = $(if $(wildcard $(PEERS)/.installed),$(PEERS),$(VENV))/bin/python
+STREAM = $(BIN)/python bench/stream.py --peers $(WITH_PEERS)
+CROP   = PYTHONPATH=. $(WITH_PEERS) bench/crop_resize.py
 bench: $(VENV)/.tools
-	@for file in $(filter-out bench/soak.py bench/goodput.py bench/plain_loop.py, $(wildcard bench/*.py)); do \
-	  echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	$(STREAM)
+	$(BIN)/python bench/stream_places.py --peers $(WITH_PEERS)
+	$(CROP)
+	$(BIN)/python bench/kernel.py
+	$(BIN)/python bench/step.py --compile
+	$(BIN)/python bench/end_to_end.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/shard.py
+	$(BIN)/python bench/checkpoint.py
+	@$(BIN)/python bench/table.py
+
+bench-peers: $(VENV)/.tools $(PEERS)/.installed
+	$(STREAM)
+	$(CROP)
+	@$(BIN)/python bench/table.py
+$(PEERS)/.installed: bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 soak: $(VENV)/.tools
 	$(BIN)/python bench/soak.py --folder $(SOAK)
@@ -65,4 +88,4 @@ evidence: $(VENV)/.installed
 	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(PEERS) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,57 +1,57 @@
-"""How fast is crop-resize-normalise, next to the usual ways? 16 wholes 64x128x128 -> 32x64x64, paper's boxes.
+"""How fast is crop-resize-normalise on the CPU, next to the usual ways? 16 wholes 64x128x128 -> 32x64x64, paper's boxes.
 
-    python bench/crop_resize.py                      # prints, and writes bench/results/crop_resize.json
-    python bench/crop_resize.py --rounds 51 --threads 1 2 4 --out /tmp/here.json
+    python bench/crop_resize.py                      # peers that this Python can import; `make bench-peers` has them all
+    python bench/crop_resize.py --rounds 31 --threads 1 2 4
 
-Ways are interleaved, one call each a round, and compared within a round, because other work on a machine
-slows whole stretches of time: read `times_ours` (median of the rounds' ratios), not milliseconds of two runs.
-`cpu_ms` is the process' CPU time: on one thread it does not count what others took.
-Boxes are rounded outwards to voxels, so that slicing peers can do them at all; ours does not gain by it.
-Peers are given less to do: they do not clip. MONAI and DALI are timed where they can be imported.
-argparse and torch alone, so that it runs on bare GPU machines.
+Ways are interleaved, one call each a round, and compared within a round: read ratios. Boxes are rounded outwards to
+voxels, so that slicing peers can do them at all; ours does not gain by it. Peers do less: they do not clip, and slicing is
+not timed. Equal conventions are compared with equal: without antialiasing all but torchio and grid_sample give our
+numbers to 1e-5 (`differs` says by how much each does); with it, DALI's filter is another triangle than torch's and PIL's.
+`cpu_ms` is the process' CPU time: on one thread it does not count what others took. The GPU's kernel: bench/kernel.py.
 """
 
 import argparse
 import importlib.util
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, Goal, Row, over, save, show
+from torch import Tensor
 
-from p2w.geometry import Keys, backend, crop_resize, part_and_whole, sample_boxes
+from p2w.geometry import Keys, crop_resize, part_and_whole, sample_boxes
 
 BATCH, SHAPE, SIZE = 16, (64, 128, 128), (32, 64, 64)
-Ways = dict[str, Callable[[], object]]
-Seconds = dict[str, list[tuple[float, float]]]  # name -> (wall, CPU) a round
+PLAIN, SMOOTH, BOTH = "without antialiasing", "antialiased", "part and target"
+Ways = dict[tuple[str, str], Callable[[], Any]]
 
 
-def inputs(device="cpu"):
+def inputs(batch: int = BATCH, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Wholes (B, D, H, W) of noise, and the paper's boxes (B, 6), rounded outwards."""
     generator = torch.Generator().manual_seed(0)
-    wholes = torch.randint(-1000, 1001, (BATCH, *SHAPE), dtype=torch.int16, generator=generator)
-    boxes = sample_boxes(Keys(0, 0, torch.arange(BATCH)), 0, SHAPE)
+    wholes = torch.randint(-1000, 1001, (batch, *SHAPE), dtype=torch.int16, generator=generator)
+    boxes = sample_boxes(Keys(0, 0, torch.arange(batch)), 0, SHAPE)
     return wholes.to(device), torch.cat([boxes[:, :3].floor(), boxes[:, 3:].ceil()], 1).to(device)
 
 
-def level(voxels):
+def level(voxels: Tensor) -> Tensor:
     return voxels.float().add_(1000).mul_(1 / 2000)
 
 
-def slices(wholes, boxes):
+def slices(wholes: Tensor, boxes: Tensor) -> list[Tensor]:
     corners = boxes.long().tolist()
     return [w[z:z1, y:y1, x:x1] for w, (z, y, x, z1, y1, x1) in zip(wholes, corners, strict=True)]
 
 
-def interpolate(crops):
+def interpolate(crops: Any) -> Tensor:
     return torch.cat([F.interpolate(level(c)[None, None], size=SIZE, mode="trilinear") for c in crops])
 
 
-def grid_sample(wholes, boxes):
+def grid_sample(wholes: Tensor, boxes: Tensor) -> Tensor:
     """One call for the batch; it samples the crop's outermost half voxels from outside the crop."""
     axes = []
     for k, (n, size) in enumerate(zip(SHAPE, SIZE, strict=True)):
@@ -67,21 +67,47 @@ def grid_sample(wholes, boxes):
     )
 
 
-def monai(crops):
-    from monai.transforms import Resize  # noqa: PLC0415  optional peer
+def monai(crops: list[Tensor], antialias: bool) -> Callable[[], Tensor]:
+    """Its antialiasing is a Gaussian before the resize."""
+    from monai.transforms import Resize  # noqa: PLC0415
 
-    resize = Resize(SIZE, mode="trilinear", align_corners=False)
-    return torch.stack([resize(level(c)[None]) for c in crops])
+    resize = Resize(SIZE, mode="trilinear", align_corners=False, anti_aliasing=antialias)
+    return lambda: torch.stack([torch.as_tensor(resize(level(c)[None])) for c in crops])
 
 
-def dali_pipeline(crops, antialias, threads):
+def kornia(wholes: Tensor, boxes: Tensor) -> Callable[[], Tensor]:
+    """`crop_by_boxes3d`: a warp of the batch by eight corners each, aligned at voxel centres as ours is."""
+    from kornia.geometry.transform import crop_by_boxes3d  # noqa: PLC0415
+
+    def corners(low: Tensor, high: Tensor) -> Tensor:
+        """(B, 8, 3) x y z: front face clockwise from its upper left corner, then the back face."""
+        order = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 1, 1)]
+        ends = (low.flip(1), high.flip(1))
+        return torch.stack([torch.stack([ends[e[k]][:, k] for k in range(3)], 1) for e in order], 1)
+
+    size = torch.tensor(SIZE, dtype=torch.float32).expand(len(boxes), 3)
+    scale = (boxes[:, 3:] - boxes[:, :3]) / size
+    source = corners(boxes[:, :3] + scale / 2 - 0.5, boxes[:, 3:] - scale / 2 - 0.5)
+    target = corners(torch.zeros_like(size), size - 1)
+    return lambda: crop_by_boxes3d(level(wholes)[:, None], source, target, align_corners=True)
+
+
+def torchio(crops: list[Tensor]) -> Callable[[], Tensor]:
+    """`Resize`, which is SimpleITK's resampling of each image."""
+    import torchio as tio  # noqa: PLC0415
+
+    resize = tio.Resize(SIZE)
+    return lambda: torch.stack([resize(tio.ScalarImage(tensor=level(c)[None])).data for c in crops])
+
+
+def dali(crops: list[Tensor], antialias: bool, threads: int) -> Callable[[], Any]:
     """DALI's own pipeline on the CPU, fed with arrays that are in memory already."""
-    from nvidia.dali import fn, pipeline_def, types  # noqa: PLC0415  optional peer
+    from nvidia.dali import fn, pipeline_def, types  # noqa: PLC0415
 
     arrays = [c.contiguous().numpy()[..., None] for c in crops]
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=1)
-    def pipeline():
+    def pipeline() -> Any:
         voxels = fn.external_source(source=lambda: arrays, layout="DHWC", dtype=types.INT16, ndim=4)
         small = fn.resize(
             voxels, size=list(SIZE), interp_type=types.INTERP_LINEAR, antialias=antialias, dtype=types.FLOAT
@@ -90,7 +116,11 @@ def dali_pipeline(crops, antialias, threads):
 
     built = pipeline()
     built.build()
-    return built
+    return lambda: torch.from_numpy(built.run()[0].as_array()).movedim(-1, 1)
+
+
+def has(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def cpu_ways(threads: int) -> Ways:
@@ -98,123 +128,81 @@ def cpu_ways(threads: int) -> Ways:
     crops = slices(wholes, boxes)
     part, target = (torch.empty(BATCH, 1, *SIZE) for _ in range(2))
     ways: Ways = {
-        "ours, antialiased": lambda: crop_resize(wholes, boxes, SIZE, out=part),
-        "ours, plain": lambda: crop_resize(wholes, boxes, SIZE, antialias=False, out=part),
-        "ours, antialiased part and target": lambda: part_and_whole(wholes, boxes, SIZE, out=(part, target)),
-        "slice + F.interpolate": lambda: interpolate(crops),
-        "slice + F.interpolate, part and target": lambda: (interpolate(crops), interpolate(wholes)),
-        "F.grid_sample": lambda: grid_sample(wholes, boxes),
+        (PLAIN, "p2w"): lambda: crop_resize(wholes, boxes, SIZE, antialias=False, out=part),
+        (PLAIN, "slice + F.interpolate"): lambda: interpolate(crops),
+        (PLAIN, "F.grid_sample"): lambda: grid_sample(wholes, boxes),
+        (SMOOTH, "p2w"): lambda: crop_resize(wholes, boxes, SIZE, out=part),
+        (BOTH, "p2w, antialiased"): lambda: part_and_whole(wholes, boxes, SIZE, out=(part, target))[0],
+        (BOTH, "slice + F.interpolate, not antialiased"): lambda: (interpolate(crops), interpolate(wholes))[
+            0
+        ],
     }
-    difference = (ways["ours, plain"]() - ways["slice + F.interpolate"]()).abs().max()
-    assert difference < 1e-5, f"the ways do not do the same: {difference}"
-    if importlib.util.find_spec("monai"):
-        ways["MONAI Resize"] = lambda: monai(crops)
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-        for name, antialias in (("DALI CPU, antialiased", True), ("DALI CPU, plain", False)):
-            ways[name] = dali_pipeline(crops, antialias, threads).run
+    if has("monai"):
+        ways |= {(PLAIN, "MONAI Resize"): monai(crops, False), (SMOOTH, "MONAI Resize"): monai(crops, True)}
+    if has("kornia"):
+        ways[PLAIN, "kornia crop_by_boxes3d"] = kornia(wholes, boxes)
+    if has("torchio"):
+        ways[PLAIN, "torchio Resize"] = torchio(crops)
+    if has("nvidia") and has("nvidia.dali"):
+        ways |= {(kind, "DALI CPU"): dali(crops, kind == SMOOTH, threads) for kind in (PLAIN, SMOOTH)}
     return ways
 
 
-def interleave(ways: Ways, rounds: int, wait: Callable[[], None] = lambda: None) -> Seconds:
+def differences(ways: Ways) -> dict[str, float]:
+    """Largest difference from ours of the same kind, in window units, on white noise."""
+    return {
+        f"{kind}, {name}": float((torch.as_tensor(way()) - ways[kind, "p2w"]().clone()).abs().max())
+        for (kind, name), way in ways.items()
+        if kind != BOTH and name != "p2w"
+    }
+
+
+def interleave(ways: Ways, rounds: int) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """(wall, CPU) seconds of every way in every round, after two rounds to warm up."""
-    seconds: Seconds = {name: [] for name in ways}
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(-2, rounds):
         for name, way in ways.items():
-            wait()
             start, cpu = time.perf_counter(), time.process_time()
             way()
-            wait()
             if turn >= 0:
                 seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
     return seconds
-
-
-def table(seconds: Seconds, ours: str) -> dict[str, dict[str, float]]:
-    rows = {}
-    for name, times in seconds.items():
-        wall, cpu = zip(*times, strict=True)
-        ratio, cpu_ratio = (
-            median(t[k] / o[k] for t, o in zip(times, seconds[ours], strict=True)) for k in range(2)
-        )
-        rows[name] = {
-            "median_ms": round(1e3 * median(wall), 3),
-            "best_ms": round(1e3 * min(wall), 3),
-            "times_ours": round(ratio, 3),
-            "cpu_ms": round(1e3 * median(cpu), 3),
-            "cpu_times_ours": round(cpu_ratio, 3),
-        }
-        print(f"  {name:40s}" + "".join(f"  {k} {v:8.2f}" for k, v in rows[name].items()))
-    return rows
-
-
-def gpu(rounds: int) -> dict | str:
-    if not torch.cuda.is_available():
-        return "skipped: no CUDA device (bandwidth of the kernel, number of launches, loop of F.interpolate)"
-    wholes, boxes = inputs("cuda")
-    crops = slices(wholes, boxes)
-    part, target = (torch.empty(BATCH, 1, *SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    # Ten batches a call: one is shorter than the clock's own launch and wait.
-    copied = torch.empty(wholes.nbytes + part.nbytes + target.nbytes, dtype=torch.uint8, device="cuda")
-    half = copied.nbytes // 2  # a copy reads and writes: half the bytes twice is the kernel's traffic
-    ways: Ways = {
-        "ours, antialiased part and target": lambda: [
-            part_and_whole(wholes, boxes, SIZE, dtype=torch.bfloat16, out=(part, target)) for _ in range(10)
-        ],
-        "copy of as many bytes": lambda: [copied[:half].copy_(copied[half : 2 * half]) for _ in range(10)],
-        "slice + F.interpolate, part and target": lambda: [
-            (interpolate(crops), interpolate(wholes)) for _ in range(10)
-        ],
-    }
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        part_and_whole(wholes, boxes, SIZE, dtype=torch.bfloat16, out=(part, target))
-        torch.cuda.synchronize()
-    launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
-    rows = table(interleave(ways, rounds, torch.cuda.synchronize), "ours, antialiased part and target")
-    return {
-        "device": torch.cuda.get_device_name(),
-        "backend": backend("cuda"),
-        "launches_a_batch": launches,
-        "fraction_of_copy_bandwidth": rows["copy of as many bytes"]["times_ours"],
-        "ten_batches": rows,
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "crop_resize.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "crop_resize.json")
     options = parser.parse_args()
-    cpu = {}
+    rows, goals, cpu_ms = [], [], {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        print(f"CPU, {threads} thread(s), {BATCH} wholes {SHAPE} -> {SIZE}")
-        cpu[f"{threads} threads"] = table(interleave(cpu_ways(threads), options.rounds), "ours, antialiased")
-    print("GPU")
-    result = {
-        "machine": machine(),
-        "batch": BATCH,
-        "shape": SHAPE,
-        "size": SIZE,
-        "cpu": cpu,
-        "gpu": gpu(options.rounds),
-    }
-    print(f"  {result['gpu']}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def machine() -> dict[str, object]:
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ": unknown")
-    return {
-        "cpu": cpu.split(":")[1].strip(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],  # above the cores: other work was timed too
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+        ways = cpu_ways(threads)
+        differs = differences(ways)
+        assert differs[f"{PLAIN}, slice + F.interpolate"] < 1e-5, "the ways do not do the same"
+        seconds = interleave(ways, options.rounds)
+        wall = {name: [BATCH / s[0] for s in times] for name, times in seconds.items()}
+        for (kind, name), rates in wall.items():
+            note = f"differs {differs[f'{kind}, {name}']:.0e}" if f"{kind}, {name}" in differs else ""
+            group = f"crop-resize {kind}, {threads} thread(s)"
+            ours = "ours" if name.startswith("p2w") else "peer"
+            rows.append(Row(group, name, median(rates), "samples/s", ours, (min(rates), max(rates)), note))
+        cpu_ms[threads] = {", ".join(n): 1e3 * median(s[1] for s in t) / BATCH for n, t in seconds.items()}
+        fast = max((n for n in wall if n[0] == PLAIN and n[1] != "p2w"), key=lambda n: median(wall[n]))
+        text = f"times the fastest without antialiasing ({fast[1]}), {threads} thread(s)"
+        goals.append(Goal(text, over(wall[PLAIN, "p2w"], wall[fast]), 1.0))
+        if (SMOOTH, "DALI CPU") in wall:
+            ratio = over(wall[SMOOTH, "p2w"], wall[SMOOTH, "DALI CPU"])
+            goals.append(Goal(f"times DALI antialiased, {threads} thread(s)", ratio, 1.5))
+    command = f"python bench/crop_resize.py --rounds {options.rounds}"
+    show(
+        save(
+            options.out, "samples/s of crop-resize-normalise on the CPU", command, rows, goals, cpu_ms=cpu_ms
+        )
+    )
 
 
 if __name__ == "__main__":

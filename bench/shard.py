@@ -5,14 +5,14 @@
     python bench/shard.py --scans DIR --repeats 9
 
 The floor is `SimpleITK.ReadImage` of the same files (which checks nothing). Both run in one process and take
-turns, on files the system has cached; only the ratio counts on a busy machine. Memory: peak of a fresh
-process that cuts one 512 x 512 x 764 scan. Results go to bench/results/shard.json.
+turns, on files the system has cached; only the ratio counts on a busy machine. Then whole runs, of one and of two
+workers, beside as many processes that only read: what six more scans take, so that starting counts for nothing. Memory:
+peak of a fresh process that cuts one 512 x 512 x 764 scan. Results go to bench/results/shard.json.
 """
 
-import datetime
-import json
+import multiprocessing
 import os
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,13 +24,15 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import tyro
+from common import RESULTS, Goal, Row, save, show
 
 from p2w.data.cut import cut_scan
 from p2w.data.find import Source, find_scans
 from p2w.data.folder import Folder, Settings, Share
+from p2w.data.run import Job, run
 from p2w.data.scan import quiet, source_files
 
-RESULTS = Path(__file__).parent / "results" / "shard.json"
+FEW, MANY = 2, 8  # scans
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,77 @@ def measure(source: Source, folder: Folder, repeats: int) -> dict[str, object]:
     }
 
 
+def headers(path: Path, count: int) -> list[str]:
+    """A plain scan under so many names, in a folder of its own: all headers name one file of voxels."""
+    path.mkdir()
+    synthetic(path / "plain0.mhd", 275)
+    for number in range(1, count):
+        (path / f"plain{number}.mhd").write_text((path / "plain0.mhd").read_text())
+    return sorted(str(file) for file in path.glob("*.mhd"))
+
+
+def read_path(path: str) -> None:
+    sitk.ReadImage(path)
+
+
+def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
+    """Workers -> (scans a second cut, scans a second read), medians; turns are taken."""
+    paths = {count: headers(scratch / f"of{count}", count) for count in (FEW, MANY)}
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    for turn in range(repeats):
+        for workers in (1, 2):
+            for count, names in paths.items():
+                began = time.perf_counter()
+                out = scratch / f"out{turn}-{workers}-{count}"
+                assert (
+                    run(find_scans([str(scratch / f"of{count}")], str(out)), Job(str(out), workers=workers))
+                    == 0
+                )
+                seconds.setdefault(("cut", workers, count), []).append(time.perf_counter() - began)
+                shutil.rmtree(out)
+                began = time.perf_counter()
+                with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                    pool.map(read_path, names, chunksize=1)
+                seconds.setdefault(("read", workers, count), []).append(time.perf_counter() - began)
+
+    def rate(what: str, workers: int) -> float:
+        few, many = (statistics.median(seconds[what, workers, count]) for count in (FEW, MANY))
+        return (MANY - FEW) / (many - few)
+
+    return {workers: (rate("cut", workers), rate("read", workers)) for workers in (1, 2)}
+
+
+def report(
+    rows: list[dict[str, object]], runs: dict[int, tuple[float, float]]
+) -> tuple[list[Row], list[Goal]]:
+    table, goals = [], []
+    for one in rows:
+        group = f"{'x'.join(map(str, one['shape']))} {one['files'][-1]}, one process"
+        note = (
+            f"read {one['read_per_source_byte']} times, written {one['written_per_kept_byte']} per byte kept"
+        )
+        table.append(
+            Row(group, "p2w: read, checked, cut, written", one["scans_per_s"], "scans/s", "ours", note=note)
+        )
+        table.append(Row(group, "SimpleITK.ReadImage alone", 1 / one["floor_s"], "scans/s", "bound"))
+        name = f"{one['files'][-1]}"
+        goals.append(
+            Goal(f"bytes written per byte kept, {name}", one["written_per_kept_byte"], 1.01, at_least=False)
+        )
+        goals.append(
+            Goal(
+                f"bytes read per byte of the source, {name}", one["read_per_source_byte"], 1.1, at_least=False
+            )
+        )
+    for workers, (cut, alone) in runs.items():
+        group = f"512x512x275 plain, {workers} worker(s)"
+        table.append(Row(group, "p2w, a whole run", cut, "scans/s", "ours"))
+        table.append(Row(group, "SimpleITK.ReadImage alone", alone, "scans/s", "bound"))
+    if runs:
+        goals.append(Goal("two workers are faster than one by", runs[2][0] / runs[1][0], 1.7))
+    return table, goals
+
+
 def peak_memory(scratch: Path) -> dict[str, float]:
     """MiB, of a process that cuts one 512 x 512 x 764 scan and does nothing else."""
     peaks = {}
@@ -136,25 +209,13 @@ def main() -> None:
                 return
             rows = [measure(source, folder, options.repeats) for source in found.sources]
         memory = peak_memory(scratch) if options.memory else {}
-    result = {
-        "question": "cutting a scan against SimpleITK.ReadImage, one process",
-        "command": " ".join(["python bench/shard.py", *(["--scans DIR"] if options.scans else [])]),
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "system": platform.platform(),
-        },
-        "load_average": round(os.getloadavg()[0], 1),
-        "scans": rows,
-        "peak_mib_512x512x764": memory,
-    }
-    for row in rows:
-        print(row)
-    print("peak MiB for 512 x 512 x 764:", memory)
-    assert all(peak < 2048 for peak in memory.values()), "a worker may not take 2 GiB"
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        runs = whole_runs(scratch, max(1, options.repeats // 2))
+    table, goals = report([row for row in rows if "bad" not in row], runs)
+    if memory:
+        goals.append(Goal("MiB at most in a worker, 512x512x764", max(memory.values()), 2048, at_least=False))
+    command = " ".join(["python bench/shard.py", *(["--scans DIR"] if options.scans else [])])
+    question = "cutting scans against SimpleITK.ReadImage"
+    show(save(RESULTS / "shard.json", question, command, table, goals, scans=rows, peak_mib=memory))
 
 
 if __name__ == "__main__":

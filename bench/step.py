@@ -1,98 +1,174 @@
-"""What do layout, precision and a fused optimizer bring to one training step of the paper's network?
+"""What do layout, precision, compiling, CUDA graphs and a fused optimizer bring to one training step of the paper's network?
 
-    python bench/step.py                         # CPU: 2 samples, 5 rounds, some minutes
-    python bench/step.py --batch 16 --rounds 20  # on a GPU
-    python bench/step.py --compile               # adds torch.compile: half a minute of compiling, once
+    python bench/step.py                          # CPU: 1 sample, 3 rounds, a minute or more
+    python bench/step.py --compile                # adds torch.compile: half a minute of compiling, once
+    python bench/step.py --batch 16 --rounds 20 --compile            # on a GPU, at 64x64x32
+    python bench/step.py --batch 16 --rounds 10 --size 64 128 128    # and at 128x128x64
 
-Forward, backward and update at 64x64x32, the input already on the device. The floor is a plain loop: contiguous float32,
-eager, unfused Adam. Ways take turns, one step each a round, and are compared within a round: read `times_faster`.
-argparse and torch alone, so that it runs on bare GPU machines.
+Forward, backward and update, the input already on the device. The floor is a plain loop: contiguous, eager, unfused Adam; in
+float32 on a CPU, under fp16 autocast with a loss scaler on a GPU. Ways take turns, one step each a round, and are compared
+within a round. The defaults (p2w.config) follow the fastest row that keeps the numbers right: bf16 is compared with
+float32, convolution by convolution, before anything is timed. Torch, NumPy and p2w alone: it runs on bare GPU machines.
 """
 
 import argparse
-import json
-import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, Goal, over, rotate, row, save, show
+from torch import nn
 
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
+from p2w.train.optim import Precision
+from p2w.train.selfcheck import wrong_convolution
 
-SIZE = (32, 64, 64)
+PEAK_SAMPLES = {(32, 64, 64): 680, (64, 128, 128): 85}  # half the roofline of an H200; goals there
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 @dataclass(frozen=True)
 class Way:
     """One way to take a step."""
 
-    bf16: bool = False
+    dtype: str = "fp32"
     channels_last: bool = False
     fused: bool = False
-    compile: bool = False
+    compiled: bool = False
+    graph: bool = False
 
     def __str__(self) -> str:
-        return ", ".join(name for name, on in asdict(self).items() if on) or "plain: fp32, contiguous, eager"
+        parts = {"channels-last": self.channels_last, "fused Adam": self.fused, "compiled": self.compiled,
+                 "CUDA graph": self.graph}  # fmt: skip
+        return ", ".join([self.dtype, *(name for name, on in parts.items() if on)])
 
 
 class Step:
-    """A network of its own, and one step of it."""
+    """A network of its own, and one step of it: called, it returns samples a second."""
 
-    def __init__(self, way: Way, batch: int, device: torch.device) -> None:
+    def __init__(self, way: Way, batch: int, size: tuple[int, ...], device: torch.device) -> None:
         torch.manual_seed(0)
-        encoder = UNet3dEncoder()
-        self.model = EncoderDecoder(encoder, UNet3dDecoder(encoder.channels, encoder.strides)).to(device)
+        self.way, self.device, self.batch = way, device, batch
+        self.model = network().to(device)
         if way.channels_last:
-            self.model.to(memory_format=torch.channels_last_3d)
-        self.network = torch.compile(self.model) if way.compile else self.model
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3, fused=way.fused)
-        self.way, self.device = way, device
-        self.part, self.whole = (torch.rand(batch, 1, *SIZE, device=device) for _ in range(2))
+            self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.forward = torch.compile(self.model) if way.compiled else self.model
+        options = {"capturable": True} if way.graph else {}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3, fused=way.fused, **options)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=way.dtype == "fp16")
+        self.part, self.whole = (torch.rand(batch, 1, *size, device=device) for _ in range(2))
+        self.once: Callable[[], None] = self.captured() if way.graph else self.step
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        dtype = DTYPES[self.way.dtype]
+        cast = (
+            torch.autocast(self.device.type, dtype, cache_enabled=not self.way.graph)
+            if dtype
+            else nullcontext()
+        )
+        with cast:
+            output = self.forward(self.part)
+        self.scaler.scale(F.mse_loss(output.float(), self.whole)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def captured(self) -> Callable[[], None]:
+        """The step as one CUDA graph: no launches from Python."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
 
     def __call__(self) -> float:
         began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.way.bf16):
-            output = self.network(self.part)
-        F.mse_loss(output.float(), self.whole).backward()
-        self.optimizer.step()
+        self.once()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self.batch / (time.perf_counter() - began)
+
+
+def network() -> nn.Module:
+    encoder = UNet3dEncoder()
+    return EncoderDecoder(encoder, UNet3dDecoder(encoder.channels, encoder.strides))
+
+
+def ways(device: torch.device, compiled: bool) -> list[Way]:
+    """The floor first, then what it gains, one thing at a time."""
+    cuda = device.type == "cuda"
+    found = [Way("fp16")] if cuda else [Way()]
+    found += [Way("fp32", fused=True), Way("fp32", channels_last=True, fused=True)]
+    for dtype in ("bf16", "fp16") if cuda else ("bf16",):
+        found += [Way(dtype, fused=True), Way(dtype, channels_last=True, fused=True)]
+    if compiled:
+        found += [
+            Way("bf16", fused=True, compiled=True),
+            Way("bf16", channels_last=True, fused=True, compiled=True),
+        ]
+    if cuda:
+        found += [
+            Way("bf16", fused=True, graph=True),
+            Way("bf16", channels_last=True, fused=True, graph=True),
+        ]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, nargs=3, default=[32, 64, 64])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ways = [Way(), Way(fused=True), Way(channels_last=True, fused=True), Way(bf16=True, fused=True)]
-    ways += [Way(bf16=True, channels_last=True, fused=True)]
-    ways += [Way(bf16=True, channels_last=True, fused=True, compile=True)] if args.compile else []
-    steps = [Step(way, args.batch, device) for way in ways]
-    rounds = [[step() for step in steps] for _ in range(args.rounds + 1)][1:]  # the first one warms up
-    results = {}
-    for column, way in enumerate(ways):
-        seconds = median(row[column] for row in rounds) / args.batch
-        faster = median(row[0] / row[column] for row in rounds)
-        results[str(way)] = {"seconds_per_sample": round(seconds, 4), "times_faster": round(faster, 2)}
-        print(f"{way!s:42} {seconds:8.3f} s a sample  {faster:5.2f}x  {'#' * round(8 * faster)}")
-    what = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
-    machine = {"device": what, "system": platform.platform(), "torch": torch.__version__}
-    args.out.write_text(
-        json.dumps({"machine": machine, "batch": args.batch, "ways": results}, indent=1) + "\n"
-    )
+    size = tuple(args.size)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as World.start sets it
+    shape = (args.batch if device.type == "cuda" else 1, 1, *size)
+    check = wrong_convolution(network().to(device), Precision("bf16", torch.bfloat16, ""), shape, device)
+    print(f"bf16 against float32: {check or 'every convolution within rounding'}")
+    steps = {str(way): Step(way, args.batch, size, device) for way in ways(device, args.compile)}
+    rates = rotate(dict(steps), args.rounds)
+    floor, default = next(iter(steps)), str(Way("bf16", channels_last=True, fused=True))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    group = f"a step at {'x'.join(map(str, size[::-1]))}, batch {args.batch}, {where}"
+    rows = [
+        row(group, name, values, "samples/s", "ours" if name == default else "peer",
+            f"{over(values, rates[floor]):.2f}x" + (" the floor" if name == floor else ""))
+        for name, values in rates.items()
+    ]  # fmt: skip
+    best = max(rates, key=lambda name: over(rates[name], rates[floor]))
+    goals = [Goal(f"defaults, of the fastest way ({best})", over(rates[default], rates[best]), 0.95)]
+    middle = sorted(rates[default])[args.rounds // 2]
+    skipped = [] if args.compile else ["torch.compile: pass --compile"]
+    if device.type == "cuda":
+        goals.append(Goal("times the plain loop, defaults", over(rates[default], rates[floor]), 1.5))
+        goals.append(Goal("samples/s, defaults", middle, PEAK_SAMPLES.get(size, 0)))
+    else:
+        skipped.append("no CUDA device: fp16, CUDA graphs, the goals of an H200")
+    name = "step_gpu" if device.type == "cuda" else "step"
+    out = args.out or RESULTS / (f"{name}.json" if size == (32, 64, 64) else f"{name}_large.json")
+    command = f"python bench/step.py --batch {args.batch} --rounds {args.rounds}{' --compile' * args.compile}"
+    more = {"bf16_check": check or "sound", "skipped": skipped, "ms_of_16": 16e3 / middle}
+    show(save(out, "samples/s of forward, backward and update", command, rows, goals, **more))
+    for line in skipped:
+        print(f"  skipped: {line}")
 
 
 if __name__ == "__main__":

@@ -1,249 +1,270 @@
 """How fast are sub-scans read? Ours against the bound (np.copyto) and against stock loaders, warm page cache.
 
-    python bench/stream.py                               # table, and bench/results/stream.json
-    python bench/stream.py --samples 64 --rounds 3 --out /tmp/stream.json
+    python bench/stream.py                                # peers that this Python can import
+    python bench/stream.py --peers .peers/bin/python      # all of them: `make bench-peers`
+    python bench/stream.py --folder /data/bench --write   # write the sets and stop; without --write, use what is there
 
-Every case reads all samples once a round, 16 a batch; cases take turns, the median over the rounds counts.
-Ours and the memmap are shuffled globally; webdataset reads its shards in order, its fastest way.
+512 sub-scans of 2 MiB, 16 a batch. Every case reads all of them once a round; cases take turns, ratios are taken within a
+round. Before the rounds, after writing, every sample of every way is compared with what was written. Ours checks each
+one in the rounds too, but where it says so; peers check nothing then, and their clock starts with their first batch.
 """
 
-import functools
 import itertools
 import json
 import os
-import platform
-import statistics
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import tyro
-import webdataset as wds
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
+from common import RESULTS, Goal, Row, over, rotate, row, save, show
+from crc32c import crc32c
 
+from p2w.data import local
+from p2w.data.checksum import LIBRARY
+from p2w.data.held import Held
 from p2w.data.manifest import NAME, VERSION, manifest_bytes
 from p2w.data.shard import open_shard
-from p2w.data.stream import Stream, open_set
+from p2w.data.stream import ShardSet, Stream, open_set
 
 SHAPE, PER_SHARD = (64, 128, 128), 32
+PEERS = {"npy": "DataLoader over .npy map", "arrow": "DataLoader over Arrow map", "webdataset": "webdataset",
+         "mosaicml": "mosaicml-streaming", "litdata": "litdata", "grain": "grain, ArrayRecord"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure."""
 
-    samples: int = 256  # sub-scans of 2 MiB
+    samples: int = 512  # sub-scans of 2 MiB
     batch: int = 16
-    rounds: int = 9
-    out: str = "bench/results/stream.json"
-    folder: str | None = None  # where the temporary data set goes; default: the system's
+    rounds: int = 7
+    peers: str = sys.executable  # the Python of the peers' environment
+    folder: str = ""  # where the sets are, or go; default: a temporary folder
+    write: bool = False
+    out: str = os.fspath(RESULTS / "stream.json")
 
 
-def write_set(folder: str, form: str, wholes: np.ndarray) -> list[str]:
-    """Cut `wholes` (N, D, H, W) into a data set; returns the shards' paths."""
+def write_set(folder: str, form: str, wholes: np.ndarray) -> None:
+    """Cut `wholes` (N, D, H, W) into a data set of p2w."""
     os.makedirs(folder)
     rows, shards = [], []
+    fixed = {
+        "spacing_z": 1.0,
+        "spacing_y": 1.0,
+        "spacing_x": 1.0,
+        "mean_hu": 0.0,
+        "std_hu": 0.0,
+        "split": "train",
+    }
     for number in range(len(wholes) // PER_SHARD):
         uid = f"scan{number:03d}"
         shard = open_shard(f"{folder}/{uid}.{form}", SHAPE)
         for tile in range(PER_SHARD):
-            row = {
-                "key": f"{uid}/z{tile:04d}_y0000_x0000",
-                "scan_uid": uid,
-                "subset": -1,
-                "z": tile,
-                "y": 0,
-                "x": 0,
-            }
-            row |= {"spacing_z": 1.0, "spacing_y": 1.0, "spacing_x": 1.0, "mean_hu": 0.0, "std_hu": 0.0}
-            row |= {"split": "train", "shard": f"{uid}.{form}"}
-            rows.append(shard.add(row, wholes[number * PER_SHARD + tile]))
+            place = {"scan_uid": uid, "subset": -1, "z": tile, "y": 0, "x": 0, "shard": f"{uid}.{form}"}
+            one = {"key": f"{uid}/z{tile:04d}_y0000_x0000", **place, **fixed}
+            rows.append(shard.add(one, wholes[number * PER_SHARD + tile]))
         done = shard.close()
         shards.append({"name": f"{uid}.{form}", "nbytes": done.nbytes, "crc32c": done.crc32c})
     meta = {"schema": VERSION, "format": form, "shape": list(SHAPE), "dtype": "int16", "shards": shards}
-    with open(f"{folder}/{NAME}", "wb") as file:
-        file.write(manifest_bytes(rows, meta))
-    return [f"{folder}/{shard['name']}" for shard in shards]
+    Path(f"{folder}/{NAME}").write_bytes(manifest_bytes(rows, meta))
 
 
-class Memmap(Dataset):
-    """The usual way with a DataLoader: one .npy, mapped, indexed."""
+class Peer:
+    """A process of bench/peers/loaders.py."""
 
-    def __init__(self, path: str) -> None:
-        self.array = np.load(path, mmap_mode="r")
+    def __init__(self, name: str, folder: str, options: Options) -> None:
+        script = os.fspath(Path(__file__).parent / "peers" / "loaders.py")
+        line = [options.peers, script, name, folder, str(options.batch)]
+        self.name, self.options = name, options
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
 
-    def __len__(self) -> int:
-        return len(self.array)
+    def ask(self, line: str) -> dict[str, Any]:
+        """Raises RuntimeError with what the peer says is wrong."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        found: dict[str, Any] = json.loads(reply) if reply else {"error": "its process has ended"}
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.array[index]))
+    def epoch(self, workers: int) -> Callable[[], float]:
+        def run() -> float:
+            found = self.ask(f"epoch {workers}")
+            assert found["count"] >= self.options.samples // self.options.batch * self.options.batch, found
+            return float(found["rate"])
 
+        return run
 
-@dataclass(frozen=True)
-class Case:
-    """One way to read all samples once: `run` is timed and returns how many came, `rest` is not timed."""
-
-    run: Callable[[], int]
-    rest: Callable[[], None] = lambda: None
-
-
-# One map of the shards for all cases, as a training run has: the page tables of twelve maps evict each other.
-opened = functools.cache(open_set)
-
-
-def ours(folder: str, options: Options, readers: int, verify: bool) -> Case:
-    stream = Stream(opened(folder, verify), batch=options.batch, readers=readers)
-    epochs = itertools.count()
-    kept = []
-
-    def epoch() -> int:  # begins with threads not yet started: nothing has been read ahead
-        kept[:] = [stream.batches(next(epochs))]
-        return sum(len(batch.voxels) for batch in itertools.islice(kept[0], stream.steps_per_epoch))
-
-    return Case(epoch, stream.close)  # what the readers have read ahead by then counts for nothing
-
-
-def bound(wholes: np.ndarray, options: Options) -> Case:
-    out = np.zeros((options.batch, *SHAPE), np.int16)
-
-    def epoch() -> int:
-        for count, index in enumerate(np.random.default_rng(0).permutation(len(wholes))):
-            np.copyto(out[count % options.batch], wholes[index])
-        return len(wholes)
-
-    return Case(epoch)
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(60)
 
 
-def loader(path: str, options: Options, workers: int) -> Case:
-    data = DataLoader(
-        Memmap(path), options.batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
-    return Case(lambda: sum(len(batch) for batch in data))
-
-
-def webdataset(shards: list[str], options: Options, workers: int) -> Case:
-    data = wds.WebDataset(shards, shardshuffle=False).decode().to_tuple("npy").batched(options.batch)
-    data = wds.WebLoader(data, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
-    return Case(lambda: sum(len(batch[0]) for batch in data))
-
-
-def cases(folder: str, options: Options) -> dict[str, Case]:
+def write(folder: str, options: Options) -> None:
+    """All sets below `folder`, and what came out of each; `peers.json` says which peers gave the right samples."""
     wholes = np.random.default_rng(0).integers(-1000, 1001, (options.samples, *SHAPE), dtype=np.int16)
     np.save(f"{folder}/all.npy", wholes)
-    found: dict[str, Case] = {"bound: np.copyto": bound(wholes, options)}
     for form in ("tar", "arrow"):
-        shards = write_set(f"{folder}/{form}", form, wholes)
-        if form == "tar":
-            tars = shards
-        for readers in (0, 1, 2):
-            for verify in (True, False):
-                name = f"p2w {form}, readers {readers}, {'checksum' if verify else 'no checksum'}"
-                found[name] = ours(f"{folder}/{form}", options, readers, verify)
-    for workers in (0, 1, 2):
-        found[f"peer: DataLoader over .npy memmap, workers {workers}"] = loader(
-            f"{folder}/all.npy", options, workers
-        )
-        found[f"peer: webdataset tar, workers {workers}"] = webdataset(tars, options, workers)
-    return found
+        write_set(f"{folder}/{form}", form, wholes)
+        checked(Stream(open_set(f"{folder}/{form}"), batch=options.batch), wholes)
+    right, found = sorted(crc32c(whole.tobytes()) for whole in wholes), {}
+    for name in PEERS:
+        peer = Peer(name, folder, options)
+        try:
+            peer.ask("write")
+            same = all(peer.ask(f"check {workers}")["checksums"] == right for workers in (1, 2))
+            found[name] = "" if same else "gives other samples than were written"
+        except RuntimeError as error:
+            found[name] = str(error)
+        peer.close()
+    Path(f"{folder}/peers.json").write_text(json.dumps(found))
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process, its threads and its running workers: the cost on a busy machine too."""
-    process = psutil.Process()
-    times = [process.cpu_times(), *(child.cpu_times() for child in process.children())]
-    return sum(time.user + time.system for time in times)
+# A stream of its own for each case; one map of the shards for all, as a training run has.
+def ours(shards: ShardSet, options: Options, readers: int, held: Held | None = None) -> Callable[[], float]:
+    stream = Stream(shards, batch=options.batch, readers=readers, held=held)
+    epochs = itertools.count()
+
+    def epoch() -> float:  # begins with threads not yet started: nothing has been read ahead
+        began = time.perf_counter()
+        batches = stream.batches(next(epochs))
+        count = sum(len(batch.voxels) for batch in itertools.islice(batches, stream.steps_per_epoch))
+        seconds = time.perf_counter() - began
+        stream.close()  # what the readers have read ahead counts for nothing
+        return count / seconds
+
+    return epoch
 
 
-@dataclass
-class Measured:
-    """Samples a second in each round, and CPU ms a sample over all rounds."""
+def by_package(run: Callable[[], float]) -> Callable[[], float]:
+    """The same with checksums by the crc32c package, as where awscrt is not installed."""
 
-    rates: list[float]
-    cpu_ms: float = 0.0
+    def other() -> float:
+        kept, local.crc32c = local.crc32c, crc32c
+        try:
+            return run()
+        finally:
+            local.crc32c = kept
 
-
-def measure(found: dict[str, Case], options: Options, console: Console) -> dict[str, Measured]:
-    """Every case in turn, round after round; round 0 warms up and does not count."""
-    measured = {name: Measured([]) for name in found}
-    for round_ in track(range(options.rounds + 1), "rounds", console=console):
-        for name, case in found.items():
-            busy, began = cpu_seconds(), time.perf_counter()
-            count = case.run()
-            seconds = time.perf_counter() - began
-            case.rest()
-            busy = cpu_seconds() - busy
-            assert count >= options.samples // options.batch * options.batch, (name, count)
-            if round_:
-                measured[name].rates.append(count / seconds)
-                measured[name].cpu_ms += 1000 * busy / count / options.rounds
-    return measured
+    return other
 
 
-def machine() -> dict[str, object]:
-    with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(pages / 2**30, 1),
-        "load_average": os.getloadavg(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "numpy", "webdataset", "pyarrow", "crc32c")},
-    }
+def bound(wholes: np.ndarray, options: Options) -> Callable[[], float]:
+    out = np.zeros((options.batch, *SHAPE), np.int16)
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        for count, index in enumerate(np.random.default_rng(0).permutation(len(wholes))):
+            np.copyto(out[count % options.batch], wholes[index])
+        return len(wholes) / (time.perf_counter() - began)
+
+    return epoch
 
 
-def ratios(measured: dict[str, Measured]) -> dict[str, float | str]:
-    """What the goals are about; each ratio is taken within a round, where the machine was in one state."""
+def checked(stream: Stream, wholes: np.ndarray) -> None:
+    """Every sample of an epoch is the one that its id says."""
+    for batch in itertools.islice(stream.batches(), stream.steps_per_epoch):
+        for sub_scan, voxels in zip(batch.ids.tolist(), batch.voxels.numpy(), strict=True):
+            assert np.array_equal(voxels, wholes[sub_scan]), sub_scan
+    stream.close()
 
-    def over(a: str, b: str) -> float:
-        pairs = zip(measured[a].rates, measured[b].rates, strict=True)
-        return statistics.median(x / y for x, y in pairs)
 
-    peers = [name for name in measured if name.startswith("peer")]
-    best_peer = max(peers, key=lambda name: statistics.median(measured[name].rates))
-    found: dict[str, float | str] = {"best peer": best_peer}
-    for readers in (0, 1, 2):
-        on, off = (f"p2w tar, readers {readers}, {kind}" for kind in ("checksum", "no checksum"))
-        found[f"readers {readers}: times the best peer"] = over(on, best_peer)
-        found[f"readers {readers}: np.copyto is faster by"] = over("bound: np.copyto", on)
-        found[f"readers {readers}: the checksum's share of the time"] = 1 - over(on, off)
-        found[f"readers {readers}: arrow over tar"] = over(on.replace("tar", "arrow"), on)
-    return found
+def cases(folder: str, options: Options) -> tuple[dict[str, Callable[[], float]], list[Peer], list[str]]:
+    """Ways, the peers' processes, and lines on peers that are not there."""
+    wholes = np.load(f"{folder}/all.npy", mmap_mode="r")[: options.samples]
+    found: dict[str, Callable[[], float]] = {"np.copyto, one thread": bound(wholes, options)}
+    for form in ("tar", "arrow"):
+        for verify in (True, False):
+            shards = open_set(f"{folder}/{form}", verify)
+            for readers in (0, 1, 2):
+                what = "checksum" if verify else "unchecked"
+                found[f"p2w {form}, readers {readers}, {what}"] = ours(shards, options, readers)
+    if LIBRARY != "crc32c":
+        slower = ours(open_set(f"{folder}/tar"), options, 2)
+        found["p2w tar, readers 2, checksum by the crc32c package"] = by_package(slower)
+    held = Held(open_set(f"{folder}/tar"), "train", torch.device("cpu"))
+    found["p2w, set held in memory"] = ours(open_set(f"{folder}/tar"), options, 2, held)
+    wrong = json.loads(Path(f"{folder}/peers.json").read_text())
+    peers = [Peer(name, folder, options) for name in PEERS if not wrong[name]]
+    for peer in peers:
+        for workers in (1, 2):
+            found[f"{PEERS[peer.name]}, {workers} workers"] = peer.epoch(workers)
+    absent = [f"{PEERS[name]}: {why}" for name, why in wrong.items() if why]
+    return found, peers, absent
+
+
+def goals(rates: dict[str, list[float]]) -> list[Goal]:
+    names = [name for name in rates if not name.startswith(("p2w", "np."))]
+    best = max(names, key=lambda name: sorted(rates[name])[len(rates[name]) // 2])
+    on, off = (
+        [rate for form in ("tar", "arrow") for rate in rates[f"p2w {form}, readers 2, {what}"]]
+        for what in ("checksum", "unchecked")
+    )
+    default = rates["p2w tar, readers 2, checksum"]
+    return [
+        Goal(f"samples/s, times the best peer ({best})", over(default, rates[best]), 3.0),
+        Goal(
+            f"the checksum's share of the time, two readers, {LIBRARY}",
+            1 - over(on, off),
+            0.15,
+            at_least=False,
+        ),
+        Goal("np.copyto is faster by", over(rates["np.copyto, one thread"], default), 2.0, at_least=False),
+    ]
 
 
 def main(options: Options) -> None:
-    console = Console()
     torch.set_num_threads(1)
-    result = {"question": "samples/s of reading 2 MiB sub-scans, warm page cache", "machine": machine()}
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measured = measure(cases(folder, options), options, console)
-    table = Table("case", "samples/s", "GB/s", "spread", "CPU ms a sample")
-    for name, case in measured.items():
-        rate = statistics.median(case.rates)
-        spread = f"{min(case.rates):,.0f} - {max(case.rates):,.0f}"
-        table.add_row(
-            name, f"{rate:,.0f}", f"{rate * np.prod(SHAPE) * 2 / 1e9:.1f}", spread, f"{case.cpu_ms:.2f}"
+    folder = options.folder or tempfile.mkdtemp()
+    os.makedirs(folder, exist_ok=True)
+    try:
+        if options.write or not os.path.exists(f"{folder}/peers.json"):
+            write(folder, options)
+        if options.write:
+            return
+        ways, peers, absent = cases(folder, options)
+        try:
+            rates = rotate(ways, options.rounds)
+        finally:
+            for peer in peers:
+                peer.close()
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder)
+    kinds = {"p2w": "ours", "np.": "bound"}
+    rows: list[Row] = []
+    for name, found in rates.items():
+        rows.append(row("reading 2 MiB sub-scans", name, found, "samples/s", kinds.get(name[:3], "peer")))
+    question = f"samples/s of reading {options.samples} sub-scans of 2 MiB, warm page cache"
+    command = "python bench/stream.py --peers .peers/bin/python"
+    show(
+        save(
+            Path(options.out),
+            question,
+            command,
+            rows,
+            goals(rates),
+            rates=rates,
+            absent=absent,
+            checksum=LIBRARY,
         )
-    console.print(table)
-    found = ratios(measured)
-    for name, value in found.items():
-        console.print(f"{name}: {value if isinstance(value, str) else round(value, 2)}")
-    result |= {"samples": options.samples, "batch": options.batch, "ratios": found}
-    result |= {"cases": {name: vars(case) for name, case in measured.items()}}
-    result |= {"load_average_after": os.getloadavg()}
-    os.makedirs(os.path.dirname(options.out) or ".", exist_ok=True)
-    with open(options.out, "w") as file:
-        json.dump(result, file, indent=1)
+    )
+    for line in absent:
+        print(f"  not here: {line}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
 def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
     """The dry run's page."""
     from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
+    from p2w.train.forecast import describe  # noqa: PLC0415
 
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
@@ -109,8 +110,10 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
     print(
         f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
-    hours = flops / 4e14 / 3600
-    print(f"in all          {flops / 1e15:,.0f} PFLOP: {hours:,.1f} h on one GPU that sustains 400 TFLOP/s")
+    print(f"in all          {flops / 1e15:,.0f} PFLOP forward and backward")
+    card = world.device_reason if world.device.type == "cuda" else ""
+    said = describe(facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps)
+    print("\n".join(f"{'' if number else 'forecast':16}{line}" for number, line in enumerate(said)))
 
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:

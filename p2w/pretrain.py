@@ -15,6 +15,7 @@ from p2w.analysis.pictures import Pictures
 from p2w.analysis.similarity import similarity_file
 from p2w.analysis.validation import Validation
 from p2w.config import Config
+from p2w.data.held import Held
 from p2w.data.stream import ShardSet, Stream
 from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
@@ -95,7 +96,8 @@ def _build(
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
-    stream = Stream(shards, "train", batch, seed=config.data.seed, **share)
+    held = _held(config, shards, world, precision) if config.data.on_device else None
+    stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
     precision = trusted(config, precision, model, world, log.warn)
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
@@ -123,6 +125,17 @@ def _build(
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
     return trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
+
+
+def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> Held:
+    """Room on the device for all training sub-scans, beside what the steps will need. Raises UserError."""
+    from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only where it is needed)
+
+    passes = config.data.batch // world.size // config.optim.accumulate
+    facts = cost(config, lambda: build(config), passes, 4 if precision.dtype is None else 2)
+    sharers = world.local_size if world.device.type == "cpu" else 1
+    reserve = facts.activation_bytes + facts.state_bytes
+    return Held(shards, "train", world.device, reserve=reserve, sharers=sharers)
 
 
 def _fit(

@@ -1,8 +1,8 @@
 """DICOM series: which files of a tree belong together, in which order, and whether they make one CT volume.
 
 Only the headers are read here (64 KiB a file at most; asked for a header, GDCM reads the file 2.7 times
-over). The pixels are read by GDCM through SimpleITK, so whatever it decompresses is fine. Tags and encodings:
-DICOM PS3.5 section 7, PS3.6.
+over). Plain pixels are read by `dicom_pixels`, all others by GDCM through SimpleITK, so whatever it decompresses is
+fine. Tags and encodings: DICOM PS3.5 section 7, PS3.6.
 """
 
 import math
@@ -82,7 +82,7 @@ def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> in
             at = _skip(data, start, inner, SEQUENCE_END, depth + 1)
 
 
-def _elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]:
+def elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]:
     """Elements of the top level up to the pixels, the byte at which those end (0: not to be known), and their length.
 
     The length is None where they are packed, or there are none.
@@ -126,9 +126,9 @@ def read_slice(path: str) -> Slice | None:
             return None
         try:
             try:
-                found, code, end, length = _elements(data)
+                found, code, end, length = elements(data)
             except (struct.error, zlib.error):
-                found, code, end, length = _elements(data + file.read())
+                found, code, end, length = elements(data + file.read())
         except (struct.error, zlib.error) as error:
             raise BadScan(f"its DICOM header cannot be read ({error}): copy the file again") from error
     if end > nbytes:

@@ -12,39 +12,69 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
+from p2w.data.held import Held
 from p2w.data.local import Reader
+from p2w.data.order import Ids
 from p2w.data.plan import Plan
 from p2w.data.standin import StandIns
 
-Place = tuple[
-    NDArray[np.int16], NDArray[np.int64]
-]  # voxels (b, D, H, W) of a batch, ids (b,) of what was read
+# Voxels (b, D, H, W) of a batch, ids (b,) of what it holds, and (b,) which rows were read: the others are held already.
+Place = tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.bool_]]
 RING = 3  # one batch with the consumer, one full, one being filled
 _JOIN_SECONDS = 10.0  # a thread in a stalled network read is left behind rather than waited for
+
+
+class Had:
+    """What a device holds, or will hold by a step; one for each iteration.
+
+    A batch is taken in before a later one is put together, so what was read for one need not be read again for a later
+    one. But lanes are not in step: what another lane has read for a later batch is not there for an earlier one.
+    """
+
+    def __init__(self, held: Held, steps: int) -> None:
+        """Begin with what is there; `steps` of an epoch."""
+        self.held, self.steps = held, steps
+        self.since: Ids = np.where(held.there, -1, np.iinfo(np.int64).max)  # the step at which each is there
+
+    def lacks(self, ids: Ids, epoch: int, step: int) -> NDArray[np.bool_]:
+        """Which of these ids must be read for a step."""
+        return self.since[self.held.places(ids)] > epoch * self.steps + step
+
+    def add(self, ids: Ids, epoch: int, step: int) -> None:
+        """These have been read for a step."""
+        places = self.held.places(ids)
+        self.since[places] = np.minimum(self.since[places], epoch * self.steps + step)
 
 
 class Lane:
     """One thread's share: the rows it fills, and its readers of the epoch in which it stands."""
 
-    def __init__(self, stand_ins: StandIns, rows: Sequence[int]) -> None:
-        """Fill `rows` of every batch."""
-        self.plan, self.stand_ins, self.rows = stand_ins.plan, stand_ins, rows
+    def __init__(self, stand_ins: StandIns, rows: Sequence[int], had: Had | None = None) -> None:
+        """Fill `rows` of every batch, but for what the device has by then."""
+        self.plan, self.stand_ins, self.rows, self.had = stand_ins.plan, stand_ins, rows, had
         self.epoch = -1
         self.readers: list[Reader] = []
         self._open = ExitStack()
 
     def fill(self, epoch: int, step: int, place: Place) -> None:
         """Read this lane's rows of one batch; steps are asked for in order."""
-        voxels, read = place
+        voxels, read, fresh = place
         ids = self.plan.epoch_ids(epoch)
         if epoch != self.epoch:
             self.close()
             shuffle = (self.plan.seed, epoch) if self.plan.training else None
-            readers = [self.plan.shards.reader(ids[step:, row], shuffle) for row in self.rows]
+            due = [ids[step:, row] for row in self.rows]
+            due = [own[self.had.lacks(own, epoch, step)] for own in due] if self.had else due
+            readers = [self.plan.shards.reader(own, shuffle) for own in due]
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
         for row, reader in zip(self.rows, self.readers, strict=True):
-            read[row] = self.stand_ins.read(reader, int(ids[step, row]), epoch, voxels[row])
+            fresh[row] = self.had is None or self.had.lacks(ids[step, row, None], epoch, step)[0]
+            read[row] = ids[step, row]
+            if fresh[row]:
+                read[row] = self.stand_ins.read(reader, int(ids[step, row]), epoch, voxels[row])
+                if self.had:
+                    self.had.add(read[row, None], epoch, step)
 
     def close(self) -> None:
         """Close the readers of the epoch."""

@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from crc32c import crc32c
 
+from p2w.data.dicom_pixels import plain_pixels
 from p2w.data.find import Source
 from p2w.data.grid import BadScan, Grid, to_canonical
 from p2w.data.itk import bounded, check_promise, last_line, nrrd_files, opened
@@ -67,8 +68,13 @@ def stored_grid(source: Source) -> Grid:
 
 def read_scan(source: Source) -> Scan:
     """Read, check and turn one scan. Raises BadScan when it is damaged, or no CT volume in HU."""
-    array, (slope, intercept), grid, checksum = _read(source)
-    voxels = to_int16(array, slope, intercept)
+    plain = plain_pixels(source.files, source.grid.size) if source.grid and source.exact else None
+    if source.grid and plain:
+        voxels, checksum = plain
+        grid = source.grid
+    else:
+        array, (slope, intercept), grid, checksum = _read(source)
+        voxels = to_int16(array, slope, intercept)
     check_ct(voxels)
     turned, order, flips = grid.canonical()
     return Scan(source.uid, to_canonical(voxels, order, flips), turned, _nbytes(source), checksum)

@@ -17,15 +17,16 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from p2w.data.held import Held
 from p2w.data.local import DataError, LocalSet, ShardSet
 from p2w.data.plan import Plan
-from p2w.data.prefetch import RING, Lane, Prefetch
+from p2w.data.prefetch import RING, Had, Lane, Prefetch
 from p2w.data.shard import read_manifest
 from p2w.data.standin import Policy, StandIns
 from p2w.errors import UserError
@@ -64,6 +65,7 @@ class Batch:
     epoch: int
     step: int
     bad: int = 0  # rows of sub-scans that could not be used, where others stand in
+    fresh: tuple[int, ...] = ()  # rows that were read, where the device holds the others
 
 
 class Stream:
@@ -86,11 +88,13 @@ class Stream:
         readers: int = 2,
         device: torch.device | str = "cpu",
         training: bool = True,
+        held: Held | None = None,
     ) -> None:
         """Plan the order and allocate the buffers.
 
         `batch` is the global one, B; `readers` counts threads, 0 reads in the calling thread. With a CUDA
-        device the buffers are pinned and batches arrive on the device.
+        device the buffers are pinned and batches arrive on the device. `held`: room on that device for the
+        split, which then is read once.
 
         Raises:
             UserError: B is not a multiple of the world size, or larger than the split.
@@ -98,7 +102,7 @@ class Stream:
         if readers < 0:
             raise UserError(f"{readers} reader threads: there must be 0 (the caller reads) or more")
         self.plan = Plan(shards, split, batch, seed, rank, world_size, training)
-        self.device = torch.device(device)
+        self.device, self.held = torch.device(device), held
         self.readers = min(readers, self.plan.rows)
         self.wait_seconds = 0.0
         shape, pinned = (self.plan.rows, *shards.shape), self.device.type == "cuda"
@@ -119,7 +123,7 @@ class Stream:
         split: str = "val",
     ) -> Self:
         """One pass in fixed order, every sub-scan once; the last batch is filled up with weight 0."""
-        share = {"rank": rank, "world_size": world_size}
+        share: dict[str, Any] = {"rank": rank, "world_size": world_size}
         return cls(shards, split, batch, **share, readers=readers, device=device, training=False)
 
     @property
@@ -141,14 +145,19 @@ class Stream:
             )
         self.close()
         batches = self._host_batches(epoch, step)
-        return _upload(batches, self.device) if self.device.type == "cuda" else batches
+        if self.device.type == "cuda":
+            return _upload(batches, self.device, self.held)
+        return _gathered(batches, self.held) if self.held else batches
 
     def _host_batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches in the ring's own memory."""
         plan, threads = self.plan, self.readers
-        ring = [(buffer.numpy(), np.empty(plan.rows, np.int64)) for buffer in self._ring]
-        stand_ins = StandIns(plan)
-        lanes = [Lane(stand_ins, range(lane, plan.rows, threads or 1)) for lane in range(threads or 1)]
+        count = plan.rows
+        ring = [
+            (buffer.numpy(), np.empty(count, np.int64), np.ones(count, np.bool_)) for buffer in self._ring
+        ]
+        stand_ins, had = StandIns(plan), Had(self.held, plan.steps) if self.held else None
+        lanes = [Lane(stand_ins, range(lane, count, threads or 1), had) for lane in range(threads or 1)]
         prefetch = Prefetch(plan, lanes, ring)
         end = self._end = weakref.finalize(self, prefetch.close)  # also called at interpreter exit
         if threads:
@@ -168,7 +177,8 @@ class Stream:
                 meant = ids == torch.from_numpy(plan.epoch_ids(at_epoch)[at_step].copy())
                 weight = plan.weight(at_step) if plan.training else plan.weight(at_step) * meant
                 bad = int((~meant).sum())
-                yield Batch(self._ring[place], ids, weight, at_epoch, at_step, bad)
+                fresh = tuple(np.flatnonzero(ring[place][2]).tolist())
+                yield Batch(self._ring[place], ids, weight, at_epoch, at_step, bad, fresh)
                 prefetch.release(count)
         finally:
             end()
@@ -192,7 +202,19 @@ class Stream:
         self.close()
 
 
-def _upload(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def _gathered(batches: Generator[Batch, None, None], held: Held) -> Generator[Batch, None, None]:
+    """The same batches out of the memory that holds the split, where that is the CPU's."""
+    voxels: Tensor | None = None
+    with closing(batches):
+        for batch in batches:
+            voxels = torch.empty_like(batch.voxels) if voxels is None else voxels
+            held.gather(batch.ids, batch.fresh, batch.voxels, voxels)
+            yield replace(batch, voxels=voxels)
+
+
+def _upload(
+    batches: Generator[Batch, None, None], device: torch.device, held: Held | None
+) -> Generator[Batch, None, None]:
     """The same batches with every tensor on the GPU, copied beside the computation on the batch before.
 
     Batch n starts up, on a CUDA stream of its own, before batch n - 1 is handed out: asked for later it would
@@ -207,7 +229,7 @@ def _upload(batches: Generator[Batch, None, None], device: torch.device) -> Gene
             for count, batch in enumerate(batches):
                 if count < 2:
                     buffers.append(torch.empty_like(batch.voxels, device=device))
-                before, ahead = ahead, _start_up(batch, buffers[count % 2], side)
+                before, ahead = ahead, _start_up(batch, buffers[count % 2], side, held)
                 if before is not None:
                     yield _arrived(*before)
                 ahead[1].synchronize()
@@ -217,11 +239,16 @@ def _upload(batches: Generator[Batch, None, None], device: torch.device) -> Gene
             side.synchronize()  # nothing is freed while a copy writes or reads it
 
 
-def _start_up(batch: Batch, voxels: Tensor, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+def _start_up(
+    batch: Batch, voxels: Tensor, side: torch.cuda.Stream, held: Held | None
+) -> tuple[Batch, torch.cuda.Event]:
     """Begin the copy of a batch into `voxels`; the event comes when it is done."""
     side.wait_stream(torch.cuda.current_stream(side.device))
     with torch.cuda.stream(side):
-        voxels.copy_(batch.voxels, non_blocking=True)
+        if held is None:
+            voxels.copy_(batch.voxels, non_blocking=True)
+        else:
+            held.gather(batch.ids, batch.fresh, batch.voxels, voxels)
         ids, weight = (
             few.pin_memory().to(side.device, non_blocking=True) for few in (batch.ids, batch.weight)
         )

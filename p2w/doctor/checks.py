@@ -11,7 +11,7 @@ Check = Callable[[Case], Iterator[Row]]
 CHECKS: tuple[Check, ...] = (
     software.python, software.torch_build, software.devices, software.nccl, software.triton, software.apex,
     software.libraries, software.arithmetic,
-    machine.cores, machine.memory, machine.shared_memory, machine.disk, machine.limits, machine.clock,
+    machine.cores, machine.memory, machine.speed, machine.shared_memory, machine.disk, machine.limits, machine.clock,
     data.shards, slurm.cluster, slurm.job,
     network.host_name, network.interfaces, network.ports, network.all_reduce,
 )  # fmt: skip

@@ -69,6 +69,19 @@ def memory(case: Case) -> Iterator[Row]:
     yield ok("memory", found) if here < free else problem("memory", found, remedy)
 
 
+def speed(case: Case) -> Iterator[Row]:
+    """How fast the recipe would be on these GPUs, from data sheets; nothing where the card is not known."""
+    from p2w.train.forecast import describe, known  # noqa: PLC0415
+
+    card = torch.cuda.get_device_name() if case.cuda else ""
+    if known(card):
+        config, ranks = case.config, case.ranks
+        said = describe(
+            case.cost, card, ranks=ranks, per_node=ranks, batch=config.data.batch, steps=config.train.steps
+        )
+        yield ok("speed", "; ".join(said))
+
+
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process could still take: the machine's, or less where a control group (Slurm, Docker) limits it."""
     lines = (proc / "meminfo").read_text().splitlines()

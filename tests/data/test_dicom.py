@@ -5,13 +5,16 @@ import random
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from crc32c import crc32c
 from ct_files import ct, dicom
 
 from p2w.data.dicom import read_slice
+from p2w.data.dicom_pixels import plain_pixels
 from p2w.data.find import find_scans
 from p2w.data.grid import BadScan
 from p2w.data.scan import read_grid, read_scan
@@ -90,6 +93,62 @@ def test_fractional_slopes_are_rounded_and_not_cut_off(tmp_path):
     assert not source.exact
     stored = sitk.GetArrayFromImage(sitk.ReadImage(source.files[4]))[0].astype(np.float64)
     np.testing.assert_array_equal(read_scan(source).voxels[4], np.rint(stored))
+
+
+def replaced(path, tag, vr, old, new):
+    """Give an element of implicit form, which GDCM writes, another value of the same length."""
+    data = path.read_bytes()
+    before, after = (element(tag, vr, value, explicit=False) for value in (old, new))
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+
+
+def by_gdcm(source):
+    series = sitk.ImageSeriesReader()
+    series.SetImageIO("GDCMImageIO")
+    series.SetFileNames(source.files)
+    return np.clip(sitk.GetArrayFromImage(series.Execute()).astype(np.int64), -32768, 32767)
+
+
+@pytest.mark.parametrize(
+    "slope, intercept", [("1 ", "-1024 "), ("2 ", "-2000 "), ("1 ", "0     "), ("3 ", "-40000")]
+)
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+def test_plain_pixels_are_gdcms(tmp_path, dtype, slope, intercept):
+    """Read once, checksum and all; values beyond int16 are limited, as for all formats."""
+    values = np.random.default_rng(0).integers(0, 31000, SHAPE).astype(dtype)
+    for path in dicom(tmp_path, values, "1.2.3"):
+        replaced(path, 0x00281053, b"DS", b"1 ", slope.encode())
+        replaced(path, 0x00281052, b"DS", b"-1024 ", intercept.encode())
+    (source,) = find(tmp_path).sources
+    found = plain_pixels(source.files, source.grid.size)
+    assert found is not None
+    np.testing.assert_array_equal(found[0], by_gdcm(source))
+    assert found[1] == crc32c(b"".join(Path(file).read_bytes() for file in source.files))
+
+
+def test_bits_above_those_stored_are_no_value(tmp_path):
+    for path in dicom(tmp_path, ct(SHAPE), "1.2.3"):
+        replaced(path, 0x00280101, b"US", struct.pack("<H", 16), struct.pack("<H", 12))
+        replaced(path, 0x00280102, b"US", struct.pack("<H", 15), struct.pack("<H", 11))
+    (source,) = find(tmp_path).sources
+    found = plain_pixels(source.files, source.grid.size)
+    assert found is not None
+    np.testing.assert_array_equal(found[0], by_gdcm(source))
+
+
+@pytest.mark.parametrize("case", ["inverted", "packed", "cut short", "eight bits high"])
+def test_what_is_not_plain_is_left_to_gdcm(tmp_path, case):
+    packed = {"compressor": "JPEGLS"} if case == "packed" else {}
+    for path in dicom(tmp_path, ct(SHAPE), "1.2.3", **packed):
+        if case == "inverted":
+            replaced(path, 0x00280004, b"CS", b"MONOCHROME2 ", b"MONOCHROME1 ")
+        if case == "eight bits high":
+            replaced(path, 0x00280102, b"US", struct.pack("<H", 15), struct.pack("<H", 7))
+    (source,) = find(tmp_path).sources
+    if case == "cut short":  # after it was found
+        Path(source.files[2]).write_bytes(Path(source.files[2]).read_bytes()[:-9])
+    assert plain_pixels(source.files, source.grid.size) is None
 
 
 def test_missing_slices_are_bad_unless_allowed(tmp_path):

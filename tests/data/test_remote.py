@@ -15,10 +15,12 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 from stream_sets import SHAPE, write_set
 from test_stream import flip, readers_alive, same, take
 
 from p2w.data import remote
+from p2w.data.held import Held
 from p2w.data.order import shuffled, streamed
 from p2w.data.stream import DataError, Stream, open_set
 from p2w.errors import UserError
@@ -88,6 +90,24 @@ def test_batches_hold_the_right_voxels_in_the_streamed_order(served, readers):
         order = streamed(ids, shards.shard_numbers[ids], 4, seed=3, epoch=epoch, buffer=remote.BUFFER)
         assert got == order[step].tolist()
         np.testing.assert_array_equal(voxels, np.stack([wholes[i] for i in got]))
+    assert not readers_alive() and not curls()
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_held_on_the_device_a_set_crosses_the_network_once(served, readers):
+    folder, url, asked = served
+    write_set(folder, train=(*COUNTS[:-1], 5))  # 8 steps an epoch, none left out
+    shards = open_set(url)
+    plain = take(Stream(shards, batch=4, seed=3, readers=readers), 32)
+    held = Held(shards, "train", torch.device("cpu"))
+    with Stream(shards, batch=4, seed=3, readers=readers, held=held) as stream:
+        before, gone = len(asked()), []
+        for count, batch in enumerate(itertools.islice(stream.batches(), 32)):
+            assert (batch.epoch, batch.step, batch.ids.tolist()) == plain[count][:3]
+            np.testing.assert_array_equal(batch.voxels.numpy(), plain[count][3])
+            if count in (7, 23, 31):
+                gone.append(len(asked()) - before)
+    assert held.there.all() and gone[0] > 0 and gone[1] == gone[2]
     assert not readers_alive() and not curls()
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -136,3 +138,17 @@ def test_tar_json_is_plain_json(tmp_path):
         assert [m.name.rsplit(".", 1)[1] for m in members] == ["npy", "json"] * 5
         assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
         assert json.load(tar.extractfile(members[1]))["spacing_z"] == 1.25
+
+
+def test_reading_a_manifest_starts_no_thread_that_could_abort_python_at_its_end(tmp_path):
+    """Arrow's pool held the file's bytes when Python ended: one exit in six was 134 in place of the command's own code."""
+    data_set(tmp_path, "tar")
+    code = (
+        "import os, sys; from p2w.data.manifest import read_manifest; count = lambda: len(os.listdir('/proc/self/task'));"
+        "before = count(); read_manifest(sys.argv[1]); print(before, count())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    before, after = ran.stdout.split()
+    assert before == after

@@ -91,6 +91,17 @@ def test_killed_again_and_again(forge, tiny_set, uninterrupted, tmp_path, ranks)
         assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
+    """The setting may come and go while a run continues: same samples, same parts, same weights."""
+    run = tmp_path / "run"
+    for steps, setting in ((4, ["--data.on-device"]), (6, []), (STEPS, ["--data.on-device"])):
+        argv = [*command(tiny_set, run, 1), "--max-steps", steps, *setting]
+        codes, _, err = forge.run(tmp_path, *argv, ranks=ranks, spies=(("draw_nothing",),))
+        assert codes == [0] * ranks, err
+    assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
+
+
 def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
     """On sight of the folder that is being written: what is there stays sound, and the run ends as if nothing had been."""
     sizes = "--model.width 8 --max-steps 10 --train.checkpoint-every 1 --train.validate-every 100".split()  # noqa: SIM905

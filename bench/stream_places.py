@@ -1,0 +1,235 @@
+"""Reading what is not in memory: from a disk whose cache was dropped, from a web server; and what 20 epochs leave behind.
+
+    python bench/stream_places.py --folder /data/bench    # sets that `bench/stream.py --folder … --write` has written
+    python bench/stream_places.py                         # writes its own
+
+Cold: before each turn every file of the set leaves the page cache (posix_fadvise), with no map of it left, and what the disk
+then gave is counted; peers' clocks run from the start here, since some read ahead before their first batch. HTTP: nginx
+on this machine; ours and webdataset fetch whole shards through curl, and a set held in the device's memory crosses
+the wire once. Memory: what the process has to itself (RssAnon) after each of 20 epochs.
+"""
+
+import gc
+import itertools
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from common import RESULTS, Goal, over, rotate, row, save, show
+from stream import Options as Sets
+from stream import Peer, write
+
+from p2w.data.held import Held
+from p2w.data.stream import Stream, open_set
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    peers: str = sys.executable  # the Python of the peers' environment
+    folder: str = ""
+    batch: int = 16
+    rounds: int = 3
+    epochs: int = 20
+    out: str = os.fspath(RESULTS / "stream_places.json")
+
+
+def drop(folder: str) -> None:
+    """Have every file below `folder` leave the page cache; pages that someone has mapped stay."""
+    gc.collect()
+    for path in [Path(folder), *Path(folder).rglob("*")]:
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fdatasync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def from_disk() -> int:
+    """Bytes that all disks have given since the machine started."""
+    lines = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(lines["pgpgin"]) << 10
+
+
+def epoch(stream: Stream, number: int = 0) -> float:
+    began = time.perf_counter()
+    count = sum(
+        len(batch.voxels) for batch in itertools.islice(stream.batches(number), stream.steps_per_epoch)
+    )
+    seconds = time.perf_counter() - began
+    stream.close()
+    return count / seconds
+
+
+def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callable[[], float]]:
+    """Ways to read a set whose files have just left the cache."""
+
+    def ours(form: str, readers: int) -> Callable[[], float]:
+        def run() -> float:
+            drop(f"{folder}/{form}")
+            before = from_disk()
+            stream = Stream(open_set(f"{folder}/{form}"), batch=options.batch, readers=readers)
+            rate = epoch(stream)
+            given.append((from_disk() - before) / (stream.plan.n * stream.plan.shards.nbytes))
+            return rate
+
+        return run
+
+    def peer(name: str, where: str) -> Callable[[], float]:
+        def run() -> (
+            float
+        ):  # a process of its own each time: the last one's maps would keep pages in the cache
+            process = Peer(name, folder, Sets(peers=options.peers, batch=options.batch))
+            drop(f"{folder}/{where}")
+            try:
+                return float(process.ask("epoch 2")["whole_rate"])
+            finally:
+                process.close()
+
+        return run
+
+    def plain() -> float:
+        drop(f"{folder}/tar")
+        began, nbytes, buffer = time.perf_counter(), 0, bytearray(1 << 21)
+        for path in sorted(Path(f"{folder}/tar").glob("*.tar")):
+            with open(path, "rb", buffering=0) as file:
+                while got := file.readinto(buffer):
+                    nbytes += got
+        return nbytes / (1 << 21) / (time.perf_counter() - began)
+
+    return {
+        "plain read of all shards, front to back": plain,
+        "p2w tar, readers 2": ours("tar", 2),
+        "p2w tar, readers 8": ours("tar", 8),
+        "p2w arrow, readers 2": ours("arrow", 2),
+        "DataLoader over .npy map, 2 workers": peer("npy", "all.npy"),
+        "DataLoader over Arrow map, 2 workers": peer("arrow", "arrow"),
+        "webdataset, 2 workers": peer("webdataset", "tar"),
+    }
+
+
+@contextmanager
+def served(folder: str) -> Iterator[str]:
+    """The URL of a folder behind nginx."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as run:
+        kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        places = " ".join(f"{kind}_temp_path {run}/{kind};" for kind in kinds)
+        root = "user root;" if os.geteuid() == 0 else ""
+        Path(f"{run}/conf").write_text(
+            f"{root} worker_processes 1; daemon off; pid {run}/pid; error_log {run}/error; events {{}} "
+            f"http {{ access_log off; sendfile on; {places} server {{ listen 127.0.0.1:{port}; root {folder}; }} }}"
+        )
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+        server = subprocess.Popen([nginx, "-p", run, "-e", f"{run}/error", "-c", f"{run}/conf"])
+        try:
+            time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], float]]:
+    """Ways to read tar shards from a web server."""
+    shards = sorted(path.name for path in Path(f"{folder}/tar").glob("*.tar"))
+    whole = open_set(url)
+    held = Held(whole, "train", torch.device("cpu"))
+    numbers = itertools.count()
+    streams = [Stream(whole, batch=options.batch), Stream(whole, batch=options.batch, held=held)]
+    epoch(streams[1])
+
+    def curl() -> float:
+        began = time.perf_counter()
+        subprocess.run(
+            ["curl", "-sf", *(f"{url}/{name}" for name in shards)], check=True, stdout=subprocess.DEVNULL
+        )
+        return len(whole.ids("train")) / (time.perf_counter() - began)
+
+    def webdataset() -> float:
+        import webdataset as wds  # noqa: PLC0415
+
+        data = wds.WebDataset([f"{url}/{name}" for name in shards], shardshuffle=len(shards))
+        loader = wds.WebLoader(
+            data.shuffle(64).decode().to_tuple("npy").batched(options.batch), batch_size=None, num_workers=2
+        )
+        began = time.perf_counter()
+        count = sum(len(batch[0]) for batch in loader)
+        return count / (time.perf_counter() - began)
+
+    return {
+        "curl to nowhere, one connection": curl,
+        "p2w, readers 2": lambda: epoch(streams[0], next(numbers)),
+        "p2w, set held in memory, from the second epoch": lambda: epoch(streams[1], next(numbers)),
+        "webdataset, 2 workers": webdataset,
+    }
+
+
+def own_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def memory(folder: str, options: Options) -> list[float]:
+    """MiB after each epoch; the first ones fill buffers."""
+    stream, found = Stream(open_set(f"{folder}/tar"), batch=options.batch), []
+    for number in range(options.epochs):
+        epoch(stream, number)
+        found.append(own_mib())
+    return found
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    folder = options.folder or tempfile.mkdtemp()
+    try:
+        if not options.folder:
+            write(folder, Sets(samples=256, peers=options.peers))
+        given: list[float] = []
+        disk = rotate(cold(folder, options, given), options.rounds)
+        with served(f"{folder}/tar") as url:
+            web = rotate(remote(url, folder, options), options.rounds)
+        kept = memory(folder, options)
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder)
+    kinds = {"pla": "bound", "cur": "bound", "p2w": "ours"}
+    groups = {"from disk, page cache dropped": disk, "from nginx on this machine": web}
+    rows = [
+        row(group, name, rates, "samples/s", kinds.get(name[:3], "peer"))
+        for group, found in groups.items()
+        for name, rates in found.items()
+    ]
+    peer = max((name for name in disk if "2 workers" in name), key=lambda name: statistics.median(disk[name]))
+    slope = float(np.polyfit(range(len(kept) - 2), kept[2:], 1)[0])
+    goals = [
+        Goal(f"cold, times the best peer ({peer})", over(disk["p2w arrow, readers 2"], disk[peer]), 1.0),
+        Goal("HTTP, times webdataset", over(web["p2w, readers 2"], web["webdataset, 2 workers"]), 1.0),
+        Goal("MiB more each epoch", slope, 0.1, at_least=False),
+    ]
+    more = {
+        "rates": {**disk, **web},
+        "bytes_from_disk_per_byte_of_the_set": given,
+        "own_mib_after_each_epoch": kept,
+    }
+    question = "samples/s of reading what is not in memory yet, and memory over epochs"
+    show(save(Path(options.out), question, "python bench/stream_places.py", rows, goals, **more))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
