@@ -8,6 +8,15 @@ import pytest
 from ct_sets import write_structured_set
 from processes import REPO, kill_group
 
+LONG = ("slurm", "launch", "preprocess")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders of long files begin: the short ones then fill up both workers to the end."""
+    folders = [item.path.parent.name for item in items]
+    order = {folder: (*LONG, folder).index(folder) for folder in folders}
+    items.sort(key=lambda item: order[item.path.parent.name])
+
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory) -> Path:

@@ -92,11 +92,8 @@ class EncoderDecoder(Network):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        if not getattr(
-            decoder, "skips", True
-        ):  # no gradient reaches these, and DDP would wait for them for ever
-            for name, parameter in encoder.named_parameters():
-                parameter.requires_grad_(not name.startswith(encoder.beside_pooled))
+        if not getattr(decoder, "skips", True):
+            encoder.only_pooled()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""

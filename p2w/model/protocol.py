@@ -26,12 +26,17 @@ class Encoder(nn.Module):
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
     beside_pooled: tuple[str, ...] = ()
-    """Prefixes of parameters that `pooled` does not depend on: freeze them for classification, DDP waits for them else."""
+    """Prefixes of parameters that `pooled` does not depend on."""
 
     @property
     def multiples(self) -> tuple[int, int, int]:
         """What the edges (D, H, W) of an input are multiples of."""
         return ((self.slice_strides or self.strides)[-1], self.strides[-1], self.strides[-1])
+
+    def only_pooled(self) -> None:
+        """Freeze what `pooled` does not depend on: no gradient reaches it, and DDP would wait for it for ever."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.beside_pooled))
 
     def pooled(self, x: Tensor) -> Tensor:
         """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""

@@ -105,6 +105,7 @@ class Siamese(Network):
     def __init__(self, encoder: Encoder, orders: int) -> None:
         super().__init__()
         self.encoder = encoder
+        encoder.only_pooled()
         channels = encoder.channels[-1]
         self.order = nn.Sequential(
             nn.Linear(CUBES * channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, orders)

@@ -1,8 +1,9 @@
 """Starts a script of launch/ in forked copies of a process that has done its imports: 0.1 s a start instead of five.
 
-What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Reads a
-JSON line {script, argv, ranks, out, err, spies} from stdin; answers with the ranks' process ids, and at the end with
-their exit codes.
+What torchrun would set in the environment is set here; one rank that fails brings the others down, as there. Or torchrun
+itself is forked, whose ranks are forked in their turn: all of it is torchrun's own but the start of an interpreter.
+Reads a JSON line {script, argv, ranks, torchrun, out, err, spies} from stdin; answers with the ranks' process ids
+(torchrun's own), and at the end with their exit codes.
 """
 
 import gc
@@ -11,14 +12,18 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
+import traceback
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401  as do the pictures
 import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
-import torch.utils.tensorboard  # noqa: F401  rank 0 imports it
+import torch.distributed.run
+import torch.utils.tensorboard
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import launch.analyze
 import launch.train
@@ -26,12 +31,17 @@ import launch.transfer  # noqa: F401
 from tests.launch import spies
 
 
-def become_rank(request: dict, rank: int, port: int) -> None:
-    """Turn this forked process into a rank of its own session."""
+def write_to(request: dict) -> None:
+    """A session of its own, and what it says in files."""
     os.setsid()
     for stream, name in ((1, "out"), (2, "err")):
         file = os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(file, stream)
+
+
+def become_rank(request: dict, rank: int, port: int) -> None:
+    """Turn this forked process into a rank."""
+    write_to(request)
     if request["ranks"] > 1:
         place = {"RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_RANK": rank, "MASTER_PORT": port}
         place |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
@@ -40,6 +50,66 @@ def become_rank(request: dict, rank: int, port: int) -> None:
         getattr(spies, name)(rank, *args)
     sys.argv = [request["script"], *request["argv"]]
     runpy.run_path(request["script"], run_name="__main__")
+
+
+class ForkedRank:
+    """What torchrun asks of the `subprocess.Popen` of a rank."""
+
+    def __init__(self, request: dict, args: tuple, env: dict[str, str]) -> None:
+        self.args, self.returncode = args, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                self.run(request, env)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:  # nothing of torchrun's own, whose frames are below
+                sys.stdout.flush()
+                os._exit(code)
+
+    def run(self, request: dict, env: dict[str, str]) -> None:
+        os.setsid()
+        os.closerange(3, 1 << 16)  # torchrun's store must end with torchrun
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update(env)
+        for name, *args in request["spies"]:
+            getattr(spies, name)(int(env["RANK"]), *args)
+        sys.argv = list(self.args[self.args.index(request["script"]) :])
+        runpy.run_path(request["script"], run_name="__main__")
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+
+def become_torchrun(request: dict) -> None:
+    """Turn this forked process into torchrun."""
+    write_to(request)
+    SubprocessHandler._popen = lambda _, args, env: ForkedRank(request, args, env)
+    torch.distributed.run.main(
+        [
+            "--standalone",
+            f"--nproc_per_node={request['ranks']}",
+            *request["torchrun"],
+            request["script"],
+            *request["argv"],
+        ]
+    )
 
 
 def wait(pids: list[int]) -> list[int]:
@@ -70,10 +140,10 @@ def main() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         pids = []
-        for rank in range(request["ranks"]):
+        for rank in range(1 if request["torchrun"] else request["ranks"]):
             pid = os.fork()
             if pid == 0:
-                return become_rank(request, rank, port)
+                return become_torchrun(request) if request["torchrun"] else become_rank(request, rank, port)
             pids.append(pid)
         print(json.dumps(pids), flush=True)
         print(json.dumps(wait(pids)), flush=True)

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from launch_runs import TINY, metrics, status, weights
-from processes import torchrun
 
 from p2w.data.manifest import open_manifest
 
@@ -94,12 +93,12 @@ def test_the_default_stops_and_names_shard_key_and_command(forge, damaged_set, t
     assert "1.2.826.000" in line and ".tar, key" in line and f"p2w verify {damaged_set} --repair" in line
 
 
-def test_a_set_that_misses_a_shard_is_refused_before_the_process_group(tiny_set, tmp_path, start):
+def test_a_set_that_misses_a_shard_is_refused_before_the_process_group(forge, tiny_set, tmp_path):
     shutil.copytree(tiny_set, tmp_path / "set")
     (tmp_path / "set" / "1.2.826.0003.tar").unlink()
     options = [*TINY, "--shards", tmp_path / "set", "--run-dir", tmp_path / "run", "--on-bad-sample", "skip"]
-    process = start(torchrun(2, *options), tmp_path)
-    assert process.wait(120) != 0
+    forge.torchrun(tmp_path, *options, ranks=2)
+    assert forge.wait() != [0]
     err = (tmp_path / "err.txt").read_text()
     assert err.count("1.2.826.0003.tar is missing") >= 1 and "p2w verify" in err and "--repair" in err
     assert "init_process_group" not in err and not (tmp_path / "run").exists()

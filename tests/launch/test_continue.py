@@ -40,14 +40,16 @@ def first_checkpoint(run):
     wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
 
 
-def test_torchrun_killed_at_any_moment_and_repeated(tiny_set, whole, tmp_path, start):
-    command = torchrun(2, "demo", *TINY, "--shards", tiny_set, "--run-dir", tmp_path / "run")
-    process = start(command, tmp_path)
+def test_torchrun_killed_at_any_moment_and_repeated(forge, tiny_set, whole, tmp_path, start):
+    """The one that a real torchrun starts; it draws its pictures, and a run that drew none ends with the same bits."""
+    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", tmp_path / "run")
+    process = start(torchrun(2, *argv), tmp_path)
     first_checkpoint(tmp_path / "run")
     time.sleep(random.uniform(0, 2))
     kill_group(process)
     assert status(tmp_path / "run")["state"] == "running"
-    assert start(command, tmp_path).wait() == 0, (tmp_path / "err.txt").read_text()
+    forge.torchrun(tmp_path, *argv, ranks=2)
+    assert forge.wait() == [0], (tmp_path / "err.txt").read_text()
     check(tmp_path / "run", whole)
 
 
@@ -66,15 +68,12 @@ def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, t
     check(run, whole)
 
 
-def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path, start):
+def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
-    process = start(torchrun(2, *argv), tmp_path)
+    agent = forge.torchrun(tmp_path, *argv, ranks=2, draws=True)
     first_checkpoint(run)
     began = time.monotonic()
-    agent = next(
-        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
-    )
     ranks = agent.children()
     for one in (
         agent,
@@ -82,7 +81,7 @@ def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path, sta
         agent,
     ):  # scancel signals the whole step, torchrun forwards, people are impatient
         one.send_signal(signal.SIGTERM)
-    process.wait(60)
+    forge.wait()
     assert time.monotonic() - began < 20  # torchrun kills after 30 s
     said = status(run)
     assert said["state"] == "told to stop" and said["why"] == "SIGTERM" and said["step"] < 30
@@ -111,7 +110,7 @@ def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
     argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
     looks = ((0, "validation"), (6, "similarity"), (12, "validation"), (30, "validation"))
     for step, name in looks:
-        spies = (("tell", step, 1, name), ("draw_nothing",))
+        spies = (("tell", step, 1, name),)
         codes, _, err = forge.run(tmp_path, *argv, ranks=2, spies=spies)
         assert codes == [0, 0], err
         assert status(run) == {"state": "told to stop", "step": step, "why": "a signal to another rank"}
@@ -130,7 +129,7 @@ def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp
     """Rank 0 waits for rank 1 inside a collective, where Python's own handlers do not run."""
     run = tmp_path / "run"
     argv = ("demo", *TINY, "--max-steps", 100_000, "--shards", tiny_set, "--run-dir", run)
-    pids = forge.start(tmp_path, *argv, ranks=2, spies=(("draw_nothing",),))
+    pids = forge.start(tmp_path, *argv, ranks=2)
     first_checkpoint(run)
     os.kill(pids[1], signal.SIGSTOP)
     time.sleep(0.5)
@@ -142,16 +141,13 @@ def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp
     assert forge.wait() == [128 + signal.SIGTERM, -9]
 
 
-def test_torchrun_restarts_by_itself_when_a_rank_is_killed(tiny_set, whole, tmp_path, start):
+def test_torchrun_restarts_by_itself_when_a_rank_is_killed(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
-    process = start(torchrun(2, *argv, restarts=2), tmp_path)
+    agent = forge.torchrun(tmp_path, *argv, ranks=2, restarts=2)
     first_checkpoint(run)
-    agent = next(
-        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
-    )
     max(agent.children(), key=lambda one: one.pid).kill()
-    assert process.wait(120) == 0, (tmp_path / "err.txt").read_text()
+    assert forge.wait() == [0], (tmp_path / "err.txt").read_text()
     check(run, whole)
 
 
@@ -190,13 +186,12 @@ def test_checkpoints_of_which_none_can_be_read_do_not_begin_the_run_again(forge,
     """A disk that fails for a while must not cost a week: the curves and what there is stay, a person decides."""
     run = tmp_path / "run"
     argv = ("demo", *TINY, "--max-steps", 8, "--shards", tiny_set, "--run-dir", run)
-    spies = (("draw_nothing",),)
-    assert forge.run(tmp_path, *argv, spies=spies)[0] == [0]
+    assert forge.run(tmp_path, *argv)[0] == [0]
     damaged = sorted((run / "checkpoints").glob("step-*/state.pt"))
     assert len(damaged) > 1
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-1])
     lines = (run / "metrics.jsonl").read_text()
-    codes, _, err = forge.run(tmp_path, *argv, spies=spies)
+    codes, _, err = forge.run(tmp_path, *argv)
     assert codes == [2] and f"{len(damaged)} checkpoints and not one that can be read" in err
     assert (run / "metrics.jsonl").read_text() == lines

@@ -8,7 +8,6 @@ import time
 import psutil
 import pytest
 from launch_runs import TINY, metrics, status, wait_for, weights
-from processes import torchrun
 
 HANG = ["--train.hang-minutes", "0.5"]  # a rank that gives no sign of life is found after 7.5 s
 
@@ -27,21 +26,19 @@ def argv(shards, run):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(tiny_set, calm, tmp_path, start, victim):
+def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(forge, tiny_set, calm, tmp_path, victim):
     run = tmp_path / "run"
-    process = start(torchrun(3, *argv(tiny_set, run), restarts=1), tmp_path)
-    wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
-    agent = next(
-        one for one in psutil.Process(process.pid).children() if "torch.distributed.run" in one.cmdline()
-    )
-    ranks = {int(one.environ()["RANK"]): one for one in agent.children()}
+    spies = (("lag", 1, 0.1),)  # at step 16 every rank has given a first sign of life: one comes each 0.75 s
+    agent = forge.torchrun(tmp_path, *argv(tiny_set, run), ranks=3, restarts=1, spies=spies)
+    wait_for((run / "checkpoints" / "step-00000016" / "meta.json").exists, "a checkpoint")
+    ranks = sorted(agent.children(), key=lambda one: one.pid)  # torchrun starts them in this order
     ranks[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    _, left = psutil.wait_procs(list(ranks.values()), timeout=60)
+    _, left = psutil.wait_procs(ranks, timeout=60)
     assert (
         not left and time.monotonic() - stopped < 25
     )  # torchrun alone would have waited 30 s for the stopped one
-    assert process.wait(120) == 0, (tmp_path / "err.txt").read_text()
+    assert forge.wait() == [0], (tmp_path / "err.txt").read_text()
     err = (tmp_path / "err.txt").read_text()
     said = re.findall(r"^hangs: .*", err, re.MULTILINE)
     assert len(said) == 1 and re.match(rf"hangs: rank {victim} on \S+: no sign of life for \d+ s", said[0]), (

@@ -27,7 +27,7 @@ def test_a_proxy_trains_on_two_ranks_and_continues_where_it_stopped(forge, tiny_
             steps,
         ]
         argv += ["--shards", tiny_set, "--run-dir", tmp_path / folder]
-        codes, _, err = forge.run(tmp_path / "out", *argv, ranks=2, spies=(("draw_nothing",),))
+        codes, _, err = forge.run(tmp_path / "out", *argv, ranks=2)
         assert codes == [0, 0], err
         return weights(tmp_path / folder, steps)
 

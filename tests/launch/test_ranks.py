@@ -1,86 +1,32 @@
 """The same samples, the same parts and the same validation, however many ranks share the work. Real processes over gloo."""
 
 import json
-import multiprocessing
-import os
-import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from p2w.analysis.looks import Similarity
 from p2w.analysis.validation import Validation, validation_keys
-from p2w.config import Config, DataConfig, PretextConfig
 from p2w.data.stream import Stream, open_set
-from p2w.geometry import Keys, sample_boxes
-from p2w.log import Log
-from p2w.model import build_encoder
-from p2w.pretext import build_pretext
 from p2w.world import World
-
-PRETEXT = PretextConfig(size=(8, 16, 16))
-
-
-def network():
-    torch.manual_seed(0)
-    pretext = build_pretext(Config(pretext=PRETEXT))
-    return pretext, pretext.build(build_encoder("unet3d", 2)).eval()
+from tests.launch.sees import network
 
 
-def one_rank(rank, size, port, shards, answers):
-    """What rank `rank` of `size` sees in ten steps (two epochs and a bit, 24 sub-scans, batch 10 would leave 4 out)."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), P2W_DEVICE="cpu")
-    torch.set_num_threads(1)
-    world, data = World.start(60), open_set(shards)
-    share = {"rank": rank, "world_size": size, "readers": 1}
-    seen = []
-    with Stream(data, "train", 8, seed=5, **share) as stream:
-        for batch, _ in zip(stream.batches(0, 1), range(5), strict=False):
-            boxes = sample_boxes(Keys(5, batch.epoch, batch.ids), 0, data.shape)
-            sums = batch.voxels.sum((1, 2, 3)).tolist()
-            seen.append((batch.epoch, batch.step, batch.ids.tolist(), boxes.tolist(), sums))
-    pretext, model = network()
-    with torch.no_grad():
-        values = dict(Validation(pretext, model, lambda: Stream.validation(data, 12, **share), world)(0))
-        config, log = Config(data=DataConfig(batch=12), pretext=PRETEXT), Log(Path(shards), False, 1)
-        values |= Similarity(config, model.encoder, data, "val", world, log)(0)
-    answers.put((rank, seen, values))
-    world.close()
-
-
-def run(shards, size):
+def run(forge, shards, folder, size):
     """Rank by rank what was seen, and the validation, of which all ranks must have the same."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    ranks = [
-        context.Process(target=one_rank, args=(rank, size, port, str(shards), answers))
-        for rank in range(size)
-    ]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(100)
-        assert [process.exitcode for process in ranks] == [0] * size
-        found = sorted((answers.get() for _ in ranks), key=lambda one: one[0])
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(values == found[0][2] for _, _, values in found)
-    return [seen for _, seen, _ in found], found[0][2]
+    folder = folder / str(size)
+    codes, _, err = forge.run(folder, shards, folder, ranks=size, script="tests/launch/sees.py")
+    assert codes == [0] * size, err
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    assert all(values == found[0][1] for _, values in found)
+    return [seen for seen, _ in found], found[0][1]
 
 
-def test_samples_parts_and_validation_do_not_depend_on_the_ranks(tiny_set):
-    (whole,), alone = run(tiny_set, 1)
+def test_samples_parts_and_validation_do_not_depend_on_the_ranks(forge, tiny_set, tmp_path):
+    (whole,), alone = run(forge, tiny_set, tmp_path, 1)
     assert [(epoch, step) for epoch, step, *_ in whole] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     for size in (2, 4):
-        shares, values = run(tiny_set, size)
+        shares, values = run(forge, tiny_set, tmp_path, size)
         for step, expected in enumerate(whole):
             parts = [share[step] for share in shares]
             assert all(part[:2] == expected[:2] for part in parts)
@@ -93,7 +39,6 @@ def test_samples_parts_and_validation_do_not_depend_on_the_ranks(tiny_set):
             slack = {"similarity/auc": 1e-3, "contrast/loss": 1e-5}.get(name, 1e-6)
             assert value == pytest.approx(alone[name], rel=slack), name
         assert set(values) == set(alone) and len(values) == 6
-    assert json.dumps(alone)
 
 
 def test_validation_and_mean_image_against_numpy(tiny_set):

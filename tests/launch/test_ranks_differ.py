@@ -4,13 +4,10 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 from ct_sets import write_structured_set
 from launch_runs import TINY, metrics, weights
-from processes import REPO
 
 
 @pytest.mark.parametrize("what", ["torch", "p2w"])
@@ -26,8 +23,8 @@ def test_another_version_on_a_rank_is_refused_and_named_once(forge, tiny_set, tm
 
 def test_a_slow_rank_and_wrong_clocks_change_nothing(forge, tiny_set, tmp_path):
     argv = ("demo", *TINY, "--max-steps", 12, "--shards", tiny_set, "--run-dir")
-    assert forge.run(tmp_path, *argv, tmp_path / "calm", ranks=2, spies=(("draw_nothing",),))[0] == [0, 0]
-    spies = (("lag", 1, 0.1), ("skew_clock", 1, 3600.0), ("skew_clock", 0, -86400.0), ("draw_nothing",))
+    assert forge.run(tmp_path, *argv, tmp_path / "calm", ranks=2)[0] == [0, 0]
+    spies = (("lag", 1, 0.1), ("skew_clock", 1, 3600.0), ("skew_clock", 0, -86400.0))
     codes, _, err = forge.run(tmp_path, *argv, tmp_path / "run", ranks=2, spies=spies)
     assert codes == [0, 0], err
     assert weights(tmp_path / "run", 12) == weights(tmp_path / "calm", 12)
@@ -37,38 +34,23 @@ def test_a_slow_rank_and_wrong_clocks_change_nothing(forge, tiny_set, tmp_path):
 def test_more_ranks_than_shards(forge, tmp_path):
     shards = write_structured_set(tmp_path / "set", train=1, val=1, per=8)
     argv = ("demo", *TINY, "--max-steps", 6, "--shards", shards, "--run-dir", tmp_path / "run")
-    codes, _, err = forge.run(tmp_path, *argv, ranks=4, spies=(("draw_nothing",),))
+    codes, _, err = forge.run(tmp_path, *argv, ranks=4)
     assert codes == [0] * 4, err
 
 
-MEET = """
-import sys
-from p2w.errors import UserError
-from p2w.world import World
-try:
-    World.start(20, float(sys.argv[1]))
-except UserError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
-def meet(rank, address, port, seconds):
-    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    place |= {"MASTER_ADDR": address, "MASTER_PORT": port, "PYTHONPATH": REPO, "P2W_DEVICE": "cpu"}
-    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-    command = [sys.executable, "-c", MEET, str(seconds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+def meet(forge, folder, *place):
+    codes, _, err = forge.run(folder, *place, script="tests/launch/meets.py")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert codes == [1] and len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
 
 
-def test_a_busy_port_is_one_line():
+def test_a_busy_port_is_one_line(forge, tmp_path):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        said = meet(0, "127.0.0.1", port, 3)
+        said = meet(forge, tmp_path, 0, "127.0.0.1", port, 3)
     assert f"could not meet the other ranks at 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 3 s" in said
     assert "in use" in said
 
@@ -85,16 +67,16 @@ def test_torchrun_repeats_why_the_ranks_did_not_meet(forge, tiny_set, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-node.invalid"])
-def test_a_rank_0_that_cannot_be_reached_is_one_line(address):
+def test_a_rank_0_that_cannot_be_reached_is_one_line(forge, tmp_path, address):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    said = meet(1, address, port, 3)
+    said = meet(forge, tmp_path, 1, address, port, 3)
     assert f"rank 1 on {os.uname().nodename}: could not meet the other ranks at {address}:{port}" in said
 
 
-def test_others_that_do_not_come_are_waited_for_and_then_it_is_said():
+def test_others_that_do_not_come_are_waited_for_and_then_it_is_said(forge, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    assert "meet" in meet(0, "127.0.0.1", port, 3)
+    assert "meet" in meet(forge, tmp_path, 0, "127.0.0.1", port, 3)

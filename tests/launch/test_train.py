@@ -8,7 +8,6 @@ import subprocess
 import pytest
 from ct_sets import write_structured_set
 from launch_runs import TINY, metrics, status, weights
-from processes import torchrun
 
 SHORT = [*TINY, "--max-steps", "6", "--train.validate-every", "3", "--train.checkpoint-every", "3"]
 
@@ -22,7 +21,7 @@ def finished(result, ranks=1):
 
 def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_set, tmp_path):
     run = tmp_path / "run"
-    err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run))
+    err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run, draws=True))
     assert status(run) == {"state": "finished", "step": 30, "why": ""}
     first, last = [record["val/loss"] for record in metrics(run) if "val/loss" in record][::5]
     assert last < 0.8 * first
@@ -61,7 +60,7 @@ BAD = {
     ),
     "unknown pretext": (
         ["demo", "--pretext.name", "puzzle"],
-        "error: pretext.name=puzzle: unknown; one of parts2whole",
+        "error: pretext.name=puzzle: unknown; one of amdim, ",
     ),
     "unknown model": (["demo", "--model.name", "resnet"], "error: model.name=resnet: unknown; one of "),
     "too few": (["demo", "--data.batch", "32"], "24 sub-scans do not fill one global batch of 32"),
@@ -120,14 +119,14 @@ def test_a_damaged_sub_scan_stops_all_ranks_and_is_named(forge, tiny_set, tmp_pa
     assert status(tmp_path / "run")["state"] == "failed"
 
 
-def test_under_torchrun_each_complaint_comes_once_a_node(tiny_set, tmp_path, start):
+def test_under_torchrun_each_complaint_comes_once_a_node(forge, tiny_set, tmp_path):
     for argv, said in (
         (["--data.batch", 5], "a global batch of 5 cannot be shared evenly by 2 ranks"),
         (["--x"], "--x"),
     ):
         run = tmp_path / said[:3]
-        process = start(torchrun(2, "demo", "--shards", tiny_set, "--run-dir", run / "run", *argv), run)
-        assert process.wait(120) != 0
+        forge.torchrun(run, "demo", "--shards", tiny_set, "--run-dir", run / "run", *argv, ranks=2)
+        assert forge.wait() != [0]
         err = (run / "err.txt").read_text()
         ours = [
             line for line in err.splitlines() if said in line and "traceback : " not in line
@@ -217,7 +216,9 @@ def test_early_stop_and_plateau_and_repeating_it(forge, tiny_set, tmp_path):
 
 def test_without_validation_scans_it_trains_with_a_warning(forge, tmp_path):
     shards = write_structured_set(tmp_path / "set", train=2, val=0)
-    err = finished(forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / "run"))
+    err = finished(
+        forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / "run", draws=True)
+    )
     assert err.count("warning: ") == 1 and "no scan is set aside" in err
     assert status(tmp_path / "run")["state"] == "finished"
     assert not any("val/loss" in record for record in metrics(tmp_path / "run"))
@@ -254,7 +255,7 @@ def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
         argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", disk / "run"]
         finished(forge.run(tmp_path, *argv))
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 65536))
-        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12)
+        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12, draws=True)
         assert codes == [2] and "step 12: could not be saved" in err and "Traceback" not in err
         (disk / "ballast").unlink()
         finished(forge.run(tmp_path, *argv, "--max-steps", 12))

@@ -20,6 +20,7 @@ from p2w.train.selfcheck import wrong_convolution
 TINY = {"unet3d": (2, (8, 16, 16)), "resencl": (1, (32, 32, 64)), "vit3d": (1, (16, 16, 16))}
 OTHERS = (2, (16, 32, 32))
 SAME_CODE = {"resnet18", "resnet34", "resnet101", "resnet152", "resnet200"}
+ONLY_WITH_SKIPS = {"dense_vnet"}
 NAMES = sorted(set(ENCODERS) - SAME_CODE)
 
 
@@ -66,6 +67,10 @@ def test_a_step_reaches_every_parameter(encoder, pretext):
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("encoder", NAMES)
 def test_bf16_and_channels_innermost(encoder, skips):
+    if encoder in ONLY_WITH_SKIPS and not skips:
+        with pytest.raises(UserError, match=r"pass --pretext\.skips"):
+            build(tiny(encoder, skips=skips))
+        return
     task, network = build(tiny(encoder, skips=skips))
     network.to(memory_format=torch.channels_last_3d)
     views = task.sample(wholes(2), Keys(0, 0, torch.arange(2)))
@@ -79,7 +84,7 @@ def test_bf16_and_channels_innermost(encoder, skips):
 @pytest.mark.parametrize("encoder", NAMES)
 def test_what_a_run_asks_of_its_network(encoder):
     """The features analysed, the plan of a dry run, and the check before the first step."""
-    config = tiny(encoder)
+    config = tiny(encoder, skips=encoder in ONLY_WITH_SKIPS)
     _, network = build(config)
     shape = (1, 1, *config.pretext.size)
     assert network.encoder.pooled(torch.rand(2, *shape[1:])).shape == (2, network.encoder.channels[-1])

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
 
-STEPS = 300
+STEPS = 100  # each of which sleeps a while, see site/sitecustomize.py
 SMALL = [
     "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
     "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
-    "--train.checkpoint-minutes=0",
+    "--train.checkpoint-minutes=0", "--train.look-every=0",
 ]  # fmt: skip
 Start = Callable[..., str]
 

@@ -4,7 +4,7 @@ import json
 import shlex
 
 import pytest
-from conftest import Cluster
+from slurm_cluster import Cluster
 from target_sets import write_target_set
 
 from p2w.target import results

@@ -21,7 +21,9 @@ def write_run(run, encoder="unet3d", width=2, size=(16, 32, 32)):
     config = replace(
         config,
         model=replace(config.model, name=encoder, width=width),
-        pretext=replace(config.pretext, size=size),
+        pretext=replace(
+            config.pretext, size=size, skips=encoder == "dense_vnet"
+        ),  # it has no decoder without
     )
     folder, log = RunFolder(run), Log(run, True, 20)
     machine = {"host": "here", "command": "launch/train.py demo", "data_set": DATA_SET}

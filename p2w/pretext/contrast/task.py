@@ -24,6 +24,7 @@ class ContrastNetwork(Network):
     def __init__(self, encoder: Encoder, head: Head, negatives: Negatives, in_batch: Batch) -> None:
         super().__init__()
         self.encoder, self.head, self.negatives, self.in_batch = encoder, head, negatives, in_batch
+        encoder.only_pooled()
 
     def forward(self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None) -> Output:
         """Judge validation by its own batch where the negatives are remembered ones, so that steps compare."""

@@ -11,9 +11,7 @@ from p2w import config as settings
 from p2w import geometry
 from p2w.config import (
     Config,
-    ContrastConfig,
     DataConfig,
-    IntensityConfig,
     ModelConfig,
     OptimConfig,
     PretextConfig,
@@ -24,6 +22,7 @@ from p2w.model import build_encoder
 from p2w.pretext import build_pretext
 from p2w.pretext.contrast import Bank, Batch, Classes, Queue
 from p2w.pretext.contrast.losses import info_nce, local_global, sinkhorn, strangers, unit
+from p2w.pretext_config import ContrastConfig, IntensityConfig
 from tests.pretext.contrast_ranks import NAMES, build, views
 from tests.pretext.contrast_reference import T, reference_nce, vectors, wide
 

@@ -14,7 +14,18 @@ def test_two_ranks_train_it_and_it_leaves_as_a_file(forge, tiny_set, tmp_path, e
     run = tmp_path / "run"
     network = ["--model.name", encoder, "--model.width", width, "--pretext.size", *size]
     codes, _, err = forge.run(
-        tmp_path, "demo", "--shards", tiny_set, "--run-dir", run, *TINY, *network, "--max-steps", 6, ranks=2
+        tmp_path,
+        "demo",
+        "--shards",
+        tiny_set,
+        "--run-dir",
+        run,
+        *TINY,
+        *network,
+        "--max-steps",
+        6,
+        ranks=2,
+        draws=True,
     )
     assert codes == [0, 0], err
     assert status(run)["state"] == "finished"

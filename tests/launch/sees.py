@@ -1,0 +1,52 @@
+"""What this rank sees in five steps (an epoch and a half of 24 sub-scans in batches of 8), and its looks, as JSON.
+
+python tests/launch/sees.py SHARDS FOLDER       writes FOLDER/RANK.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from p2w.analysis.looks import Similarity
+from p2w.analysis.validation import Validation
+from p2w.config import Config, DataConfig, PretextConfig
+from p2w.data.stream import Stream, open_set
+from p2w.geometry import Keys, sample_boxes
+from p2w.log import Log
+from p2w.model import build_encoder
+from p2w.pretext import build_pretext
+from p2w.world import World
+
+PRETEXT = PretextConfig(size=(8, 16, 16))
+
+
+def network():
+    torch.manual_seed(0)
+    pretext = build_pretext(Config(pretext=PRETEXT))
+    return pretext, pretext.build(build_encoder("unet3d", 2)).eval()
+
+
+def main():
+    shards, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    world, data = World.start(60), open_set(shards)
+    share = {"rank": world.rank, "world_size": world.size, "readers": 1}
+    seen = []
+    with Stream(data, "train", 8, seed=5, **share) as stream:
+        for batch, _ in zip(stream.batches(0, 1), range(5), strict=False):
+            boxes = sample_boxes(Keys(5, batch.epoch, batch.ids), 0, data.shape)
+            sums = batch.voxels.sum((1, 2, 3)).tolist()
+            seen.append((batch.epoch, batch.step, batch.ids.tolist(), boxes.tolist(), sums))
+    pretext, model = network()
+    with torch.no_grad():
+        values = dict(Validation(pretext, model, lambda: Stream.validation(data, 12, **share), world)(0))
+        config, log = Config(data=DataConfig(batch=12), pretext=PRETEXT), Log(Path(shards), False, 1)
+        values |= Similarity(config, model.encoder, data, "val", world, log)(0)
+    (Path(folder) / f"{world.rank}.json").write_text(json.dumps([seen, values]))
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

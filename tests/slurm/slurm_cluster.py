@@ -1,0 +1,186 @@
+"""A real Slurm of two nodes on this machine, for the tests of ``slurm/``; starts as root or as a plain user.
+
+Everything lives in one scratch folder with its own ports, its own munge socket and key, and is stopped by pid
+files, so that it disturbs neither a Slurm that is installed here nor a second one of a parallel test worker.
+"""
+
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SITE = Path(__file__).parent / "site"
+DAEMONS = ("munged", "slurmctld", "slurmd")
+PREFIX = "p2w-slurm-"
+
+SLURM_CONF = """\
+ClusterName=p2wtest
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its credential has expired: 120 s by default, 5 at least.
+AuthInfo=socket={dir}/munge.sock,cred_expire=5
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,bf_interval=5,batch_sched_delay=0
+# The nodes claim two cores and two graphics cards each, whatever this machine has.
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+JobRequeue=1
+KillWait=10
+SlurmdTimeout=30
+SlurmctldPort={ports[0]}
+StateSaveLocation={dir}/ctld
+SlurmdSpoolDir={dir}/d-%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd-%n.log
+NodeName=DEFAULT CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
+CUT = ["--subsets", "0-1", "--workers", "1"]
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Cluster:
+    """Two running nodes. Commands see this cluster's configuration and no variables of a job around them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "P2W_"))}
+        # Jobs run the interpreter of the tests, and leave what torchrun leaves in the scratch folder.
+        self.env |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "PYTHONPATH": f"{SITE}:{ROOT}",
+            "TMPDIR": str(folder / "tmp"),
+        }
+
+    def run(self, *command: str | Path, **env: str) -> str:
+        """Output of a Slurm command, typed in the project's folder; a failing one raises with what it said."""
+        done = subprocess.run(
+            ["timeout", "-k", "5", "30", *map(str, command)],
+            env=self.env | env, cwd=ROOT, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr or done.stdout}")
+        return done.stdout.strip()
+
+    def sbatch(self, *args: str | Path, **env: str) -> str:
+        """Submit; the job's number. Its output goes to `log`."""
+        array = any(str(arg).startswith("--array") for arg in args)
+        name = "%A_%a.log" if array else "%j.log"
+        return self.run("sbatch", "--parsable", f"--output={self.folder / name}", *args, **env)
+
+    def log(self, job: str) -> str:
+        """What job or task `job` has written."""
+        path = self.folder / f"{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def job(self, job: str) -> dict[str, str]:
+        """What Slurm knows about a job or task."""
+        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 180) -> None:
+        """Until ``true()``; fails when time is up or the job ends before, with the job's log."""
+        end = time.monotonic() + seconds
+        while not true():
+            over = self.job(job)["JobState"] in FINAL and not true()
+            if over or time.monotonic() > end:
+                raise AssertionError(f"job {job}: no {what}\n{self.job(job)}\n{self.log(job)[-6000:]}")
+            time.sleep(0.1)
+
+    def ended(self, job: str, seconds: float = 180) -> dict[str, str]:
+        """The job's record once it has come to its end (a requeued one has not)."""
+        self.wait(job, "end", lambda: self.job(job)["JobState"] in FINAL, seconds)
+        return self.job(job)
+
+
+def processes(folder: Path) -> list[int]:
+    """Daemons and jobs that were started in ``folder`` and still run: all carry its configuration with them."""
+    mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def stop(folder: Path) -> None:
+    """End the jobs, then the daemons by their pid files, then whatever is left after 5 s; remove the folder."""
+    if processes(folder):
+        with contextlib.suppress(RuntimeError):
+            Cluster(folder).run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+            Cluster(folder).run("scancel", f"--user={getpass.getuser()}")
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            if pid in processes(folder):
+                os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 5
+    while left := processes(folder):
+        if time.monotonic() > end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Below the range of outgoing connections, so that no client takes one meanwhile."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        port = 6800 + os.getpid() % 3000
+        while len(ports) < count:
+            port += 1
+            s = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                s.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
+
+
+def start(folder: Path) -> Cluster:
+    """munged, one controller, two nodes; returns when both nodes are idle."""
+    for name in ("ctld", "d-node1", "d-node2", "tmp"):
+        (folder / name).mkdir()
+    text = SLURM_CONF.format(user=getpass.getuser(), dir=folder, ports=free_ports(3))
+    (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text(GRES_CONF)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    cluster = Cluster(folder)
+    own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+    cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
+    cluster.run("slurmctld")
+    for node in ("node1", "node2"):
+        cluster.run("slurmd", "-N", node)
+    end = time.monotonic() + 30
+    while cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D") != "2":
+        logs = "\n".join(path.read_text()[-1000:] for path in folder.glob("*.log"))
+        assert time.monotonic() < end, f"the two nodes did not come up\n{logs}"
+        time.sleep(0.05)
+    return cluster
