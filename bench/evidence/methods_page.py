@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from page import fill, shrink, table
+from page import fill, table
+from PIL import Image
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "AUC": lambda one: one["plain"],
@@ -30,14 +31,22 @@ def write(
         for figure in ("reconstruction.png", "views.png"):
             source = folder_of(folder, name, 0) / "figures" / figure
             if source.exists():
-                shrink(
-                    source, docs / "methods" / f"{folder_of(folder, name, 0).name.removesuffix('-seed0')}.png"
-                )
+                short = folder_of(folder, name, 0).name.removesuffix("-seed0")
+                draw(source, docs / "methods" / f"{short}.png")
     tasks = [title for _, title in TASKS.values()]
     path.write_text(
         fill(path.read_text(), "comparison", table(("", "seeds", "cost of a step", *COLUMNS, *tasks), rows))
     )
     print(path)
+
+
+def draw(source: Path, target: Path) -> None:
+    """The first two of four wholes, in 64 colours, at most 900 pixels wide."""
+    target.parent.mkdir(exist_ok=True)
+    image = Image.open(source).convert("RGB")
+    image = image.crop((0, 0, image.width, image.height * 52 // 100))
+    image.thumbnail((900, 900))
+    image.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def _found(
