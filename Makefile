@@ -6,6 +6,8 @@
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
+# make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores
+# make targets    the paper's Table 1 at CPU size; fills docs/targets.md: two hours more
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -18,7 +20,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench bench-peers soak evidence clean
+.PHONY: help install demo test lint bench bench-peers soak evidence methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -86,6 +88,12 @@ soak: $(VENV)/.tools
 
 evidence: $(VENV)/.installed
 	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
+
+methods: $(VENV)/.installed
+	$(BIN)/python bench/evidence/methods.py --folder evidence
+
+targets: $(VENV)/.installed
+	$(BIN)/python bench/evidence/targets.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info

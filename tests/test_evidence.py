@@ -8,10 +8,14 @@ import torch
 from processes import REPO
 
 from p2w.analysis.similarity import auc, pair_cosines
+from p2w.pretext import PRETEXTS
 
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
+import methods
+import methods_page
 import page
 import shortcuts
+import targets
 
 
 def test_separability_is_that_of_all_pairs_and_kinds_are_told_apart():
@@ -52,3 +56,29 @@ def test_a_page_keeps_the_words_between_its_blocks():
     assert page.fill(text, "real networks", "new") == text.replace("old", "new")
     with pytest.raises(SystemExit, match="0 blocks <!-- real times -->"):
         page.fill(text, "real times", "new")
+
+
+def test_every_pretext_is_compared_at_the_arithmetic_of_parts2whole(tmp_path):
+    shown = {
+        flags[flags.index("--pretext.name") + 1]
+        for flags in methods.METHODS.values()
+        if "--pretext.name" in flags
+    }
+    assert shown | {"parts2whole"} == set(PRETEXTS)
+    folders = {methods.folder_of(tmp_path, name, 0) for name in methods.METHODS}
+    assert len(folders) == len(methods.METHODS)
+    assert methods.share("parts2whole") == 1 and methods.share("+ contrast") == pytest.approx(2, rel=0.01)
+    assert methods.share("simclr") < 0.5  # no decoder
+    assert "--train.steps 100 " in " ".join(map(str, methods.train_job(tmp_path, "+ contrast", 0).command))
+
+
+def test_a_cell_is_mean_and_deviation_over_seeds_and_what_was_not_run_is_a_dash():
+    assert methods_page._cell([0.5, 0.7]) == "0.600 ± 0.141"
+    assert methods_page._cell([0.5, None]) == "0.500" and methods_page._cell([None]) == "-"
+
+
+def test_the_target_sets_and_sweeps_are_commands_that_exist(tmp_path):
+    made = {job.name for stage in targets.set_jobs(tmp_path, tmp_path) for job in stage}
+    assert made == {"targets-raw", *(f"cut-{task}" for task in targets.CUT)}
+    command = targets.sweep(tmp_path, tmp_path, ("ncc",), {"Scratch": "random"}, 10)
+    assert command[1:3] == ["launch/sweep.py", "table1"] and (REPO / command[1]).is_file()

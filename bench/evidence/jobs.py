@@ -1,0 +1,58 @@
+"""Commands that leave a file behind when they are done: run as many at a time as there are cores, and none twice."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One command and the file that says it is done."""
+
+    name: str
+    command: Sequence[object]
+    done: Path
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do."""
+        if self.done.name == "status.json" and self.done.exists():
+            return bool(json.loads(self.done.read_text())["state"] == "finished")
+        return self.done.exists()
+
+
+def work(jobs: list[Job], folder: Path) -> None:
+    """Run the jobs that are not done, as many at a time as there are cores, with the last word of each every minute."""
+    waiting = [job for job in jobs if not job.finished]
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "COLUMNS": "200"}
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    said = time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            job = waiting.pop(0)
+            with open(folder / "logs" / f"{job.name}.txt", "ab") as log:
+                command = [sys.executable, *map(str, job.command)]
+                running[job] = subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=log)
+            print(f"{time.strftime('%H:%M:%S')}  {job.name} begins", flush=True)
+        time.sleep(0.5)
+        for job in [job for job, process in running.items() if process.poll() is not None]:
+            if code := running.pop(job).returncode:
+                for process in running.values():
+                    process.terminate()
+                sys.exit(
+                    f"error: {job.name} ended with code {code}: see {folder / 'logs' / job.name}.txt, repeat the command"
+                )
+            print(f"{time.strftime('%H:%M:%S')}  {job.name} is done", flush=True)
+        if time.monotonic() - said > 60:
+            said = time.monotonic()
+            for job in running:
+                last = (folder / "logs" / f"{job.name}.txt").read_text().splitlines()[-1:]
+                print(f"          {job.name}: {last[0] if last else 'no word yet'}", flush=True)

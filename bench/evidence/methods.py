@@ -1,0 +1,96 @@
+"""Which pretext should one take? All of them at equal compute. Fills docs/methods.md.
+
+    make methods                                             # phantom; an hour and a half on two free cores
+    python bench/evidence/methods.py --folder evidence --seeds 3
+    python bench/evidence/methods.py --page-only             # from what is in the folder
+
+Every method trains the demo's network on the same phantom scans, for the arithmetic of STEPS steps of Parts2Whole as
+p2w.train.cost counts it. compare.py measures their features on the same parts, launch/transfer.py fine-tunes them. The same
+command continues one that was stopped, and shares its data with run.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import methods_page
+from jobs import REPO, Job, work
+from run import data_jobs
+
+from p2w.pretrain import build
+from p2w.train.cost import cost
+
+sys.path.insert(0, str(REPO))
+from launch.train import parse
+
+STEPS, SEEDS = 200, 3
+# What the table compares, with several seeds …
+CONTENDERS: dict[str, list[str]] = {
+    "parts2whole": [],
+    "+ intensity": ["--intensity.strength", "1"],
+    "+ position": ["--position.weight", "0.1"],
+    "+ contrast": ["--pretext.name", "parts2whole_contrast"],
+    "+ contrast, intensity": ["--pretext.name", "parts2whole_contrast", "--intensity.strength", "1"],
+    "simclr": ["--pretext.name", "simclr"],
+    "models_genesis": ["--pretext.name", "models_genesis", "--pretext.skips"],
+}
+# … and what it shows beside them, with one.
+OTHERS = (
+    "autoencoder", "mae", "rubiks_cube", "rubiks_cube_pp", "exemplar", "moco", "instdisc", "pirl", "swav", "amdim",
+)  # fmt: skip
+METHODS = CONTENDERS | {name: ["--pretext.name", name] for name in OTHERS}
+
+
+def share(name: str) -> float:
+    """Arithmetic of one step as a multiple of Parts2Whole's."""
+    flops = [
+        cost(config, lambda config=config: build(config), 1, 4).flops_per_sample
+        for config in (parse(["demo", *flags])[0].config for flags in (METHODS[name], []))
+    ]
+    return flops[0] / flops[1]
+
+
+def folder_of(folder: Path, name: str, seed: int) -> Path:
+    """Where a method's run lies."""
+    return folder / "methods" / f"{name.replace('+ ', 'with-').replace(', ', '-')}-seed{seed}"
+
+
+def train_job(folder: Path, name: str, seed: int) -> Job:
+    """Pretrain; the schedule falls to its end whatever the number of steps."""
+    run, steps = folder_of(folder, name, seed), round(STEPS / share(name))
+    length = f"demo --train.steps {steps} --train.validate-every {steps} --train.look-every {steps}".split()
+    where = ["--shards", folder / "phantom", "--run", run, "--train.seed", seed, "--data.seed", seed]
+    return Job(run.name, ["launch/train.py", *length, *METHODS[name], *where], run / "status.json")
+
+
+def compare_job(folder: Path, run: Path, untrained: bool = False) -> Job:
+    """Measure its features."""
+    place, out = (f"{run}@0", "untrained.json") if untrained else (run, "compared.json")
+    command = ["bench/evidence/compare.py", place, folder / "phantom"]
+    return Job(f"{run.name}-{out[:-5]}", command, run / out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of the methods that the table compares")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    todo = [(name, seed) for seed in range(args.seeds) for name in METHODS if seed == 0 or name in CONTENDERS]
+    if not args.page_only:
+        for stage in data_jobs(folder, None):
+            work(stage, folder)
+        work([train_job(folder, *one) for one in todo], folder)
+        runs = [folder_of(folder, *one) for one in todo]
+        bare = [
+            compare_job(folder, folder_of(folder, "parts2whole", seed), True) for seed in range(args.seeds)
+        ]
+        work([*(compare_job(folder, run) for run in runs), *bare], folder)
+    methods_page.write(REPO / "docs", folder, METHODS, share, folder_of)
+
+
+if __name__ == "__main__":
+    main()

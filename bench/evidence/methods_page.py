@@ -1,0 +1,89 @@
+"""Writes the tables and pictures of docs/methods.md anew, and leaves the words between them alone (see page.py)."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from page import fill, table
+from PIL import Image
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "AUC": lambda one: one["plain"],
+    "same tile, other scan": lambda one: one["against_one_tile"],
+    "standardised": lambda one: one["standardised"],
+    "gamma": lambda one: one["gamma"],
+    "whole found, top-1": lambda one: one["retrieval"]["top1"],
+}
+TASKS = {"ncc": ("auc", "nodules told apart, AUC"), "ncs": ("mean_iou", "nodules cut out, mean IoU")}
+
+
+def write(
+    docs: Path, folder: Path, methods: Iterable[str], share: Callable[[str], float],
+    folder_of: Callable[[Path, str, int], Path],
+) -> None:  # fmt: skip
+    """Fill the blocks `comparison` and `costs` of DOCS/methods.md; pictures of seed 0 go to DOCS/methods."""
+    path = docs / "methods.md"
+    rows = [_row("random initialisation", _found(folder, "parts2whole", folder_of, "untrained.json"), "")]
+    for name in methods:
+        rows.append(_row(name, _found(folder, name, folder_of, "compared.json"), f"{share(name):.2f}"))
+        for figure in ("reconstruction.png", "views.png"):
+            source = folder_of(folder, name, 0) / "figures" / figure
+            if source.exists():
+                short = folder_of(folder, name, 0).name.removesuffix("-seed0")
+                draw(source, docs / "methods" / f"{short}.png")
+    tasks = [title for _, title in TASKS.values()]
+    path.write_text(
+        fill(path.read_text(), "comparison", table(("", "seeds", "cost of a step", *COLUMNS, *tasks), rows))
+    )
+    print(path)
+
+
+def draw(source: Path, target: Path) -> None:
+    """The first two of four wholes, in 64 colours, at most 900 pixels wide."""
+    target.parent.mkdir(exist_ok=True)
+    image = Image.open(source).convert("RGB")
+    image = image.crop((0, 0, image.width, image.height * 52 // 100))
+    image.thumbnail((900, 900))
+    image.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+def _found(
+    folder: Path, name: str, folder_of: Callable[[Path, str, int], Path], file: str
+) -> list[dict[str, Any]]:
+    """What was measured of each seed, with the fine-tunings of its weights."""
+    found = []
+    for seed in range(99):
+        run = folder_of(folder, name, seed)
+        if not (run / file).exists():
+            break
+        one = json.loads((run / file).read_text())
+        start = run.name if file == "compared.json" else "scratch"
+        one["tasks"] = {
+            task: _scores(folder / "transfer" / task / start, metric) for task, (metric, _) in TASKS.items()
+        }
+        found.append(one)
+    return found
+
+
+def _scores(run: Path, metric: str) -> float | None:
+    """Mean of a metric over the trials of one fine-tuning; None where there are none."""
+    results = [json.loads(path.read_text()) for path in sorted(run.glob("trial-*/result.json"))]
+    values = [one["metrics"][metric] for one in results]
+    return statistics.mean(values) if values else None
+
+
+def _row(name: str, found: list[dict[str, Any]], cost: str) -> list[str]:
+    measured = [[column(one) for one in found] for column in COLUMNS.values()]
+    measured += [[one["tasks"][task] for one in found] for task in TASKS]
+    return [name, str(len(found)), cost, *map(_cell, measured)]
+
+
+def _cell(values: list[float | None]) -> str:
+    """Mean ± standard deviation over seeds."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    spread = f" ± {statistics.stdev(there):.3f}" if len(there) > 1 else ""
+    return f"{statistics.mean(there):.3f}{spread}"
