@@ -100,7 +100,7 @@ def test_luna_layout(tmp_path):
     assert found.bad == [
         ("subset2/1.3.6.mhd", "has the same uid as subset0/1.3.6.mhd, which is cut: rename or remove one")
     ]
-    with pytest.raises(UserError, match=r"no subset\*/UID\.mhd there for --subsets 5"):
+    with pytest.raises(UserError, match=r"no subset\*/UID\.mhd there for subsets 5"):
         find_luna(str(tmp_path), [5])
     with pytest.raises(UserError, match=r"no such folder.*--luna DIR"):
         find_luna(str(tmp_path / "none"), [5])
