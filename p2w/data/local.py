@@ -41,6 +41,8 @@ class Reader(Protocol):
 class ShardSet:
     """What the manifest tells of a data set, local or remote. A sub-scan's id is its row there."""
 
+    at_once = 1  # threads that it takes, at least, to hide what one waits for
+
     def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
         """Index the manifest of the data set at `where`; `verify=False` skips checksums, to measure them."""
         table = manifest.table

@@ -1,4 +1,4 @@
-"""A data set below an http(s) or s3 URL: tar shards, streamed front to back through `webdataset`.
+"""A data set below an s3 URL, or an http(s) URL without byte ranges: tar shards, streamed through `webdataset`.
 
 Nothing is kept on disk. A stream cannot jump, so the order is `order.streamed` (shards shuffled whole, then
 within a buffer) where a local set is shuffled globally. Like there it depends on seed, epoch and batch alone,
@@ -21,7 +21,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from typing import IO, Any, Self, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import webdataset as wds
@@ -30,6 +30,7 @@ from numpy.lib import format as npy
 from p2w.data import manifest, order
 from p2w.data.local import DataError, Reader, ShardSet
 from p2w.data.order import Ids
+from p2w.data.ranges import RangeSet, gives_ranges
 from p2w.data.shard import read_manifest
 from p2w.errors import UserError
 
@@ -121,6 +122,27 @@ def fetch(url: str) -> bytes:
         ) from error
 
 
+def open_url(where: str, verify: bool = True) -> ShardSet:
+    """Fetch the manifest of the set at a URL: read by ranges where the server gives them, else streamed.
+
+    Raises:
+        UserError: there is none; or the set is to be streamed, and its shards are not tar.
+    """
+    where = where.rstrip("/")
+    place = f"{where}/{manifest.NAME}"
+    found = read_manifest(fetch(place))
+    if not where.startswith("s3:") and gives_ranges(place):
+        return RangeSet(found, where, verify)
+    shards = RemoteSet(found, where, verify)
+    other = [name for name in shards.shard_names if not name.endswith(".tar")]
+    if other:
+        raise UserError(
+            f"{where}: {other[0]} is not a tar shard, and no other can be streamed, which is what a server without byte "
+            "ranges takes: cut the set with --format tar, or copy it to a local folder"
+        )
+    return shards
+
+
 class Bounded:
     """A stream that ends where the manifest says: a server may send for ever, and tar headers promise anything."""
 
@@ -135,24 +157,7 @@ class Bounded:
 
 
 class RemoteSet(ShardSet):
-    """A data set below a URL."""
-
-    @classmethod
-    def open(cls, where: str, verify: bool = True) -> Self:
-        """Fetch the manifest of the set at a URL.
-
-        Raises:
-            UserError: there is none, or its shards are not tar.
-        """
-        where = where.rstrip("/")
-        shards = cls(read_manifest(fetch(f"{where}/{manifest.NAME}")), where, verify)
-        other = [name for name in shards.shard_names if not name.endswith(".tar")]
-        if other:
-            raise UserError(
-                f"{where}: {other[0]} is not a tar shard, and only those can be streamed: cut the set with "
-                "--format tar, or copy it to a local folder"
-            )
-        return shards
+    """A data set below a URL, streamed."""
 
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""

@@ -37,16 +37,20 @@ __all__ = ["Batch", "DataError", "ShardSet", "Stream", "open_set"]
 def open_set(where: str, verify: bool = True, on_bad: Policy = "stop") -> ShardSet:
     """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` leaves out checksums.
 
+    Below http(s), sub-scans are asked for by byte ranges, in the order of a local set, where the server gives those; else
+    tar shards are streamed, in another order (`remote`).
+
     With `on_bad="skip"`, streams put another sub-scan in the place of one whose checksum differs or whose shard
     can no longer be read (`standin`). A set that misses shards from the start is refused all the same.
 
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed.
     """
+    shards: ShardSet
     if "://" in where:
-        from p2w.data.remote import RemoteSet  # noqa: PLC0415 - webdataset serves remote sets only
+        from p2w.data.remote import open_url  # noqa: PLC0415 - webdataset, requests: for remote sets only
 
-        shards: ShardSet = RemoteSet.open(where, verify)
+        shards = open_url(where, verify)
     else:
         shards = LocalSet(read_manifest(where), verify)
     shards.on_bad = on_bad
@@ -103,7 +107,7 @@ class Stream:
             raise UserError(f"{readers} reader threads: there must be 0 (the caller reads) or more")
         self.plan = Plan(shards, split, batch, seed, rank, world_size, training)
         self.device, self.held = torch.device(device), held
-        self.readers = min(readers, self.plan.rows)
+        self.readers = min(max(readers, shards.at_once), self.plan.rows) if readers else 0
         self.wait_seconds = 0.0
         shape, pinned = (self.plan.rows, *shards.shape), self.device.type == "cuda"
         count = RING if self.readers else 1
