@@ -10,6 +10,7 @@ command continues one that was stopped, and shares its data with run.py.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from p2w.train.cost import cost
 sys.path.insert(0, str(REPO))
 from launch.train import parse
 
-STEPS, SEEDS = 200, 3
+STEPS, LONG, SEEDS = 200, 600, 3
 # What the table compares, with several seeds …
 CONTENDERS: dict[str, list[str]] = {
     "parts2whole": [],
@@ -38,6 +39,8 @@ CONTENDERS: dict[str, list[str]] = {
 OTHERS = (
     "autoencoder", "mae", "rubiks_cube", "rubiks_cube_pp", "exemplar", "moco", "instdisc", "pirl", "swav", "amdim",
 )  # fmt: skip
+# … and once more for three times as long, since not all have learned by then.
+LONGER = ("parts2whole", "+ intensity")
 METHODS = CONTENDERS | {name: ["--pretext.name", name] for name in OTHERS}
 
 
@@ -50,24 +53,29 @@ def share(name: str) -> float:
     return flops[0] / flops[1]
 
 
-def folder_of(folder: Path, name: str, seed: int) -> Path:
+def folder_of(folder: Path, name: str, seed: int, length: int = STEPS) -> Path:
     """Where a method's run lies."""
-    return folder / "methods" / f"{name.replace('+ ', 'with-').replace(', ', '-')}-seed{seed}"
+    place = folder / ("methods" if length == STEPS else f"methods-{length}")
+    return place / f"{name.replace('+ ', 'with-').replace(', ', '-')}-seed{seed}"
 
 
-def train_job(folder: Path, name: str, seed: int) -> Job:
-    """Pretrain; the schedule falls to its end whatever the number of steps."""
-    run, steps = folder_of(folder, name, seed), round(STEPS / share(name))
-    length = f"demo --train.steps {steps} --train.validate-every {steps} --train.look-every {steps}".split()
+def train_job(folder: Path, name: str, seed: int, length: int = STEPS) -> Job:
+    """Pretrain for the arithmetic of `length` steps of Parts2Whole; the schedule falls to its end whatever their number."""
+    run, steps = folder_of(folder, name, seed, length), round(length / share(name))
+    train = f"demo --train.steps {steps} --train.validate-every {steps} --train.look-every {steps}".split()
     where = ["--shards", folder / "phantom", "--run", run, "--train.seed", seed, "--data.seed", seed]
-    return Job(run.name, ["launch/train.py", *length, *METHODS[name], *where], run / "status.json")
+    return Job(
+        f"{run.parent.name}-{run.name}",
+        ["launch/train.py", *train, *METHODS[name], *where],
+        run / "status.json",
+    )
 
 
 def compare_job(folder: Path, run: Path, untrained: bool = False) -> Job:
     """Measure its features."""
     place, out = (f"{run}@0", "untrained.json") if untrained else (run, "compared.json")
     command = ["bench/evidence/compare.py", place, folder / "phantom"]
-    return Job(f"{run.name}-{out[:-5]}", command, run / out)
+    return Job(f"{run.parent.name}-{run.name}-{out[:-5]}", command, run / out)
 
 
 def main() -> None:
@@ -78,18 +86,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the methods that the table compares")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     args = parser.parse_args()
-    folder = args.folder.resolve()
-    todo = [(name, seed) for seed in range(args.seeds) for name in METHODS if seed == 0 or name in CONTENDERS]
+    folder, seeds = args.folder.resolve(), range(args.seeds)
     if not args.page_only:
         for stage in data_jobs(folder, None):
             work(stage, folder)
+        todo = [(name, seed, STEPS) for seed in seeds for name in METHODS if not seed or name in CONTENDERS]
+        todo += [(name, seed, LONG) for seed in seeds for name in LONGER]
         work([train_job(folder, *one) for one in todo], folder)
-        runs = [folder_of(folder, *one) for one in todo]
-        bare = [
-            compare_job(folder, folder_of(folder, "parts2whole", seed), True) for seed in range(args.seeds)
-        ]
-        work([*(compare_job(folder, run) for run in runs), *bare], folder)
+        bare = [compare_job(folder, folder_of(folder, "parts2whole", seed), True) for seed in seeds]
+        work([*(compare_job(folder, folder_of(folder, *one)) for one in todo), *bare], folder)
     methods_page.write(REPO / "docs", folder, METHODS, share, folder_of)
+    long = functools.partial(folder_of, length=LONG)
+    methods_page.write(REPO / "docs", folder, LONGER, share, long, "longer")
 
 
 if __name__ == "__main__":

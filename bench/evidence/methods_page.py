@@ -21,23 +21,27 @@ TASKS = {"ncc": ("auc", "nodules told apart, AUC"), "ncs": ("mean_iou", "nodules
 
 def write(
     docs: Path, folder: Path, methods: Iterable[str], share: Callable[[str], float],
-    folder_of: Callable[[Path, str, int], Path],
+    folder_of: Callable[[Path, str, int], Path], block: str = "comparison",
 ) -> None:  # fmt: skip
-    """Fill the blocks `comparison` and `costs` of DOCS/methods.md; pictures of seed 0 go to DOCS/methods."""
+    """Fill a block of DOCS/methods.md; pictures of seed 0 go to DOCS/methods with the first of them."""
     path = docs / "methods.md"
     rows = [_row("random initialisation", _found(folder, "parts2whole", folder_of, "untrained.json"), "")]
     for name in methods:
         rows.append(_row(name, _found(folder, name, folder_of, "compared.json"), f"{share(name):.2f}"))
-        for figure in ("reconstruction.png", "views.png"):
-            source = folder_of(folder, name, 0) / "figures" / figure
-            if source.exists():
-                short = folder_of(folder, name, 0).name.removesuffix("-seed0")
-                draw(source, docs / "methods" / f"{short}.png")
+        if block == "comparison":
+            _draw_run(folder_of(folder, name, 0), docs / "methods")
+    rows = [row for row in rows if row[1] != "0"]
     tasks = [title for _, title in TASKS.values()]
-    path.write_text(
-        fill(path.read_text(), "comparison", table(("", "seeds", "cost of a step", *COLUMNS, *tasks), rows))
-    )
+    heads = ("", "seeds", "cost of a step", *COLUMNS, *tasks)
+    path.write_text(fill(path.read_text(), block, table(heads, rows)))
     print(path)
+
+
+def _draw_run(run: Path, place: Path) -> None:
+    """What it saw and made, where that was drawn."""
+    for figure in ("reconstruction.png", "views.png"):
+        if (source := run / "figures" / figure).exists():
+            draw(source, place / f"{run.name.removesuffix('-seed0')}.png")
 
 
 def draw(source: Path, target: Path) -> None:
@@ -60,9 +64,8 @@ def _found(
             break
         one = json.loads((run / file).read_text())
         start = run.name if file == "compared.json" else "scratch"
-        one["tasks"] = {
-            task: _scores(folder / "transfer" / task / start, metric) for task, (metric, _) in TASKS.items()
-        }
+        tuned = folder / run.parent.name.replace("methods", "transfer")
+        one["tasks"] = {task: _scores(tuned / task / start, metric) for task, (metric, _) in TASKS.items()}
         found.append(one)
     return found
 

@@ -1,19 +1,20 @@
-"""What is pretraining worth downstream? The paper's Table 1 at CPU size. Fills docs/targets.md.
+"""What is pretraining worth downstream? The paper's Tables 1 and 2 at CPU size. Fills docs/targets.md.
 
     make targets                                             # phantoms; with P2W_REAL_DATA=FOLDER the sarcoma set too
-    python bench/evidence/targets.py --folder evidence --real ../shared/data
-    python bench/evidence/targets.py --inits methods         # the contenders of methods.py, on two tasks, for its table
+    python bench/evidence/targets.py --folder evidence --real ../shared/data --parts table1
+    python bench/evidence/targets.py --parts methods         # the contenders of methods.py, on two tasks, for its table
 
-Five phantom tasks in the public sets' formats, 40 patients each, and real soft-tissue sarcomas; a tenth of the training
-patients, ten trials. Starting points: random, autoencoder, Models Genesis, Parts2Whole, all pretrained by methods.py for the
-same arithmetic. The same command continues one that was stopped.
+Five phantom tasks in the public sets' formats, 40 patients each, and real soft-tissue sarcomas; ten trials. `table1`:
+random, autoencoder, Models Genesis and Parts2Whole, pretrained by methods.py for the same arithmetic, and a tenth of the
+training patients. `table2`: Parts2Whole with other scales of its parts, and with skips. The same command continues one
+that was stopped.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import methods
@@ -21,63 +22,92 @@ from jobs import REPO, Job, work
 from page import fill, table
 from run import data_jobs
 
-from p2w.tables.table import BEST, Cell, load
+from p2w.tables.table import BEST, Cell, Table, load
 
-PATIENTS = 40
-SHORT = "--recipe.max-epochs 30 --recipe.epoch-steps 4 --recipe.patience 12"
+PATIENTS, WIDTH, TRIALS = 40, 8, 10
+SHORT = (
+    "--recipe.max-epochs 40 --recipe.epoch-steps 4 --recipe.patience 12 --recipe.batch 16 --recipe.amp auto"
+)
 RAW = {"ncc": "LUNA16", "ncs": "LIDC-IDRI", "lcs": "LiTS", "ecc": "CTPA", "bms": "BraTS"}
 CUT = {  # crops that two cores can train on
-    "ncc": "--size 16 32 32 --max-negatives 20",
-    "ncs": "--size 16 32 32 --spacing 2 2 2 --crops 4",
-    "lcs": "--size 16 32 32 --train 0-23 --val 24-27 --test 28-39",
-    "ecc": "--size 16 32 32",
-    "bms": "--size 16 32 32 --crops 4",
-    "sarcoma": "--size 16 32 32 --images *_ct.nii.gz --masks *_gtv.nii.gz",
+    "ncc": "--size 16 16 16 --max-negatives 20",
+    "ncs": "--size 16 16 16 --spacing 2 2 2 --crops 4",
+    "lcs": "--size 16 16 16 --spacing 4 4 4 --train 0-23 --val 24-27 --test 28-39",
+    "ecc": "--size 16 16 16",
+    "bms": "--size 16 16 16 --crops 4",
+    "sarcoma": "--size 16 16 16 --spacing 4 4 4 --images *_ct.nii.gz --masks *_gtv.nii.gz",
 }
 TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Parts2Whole": "parts2whole"}
-CONTEST = ("ncc", "ncs")  # what the contenders are fine-tuned on
+TABLE1_STEPS = 600  # of Parts2Whole's pretraining, and as much arithmetic of the others'
+TABLE2_STEPS = 200
+CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 
 
 def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Phantoms, then the target sets cut from them."""
     raw = folder / "targets-raw"
-    command = [
-        "-m",
-        "p2w.data.phantom.targets",
-        "--out",
-        raw,
-        "--patients",
-        PATIENTS,
-        "--workers",
-        os.cpu_count(),
-    ]
+    command = f"-m p2w.data.phantom.targets --out {raw} --patients {PATIENTS} --workers {os.cpu_count()}"
     cut = []
     for task, flags in CUT.items():
         source = raw / RAW[task] if task in RAW else real and real / "sarcoma"
         if source:
             out, kind = folder / "targets" / task, task if task in RAW else "general"
-            made: list[object] = [
-                "preprocess/prepare_target.py",
-                kind,
-                "--source",
-                source,
-                "--out",
-                out,
-                "--workers",
-                1,
-            ]
+            made = ["preprocess/prepare_target.py", kind, "--source", source, "--out", out, "--workers", 1]
             cut.append(Job(f"cut-{task}", [*made, *flags.split()], out / "manifest.parquet"))
-    return [[Job("targets-raw", command, folder / "targets" / "ncc" / "manifest.parquet")], cut]
+    return [[Job("targets-raw", command.split(), raw / "phantom-targets.json")], cut]
 
 
-def sweep(folder: Path, out: Path, tasks: Iterable[str], starts: dict[str, object], trials: int) -> list[str]:
-    """The command that fine-tunes all starting points on all tasks."""
-    return [
-        sys.executable, "launch/sweep.py", "table1", "--out", str(out), "--trials", str(trials), "--width", "8",
-        "--fraction", "0.1", "--jobs", str(os.cpu_count()), f"--transfer-args={SHORT}",
-        "--tasks", *(f"{task}={folder / 'targets' / task}" for task in tasks),
-        "--inits", *(f"{label}={start}" for label, start in starts.items()),
+def sweep(folder: Path, out: Path, what: str, tasks: Iterable[str], *more: object) -> None:
+    """Fine-tune: launch/sweep.py with this size's settings. Folds of a task: the first, as a sample of all."""
+    command = [
+        sys.executable, "launch/sweep.py", what, "--out", out, "--width", WIDTH, "--folds", 0,
+        "--jobs", os.cpu_count(), f"--transfer-args={SHORT}",
+        "--tasks", *(f"{task}={folder / 'targets' / task}" for task in tasks), *more,
     ]  # fmt: skip
+    call(command)
+
+
+def call(command: Iterable[object]) -> None:
+    """Run a command of this repository; its failure is ours."""
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    if code := subprocess.run([*map(str, command)], cwd=REPO, env=env, check=False).returncode:
+        sys.exit(code)
+
+
+def table1(folder: Path) -> None:
+    """Starting points on every task there is."""
+    jobs = {label: methods.train_job(folder, name, 0, TABLE1_STEPS) for label, name in TABLE1.items()}
+    work([*jobs.values()], folder)
+    starts = ["Scratch=random", *(f"{label}={job.done.parent}" for label, job in jobs.items())]
+    tasks = [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
+    out = folder / "table1"
+    sweep(folder, out, "table1", tasks, "--trials", TRIALS, "--fraction", 0.1, "--inits", *starts)
+    call([sys.executable, "-m", "p2w", "table1", out, "--fraction", 0.1, "--against", "Scratch"])
+    write("table1", load(out / "tables" / "table1.json"), "Scratch")
+
+
+def table2(folder: Path) -> None:
+    """Scales of parts, on the two tasks and shares of their training data that the paper took."""
+    out, steps = folder / "table2", TABLE2_STEPS
+    length = f"--train.steps {steps} --train.validate-every {steps} --train.look-every {steps}"
+    pretrain = ("--shards", folder / "phantom", "--recipe", "demo", f"--train-args={length}")
+    sweep(folder, out, "table2", CONTEST, "--trials", TRIALS, *pretrain)
+    call([sys.executable, "-m", "p2w", "table2", out])
+    write("table2", load(out / "tables" / "table2.json"))
+
+
+def contest(folder: Path) -> None:
+    """The runs of methods.py, as far as there are any; their seeds count, so two trials of each."""
+    for names, length in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
+        asked = [(name, seed, length) for seed in range(methods.SEEDS) for name in names]
+        runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
+        if runs:
+            out = folder / runs[0].parent.name.replace("methods", "transfer")
+            starts = ("scratch=random", *(f"{run.name}={run}" for run in runs))
+            sweep(folder, out, "table1", CONTEST, "--trials", 2, "--fraction", 0.1, "--inits", *starts)
+
+
+PARTS: dict[str, Callable[[Path], None]] = {"table1": table1, "table2": table2, "methods": contest}
 
 
 def main() -> None:
@@ -88,61 +118,29 @@ def main() -> None:
     parser.add_argument(
         "--real", default="", help="folder of real scans with `sarcoma` in it; empty: phantoms only"
     )
-    parser.add_argument(
-        "--inits", choices=("table1", "methods"), default="table1", help="which starting points"
-    )
-    parser.add_argument(
-        "--trials", type=int, default=0, help="default 10; 2 for methods, whose seeds count too"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=("table1", "table2"), help="what to do")
     args = parser.parse_args()
     folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
     for stage in (*data_jobs(folder, None), *set_jobs(folder, real)):
         work(stage, folder)
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    if args.inits == "methods":
-        runs = [
-            methods.folder_of(folder, name, seed)
-            for seed in range(methods.SEEDS)
-            for name in methods.CONTENDERS
-            if methods.train_job(folder, name, seed).finished
-        ]
-        starts = {"scratch": "random", **{run.name: run for run in runs}}
-        command = sweep(folder, folder / "transfer", CONTEST, starts, args.trials or 2)
-        sys.exit(subprocess.run(command, cwd=REPO, env=env, check=False).returncode)
-    work([methods.train_job(folder, name, 0) for name in TABLE1.values()], folder)
-    starts = {
-        "Scratch": "random",
-        **{label: methods.folder_of(folder, name, 0) for label, name in TABLE1.items()},
-    }
-    tasks = [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
-    subprocess.run(
-        sweep(folder, folder / "table1", tasks, starts, args.trials or 10), cwd=REPO, env=env, check=True
-    )
-    subprocess.run(
-        [sys.executable, "-m", "p2w", "table1", folder / "table1", "--fraction", "0.1", "--against", "Scratch"],
-        cwd=REPO, env=env, check=True,
-    )  # fmt: skip
-    write(REPO / "docs" / "targets.md", folder / "table1" / "tables" / "table1.json")
+    for part in args.parts:
+        PARTS[part](folder)
 
 
-def write(page: Path, found: Path) -> None:
-    """Fill the block `table1` of docs/targets.md."""
-    seen = load(found)
+def write(block: str, seen: Table, against: str = "") -> None:
+    """Fill a block of docs/targets.md; the last row, where asked for: what Parts2Whole has more than `against`."""
+    page = REPO / "docs" / "targets.md"
     columns = [
         column for column in seen.columns if any(cell.n for cell in seen.cells if cell.task == column.task)
     ]
-    claims = {claim.task: claim for claim in seen.claims if claim.other == "Scratch"}
     rows = [[row, *(_cell(seen.cell(row, column.task)) for column in columns)] for row in seen.rows]
     rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    tests = [claims.get(column.task) for column in columns]
-    rows.append(
-        [
-            "Parts2Whole - Scratch",
-            *("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests),
-        ]
-    )
-    head = ("", *(column.head for column in columns))
-    page.write_text(fill(page.read_text(), "table1", table(head, rows)))
+    if against:
+        claims = {claim.task: claim for claim in seen.claims if claim.other == against}
+        tests = [claims.get(column.task) for column in columns]
+        differences = ("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests)
+        rows.append([f"Parts2Whole - {against}", *differences])
+    page.write_text(fill(page.read_text(), block, table(("", *(column.head for column in columns)), rows)))
     print(page)
 
 
