@@ -27,7 +27,8 @@ class DataConfig:
     seed: int = 0
     """Seed of the order of wholes and of their parts."""
     readers: int = 2
-    """Threads a rank that read ahead; 0 reads in the training thread. No effect on the result."""
+    """Threads a rank that read ahead, at least 8 from a URL with byte ranges where the batch has so many rows; 0 reads in
+    the training thread. No effect on the result."""
     on_device: bool = False
     """Hold the training sub-scans in the device's memory, 2 MiB each and all of them on every rank, from when each is first
     read: the same results bit for bit, and nothing is read again. A set below a URL gains most. No effect on validation."""

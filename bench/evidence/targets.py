@@ -4,7 +4,7 @@
     python bench/evidence/targets.py --folder evidence --real ../shared/data --parts table1
     python bench/evidence/targets.py --parts methods         # the contenders of methods.py, on two tasks, for its table
 
-Five phantom tasks in the public sets' formats, 40 patients each, and real soft-tissue sarcomas; ten trials. `table1`:
+Five phantom tasks in the public sets' formats, 100 patients each, and real soft-tissue sarcomas; ten trials. `table1`:
 random, autoencoder, Models Genesis and Parts2Whole, pretrained by methods.py for the same arithmetic, and a tenth of the
 training patients. `table2`: Parts2Whole with other scales of its parts, and with skips. The same command continues one
 that was stopped.
@@ -17,25 +17,27 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import frozen
 import methods
 from jobs import REPO, Job, work
 from page import fill, table
 from run import data_jobs
 
 from p2w.tables.table import BEST, Cell, Table, load
+from p2w.target.dataset import open_target
 
-PATIENTS, WIDTH, TRIALS = 40, 8, 10
+PATIENTS, WIDTH, TRIALS = 100, 8, 10
 SHORT = (
-    "--recipe.max-epochs 40 --recipe.epoch-steps 4 --recipe.patience 12 --recipe.batch 16 --recipe.amp auto"
+    "--recipe.max-epochs 16 --recipe.epoch-steps 10 --recipe.patience 16 --recipe.batch 8 --recipe.amp auto"
 )
 RAW = {"ncc": "LUNA16", "ncs": "LIDC-IDRI", "lcs": "LiTS", "ecc": "CTPA", "bms": "BraTS"}
 CUT = {  # crops that two cores can train on
     "ncc": "--size 16 16 16 --max-negatives 20",
-    "ncs": "--size 16 16 16 --spacing 2 2 2 --crops 4",
-    "lcs": "--size 16 16 16 --spacing 4 4 4 --train 0-23 --val 24-27 --test 28-39",
+    "ncs": "--size 16 16 16 --spacing 1.5 1.5 1.5 --crops 4",
+    "lcs": "--size 16 16 16 --spacing 2.5 2.5 2.5 --max-tiles 8 --train 0-59 --val 60-69 --test 70-99",
     "ecc": "--size 16 16 16",
-    "bms": "--size 16 16 16 --crops 4",
-    "sarcoma": "--size 16 16 16 --spacing 4 4 4 --images *_ct.nii.gz --masks *_gtv.nii.gz",
+    "bms": "--size 16 16 16 --crop-mm 48 48 48 --crops 4",
+    "sarcoma": "--size 16 16 16 --spacing 3 3 3 --max-tiles 12 --images *_ct.nii.gz --masks *_gtv.nii.gz",
 }
 TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Parts2Whole": "parts2whole"}
 TABLE1_STEPS = 600  # of Parts2Whole's pretraining, and as much arithmetic of the others'
@@ -54,7 +56,10 @@ def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
             out, kind = folder / "targets" / task, task if task in RAW else "general"
             made = ["preprocess/prepare_target.py", kind, "--source", source, "--out", out, "--workers", 1]
             cut.append(Job(f"cut-{task}", [*made, *flags.split()], out / "manifest.parquet"))
-    return [[Job("targets-raw", command.split(), raw / "phantom-targets.json")], cut]
+    done = next(
+        (job.done for job in cut if not job.finished), cut[0].done
+    )  # phantoms are there when all are cut
+    return [[Job("targets-raw", command.split(), done)], cut]
 
 
 def sweep(folder: Path, out: Path, what: str, tasks: Iterable[str], *more: object) -> None:
@@ -96,18 +101,36 @@ def table2(folder: Path) -> None:
     write("table2", load(out / "tables" / "table2.json"))
 
 
+def features(folder: Path) -> None:
+    """What the starting points tell before they are fine-tuned, on the two tasks that tell candidates apart."""
+    starts: dict[str, Path | str] = {"Scratch": "random"}
+    starts |= {label: methods.folder_of(folder, name, 0, TABLE1_STEPS) for label, name in TABLE1.items()}
+    sets = [(task, open_target(folder / "targets" / task)) for task in ("ncc", "ecc")]
+    rows = []
+    for label, start in starts.items():
+        encoder = frozen.encoder_of(start)
+        rows.append([label, *(f"{auc:.3f}" for _, one in sets for auc in frozen.told(encoder, one))])
+    head = ("", *(f"{task.upper()}, level {level}" for task, _ in sets for level in (1, 2, 3, 4)))
+    put("frozen", table(head, rows))
+
+
 def contest(folder: Path) -> None:
-    """The runs of methods.py, as far as there are any; their seeds count, so two trials of each."""
+    """The runs of methods.py, as far as there are any; their seeds are the repetitions, so one trial of each."""
     for names, length in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
         asked = [(name, seed, length) for seed in range(methods.SEEDS) for name in names]
         runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
         if runs:
             out = folder / runs[0].parent.name.replace("methods", "transfer")
             starts = ("scratch=random", *(f"{run.name}={run}" for run in runs))
-            sweep(folder, out, "table1", CONTEST, "--trials", 2, "--fraction", 0.1, "--inits", *starts)
+            sweep(folder, out, "table1", CONTEST, "--trials", 1, "--fraction", 0.1, "--inits", *starts)
 
 
-PARTS: dict[str, Callable[[Path], None]] = {"table1": table1, "table2": table2, "methods": contest}
+PARTS: dict[str, Callable[[Path], None]] = {
+    "table1": table1,
+    "table2": table2,
+    "frozen": features,
+    "methods": contest,
+}
 
 
 def main() -> None:
@@ -118,7 +141,9 @@ def main() -> None:
     parser.add_argument(
         "--real", default="", help="folder of real scans with `sarcoma` in it; empty: phantoms only"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=("table1", "table2"), help="what to do")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=("table1", "table2", "frozen"), help="what to do"
+    )
     args = parser.parse_args()
     folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
     for stage in (*data_jobs(folder, None), *set_jobs(folder, real)):
@@ -129,7 +154,6 @@ def main() -> None:
 
 def write(block: str, seen: Table, against: str = "") -> None:
     """Fill a block of docs/targets.md; the last row, where asked for: what Parts2Whole has more than `against`."""
-    page = REPO / "docs" / "targets.md"
     columns = [
         column for column in seen.columns if any(cell.n for cell in seen.cells if cell.task == column.task)
     ]
@@ -140,7 +164,13 @@ def write(block: str, seen: Table, against: str = "") -> None:
         tests = [claims.get(column.task) for column in columns]
         differences = ("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests)
         rows.append([f"Parts2Whole - {against}", *differences])
-    page.write_text(fill(page.read_text(), block, table(("", *(column.head for column in columns)), rows)))
+    put(block, table(("", *(column.head for column in columns)), rows))
+
+
+def put(block: str, text: str) -> None:
+    """Write a block of docs/targets.md."""
+    page = REPO / "docs" / "targets.md"
+    page.write_text(fill(page.read_text(), block, text))
     print(page)
 
 

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from stream_sets import SHAPE, write_set
 from test_stream import flip, readers_alive, same, take
 from web import nginx
 
 from p2w.data import ranges
+from p2w.data.held import Held
 from p2w.data.ranges import RangeSet
 from p2w.data.stream import DataError, Stream, open_set
 
@@ -58,6 +60,19 @@ def test_validation_and_resume_are_those_of_the_folder(served):
         assert [i for ids in found for i in ids][:9] == shards.ids("val").tolist()
     through = take(Stream(open_set(url), batch=4, seed=9), 20)
     same(take(Stream(open_set(url), batch=4, seed=9), 4, *divmod(13, 8)), through[13:17])
+
+
+def test_held_on_the_device_each_sub_scan_crosses_the_network_once(served):
+    folder, url, asked = served
+    write_set(folder, train=(*COUNTS[:-1], 5))  # 32 sub-scans, none left out
+    shards = open_set(url)
+    plain = take(Stream(open_set(folder.as_posix()), batch=4, seed=3), 24)
+    held = Held(shards, "train", torch.device("cpu"))
+    with Stream(shards, batch=4, seed=3, held=held) as stream:
+        for batch, (epoch, step, ids, voxels) in zip(stream.batches(), plain, strict=False):
+            assert (batch.epoch, batch.step, batch.ids.tolist()) == (epoch, step, ids)
+            np.testing.assert_array_equal(batch.voxels.numpy(), voxels)
+    assert held.there.all() and len(asked()) <= 2 + 32 + 4 * 3  # the ring's batches may be asked for ahead
 
 
 def test_more_threads_ask_side_by_side_than_a_folder_needs(served):
