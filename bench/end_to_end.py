@@ -107,7 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="paper")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--shards", default="")

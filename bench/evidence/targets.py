@@ -26,7 +26,7 @@ from run import data_jobs
 from p2w.tables.table import BEST, Cell, Table, load
 from p2w.target.dataset import open_target
 
-PATIENTS, WIDTH, TRIALS = 100, 8, 10
+PATIENTS, WIDTH, TRIALS, TABLE2_TRIALS = 100, 8, 10, 5
 SHORT = (
     "--recipe.max-epochs 16 --recipe.epoch-steps 10 --recipe.patience 16 --recipe.batch 8 --recipe.amp auto"
 )
@@ -96,7 +96,7 @@ def table2(folder: Path) -> None:
     out, steps = folder / "table2", TABLE2_STEPS
     length = f"--train.steps {steps} --train.validate-every {steps} --train.look-every {steps}"
     pretrain = ("--shards", folder / "phantom", "--recipe", "demo", f"--train-args={length}")
-    sweep(folder, out, "table2", CONTEST, "--trials", TRIALS, *pretrain)
+    sweep(folder, out, "table2", CONTEST, "--trials", TABLE2_TRIALS, *pretrain)
     call([sys.executable, "-m", "p2w", "table2", out])
     write("table2", load(out / "tables" / "table2.json"))
 
