@@ -153,17 +153,18 @@ def main() -> None:
 
 
 def write(block: str, seen: Table, against: str = "") -> None:
-    """Fill a block of docs/targets.md; the last row, where asked for: what Parts2Whole has more than `against`."""
+    """Fill a block of docs/targets.md; the last rows, where asked for: what Parts2Whole has more than `against`, here
+    and in the paper, which are different tests of different data."""
     columns = [
         column for column in seen.columns if any(cell.n for cell in seen.cells if cell.task == column.task)
     ]
     rows = [[row, *(_cell(seen.cell(row, column.task)) for column in columns)] for row in seen.rows]
     rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    if against:
-        claims = {claim.task: claim for claim in seen.claims if claim.other == against}
+    for source, said in (("here", ""), ("paper", " in the paper")) if against else ():
+        claims = {one.task: one for one in seen.claims if (one.other, one.source) == (against, source)}
         tests = [claims.get(column.task) for column in columns]
         differences = ("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests)
-        rows.append([f"Parts2Whole - {against}", *differences])
+        rows.append([f"Parts2Whole - {against}{said}", *differences])
     put(block, table(("", *(column.head for column in columns)), rows))
 
 
