@@ -9,6 +9,7 @@ from processes import REPO
 
 from p2w.analysis.similarity import auc, pair_cosines
 from p2w.pretext import PRETEXTS
+from p2w.tables.table import BEST, Cell, Claim, Column, Table
 
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
 import methods
@@ -77,8 +78,30 @@ def test_a_cell_is_mean_and_deviation_over_seeds_and_what_was_not_run_is_a_dash(
     assert methods_page._cell([0.5, None]) == "0.500" and methods_page._cell([None]) == "-"
 
 
-def test_the_target_sets_and_sweeps_are_commands_that_exist(tmp_path):
+def test_the_target_sets_and_sweeps_are_commands_that_exist(tmp_path, monkeypatch):
     made = {job.name for stage in targets.set_jobs(tmp_path, tmp_path) for job in stage}
     assert made == {"targets-raw", *(f"cut-{task}" for task in targets.CUT)}
-    command = targets.sweep(tmp_path, tmp_path, ("ncc",), {"Scratch": "random"}, 10)
-    assert command[1:3] == ["launch/sweep.py", "table1"] and (REPO / command[1]).is_file()
+    asked = []
+    monkeypatch.setattr(targets, "call", lambda command: asked.extend(map(str, command)))
+    targets.sweep(tmp_path, tmp_path, "table1", ("ncc",), "--trials", 10, "--inits", "Scratch=random")
+    assert asked[1:3] == ["launch/sweep.py", "table1"] and (REPO / asked[1]).is_file()
+    assert asked[-4:] == ["--trials", "10", "--inits", "Scratch=random"]
+
+
+def test_the_difference_shown_is_the_measured_one_and_not_the_papers(monkeypatch):
+    column = Column("ncc", "NCC", "auc", "AUC", 0.1, "")
+    cells = [Cell("Scratch", "ncc", 66.95, 12.5, 10, 10), Cell("Parts2Whole", "ncc", 67.9, 6.1, 10, 10, BEST)]
+    claims = [
+        Claim("ncc", "Parts2Whole", "Scratch", 0.95, "", [], 0.3, 9, 0.8, 1, "", "here"),
+        Claim("ncc", "Parts2Whole", "Scratch", 4.42, "", [], 2.8, 9, 0.022, 1, "", "paper"),
+    ]
+    written = {}
+    monkeypatch.setattr(targets, "put", lambda block, text: written.update({block: text}))
+    rows = ["Scratch", "Parts2Whole"]
+    targets.write("table1", Table("table1", "", rows, [column], cells, claims, []), "Scratch")
+    assert written["table1"].splitlines()[2:] == [
+        "| Scratch | 66.95 ± 12.50 |",
+        "| Parts2Whole | **67.90 ± 6.10** |",
+        "| Parts2Whole - Scratch | +0.95, p = 0.8 |",
+        "| Parts2Whole - Scratch in the paper | +4.42, p = 0.022 |",
+    ]
