@@ -9,6 +9,8 @@ from typing import Any
 from page import fill, table
 from PIL import Image
 
+from p2w.sweep.plans import slug
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "AUC": lambda one: one["plain"],
     "same tile, other scan": lambda one: one["against_one_tile"],
@@ -31,6 +33,8 @@ def write(
         if block == "comparison":
             _draw_run(folder_of(folder, name, 0), docs / "methods")
     rows = [row for row in rows if row[1] != "0"]
+    if not rows:
+        return
     tasks = [title for _, title in TASKS.values()]
     heads = ("", "seeds", "cost of a step", *COLUMNS, *tasks)
     path.write_text(fill(path.read_text(), block, table(heads, rows)))
@@ -63,9 +67,12 @@ def _found(
         if not (run / file).exists():
             break
         one = json.loads((run / file).read_text())
-        start = run.name if file == "compared.json" else "scratch"
+        untrained = file != "compared.json"
+        start = "scratch" if untrained else slug(run.name)
         tuned = folder / run.parent.name.replace("methods", "transfer")
         one["tasks"] = {task: _scores(tuned / task / start, metric) for task, (metric, _) in TASKS.items()}
+        if untrained and seed:  # scratch is one start, whatever the seed of a run
+            one["tasks"] = dict.fromkeys(TASKS)
         found.append(one)
     return found
 

@@ -115,14 +115,14 @@ def features(folder: Path) -> None:
 
 
 def contest(folder: Path) -> None:
-    """The runs of methods.py, as far as there are any; their seeds are the repetitions, so one trial of each."""
+    """The runs of methods.py, as far as there are any: three trials of each seed."""
     for names, length in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
         asked = [(name, seed, length) for seed in range(methods.SEEDS) for name in names]
         runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
         if runs:
             out = folder / runs[0].parent.name.replace("methods", "transfer")
             starts = ("scratch=random", *(f"{run.name}={run}" for run in runs))
-            sweep(folder, out, "table1", CONTEST, "--trials", 1, "--fraction", 0.1, "--inits", *starts)
+            sweep(folder, out, "table1", CONTEST, "--trials", 3, "--fraction", 0.1, "--inits", *starts)
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
