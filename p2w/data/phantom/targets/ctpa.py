@@ -19,7 +19,7 @@ from p2w.data.phantom.targets.images import blob, write_image
 Shape = tuple[int, int, int]
 EMBOLI, OTHERS = 8, 12  # candidates a patient
 FOLDS = 3
-WIDE = 1.2  # mm that a place lies inside a vessel, at least, for an embolus to fit
+WIDE_MM, WIDE_VOXELS = 1.2, 1.25  # how deep in a vessel an embolus lies at least: it must fit, and voxels must show it
 BLOOD = (Label.VESSEL, Label.GREAT_VESSEL)
 SPAN_MM = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
 
@@ -62,12 +62,13 @@ def _candidates(
     step = np.array(scan.spacing_mm)
     blood = np.isin(scan.labels, BLOOD)
     depth = ndimage.distance_transform_edt(blood, step)
-    level = float(np.median(scan.voxels[depth > WIDE])) if (depth > WIDE).any() else 250.0
+    edge = float(step.mean())
+    deep = depth > max(WIDE_MM, WIDE_VOXELS * edge)
+    level = float(np.median(scan.voxels[deep])) if deep.any() else 250.0
     hu = scan.voxels.astype(np.float32)
-    places = np.argwhere(depth > WIDE)
+    places = np.argwhere(deep)
     marks: list[tuple[NDArray, int]] = []
     taken: list[NDArray] = []
-    edge = float(step.mean())
     for index in range(EMBOLI + OTHERS):
         centre = _free(places, taken, step, rng)
         if centre is None:

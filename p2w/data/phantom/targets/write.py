@@ -14,7 +14,7 @@ from p2w.data.phantom.scan import check
 from p2w.data.phantom.targets import brats, ctpa, lidc, lits
 from p2w.errors import UserError
 
-VERSION = 1  # raised when the same seed gives other bytes
+VERSION = 2  # raised when the same seed gives other bytes
 Shape = tuple[int, int, int]
 Writer = Callable[[Path, int, int, Shape], None]  # folder of one patient, seed, number, shape
 
