@@ -17,6 +17,7 @@ import methods_page
 import page
 import shortcuts
 import targets
+import targets_page
 
 
 def test_separability_is_that_of_all_pairs_and_kinds_are_told_apart():
@@ -96,9 +97,9 @@ def test_the_difference_shown_is_the_measured_one_and_not_the_papers(monkeypatch
         Claim("ncc", "Parts2Whole", "Scratch", 4.42, "", [], 2.8, 9, 0.022, 1, "", "paper"),
     ]
     written = {}
-    monkeypatch.setattr(targets, "put", lambda block, text: written.update({block: text}))
+    monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
     rows = ["Scratch", "Parts2Whole"]
-    targets.write("table1", Table("table1", "", rows, [column], cells, claims, []), "Scratch")
+    targets_page.write("table1", Table("table1", "", rows, [column], cells, claims, []), "Scratch")
     assert written["table1"].splitlines()[2:] == [
         "| Scratch | 66.95 ± 12.50 |",
         "| Parts2Whole | **67.90 ± 6.10** |",

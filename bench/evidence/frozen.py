@@ -1,6 +1,6 @@
 """What do an encoder's features tell of a target task before they are fine-tuned?
 
-    python bench/evidence/frozen.py TARGETS/ncc random runs/p2w runs/autoencoder     # AUC at each level of the encoder
+    python bench/evidence/frozen.py TARGETS/ncc random runs/p2w runs/autoencoder     # AUC at each level, rank of the last
 
 A logistic regression on each level's features, their mean and maximum over space, fitted on all training samples and
 judged on the test samples. Batch norm takes the statistics of the task's own samples, as at the start of fine-tuning.
@@ -55,6 +55,16 @@ def told(encoder: nn.Module, source: TargetSet) -> list[float]:
     return found
 
 
+def rank(encoder: nn.Module, source: TargetSet) -> float:
+    """How many directions the bottleneck's mean features of the test samples spread over: the exponential of the
+    entropy of their singular values' shares (Roy, Vetterli 2007; as a measure of encoders Garrido et al. 2023)."""
+    features = pooled(encoder, unit(source, "test")[0])[-1].astype(np.float64)
+    means = features[:, : features.shape[1] // 2]
+    values = np.linalg.svd(means - means.mean(0), compute_uv=False)
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def encoder_of(start: str | Path) -> nn.Module:
     """`random`, with seed 0, or what a run has learned."""
     torch.manual_seed(0)
@@ -64,7 +74,13 @@ def encoder_of(start: str | Path) -> nn.Module:
 def main() -> None:
     source = open_target(sys.argv[1])
     for start in sys.argv[2:]:
-        print(start, *(f"{auc:.3f}" for auc in told(encoder_of(start), source)), flush=True)
+        encoder = encoder_of(start)
+        print(
+            start,
+            *(f"{auc:.3f}" for auc in told(encoder, source)),
+            f"rank {rank(encoder, source):.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -19,17 +19,19 @@ from pathlib import Path
 
 import frozen
 import methods
+import targets_page
 from jobs import REPO, Job, work
-from page import fill, table
+from page import table
 from run import data_jobs
 
-from p2w.tables.table import BEST, Cell, Table, load
+from p2w.tables.table import Table, load
 from p2w.target.dataset import open_target
 
-PATIENTS, WIDTH, TRIALS, TABLE2_TRIALS = 100, 8, 10, 5
+PATIENTS, WIDTH, TRIALS, TABLE2_TRIALS = 100, 8, 10, 3
 SHORT = (
     "--recipe.max-epochs 16 --recipe.epoch-steps 10 --recipe.patience 16 --recipe.batch 8 --recipe.amp auto"
 )
+ALL_LABELS = "--recipe.max-epochs 12 --recipe.patience 12 --recipe.batch 8 --recipe.amp auto"
 RAW = {"ncc": "LUNA16", "ncs": "LIDC-IDRI", "lcs": "LiTS", "ecc": "CTPA", "bms": "BraTS"}
 CUT = {  # crops that two cores can train on
     "ncc": "--size 16 16 16 --max-negatives 20",
@@ -40,8 +42,11 @@ CUT = {  # crops that two cores can train on
     "sarcoma": "--size 16 16 16 --spacing 3 3 3 --max-tiles 12 --images *_ct.nii.gz --masks *_gtv.nii.gz",
 }
 TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Parts2Whole": "parts2whole"}
-TABLE1_STEPS = 600  # of Parts2Whole's pretraining, and as much arithmetic of the others'
-TABLE2_STEPS = 200
+TABLE1_STEPS = 1800  # of Parts2Whole's pretraining, and as much arithmetic of the others'
+TABLE2_STEPS = 400
+RATE = (
+    3e-4  # the demo's 2e-3 learns faster, and leaves features that fewer directions hold: see docs/targets.md
+)
 CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 
 
@@ -62,11 +67,13 @@ def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     return [[Job("targets-raw", command.split(), done)], cut]
 
 
-def sweep(folder: Path, out: Path, what: str, tasks: Iterable[str], *more: object) -> None:
+def sweep(
+    folder: Path, out: Path, what: str, tasks: Iterable[str], *more: object, recipe: str = SHORT
+) -> None:
     """Fine-tune: launch/sweep.py with this size's settings. Folds of a task: the first, as a sample of all."""
     command = [
         sys.executable, "launch/sweep.py", what, "--out", out, "--width", WIDTH, "--folds", 0,
-        "--jobs", os.cpu_count(), f"--transfer-args={SHORT}",
+        "--jobs", os.cpu_count(), f"--transfer-args={recipe}",
         "--tasks", *(f"{task}={folder / 'targets' / task}" for task in tasks), *more,
     ]  # fmt: skip
     call(command)
@@ -79,45 +86,82 @@ def call(command: Iterable[object]) -> None:
         sys.exit(code)
 
 
+def start_job(folder: Path, name: str) -> Job:
+    """Pretrain a starting point for the arithmetic of TABLE1_STEPS steps of Parts2Whole."""
+    run = folder / "starts" / name
+    words: list[object] = ["launch/train.py", "demo", *length(round(TABLE1_STEPS / methods.share(name)))]
+    words += [*methods.METHODS[name], "--shards", folder / "phantom", "--run", run]
+    return Job(f"pretrain-{name}", words, run / "status.json")
+
+
+def length(steps: int) -> list[str]:
+    """Of a pretraining, which is looked at when it is over."""
+    last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "look-every"))
+    return f"{' '.join(last)} --optim.lr {RATE:g}".split()
+
+
 def table1(folder: Path) -> None:
     """Starting points on every task there is."""
-    jobs = {label: methods.train_job(folder, name, 0, TABLE1_STEPS) for label, name in TABLE1.items()}
+    jobs = {label: start_job(folder, name) for label, name in TABLE1.items()}
     work([*jobs.values()], folder)
     starts = ["Scratch=random", *(f"{label}={job.done.parent}" for label, job in jobs.items())]
-    tasks = [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
     out = folder / "table1"
-    sweep(folder, out, "table1", tasks, "--trials", TRIALS, "--fraction", 0.1, "--inits", *starts)
-    call([sys.executable, "-m", "p2w", "table1", out, "--fraction", 0.1, "--against", "Scratch"])
-    write("table1", load(out / "tables" / "table1.json"), "Scratch")
+    sweep(folder, out, "table1", tasks_of(folder), "--trials", TRIALS, "--fraction", 0.1, "--inits", *starts)
+    targets_page.write("table1", collected(out, 0.1), "Scratch")
+
+
+def tasks_of(folder: Path) -> list[str]:
+    """Those that are cut."""
+    return [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
+
+
+def collected(out: Path, fraction: float) -> Table:
+    """Of the runs in a folder."""
+    call([sys.executable, "-m", "p2w", "table1", out, "--fraction", fraction, "--against", "Scratch"])
+    return load(out / "tables" / "table1.json")
+
+
+def control(folder: Path) -> None:
+    """What there is to gain: all labels, and a tenth from encoders that have learned from all labels of a task."""
+    tasks, full, out = tasks_of(folder), folder / "full", folder / "control"
+    sweep(
+        folder, full, "table1", tasks, "--trials", 2, "--fraction", 1, "--inits", "Scratch=random",
+        recipe=ALL_LABELS,
+    )  # fmt: skip
+    for task in tasks:
+        weights = (next((full / name).rglob("trial-00/model.safetensors")) for name in ("ncs", task))
+        starts = (f"{label}={path}" for label, path in zip(("NCS", "Full"), weights, strict=True))
+        sweep(folder, out, "table1", [task], "--trials", 3, "--fraction", 0.1, "--inits", *starts)
+    targets_page.control(collected(folder / "table1", 0.1), collected(out, 0.1), collected(full, 1))
 
 
 def table2(folder: Path) -> None:
     """Scales of parts, on the two tasks and shares of their training data that the paper took."""
-    out, steps = folder / "table2", TABLE2_STEPS
-    length = f"--train.steps {steps} --train.validate-every {steps} --train.look-every {steps}"
-    pretrain = ("--shards", folder / "phantom", "--recipe", "demo", f"--train-args={length}")
+    out, more = folder / "table2", " ".join(length(TABLE2_STEPS))
+    pretrain = ("--shards", folder / "phantom", "--recipe", "demo", f"--train-args={more}")
     sweep(folder, out, "table2", CONTEST, "--trials", TABLE2_TRIALS, *pretrain)
     call([sys.executable, "-m", "p2w", "table2", out])
-    write("table2", load(out / "tables" / "table2.json"))
+    targets_page.write("table2", load(out / "tables" / "table2.json"))
 
 
 def features(folder: Path) -> None:
     """What the starting points tell before they are fine-tuned, on the two tasks that tell candidates apart."""
     starts: dict[str, Path | str] = {"Scratch": "random"}
-    starts |= {label: methods.folder_of(folder, name, 0, TABLE1_STEPS) for label, name in TABLE1.items()}
+    starts |= {label: folder / "starts" / name for label, name in TABLE1.items()}
     sets = [(task, open_target(folder / "targets" / task)) for task in ("ncc", "ecc")]
     rows = []
     for label, start in starts.items():
         encoder = frozen.encoder_of(start)
-        rows.append([label, *(f"{auc:.3f}" for _, one in sets for auc in frozen.told(encoder, one))])
-    head = ("", *(f"{task.upper()}, level {level}" for task, _ in sets for level in (1, 2, 3, 4)))
-    put("frozen", table(head, rows))
+        told = (f"{auc:.3f}" for _, one in sets for auc in frozen.told(encoder, one))
+        rows.append([label, *told, f"{frozen.rank(encoder, sets[0][1]):.1f}"])
+    head = ("", *(f"{task.upper()}, level {level}" for task, _ in sets for level in (1, 2, 3, 4)), "rank")
+    targets_page.put("frozen", table(head, rows))
 
 
 def contest(folder: Path) -> None:
     """The runs of methods.py, as far as there are any: three trials of each seed."""
-    for names, length in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
-        asked = [(name, seed, length) for seed in range(methods.SEEDS) for name in names]
+    for names, steps in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
+        asked = [(name, seed, steps) for seed in range(methods.SEEDS) for name in names]
         runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
         if runs:
             out = folder / runs[0].parent.name.replace("methods", "transfer")
@@ -128,6 +172,7 @@ def contest(folder: Path) -> None:
 PARTS: dict[str, Callable[[Path], None]] = {
     "table1": table1,
     "table2": table2,
+    "control": control,
     "frozen": features,
     "methods": contest,
 }
@@ -142,7 +187,11 @@ def main() -> None:
         "--real", default="", help="folder of real scans with `sarcoma` in it; empty: phantoms only"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=("table1", "table2", "frozen"), help="what to do"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=("table1", "table2", "control", "frozen"),
+        help="what to do",
     )
     args = parser.parse_args()
     folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
@@ -150,37 +199,6 @@ def main() -> None:
         work(stage, folder)
     for part in args.parts:
         PARTS[part](folder)
-
-
-def write(block: str, seen: Table, against: str = "") -> None:
-    """Fill a block of docs/targets.md; the last rows, where asked for: what Parts2Whole has more than `against`, here
-    and in the paper, which are different tests of different data."""
-    columns = [
-        column for column in seen.columns if any(cell.n for cell in seen.cells if cell.task == column.task)
-    ]
-    rows = [[row, *(_cell(seen.cell(row, column.task)) for column in columns)] for row in seen.rows]
-    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    for source, said in (("here", ""), ("paper", " in the paper")) if against else ():
-        claims = {one.task: one for one in seen.claims if (one.other, one.source) == (against, source)}
-        tests = [claims.get(column.task) for column in columns]
-        differences = ("-" if t is None else f"{t.difference:+.2f}, p = {t.p:.2g}" for t in tests)
-        rows.append([f"Parts2Whole - {against}{said}", *differences])
-    put(block, table(("", *(column.head for column in columns)), rows))
-
-
-def put(block: str, text: str) -> None:
-    """Write a block of docs/targets.md."""
-    page = REPO / "docs" / "targets.md"
-    page.write_text(fill(page.read_text(), block, text))
-    print(page)
-
-
-def _cell(cell: Cell) -> str:
-    """`**91.2 ± 0.3**`, the best in bold; fewer trials than planned are said."""
-    if cell.mean is None:
-        return "-"
-    text = f"{cell.mean:.2f} ± {cell.sd or 0:.2f}"
-    return (f"**{text}**" if cell.mark == BEST else text) + (f" ({cell.missing})" if cell.missing else "")
 
 
 if __name__ == "__main__":
