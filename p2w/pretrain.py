@@ -229,4 +229,7 @@ def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
         lines.append(
             f"                told apart (AUC): {first['similarity/auc']:.3f} -> {last['similarity/auc']:.3f}"
         )
+    if "similarity/rank" in first and "similarity/rank" in last:  # runs of before it was measured lack it
+        spread = f"{first['similarity/rank']:.1f} -> {last['similarity/rank']:.1f}"
+        lines.append(f"                rank of features: {spread}")
     return lines

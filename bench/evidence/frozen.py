@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import p2w
+from p2w.analysis.similarity import effective_rank
 from p2w.model import build_encoder
 from p2w.target.dataset import TargetSet, open_target
 
@@ -56,13 +57,9 @@ def told(encoder: nn.Module, source: TargetSet) -> list[float]:
 
 
 def rank(encoder: nn.Module, source: TargetSet) -> float:
-    """How many directions the bottleneck's mean features of the test samples spread over: the exponential of the
-    entropy of their singular values' shares (Roy, Vetterli 2007; as a measure of encoders Garrido et al. 2023)."""
+    """Effective rank of the bottleneck's mean features of the test samples."""
     features = pooled(encoder, unit(source, "test")[0])[-1].astype(np.float64)
-    means = features[:, : features.shape[1] // 2]
-    values = np.linalg.svd(means - means.mean(0), compute_uv=False)
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    return effective_rank(features[:, : features.shape[1] // 2])
 
 
 def encoder_of(start: str | Path) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p2w import geometry
 from p2w.analysis.contrast import contrastive_losses
-from p2w.analysis.similarity import auc, pair_cosines, similarity_file
+from p2w.analysis.similarity import auc, effective_rank, pair_cosines, similarity_file
 from p2w.analysis.validation import VALIDATION_SEED
 from p2w.config import Config
 from p2w.data.stream import DataError, ShardSet
@@ -36,8 +36,9 @@ Look = Callable[[int], Iterable[tuple[str, float]]]
 class Similarity:
     """How alike parts are, of one image and of two, on a fixed subset of the wholes; and the contrastive loss among them.
 
-    Yields `similarity/positive`, `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: always told apart)
-    and `contrast/loss` (paper, Fig. 2c, its 5,000 negatives drawn from the parts of the subset's other wholes).
+    Yields `similarity/positive`, `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: always told apart),
+    `/rank` (of the parts' features) and `contrast/loss` (paper, Fig. 2c, its 5,000 negatives drawn from the parts of the
+    subset's other wholes).
     Every rank keeps the voxels of its share of the subset: 64 MiB over all ranks.
     """
 
@@ -72,6 +73,7 @@ class Similarity:
         yield "similarity/positive", float(positive.mean())
         yield "similarity/negative", float(negative.mean())
         yield "similarity/auc", auc(positive, negative)
+        yield "similarity/rank", effective_rank(features.flatten(0, 1).numpy())
         tests = PARTS * (PARTS - 1)
         yield "contrast/loss", float(contrastive_losses(features, tests=tests, seed=VALIDATION_SEED).mean())
 

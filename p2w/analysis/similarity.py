@@ -34,6 +34,17 @@ def auc(positive: Array, negative: Array) -> float:
     return float(roc_auc_score(truth, np.concatenate((positive, negative))))
 
 
+def effective_rank(features: Array) -> float:
+    """Over how many directions features (n, channels) spread: from 1 to the number of channels; nan where all are one.
+
+    The exponential of the entropy of the singular values' shares (Roy, Vetterli 2007), of the features less their mean.
+    Needs no labels, and says what the reconstruction does not: how much of its input an encoder keeps (docs/targets.md).
+    """
+    values = np.linalg.svd(features - features.mean(0), compute_uv=False)
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else float("nan")
+
+
 def similarity_file(run: Path, step: int) -> Path:
     """Where the cosines of `step` are kept."""
     folder = run / "figures"

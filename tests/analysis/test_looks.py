@@ -67,6 +67,11 @@ def test_the_numbers_of_a_look_against_loops(look, tiny_set, encoder):
     assert seen["similarity/auc"] == pytest.approx(
         np.mean(wins), abs=0.002
     )  # features differ in a bit by batch
+    flat = features - features.mean(0)
+    values = np.sqrt(np.linalg.eigvalsh(flat.T @ flat).clip(0))
+    shares = [value / values.sum() for value in values if value > 1e-9]
+    rank = math.prod(share**-share for share in shares)
+    assert seen["similarity/rank"] == pytest.approx(rank, rel=0.002)  # the faintest directions are rounding
     losses = []  # its expectation: 5,000 negatives are 5,000 / n times all n parts of the other wholes
     for i, j in itertools.permutations(range(len(features)), 2):
         if owner[i] == owner[j]:
@@ -87,7 +92,13 @@ def test_a_look_is_the_same_for_any_batch_and_at_any_step(look):
 def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(look, tmp_path, encoder):
     """Features that are not finite: no cosine, no file for the histogram, no error; validation says that it is lost."""
     one = look()
-    names = ["similarity/positive", "similarity/negative", "similarity/auc", "contrast/loss"]
+    names = [
+        "similarity/positive",
+        "similarity/negative",
+        "similarity/auc",
+        "similarity/rank",
+        "contrast/loss",
+    ]
     with torch.no_grad():
         assert [name for name, _ in one(0)] == names
         one.save(0)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from p2w.analysis.similarity import auc, pair_cosines
+from p2w.analysis.similarity import auc, effective_rank, pair_cosines
 
 
 def cosine(a, b):
@@ -47,3 +47,12 @@ def test_auc_against_counting_all_pairs_with_ties(seed):
     rng = np.random.default_rng(seed)
     positive, negative = rng.integers(0, 6, 30) / 5, rng.integers(0, 5, 17) / 5
     assert auc(positive, negative) == pytest.approx(auc_naive(positive, negative), abs=1e-12)
+
+
+def test_the_rank_of_features_is_the_number_of_directions_they_fill_alike():
+    corners = np.concatenate((np.eye(6), -np.eye(6)))  # six directions about their mean, all alike
+    for count in (1, 3, 6):
+        some = corners[np.r_[:count, 6 : 6 + count]]
+        assert effective_rank(some + 7.0) == pytest.approx(count)
+    assert effective_rank(corners * [9, 1, 1, 1, 1, 1]) < 6
+    assert np.isnan(effective_rank(np.ones((4, 3))))

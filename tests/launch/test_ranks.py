@@ -38,7 +38,7 @@ def test_samples_parts_and_validation_do_not_depend_on_the_ranks(forge, tiny_set
         ) in values.items():  # a pair of parts that moves in its last bits may pass another: AUC in steps
             slack = {"similarity/auc": 1e-3, "contrast/loss": 1e-5}.get(name, 1e-6)
             assert value == pytest.approx(alone[name], rel=slack), name
-        assert set(values) == set(alone) and len(values) == 6
+        assert set(values) == set(alone) and len(values) == 7
 
 
 def test_validation_and_mean_image_against_numpy(tiny_set):
