@@ -7,7 +7,7 @@
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
 # make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores
-# make targets    the paper's Table 1 at CPU size; fills docs/targets.md: two hours more
+# make targets    the paper's Tables 1 and 2 at CPU size; fills docs/targets.md: an hour and a half more
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo

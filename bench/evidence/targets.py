@@ -4,9 +4,10 @@
     python bench/evidence/targets.py --folder evidence --real ../shared/data --parts table1
     python bench/evidence/targets.py --parts methods         # the contenders of methods.py, on two tasks, for its table
 
-Five phantom tasks in the public sets' formats, 100 patients each, and real soft-tissue sarcomas; ten trials. `table1`:
-random, autoencoder, Models Genesis and Parts2Whole, pretrained by methods.py for the same arithmetic, and a tenth of the
-training patients. `table2`: Parts2Whole with other scales of its parts, and with skips. The same command continues one
+Five phantom tasks in the public sets' formats, 100 patients each, and real soft-tissue sarcomas. `table1`: random,
+autoencoder, Models Genesis and Parts2Whole, pretrained for the same arithmetic, a tenth of the training patients, ten
+trials. `table2`: Parts2Whole with other scales of its parts, and with skips. `control`: what there is to gain. `frozen`:
+what features tell before they are fine-tuned. An hour and a half in all on two free cores; the same command continues one
 that was stopped.
 """
 
@@ -45,7 +46,7 @@ TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Par
 TABLE1_STEPS = 1800  # of Parts2Whole's pretraining, and as much arithmetic of the others'
 TABLE2_STEPS = 400
 RATE = (
-    3e-4  # the demo's 2e-3 learns faster, and leaves features that fewer directions hold: see docs/targets.md
+    3e-4  # the demo's 2e-3 learns faster, and what is fine-tuned from it gains nothing: see docs/targets.md
 )
 CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 
