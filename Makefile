@@ -50,7 +50,7 @@ demo: $(VENV)/.installed
 	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
