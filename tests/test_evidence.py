@@ -106,3 +106,17 @@ def test_the_difference_shown_is_the_measured_one_and_not_the_papers(monkeypatch
         "| Parts2Whole - Scratch | +0.95, p = 0.8 |",
         "| Parts2Whole - Scratch in the paper | +4.42, p = 0.022 |",
     ]
+
+
+def test_the_control_sets_what_was_taught_beside_scratch_on_the_tasks_that_were_run(monkeypatch):
+    def seen(**means):
+        column = Column("general", "general", "iou", "IoU at 0.5", 0.1, "")  # what tables call the sarcomas
+        cells = [Cell(row, "general", mean, 1.0, 2, 2, BEST) for row, mean in means.items()]
+        return Table("table1", "", list(means), [column], cells, [], [])
+
+    written = {}
+    monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
+    targets_page.control(seen(Scratch=20.0, Other=9.0), seen(NCS=19.0, Full=26.0), seen(Scratch=28.0))
+    assert [line.split("|")[-2].strip() for line in written["control"].splitlines()] == [
+        "general IoU at 0.5", "--:", "20.00 ± 1.00", "19.00 ± 1.00", "26.00 ± 1.00", "28.00 ± 1.00",
+    ]  # fmt: skip
