@@ -45,9 +45,7 @@ CUT = {  # crops that two cores can train on
 TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Parts2Whole": "parts2whole"}
 TABLE1_STEPS = 1800  # of Parts2Whole's pretraining, and as much arithmetic of the others'
 TABLE2_STEPS = 400
-RATE = (
-    3e-4  # the demo's 2e-3 learns faster, and what is fine-tuned from it gains nothing: see docs/targets.md
-)
+RATE = 3e-4  # from the demo's 2e-3, which learns faster, nothing that is fine-tuned gains: docs/targets.md
 CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 
 

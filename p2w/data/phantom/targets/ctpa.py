@@ -19,10 +19,8 @@ from p2w.data.phantom.targets.images import blob, write_image
 Shape = tuple[int, int, int]
 EMBOLI, OTHERS = 8, 12  # candidates a patient
 FOLDS = 3
-WIDE_MM, WIDE_VOXELS = (
-    1.2,
-    1.25,
-)  # how deep in a vessel an embolus lies at least: it must fit, and voxels must show it
+# How deep in a vessel an embolus lies at least: it must fit, and voxels must show it.
+WIDE_MM, WIDE_VOXELS = 1.2, 1.25
 BLOOD = (Label.VESSEL, Label.GREAT_VESSEL)
 SPAN_MM = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
 
