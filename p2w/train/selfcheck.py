@@ -13,9 +13,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,19 @@ from torch import Tensor, nn
 from p2w import geometry
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
+from p2w.train.layer_probe import (
+    Draw,
+    Meeting,
+    Shape,
+    backward_scale,
+    few,
+    float32_arithmetic,
+    forward_backward,
+    in_channels_last,
+    litter,
+    meet,
+    run_arithmetic,
+)
 from p2w.train.optim import Precision
 from p2w.train.verdicts import Facts, is_remembered, machine_facts, remember
 from p2w.world import World
@@ -33,8 +44,6 @@ from p2w.world import World
 CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
 WITHIN = 0.02  # of the largest value; rounding to bf16 left 0.004 at most in all sizes tried, wrong kernels 1 to infinity
 CROP_WITHIN = 1e-4  # of the window, float32 against float64
-DRAWN = 2**26  # numbers drawn of a layer's input or output, 256 MiB; a larger batch repeats its first samples
-Shape = tuple[int, ...]
 
 
 def trusted(
@@ -80,7 +89,7 @@ def _wrong_here(
         **machine_facts(world),
         "precision": precision.name,
         "channels_last": in_channels_last(model),
-        "layers": [[repr(one.kind), _code(one.module)] for one in meetings],
+        "layers": [[repr(kind_of(one)), _code(one.module)] for one in meetings],
     }
     if is_remembered(facts, warn):
         return ""
@@ -98,7 +107,7 @@ def wrong_convolution(model: nn.Module, precision: Precision, shape: Shape, devi
 
     The precision under test computes the whole batch, by which a GPU chooses its kernels. Of a large layer only the first
     samples are drawn and computed in float32; the batch repeats them, so that every sample's output and gradient is still
-    compared, and the weights' gradient is compared with the sum over the few, each times the number of its copies.
+    compared, and the weights' gradient is compared with that of the few times the number of their copies.
     """
     if not _differs_from_float32(precision, device):
         return ""
@@ -109,60 +118,13 @@ def _differs_from_float32(precision: Precision, device: torch.device) -> bool:
     return precision.dtype is not None or (precision.name == "tf32" and device.type == "cuda")
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """A module and the shapes (B, C, D, H, W) that it meets in the network; `kind` is equal where the arithmetic is."""
-
-    name: str
-    module: Any
-    given: Shape
-    out: Shape
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Type, weight's shape, how the kernel moves, shape of the input."""
-        module = self.module
-        how = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
-        return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, self.given)
-
-
-def meet(model: nn.Module, shape: Shape, kinds: tuple[type[nn.Module], ...]) -> list[Meeting]:
-    """Every module of these kinds with the shapes of its first input and of its output, in the order of use.
-
-    Found on torch's meta device, which has shapes without data; `model`, fed with `shape`, is not touched.
-    """
-    ghosts: dict[int, Any] = {id(one): torch.empty_like(one, device="meta") for one in model.buffers()}
-    for weight in model.parameters():
-        ghosts[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
-    ghost = copy.deepcopy(model, ghosts).to("meta").eval()  # a copy that takes no memory for its tensors
-    real, met = dict(model.named_modules()), []
-    for name, module in ghost.named_modules():
-        if isinstance(module, kinds):
-
-            def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-                met.append(Meeting(name, real[name], tuple(given[0].shape), tuple(out.shape)))
-
-            module.register_forward_hook(note)
-    with torch.no_grad():
-        ghost(torch.zeros(shape, device="meta"))
-    return met
-
-
-def in_channels_last(model: nn.Module) -> bool:
-    """Whether the network's convolutions lie in memory with channels innermost."""
-    weights = [weight for weight in model.parameters() if weight.ndim == 5]
-    return bool(weights) and all(
-        weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights
-    )
-
-
 def _first_wrong(
     meetings: list[Meeting], precision: Precision, device: torch.device, channels_last: bool
 ) -> str:
     """What is wrong with the first convolution that is; each distinct one is computed once."""
     once: dict[Any, Meeting] = {}
     for one in meetings:
-        once.setdefault(one.kind, one)
+        once.setdefault(kind_of(one), one)
     for one in once.values():
         for what, error in _differences(one, precision, device, channels_last):
             if not error <= WITHIN:  # NaN is not
@@ -175,113 +137,44 @@ def _first_wrong(
     return ""
 
 
+def kind_of(one: Meeting) -> tuple[Any, ...]:
+    """What the arithmetic of a convolution depends on: type, weight's shape, how the kernel moves, shape of the input."""
+    module = one.module
+    how = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+    return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, one.given)
+
+
 def _differences(
     one: Meeting, precision: Precision, device: torch.device, channels_last: bool
 ) -> Iterator[tuple[str, float]]:
-    """(what, largest difference / largest value): of numbers that both precisions hold exactly: only arithmetic differs."""
-    draw = torch.Generator(device).manual_seed(0)  # its own: the run's random numbers stay as they are
-    grid = precision.dtype or torch.float16  # TF32 has as many digits
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-
-    def rounded(shape: Shape) -> Tensor:
-        numbers = torch.randn(shape, generator=draw, device=device)
-        return numbers.to(grid).float().contiguous(memory_format=layout)
-
-    samples = one.given[0]
-    few = min(samples, max(2, DRAWN // max(math.prod(one.given[1:]), math.prod(one.out[1:]))))
-    copies = torch.tensor([len(range(first, samples, few)) for first in range(few)], device=device)
+    """(what, largest difference / largest value) of output and gradients in the run's precision against float32."""
+    draw, samples = Draw(precision, device, channels_last), one.given[0]
+    number = few(samples, one.given, one.out)
+    copies = samples // number
     layer = copy.deepcopy(one.module).requires_grad_()  # also of what the run keeps frozen
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(parameter.to(grid))
-    # A power of two less for each doubling of the batch: the weights' gradient stays within float16.
-    smaller = 2 ** math.ceil(math.log2(samples / few))
-    x, by = rounded((few, *one.given[1:])), rounded((few, *one.out[1:])) / smaller
+            parameter.copy_(parameter.to(draw.grid))
+    x = draw.normal((number, *one.given[1:]))
+    by = draw.normal((number, *one.out[1:])) * backward_scale(copies)
     with float32_arithmetic():
-        expected = _pass(layer, x, by, by * copies.view(-1, 1, 1, 1, 1))
-    x, by = (_repeated(part, samples, precision.dtype or torch.float32, layout) for part in (x, by))
-    _litter(device, x, by)
+        output, inputs, weights = forward_backward(layer, [layer.weight], x, by)
+    expected = (output, inputs, weights * copies)
+    x, by = draw.repeat(x, samples), draw.repeat(by, samples)
+    litter(device, x, by)
     with run_arithmetic(precision, device):
-        found = _pass(layer, x, by, by)
+        found = forward_backward(layer, [layer.weight], x, by)
     for what, value, right in zip(
         ("output", "input's gradient", "weights' gradient"), found, expected, strict=True
     ):
-        yield what, relative_difference(value, right)
+        yield what, _difference(value, right)
 
 
-def relative_difference(value: Tensor, right: Tensor) -> float:
-    """The largest difference over the largest value of `right`; NaN where `value` holds one.
-
-    `value` may have a longer first axis: then it is compared piece by piece with `right`.
-    """
-    pieces = (value[start : start + len(right)] for start in range(0, len(value), len(right)))
-    worst = torch.stack([(piece.float() - right[: len(piece)]).abs().max() for piece in pieces]).max()
+def _difference(value: Tensor, right: Tensor) -> float:
+    """The largest difference over the largest value of `right`, which `value` may repeat; NaN where `value` holds one."""
+    pieces = value.split(len(right))
+    worst = torch.stack([(piece.float() - right).abs().max() for piece in pieces]).max()
     return float(worst / right.abs().max().clamp(min=1e-30))
-
-
-def _pass(layer: Any, x: Tensor, by: Tensor, by_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the input of sum(output * by), and of the weights of sum(output * by_weights)."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        output = layer(x)
-        (inputs,) = torch.autograd.grad(output, x, by.to(output.dtype), retain_graph=True)
-        (weights,) = torch.autograd.grad(output, layer.weight, by_weights.to(output.dtype))
-    return output.detach(), inputs, weights
-
-
-def _repeated(part: Tensor, samples: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """A batch (samples, C, D, H, W) of `dtype` that begins with the samples of `part` and goes on with them again."""
-    whole = torch.empty((samples, *part.shape[1:]), dtype=dtype, device=part.device, memory_format=layout)
-    for start in range(0, samples, len(part)):
-        here = whole[start : start + len(part)]
-        here.copy_(part[: len(here)])
-    return whole
-
-
-@contextlib.contextmanager
-def float32_arithmetic() -> Iterator[None]:
-    """Float32 convolutions in IEEE float32 also on CUDA, with the kernel that cuDNN proposes instead of a search for one."""
-    cudnn, before = torch.backends.cudnn, (torch.backends.cudnn.benchmark, _tf32())
-    try:
-        cudnn.benchmark = False
-        _set_tf32("ieee")
-        yield
-    finally:
-        cudnn.benchmark = before[0]
-        _set_tf32(before[1])
-
-
-def _tf32() -> str:
-    return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]  # torch's stub lacks it
-
-
-def _set_tf32(name: str) -> None:
-    torch.backends.cudnn.conv.fp32_precision = name  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def run_arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """What the network's layers compute in, in the run: autocast, or TF32, or neither; kernels are searched for as there."""
-    before = _tf32()
-    try:
-        if precision.dtype is None:
-            _set_tf32("tf32" if precision.name == "tf32" else "ieee")
-        dtype = precision.dtype or torch.bfloat16
-        with torch.autocast(device.type, dtype=dtype, enabled=precision.dtype is not None):
-            yield
-    finally:
-        _set_tf32(before)
-
-
-def _litter(device: torch.device, *like: Tensor) -> None:
-    """Leave NaN in memory that is free again: what reads before it writes gives itself away.
-
-    Small blocks, and one of the size of each tensor of `like`, which results of that size will then get.
-    """
-    for count in (500, 5_000, 50_000, 500_000, 2_000_000):
-        torch.full((count,), float("nan"), device=device)
-    held = [torch.full_like(one, float("nan")) for one in like]
-    del held
 
 
 def _code(module: nn.Module) -> str:

@@ -13,7 +13,7 @@ from p2w.model import build_encoder
 from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder
-from p2w.train import selfcheck, verdicts
+from p2w.train import layer_probe, selfcheck, verdicts
 from p2w.train.optim import Precision
 from p2w.train.selfcheck import trusted, wrong_convolution, wrong_crop
 from p2w.world import World
@@ -115,8 +115,8 @@ class Worse(torch.autograd.Function):
 
 @pytest.mark.parametrize("what", ["", "output", "input's gradient", "weights' gradient"])
 def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(monkeypatch, what):
-    """Of 5 samples 2 are drawn; the fault is in the last sample, or in the last filter's gradient."""
-    monkeypatch.setattr(selfcheck, "DRAWN", 1)
+    """Of 6 samples 2 are drawn; the fault is in the last sample, or in the last filter's gradient."""
+    monkeypatch.setattr(layer_probe, "DRAWN", 1)
 
     def forward(self, x):
         weight = self.weight
@@ -128,7 +128,7 @@ def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(
         return Worse.apply(output, False) if wrong else output
 
     monkeypatch.setattr(Conv3d, "forward", forward)
-    told = wrong_convolution(torch.nn.Sequential(Conv3d(1, 4, 3, padding=1)), BF16, (5, 1, 8, 8, 8), CPU)
+    told = wrong_convolution(torch.nn.Sequential(Conv3d(1, 4, 3, padding=1)), BF16, (6, 1, 8, 8, 8), CPU)
     assert told.startswith(f"0: {what} in bf16") if what else told == "", told
 
 
