@@ -10,6 +10,7 @@ from target_sets import write_target_set
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
+from p2w.model.conv import for_optimizer
 from p2w.target.dataset import open_target
 from p2w.target.finetune import FineTuner, Told
 from p2w.target.kinds import KINDS
@@ -96,7 +97,9 @@ def test_told_to_stop_it_leaves_in_the_middle_and_a_loss_that_is_no_number_is_na
 def test_a_checkpoint_of_a_fused_adam_goes_on_without_and_one_without_goes_on(sets):
     """As after a move between a GPU, whose Adam is fused, and a CPU."""
     one, two = tuner(), tuner()
-    one.optimizer = torch.optim.Adam(one.trained, lr=one.recipe.lr, eps=one.recipe.adam_eps, fused=True)
+    one.optimizer = torch.optim.Adam(
+        for_optimizer(one.network), lr=one.recipe.lr, eps=one.recipe.adam_eps, fused=True
+    )
     one.fused = True
     one.epoch(*sets)
     weights, state = one.state_dict()
