@@ -100,7 +100,7 @@ def _build(
     }  # fmt: skip
     held = _held(config, shards, world, precision) if config.data.on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
-    precision = trusted(config, precision, model, world, log.warn)
+    precision = trusted(config, precision, model, world, log.warn).apply()
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )

@@ -22,7 +22,7 @@ from p2w.target.ranks import average_gradients, gather_rows
 from p2w.target.recipe import Plateau, Recipe
 from p2w.target.samples import Samples
 from p2w.target.subset import batches, epoch_of
-from p2w.train.optim import Precision
+from p2w.train.optim import Precision, load_optimizer
 from p2w.world import World
 
 State = dict[str, Tensor]
@@ -65,10 +65,9 @@ class FineTuner:
         self.encoder = network.encoder
         self.trained = [weight for weight in self.network.parameters() if weight.requires_grad]
         # On a CPU torch's fused Adam rounds differently, and published results are those of the other.
-        self.fused = world.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            for_optimizer(self.network), lr=recipe.lr, eps=recipe.adam_eps, fused=self.fused or None
-        )
+        fused = True if world.device.type == "cuda" else None
+        weights = for_optimizer(self.network)
+        self.optimizer = torch.optim.Adam(weights, lr=recipe.lr, eps=recipe.adam_eps, fused=fused)
         # A GPU's steps take milliseconds, and a vote would hold up the queue of the next ones.
         self.vote_every = VOTE_EVERY if world.device.type == "cuda" and world.size > 1 else 1
         self.plateau = Plateau(recipe)
@@ -188,9 +187,7 @@ class FineTuner:
     def load_state_dict(self, epoch: int, weights: State, state: dict[str, Any]) -> None:
         """Take up where `state_dict` left off, after `epoch` epochs."""
         self.network.load_state_dict(weights)
-        saved = state["optimizer"]  # a checkpoint of another device says whether Adam was fused there
-        groups = [{**group, "fused": self.fused or None} for group in saved["param_groups"]]
-        self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        load_optimizer(self.optimizer, state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.number = state["best"], epoch

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from p2w.train.optim import Precision
+from p2w.train.optim import Precision, set_float32
 
 DRAWN = 2**26  # numbers drawn of a layer's input or output, 256 MiB; a larger batch repeats its first samples
 Shape = tuple[int, ...]
@@ -111,37 +111,38 @@ def forward_backward(compute: Compute, weights: Sequence[Tensor], x: Tensor, by:
 
 @contextlib.contextmanager
 def float32_arithmetic() -> Iterator[None]:
-    """Float32 convolutions in IEEE float32 also on CUDA, with the kernel that cuDNN proposes instead of a search for one."""
-    cudnn, before = torch.backends.cudnn, (torch.backends.cudnn.benchmark, _float32_name())
+    """IEEE float32 also on CUDA, with the kernels that cuDNN proposes instead of a search for the fastest."""
+    searches = torch.backends.cudnn.benchmark
     try:
-        cudnn.benchmark = False
-        _set_float32("ieee")
-        yield
+        torch.backends.cudnn.benchmark = False
+        with _float32("ieee"):
+            yield
     finally:
-        cudnn.benchmark = before[0]
-        _set_float32(before[1])
+        torch.backends.cudnn.benchmark = searches
 
 
 @contextlib.contextmanager
 def run_arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     """What layers compute in during the run: autocast, or TF32, or neither; kernels are searched for as there."""
-    before = _float32_name()
+    dtype = precision.dtype or torch.bfloat16
+    with (
+        _float32(precision.float32),
+        torch.autocast(device.type, dtype=dtype, enabled=precision.dtype is not None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _float32(how: str) -> Iterator[None]:
+    """`set_float32` for a while."""
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # torch's stub lacks it
+    products = torch.backends.cuda.matmul.fp32_precision
     try:
-        if precision.dtype is None:
-            _set_float32("tf32" if precision.name == "tf32" else "ieee")
-        dtype = precision.dtype or torch.bfloat16
-        with torch.autocast(device.type, dtype=dtype, enabled=precision.dtype is not None):
-            yield
+        set_float32(how)
+        yield
     finally:
-        _set_float32(before)
-
-
-def _float32_name() -> str:
-    return str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]  # torch's stub lacks it
-
-
-def _set_float32(name: str) -> None:
-    torch.backends.cudnn.conv.fp32_precision = name  # type: ignore[attr-defined]
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = products
 
 
 def litter(device: torch.device, *like: Tensor) -> None:

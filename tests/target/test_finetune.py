@@ -100,7 +100,6 @@ def test_a_checkpoint_of_a_fused_adam_goes_on_without_and_one_without_goes_on(se
     one.optimizer = torch.optim.Adam(
         for_optimizer(one.network), lr=one.recipe.lr, eps=one.recipe.adam_eps, fused=True
     )
-    one.fused = True
     one.epoch(*sets)
     weights, state = one.state_dict()
     two.load_state_dict(1, weights, copy.deepcopy(state))

@@ -49,7 +49,7 @@ def test_a_convolution_that_is_wrong_in_bf16_is_named(monkeypatch, what):
         def backward(context, gradient):
             return gradient * 1.05 if what != "output" else gradient
 
-    def forward(self, x):
+    def forward(self, x, biased=True):
         weight = self.weight
         if torch.is_autocast_enabled("cpu") and x.shape[2] == 4:
             weight = Wrong.apply(weight)
@@ -118,7 +118,7 @@ def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(
     """Of 6 samples 2 are drawn; the fault is in the last sample, or in the last filter's gradient."""
     monkeypatch.setattr(layer_probe, "DRAWN", 1)
 
-    def forward(self, x):
+    def forward(self, x, biased=True):
         weight = self.weight
         if what and torch.is_autocast_enabled("cpu"):
             x = Worse.apply(x, True) if what == "input's gradient" else x
@@ -135,7 +135,7 @@ def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(
 def test_each_distinct_convolution_is_computed_once_and_only_the_tested_pass_may_search(monkeypatch):
     seen = Counter()
 
-    def forward(self, x):
+    def forward(self, x, biased=True):
         kernels = torch.backends.cudnn
         seen[
             x.shape[2], torch.is_autocast_enabled("cpu"), kernels.benchmark, kernels.conv.fp32_precision
@@ -222,7 +222,7 @@ def test_a_cache_that_is_broken_or_in_the_way_is_a_warning(checks, tmp_path, mon
 def test_a_wrong_verdict_is_found_again_at_each_start(checks, monkeypatch, tmp_path):
     checks()
 
-    def forward(self, x):
+    def forward(self, x, biased=True):
         output = torch.nn.functional.conv3d(x, self.weight, self.bias, padding=1)
         return output * 1.1 if torch.is_autocast_enabled("cpu") else output
 
