@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from p2w.model.forms import PLAIN, Formed
 from p2w.train.optim import Precision, set_float32
 
 DRAWN = 2**26  # numbers drawn of a layer's input or output, 256 MiB; a larger batch repeats its first samples
@@ -44,6 +45,8 @@ def meet(model: nn.Module, shape: Shape, kinds: tuple[type, ...]) -> list[Meetin
     ghost = copy.deepcopy(model, ghosts).to("meta").eval()  # a copy that takes no memory for its tensors
     real, met = dict(model.named_modules()), []
     for name, module in ghost.named_modules():
+        if isinstance(module, Formed):
+            module.form = PLAIN  # which the meta device has all operations of
 
         def note(_: nn.Module, given: tuple[Tensor, ...], out: Any, name: str = name) -> None:
             met.append(Meeting(name, real[name], tuple(given[0].shape), tuple(getattr(out, "shape", ()))))

@@ -8,11 +8,8 @@ That every convolution was found right is remembered from one start to the next 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
-import contextlib
 import copy
-import hashlib
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,7 +86,7 @@ def _wrong_here(
         **machine_facts(world),
         "precision": precision.name,
         "channels_last": in_channels_last(model),
-        "layers": [[repr(kind_of(one)), _code(one.module)] for one in meetings],
+        "layers": [repr(kind_of(one)) for one in meetings],
     }
     if is_remembered(facts, warn):
         return ""
@@ -175,14 +172,6 @@ def _difference(value: Tensor, right: Tensor) -> float:
     pieces = value.split(len(right))
     worst = torch.stack([(piece.float() - right).abs().max() for piece in pieces]).max()
     return float(worst / right.abs().max().clamp(min=1e-30))
-
-
-def _code(module: nn.Module) -> str:
-    """A hash of the source of the module's classes, torch's aside: changed code is checked again."""
-    own = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] in ("p2w", "__main__")]
-    with contextlib.suppress(OSError, TypeError):  # source that is not at hand
-        return hashlib.sha256("".join(map(inspect.getsource, own)).encode()).hexdigest()[:8]
-    return ""
 
 
 def wrong_crop(config: PretextConfig, device: torch.device) -> str:

@@ -43,6 +43,7 @@ def machine_facts(world: World) -> Facts:
     facts: Facts = {
         "p2w": __version__,
         "torch": torch.__version__,
+        "code": _code(),
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[
             :16
         ],  # names oneDNN's version and more
@@ -64,6 +65,13 @@ def machine_facts(world: World) -> Facts:
             torch.get_num_threads(),
         ]
     return facts
+
+
+def _code() -> str:
+    """A hash of the source of all networks and kernels: what was changed is checked again."""
+    package = Path(__file__).parents[1]
+    files = [*package.glob("model/**/*.py"), *package.glob("kernels/**/*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def is_remembered(facts: Facts, warn: Callable[[str], None]) -> bool:

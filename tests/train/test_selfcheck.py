@@ -191,10 +191,8 @@ def test_what_was_found_sound_is_not_computed_again_until_something_changes(chec
     assert checks()[1] == 2 and checks()[1] == 0
     monkeypatch.setattr(verdicts, "STEERING", ("P2W_TEST",))
     assert checks()[1] == 2
-    monkeypatch.setattr(Conv3d, "forward", torch.nn.Conv3d.forward)
-    assert checks()[1] == 0  # a method put in from outside is not seen,
-    monkeypatch.setattr(selfcheck.inspect, "getsource", lambda kind: "changed")
-    assert checks()[1] == 2  # changed source is
+    monkeypatch.setattr(verdicts, "_code", lambda: "changed source")
+    assert checks()[1] == 2
     assert checks(Precision("fp32", None, "")) == (Precision("fp32", None, ""), 0, [])
 
 
