@@ -74,6 +74,7 @@ class StepGraph:
             self._refuse(said if same else "two replays differ in their bits")
             return
         self._graph, self._inputs, self._outputs = graph, inputs, outputs
+        torch.cuda.empty_cache()  # what steps without the graph took: it has memory of its own
         self.say(f"CUDA graph: on; {said}{'' if same else '; two replays differ in their bits'}")
 
     def _refuse(self, why: str) -> None:
