@@ -56,6 +56,9 @@ def trusted(
         raise UserError(
             f"{where}: {crop or 'crop-resize is sound here and wrong on another rank'}; {_remedy(world)}"
         )
+    name, why = geometry.backend(world.device)
+    if world.device.type == "cuda" and name != "triton":
+        warn(f"parts are cut by {name}, more slowly than by the kernel: {why}")
     share = config.data.batch // world.size // config.optim.accumulate
     # A GPU chooses its kernels by the batch too.
     shape = (share if world.device.type == "cuda" else 1, 1, *config.pretext.size)
