@@ -241,7 +241,7 @@ class _NormOverRanks(torch.autograd.Function):
         normal = (x.to(centre.dtype) - _spread(centre, x)) * _spread(scale, x)
         own = torch.cat((wide.sum(axes), (wide * normal).sum(axes)))
         to_bias, to_weight = own[:channels], own[channels:]
-        means = sum_over_ranks(own.double()).div_(count).to(centre.dtype)
+        means = sum_over_ranks(own.to(torch.float64, copy=True)).div_(count).to(centre.dtype)
         to_x = wide - _spread(means[:channels], x) - normal * _spread(means[channels:], x)
         to_x = (to_x * _spread(scale if weight is None else scale * weight, x)).to(x.dtype)
         return (
