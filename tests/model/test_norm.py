@@ -57,6 +57,31 @@ def test_plain_is_torchs_and_flat_is_the_same_bit_by_bit(relu, training, layout,
             assert list(values) == list(right) and all(torch.equal(values[n], right[n]) for n in right)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_form_on_a_gpu_is_within_rounding_of_float64(training, dtype):
+    torch.manual_seed(0)
+    one = BatchNorm3d(32, relu=True).to("cuda")
+    x = torch.randn(3, 32, 4, 6, 10, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    expected = outcome(nn.Sequential(BatchNorm3d(32, relu=True).to("cuda").double()), x.double(), training)
+    forms = one.forms(x.device, None if dtype == torch.float32 else dtype, 3)
+    assert forms[:2] == ("plain", "flat")
+    for form in forms:
+        one.form = form
+        found = outcome(nn.Sequential(one), x, training)
+        assert found[0].dtype == dtype and found[0].is_contiguous(memory_format=torch.channels_last_3d)
+        share = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(
+            found[0].double(), expected[0], atol=share * float(expected[0].max()), rtol=0
+        )
+        for values, right in zip(found[1:], expected[1:], strict=True):
+            for label, value in right.items():
+                atol = share * float(value.abs().max())
+                torch.testing.assert_close(values[label].double(), value.double(), atol=atol, rtol=0)
+
+
 def test_which_forms_run_where(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     one, bare = BatchNorm3d(2, relu=True), BatchNorm3d(2)
