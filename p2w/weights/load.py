@@ -42,7 +42,8 @@ class Held:
 def load(path: str | Path) -> Encoder:
     """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder.
 
-    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
+    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Biases that a batch norm cancels are
+    frozen, the rest trains. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
     held = read(Path(path))
