@@ -17,6 +17,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
     "p2w.doctor": ("p2w",),  # looks at everything a run uses
+    "p2w.rank_errors": ("p2w.errors", "p2w.world"),
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analyze": ("p2w",),  # puts the analysis together
     "p2w.recipes": ("p2w.errors", "p2w.config"),
