@@ -26,7 +26,7 @@ from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import Log
 from p2w.rank_errors import leave, refuse
-from p2w.train.folder import RunFolder, fingerprint
+from p2w.train.folder import RunFolder, fingerprint, shard_places
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
@@ -86,16 +86,17 @@ def build(args: Args, world: World) -> Analysis:
 def _shards(args: Args) -> ShardSet:
     """The data set that the run was trained on, and no other."""
     last = RunFolder(args.run).last_start()
-    where = args.shards or str(last.get("shards", ""))
-    if not where:
+    if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
-    shards = open_set(where)
-    if "data" in last and fingerprint(shards.meta) != last["data"]:
-        raise UserError(
-            f"{where}: is data set {fingerprint(shards.meta)}, the run was trained on {last['data']}: its validation wholes "
-            "would be others; pass the --shards it was trained on"
-        )
-    return shards
+    places = [args.shards] if args.shards else shard_places(args.run, last)
+    for place in places:
+        shards = open_set(place)
+        if last.get("data") in (None, fingerprint(shards.meta)):
+            return shards
+    raise UserError(
+        f"{place}: is data set {fingerprint(shards.meta)}, the run was trained on {last['data']}: its validation wholes "
+        "would be others; pass the --shards it was trained on"
+    )
 
 
 def show(summary: dict[str, Any], run: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,29 @@ from p2w.data.stream import ShardSet
 from p2w.errors import UserError
 from p2w.log import write_atomic
 
+MANIFEST = "manifest.parquet"
+
 
 def fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a data set: a hash of what its manifest says of shape, window, tiling, split and shards."""
     told = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shard_places(near: Path, start: Mapping[str, Any]) -> list[str]:
+    """Where the data set of a run's start may lie now, the likeliest first; never empty. The fingerprint tells which it is.
+
+    `start` is a record of run.json: `shards` as it was typed, from the directory `cwd` where that is noted. `near` is the
+    run, or weights made of it: after the project was moved, the set lies below one of the folders above.
+    """
+    where, cwd = str(start["shards"]), str(start.get("cwd") or "")
+    if "://" in where:
+        return [where]
+    absolute = os.path.join(cwd, where)
+    below = os.path.relpath(where, cwd) if cwd and os.path.isabs(where) else where
+    moved = [] if below.startswith("..") else [str(folder / below) for folder in near.absolute().parents]
+    there = [place for place in (absolute, *moved, where) if os.path.isfile(os.path.join(place, MANIFEST))]
+    return list(dict.fromkeys(there)) or [absolute]
 
 
 def describe(shards: ShardSet) -> dict[str, Any]:
