@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from p2w.errors import UserError
+from p2w.resources import total_memory, usable_cores
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ class World:
             "world_size": self.size,
             "nodes": max(1, self.size // max(1, self.local_size)),
             "device": self.device_reason if self.device.type == "cuda" else _processor(),
-            "cores": os.cpu_count() or 0,
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "cores": usable_cores(),
+            "memory_gib": round(total_memory() / 2**30),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),

@@ -19,6 +19,7 @@ from types import FrameType
 
 from p2w.data.progress import Progress, say
 from p2w.errors import UserError
+from p2w.resources import usable_cores
 from p2w.sweep.job import Job
 from p2w.world import variables
 
@@ -37,7 +38,7 @@ class Machine:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the job in a slot."""
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         place = {"LOCAL_RANK": str(slot % self.gpus)} if self.gpus else {}
         return variables(OMP_NUM_THREADS=str(self.threads or max(1, cores // self.jobs)), **place)
 
