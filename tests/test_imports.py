@@ -12,6 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = (
     "p2w.errors",
+    "p2w.file_lock",
     "p2w.resources",
     "p2w.config",
     "p2w.world",
@@ -34,7 +35,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.geometry": ("p2w.errors", "p2w.kernels"),
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.model"),
-    "p2w.data": ("p2w.errors", "p2w.resources", "p2w.data"),
+    "p2w.data": ("p2w.errors", "p2w.file_lock", "p2w.resources", "p2w.data"),
     "p2w.config": ("p2w.errors", "p2w.pretext_config"),
     "p2w.pretext": (
         "p2w.errors",

@@ -20,12 +20,13 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from p2w.data import rules, typed
-from p2w.data.locks import hold, is_free
+from p2w.data.locks import hold
 from p2w.data.manifest import NAME, SCHEMA, VERSION, dump, publish
 from p2w.data.scan import source_files
 from p2w.data.seams import Chosen, Scanned
 from p2w.data.subscan import WINDOW_HU, Tiling
 from p2w.errors import UserError
+from p2w.file_lock import is_held
 
 ROW = {
     "key": str, "scan_uid": str, "subset": int, "z": int, "y": int, "x": int, "mean_hu": float, "std_hu": float,
@@ -218,7 +219,7 @@ class Folder(Generic[S]):
         """Remove `.run` of a whole set, unless another process is in it still."""
         for name in os.listdir(self.running):
             share, ending = os.path.splitext(name)
-            if ending == ".lock" and share != "merge" and is_free(os.path.join(self.running, name)):
+            if ending == ".lock" and share != "merge" and not is_held(os.path.join(self.running, name)):
                 self._sweep(share)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.running, name))

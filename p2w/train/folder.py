@@ -7,7 +7,6 @@ RUN/
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.data.stream import ShardSet
 from p2w.errors import UserError
+from p2w.file_lock import FileLock
 from p2w.log import write_atomic
 
 MANIFEST = "manifest.parquet"
@@ -72,7 +72,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock = FileLock(path / ".lock")
 
     def agrees(self, config: Config, data: str) -> None:
         """Check that this command may continue the folder. Raises UserError naming the first setting that differs."""
@@ -104,20 +104,17 @@ class RunFolder:
         """Rank 0: make the folder, take its lock, note this start. Raises UserError when another process runs in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            held = self._lock.acquire()
         except OSError as error:
             raise UserError(
                 f"{self.path}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not held:
             raise UserError(
-                f"{self.path}: another process trains in it ({self._holder()}); wait for it or end it, or name another "
-                "--run-dir"
-            ) from error
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{socket.gethostname()}, pid {os.getpid()}".encode())
+                f"{self.path}: another process trains in it ({self._lock.note() or 'it left no name'}); wait for it or end "
+                "it, or name another --run-dir"
+            )
+        self._lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
         try:
             write_atomic(self.path / "config.json", settings.to_json(config))
@@ -140,14 +137,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _holder(self) -> str:
-        """Who wrote its name into the lock."""
-        assert self._lock is not None
-        return os.pread(self._lock, 200, 0).decode(errors="replace") or "it left no name"
+        self._lock.release()
 
     def _starts(self) -> list[dict[str, Any]]:
         path = self.path / "run.json"
