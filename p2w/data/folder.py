@@ -111,7 +111,14 @@ class Folder(Generic[S]):
         return os.path.join(self.running, f"{name}.{os.getpid()}.{share}.part")
 
     def prepare(self, share: Share) -> None:
-        """Make the folder, or check that it was cut with the same settings. Under the share's lock."""
+        """Make the folder, or check that it was cut with the same settings. Under the share's lock.
+
+        Shares that start at once meet here one after the other.
+        """
+        with hold(self.running, "settings"):
+            self._prepare(share)
+
+    def _prepare(self, share: Share) -> None:
         path = os.path.join(self.root, "settings.json")
         mine = dump(self.settings.plain(), indent=1)
         try:
@@ -128,6 +135,11 @@ class Folder(Generic[S]):
                 theirs = file.read()
         except OSError as error:
             raise self._unwritable(error) from error
+        if theirs != mine and (others := self._other_shares(share)):
+            raise UserError(
+                f"{self.root}: share {others[0]} cuts it with {_differences(theirs, mine)}: give every share of the array "
+                f"the same options, or name another --out; where no other process runs, delete {self.running}"
+            )
         if theirs != mine and not self._holds_shards():
             self.withdraw()  # nothing was cut with those settings: start anew with these
             shutil.rmtree(os.path.join(self.root, "scans"))
@@ -137,6 +149,12 @@ class Folder(Generic[S]):
             raise UserError(
                 f"{self.root} was cut with {_differences(theirs, mine)}: name another --out, or delete it"
             )
+
+    def _other_shares(self, share: Share) -> list[str]:
+        """Shares that another process cuts now; where the file system has no locks, those whose lock file is there."""
+        locks = [name for name in sorted(os.listdir(self.running)) if name.endswith(".lock")]
+        names = {lock.removesuffix(".lock") for lock in locks if is_held(os.path.join(self.running, lock))}
+        return sorted(names - {share.name, "settings", "merge"})
 
     def _holds_shards(self) -> bool:
         return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
