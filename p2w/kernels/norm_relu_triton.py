@@ -7,8 +7,8 @@ gradient). It keeps the input and three numbers per channel for the backward pas
 Moments: each program sums deviations from the mean of its own first tile, which cancels little, however large a channel's
 mean is beside its deviation. Per-program means and sums of squared deviations (M2) are combined in float64 by a small
 second kernel. Everything is summed in a fixed order, without atomics: the same input gives the same bits on one card.
-Across ranks, each rank's mean is split into a short leading part, whose squares float32 sums exactly, and a rest; so one
-all-reduce of five numbers per channel loses no more digits than a second round would.
+Across ranks, count x mean and count x mean² are each split into a leading part of eight bits, which float32 sums exactly,
+and a rest: the difference of two large sums then keeps its digits, and one all-reduce does the work of two.
 
 Tiles of the second pass run from the last row to the first: what the first pass read last is still in the L2 cache.
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
@@ -32,14 +32,12 @@ from p2w.errors import UserError
 
 Reduce = Callable[[Tensor], None]  # sums a 1-D float32 tensor over ranks, in place
 
-PROGRAMS = (
-    512  # of a first pass, over rows and columns: four of 256 threads on each of an H100's 132 processors
-)
+PROGRAMS = 256  # of a first pass: an H100's 132 processors hold two each, with up to 128 registers a thread
 COLUMNS = 128  # channels of a tile at most
-ELEMENTS = 4096  # of a tile at most; half of it where two tensors are read
+MOMENTS, OUTPUT, SUMS, INPUT_GRAD = 8192, 4096, 4096, 2048  # elements of each kernel's tile at most
 RUN = 4  # tiles that a program of a second pass takes, so that it loads the channels' numbers once
 WARPS = 8
-BLOCK = 8  # channels of a program that combines partial results
+COMBINED = 1024  # partial results that a program combines at a time
 
 
 @triton.jit
@@ -149,12 +147,13 @@ def combine_moments_kernel(
     m2 = tl.where(m2 < 0, 0.0, m2)
     if RANKS:
         inside = channel < C
-        lead = mean.to(tl.float32).to(tl.bfloat16).to(tl.float64)
-        rest = mean - lead
-        tl.store(out_ptr + channel, (count * lead).to(tl.float32), mask=inside)
-        tl.store(out_ptr + C + channel, (count * rest).to(tl.float32), mask=inside)
-        tl.store(out_ptr + 2 * C + channel, (count * lead * lead).to(tl.float32), mask=inside)
-        tl.store(out_ptr + 3 * C + channel, (count * rest * (2 * lead + rest)).to(tl.float32), mask=inside)
+        one, two = count * mean, count * mean * mean
+        one_lead = one.to(tl.float32).to(tl.bfloat16).to(tl.float32)
+        two_lead = two.to(tl.float32).to(tl.bfloat16).to(tl.float32)
+        tl.store(out_ptr + channel, one_lead, mask=inside)
+        tl.store(out_ptr + C + channel, (one - one_lead).to(tl.float32), mask=inside)
+        tl.store(out_ptr + 2 * C + channel, two_lead, mask=inside)
+        tl.store(out_ptr + 3 * C + channel, (two - two_lead).to(tl.float32), mask=inside)
         tl.store(out_ptr + 4 * C + channel, m2.to(tl.float32), mask=inside)
         tl.store(out_ptr + 5 * C, count.to(tl.float32), mask=tl.program_id(0) == 0)
     else:
@@ -178,11 +177,13 @@ def combine_ranks_kernel(
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
     count = tl.load(packet_ptr + 5 * C).to(tl.float64)
-    mean = tl.load(packet_ptr + channel, mask=inside, other=0.0).to(tl.float64)
-    mean = (mean + tl.load(packet_ptr + C + channel, mask=inside, other=0.0).to(tl.float64)) / count
-    m2 = tl.load(packet_ptr + 2 * C + channel, mask=inside, other=0.0).to(tl.float64) - count * mean * mean
-    m2 += tl.load(packet_ptr + 3 * C + channel, mask=inside, other=0.0).to(tl.float64)
-    m2 = tl.where(m2 < 0, 0.0, m2)  # between the ranks
+    one = tl.load(packet_ptr + channel, mask=inside, other=0.0).to(tl.float64)
+    one += tl.load(packet_ptr + C + channel, mask=inside, other=0.0).to(tl.float64)
+    two = tl.load(packet_ptr + 2 * C + channel, mask=inside, other=0.0).to(tl.float64)
+    two += tl.load(packet_ptr + 3 * C + channel, mask=inside, other=0.0).to(tl.float64)
+    mean = one / count
+    m2 = two - one * mean
+    m2 = tl.where(m2 < 0, 0.0, m2)  # between the ranks, to which each rank's own is added
     m2 += tl.load(packet_ptr + 4 * C + channel, mask=inside, other=0.0).to(tl.float64)
     _finish(
         mean, m2, count, channel, shift_ptr, (running_mean_ptr, running_var_ptr), saved_ptr, momentum, eps, C
@@ -326,11 +327,13 @@ class Tiling:
     @property
     def combining(self) -> dict[str, int]:
         """What every kernel that combines partial results is compiled for."""
-        return {
-            "C": self.channels,
-            "PROGRAMS": min(512, triton.next_power_of_2(self.programs)),
-            "BLOCK": BLOCK,
-        }
+        programs = min(256, triton.next_power_of_2(self.programs))
+        return {"C": self.channels, "PROGRAMS": programs, "BLOCK": min(32, COMBINED // programs)}
+
+    @property
+    def combiners(self) -> int:
+        """Programs that combine partial results."""
+        return triton.cdiv(self.channels, self.combining["BLOCK"])
 
 
 class _NormRelu(torch.autograd.Function):
@@ -350,26 +353,25 @@ class _NormRelu(torch.autograd.Function):
         reduce: Reduce | None,
     ) -> Tensor:
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        cut = Tiling(rows, channels, ELEMENTS)
+        cut, fine = Tiling(rows, channels, MOMENTS), Tiling(rows, channels, OUTPUT)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
         saved = torch.empty(3, channels, dtype=torch.float32, device=x.device)
         packet = saved if reduce is None else saved.new_empty(5 * channels + 1)
         follow = (shift, running_mean, running_var)
-        blocks = triton.cdiv(channels, BLOCK)
         y = torch.empty_like(x)
         with _on(x):
             moments_kernel[(cut.programs, cut.across)](x, partial, rows, **cut.sizes, num_warps=WARPS)
-            combine_moments_kernel[(blocks,)](
+            combine_moments_kernel[(cut.combiners,)](
                 partial, *follow, packet, rows, cut.programs, momentum, eps,
                 ROWS=cut.height, RANKS=reduce is not None, **cut.combining, num_warps=WARPS,
             )  # fmt: skip
             if reduce is not None:
                 reduce(packet)
-                combine_ranks_kernel[(blocks,)](
-                    packet, *follow, saved, momentum, eps, C=channels, BLOCK=BLOCK, num_warps=1
+                combine_ranks_kernel[(triton.cdiv(channels, 32),)](
+                    packet, *follow, saved, momentum, eps, C=channels, BLOCK=32, num_warps=1
                 )
-            output_kernel[(triton.cdiv(cut.tiles, RUN), cut.across)](
-                x, y, weight, bias, saved, rows, **cut.sizes, RUN=RUN, num_warps=WARPS
+            output_kernel[(triton.cdiv(fine.tiles, RUN), fine.across)](
+                x, y, weight, bias, saved, rows, **fine.sizes, RUN=RUN, num_warps=WARPS
             )
         ctx.save_for_backward(x, weight, bias, saved)
         ctx.reduce = reduce
@@ -381,7 +383,7 @@ class _NormRelu(torch.autograd.Function):
         x, weight, bias, saved = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last_3d)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        cut = Tiling(rows, channels, ELEMENTS // 2)
+        cut, fine = Tiling(rows, channels, SUMS), Tiling(rows, channels, INPUT_GRAD)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
         sums = torch.empty(2 * channels, dtype=torch.float32, device=x.device)
         weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
@@ -390,14 +392,14 @@ class _NormRelu(torch.autograd.Function):
             sums_kernel[(cut.programs, cut.across)](
                 dy, x, weight, bias, saved, partial, rows, **cut.sizes, num_warps=WARPS
             )
-            combine_sums_kernel[(triton.cdiv(channels, BLOCK),)](
+            combine_sums_kernel[(cut.combiners,)](
                 partial, sums, bias_grad, weight_grad, cut.programs, **cut.combining, num_warps=WARPS
             )
             if ctx.reduce is not None:
                 ctx.reduce(sums)
             if dx is not None:
-                input_grad_kernel[(triton.cdiv(cut.tiles, RUN), cut.across)](
-                    dy, x, dx, weight, bias, saved, sums, rows, **cut.sizes, RUN=RUN, num_warps=WARPS
+                input_grad_kernel[(triton.cdiv(fine.tiles, RUN), fine.across)](
+                    dy, x, dx, weight, bias, saved, sums, rows, **fine.sizes, RUN=RUN, num_warps=WARPS
                 )
         return dx, weight_grad, bias_grad, None, None, None, None, None, None
 
