@@ -102,7 +102,7 @@ def test_all_of_this_in_the_interpreter():
         check=False, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "17 passed" in run.stdout, run.stdout
+    assert "21 passed" in run.stdout, run.stdout
 
 
 @interpreted
@@ -299,7 +299,7 @@ def check(kernel, constants, dtype, capability, registers):
     if constants["C"] % 16 == 0:
         assert "ld.global.v4.b32" in binary.asm["ptx"] or registers > 128, f"{name}: reads less than 16 bytes at a time"
 
-cases = (90, 64, "bf16"), (90, 512, "bf16"), (90, 64, "fp32"), (80, 64, "bf16"), (90, 3, "bf16")
+cases = (90, 64, "bf16"), (90, 3, "fp32"), (80, 512, "bf16")
 for capability, channels, dtype in cases:
     names = ("MOMENTS", "OUTPUT", "SUMS", "INPUT_GRAD")
     cut = {name: kernels.Tiling(2**21, channels, getattr(kernels, name)) for name in names}
