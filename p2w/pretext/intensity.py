@@ -49,9 +49,8 @@ def bezier(u: Tensor) -> Tensor:
     control points. With those in the unit square both coordinates rise with the parameter, so the curve is a function."""
     first, second, third, knots = _basis(u.device, u.dtype)
     both = u.view(-1, 2, 2, 1)  # control point, then coordinate
-    curve = (
-        (both[:, 0] * first + both[:, 1] * second + third).cummax(2).values
-    )  # (B, 2, STEPS), rising to the last bit
+    curve = both[:, 0] * first + both[:, 1] * second + third
+    curve = curve.cummax(2).values  # (B, 2, STEPS), rising to the last bit
     knots = knots.expand(len(u), KNOTS)
     right = torch.searchsorted(curve[:, 0].contiguous(), knots.contiguous()).clamp_(1, STEPS - 1)
     at = right[:, None].expand(-1, 2, -1)
@@ -77,7 +76,7 @@ def _tables(u: Tensor, config: IntensityConfig) -> Tensor:
     """Curve, then gamma, contrast, brightness, as one table (B, K) in [0, 1]; `u` (B, 7 or more) in [0, 1]."""
     strength = config.strength
     both = 2 * u[:, 4:7, None] - 1
-    knots = torch.linspace(0, 1, KNOTS, device=u.device)
+    knots = _basis(u.device, u.dtype)[3]
     curve = torch.lerp(knots.expand(len(u), KNOTS), bezier(u[:, :4]), strength * config.curve)
     power = (both[:, 0] * (strength * math.log(config.gamma))).exp()
     slope, shift = 1 + both[:, 1] * (strength * config.contrast), both[:, 2] * (strength * config.brightness)

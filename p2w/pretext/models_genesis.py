@@ -58,10 +58,8 @@ class ModelsGenesis:
                 f"pretext.size={size}: no cube of that size fits sub-scans of {tuple(shape)} voxels; pass a smaller "
                 "one, or --genesis.cube whole"
             )
-        spans, edges = self.numbers(
-            batch_BDHW.device,
-            *zip(*((there - edge + 1, edge) for there, edge in zip(shape, size, strict=True)), strict=True),
-        )
+        room = tuple(there - edge + 1 for edge, there in zip(size, shape, strict=True))
+        spans, edges = self.numbers(batch_BDHW.device, room, size)
         starts = (geometry.uniforms(keys, CUBE, 3) * spans).long()
         boxes = torch.cat((starts, starts + edges), 1).float()
         return geometry.crop_resize(batch_BDHW, boxes, size, window_hu=self.config.window_hu, antialias=False)
@@ -75,7 +73,7 @@ class ModelsGenesis:
         paints, outside = coin < settings.paint, coin < settings.paint * settings.outpaint
         u = geometry.uniforms(keys, BLOCKS, 7 * PAINTED).view(len(coin), PAINTED, 7)
         made = u[..., 6] < AGAIN
-        made[:, 0] |= outside  # the first block of what is kept is always there
+        made[:, 0].logical_or_(outside)  # the first block of what is kept is always there
         made = made.cumprod(1).bool()
         edges, *limits = self.numbers(
             device,
