@@ -20,6 +20,7 @@ from p2w.data.held import Held
 from p2w.data.stream import ShardSet, Stream
 from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
+from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.agree import agree
 from p2w.train.checkpoint import Checkpoints
@@ -31,11 +32,20 @@ from p2w.train.selfcheck import trusted
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
+ENOUGH_FOR_BATCH_NORM = 16  # samples: the paper's batch [P]
+
 
 def build(config: Config) -> tuple[Pretext, Network]:
     """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
     pretext = build_pretext(config)
     return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
+
+
+def shares_batch_norm(config: Config, ranks: int) -> bool:
+    """Whether batch norm averages over all ranks: `optim.sync_batchnorm`, or by how few samples a rank has at a time."""
+    if config.optim.sync_batchnorm != "auto":
+        return config.optim.sync_batchnorm == "on"
+    return ranks > 1 and config.data.batch // ranks // config.optim.accumulate < ENOUGH_FOR_BATCH_NORM
 
 
 def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
@@ -91,6 +101,9 @@ def _build(
     """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
+    if shares_batch_norm(config, world.size):
+        synchronise_batch_norm(model, world.size)
+        log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
@@ -100,7 +113,7 @@ def _build(
     }  # fmt: skip
     held = _held(config, shards, world, precision) if config.data.on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
-    precision = trusted(config, precision, model, world, log.warn)
+    precision = trusted(config, precision, model, world, log.warn).apply()
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
@@ -136,7 +149,9 @@ def _held(config: Config, shards: ShardSet, world: World, precision: Precision) 
     passes = config.data.batch // world.size // config.optim.accumulate
     facts = cost(config, lambda: build(config), passes, 4 if precision.dtype is None else 2)
     sharers = world.local_size if world.device.type == "cpu" else 1
-    reserve = facts.activation_bytes + facts.state_bytes
+    # A CUDA graph is captured beside what the first steps took, on a copy of the weights.
+    times = 2 if world.device.type == "cuda" and config.train.cuda_graph != "off" else 1
+    reserve = times * (facts.activation_bytes + facts.state_bytes)
     return Held(shards, "train", world.device, reserve=reserve, sharers=sharers)
 
 
