@@ -133,7 +133,7 @@ def combine_moments_kernel(
         count = _rows_of(program, programs, rows, ROWS).to(tl.float64)[:, None]
         ones += count * mean
         twos += m2 + count * mean * mean
-    count = rows.to(tl.float64)
+    count = tl.cast(rows, tl.float64)
     mean = tl.sum(ones, 0) / count
     m2 = tl.sum(twos, 0) - count * mean * mean
     m2 = tl.where(m2 < 0, 0.0, m2)
