@@ -42,6 +42,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
         "p2w.config",
         "p2w.pretext_config",
         "p2w.geometry",
+        "p2w.kernels",
         "p2w.model",
         "p2w.pretext",
     ),
