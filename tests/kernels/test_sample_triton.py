@@ -16,8 +16,8 @@ from test_crop_resize_triton import INTERPRETING, broken, compiled, gpu, interpr
 from p2w import geometry
 from p2w.geometry import Keys, sample_boxes, try_triton, uniforms
 
-IDS = torch.cat([torch.arange(-3, 40) * 2**50, torch.arange(100)])
-KEYS = [Keys(5, -3, IDS), Keys(0, 0, IDS), Keys(2**63 + 1, 7, IDS), Keys(11, 2, IDS[::2])]
+IDS = torch.cat([torch.arange(-3, 4) * 2**50, torch.arange(34)])  # one more than a block of boxes, and some
+KEYS = [Keys(5, -3, IDS), Keys(2**63 + 1, 7, IDS), Keys(0, 0, IDS[::2])]
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
@@ -27,11 +27,11 @@ def test_all_of_this_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        check=False, capture_output=True, text=True, timeout=200,
+        check=False, capture_output=True, text=True, timeout=230,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) >= 9, run.stdout
+    assert passed and int(passed[1]) == 7, run.stdout
 
 
 @interpreted
@@ -39,9 +39,9 @@ def test_all_of_this_in_the_interpreter():
 def test_uniforms_are_torchs_bit_for_bit(keys):
     from p2w.kernels import sample_triton
 
-    for part, count in ((0, 1), (3, 7), (2**40, 1500)):
-        state = geometry._state(keys, part)
-        assert torch.equal(sample_triton.uniforms(keys.ids, state, count), uniforms(keys, part, count))
+    for ids, part, count in ((keys.ids[::4], 0, 1), (keys.ids[::3], 3, 7), (keys.ids[:2], 2**40, 1500)):
+        expected = uniforms(Keys(keys.seed, keys.epoch, ids), part, count)
+        assert torch.equal(sample_triton.uniforms(ids, geometry._state(keys, part), count), expected)
     assert sample_triton.uniforms(keys.ids[:0], 1, 7).shape == (0, 7)
 
 
@@ -75,9 +75,9 @@ def test_a_triton_without_a_driver_is_a_reason_in_one_line():
     assert name == "torch" and "does not work here" in reason and "\n" not in reason
 
 
+@pytest.mark.skipif(INTERPRETING, reason="a process of its own, whether Triton interprets or not")
 @pytest.mark.parametrize("source, words", [
     ("raise ImportError('libcuda is from another planet\\nsecond line')", "libcuda is from another planet"),
-    ("raise RuntimeError", "RuntimeError"),
     ("", "AttributeError|ModuleNotFoundError"),  # an empty package, as a half-removed one leaves behind
 ])  # fmt: skip
 def test_a_broken_triton_is_a_reason_in_one_line(tmp_path, source, words):
@@ -117,7 +117,7 @@ def test_without_a_c_compiler_torch_is_used_on_the_gpu(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", script],
         env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False, capture_output=True, text=True, timeout=200,
+        check=False, capture_output=True, text=True, timeout=230,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("torch|") and len(run.stdout.splitlines()) == 1
