@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ Size = tuple[int, int, int]  # d, h, w, voxel
 Range = tuple[float, float]  # low, high
 
 _MASK64 = (1 << 64) - 1
+_REFUSED_BY_TRITON: set[tuple[object, ...]] = set()  # sizes and types of calls
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
 _MIX = (
     (30, 0xBF58476D1CE4E5B9),
@@ -238,12 +240,24 @@ def part_and_whole(
 def _run(
     whole: Tensor, boxes: Tensor, part: Tensor, target: Tensor | None, *, window_hu: Range, antialias: bool
 ) -> None:
-    if backend(whole.device)[0] == "triton":
-        from p2w.kernels import crop_resize_triton  # noqa: PLC0415  triton is optional and slow to import
+    sizes = (whole.device, whole.dtype, whole.shape[1:], part.dtype, part.shape[2:], target is None)
+    if backend(whole.device)[0] == "triton" and sizes not in _REFUSED_BY_TRITON:
+        from triton.errors import TritonError  # noqa: PLC0415  triton is optional and slow to import
+
+        from p2w.kernels import crop_resize_triton  # noqa: PLC0415
 
         if crop_resize_triton.fits(whole.shape[3], part.shape[4]):
-            crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
-            return
+            try:
+                crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+                return
+            except TritonError as error:  # a card with too little shared memory, a compiler that gives up
+                _REFUSED_BY_TRITON.add(sizes)
+                said = str(error).strip().partition("\n")[0]
+                warnings.warn(
+                    f"crop-resize of {tuple(whole.shape[1:])} to {tuple(part.shape[2:])} voxels is computed by torch, "
+                    f"more slowly: triton gave up on it ({type(error).__name__}: {said})",
+                    stacklevel=3,
+                )
     crop_resize_torch.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
 
 

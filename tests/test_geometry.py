@@ -212,3 +212,30 @@ def test_backend_says_what_and_why():
     name, reason = backend("cpu")
     assert name == "torch" and "cpu" in reason
     assert backend(torch.device("cuda"))[0] in ("torch", "triton")
+
+
+def test_what_triton_gives_up_on_is_computed_by_torch_and_said_once(monkeypatch):
+    """A card whose shared memory is too small for one size: no traceback in the middle of a run."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    from p2w.kernels import crop_resize_triton
+
+    calls = []
+
+    def gives_up(*args, **kwargs):
+        calls.append(args)
+        raise errors.OutOfResources(101_376, 49_152, "shared memory")
+
+    wholes = torch.randint(-1000, 1000, (2, 8, 12, 12), dtype=torch.int16)
+    boxes = sample_boxes(Keys(0, 0, torch.arange(2)), 0, (8, 12, 12))
+    expected = part_and_whole(wholes, boxes, (4, 6, 6))
+    monkeypatch.setattr(geometry, "backend", lambda device: ("triton", "as on a GPU"))
+    monkeypatch.setattr(geometry, "_REFUSED_BY_TRITON", set())
+    monkeypatch.setattr(crop_resize_triton, "run", gives_up)
+    with pytest.warns(
+        UserWarning, match=r"\(8, 12, 12\) to \(4, 6, 6\) voxels is computed by torch.*OutOfResources"
+    ):
+        found = part_and_whole(wholes, boxes, (4, 6, 6))
+    again = part_and_whole(wholes, boxes, (4, 6, 6))
+    assert len(calls) == 1
+    for one, two, right in zip(found, again, expected, strict=True):
+        assert torch.equal(one, right) and torch.equal(two, right)
