@@ -63,7 +63,8 @@ class Way:
     """A trainer of its own; called, it takes `steps` steps and returns samples a second."""
 
     def __init__(self, name: str, config: Config, shards: ShardSet, folder: Path, steps: int) -> None:
-        world = World.place()
+        world = World.start()  # as a run starts: on a GPU, cuDNN tries its algorithms and keeps the fastest
+        precision = choose_precision(config.train.amp, world.device)
         torch.manual_seed(0)
         pretext, model = build(config)
         if name == WAYS[2]:
@@ -76,7 +77,6 @@ class Way:
             shards, "train", config.data.batch, readers=config.data.readers, device=world.device
         )
         log = Log(folder, False, config.train.steps)
-        precision = choose_precision(config.train.amp, world.device)
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
         self.cpu_s: list[float] = []  # of all threads, a sample
@@ -111,11 +111,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--shards", default="")
+    parser.add_argument("--small", action="store_true", help="width 4 at 16x16x16 voxels, to rehearse")
     parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = named(args.recipe)
     config = replace(config, data=replace(config.data, batch=args.batch))
+    if args.small:
+        config = replace(
+            config, model=replace(config.model, width=4), pretext=replace(config.pretext, size=(16, 16, 16))
+        )
     folder = tempfile.mkdtemp()
     try:
         shards = open_set(args.shards or shards_in(folder, max(64, 2 * args.batch // 32 * 32)))
@@ -138,6 +143,7 @@ def main() -> None:
         Goal("of the processor time, that of views in memory", over(cpu[WAYS[2]], cpu[WAYS[0]]), 0.98),
     ]
     command = f"python bench/end_to_end.py --recipe {args.recipe} --batch {args.batch} --rounds {args.rounds}"
+    command += " --small" * args.small
     question = "the loop of launch/train.py against the same loop on data in memory"
     show(
         save(

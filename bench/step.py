@@ -51,10 +51,12 @@ class Way:
 class Step:
     """A network of its own, and one step of it: called, it returns samples a second."""
 
-    def __init__(self, way: Way, batch: int, size: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, way: Way, batch: int, size: tuple[int, ...], device: torch.device, width: int = 32
+    ) -> None:
         torch.manual_seed(0)
         self.way, self.device, self.batch = way, device, batch
-        self.model = network().to(device)
+        self.model = network(width).to(device)
         if way.channels_last:
             self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.forward = torch.compile(self.model) if way.compiled else self.model
@@ -99,8 +101,8 @@ class Step:
         return self.batch / (time.perf_counter() - began)
 
 
-def network() -> nn.Module:
-    encoder = UNet3dEncoder()
+def network(width: int = 32) -> nn.Module:
+    encoder = UNet3dEncoder(width)
     return EncoderDecoder(encoder, UNet3dDecoder(encoder.channels, encoder.strides))
 
 
