@@ -16,13 +16,14 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from p2w.analysis.protocol import Settings
 from p2w.analysis.subjects import Run, name_of, parse_against
 from p2w.analyze import Analysis, analyze
+from p2w.config import Amp
 from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import Log
@@ -49,7 +50,7 @@ class Args:
     """Which wholes: val or train."""
     checkpoints: bool = True
     """Follow contrastive loss and validation MSE over all checkpoints that the run has kept (Fig. 2c)."""
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    amp: Amp = "fp32"
     """Precision of the networks' arithmetic."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
@@ -63,7 +64,7 @@ def parse(argv: list[str], speaks: bool = True) -> Args:
 def build(args: Args, world: World) -> Analysis:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args.settings.check()
-    precision = choose_precision(args.amp, world.device)
+    precision = choose_precision(args.amp, world.device).apply()
     run = Run.open(args.run)
     step = run.step(args.step)
     against = parse_against(args.against, run, world, precision)

@@ -155,7 +155,8 @@ def main() -> int:
         return 0
     try:
         # The watchdog knows more than a collective that is not joined.
-        world = World.start(max(World.WAIT_S, 120 * args.config.train.hang_minutes))
+        wait_s = max(World.WAIT_S, 120 * args.config.train.hang_minutes)
+        world = World.start(wait_s, deterministic=args.config.train.deterministic)
         pretrain(args.config, shards, args.folder, world, precision)
     except SharedError as error:
         if not world.is_main:

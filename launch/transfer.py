@@ -143,7 +143,7 @@ def build(argv: list[str], world: World) -> Job:
         source, resolve(args.init), args.label or label_of(args.init), args.network, args.width, args.trials,
         args.fraction, args.decoder == "pretrained", fold, args.recipe, args.run,
     )  # fmt: skip
-    precision = choose_precision(args.recipe.amp, world.device)
+    precision = choose_precision(args.recipe.amp, world.device).apply()
     check_data(transfer, world.size)
     said = leak(transfer.origin, source, args.allow_leak, fold)
     network, _ = transfer.build(0)

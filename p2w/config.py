@@ -17,6 +17,8 @@ from typing import Any, Literal
 from p2w import pretext_config as proxies
 from p2w.errors import UserError
 
+Amp = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -83,6 +85,9 @@ class OptimConfig:
     """Whose fused optimizer: torch's, NVIDIA apex's (must be installed), or none."""
     clip_norm: float = 0.0
     """Largest gradient norm; 0 does not clip."""
+    sync_batchnorm: Literal["auto", "on", "off"] = "auto"
+    """Batch norm over the samples of all ranks; auto where a rank has fewer than 16 of them a pass, the paper's batch: so 8
+    GPUs train what one does [?]."""
     accumulate: int = 1
     """Split each rank's share of a batch into this many passes, to save memory; contrastive pretexts take their negatives
     from a pass, over all ranks."""
@@ -102,8 +107,17 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Seed of the initial weights."""
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the network's arithmetic; auto takes bf16 where the device computes in it, else fp32."""
+    amp: Amp = "auto"
+    """Precision of the network's arithmetic; auto takes bf16 where the device computes in it, else fp32. On a GPU fp32 is
+    IEEE float32; tf32 rounds the inputs of its convolutions and matrix products to 10 bits."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits every time, and none chosen by a race, so that a resumed run is
+    bit-equal to one that was never stopped. Slower. On the CPU runs are bit-equal without it."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On one GPU: replay the whole step as one CUDA graph; auto where that is faster and gives the same bits twice."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """On a GPU: auto times every way that a layer can be computed in, at the sizes of this run, and takes the fastest; plain
+    takes PyTorch's usual one. The log says which; they differ by rounding."""
     channels_last: bool = True
     """Memory layout with channels innermost (faster with batch norm)."""
     compile: bool = False
@@ -166,6 +180,9 @@ MAY_CHANGE = frozenset(
         "train.log_every",
         "train.look_every",
         "train.max_skipped",
+        "train.deterministic",
+        "train.cuda_graph",
+        "train.kernels",
         "train.hang_minutes",
     }
 )

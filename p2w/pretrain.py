@@ -100,7 +100,7 @@ def _build(
     }  # fmt: skip
     held = _held(config, shards, world, precision) if config.data.on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
-    precision = trusted(config, precision, model, world, log.warn)
+    precision = trusted(config, precision, model, world, log.warn).apply()
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
@@ -136,7 +136,9 @@ def _held(config: Config, shards: ShardSet, world: World, precision: Precision) 
     passes = config.data.batch // world.size // config.optim.accumulate
     facts = cost(config, lambda: build(config), passes, 4 if precision.dtype is None else 2)
     sharers = world.local_size if world.device.type == "cpu" else 1
-    reserve = facts.activation_bytes + facts.state_bytes
+    # A CUDA graph is captured beside what the first steps took, on a copy of the weights.
+    times = 2 if world.device.type == "cuda" and config.train.cuda_graph != "off" else 1
+    reserve = times * (facts.activation_bytes + facts.state_bytes)
     return Held(shards, "train", world.device, reserve=reserve, sharers=sharers)
 
 

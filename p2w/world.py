@@ -75,17 +75,19 @@ class World:
         return World(rank, size, local_rank, local_size, socket.gethostname(), device, reason, agent)
 
     @staticmethod
-    def start(timeout_s: float = WAIT_S, meet_s: float = MEET_S) -> "World":
+    def start(timeout_s: float = WAIT_S, meet_s: float = MEET_S, deterministic: bool = False) -> "World":
         """Read the environment and join the process group: NCCL for GPU tensors, gloo for CPU tensors.
 
-        A collective may take `timeout_s`, the ranks meet within `meet_s`. Raises UserError when they do not.
+        A collective may take `timeout_s`, the ranks meet within `meet_s`. `deterministic`: a GPU gives the same bits every
+        time, more slowly. Raises UserError when the ranks do not meet.
         """
         world = World.place()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
-            torch.backends.cudnn.benchmark = (
-                True  # shapes stay the same: try the 3D convolutions once, take the fastest
-            )
+            # Shapes stay the same: try the 3D convolutions once, take the fastest. Which one that is, a race decides.
+            torch.backends.cudnn.benchmark = not deterministic
+            if deterministic:
+                _same_bits()
         if world.size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             device_id = world.device if world.device.type == "cuda" else None
@@ -207,6 +209,18 @@ class World:
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         }
+
+
+def _same_bits() -> None:
+    """Have this process's GPU take kernels that add in a fixed order; torch warns of an operation that has none.
+
+    It also warns of max pooling's backward, which adds atomically. Windows that do not overlap, as the U-Net's, give each
+    voxel one summand, so its bits stay the same all the same; those of the ResNets and of I3D overlap.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
 def _processor() -> str:

@@ -22,7 +22,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.geometry": ("p2w.errors", "p2w.kernels"),
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
-    "p2w.model": ("p2w.errors", "p2w.model"),
+    "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),
     "p2w.data": ("p2w.errors", "p2w.data"),
     "p2w.config": ("p2w.errors", "p2w.pretext_config"),
     "p2w.pretext": (

@@ -34,9 +34,9 @@ class SameConv3d(Conv3d):
         super().__init__(cin, cout, kernel, stride, padding=kernel // 2 if stride == 1 else 0, bias=bias)
         self.kernel, self.by = (kernel,) * 3, (stride,) * 3
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, cin, D, H, W) -> (B, cout, ceil(D / stride), …)."""
-        return super().forward(pad_same(x, self.kernel, self.by) if self.by != (1, 1, 1) else x)
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
+        """(B, cin, D, H, W) -> (B, cout, ceil(D / stride), …), without the bias unless `biased`."""
+        return super().forward(pad_same(x, self.kernel, self.by) if self.by != (1, 1, 1) else x, biased)
 
 
 def average_same(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The 3D convolution of every network here: torch's, except where torch's is known to be wrong."""
+"""The 3D convolution of every network here: torch's, except where torch's is known to be wrong or to do too much."""
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,53 @@ class Conv3d(nn.Conv3d):
     others the right ones. `p2w.train.selfcheck` compares the run's own network with fp32 at start, should there be more.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve, in float32 where bf16 is not to be trusted."""
+    bias_cancelled: bool = False
+    """Whether a batch norm follows directly, which subtracts the bias again; see `freeze_cancelled_bias`."""
+
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
+        """Convolve, in float32 where bf16 is not to be trusted; without the bias unless `biased`."""
+        bias = self.bias if biased else None
         if x.device.type == "cpu" and x.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float())
-        return super().forward(x)
+                return self._conv_forward(x.float(), self.weight, bias)
+        return self._conv_forward(x, self.weight, bias)
+
+
+def freeze_cancelled_bias(conv: Conv3d) -> None:
+    """Take the bias of `conv`, which a batch norm follows directly, out of training.
+
+    The norm subtracts the mean of the batch, and with it the bias: the output does not depend on it, and its gradient is
+    exactly zero. It stays a parameter with its name, so that weights travel both ways, and counts again in eval mode.
+    """
+    conv.bias_cancelled = True
+    if conv.bias is not None:
+        conv.bias.requires_grad_(False)
+
+
+def cancelled_biases(network: nn.Module) -> list[nn.Parameter]:
+    """The biases of `network` that a batch norm cancels, in the order of its modules."""
+    return [conv.bias for conv in _cancelling(network) if isinstance(conv.bias, nn.Parameter)]
+
+
+def for_optimizer(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters that take gradients, and the cancelled biases of convolutions whose weights do, in the network's order.
+
+    An optimizer skips what has no gradient. The biases are in its list because states saved by earlier versions count them.
+    """
+    beside = {id(conv.bias) for conv in _cancelling(network) if conv.weight.requires_grad}
+    return [weight for weight in network.parameters() if weight.requires_grad or id(weight) in beside]
+
+
+def let_train(network: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Make every parameter take gradients, except biases that a batch norm cancels and names that begin with one of `but`.
+
+    No gradient reaches the exceptions, and DistributedDataParallel would wait for it for ever.
+    """
+    cancelled = {id(bias) for bias in cancelled_biases(network)}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.startswith(but) and id(parameter) not in cancelled)
+
+
+def _cancelling(network: nn.Module) -> list[Conv3d]:
+    """Convolutions whose bias a batch norm cancels."""
+    return [module for module in network.modules() if isinstance(module, Conv3d) and module.bias_cancelled]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from p2w.model.dense_vnet import DenseVNet, DenseVNetHead
 from p2w.model.protocol import Encoder, Network
-from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder
+from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder, UpBlock
 
 WIDEST = 256  # channels of a general decoder's level: the paper's decoder has 256 | 128 | 64
 
@@ -65,7 +65,7 @@ class GeneralDecoder(nn.Module):
         return self.out_tr(self.last(x))
 
 
-class Widen(nn.Module):
+class Widen(UpBlock):
     """Multiply the edges by the factor of each axis, join the skip where there is one, then two ConvNormAct."""
 
     def __init__(self, cin: int, factor: tuple[int, int, int], skip: int, cout: int) -> None:
@@ -74,11 +74,6 @@ class Widen(nn.Module):
         up = nn.ConvTranspose3d(cin, cout, kernel_size=factor, stride=factor)
         self.up_conv = up if widens else nn.Identity()
         self.ops = nn.Sequential(ConvNormAct((cout if widens else cin) + skip, cout), ConvNormAct(cout, cout))
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, cin, D, H, W), (B, skip, fD, fH, fW) or None -> (B, cout, fD, fH, fW)."""
-        x = self.up_conv(x)
-        return self.ops(x if skip is None else torch.cat((x, skip), dim=1))
 
 
 def _ratio(coarse: tuple[int, int, int], fine: tuple[int, int, int]) -> tuple[int, int, int]:

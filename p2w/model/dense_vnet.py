@@ -16,6 +16,7 @@ from torch.nn import functional
 from p2w.errors import UserError
 from p2w.model.blocks import SameConv3d, average_same, initialise, scaled
 from p2w.model.feeding import Feeding
+from p2w.model.norm import BatchNorm3d
 from p2w.model.protocol import Encoder
 
 STACKS = ((5, 4, 12), (10, 8, 24), (10, 16, 24))  # convolutions, growth, channels of the skip
@@ -28,13 +29,11 @@ class ConvNorm(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> None:
         super().__init__()
         self.conv = SameConv3d(cin, cout, kernel, stride)
-        self.bn = nn.BatchNorm3d(cout)
-        self.relu = relu
+        self.bn = BatchNorm3d(cout, relu=relu)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply them in turn."""
-        y = self.bn(self.conv(x))
-        return torch.relu_(y) if self.relu else y
+        return self.bn(self.conv(x))
 
 
 class DenseStack(nn.Module):
@@ -75,7 +74,7 @@ class DenseVNet(Encoder):
         down = scaled(FIRST, width)
         skips = [scaled(skip, width) for _, _, skip in STACKS]
         self.in_channels = in_channels
-        self.image_bn = nn.BatchNorm3d(in_channels)
+        self.image_bn = BatchNorm3d(in_channels)
         self.initial = ConvNorm(in_channels, down, kernel=5, stride=2, relu=False)
         blocks, cin = [], in_channels + down
         for i, (convolutions, growth, _) in enumerate(STACKS):

@@ -17,8 +17,7 @@ class Classifier(Network):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        for name, parameter in encoder.named_parameters():  # no gradient reaches those
-            parameter.requires_grad_(not name.startswith(encoder.beside_pooled))
+        encoder.only_pooled()
         self.head = nn.Sequential(
             nn.Linear(encoder.channels[-1], HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1)
         )

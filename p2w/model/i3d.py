@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from p2w.model.blocks import SameConv3d, initialise, pad_same, scaled
 from p2w.model.feeding import Feeding
+from p2w.model.norm import BatchNorm3d
 from p2w.model.protocol import Encoder
 
 # One line a mixed block: 1x1x1 | 1x1x1 -> 3x3x3 | 1x1x1 -> 3x3x3 | max-pool -> 1x1x1
@@ -34,11 +35,11 @@ class Unit(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv3d = SameConv3d(cin, cout, kernel, stride)
-        self.bn = nn.BatchNorm3d(cout, eps=1e-3, momentum=0.01)
+        self.bn = BatchNorm3d(cout, eps=1e-3, momentum=0.01, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the three in turn."""
-        return torch.relu_(self.bn(self.conv3d(x)))
+        return self.bn(self.conv3d(x))
 
 
 class Mixed(nn.Module):

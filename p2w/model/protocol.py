@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from p2w.model.conv import let_train
 from p2w.model.feeding import Feeding
 
 Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry a sample along its first axis
@@ -25,6 +26,8 @@ class Encoder(nn.Module):
     """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
+    channels_last: bool = True
+    """Which memory layout is the faster one for it, where the settings leave that open."""
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
 
@@ -35,8 +38,7 @@ class Encoder(nn.Module):
 
     def only_pooled(self) -> None:
         """Freeze what `pooled` does not depend on: no gradient reaches it, and DDP would wait for it for ever."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not name.startswith(self.beside_pooled))
+        let_train(self, but=self.beside_pooled)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""

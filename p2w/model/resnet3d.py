@@ -14,6 +14,7 @@ from p2w.errors import UserError
 from p2w.model.blocks import initialise, scaled
 from p2w.model.conv import Conv3d
 from p2w.model.feeding import Feeding
+from p2w.model.norm import BatchNorm3d
 from p2w.model.protocol import Encoder
 
 BLOCKS = {
@@ -54,14 +55,14 @@ class Basic(nn.Module):
     def __init__(self, cin: int, planes: int, stride: int, dilation: int, shortcut: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv3(cin, planes, stride, dilation)
-        self.bn1 = nn.BatchNorm3d(planes)
+        self.bn1 = BatchNorm3d(planes, relu=True)
         self.conv2 = _conv3(planes, planes, 1, dilation)
-        self.bn2 = nn.BatchNorm3d(planes)
+        self.bn2 = BatchNorm3d(planes)
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, cin, D, H, W) -> (B, planes, D/stride, …)."""
-        y = torch.relu_(self.bn1(self.conv1(x)))
+        y = self.bn1(self.conv1(x))
         y = self.bn2(self.conv2(y))
         return torch.relu_(y + (x if self.downsample is None else self.downsample(x)))
 
@@ -74,17 +75,17 @@ class Bottleneck(nn.Module):
     def __init__(self, cin: int, planes: int, stride: int, dilation: int, shortcut: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = Conv3d(cin, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(planes)
+        self.bn1 = BatchNorm3d(planes, relu=True)
         self.conv2 = _conv3(planes, planes, stride, dilation)
-        self.bn2 = nn.BatchNorm3d(planes)
+        self.bn2 = BatchNorm3d(planes, relu=True)
         self.conv3 = Conv3d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(4 * planes)
+        self.bn3 = BatchNorm3d(4 * planes)
         self.downsample = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, cin, D, H, W) -> (B, 4 planes, D/stride, …)."""
-        y = torch.relu_(self.bn1(self.conv1(x)))
-        y = torch.relu_(self.bn2(self.conv2(y)))
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y))
         y = self.bn3(self.conv3(y))
         return torch.relu_(y + (x if self.downsample is None else self.downsample(x)))
 
@@ -108,7 +109,7 @@ class ResNet3d(Encoder):
         self.strides = (2, 4, 8)
         self.in_channels = in_channels
         self.conv1 = Conv3d(in_channels, planes[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm3d(planes[0])
+        self.bn1 = BatchNorm3d(planes[0], relu=True)
         self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
         layers, cin = [], planes[0]
         for p, n, stride, dilation in zip(planes, BLOCKS[depth], (1, 2, 1, 1), (1, 1, 2, 4), strict=True):
@@ -119,7 +120,7 @@ class ResNet3d(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, D, H, W), edges divisible by 8 -> list of features, fine to coarse."""
-        fine = torch.relu_(self.bn1(self.conv1(x)))
+        fine = self.bn1(self.conv1(x))
         middle = self.layer1(self.maxpool(fine))
         return [fine, middle, self.layer4(self.layer3(self.layer2(middle)))]
 
@@ -144,7 +145,7 @@ def _layer(
         shortcut = (
             ShortcutA(cout, stride)
             if drops
-            else nn.Sequential(Conv3d(cin, cout, 1, stride=stride, bias=False), nn.BatchNorm3d(cout))
+            else nn.Sequential(Conv3d(cin, cout, 1, stride=stride, bias=False), BatchNorm3d(cout))
         )
     first = block(cin, planes, stride, dilation, shortcut)
     return nn.Sequential(first, *(block(cout, planes, 1, dilation, None) for _ in range(blocks - 1)))

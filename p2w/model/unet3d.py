@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from p2w.errors import UserError
-from p2w.model.conv import Conv3d
+from p2w.model.conv import Conv3d, freeze_cancelled_bias
+from p2w.model.fold import FOLDED, FoldCost, can_fold, fold_and_convolve, fold_cost
+from p2w.model.forms import PLAIN, Formed
+from p2w.model.norm import BatchNorm3d, convolve, leaves_bias_out, normalise
 from p2w.model.protocol import Encoder
 
 
@@ -22,11 +25,16 @@ class ConvNormAct(nn.Module):
     def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = Conv3d(cin, cout, kernel_size=3, stride=stride, padding=1)
-        self.bn1 = nn.BatchNorm3d(cout)
+        self.bn1 = BatchNorm3d(cout, relu=True)
+        freeze_cancelled_bias(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the three in turn."""
-        return torch.relu_(self.bn1(self.conv1(x)))
+        return self.normalise(convolve(self.conv1, self.bn1, x))
+
+    def normalise(self, convolved: Tensor) -> Tensor:
+        """Batch norm and ReLU of what `convolve` gave for the convolution here."""
+        return normalise(self.conv1, self.bn1, convolved)
 
 
 class Level(nn.Module):
@@ -72,18 +80,71 @@ class UNet3dEncoder(Encoder):
         return [fine, middle, coarse, self.down_tr512(self.pool(coarse))]
 
 
-class Up(nn.Module):
+class UpBlock(Formed):
+    """Up-sampling `up_conv`, the skip where there is one, then the two ConvNormAct of `ops`.
+
+    Two forms where there is no skip and the edges double: up-sampling and the first convolution one after the other
+    ("plain"), or as one ("folded", see p2w.model.fold).
+    """
+
+    up_conv: nn.Module
+    ops: nn.Sequential
+
+    def possible_forms(self) -> tuple[str, ...]:
+        """Folded where nothing stands between up-sampling and convolution."""
+        first = self.first
+        no_skip = first.conv1.in_channels == getattr(self.up_conv, "out_channels", -1)
+        return (PLAIN, FOLDED) if no_skip and can_fold(self.up_conv, first.conv1) else (PLAIN,)
+
+    def forms(self, device: torch.device, dtype: torch.dtype | None, samples: int) -> tuple[str, ...]:
+        """Both forms run everywhere."""
+        return self.possible_forms()
+
+    def formed(self, x: Tensor) -> Tensor:
+        """(B, Cin, D, H, W) -> what the first batch norm is given, (B, Cout, fD, fH, fW), of a block without skip."""
+        conv, norm = self.first.conv1, self.first.bn1
+        if self.form == FOLDED and isinstance(self.up_conv, nn.ConvTranspose3d):
+            return fold_and_convolve(x, self.up_conv, conv, biased=not leaves_bias_out(conv, norm))
+        return convolve(conv, norm, self.up_conv(x))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, Cin, D, H, W), (B, Cskip, fD, fH, fW) or None -> (B, Cout, fD, fH, fW), with f the up-sampling's factors."""
+        if skip is not None:
+            return self.ops(torch.cat((self.up_conv(x), skip), dim=1))
+        return self.ops[1](self.first.normalise(self.formed(x)))
+
+    @property
+    def first(self) -> ConvNormAct:
+        """The first of the two ConvNormAct."""
+        first = self.ops[0]
+        assert isinstance(first, ConvNormAct)
+        return first
+
+
+def fold_cost_of(block: UpBlock, size: tuple[int, int, int]) -> FoldCost | None:
+    """FLOPs of a block's two forms for an input of `size` (D, H, W); None where it cannot be folded."""
+    if FOLDED not in block.possible_forms():
+        return None
+    assert isinstance(block.up_conv, nn.ConvTranspose3d)
+    return fold_cost(block.up_conv, block.first.conv1, size)
+
+
+def folded_by_count(block: UpBlock, samples: int, size: tuple[int, int, int]) -> bool:
+    """Whether the folded form has less arithmetic, for `samples` inputs of `size` (D, H, W) at a time.
+
+    The rule where nothing is measured.
+    """
+    cost = fold_cost_of(block, size)
+    return cost is not None and cost.saves(samples)
+
+
+class Up(UpBlock):
     """Double the edges, join the skip where there is one, then two ConvNormAct."""
 
     def __init__(self, cin: int, skip: int, cout: int) -> None:
         super().__init__()
         self.up_conv = nn.ConvTranspose3d(cin, cin, kernel_size=2, stride=2)
         self.ops = nn.Sequential(ConvNormAct(cin + skip, cout), ConvNormAct(cout, cout))
-
-    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """(B, cin, D, H, W), (B, skip, 2D, 2H, 2W) or None -> (B, cout, 2D, 2H, 2W)."""
-        x = self.up_conv(x)
-        return self.ops(x if skip is None else torch.cat((x, skip), dim=1))
 
 
 class Final(nn.Module):

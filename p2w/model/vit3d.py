@@ -14,6 +14,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d
+from p2w.model.norm import BatchNorm3d, ConvBatchNorm
 from p2w.model.protocol import Encoder
 from p2w.model.unet3d import ConvNormAct
 
@@ -74,9 +75,9 @@ class ViT3d(Encoder):
                 ConvNormAct(2 * fine, 4 * fine, 2),
             )
         )
-        self.to_tokens = nn.Sequential(
+        self.to_tokens = ConvBatchNorm(
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
-            nn.BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
+            BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
         )
         self.blocks = nn.ModuleList(Block(12 * width) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(12 * width)

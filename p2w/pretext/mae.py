@@ -25,6 +25,7 @@ class Mae:
     """Which patches are hidden is a function of (seed, epoch, id) alone; as many in every whole."""
 
     reconstructs = True
+    capturable = True
 
     def __init__(self, config: PretextConfig, mae: MaeConfig) -> None:
         self.config, self.mae = config, mae

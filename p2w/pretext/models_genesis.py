@@ -32,6 +32,7 @@ class ModelsGenesis:
     """The cube and all that is done to it is a function of (seed, epoch, id) alone."""
 
     reconstructs = True
+    capturable = True
 
     def __init__(self, config: PretextConfig, genesis: GenesisConfig) -> None:
         self.config, self.genesis = config, genesis

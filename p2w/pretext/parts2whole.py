@@ -23,6 +23,7 @@ class Parts2Whole:
     """One part a whole and step; the part's box is a function of (seed, epoch, id) alone."""
 
     reconstructs = True
+    capturable = True
 
     def __init__(
         self,

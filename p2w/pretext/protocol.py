@@ -44,6 +44,9 @@ class Pretext(Protocol):
 
     `reconstructs`: the network answers with a volume (B, 1, d, h, w) in [0, 1] to be compared with `target`. Then
     `network(views.input)` alone gives that volume without talking to other ranks, for rank 0 to draw it.
+
+    `capturable`, where a pretext has it and it is true: network and loss are made of device operations alone, the same ones
+    at every step, so that a CUDA graph of one step stands for all.
     """
 
     reconstructs: bool

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from p2w.errors import UserError
 from p2w.model import Network
+from p2w.model.conv import for_optimizer
+from p2w.model.norm import synchronise_batch_norm
 from p2w.target.kinds import Kind
-from p2w.target.ranks import average_gradients, gather_rows, share_statistics
+from p2w.target.ranks import average_gradients, gather_rows
 from p2w.target.recipe import Plateau, Recipe
 from p2w.target.samples import Samples
 from p2w.target.subset import batches, epoch_of
@@ -58,10 +60,10 @@ class FineTuner:
         network.to(world.device)
         if recipe.channels_last:
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
-        self.network = share_statistics(network, world)
+        self.network = synchronise_batch_norm(network, world.size)
         self.encoder = network.encoder
         self.trained = [weight for weight in self.network.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=recipe.lr, eps=recipe.adam_eps)
+        self.optimizer = torch.optim.Adam(for_optimizer(self.network), lr=recipe.lr, eps=recipe.adam_eps)
         self.plateau = Plateau(recipe)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
         self.number = 0

@@ -15,12 +15,13 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import SimpleITK as sitk
 import tyro
 
+from p2w.config import Amp
 from p2w.data.grid import Grid
 from p2w.errors import UserError
 from p2w.target.fitted import Fitted, load_fitted
@@ -52,7 +53,7 @@ class Options:
     """Probability above which a voxel is 1."""
     batch: int = 4
     """Windows at a time."""
-    amp: Annotated[Literal["auto", "bf16", "fp16", "fp32"], tyro.conf.arg(name="amp")] = "fp32"
+    amp: Annotated[Amp, tyro.conf.arg(name="amp")] = "fp32"
     """Precision of the network's arithmetic."""
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
     fitted = load_fitted(options.run, world.device)
     _check(options, fitted)
     subject = read_subject(options.scan, fitted)
-    dtype = choose_precision(options.amp, world.device).dtype
+    dtype = choose_precision(options.amp, world.device).apply().dtype
     if fitted.kind == "classification":
         assert options.candidates is not None
         table, count = scores_of(subject, fitted, options.candidates, options.batch, dtype)

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from p2w.config import Amp
 from p2w.errors import UserError
 
 
@@ -31,7 +32,7 @@ class Recipe:
     """The rate falls no lower [C]."""
     max_epochs: int = 1000
     """A trial ends here if not before [?]."""
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    amp: Amp = "fp32"
     """Precision of the network's arithmetic; auto takes bf16 where the device computes in it [?]."""
     freeze: bool = False
     """Leave the encoder as it is and train what is behind it alone; its batch statistics stay too."""

@@ -26,7 +26,7 @@ from p2w.pretext.protocol import Pretext, Views
 from p2w.train.bad import BadSamples
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.interruptible import Interrupted
-from p2w.train.optim import Precision, Schedule, build_optimizer
+from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
 from p2w.train.saver import Saver
 from p2w.train.signals import StopRequest
 from p2w.train.skips import Skips
@@ -36,6 +36,8 @@ from p2w.train.window import Window
 from p2w.world import World
 
 Validate = Callable[[int], Iterable[tuple[str, float]]]
+VOTE_S = 0.25  # between two times that ranks ask each other whether one was told to stop
+MOST_STEPS_A_VOTE = 100
 
 
 class Evaluator(Protocol):
@@ -83,10 +85,15 @@ class Trainer:
         self.step = 0
         self.owed = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
-        self.skips = Skips(config.train.max_skipped, world, key, log)
+        lag = int(world.device.type == "cuda" and self.stepper.skips_on_device)
+        self.skips = Skips(config.train.max_skipped, world, key, log, lag)
+        self._plan_graph()
         self.bad = BadSamples(config.data, world, stream)
         self._stop = StopRequest()
-        self._settled = world.size < 3  # see Stepper.settle; two ranks add the same two numbers in any order
+        self._until_vote, self._voted, self._voted_at = 1, time.monotonic(), 0
+        self._settled = (
+            world.size < 3
+        )  # see Stepper.warm_up_ddp; two ranks add the same two numbers in any order
         self._window = Window()
 
     def resume(self) -> bool:
@@ -113,7 +120,7 @@ class Trainer:
             return False
         self.model.load_state_dict(snapshot.model)
         state = snapshot.state
-        self.stepper.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.stepper.optimizer, state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
         self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state.get("owed", False)
@@ -148,6 +155,8 @@ class Trainer:
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
         told = False
         while True:
+            if self.owed or told or self.step >= settings.steps:
+                self.skips.read_all()
             if self.owed and not told:
                 told = not self._validate(validate if self._due() else look)
             if told and (self.owed or self.step < settings.steps):
@@ -162,12 +171,54 @@ class Trainer:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
             self.watchdog.at(self.step, "reading data")
             self._one(next(batches))
-            told = self.told()
+            told = self._vote()
 
     def told(self) -> bool:
         """Whether any rank was told to stop; all ranks ask together and get the same answer."""
         self.watchdog.count()
         return self.world.any(self._stop.asked or self.world.orphaned())
+
+    def _vote(self) -> bool:
+        """`told`, asked between steps as often as every VOTE_S seconds: a sum over ranks at each step would cost steps.
+
+        All ranks count the same steps to the next vote, since each vote brings them the mean of their seconds a step.
+        """
+        if self.world.size == 1:
+            return self._stop.asked or self.world.orphaned()
+        self._until_vote -= 1
+        if self._until_vote > 0:
+            return False
+        now = time.monotonic()
+        pace = (now - self._voted) / max(1, self.step - self._voted_at)
+        asked = float(self._stop.asked or self.world.orphaned())
+        asked, pace = self.world.sum(
+            torch.tensor([asked, pace / self.world.size], dtype=torch.float64)
+        ).tolist()
+        self._until_vote = max(1, min(MOST_STEPS_A_VOTE, int(VOTE_S / max(pace, 1e-9))))
+        self._voted, self._voted_at = now, self.step
+        return asked > 0
+
+    def _plan_graph(self) -> None:
+        """Have steps run as a CUDA graph where that is possible. Raises UserError where one is asked for in vain."""
+        wanted = self.config.train.cuda_graph
+        if wanted == "off":
+            return
+        hindrances = {
+            "the device is no GPU": self.world.device.type != "cuda",
+            "the run has several ranks": self.world.size > 1,
+            "train.compile makes graphs of its own": self.config.train.compile,
+            "only torch's fused Adam and AdamW can be captured": not (
+                self.config.optim.fused == "torch" and self.config.optim.name in ("adam", "adamw")
+            ),
+            f"pretext {self.config.pretext.name} keeps a state on the host": not getattr(
+                self.pretext, "capturable", False
+            ),
+        }
+        why = next((text for text, hinders in hindrances.items() if hinders), "")
+        if why and wanted == "on":
+            raise UserError(f"train.cuda_graph=on: {why}; pass --train.cuda-graph auto")
+        if not why:
+            self.stepper.use_graph(self.log.line, forced=wanted == "on")
 
     def _unsaved(self) -> bool:
         """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""
@@ -179,10 +230,10 @@ class Trainer:
             return
         self.watchdog.at(self.step, "saving")
         state = {
-            "optimizer": self.stepper.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.stepper.optimizer),
             "schedule": self.stepper.schedule.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
-            "skipped": self.skips.in_a_row,
+            "skipped": self.skips.in_a_row_now(),
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
             "owed": self.owed,  # told to stop, a run leaves without the look that is due
@@ -192,7 +243,7 @@ class Trainer:
     def _one(self, batch: Batch) -> None:
         """One step: from wholes to updated weights."""
         if not self._settled:
-            self.stepper.settle(self._views(batch))
+            self.stepper.warm_up_ddp(self._views(batch))
             self._settled = True
         views = self._views(batch)
         self.watchdog.at(self.step, "computing")
@@ -202,7 +253,7 @@ class Trainer:
         self.owed = self._due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
-        self.skips.count(result, batch.ids, self.step)
+        self.skips.add(result, batch.ids, self.step)
         self._account(result, len(batch.ids))
 
     def _due(self) -> bool:

@@ -15,15 +15,41 @@ from p2w.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic of the network: `dtype` under autocast (None: plain float32); `reason` for the log."""
+    """Arithmetic of the network: `dtype` under autocast (None: float32); `reason` for the log.
+
+    On a GPU, fp32 is IEEE float32. In tf32, matrix products and convolutions of float32 round their inputs to 10 bits; so
+    they do beside bf16 and fp16, in what autocast leaves in float32.
+    """
 
     name: str
     dtype: torch.dtype | None
     reason: str
 
+    @property
+    def float32(self) -> str:
+        """How this process computes matrix products and convolutions of float32 tensors on a GPU: "ieee" or "tf32"."""
+        return "ieee" if self.name == "fp32" else "tf32"
+
+    def apply(self) -> "Precision":
+        """Have this process compute so from here on; returns itself."""
+        set_float32(self.float32)
+        return self
+
+
+def set_float32(how: str) -> None:
+    """Matrix products and convolutions of float32 tensors on a GPU in "ieee" or "tf32", set and not left to torch's default.
+
+    PyTorch's own default is tf32 in convolutions and ieee in matrix products.
+    """
+    torch.backends.cudnn.conv.fp32_precision = how  # type: ignore[attr-defined]  # torch's stub lacks it
+    torch.backends.cuda.matmul.fp32_precision = how
+
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
-    """`auto` takes bf16 where the device computes in it, else fp32. Raises UserError for what it cannot do."""
+    """`auto` takes bf16 where the device computes in it, else fp32. Raises UserError for what it cannot do.
+
+    What is chosen holds for the process once it is applied (`Precision.apply`).
+    """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -35,7 +61,11 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
         raise UserError(f"train.amp=bf16: {has}; pass --train.amp fp16 on a GPU or --train.amp fp32")
     if amp == "fp16" and device.type == "cpu":
         raise UserError("train.amp=fp16: float16 needs a GPU; pass --train.amp auto")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp]
+    if amp == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(
+            "train.amp=tf32: needs a GPU of compute capability 8.0 (A100) or newer; pass --train.amp fp32"
+        )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}[amp]
     return Precision(amp, dtype, "asked for")
 
 
@@ -48,9 +78,43 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.
     parameters = list(model.parameters())
     whose = "torch, fused" if fused else "torch"
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.betas[0], **common), whose
+        return _sgd(parameters, config.betas[0], common), whose
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(parameters, betas=config.betas, **common), whose
+
+
+def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]) -> torch.optim.Optimizer:
+    """SGD that starts with averages of zero, which gives the same first step bit for bit as torch's own beginning.
+
+    Torch's fused SGD makes its averages at the first step, and leaves them unwritten when that step is skipped.
+    """
+    optimizer = torch.optim.SGD(parameters, momentum=momentum, **common)
+    if common["fused"] and momentum:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up what `optimizer_state` gave, on whatever device and by whichever of torch's ways this optimizer computes.
+
+    Only the averages and counts are taken: rate, betas and the like are this run's own.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    saved = [group["params"] for group in state["param_groups"]]  # which torch compares with its own
+    groups = [group | {"params": params} for group, params in zip(own, saved, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state as a checkpoint holds it: with plain numbers where a CUDA graph has tensors."""
+    state = optimizer.state_dict()
+    groups = [dict(group) for group in state["param_groups"]]
+    for group in groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"], group["capturable"] = float(group["lr"]), False
+    return {"state": state["state"], "param_groups": groups}
 
 
 def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,5 +1,9 @@
-"""Steps whose gradient was not finite: skipped on all ranks together, named, and too many in a row end the run."""
+"""Steps whose gradient was not finite: skipped on all ranks together, named, and too many in a row end the run.
 
+On a GPU a step's gradient norm is read when the next step has been asked for, so that the GPU never waits for the host.
+"""
+
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -12,18 +16,36 @@ from p2w.world import World
 
 
 class Skips:
-    """`in_a_row` up to now. Part of a checkpoint, so a restart forgives nothing."""
+    """`in_a_row` up to the newest step that was read. Part of a checkpoint, so a restart forgives nothing."""
 
-    def __init__(self, most: int, world: World, key: Callable[[int], str], log: Log) -> None:
-        """`most` in a row end the run; `key` gives the name of a sub-scan's id."""
-        self.most, self.world, self.key, self.log = most, world, key, log
+    def __init__(self, most: int, world: World, key: Callable[[int], str], log: Log, lag: int = 0) -> None:
+        """`most` in a row end the run; `key` gives the name of a sub-scan's id; the newest `lag` steps are not read yet."""
+        self.most, self.world, self.key, self.log, self.lag = most, world, key, log, lag
         self.in_a_row = 0
+        self._unread: deque[tuple[StepResult, Tensor, int]] = deque()
 
-    def count(self, result: StepResult, ids: Tensor, step: int) -> None:
-        """Account for a step on the sub-scans `ids` (b,); every rank calls it at every step.
+    def add(self, result: StepResult, ids: Tensor, step: int) -> None:
+        """Take in a step on the sub-scans `ids` (b,), and account for the one `lag` steps before. Raises as `read_all`."""
+        self._unread.append((result, ids, step))
+        while len(self._unread) > self.lag:
+            self._count(*self._unread.popleft())
 
-        Raises SharedError, on all ranks at the same step, when there are too many in a row.
+    def read_all(self) -> None:
+        """Account for every step so far; every rank calls it at the same steps.
+
+        Raises SharedError, on all ranks at the same step, when there are too many skipped steps in a row.
         """
+        while self._unread:
+            self._count(*self._unread.popleft())
+
+    def in_a_row_now(self) -> int:
+        """Skipped steps in a row, the unread ones included. One rank may ask alone: nothing is said and nothing raised."""
+        count = self.in_a_row
+        for result, _, _ in self._unread:
+            count = 0 if result.applied else count + 1
+        return count
+
+    def _count(self, result: StepResult, ids: Tensor, step: int) -> None:
         self.in_a_row = 0 if result.applied else self.in_a_row + 1
         if result.applied:
             return

@@ -14,6 +14,7 @@ from torch import Tensor
 from p2w import config as settings
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
+from p2w.model.conv import let_train
 from p2w.model.feeding import Feeding
 from p2w.model.nnunet_keys import from_nnunet
 from p2w.train.checkpoint import Checkpoints
@@ -124,8 +125,7 @@ def filled(name: str, width: int, state: dict[str, Tensor], where: str, in_chann
         )
     encoder.load_state_dict(given, assign=True)
     encoder.feeding = "unit"  # what our pretraining feeds every network
-    for parameter in encoder.parameters():
-        parameter.requires_grad_(True)
+    let_train(encoder)
     return encoder
 
 

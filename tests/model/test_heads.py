@@ -22,9 +22,13 @@ def test_one_logit_a_sample_and_one_a_voxel(name):
     assert Segmenter(encoder, build_decoder(encoder, True))(x).shape == (2, 1, 16, 32, 32)
 
 
-def test_a_classifier_trains_nothing_that_no_gradient_reaches():
-    network = Classifier(build_encoder("dense_vnet", 2))
+@pytest.mark.parametrize(("name", "frozen"), [("dense_vnet", ".skip."), ("unet3d", ".conv1.bias")])
+def test_a_classifier_trains_nothing_that_no_gradient_reaches(name, frozen):
+    network = Classifier(build_encoder(name, 2))
     network(torch.rand(2, 1, 8, 8, 8)).sum().backward()
     wanted = {name for name, weight in network.named_parameters() if weight.requires_grad}
     reached = {name for name, weight in network.named_parameters() if weight.grad is not None}
-    assert wanted == reached and any(".skip." in name for name, _ in network.named_parameters())
+    assert wanted == reached
+    assert any(frozen in name for name, _ in network.named_parameters()) and not any(
+        frozen in n for n in wanted
+    )

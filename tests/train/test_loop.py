@@ -70,6 +70,30 @@ def test_a_run_whose_gradients_stay_bad_is_given_up(trainer, precision):
         assert run.stepper.scaler.get_scale() == 2.0**16 / 2**4
 
 
+def test_a_step_that_is_read_late_changes_no_bit_and_no_verdict(trainer):
+    """As on a GPU: whether a step was skipped is decided where it is computed, and read when the next has been asked for."""
+    runs = []
+    for lag in (0, 1):
+        run = trainer(steps=6, validate_every=3, checkpoint_every=100)
+        run.checkpoints.folder = run.checkpoints.folder.with_name(f"checkpoints-{lag}")
+        run.skips.lag = lag
+        assert run.fit(scripted({0: 0.9, 3: 0.8, 6: 0.7})).step == 6
+        runs.append(run.model.state_dict())
+    assert all(map(torch.equal, runs[0].values(), runs[1].values()))
+    bad = trainer(Hopeless, steps=50, max_skipped=4)
+    bad.skips.lag = 1
+    with pytest.raises(UserError, match="step 4, rank 0: 4 steps in a row without a finite gradient"):
+        bad.fit(scripted({}))
+    assert bad.step == 5
+
+
+def test_a_cuda_graph_that_is_asked_for_in_vain_is_refused(trainer):
+    with pytest.raises(
+        UserError, match=r"train\.cuda_graph=on: the device is no GPU; pass --train\.cuda-graph auto"
+    ):
+        trainer(cuda_graph="on")
+
+
 def test_the_best_validation_is_kept_between_regular_checkpoints(trainer):
     run = trainer(steps=8, validate_every=1, checkpoint_every=8, keep=1)
     run.fit(scripted({0: 0.9, 1: 0.8, 2: 0.5, 3: 0.7, 4: 0.6, 5: 0.5, 6: 0.6, 7: 0.6, 8: 0.6}))

@@ -1,5 +1,6 @@
 """Which optimizer, which precision, which rate: chosen as asked, refused in one line, computed as by hand."""
 
+import copy
 import importlib
 import math
 import sys
@@ -9,7 +10,14 @@ import torch
 
 from p2w.config import OptimConfig
 from p2w.errors import UserError
-from p2w.train.optim import Schedule, build_optimizer, choose_precision
+from p2w.train.optim import (
+    Precision,
+    Schedule,
+    build_optimizer,
+    choose_precision,
+    load_optimizer,
+    optimizer_state,
+)
 
 MODEL = torch.nn.Linear(2, 2)
 
@@ -70,6 +78,58 @@ def test_precision_on_a_cpu():
     assert choose_precision("fp32", cpu).dtype is None
     with pytest.raises(UserError, match=r"train\.amp=fp16: float16 needs a GPU; pass --train\.amp auto"):
         choose_precision("fp16", cpu)
+    with pytest.raises(UserError, match=r"train\.amp=tf32: needs a GPU of compute capability 8\.0"):
+        choose_precision("tf32", cpu)
+
+
+def test_float32_on_a_gpu_is_what_its_name_says():
+    """Set for the process, whatever PyTorch's own default: tf32 in convolutions, ieee in matrix products."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = (conv.fp32_precision, matmul.fp32_precision)
+    try:
+        for name, how in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32"), ("fp16", "tf32")):
+            assert Precision(name, None, "test").apply().float32 == how
+            assert (conv.fp32_precision, matmul.fp32_precision) == (how, how)
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_an_optimizer_state_knows_no_graph_and_comes_back_into_any_optimizer(name):
+    """A rate that is a tensor is saved as a number; averages and counts return, the rest is the new run's own."""
+
+    def make(**more):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        config = OptimConfig(name=name, lr=0.1, **more)
+        return model, build_optimizer(config, model)[0]
+
+    def step(model, optimizer):
+        model.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"], group["capturable"] = torch.tensor(0.25), True
+    state = optimizer_state(optimizer)
+    assert (state["param_groups"][0]["lr"], state["param_groups"][0]["capturable"]) == (0.25, False)
+    for fused in ("torch", "none"):
+        again, other = make(fused=fused)
+        again.load_state_dict(model.state_dict())
+        load_optimizer(other, copy.deepcopy(state))
+        group = other.param_groups[0]
+        assert (group["lr"], bool(group["fused"])) == (0.1, fused == "torch")
+        step(again, other)
+        continued, first = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+        for group in first["param_groups"]:
+            group["lr"], group["capturable"] = 0.1, False
+        like = build_optimizer(OptimConfig(name=name, lr=0.1), continued)[0]
+        like.load_state_dict(first)
+        step(continued, like)
+        for one, two in zip(again.parameters(), continued.parameters(), strict=True):
+            assert torch.allclose(one, two, atol=1e-7)
 
 
 def test_constant_with_warm_up_by_hand():

@@ -10,7 +10,7 @@ from p2w.config import Config, OptimConfig, PretextConfig
 from p2w.errors import UserError
 from p2w.pretext.protocol import Views
 from p2w.train.optim import Precision, Schedule, build_optimizer
-from p2w.train.step import Stepper
+from p2w.train.step import Stepper, select_all
 
 FP32 = Precision("fp32", None, "test")
 
@@ -127,7 +127,7 @@ def test_the_throw_away_pass_leaves_no_trace_and_takes_no_more_memory_than_a_ste
     one = stepper(model, accumulate=4)
     before, seen = copy.deepcopy(model.state_dict()), []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    one.settle(views(count=8))
+    one.warm_up_ddp(views(count=8))
     assert seen == [2]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -145,6 +145,42 @@ def test_a_scaled_loss_makes_the_same_step_and_a_bad_one_halves_the_scale():
     data.target[0, 0, 0, 0, 0] = float("inf")
     assert not two.step(data, 3).applied and two.scaler.get_scale() == 2.0**15
     assert torch.equal(weights(plain), weights(scaled))
+
+
+def test_a_first_step_that_is_skipped_leaves_momentum_of_nothing():
+    """Torch's fused SGD alone would go on from memory that it never wrote."""
+    plain, skipped = network(), network()
+    one, two = stepper(plain, name="sgd", lr=0.1), stepper(skipped, name="sgd", lr=0.1)
+    bad = views(seed=2)
+    bad.target[0, 0, 0, 0, 0] = float("nan")
+    assert not two.step(bad, 0).applied
+    for step in range(2):
+        one.step(views(seed=step), step)
+        two.step(views(seed=step), step)
+    assert torch.equal(weights(plain), weights(skipped))
+
+
+def test_without_a_fused_optimizer_the_host_decides():
+    model = network(norm=True)
+    one = stepper(model, fused="none")
+    assert not one.skips_on_device
+    before = copy.deepcopy(model.state_dict())
+    bad = views(seed=2)
+    bad.target[0, 0, 0, 0, 0] = float("nan")
+    assert not one.step(bad, 0).applied
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert one.step(views(), 1).applied
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_tensors_are_chosen_on_the_device_of_any_layout_and_also_from_nan(bad):
+    kept = [torch.arange(24.0).view(1, 2, 3, 2, 2), torch.tensor(7), torch.tensor([1.0, 2.0])]
+    kept[0] = kept[0].contiguous(memory_format=torch.channels_last_3d)
+    now = [torch.full_like(kept[0], float("nan")), torch.tensor(8), torch.tensor([3.0, float("inf")])]
+    expected = [tensor.clone() for tensor in (kept if bad else now)]
+    select_all(torch.tensor(bad), kept, now)
+    for found, right in zip(now, expected, strict=True):
+        assert torch.equal(found.nan_to_num(-1), right.nan_to_num(-1)) and found.stride() == right.stride()
 
 
 def test_wholes_are_shared_out_with_all_that_belongs_to_them():

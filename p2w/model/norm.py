@@ -1,0 +1,262 @@
+"""Batch norm of every network here: with or without ReLU, in several forms, over one rank or over all.
+
+Three forms give the same function:
+
+- plain: torch's batch norm on (B, C, D, H, W), then ReLU in place;
+- flat: the same on the view (B, C, D * H, W). PyTorch's fast kernels for channels-last memory know four axes only;
+- fused: one Triton kernel for norm and ReLU, on CUDA.
+
+A convolution's bias directly before batch norm is cancelled where the statistics are the batch's. It is left out of the
+arithmetic there, and given to the norm as `shift`, so that the running mean is still that of the convolution with its bias:
+eval mode and checkpoints are the same with and without.
+
+Over all ranks (`synchronise_batch_norm`), statistics and gradients are those of the whole batch, as on one rank that has it.
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from p2w.errors import UserError
+from p2w.model.conv import Conv3d, freeze_cancelled_bias
+from p2w.model.forms import PLAIN, Formed
+
+FLAT, FUSED = "flat", "fused"
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class BatchNorm3d(Formed, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` and, with `relu`, ReLU: (B, C, D, H, W) -> the same shape. Keys and values are nn.BatchNorm3d's."""
+
+    over_ranks: bool = False
+    """Whether the statistics are those of all ranks' samples; set by `synchronise_batch_norm`."""
+
+    def __init__(
+        self, channels: int, eps: float = 1e-5, momentum: float = 0.1, *, relu: bool = False
+    ) -> None:
+        super().__init__(channels, eps=eps, momentum=momentum)
+        self.relu = relu
+
+    def possible_forms(self) -> tuple[str, ...]:
+        """Over all ranks there is one computation by torch, whether the view is flat or not."""
+        return (PLAIN, *(() if self.over_ranks else (FLAT,)), *((FUSED,) if self.relu else ()))
+
+    def forms(self, device: torch.device, dtype: torch.dtype | None, samples: int) -> tuple[str, ...]:
+        """As `Formed.forms`: fused needs CUDA, triton and the ReLU."""
+        can = device.type == "cuda" and fused_kernel() is not None
+        return tuple(form for form in self.possible_forms() if form != FUSED or can)
+
+    def formed(self, x: Tensor) -> Tensor:
+        """All of it depends on the form."""
+        return self(x)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Norm and, where there is one, ReLU. In training over ranks all ranks must call it together.
+
+        `shift` (C,) is added to the mean that the running mean takes in: the bias that the convolution before left out.
+        """
+        if not uses_batch_statistics(self):
+            out = self._by_torch(x, 0.0)
+            return torch.relu_(out) if self.relu else out
+        momentum = _next_momentum(self)
+        reduce = sum_over_ranks if self.over_ranks and dist.is_initialized() else None
+        kernel = fused_kernel() if self.form == FUSED and self.relu and x.is_cuda else None
+        if kernel is not None and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return kernel(
+                x, self.weight, self.bias, self.running_mean, self.running_var,
+                shift=shift, momentum=momentum, eps=self.eps, reduce=reduce,
+            )  # fmt: skip
+        out = self._by_torch(x, momentum) if reduce is None else _over_ranks(self, x, momentum)
+        if shift is not None and self.running_mean is not None:
+            # Through `data`: torch saves the running mean for the backward pass, which in training does not read it, and
+            # would refuse one that was changed meanwhile.
+            self.running_mean.data.add_(shift.detach(), alpha=momentum)
+        return torch.relu_(out) if self.relu else out
+
+    def _by_torch(self, x: Tensor, momentum: float) -> Tensor:
+        """Torch's own batch norm, on a view with four axes unless the form is plain; updates the running statistics."""
+        given = x if self.form == PLAIN else x.flatten(2, 3)
+        out = functional.batch_norm(
+            given, self.running_mean, self.running_var, self.weight, self.bias,
+            uses_batch_statistics(self), momentum, self.eps,
+        )  # fmt: skip
+        return out if self.form == PLAIN else out.unflatten(2, x.shape[2:4])
+
+
+class SynchronisedBatchNorm(_BatchNorm):
+    """What `synchronise_batch_norm` makes of torch's nn.BatchNorm1d, 2d and 3d: statistics of all ranks' samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, …) -> the same shape; in training all ranks must call it together."""
+        if uses_batch_statistics(self) and dist.is_initialized():
+            return _over_ranks(self, x, _next_momentum(self))
+        return super().forward(x)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of axes."""
+
+
+class ConvBatchNorm(nn.Sequential):
+    """A convolution with bias and a batch norm, keyed 0 and 1: (B, Cin, D, H, W) -> (B, Cout, D', H', W')."""
+
+    def __init__(self, conv: Conv3d, norm: BatchNorm3d) -> None:
+        super().__init__(conv, norm)
+        freeze_cancelled_bias(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and normalise."""
+        conv, norm = self
+        assert isinstance(conv, Conv3d) and isinstance(norm, BatchNorm3d)
+        return normalise(conv, norm, convolve(conv, norm, x))
+
+
+def convolve(conv: Conv3d, norm: BatchNorm3d, x: Tensor) -> Tensor:
+    """`conv` of x (B, Cin, D, H, W), without the bias where `norm`, which comes next, cancels it."""
+    return conv(x, biased=not leaves_bias_out(conv, norm))
+
+
+def normalise(conv: Conv3d, norm: BatchNorm3d, convolved: Tensor) -> Tensor:
+    """`norm` of what `convolve` gave, whose running mean takes in the bias that was left out there."""
+    return norm(convolved, conv.bias if leaves_bias_out(conv, norm) else None)
+
+
+def leaves_bias_out(conv: Conv3d, norm: _BatchNorm) -> bool:
+    """Whether the bias of `conv` is cancelled by `norm` and can be left out.
+
+    A bias that takes gradients, because somebody made every parameter trainable, is computed with: DistributedDataParallel
+    would wait for its gradient for ever, though it is zero but for rounding.
+    """
+    return conv.bias is not None and not conv.bias.requires_grad and uses_batch_statistics(norm)
+
+
+def uses_batch_statistics(norm: _BatchNorm) -> bool:
+    """Whether `norm` normalises by the batch's own mean and variance: in training, and where it keeps no running ones."""
+    return norm.training or norm.running_mean is None
+
+
+@functools.cache
+def fused_kernel() -> Callable[..., Tensor] | None:
+    """The Triton kernel of batch norm with ReLU; None where triton is not installed."""
+    try:
+        from p2w.kernels.norm_relu_triton import norm_relu  # noqa: PLC0415  (triton: only where it is used)
+    except ImportError:
+        return None
+    return norm_relu
+
+
+def synchronise_batch_norm(network: Module, ranks: int) -> Module:
+    """The network itself, with batch norm in training over the samples of all ranks; parameters, buffers and names stay.
+
+    For `ranks` 1 nothing changes. Torch's own nn.BatchNorm1d, 2d and 3d are included. The processes of the default group
+    of torch.distributed then must run the network together. Raises UserError for another kind of batch norm.
+    """
+    if ranks == 1:
+        return network
+    for name, module in network.named_modules():
+        if isinstance(module, BatchNorm3d):
+            module.over_ranks = True
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = SynchronisedBatchNorm  # it holds the same, and forward alone differs
+        elif isinstance(module, _BatchNorm) and not isinstance(
+            module, SynchronisedBatchNorm | nn.SyncBatchNorm
+        ):
+            raise UserError(
+                f"{name}: batch norm of the kind {type(module).__name__} cannot be computed over {ranks} ranks; take "
+                "torch's nn.BatchNorm3d or p2w.model.norm.BatchNorm3d"
+            )
+    return network
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place and returned."""
+    dist.all_reduce(values)
+    return values
+
+
+def _next_momentum(norm: _BatchNorm) -> float:
+    """Count a batch; the weight of its statistics in the running ones. Torch's rule: without momentum, a plain mean."""
+    if not norm.training or norm.num_batches_tracked is None:
+        return 0.0 if norm.momentum is None else norm.momentum
+    norm.num_batches_tracked.add_(1)
+    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+def _over_ranks(norm: _BatchNorm, x: Tensor, momentum: float) -> Tensor:
+    """Batch norm (B, C, …) -> the same shape by the statistics of all ranks; updates the running ones as torch does."""
+    out, mean, variance, count = _NormOverRanks.apply(x, norm.weight, norm.bias, norm.eps)
+    if norm.running_mean is not None and norm.running_var is not None:
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    return out
+
+
+class _NormOverRanks(torch.autograd.Function):
+    """Batch norm by the statistics of all ranks' samples, with one sum over ranks in each direction.
+
+    Arithmetic is in float32 at least; moments are joined in float64, where their digits do not cancel. A rank may have no
+    sample.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(output like x, mean (C,), biased variance (C,), number of values a channel (), the last three float64)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        axes, own = _axes(x), x.numel() // x.shape[1]
+        sums = wide.sum(axes)
+        near = sums / max(own, 1)  # about it, squares lose no digits
+        squares = (wide - _spread(near, x)).square().sum(axes).double()
+        squares = squares + near.double() * (2 * sums.double() - own * near.double())  # about zero
+        moments = sum_over_ranks(torch.cat((sums.double(), squares, sums.new_full((1,), own).double())))
+        count = moments[-1]
+        mean, square = (moments[:-1] / count).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        centre, scale = mean.to(wide.dtype), torch.rsqrt(variance + eps).to(wide.dtype)
+        out = (wide - _spread(centre, x)) * _spread(scale if weight is None else scale * weight, x)
+        if bias is not None:
+            out = out + _spread(bias, x)
+        ctx.save_for_backward(x, weight, centre, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Of the input, by sums over all ranks; of weight and bias by this rank's samples: DDP adds those up."""
+        x, weight, centre, scale, count = ctx.saved_tensors
+        axes, channels = _axes(x), x.shape[1]
+        wide = gradients[0].to(centre.dtype)
+        normal = (x.to(centre.dtype) - _spread(centre, x)) * _spread(scale, x)
+        own = torch.cat((wide.sum(axes), (wide * normal).sum(axes)))
+        to_bias, to_weight = own[:channels], own[channels:]
+        means = sum_over_ranks(own.double()).div_(count).to(centre.dtype)
+        to_x = wide - _spread(means[:channels], x) - normal * _spread(means[channels:], x)
+        to_x = (to_x * _spread(scale if weight is None else scale * weight, x)).to(x.dtype)
+        return (
+            to_x,
+            to_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            to_bias if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def _axes(x: Tensor) -> list[int]:
+    """All axes but the channels'."""
+    return [0, *range(2, x.ndim)]
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) as it multiplies x (B, C, …)."""
+    return values.view(1, -1, *[1] * (x.ndim - 2))
