@@ -50,7 +50,7 @@ def stages(call: int, out: Path, day: Path, toy: bool) -> list[Stage]:
         Stage("tests", (f"{HERE}/correctness.py", "tests"), 90, 30),
         Stage("kernel", ("bench/kernel.py", "--rounds", "11", "--out", str(out / "kernel.json")), 50, 20),
         Stage("selfcheck", (f"{HERE}/correctness.py", "selfcheck", "held"), 50, 15),
-        Stage("training", (f"{HERE}/correctness.py", "precisions", "resume"), 75, 30),
+        Stage("training", (f"{HERE}/correctness.py", "resume", "precisions"), 85, 30),
         Stage("step", (f"{HERE}/speed.py", "step", "profile"), 130, 60),
         Stage(
             "end to end",

@@ -6,7 +6,7 @@ and nowhere else in this folder.
 
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from p2w.data.manifest import NAME, VERSION, manifest_bytes
 from p2w.data.shard import open_shard
 from p2w.data.stream import Batch, ShardSet, Stream, open_set
 from p2w.log import Log
+from p2w.model.fold import FOLDED
+from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
+from p2w.model.norm import FLAT, FUSED
 from p2w.pretrain import build
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision, choose_precision
 from p2w.world import World
@@ -31,13 +35,18 @@ from p2w.world import World
 RECIPE = "paper" if CUDA else "demo"
 BATCH = 16 if CUDA else 4
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16") if CUDA else ("fp32", "bf16")
+PLAIN_FORMS = {"norm": PLAIN, "upsampling": PLAIN}
+FLAT_FORMS = {"norm": FLAT, "upsampling": PLAIN}
+FUSED_FORMS = {"norm": FUSED, "upsampling": PLAIN}
+FOLDED_FORMS = {"norm": PLAIN, "upsampling": FOLDED}
+BOTH = {"norm": FUSED, "upsampling": FOLDED}
 WHOLE = (64, 128, 128)  # voxels of a sub-scan, z y x
 SCANS, EACH = (16, 10) if CUDA else (8, 4)  # of the set that stages train on, and sub-scans of each
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What differs from a recipe. `forms`: of layers, by kind; None leaves the choice to the run."""
+    """What differs from a recipe. `forms` of layers, by kind; None: those that a run chooses, by measuring on a GPU."""
 
     amp: str = "auto"
     batch: int = BATCH
@@ -45,7 +54,7 @@ class Setup:
     compiled: bool = False
     graph: str = "off"
     deterministic: bool = False
-    forms: dict[str, str] | None = None
+    forms: dict[str, str] | None = field(default_factory=lambda: dict(PLAIN_FORMS))
 
 
 def recipe_of(name: str) -> Config:
@@ -59,65 +68,89 @@ def recipe_of(name: str) -> Config:
 
 
 def config_of(setup: Setup) -> Config:
-    """The configuration of a set-up. Settings this version of p2w does not have are left out."""
+    """The configuration of a set-up."""
     config = recipe_of(setup.recipe)
-    train: dict[str, Any] = {"amp": setup.amp, "compile": setup.compiled, "log_every": 10**6}
-    known = {field.name for field in fields(config.train)}
-    train |= {
-        name: value
-        for name, value in (("cuda_graph", setup.graph), ("deterministic", setup.deterministic))
-        if name in known
-    }
+    train = {"amp": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
     return replace(
         config,
         data=replace(config.data, batch=setup.batch, readers=4 if CUDA else 1),
-        train=replace(config.train, **train),
+        train=replace(config.train, **train, deterministic=setup.deterministic),
     )
 
 
-def arithmetic(setup: Setup) -> Precision:
-    """Set torch's switches as a run of this set-up has them; its precision.
-
-    Raises UserError where the device does not compute in it.
-    """
-    torch.backends.cudnn.benchmark = CUDA and not setup.deterministic
-    torch.backends.cudnn.deterministic = setup.deterministic
-    return choose_precision(setup.amp, DEVICE)
+def world_of(setup: Setup) -> World:
+    """This process as a run of this set-up starts it, with torch's switches put back where an earlier one had set them."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    return World.start(deterministic=setup.deterministic)
 
 
 class Unavailable(Exception):
-    """A form of layers that this version of p2w does not have."""
+    """A form of layers that no layer here has on this device."""
 
 
-def take_forms(model: nn.Module, config: Config, forms: dict[str, str] | None) -> str:
-    """Put the layers into `forms`; what was taken, for the rows. Raises Unavailable where p2w does not know a form."""
-    if forms is None or set(forms.values()) == {"plain"}:
-        return "plain"
-    raise Unavailable(f"this version of p2w has no forms {forms}")
+def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, samples: int) -> None:
+    """Put the layers into `forms`, {"norm": form, "upsampling": form}; those that do not have a form stay plain.
+
+    Raises Unavailable where no layer has one that is asked for.
+    """
+    taken: dict[str, str] = {}
+    for name, module in formed_modules(model):
+        assert isinstance(module, Formed)
+        form = forms["upsampling" if FOLDED in module.possible_forms() else "norm"]
+        if form in module.forms(DEVICE, precision.dtype, samples):
+            taken[name] = form
+    for form in forms.values():
+        if form != PLAIN and form not in taken.values():
+            raise Unavailable(f"no layer has the form {form} on {DEVICE}")
+    set_forms(model, taken)
+
+
+def choose(model: nn.Module, setup: Setup, precision: Precision, world: World) -> str:
+    """Have the layers take the forms that a run chooses for itself; what it says of them."""
+    from p2w.train.form_choice import choose_forms  # noqa: PLC0415
+
+    shape = (setup.batch, 1, *config_of(setup).pretext.size)
+    choice = choose_forms(model, shape, precision, world, print, rule="measure")
+    set_forms(model, choice.forms)
+    return choice.line
+
+
+class Kept(Log):
+    """A log that keeps its lines in `said` and writes none of them."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, False, steps)
+        self.said: list[str] = []
+
+    def line(self, text: str, style: str | None = None) -> None:
+        self.said.append(text)
 
 
 class Run:
-    """A trainer and its data; `steps` takes some. Close it: its readers are threads."""
+    """A trainer and its data; `steps` takes some. `log.said` is what it has said. Close it: its readers are threads."""
 
     def __init__(
         self, setup: Setup, shards: ShardSet, *, held: bool = False, folder: Path | None = None
     ) -> None:
-        self.setup, self.config = setup, config_of(setup)
-        world = World.place()
-        precision = arithmetic(setup)
+        self.setup, self.config, world = setup, config_of(setup), world_of(setup)
+        precision = choose_precision(setup.amp, DEVICE).apply()
         torch.manual_seed(self.config.train.seed)
         self.pretext, self.model = build(self.config)
         self.model.to(DEVICE).to(memory_format=torch.channels_last_3d)
-        self.chosen = take_forms(self.model, self.config, setup.forms)
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
+        self.log = Kept(self.folder, self.config.train.steps)
+        if setup.forms is None:
+            self.log.line(choose(self.model, setup, precision, world))
+        else:
+            take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
             shards, "train", setup.batch, seed=self.config.data.seed, readers=self.config.data.readers,
             device=DEVICE, held=Held(shards, "train", DEVICE) if held else None,
         )  # fmt: skip
-        log = Log(self.folder, False, self.config.train.steps)
         checkpoints = Checkpoints(self.folder / "checkpoints", 2, print)
         self.trainer = Trainer(
-            self.config, world, self.pretext, self.model, self.stream, checkpoints, log, precision
+            self.config, world, self.pretext, self.model, self.stream, checkpoints, self.log, precision
         )
         self.batches: Any = None
 
@@ -153,7 +186,7 @@ class Run:
 def rate(run: Run, steps: int, rounds: int = 3 if CUDA else 1) -> dict[str, Any]:
     """Samples a second of some rounds of `steps` steps, after the first ones, which warm up."""
     began = time.perf_counter()
-    run.steps(3 if CUDA else 1)
+    run.steps(WARM_UP_STEPS + 3 if CUDA else 1)  # a CUDA graph is captured meanwhile
     _wait()
     warm = time.perf_counter() - began
     waited, seconds = run.stream.wait_seconds, []
@@ -168,6 +201,7 @@ def rate(run: Run, steps: int, rounds: int = 3 if CUDA else 1) -> dict[str, Any]
         "samples_s": run.setup.batch / middle,
         "spread_samples_s": [run.setup.batch / max(seconds), run.setup.batch / min(seconds)],
         "warm_up_s": warm,
+        "said": run.log.said,
         "waited_share": (run.stream.wait_seconds - waited) / (steps * sum(seconds)),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if CUDA else None,
     }

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from harness import BATCH, Unavailable, network_of, take_forms
+from harness import BATCH, network_of
 from rows import CUDA, DEVICE, attempt, milliseconds, needs_card, say, stages
 from torch import Tensor, nn
+
+from p2w.model.forms import PLAIN
+from p2w.model.norm import BatchNorm3d
+from p2w.model.unet3d import UpBlock
 
 LAST = torch.channels_last_3d
 CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
@@ -99,7 +102,7 @@ def convolutions(dtype: torch.dtype) -> None:
 
 
 def norms() -> None:
-    """Batch norm and ReLU at the network's finest level, 64 channels: forward, and forward and backward."""
+    """Batch norm and ReLU at the network's finest level, 64 channels: forward, and forward and backward, in each form."""
     config, _ = network_of()
     size = config.pretext.size
     for dtype in (torch.bfloat16, torch.float16) if CUDA else (torch.bfloat16,):
@@ -110,40 +113,22 @@ def norms() -> None:
             .requires_grad_()
         )
         by = torch.randn_like(x)
-        norm = nn.BatchNorm3d(64).to(DEVICE)
-
-        def plain(x: Tensor, norm: nn.BatchNorm3d = norm) -> Tensor:
-            return torch.relu_(norm(x))
-
-        def flat(x: Tensor, norm: nn.BatchNorm3d = norm) -> Tensor:
-            y = F.batch_norm(
-                x.flatten(2, 3),
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                True,
-                0.1,
-                norm.eps,
-            )
-            return torch.relu_(y).unflatten(2, x.shape[2:4])
-
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "flat": flat}
-        if fused := fused_norm(norm):
-            ways["fused"] = fused
-        else:
-            say("norm", name="fused", skipped="this version of p2w has no fused norm for this device")
+        norm = BatchNorm3d(64, relu=True).to(DEVICE)
+        weights = list(norm.parameters())
+        ways: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(norm.forms(DEVICE, dtype, BATCH), norm)
         if CUDA:
-            ways["compiled"] = torch.compile(plain)
+            ways["compiled"] = torch.compile(norm)
         else:
-            needs_card("norm, compiled")
+            needs_card("norm, fused and compiled")
         for name, way in ways.items():
 
             def one(
-                name: str = name, way: Callable[[Tensor], Tensor] = way, x: Tensor = x, by: Tensor = by
-            ) -> None:
+                name: str = name, way: Callable[[Tensor], Tensor] = way, norm: BatchNorm3d = norm,
+                weights: list[nn.Parameter] = weights, x: Tensor = x, by: Tensor = by,
+            ) -> None:  # fmt: skip
+                norm.form = PLAIN if name == "compiled" else name
                 forward = milliseconds(lambda: way(x))
-                both = milliseconds(lambda: torch.autograd.grad(way(x), x, by))
+                both = milliseconds(lambda: torch.autograd.grad(way(x), [x, *weights], by))
                 say(
                     "norm",
                     name=name,
@@ -156,36 +141,31 @@ def norms() -> None:
             attempt(f"norm {name}", one)
 
 
-def fused_norm(norm: nn.BatchNorm3d) -> Callable[[Tensor], Tensor] | None:
-    """p2w's own norm and ReLU in one kernel, where this version has it for this device."""
-    return None
-
-
 def upsampling() -> None:
-    """The up-sampling of each level of the decoder: two convolutions, and the one they fold into."""
+    """The up-sampling of each level of the decoder and the convolution after it: as two, and folded into one."""
     config, model = network_of()
-    levels = [name for name, module in model.named_modules() if name.endswith("up_conv")]
-    shapes = {name: shape for name, _, shape in met(model, (BATCH, 1, *config.pretext.size), CONVOLUTIONS)}
-    for form in ("plain", "folded"):
-        for name in levels:
+    for name, block, given in met(model, (BATCH, 1, *config.pretext.size), (UpBlock,)):
+        for form in block.forms(DEVICE, torch.bfloat16, BATCH):
 
-            def one(name: str = name, form: str = form) -> None:
-                own = copy.deepcopy(model)
-                try:
-                    take_forms(own, config, {"norm": "plain", "upsampling": form})
-                except Unavailable as error:
-                    say("upsampling", name=name, form=form, skipped=str(error))
-                    return
-                up = own.get_submodule(name.rpartition(".")[0])
-                x = torch.randn(shapes[name], device=DEVICE).contiguous(memory_format=LAST).requires_grad_()
-                weights = [weight for weight in up.parameters() if weight.requires_grad]
+            def one(
+                name: str = name, block: Any = block, given: tuple[int, ...] = given, form: str = form
+            ) -> None:
+                own = copy.deepcopy(block)
+                own.form = form
+                x = torch.randn(given, device=DEVICE).contiguous(memory_format=LAST).requires_grad_()
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    by = torch.randn_like(own.formed(x))
+                first = (own.up_conv, own.first.conv1)
+                weights = [
+                    weight for module in first for weight in module.parameters() if weight.requires_grad
+                ]
 
-                def step() -> None:
+                def passes() -> None:
                     with torch.autocast(DEVICE.type, torch.bfloat16):
-                        y = up(x, None)
-                    torch.autograd.grad(y.float().sum(), [x, *weights], allow_unused=True)
+                        y = own.formed(x)
+                    torch.autograd.grad(y, [x, *weights], by)
 
-                say("upsampling", name=name, form=form, level_ms=milliseconds(step), input=list(shapes[name]))
+                say("upsampling", name=name, form=form, both_ms=milliseconds(passes), input=given)
 
             attempt(f"upsampling {name} {form}", one)
 

@@ -17,7 +17,20 @@ import time
 from pathlib import Path
 
 import torch
-from harness import BATCH, RECIPE, Run, Setup, Unavailable, rate, recipe_of, structured_set
+from harness import (
+    BATCH,
+    BOTH,
+    FLAT_FORMS,
+    FOLDED_FORMS,
+    FUSED_FORMS,
+    RECIPE,
+    Run,
+    Setup,
+    Unavailable,
+    rate,
+    recipe_of,
+    structured_set,
+)
 from rows import (
     CUDA,
     DAY,
@@ -34,22 +47,17 @@ from rows import (
 from step import Step, Way  # bench/step.py: a loop that uses nothing of p2w's trainer
 
 STEPS = 20 if CUDA else 1  # a round
-PLAIN = {"norm": "plain", "upsampling": "plain"}
-FLAT = {"norm": "flat", "upsampling": "plain"}
-FUSED = {"norm": "fused", "upsampling": "plain"}
-FOLDED = {"norm": "plain", "upsampling": "folded"}
-BOTH = {"norm": "fused", "upsampling": "folded"}
 FORMS: dict[str, Setup] = {
-    "layers plain": Setup(forms=PLAIN),
-    "as a run chooses": Setup(graph="auto"),
-    "norm flat": Setup(forms=FLAT),
-    "norm fused": Setup(forms=FUSED),
-    "up-sampling folded": Setup(forms=FOLDED),
+    "layers plain": Setup(),
+    "as a run chooses": Setup(graph="auto", forms=None),
+    "norm flat": Setup(forms=FLAT_FORMS),
+    "norm fused": Setup(forms=FUSED_FORMS),
+    "up-sampling folded": Setup(forms=FOLDED_FORMS),
     "norm fused, up-sampling folded": Setup(forms=BOTH),
-    "layers plain, CUDA graph": Setup(forms=PLAIN, graph="on"),
+    "layers plain, CUDA graph": Setup(graph="on"),
     "norm fused, up-sampling folded, CUDA graph": Setup(forms=BOTH, graph="on"),
-    "layers plain, fp16": Setup(amp="fp16", forms=PLAIN),
-    "up-sampling folded, compiled": Setup(forms=FOLDED, compiled=True),
+    "layers plain, fp16": Setup(amp="fp16"),
+    "up-sampling folded, compiled": Setup(forms=FOLDED_FORMS, compiled=True),
 }
 COMPILING_S = 60.0  # torch.compile of this network, forward and backward
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -86,7 +94,7 @@ def step() -> None:
                 return
             try:
                 say("step", form=name, batch=setup.batch, amp=run.trainer.stepper.precision.name,
-                    chosen=run.chosen, **rate(run, STEPS))  # fmt: skip
+                    **rate(run, STEPS))  # fmt: skip
             finally:
                 run.close()
 
@@ -205,12 +213,11 @@ def batches() -> None:
                 torch.cuda.reset_peak_memory_stats()
             run = None
             try:
-                run = Run(Setup(recipe=recipe, batch=batch, graph="auto"), shards)
+                run = Run(Setup(recipe=recipe, batch=batch, graph="auto", forms=None), shards)
                 say(
                     "step",
                     form=f"{recipe}, batch {batch}",
                     batch=batch,
-                    chosen=run.chosen,
                     **rate(run, 6 if CUDA else 1),
                 )
             except torch.OutOfMemoryError as error:
