@@ -7,8 +7,19 @@ GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def NEEDS_GPU(test):
+    """Mark a test that only a GPU can run."""
+    for mark in GPU:
+        test = mark(test)
+    return test
+
+
 CPU_AND_GPU = pytest.mark.parametrize(
-    "device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=GPU)], ids=lambda device: device.type
+    "device",
+    [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=GPU)],
+    ids=lambda device: device.type,
 )
 
 

@@ -95,7 +95,8 @@ class Call:
             "OUT": str(self.out), "ROWS": self.rows.name, "DAY": str(self.day), "STAGE": stage,
             "STAGE_ENDS": str(ends), "TOY": "1" if self.toy else "0", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
-        told |= {"P2W_DEVICE": "cpu"} if self.toy else {}
+        # One thread: two that wait for each other on busy cores take many times as long.
+        told |= {"P2W_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if self.toy else {}
         return os.environ | told | more
 
     def say(self, **row: object) -> None:

@@ -1,4 +1,4 @@
-"""Every proxy task on the CPU and on a GPU: the same views, a loss of the same value, a gradient for everything that trains."""
+"""Every proxy task on the CPU and on a GPU: the same views, the same loss, a gradient for everything that trains."""
 
 from dataclasses import replace
 
