@@ -75,8 +75,18 @@ def stages(call: int, out: Path, day: Path, toy: bool) -> list[Stage]:
 
 
 def allowed_s(stage: Stage, later: list[Stage], left: float) -> float:
-    """Seconds that a stage may take, so that later stages of the same worth or more can begin."""
-    kept = sum(other.least_s for other in later if other.worth <= stage.worth)
+    """Seconds that a stage may take of those that are left; 0 where it is to be skipped.
+
+    Time is given out by worth, then in order: every stage that still fits gets the least it needs, and this one also what
+    stages of less worth would need.
+    """
+    fits: list[Stage] = []
+    for one in sorted([stage, *later], key=lambda one: one.worth):
+        if sum(other.least_s for other in fits) + one.least_s <= left:
+            fits.append(one)
+    if stage not in fits:
+        return 0.0
+    kept = sum(other.least_s for other in fits if other is not stage and other.worth <= stage.worth)
     return min(stage.limit_s, left - kept)
 
 
@@ -164,7 +174,9 @@ class Call:
             allowed = allowed_s(stage, todo[place + 1 :], left) if not self.toy else REHEARSED * stage.limit_s
             if allowed < stage.least_s:
                 found[stage.name] = "skipped"
-                reason = f"{left:.0f} s left, and later stages of the same worth need theirs"
+                reason = (
+                    f"{left:.0f} s left, {stage.least_s:.0f} s needed beside what stages of more worth need"
+                )
                 self.say(stage=stage.name, what="stage", state="skipped", seconds=0, reason=reason)
                 print(f"== {stage.name}: skipped, {reason}", flush=True)
                 continue

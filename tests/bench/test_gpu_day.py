@@ -44,8 +44,8 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path):
     assert {name: ended[name]["state"] for name in planned} == dict.fromkeys(planned, "done")
     measured = {row["what"] for row in rows if "skipped" not in row}
     assert {
-        "machine", "tests marked gpu", "convolutions in bf16", "crop-resize", "losses in bf16", "resume", "set on the device",
-        "step", "profile", "start", "copy", "matrix product", "norm", "upsampling", "convolution", "pretraining continued",
+        "machine", "tests marked gpu", "convolutions in bf16", "crop-resize", "losses in bf16", "resume",
+        "set on the device", "step", "profile", "start", "copy", "matrix product", "norm", "upsampling", "convolution", "pretraining continued",
         "fine-tuning",
     } <= measured  # fmt: skip
     assert not [row for row in rows if row["what"] == "resume" and not row["holds"]]
@@ -64,8 +64,10 @@ def test_time_is_kept_for_later_stages_of_the_same_worth():
     less = day.Stage("less", (), 100, 50, 2)
     assert day.allowed_s(one, [two, less], 200) == 100
     assert day.allowed_s(one, [two, less], 60) == 30
-    assert day.allowed_s(less, [two], 60) == 30
-    assert day.allowed_s(two, [less], 25) == 25 < two.least_s
+    assert day.allowed_s(less, [two], 80) == 50
+    assert day.allowed_s(two, [less], 25) == 0  # it is skipped
+    assert day.allowed_s(one, [two, less], 25) == 25  # nothing is kept for what cannot run anyway
+    assert day.allowed_s(less, [two], 70) == 0
 
 
 def test_a_stage_that_is_too_slow_is_ended_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -103,7 +105,8 @@ def test_no_more_files_than_travel(tmp_path):
 
 
 CARD = [
-    {"stage": "machine", "what": "machine", "card": "NVIDIA H200", "machine": {"cores": 16, "cpu": "x", "load_average": [1]}},
+    {"stage": "machine", "what": "machine", "card": "NVIDIA H200",
+     "machine": {"cores": 16, "cpu": "x", "load_average": [1]}},
     {"stage": "step", "what": "step", "form": "plain loop, fp16", "batch": 16, "ms": 50.0, "samples_s": 320.0,
      "spread_samples_s": [310, 330], "floor": True},
     {"stage": "step", "what": "step", "form": "as a run chooses", "batch": 16, "ms": 20.0, "samples_s": 800.0,

@@ -85,7 +85,7 @@ def same(one, other):
 
 @pytest.mark.parametrize(("device", "graph"), [(CPU, "off"), on_gpu(CUDA, "off"), on_gpu(CUDA, "auto")])
 def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(tiny_set, tmp_path, device, graph):
-    """With train.deterministic. By a CUDA graph, steps from the fourth on are replays; the first ones after a resume are not."""
+    """With train.deterministic. Where a CUDA graph is used, steps from the fourth of each start on are replays of it."""
     whole = Steps(tiny_set, tmp_path / "whole", device, graph).take(10)
     first = Steps(tiny_set, tmp_path / "stopped", device, graph)
     halfway = first.take(5)
