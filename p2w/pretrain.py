@@ -20,6 +20,7 @@ from p2w.data.held import Held
 from p2w.data.stream import ShardSet, Stream
 from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
+from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.agree import agree
 from p2w.train.checkpoint import Checkpoints
@@ -31,11 +32,20 @@ from p2w.train.selfcheck import trusted
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
+ENOUGH_FOR_BATCH_NORM = 16  # samples: the paper's batch [P]
+
 
 def build(config: Config) -> tuple[Pretext, Network]:
     """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
     pretext = build_pretext(config)
     return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
+
+
+def shares_batch_norm(config: Config, ranks: int) -> bool:
+    """Whether batch norm averages over all ranks: `optim.sync_batchnorm`, or by how few samples a rank has at a time."""
+    if config.optim.sync_batchnorm != "auto":
+        return config.optim.sync_batchnorm == "on"
+    return ranks > 1 and config.data.batch // ranks // config.optim.accumulate < ENOUGH_FOR_BATCH_NORM
 
 
 def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
@@ -91,6 +101,9 @@ def _build(
     """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
+    if shares_batch_norm(config, world.size):
+        synchronise_batch_norm(model, world.size)
+        log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only

@@ -20,7 +20,7 @@ from p2w import __version__
 from p2w.config import OptimConfig
 from p2w.doctor.row import Case, Row, note, ok, problem, refused, size
 from p2w.errors import UserError
-from p2w.geometry import Keys, part_and_whole, sample_boxes
+from p2w.geometry import Keys, backend, part_and_whole, sample_boxes
 from p2w.train.optim import build_optimizer, choose_precision
 
 OLDEST_TORCH = (2, 11)
@@ -138,6 +138,11 @@ def triton(case: Case) -> Iterator[Row]:
     if not case.cuda:
         yield ok("triton", f"{version}; no GPU to try it on")
         return
+    compilers = "apt-get install gcc python3-dev   # triton compiles with them"
+    name, why = backend("cuda")
+    if name != "triton":
+        yield note("triton", f"{version}: parts are cut by {name}, slower: {why}", compilers)
+        return
     wholes = torch.randint(-1300, 1301, (4, 16, 32, 32), generator=torch.Generator().manual_seed(0)).short()
     boxes = sample_boxes(Keys(0, 0, torch.arange(4)), 0, wholes.shape[1:])
     try:
@@ -152,7 +157,7 @@ def triton(case: Case) -> Iterator[Row]:
         yield problem(
             "triton",
             f"{version}: the kernel does not run: {text}",
-            "apt-get install gcc python3-dev   # triton compiles with them",
+            compilers,
         )
         return
     if not off < 1e-4:

@@ -51,24 +51,36 @@ class Samples:
             return
         if self.held is not None:
             voxels, targets = self.held
-            for some in places:
-                at = torch.as_tensor(np.asarray(some, np.int64)).to(self.device)
+            every = torch.from_numpy(np.concatenate([np.asarray(some, np.int64) for some in places]))
+            every = self._pinned(every).to(self.device, non_blocking=True)  # one copy for all batches
+            for at in every.split([len(some) for some in places]):
                 yield self._unit(voxels[at]), targets[at]
             return
-        with ThreadPoolExecutor(1, "p2w-samples") as reader:
+        with ThreadPoolExecutor(1, "p2w-samples", self._own_device) as reader:
             ahead = reader.submit(self._read, places[0])
             for number in range(1, len(places) + 1):
                 voxels, targets = ahead.result()
                 if number < len(places):
                     ahead = reader.submit(self._read, places[number])
-                yield self._unit(voxels.to(self.device)), targets.to(self.device)
+                x, target = (part.to(self.device, non_blocking=True) for part in (voxels, targets))
+                yield self._unit(x), target
 
     def _unit(self, voxels: Tensor) -> Tensor:
         """Stored int16 -> float32 in [0, 1] (FACTS 1: clip to the window, scale)."""
         return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
 
     def _read(self, places: Places) -> tuple[Tensor, Tensor]:
-        return self.source.read(self.rows[np.asarray(places, np.int64)])
+        """Voxels and targets of these places; for a GPU in pinned memory, from which they are copied beside its work."""
+        voxels, targets = self.source.read(self.rows[np.asarray(places, np.int64)])
+        return self._pinned(voxels), self._pinned(targets)
+
+    def _pinned(self, part: Tensor) -> Tensor:
+        return part.pin_memory() if self.device.type == "cuda" else part
+
+    def _own_device(self) -> None:
+        """A new thread begins on device 0, where pinning memory would cost other ranks theirs."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def _sample_bytes(self) -> int:
         voxels, targets = self.source.read(self.rows[:1])

@@ -3,6 +3,9 @@
 - Convolutions in bf16: oneDNN 3.12 returns garbage for some shapes (see p2w.model.conv), some cuDNN 9 are wrong or slow.
 - Crop-resize, whose kernel is compiled for the card it meets.
 Both are compared with arithmetic that is not in doubt: convolutions at the sizes of this run, crop-resize on a small whole.
+That every convolution was found right is remembered from one start to the next (`p2w.train.verdicts`).
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
 import copy
@@ -18,13 +21,26 @@ from torch import Tensor, nn
 from p2w import geometry
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
+from p2w.train.layer_probe import (
+    Draw,
+    Meeting,
+    Shape,
+    backward_scale,
+    few,
+    float32_arithmetic,
+    forward_backward,
+    in_channels_last,
+    litter,
+    meet,
+    run_arithmetic,
+)
 from p2w.train.optim import Precision
+from p2w.train.verdicts import Facts, is_remembered, machine_facts, remember
 from p2w.world import World
 
 CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
 WITHIN = 0.02  # of the largest value; rounding to bf16 left 0.004 at most in all sizes tried, wrong kernels 1 to infinity
 CROP_WITHIN = 1e-4  # of the window, float32 against float64
-Shape = tuple[int, ...]
 
 
 def trusted(
@@ -38,14 +54,15 @@ def trusted(
     crop = wrong_crop(config.pretext, world.device)
     if world.any(bool(crop)):
         raise UserError(
-            f"{where}: {crop or 'crop-resize is sound here and wrong on another rank'}; install another triton, or none: "
-            "torch then cuts the parts"
+            f"{where}: {crop or 'crop-resize is sound here and wrong on another rank'}; {_remedy(world)}"
         )
-    share = (
-        config.data.batch // world.size // config.optim.accumulate
-    )  # a GPU chooses its kernels by the batch too
+    name, why = geometry.backend(world.device)
+    if world.device.type == "cuda" and name != "triton":
+        warn(f"parts are cut by {name}, more slowly than by the kernel: {why}")
+    share = config.data.batch // world.size // config.optim.accumulate
+    # A GPU chooses its kernels by the batch too.
     shape = (share if world.device.type == "cuda" else 1, 1, *config.pretext.size)
-    layer = wrong_convolution(model, precision, shape, world.device)
+    layer = _wrong_here(model, precision, shape, world, warn)
     if not world.any(bool(layer)):
         return precision
     found = f"{where}: {layer or f'another rank computes wrongly in {precision.name}'}"
@@ -55,85 +72,109 @@ def trusted(
     return Precision("fp32", None, f"{precision.name} is wrong on this machine")
 
 
+def _remedy(world: World) -> str:
+    if geometry.backend(world.device)[0] == "triton":
+        return "install another triton, or none: torch then cuts the parts"
+    return "install another torch"
+
+
+def _wrong_here(
+    model: nn.Module, precision: Precision, shape: Shape, world: World, warn: Callable[[str], None]
+) -> str:
+    """`wrong_convolution`, unless this machine was found sound before with the same versions, layers and sizes."""
+    if not _differs_from_float32(precision, world.device):
+        return ""
+    meetings = meet(model, shape, CONVOLUTIONS)
+    facts: Facts = {
+        **machine_facts(world),
+        "precision": precision.name,
+        "channels_last": in_channels_last(model),
+        "layers": [repr(kind_of(one)) for one in meetings],
+    }
+    if is_remembered(facts, warn):
+        return ""
+    wrong = _first_wrong(meetings, precision, world.device, in_channels_last(model))
+    if not wrong:
+        remember(facts, warn)
+    return wrong
+
+
 def wrong_convolution(model: nn.Module, precision: Precision, shape: Shape, device: torch.device) -> str:
     """Compare each convolution of `model`, in the run's precision, with float32; "" or what differs and by how much.
 
     `shape` (B, C, D, H, W) is what the network is fed. Output and both gradients of every distinct convolution are
-    taken at the size it meets there, with memory around that holds no zeros. The model itself is not touched.
+    taken at the size it meets there, with memory around that holds NaN. The model itself is not touched.
+
+    The precision under test computes the whole batch, by which a GPU chooses its kernels. Of a large layer only the first
+    samples are drawn and computed in float32; the batch repeats them, so that every sample's output and gradient is still
+    compared, and the weights' gradient is compared with that of the few times the number of their copies.
     """
-    if precision.dtype is None:
+    if not _differs_from_float32(precision, device):
         return ""
-    seen = set()
-    for name, module, size in _convolutions(model, shape):
-        kind = (type(module), module.weight.shape, module.stride, module.padding, size)
-        if kind in seen:
-            continue
-        seen.add(kind)
-        for what, error in _differences(module, size, precision.dtype, device):
+    return _first_wrong(meet(model, shape, CONVOLUTIONS), precision, device, in_channels_last(model))
+
+
+def _differs_from_float32(precision: Precision, device: torch.device) -> bool:
+    return precision.dtype is not None or (precision.name == "tf32" and device.type == "cuda")
+
+
+def _first_wrong(
+    meetings: list[Meeting], precision: Precision, device: torch.device, channels_last: bool
+) -> str:
+    """What is wrong with the first convolution that is; each distinct one is computed once."""
+    once: dict[Any, Meeting] = {}
+    for one in meetings:
+        once.setdefault(kind_of(one), one)
+    for one in once.values():
+        for what, error in _differences(one, precision, device, channels_last):
             if not error <= WITHIN:  # NaN is not
                 return (
-                    f"{name}: {what} in {precision.name} differs from float32 by {error:.3g} of its largest value "
-                    f"(rounding explains {WITHIN:g}), at input {size} on {device.type}, torch {torch.__version__}"
+                    f"{one.name}: {what} in {precision.name} differs from float32 by {error:.3g} of its largest value "
+                    f"(rounding explains {WITHIN:g}), at input {one.given} on {device.type}, torch {torch.__version__}"
                 )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return ""
 
 
-def _convolutions(model: nn.Module, shape: Shape) -> list[tuple[str, Any, Shape]]:
-    """Name, module and input shape of each convolution, found on torch's meta device: shapes without data."""
-    ghost = copy.deepcopy(model).to("meta").eval()
-    real, met = dict(model.named_modules()), []
-    for name, module in ghost.named_modules():
-        if isinstance(module, CONVOLUTIONS):
-
-            def note(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
-                met.append((name, real[name], tuple(given[0].shape)))
-
-            module.register_forward_pre_hook(note)
-    with torch.no_grad():
-        ghost(torch.zeros(shape, device="meta"))
-    return met
+def kind_of(one: Meeting) -> tuple[Any, ...]:
+    """What the arithmetic of a convolution depends on: type, weight's shape, how the kernel moves, shape of the input."""
+    module = one.module
+    how = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+    return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, one.given)
 
 
 def _differences(
-    module: Any, size: Shape, dtype: torch.dtype, device: torch.device
+    one: Meeting, precision: Precision, device: torch.device, channels_last: bool
 ) -> Iterator[tuple[str, float]]:
-    """(what, largest difference / largest value): of numbers that `dtype` holds exactly, so that only arithmetic differs."""
-    draw = torch.Generator().manual_seed(0)  # its own: the run's random numbers stay as they are
-
-    def rounded(shape: Shape) -> Tensor:
-        return torch.randn(shape, generator=draw).to(dtype).float().to(device)
-
-    layer = copy.deepcopy(module).requires_grad_()  # also of what the run keeps frozen
-    x = rounded(size)
-    if module.weight.is_contiguous(memory_format=torch.channels_last_3d):
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+    """(what, largest difference / largest value) of output and gradients in the run's precision against float32."""
+    draw, samples = Draw(precision, device, channels_last), one.given[0]
+    number = few(samples, one.given, one.out)
+    copies = samples // number
+    layer = copy.deepcopy(one.module).requires_grad_()  # also of what the run keeps frozen
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(parameter.to(dtype))
-        by = rounded(tuple(layer(x).shape))
-    expected = _pass(layer, x, by)
-    _litter(device)
-    with torch.autocast(device.type, dtype=dtype):
-        found = _pass(layer, x, by)
+            parameter.copy_(parameter.to(draw.grid))
+    x = draw.normal((number, *one.given[1:]))
+    by = draw.normal((number, *one.out[1:])) * backward_scale(copies)
+    with float32_arithmetic():
+        output, inputs, weights = forward_backward(layer, [layer.weight], x, by)
+    expected = (output, inputs, weights * copies)
+    x, by = draw.repeat(x, samples), draw.repeat(by, samples)
+    litter(device, x, by)
+    with run_arithmetic(precision, device):
+        found = forward_backward(layer, [layer.weight], x, by)
     for what, value, right in zip(
         ("output", "input's gradient", "weights' gradient"), found, expected, strict=True
     ):
-        yield what, float((value - right).abs().max() / right.abs().max().clamp(min=1e-30))
+        yield what, _difference(value, right)
 
 
-def _pass(layer: Any, x: Tensor, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the input and of the weights, float32, of sum(output * by)."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        output = layer(x)
-        gradients = torch.autograd.grad(output, (x, layer.weight), by.to(output.dtype))
-    return output.detach().float(), gradients[0].float(), gradients[1].float()
-
-
-def _litter(device: torch.device) -> None:
-    """Leave NaN in memory that is free again: what reads before it writes gives itself away."""
-    for count in (500, 5_000, 50_000, 500_000, 2_000_000):
-        torch.full((count,), float("nan"), device=device)
+def _difference(value: Tensor, right: Tensor) -> float:
+    """The largest difference over the largest value of `right`, which `value` may repeat; NaN where `value` holds one."""
+    pieces = value.split(len(right))
+    worst = torch.stack([(piece.float() - right).abs().max() for piece in pieces]).max()
+    return float(worst / right.abs().max().clamp(min=1e-30))
 
 
 def wrong_crop(config: PretextConfig, device: torch.device) -> str:

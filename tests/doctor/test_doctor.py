@@ -205,6 +205,13 @@ def test_which_apex(case, tmp_path, monkeypatch, nvidia):
     sys.modules.pop("apex", None)
 
 
+def test_a_kernel_that_does_not_compile_costs_speed(case, monkeypatch):
+    monkeypatch.setattr(software, "backend", lambda device: ("torch", "no C compiler was found"))
+    row = only(software.triton(replace(case, cuda=True)))
+    assert row.status == "note" and "parts are cut by torch, slower: no C compiler was found" in row.found
+    assert "gcc" in row.remedy
+
+
 def test_cards_that_torch_cannot_use(case, tmp_path):
     (tmp_path / "nvidia0").touch()
     (tmp_path / "nvidiactl").touch()

@@ -1,4 +1,4 @@
-"""The loop alone: what a frozen encoder keeps, what continues, what is refused."""
+"""The loop alone: what a frozen encoder keeps, what continues, what is refused, what waits for a GPU."""
 
 import copy
 import math
@@ -10,6 +10,7 @@ from target_sets import write_target_set
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
+from p2w.model.conv import for_optimizer
 from p2w.target.dataset import open_target
 from p2w.target.finetune import FineTuner, Told
 from p2w.target.kinds import KINDS
@@ -91,3 +92,58 @@ def test_told_to_stop_it_leaves_in_the_middle_and_a_loss_that_is_no_number_is_na
         tuner(told=lambda: True).epoch(*sets)
     with pytest.raises(UserError, match="epoch 1: the loss is not finite"):
         tuner(Recipe(batch=8, lr=1e20, epoch_steps=8)).epoch(*sets)
+
+
+def test_a_checkpoint_of_a_fused_adam_goes_on_without_and_one_without_goes_on(sets):
+    """As after a move between a GPU, whose Adam is fused, and a CPU."""
+    one, two = tuner(), tuner()
+    one.optimizer = torch.optim.Adam(
+        for_optimizer(one.network), lr=one.recipe.lr, eps=one.recipe.adam_eps, fused=True
+    )
+    one.epoch(*sets)
+    weights, state = one.state_dict()
+    two.load_state_dict(1, weights, copy.deepcopy(state))
+    assert one.optimizer.param_groups[0]["fused"] and not two.optimizer.param_groups[0]["fused"]
+    moments = [kept["exp_avg"] for kept in two.optimizer.state.values()]
+    assert len(moments) == len(two.trained) and any(moment.abs().max() > 0 for moment in moments)
+    two.epoch(*sets)
+    weights, state = two.state_dict()
+    one.load_state_dict(2, weights, copy.deepcopy(state))
+    assert one.optimizer.param_groups[0]["fused"]
+    one.epoch(*sets)
+
+
+@pytest.mark.parametrize(("every", "votes"), [(1, [0, 1, 2]), (2, [0, 2])])
+def test_ranks_are_asked_at_every_batch_and_vote_at_every_few(sets, monkeypatch, every, votes):
+    asked, voted = [], []
+    monkeypatch.setattr(World, "any", lambda self, flag: voted.append(len(asked) - 1) or flag)
+    one = tuner(Recipe(batch=4), told=lambda: bool(asked.append(1)) or len(asked) > 2)
+    one.vote_every = every
+    with pytest.raises(Told):
+        one.epoch(*sets)
+    assert voted == votes and len(asked) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("held", [0, math.inf])
+def test_a_gpu_gets_the_same_samples_and_a_fused_adam(tmp_path, held):
+    bright = open_target(write_target_set(tmp_path / "set", "classification"))
+    device = torch.device("cuda")
+    there, here = (Samples(bright, bright.rows("train"), at, held) for at in (device, torch.device("cpu")))
+    places = [[3, 0, 5], [1], [2, 4]]
+    for (x, target), (right, label) in zip(there.batches(places), here.batches(places), strict=True):
+        assert x.is_cuda and torch.equal(x.cpu(), right) and torch.equal(target.cpu(), label)
+    network = blank("classification", build_encoder("unet3d", 2), True)
+    world = World(0, 1, 0, 1, "here", device, "test")
+    one = FineTuner(network, KINDS["classification"], SMALL, Precision("fp32", None, ""), world, 0)
+    assert one.optimizer.param_groups[0]["fused"]
+    torch.cuda.set_sync_debug_mode("error")  # no step may wait for the device
+    try:
+        samples = there.batches([[0, 1, 2, 3]] * 3)
+        for x, target in samples:
+            one.optimizer.zero_grad(set_to_none=True)
+            one.kind.loss(one.network(x), target, 4, world).backward()
+            one.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
