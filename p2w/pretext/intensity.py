@@ -4,6 +4,7 @@ A part's transformation is one function of intensity, drawn from (seed, epoch, i
 where and makes brightness, contrast and histogram differ between the parts of one whole. B, K = batch, knots of a table.
 """
 
+import functools
 import math
 
 import torch
@@ -46,14 +47,23 @@ def look_up(volumes: Tensor, tables: Tensor) -> Tensor:
 def bezier(u: Tensor) -> Tensor:
     """Tables (B, K) of increasing cubic Bezier curves from (0, 0) to (1, 1); `u` (B, 4) in [0, 1]: x, y, x, y of the two
     control points. With those in the unit square both coordinates rise with the parameter, so the curve is a function."""
-    t = torch.linspace(0, 1, STEPS, device=u.device, dtype=u.dtype)
-    first, second = 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2
-    x, y = (u[:, k, None] * first + u[:, k + 2, None] * second + t**3 for k in (0, 1))
-    x, y = x.cummax(1).values, y.cummax(1).values  # rising to the last bit
-    knots = torch.linspace(0, 1, KNOTS, device=u.device, dtype=u.dtype).expand(len(u), KNOTS).contiguous()
-    right = torch.searchsorted(x.contiguous(), knots).clamp_(1, STEPS - 1)
-    x0, x1, y0, y1 = (c.gather(1, i) for c in (x, y) for i in (right - 1, right))
+    first, second, third, knots = _basis(u.device, u.dtype)
+    both = u.view(-1, 2, 2, 1)  # control point, then coordinate
+    curve = both[:, 0] * first + both[:, 1] * second + third
+    curve = curve.cummax(2).values  # (B, 2, STEPS), rising to the last bit
+    knots = knots.expand(len(u), KNOTS)
+    right = torch.searchsorted(curve[:, 0].contiguous(), knots.contiguous()).clamp_(1, STEPS - 1)
+    at = right[:, None].expand(-1, 2, -1)
+    (x0, y0), (x1, y1) = (curve.gather(2, place).unbind(1) for place in (at - 1, at))
     return torch.lerp(y0, y1, ((knots - x0) / (x1 - x0).clamp(min=1e-7)).clamp_(0, 1))
+
+
+@functools.cache
+def _basis(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the two control points and the end weigh at each of STEPS parameters, and the knots (K,); made once a device."""
+    t = torch.linspace(0, 1, STEPS, device=device, dtype=dtype)
+    knots = torch.linspace(0, 1, KNOTS, device=device, dtype=dtype)
+    return 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3, knots
 
 
 def normals(keys: Keys, part: int, count: int) -> Tensor:
@@ -66,7 +76,7 @@ def _tables(u: Tensor, config: IntensityConfig) -> Tensor:
     """Curve, then gamma, contrast, brightness, as one table (B, K) in [0, 1]; `u` (B, 7 or more) in [0, 1]."""
     strength = config.strength
     both = 2 * u[:, 4:7, None] - 1
-    knots = torch.linspace(0, 1, KNOTS, device=u.device)
+    knots = _basis(u.device, u.dtype)[3]
     curve = torch.lerp(knots.expand(len(u), KNOTS), bezier(u[:, :4]), strength * config.curve)
     power = (both[:, 0] * (strength * math.log(config.gamma))).exp()
     slope, shift = 1 + both[:, 1] * (strength * config.contrast), both[:, 2] * (strength * config.brightness)

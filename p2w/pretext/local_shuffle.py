@@ -17,17 +17,30 @@ ROUNDS = 8  # after which a voxel has stayed where it was, for want of a round t
 _ODD = 0x5851F42D4C957F2D  # spreads a small number over 64 bits before it is mixed
 
 
-def local_shuffle(volumes: Tensor, keys: Keys, part: int, count: int) -> Tensor:
+def local_shuffle(volumes: Tensor, keys: Keys, part: int, count: int, chosen: Tensor | None = None) -> Tensor:
     """Volumes (B, 1, d, h, w), shuffled in `count` blocks each, from the streams of parts `part` and `part` + 1.
 
     Edges are uniform from 1 to a tenth of the volume's, places uniform over all inside it (Models Genesis, FACTS 5).
+    Where `chosen` (B,) bool says no, the volume stays as it is; None: all are shuffled.
     """
+    if geometry.backend(volumes.device)[0] == "triton":
+        from p2w.kernels import local_shuffle_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        if chosen is None:
+            chosen = torch.ones(len(volumes), dtype=torch.bool, device=volumes.device)
+        draws, seeds = geometry.uniforms(keys, part, 6 * count), geometry.uniforms(keys, part + 1, count)
+        return local_shuffle_triton.run(volumes, draws, seeds, chosen, ROUNDS, _ODD)
+    if chosen is not None and volumes.device.type == "cpu":  # on a GPU, choosing rows would wait for it
+        made, names = volumes.clone(), Keys(keys.seed, keys.epoch, keys.ids[chosen])
+        made[chosen] = local_shuffle(volumes[chosen], names, part, count)
+        return made
     shape = (volumes.shape[2], volumes.shape[3], volumes.shape[4])
     starts, sizes = draw_blocks(keys, part, count, shape)
     last = last_block(starts, sizes, shape)
     seeds = (geometry.uniforms(keys, part + 1, count) * 2**53).long()
     source = _source(last, starts, sizes, seeds, shape)
-    return volumes.flatten(1).gather(1, source).view_as(volumes)
+    shuffled = volumes.flatten(1).gather(1, source).view_as(volumes)
+    return shuffled if chosen is None else torch.where(chosen.view(-1, 1, 1, 1, 1), shuffled, volumes)
 
 
 def draw_blocks(

@@ -36,17 +36,16 @@ class ModelsGenesis:
 
     def __init__(self, config: PretextConfig, genesis: GenesisConfig) -> None:
         self.config, self.genesis = config, genesis
+        self._numbers: dict[object, Tensor] = {}
 
     def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> deformed and original cube, (B, 1, d, h, w) in [0, 1]."""
         settings, coins = self.genesis, geometry.uniforms(keys, COINS, 3 + 2 * FLIPS)
         cube = self.cube(batch_BDHW, keys)
         cube = flipped(cube[:, 0], flips(coins[:, 3:], settings.flip))[:, None]
-        shuffle, curve = (coins[:, k].view(-1, 1, 1, 1, 1) for k in (0, 1))
-        made = torch.where(
-            shuffle < settings.shuffle, local_shuffle(cube, keys, SHUFFLE, settings.blocks), cube
-        )
-        made = torch.where(curve < settings.curve, look_up(made, curves(keys, settings.decreasing)), made)
+        made = local_shuffle(cube, keys, SHUFFLE, settings.blocks, coins[:, 0] < settings.shuffle)
+        curved = (coins[:, 1] < settings.curve).view(-1, 1, 1, 1, 1)
+        made = torch.where(curved, look_up(made, curves(keys, settings.decreasing)), made)
         noise = geometry.uniforms(keys, NOISE, made[0].numel()).float().view_as(made)
         return Views(torch.where(self.painted(coins[:, 2], keys), noise, made), cube)
 
@@ -60,39 +59,50 @@ class ModelsGenesis:
                 f"pretext.size={size}: no cube of that size fits sub-scans of {tuple(shape)} voxels; pass a smaller "
                 "one, or --genesis.cube whole"
             )
-        u = geometry.uniforms(keys, CUBE, 3)
-        starts = [integers(u[:, k], 0, there - size[k]) for k, there in enumerate(shape)]
-        boxes = torch.stack([*starts, *(start + edge for start, edge in zip(starts, size, strict=True))], 1)
-        return geometry.crop_resize(
-            batch_BDHW, boxes.float(), size, window_hu=self.config.window_hu, antialias=False
-        )
+        room = tuple(there - edge + 1 for edge, there in zip(size, shape, strict=True))
+        spans, edges = self.numbers(batch_BDHW.device, room, size)
+        starts = (geometry.uniforms(keys, CUBE, 3) * spans).long()
+        boxes = torch.cat((starts, starts + edges), 1).float()
+        return geometry.crop_resize(batch_BDHW, boxes, size, window_hu=self.config.window_hu, antialias=False)
 
     def painted(self, coin: Tensor, keys: Keys) -> Tensor:
         """(B, 1, d, h, w) bool, where noise replaces the cube; `coin` (B,) decides whether, and whether outside or in.
 
         Inside: up to five blocks, edges a sixth to a third. Outside: all but up to five, edges three to four sevenths.
         """
-        settings = self.genesis
+        settings, size, device = self.genesis, self.config.size, coin.device
         paints, outside = coin < settings.paint, coin < settings.paint * settings.outpaint
         u = geometry.uniforms(keys, BLOCKS, 7 * PAINTED).view(len(coin), PAINTED, 7)
         made = u[..., 6] < AGAIN
-        made[:, 0] |= outside  # the first block of what is kept is always there
-        made = made.long().cumprod(1).bool()
-        blocks = made[:, :, None, None, None]
-        for k, edge in enumerate(self.config.size):
-            low = torch.where(outside, edge - 4 * edge // 7, edge // 6)[:, None]
-            high = torch.where(outside, edge - 3 * edge // 7, edge // 3)[:, None]
-            length = integers(u[..., k], low, high)
-            margin = ((edge - length) // 2).clamp(max=MARGIN)
-            start = integers(u[..., 3 + k], margin, edge - length - margin)[..., None]
-            place = torch.arange(edge, device=coin.device)
-            inside = (place >= start) & (place < start + length[..., None])
-            blocks = blocks & inside.view(
-                len(coin), PAINTED, *(edge if axis == k else 1 for axis in range(3))
-            )
+        made[:, 0].logical_or_(outside)  # the first block of what is kept is always there
+        made = made.cumprod(1).bool()
+        edges, *limits = self.numbers(
+            device,
+            size,
+            tuple(edge // 6 for edge in size),
+            tuple(edge // 3 - edge // 6 + 1 for edge in size),
+            tuple(edge - 4 * edge // 7 for edge in size),
+            tuple(4 * edge // 7 - 3 * edge // 7 + 1 for edge in size),
+        )
+        low, span = (torch.where(outside[:, None, None], limits[2 + k], limits[k]) for k in (0, 1))
+        length = low + (u[..., :3] * span).long()  # (B, PAINTED, 3)
+        rest = edges - length
+        margin = (rest // 2).clamp(max=MARGIN)
+        start = integers(u[..., 3:6], margin, rest - margin)
+        place = self.numbers(device, tuple(range(max(size))))[0]
+        inside = (place >= start[..., None]) & (place < (start + length)[..., None])
+        z, y, x = (inside[:, :, k, :edge] for k, edge in enumerate(size))
+        blocks = (made[..., None] & z)[..., None] & y[:, :, None]
+        blocks = blocks[..., None] & x[:, :, None, None]
         union = blocks.any(1, keepdim=True)
         outside, paints = (one.view(-1, 1, 1, 1, 1) for one in (outside, paints))
         return (union ^ outside) & paints
+
+    def numbers(self, device: torch.device, *rows: tuple[int, ...]) -> Tensor:
+        """Rows of whole numbers as a tensor on the device, made once: a copy to a GPU waits for it."""
+        if (device, rows) not in self._numbers:
+            self._numbers[device, rows] = torch.tensor(rows, device=device)
+        return self._numbers[device, rows]
 
     def build(self, encoder: Encoder) -> Network:
         """Encoder, decoder (`pretext.skips`; published with), sigmoid."""
@@ -110,7 +120,7 @@ class ModelsGenesis:
 
 def flips(u: Tensor, probability: float) -> Tensor:
     """(B, 3) bool, axes that are flipped an odd number of times; `u` (B, 2 FLIPS): whether again, along which axis."""
-    again = (u[:, :FLIPS] < probability).long().cumprod(1)
+    again = (u[:, :FLIPS] < probability).cumprod(1)
     axis = integers(u[:, FLIPS:], 0, 2)
     return torch.zeros(len(u), 3, dtype=torch.int64, device=u.device).scatter_add_(1, axis, again) % 2 == 1
 

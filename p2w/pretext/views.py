@@ -11,7 +11,7 @@ def resized_whole(batch_BDHW: Tensor, config: PretextConfig) -> Tensor:
     """Wholes, int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1]: all of each, resized to `config.size`."""
     boxes = torch.zeros(len(batch_BDHW), 6, device=batch_BDHW.device)
     for axis, edge in enumerate(batch_BDHW.shape[1:]):
-        boxes[:, 3 + axis] = edge
+        boxes[:, 3 + axis].fill_(edge)
     return geometry.crop_resize(
         batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
     )
@@ -26,4 +26,5 @@ def flipped(volumes: Tensor, axes: Tensor) -> Tensor:
 
 def integers(u: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
     """Draws in [0, 1) -> int64, uniform from `low` to `high`, both included."""
-    return low + (u * (high - low + 1)).long()
+    drawn = (u * (high - low + 1)).long()
+    return drawn if isinstance(low, int) and low == 0 else low + drawn
