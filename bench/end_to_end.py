@@ -27,11 +27,14 @@ from p2w.config import Config
 from p2w.data.stream import Batch, ShardSet, Stream, open_set
 from p2w.geometry import Keys
 from p2w.log import Log
+from p2w.model.forms import set_forms
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
 from p2w.pretrain import build
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.form_choice import choose_forms
+from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
 from p2w.world import World
@@ -59,12 +62,22 @@ class Ready(Parts2Whole):
         return self.kept
 
 
+class Said(Log):
+    """A log whose lines go to the terminal, and nothing to the disk: what forms and graph the run has chosen."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, False, steps)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        print(text, flush=True)
+
+
 class Way:
     """A trainer of its own; called, it takes `steps` steps and returns samples a second."""
 
     def __init__(self, name: str, config: Config, shards: ShardSet, folder: Path, steps: int) -> None:
         world = World.start()  # as a run starts: on a GPU, cuDNN tries its algorithms and keeps the fastest
-        precision = choose_precision(config.train.amp, world.device)
+        precision = choose_precision(config.train.amp, world.device).apply()
         torch.manual_seed(0)
         pretext, model = build(config)
         if name == WAYS[2]:
@@ -76,11 +89,20 @@ class Way:
         self.stream = kind(
             shards, "train", config.data.batch, readers=config.data.readers, device=world.device
         )
-        log = Log(folder, False, config.train.steps)
+        log = Said(folder, config.train.steps)
+        shape = (config.data.batch, 1, *config.pretext.size)
+        choice = choose_forms(model, shape, precision, world, print, rule="measure")
+        set_forms(model, choice.forms)
+        log.line(choice.line)
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
         self.cpu_s: list[float] = []  # of all threads, a sample
         self.batches, self.steps, self.samples = self.stream.batches(), steps, config.data.batch * steps
+        if (
+            world.device.type == "cuda"
+        ):  # a CUDA graph is captured, timed and taken or not before anything is measured
+            for _ in range(WARM_UP_STEPS + 1):
+                self.trainer._one(next(self.batches))
 
     def __call__(self) -> float:
         began, busy = time.perf_counter(), time.process_time()
