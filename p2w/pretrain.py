@@ -20,11 +20,13 @@ from p2w.data.held import Held
 from p2w.data.stream import ShardSet, Stream
 from p2w.log import Log, read_metrics, write_atomic
 from p2w.model import Network, build_encoder
+from p2w.model.forms import set_forms
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import Pretext, build_pretext
 from p2w.train.agree import agree
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder, describe, fingerprint
+from p2w.train.form_choice import RECORD, Choice, Rule, choose_forms, read_record
 from p2w.train.interruptible import Interrupted, Interruptible
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
@@ -69,17 +71,20 @@ def _run(
     log = Log(folder.path, world.is_main, config.train.steps)
     # What is refused in here leaves no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
-    trainer = parts[0]
+    choice, trainer, validation, looks, pictures = parts
     if world.is_main:
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
         facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
         folder.open(
             config, data, shards.where, {**world.machine(), **command, **facts, "data_set": describe(shards)}
         )
+        if world.device.type == "cuda":
+            with log.tolerate(RECORD):
+                choice.write(folder.path)
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
-        outcome = _fit(*parts, folder, log)
+        outcome = _fit(trainer, validation, looks, pictures, folder, log)
     except BaseException as error:
         outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
         raise
@@ -97,8 +102,8 @@ def _run(
 def _build(
     config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
-) -> tuple[Trainer, Validation | None, Looks, Pictures]:  # fmt: skip
-    """The trainer, its validation where scans are set aside, and the looks taken between its steps."""
+) -> tuple[Choice, Trainer, Validation | None, Looks, Pictures]:  # fmt: skip
+    """How layers are computed, the trainer, its validation where scans are set aside, and the looks between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build(config)
     if shares_batch_norm(config, world.size):
@@ -114,6 +119,7 @@ def _build(
     held = _held(config, shards, world, precision) if config.data.on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
     precision = trusted(config, precision, model, world, log.warn).apply()
+    choice = _choose_forms(config, model, folder, world, precision, log)
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
@@ -139,7 +145,28 @@ def _build(
     if not aside:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
-    return trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
+    return choice, trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
+
+
+def _choose_forms(
+    config: Config, model: Network, folder: RunFolder, world: World, precision: Precision, log: Log
+) -> Choice:
+    """Have every layer compute in the form that is fastest here, or in the one of the run so far; all ranks alike.
+
+    On a CPU layers keep PyTorch's usual form: there a run must give the same bits as any other of the same settings.
+    """
+    rule: Rule = "measure"
+    if config.train.kernels == "plain" or world.device.type == "cpu":
+        rule = "plain"
+    elif config.train.deterministic:
+        rule = "count"
+    shape = (config.data.batch // world.size // config.optim.accumulate, 1, *config.pretext.size)
+    recorded = read_record(folder.path, log.warn) if world.is_main else None
+    choice = choose_forms(model, shape, precision, world, log.warn, rule=rule, recorded=recorded)
+    set_forms(model, choice.forms)
+    if world.device.type != "cpu":
+        log.line(choice.line)
+    return choice
 
 
 def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> Held:
