@@ -27,13 +27,12 @@ from p2w.config import Config
 from p2w.data.stream import Batch, ShardSet, Stream, open_set
 from p2w.geometry import Keys
 from p2w.log import Log
-from p2w.model.forms import set_forms
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
-from p2w.pretrain import build
+from p2w.pretrain import _choose_forms, build
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.form_choice import choose_forms
+from p2w.train.folder import RunFolder
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
@@ -90,10 +89,8 @@ class Way:
             shards, "train", config.data.batch, readers=config.data.readers, device=world.device
         )
         log = Said(folder, config.train.steps)
-        shape = (config.data.batch, 1, *config.pretext.size)
-        choice = choose_forms(model, shape, precision, world, print, rule="measure")
-        set_forms(model, choice.forms)
-        log.line(choice.line)
+        choice = _choose_forms(config, model, RunFolder(folder), world, precision, log)
+        choice.write(folder)  # the other ways take the same forms
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
         self.cpu_s: list[float] = []  # of all threads, a sample

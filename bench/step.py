@@ -59,7 +59,7 @@ class Way:
 
 
 DEFAULT = {
-    "cpu": Way("bf16", channels_last=True, fused=True, forms=CHOSEN),
+    "cpu": Way("bf16", channels_last=True, fused=True),  # where layers keep PyTorch's usual forms
     "cuda": Way("bf16", channels_last=True, fused=True, forms=CHOSEN, graph=True),
 }
 
@@ -146,13 +146,9 @@ def ways(device: torch.device, compiled: bool) -> list[Way]:
     found += [Way("fp32", fused=True), Way("fp32", channels_last=True, fused=True)]
     for dtype in ("bf16", "fp16") if cuda else ("bf16",):
         found += [Way(dtype, fused=True), Way(dtype, channels_last=True, fused=True)]
-    forms = (
-        FLAT,
-        FOLDED,
-        f"{FLAT} and {FOLDED}",
-        *((FUSED, f"{FUSED} and {FOLDED}") if cuda else ()),
-        CHOSEN,
-    )
+    forms = [FLAT, FOLDED, f"{FLAT} and {FOLDED}"]
+    if cuda:
+        forms += [FUSED, f"{FUSED} and {FOLDED}", CHOSEN]
     found += [Way("bf16", channels_last=True, fused=True, forms=form) for form in forms]
     if compiled:
         found += [

@@ -24,9 +24,10 @@ from p2w.log import Log
 from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
-from p2w.pretrain import build
+from p2w.pretrain import _choose_forms, build
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.folder import RunFolder
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision, choose_precision
@@ -106,16 +107,6 @@ def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, sa
     set_forms(model, taken)
 
 
-def choose(model: nn.Module, setup: Setup, precision: Precision, world: World) -> str:
-    """Have the layers take the forms that a run chooses for itself; what it says of them."""
-    from p2w.train.form_choice import choose_forms  # noqa: PLC0415
-
-    shape = (setup.batch, 1, *config_of(setup).pretext.size)
-    choice = choose_forms(model, shape, precision, world, print, rule="measure")
-    set_forms(model, choice.forms)
-    return choice.line
-
-
 class Kept(Log):
     """A log that keeps its lines in `said` and writes none of them."""
 
@@ -141,7 +132,7 @@ class Run:
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
         self.log = Kept(self.folder, self.config.train.steps)
         if setup.forms is None:
-            self.log.line(choose(self.model, setup, precision, world))
+            _choose_forms(self.config, self.model, RunFolder(self.folder), world, precision, self.log)
         else:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
