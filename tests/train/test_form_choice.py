@@ -273,3 +273,16 @@ def test_two_ranks_take_the_same_forms(tmp_path):
         "form fast is wrong or fails on another rank; it is left out, at some cost in speed"
     ]
     assert second["warned"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [BF16, FP32])
+def test_on_a_gpu_every_form_of_the_papers_network_is_sound_and_the_chosen_ones_are_no_slower(precision):
+    device, warned = torch.device("cuda", 0), []
+    world = replace(WORLD, device=device, device_reason=torch.cuda.get_device_name())
+    model = unet(32).to(device, memory_format=torch.channels_last_3d)
+    choice = choose_forms(model, (4, 1, 32, 64, 64), precision, world, warned.append, rule="measure")
+    assert warned == [] and set(choice.forms) == set(forms_of(model))
+    for name, times in choice.record["ms"].items():
+        assert times[choice.forms[name]] <= times[PLAIN], (name, times)

@@ -248,3 +248,20 @@ def test_ranks_may_remember_the_same_verdict_at_once(tmp_path, monkeypatch):
     assert warned == [] and len(list((tmp_path / "p2w").iterdir())) == 1
     assert verdicts.is_remembered({"rank": (1, 2)}, warned.append) and warned == []
     assert not verdicts.is_remembered({"rank": [1, 3]}, warned.append)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
+def test_on_a_gpu_the_papers_network_is_sound_and_a_layers_memory_is_enough(name, monkeypatch):
+    """Batch 16 at the paper's size; searches for kernels as a run does, and leaves every setting as it was."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    device, settings = torch.device("cuda", 0), torch.backends.cudnn.conv.fp32_precision
+    model = network(32).to(device, memory_format=torch.channels_last_3d)
+    precision = Precision(name, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name), "")
+    before = torch.cuda.get_rng_state()
+    torch.cuda.reset_peak_memory_stats()
+    assert wrong_convolution(model, precision, (16, 1, 32, 64, 64), device) == ""
+    assert torch.cuda.max_memory_allocated() < 8 * 2**30
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.backends.cudnn.benchmark and torch.backends.cudnn.conv.fp32_precision == settings
