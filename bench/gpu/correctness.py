@@ -5,15 +5,15 @@
 Each writes rows (rows.py). On a CPU the same code runs at toy size, with the precisions that a CPU has.
 """
 
+import importlib.util
 import re
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 
 import torch
 from harness import BATCH, BOTH, FOLDED_FORMS, PRECISIONS, Run, Setup, batches_of, network_of, structured_set
-from rows import CUDA, DAY, DEVICE, REPO, attempt, failures, needs_card, say, stages
+from rows import CUDA, DAY, DEVICE, REPO, attempt, failures, needs_card, say, seconds_left, stages
 
 from p2w.data.held import Held
 from p2w.data.stream import ShardSet, Stream
@@ -33,20 +33,48 @@ def tests() -> None:
         for path in (REPO / "tests").rglob("test_*.py")
         if re.search(r"mark\.gpu|^from devices import", path.read_text(), re.MULTILINE)
     )
-    report = DAY / "pytest.xml"
-    report.unlink(missing_ok=True)
-    options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", f"--junitxml={report}"]
-    command = [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *files]
-    code = subprocess.run(command, cwd=REPO, check=False).returncode
-    if not report.exists():
-        raise RuntimeError(f"pytest left no report, exit code {code}; is it installed?")
-    found: dict[str, list[str]] = {"passed": [], "left_out": [], "failed": []}
-    for case in ET.parse(report).getroot().iter("testcase"):
-        kinds = {child.tag for child in case}
-        kind = "failed" if kinds & {"failure", "error"} else "left_out" if "skipped" in kinds else "passed"
-        found[kind].append(f"{case.get('classname')}::{case.get('name')}")
+    # Named as they end (-vv over the -q of pyproject.toml), so that a run that is too slow has said what went through.
+    options = [
+        "-v",
+        "-rfE",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        "--continue-on-collection-errors",
+    ]
+    if CUDA and importlib.util.find_spec("xdist"):
+        options += ["--numprocesses", "6"]  # most of their time is compiling and starting
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    log = DAY / "pytest.log"
+    with open(log, "wb") as output:
+        try:
+            limit = None if seconds_left() == float("inf") else max(5.0, seconds_left() - 6)
+            code = subprocess.run(
+                command, cwd=REPO, stdout=output, stderr=output, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+    said = log.read_text(errors="replace")
+    print(said, flush=True)
+    found: dict[str, list[str]] = {}
+    for kind, words in {"passed": "PASSED", "left_out": "SKIPPED", "failed": "FAILED|ERROR"}.items():
+        after = re.findall(rf"^(tests/\S+) (?:{words})\b", said, re.MULTILINE)
+        before = re.findall(rf"^\[gw\d+\] \[ *\d+%\] (?:{words}) (tests/\S+)", said, re.MULTILINE)
+        found[kind] = list(dict.fromkeys([*after, *before]))
+    if "No module named pytest" in said:
+        raise RuntimeError("pytest is not installed")
     counts = {kind: len(names) for kind, names in found.items()}
-    say("tests marked gpu", **counts, files=len(files), exit_code=code, names_failed=found["failed"])
+    too_slow = "not all of them ended in time" if code == -1 else ""
+    say(
+        "tests marked gpu",
+        **counts,
+        files=len(files),
+        exit_code=code,
+        names_failed=found["failed"],
+        note=too_slow,
+    )
     if found["failed"] or code not in (0, 5):
         failures.append("tests")
 

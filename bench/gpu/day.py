@@ -47,7 +47,7 @@ def stages(call: int, out: Path, day: Path, toy: bool) -> list[Stage]:
     small = ("--small",) if toy else ()
     first = [
         Stage("machine", (f"{HERE}/machine.py",), 25, 5),
-        Stage("tests", (f"{HERE}/correctness.py", "tests"), 90, 30),
+        Stage("tests", (f"{HERE}/correctness.py", "tests"), 100, 40),
         Stage("kernel", ("bench/kernel.py", "--rounds", "11", "--out", str(out / "kernel.json")), 50, 20),
         Stage("selfcheck", (f"{HERE}/correctness.py", "selfcheck", "held"), 50, 15),
         Stage("training", (f"{HERE}/correctness.py", "resume", "precisions"), 85, 30),
