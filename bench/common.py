@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from p2w.resources import total_memory, usable_cores
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "pyarrow", "crc32c", "triton", "webdataset", "litdata", "mosaicml-streaming", "grain",
             "array-record", "monai", "kornia", "torchio", "nvidia-dali-cuda120")  # fmt: skip
@@ -63,8 +65,8 @@ def machine() -> dict[str, Any]:
             (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"
         ),
         "bf16": [name for name in ("avx512_bf16", "amx_bf16") if name in features],
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "cores": usable_cores(),
+        "memory_gib": round(total_memory() / 2**30, 1),
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -11,7 +11,6 @@ Each has readers of its own, which go on while the others' steps are timed: they
 
 import argparse
 import itertools
-import os
 import shutil
 import tempfile
 import time
@@ -31,6 +30,7 @@ from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
 from p2w.pretrain import _choose_forms, build
 from p2w.recipes import named
+from p2w.resources import usable_cores
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.folder import RunFolder
 from p2w.train.graph import WARM_UP_STEPS
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--shards", default="")
     parser.add_argument("--small", action="store_true", help="width 4 at 16x16x16 voxels, to rehearse")
     parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.json")

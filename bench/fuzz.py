@@ -30,6 +30,8 @@ import tyro
 from fuzzing.kinds import Kind, kinds
 from fuzzing.mutations import mutate
 
+from p2w.resources import usable_cores
+
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 HANG_S, SLACK = 20.0, 320 << 20
 
@@ -185,7 +187,7 @@ def fuzz(options: Options, names: tuple[str, ...], valid: Path) -> int:
     record = {
         "cases": number, "seconds": round(seconds, 1), "findings": findings, "fixed": fixed,
         "outcomes": {kind: dict(sorted(counts[kind].items())) for kind in names},
-        "machine": {"python": platform.python_version(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {"python": platform.python_version(), "cores": usable_cores(), "system": platform.platform()},
     }  # fmt: skip
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{number} cases in {seconds:.0f} s, {len(findings)} findings: {options.out}")

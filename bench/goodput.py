@@ -39,6 +39,7 @@ from p2w.config import TrainConfig  # noqa: E402
 from p2w.data.stream import open_set  # noqa: E402
 from p2w.pretrain import build  # noqa: E402
 from p2w.recipes import named  # noqa: E402
+from p2w.resources import usable_cores  # noqa: E402
 from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: E402
 from p2w.train.saver import Saver  # noqa: E402
 
@@ -223,7 +224,7 @@ def main() -> None:
             for place, sub_scan in zip(wholes, ids, strict=True):
                 reader.read_into(int(sub_scan), place)
         np.save(folder / "wholes.npy", wholes)
-        machine = {"system": platform.platform(), "torch": torch.__version__, "cores": os.cpu_count()}
+        machine = {"system": platform.platform(), "torch": torch.__version__, "cores": usable_cores()}
         found = {"machine": machine, "load_before": os.getloadavg(), "fault_s": options.fault_s}
         for way in (
             Whole(folder, options.batch, options.save_s),

@@ -13,7 +13,6 @@ interrupted, at any number of ranks; the numbers do not depend on it.
 
 import math
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +26,10 @@ from p2w.config import Amp
 from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import Log
-from p2w.train.folder import RunFolder, fingerprint
+from p2w.rank_errors import leave, refuse
+from p2w.train.folder import RunFolder, fingerprint, shard_places
 from p2w.train.optim import choose_precision
 from p2w.world import World
-
-LOCAL_RANK_0_SPEAKS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,17 @@ def build(args: Args, world: World) -> Analysis:
 def _shards(args: Args) -> ShardSet:
     """The data set that the run was trained on, and no other."""
     last = RunFolder(args.run).last_start()
-    where = args.shards or str(last.get("shards", ""))
-    if not where:
+    if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
-    shards = open_set(where)
-    if "data" in last and fingerprint(shards.meta) != last["data"]:
-        raise UserError(
-            f"{where}: is data set {fingerprint(shards.meta)}, the run was trained on {last['data']}: its validation wholes "
-            "would be others; pass the --shards it was trained on"
-        )
-    return shards
+    places = [args.shards] if args.shards else shard_places(args.run, last)
+    for place in places:
+        shards = open_set(place)
+        if last.get("data") in (None, fingerprint(shards.meta)):
+            return shards
+    raise UserError(
+        f"{place}: is data set {fingerprint(shards.meta)}, the run was trained on {last['data']}: its validation wholes "
+        "would be others; pass the --shards it was trained on"
+    )
 
 
 def show(summary: dict[str, Any], run: Path) -> None:
@@ -134,27 +133,17 @@ def main() -> int:
     """Parse, build, run."""
     world = World.place()
     try:
-        args = parse(sys.argv[1:], speaks=world.local_rank == 0)
+        args = parse(sys.argv[1:], speaks=world.speaks)
         analysis = build(args, world)
     except (UserError, SystemExit) as error:
-        if isinstance(error, UserError):
-            world.tell_agent(f"error: {error}")
-        refused = isinstance(error, UserError) or bool(error.code)
-        if refused and world.local_rank:
-            time.sleep(LOCAL_RANK_0_SPEAKS_S)  # as launch/train.py: local rank 0 says it for the node
-            return 2
-        raise
-    world = World.start()
+        return refuse(world, error)
     try:
+        world = World.start()
         summary = analyze(replace(analysis, world=world))
         if world.is_main:
             show(summary, args.run)
-    except UserError as error:
-        world.abandon(2, f"error: {error}")
-    except RuntimeError as error:
-        if world.size == 1 or "by peer" not in str(error):
-            raise
-        world.abandon(1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why")
+    except Exception as error:
+        leave(world, error)
     world.close()
     return 0
 

@@ -11,8 +11,6 @@ the same run folder continues it, at any number of ranks that divides the batch.
 """
 
 import sys
-import time
-import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,16 +22,15 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.data.plan import Plan
 from p2w.data.stream import ShardSet, open_set
-from p2w.errors import SharedError, UserError, exits
+from p2w.errors import UserError, exits
 from p2w.pretrain import build, pretrain
+from p2w.rank_errors import leave, refuse
 from p2w.recipes import RECIPES, named
 from p2w.train.folder import RunFolder, fingerprint
 from p2w.train.optim import Precision, choose_precision
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
-
-RANK_0_SPEAKS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:
     """Everything that can be refused before a process group starts. Raises UserError."""
-    args, recipe = parse(argv, speaks=world.local_rank == 0)
+    args, recipe = parse(argv, speaks=world.speaks)
     precision = choose_precision(args.config.train.amp, world.device)
     shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
     config = args.config
@@ -141,14 +138,7 @@ def main() -> int:
     try:
         args, recipe, shards, precision = prepare(sys.argv[1:], world)
     except (UserError, SystemExit) as error:
-        if isinstance(error, UserError):
-            world.tell_agent(f"error: {error}")
-        refused = isinstance(error, UserError) or bool(error.code)
-        if refused and world.local_rank:
-            # Local rank 0 says it for the node; torchrun ends it with the first rank that leaves, so that is not us.
-            time.sleep(RANK_0_SPEAKS_S)
-            return 2
-        raise
+        return refuse(world, error)
     if args.dry_run:
         if world.is_main:
             show_plan(args, recipe, shards, world, precision)
@@ -158,21 +148,8 @@ def main() -> int:
         wait_s = max(World.WAIT_S, 120 * args.config.train.hang_minutes)
         world = World.start(wait_s, deterministic=args.config.train.deterministic)
         pretrain(args.config, shards, args.folder, world, precision)
-    except SharedError as error:
-        if not world.is_main:
-            time.sleep(RANK_0_SPEAKS_S)
-        world.abandon(2, f"error: {error}" if world.is_main else "")
-    except UserError as error:
-        world.abandon(2, f"error: {error}")
     except Exception as error:
-        if world.size == 1:
-            raise
-        if World.lost_peer(error):
-            world.abandon(
-                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
-            )
-        said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
-        world.abandon(1, f"{said}\n{traceback.format_exc()}")
+        leave(world, error)
     world.close()
     world.leave()
 

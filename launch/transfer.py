@@ -16,17 +16,16 @@ Exit code 0 when no trial is left to this process, 2 for bad input, 143 when tol
 
 import contextlib
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from p2w.errors import SharedError, UserError, exits
+from p2w.errors import UserError, exits
 from p2w.log import Log
+from p2w.rank_errors import leave, refuse
 from p2w.target import side_by_side
 from p2w.target.dataset import TargetSet, open_target
 from p2w.target.finetune import Told
@@ -43,7 +42,6 @@ from p2w.train.signals import StopRequest
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
-LOCAL_RANK_0_SPEAKS_S = 5.0
 STOPPED = 143
 
 
@@ -132,7 +130,7 @@ class Job:
 
 def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
-    args, source = parse(argv, speaks=world.local_rank == 0)
+    args, source = parse(argv, speaks=world.speaks)
     check(args.recipe)
     if not 1 <= args.trials <= 1000 or any(not 0 <= one < args.trials for one in args.trial):
         raise UserError(f"--trials {args.trials} --trial {args.trial}: from 1 to 1000, numbered from 0")
@@ -189,27 +187,13 @@ def _told(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable[[], b
     return told
 
 
-def _refuse(world: World, error: UserError) -> NoReturn:
-    """Leave with code 2; what all ranks found out together, rank 0 says for all."""
-    others_say = isinstance(error, SharedError) and not world.is_main
-    if others_say:
-        time.sleep(LOCAL_RANK_0_SPEAKS_S)
-    world.abandon(2, "" if others_say else f"error: {error}")
-
-
 def main() -> int:
     """Parse, build, run."""
     world = World.place()
     try:
         job = build(sys.argv[1:], world)
     except (UserError, SystemExit) as error:
-        if isinstance(error, UserError):
-            world.tell_agent(f"error: {error}")
-        refused = isinstance(error, UserError) or bool(error.code)
-        if refused and world.local_rank:
-            time.sleep(LOCAL_RANK_0_SPEAKS_S)  # as launch/train.py: local rank 0 says it for the node
-            return 2
-        raise
+        return refuse(world, error)
     if job.args.dry_run:
         if world.is_main:
             show_plan(job.transfer, job.tree, job.precision, world)
@@ -223,17 +207,8 @@ def main() -> int:
         else:
             world = World.start(max(World.WAIT_S, 120 * job.args.hang_minutes))
             code = work(job, world)
-    except UserError as error:
-        _refuse(world, error)
     except Exception as error:
-        if world.size == 1:
-            raise
-        if World.lost_peer(error):
-            world.abandon(
-                1, f"rank {world.rank} on {world.host}: lost another rank; its own message says why"
-            )
-        said = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
-        world.abandon(1, f"{said}\n{traceback.format_exc()}")
+        leave(world, error)
     del job
     world.close()
     # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.

@@ -1,6 +1,9 @@
 """Bad input is the user's business: one line that says what, where, the rule and the remedy, then exit code 2."""
 
 import functools
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,18 +17,47 @@ class SharedError(UserError):
 
 
 def exits(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Make `main` a command: its return value is the exit code, a UserError is one line on stderr and code 2."""
+    """Make `main` a command: its return value is the exit code, a UserError is one line on stderr and code 2.
+
+    Where the reader of stdout is gone (`| head`), the command ends without a word: code 0 after --help, else 141, which is
+    what a shell reports of a program that SIGPIPE ends.
+    """
 
     @functools.wraps(main)
     def command() -> None:
         try:
-            code = main() or 0
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 2
-        except KeyboardInterrupt:
-            print("stopped: Ctrl-C", file=sys.stderr, flush=True)
-            code = 130
+            code = _exit_code(main)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            # The interpreter flushes stdout once more as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0 if {"-h", "--help"} & set(sys.argv) else 128 + signal.SIGPIPE
         sys.exit(code)
 
     return command
+
+
+def _exit_code(main: Callable[[], int | None]) -> int | str:
+    """Run `main`; the code to exit with, or a text, which `sys.exit` prints and makes 1 of."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C", file=sys.stderr, flush=True)
+        return 130
+    except SystemExit as end:  # the argument parser's, after --help too
+        return end.code or 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more: another pipe may have broken too."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # stdout is closed, or no file
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))

@@ -17,8 +17,10 @@ Randomness is counter-based: part p of sub-scan k in epoch e is a function of (s
 batch, rank or restart it is met in.
 """
 
+import functools
 import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,8 +71,26 @@ def uniforms(keys: Keys, part: int, count: int) -> Tensor:
     """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
 
     A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so
-    CPU and GPU agree bit for bit. Raises UserError unless ids are (B,) int64.
+    CPU and GPU agree bit for bit. On a GPU with Triton it is one launch. Raises UserError unless ids are
+    (B,) int64.
     """
+    state = _state(keys, part)
+    if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        return sample_triton.uniforms(keys.ids, state, count)
+    streams = mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
+    counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
+    return _unit(mix(streams[:, None] + counters[None, :]))
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """The upper 53 of 64 random bits as float64 in [0, 1)."""
+    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def _state(keys: Keys, part: int) -> int:
+    """64-bit hash of seed, epoch and part, which the streams of all sub-scans start from."""
     if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
         raise UserError(
             f"keys: ids must be (B,) int64, got {tuple(keys.ids.shape)} {keys.ids.dtype}; "
@@ -79,10 +99,7 @@ def uniforms(keys: Keys, part: int, count: int) -> Tensor:
     state = 0
     for word in (keys.seed, keys.epoch, part):
         state = _mix_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
-    streams = mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
-    counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
-    bits = mix(streams[:, None] + counters[None, :])
-    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+    return state
 
 
 def sample_boxes(
@@ -103,12 +120,21 @@ def sample_boxes(
     to sqrt(2) either way, by f = 1 to nothing (the whole).
     Position: uniform over all placements inside the whole, independent along the axes.
 
+    On a GPU with Triton it is one launch, and equal to the CPU's boxes to float32 rounding (libraries round
+    float64 logarithms differently). Nothing waits for the device.
+
     Raises UserError for ranges that are not 0 < low <= high (<= 1 for the fraction).
     """
     low, high = _checked("volume_fraction", volume_fraction, 1.0)
     narrowest, widest = _checked("aspect_range", aspect_range, math.inf)
     if len(shape_dhw) != 3 or min(shape_dhw) < 1:
         raise UserError(f"shape: must be three positive numbers of voxels (D, H, W), got {tuple(shape_dhw)}")
+    if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        depth, height, width = map(int, shape_dhw)
+        ranges = (low, high), (narrowest, widest)
+        return sample_triton.boxes(keys.ids, _state(keys, part), (depth, height, width), *ranges)
     u = uniforms(keys, part, 7)
     log_f = (low + (high - low) * u[:, :1]).log()
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
@@ -127,12 +153,43 @@ def _checked(name: str, pair: Range, top: float) -> Range:
 
 
 def backend(device: torch.device | str) -> tuple[str, str]:
-    """(name, reason): what crop-resizes tensors of this device, "triton" or "torch", and why."""
+    """(name, reason): what samples and crop-resizes on this device, "triton" or "torch", and why.
+
+    On CUDA the first call tries Triton, which may lack a C compiler or not fit its torch; the answer is kept.
+    """
     if torch.device(device).type != "cuda":
-        return "torch", f"tensors are on {torch.device(device).type}, the kernel is for CUDA"
+        return "torch", f"tensors are on {torch.device(device).type}, the kernels are for CUDA"
+    return _backend_on_cuda()
+
+
+@functools.lru_cache(maxsize=1)
+def _backend_on_cuda() -> tuple[str, str]:
+    if not torch.cuda.is_available():
+        return "torch", "no CUDA device is available"
+    return try_triton(torch.device("cuda", torch.cuda.current_device()))
+
+
+def try_triton(device: torch.device) -> tuple[str, str]:
+    """(name, reason) as `backend`, found by compiling, launching and checking a small kernel on `device`.
+
+    Whatever goes wrong in Triton (no C compiler, a version that does not fit, a broken installation) is a
+    reason to use torch, not an error: the reason says it in one line.
+    """
     if importlib.util.find_spec("triton") is None:
         return "torch", "triton is not installed beside this torch"
-    return "triton", "CUDA tensors and triton is installed"
+    ids = torch.arange(3)
+    try:
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        drawn = sample_triton.uniforms(ids.to(device), 1, 2).cpu()
+    except Exception as error:  # other people's code: any error there means the same here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        words = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        return "torch", f"triton is installed but does not work here ({words}); plain torch is slower"
+    bits = mix(mix((ids ^ 1) + _signed(_GOLDEN))[:, None] + torch.arange(1, 3) * _signed(_GOLDEN))
+    if not torch.equal(drawn, _unit(bits)):
+        return "torch", "triton is installed but computes wrong numbers here; plain torch is slower"
+    return "triton", f"CUDA tensors, and triton {sys.modules['triton'].__version__} works here"
 
 
 @torch.no_grad()
@@ -184,9 +241,10 @@ def _run(
     if backend(whole.device)[0] == "triton":
         from p2w.kernels import crop_resize_triton  # noqa: PLC0415  triton is optional and slow to import
 
-        crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
-    else:
-        crop_resize_torch.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+        if crop_resize_triton.fits(whole.shape[3], part.shape[4]):
+            crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
+            return
+    crop_resize_torch.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
 
 
 def _check(whole: Tensor, boxes: Tensor, size: Sequence[int], window: Range) -> None:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from p2w.errors import UserError
+from p2w.resources import total_memory, usable_cores
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class World:
     def is_main(self) -> bool:
         """Rank 0 writes the run folder; no other rank does."""
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints help and what is refused: one process a node, and always one that is alone.
+
+        LOCAL_RANK without torchrun chooses the GPU of a process that was started beside others, each with a log of its own.
+        """
+        return self.size == 1 or self.local_rank == 0
 
     @staticmethod
     def place() -> "World":
@@ -158,8 +167,7 @@ class World:
         repeats the first line of `text`; an empty one is left to another rank to say.
         """
         if text:
-            os.write(2, f"{text}\n".encode())  # in one piece: other ranks write there too
-            self.tell_agent(text.partition("\n")[0])
+            self.report(text)
         if self.size > 1 or at_once:
             self.leave(code)
         sys.exit(code)
@@ -179,12 +187,23 @@ class World:
             sign in said for sign in ("by peer", "Broken pipe", "gloo", "remote process exited")
         )
 
+    @staticmethod
+    def reason(error: BaseException) -> str:
+        """The first sentence of what torch says of a failure between ranks, without the C++ stack behind it."""
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return first.split(". This may indicate")[0].rstrip(".")
+
     def orphaned(self) -> bool:
         """True once the torchrun that started this rank is gone: nobody would restart, stop or report it any more."""
         return self.agent not in (0, os.getppid())
 
+    def report(self, text: str) -> None:
+        """Write `text` to stderr in one piece, because other ranks write there too; torchrun gets its first line."""
+        os.write(2, f"{text}\n".encode())
+        self.report_to_torchrun(text.partition("\n")[0])
+
     @staticmethod
-    def tell_agent(line: str) -> None:
+    def report_to_torchrun(line: str) -> None:
         """Have torchrun end its report with `line`: else a page of its own traceback hides what this rank has said."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
@@ -203,8 +222,8 @@ class World:
             "world_size": self.size,
             "nodes": max(1, self.size // max(1, self.local_size)),
             "device": self.device_reason if self.device.type == "cuda" else _processor(),
-            "cores": os.cpu_count() or 0,
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "cores": usable_cores(),
+            "memory_gib": round(total_memory() / 2**30),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
@@ -258,14 +277,9 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
             raise
         raise UserError(
             f"rank {world.rank} on {world.host}: could not meet the other ranks at {place} (MASTER_ADDR:MASTER_PORT) "
-            f"within {timeout.total_seconds():.0f} s: {_reason(error)}; rank 0 must run on that host, its port be free and "
-            "reachable from every node, and all nodes be started together"
+            f"within {timeout.total_seconds():.0f} s: {World.reason(error)}; rank 0 must run on that host, its port be "
+            "free and reachable from every node, and all nodes be started together"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of torch's word on it, without the C++ stack behind."""
-    return str(error).splitlines()[0].split(". This may indicate")[0].rstrip(".")
 
 
 def _meet_at(place: str, world: World, timeout: timedelta) -> dist.Store:

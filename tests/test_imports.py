@@ -10,26 +10,39 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
-BASE = ("p2w.errors", "p2w.config", "p2w.world", "p2w.log", "p2w.geometry", "p2w.model", "p2w.data.stream")
+BASE = (
+    "p2w.errors",
+    "p2w.file_lock",
+    "p2w.resources",
+    "p2w.config",
+    "p2w.world",
+    "p2w.log",
+    "p2w.geometry",
+    "p2w.model",
+    "p2w.data.stream",
+)
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w",),
     "preprocess": ("p2w.errors", "p2w.data", "p2w.target"),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
     "p2w.doctor": ("p2w",),  # looks at everything a run uses
+    "p2w.rank_errors": ("p2w.errors", "p2w.world"),
+    "p2w.world": ("p2w.errors", "p2w.resources"),
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analyze": ("p2w",),  # puts the analysis together
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.geometry": ("p2w.errors", "p2w.kernels"),
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),
-    "p2w.data": ("p2w.errors", "p2w.data"),
+    "p2w.data": ("p2w.errors", "p2w.file_lock", "p2w.resources", "p2w.data"),
     "p2w.config": ("p2w.errors", "p2w.pretext_config"),
     "p2w.pretext": (
         "p2w.errors",
         "p2w.config",
         "p2w.pretext_config",
         "p2w.geometry",
+        "p2w.kernels",
         "p2w.model",
         "p2w.pretext",
     ),

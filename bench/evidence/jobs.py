@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from p2w.resources import usable_cores
+
 REPO = Path(__file__).resolve().parent.parent.parent
 
 
@@ -36,7 +38,7 @@ def work(jobs: list[Job], folder: Path) -> None:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     said = time.monotonic()
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) < usable_cores():
             job = waiting.pop(0)
             with open(folder / "logs" / f"{job.name}.txt", "ab") as log:
                 command = [sys.executable, *map(str, job.command)]

@@ -82,7 +82,7 @@ def networks(summary: dict[str, Any], cues: dict[str, Any]) -> str:
     """Separability, contrastive loss and retrieval of every subject."""
     rows, found = [], summary["networks"]
     for label in order(found):
-        pairs, hits = found[label]["similarity"], found[label]["retrieval"]["wholes"]
+        pairs, hits = found[label]["similarity"], found[label]["retrieval"]
         alike = f"{cues[label]['plain']:.3f} ± {cues[label]['error']:.3f}"
         rows.append(
             [title(label), alike, f"{pairs['auc']:.3f}", f"{pairs['d_prime']:.2f}",

@@ -10,12 +10,13 @@ them with the random network they began as, and with features that are no networ
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import page
 from jobs import REPO, Job, work
+
+from p2w.resources import usable_cores
 
 STEPS = {"phantom": 600, "real": 300}  # the real set is a quarter of the phantom's: 40 epochs and 79
 EVERY = {"phantom": 25, "real": 12}  # steps between checkpoints, each validated
@@ -27,7 +28,7 @@ def data_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Sets of sub-scans: 40 phantom scans, a quarter of them for validation; real scans, one of three for validation."""
     luna, phantom = folder / "LUNA16", folder / "phantom"
     cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", phantom, "--subsets", "0-9"]
-    phantoms = ["-m", "p2w.data.phantom", "--out", luna, "--scans", "40", "--workers", str(os.cpu_count())]
+    phantoms = ["-m", "p2w.data.phantom", "--out", luna, "--scans", "40", "--workers", str(usable_cores())]
     done = phantom / "manifest.parquet"
     jobs = [Job("phantom-scans", phantoms, done), Job("phantom-cut", [*cut, "--val-fraction", "0.25"], done)]
     if real:

@@ -25,6 +25,7 @@ from jobs import REPO, Job, work
 from page import table
 from run import data_jobs
 
+from p2w.resources import usable_cores
 from p2w.tables.table import Table, load
 from p2w.target.dataset import open_target
 
@@ -52,7 +53,7 @@ CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Phantoms, then the target sets cut from them."""
     raw = folder / "targets-raw"
-    command = f"-m p2w.data.phantom.targets --out {raw} --patients {PATIENTS} --workers {os.cpu_count()}"
+    command = f"-m p2w.data.phantom.targets --out {raw} --patients {PATIENTS} --workers {usable_cores()}"
     cut = []
     for task, flags in CUT.items():
         source = raw / RAW[task] if task in RAW else real and real / "sarcoma"
@@ -72,7 +73,7 @@ def sweep(
     """Fine-tune: launch/sweep.py with this size's settings. Folds of a task: the first, as a sample of all."""
     command = [
         sys.executable, "launch/sweep.py", what, "--out", out, "--width", WIDTH, "--folds", 0,
-        "--jobs", os.cpu_count(), f"--transfer-args={recipe}",
+        "--jobs", usable_cores(), f"--transfer-args={recipe}",
         "--tasks", *(f"{task}={folder / 'targets' / task}" for task in tasks), *more,
     ]  # fmt: skip
     call(command)

@@ -35,7 +35,7 @@ def tests() -> None:
     )
     # Named as they end (-vv over the -q of pyproject.toml), so that a run that is too slow has said what went through.
     options = [
-        "-v",
+        "-vv",
         "-rfE",
         "--tb=short",
         "-p",

@@ -85,9 +85,14 @@ def find_luna(root: str, subsets: list[int], flag: str = "--luna") -> tuple[Foun
 def find_scans(
     roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False, flag: str = "--scans"
 ) -> Found:
-    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into; `flag` named the roots."""
+    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into; `flag` named the roots.
+
+    No file is taken twice, whatever roots lie in each other and whatever links lead to it: the first name counts.
+    """
     found, series = Found(), defaultdict[str, list[tuple[str, Slice]]](list)
-    roots = list({os.path.realpath(root): root for root in roots}.values())
+    roots = _outermost(roots, out)
+    folders: set[str] = set()
+    names: dict[str, str] = {}  # by real path
     for root in roots:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name the folder of your scans with {flag} DIR")
@@ -96,10 +101,15 @@ def find_scans(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
         above = os.path.basename(os.path.abspath(root)) + "/" if len(roots) > 1 else ""
-        for path in walk(root, out):
+        for path in walk(root, out, folders):
             name = shown(above + os.path.relpath(path, root))
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+            if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+                continue
+            first = names.setdefault(os.path.realpath(path), name) if os.path.exists(path) else name
+            if first is name:
                 _look(path, name, found, series)
+            elif name.lower().endswith(IMAGES):
+                found.left_out.append((name, f"the same file as {first}"))
     for uid, members in sorted(series.items()):
         _series(uid, members, found, allow_gaps)
     if not (found.sources or found.bad or found.left_out):
@@ -110,9 +120,25 @@ def find_scans(
     return _unique(found)
 
 
-def walk(root: str, out: str) -> Iterator[str]:
-    """Files below `root` in a fixed order, through links but round no loop, past hidden ones and `out`."""
-    seen, skip = set(), os.path.realpath(out)
+def _outermost(roots: list[str], out: str) -> list[str]:
+    """The roots without those that are looked through with another one: twice the same, or below it."""
+    skipped = os.path.realpath(out)
+    distinct = {os.path.realpath(root): root for root in roots}
+
+    def inside(real: str, other: str) -> bool:
+        below = os.path.relpath(real, other).split(os.sep)
+        hidden = any(name.startswith(".") for name in below)  # or `..`: it lies elsewhere
+        return real != other and not hidden and not f"{real}/".startswith(f"{skipped}/")
+
+    return [root for real, root in distinct.items() if not any(inside(real, other) for other in distinct)]
+
+
+def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
+    """Files below `root` in a fixed order, through links but round no loop, past hidden ones and `out`.
+
+    Folders in `seen`, by real path, are passed by; those that are looked through are added.
+    """
+    seen, skip = set() if seen is None else seen, os.path.realpath(out)
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or real == skip:

@@ -20,12 +20,13 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from p2w.data import rules, typed
-from p2w.data.locks import hold, is_free
+from p2w.data.locks import hold
 from p2w.data.manifest import NAME, SCHEMA, VERSION, dump, publish
 from p2w.data.scan import source_files
 from p2w.data.seams import Chosen, Scanned
 from p2w.data.subscan import WINDOW_HU, Tiling
 from p2w.errors import UserError
+from p2w.file_lock import is_held
 
 ROW = {
     "key": str, "scan_uid": str, "subset": int, "z": int, "y": int, "x": int, "mean_hu": float, "std_hu": float,
@@ -110,7 +111,14 @@ class Folder(Generic[S]):
         return os.path.join(self.running, f"{name}.{os.getpid()}.{share}.part")
 
     def prepare(self, share: Share) -> None:
-        """Make the folder, or check that it was cut with the same settings. Under the share's lock."""
+        """Make the folder, or check that it was cut with the same settings. Under the share's lock.
+
+        Shares that start at once meet here one after the other.
+        """
+        with hold(self.running, "settings"):
+            self._prepare(share)
+
+    def _prepare(self, share: Share) -> None:
         path = os.path.join(self.root, "settings.json")
         mine = dump(self.settings.plain(), indent=1)
         try:
@@ -127,6 +135,11 @@ class Folder(Generic[S]):
                 theirs = file.read()
         except OSError as error:
             raise self._unwritable(error) from error
+        if theirs != mine and (others := self._other_shares(share)):
+            raise UserError(
+                f"{self.root}: share {others[0]} cuts it with {_differences(theirs, mine)}: give every share of the array "
+                f"the same options, or name another --out; where no other process runs, delete {self.running}"
+            )
         if theirs != mine and not self._holds_shards():
             self.withdraw()  # nothing was cut with those settings: start anew with these
             shutil.rmtree(os.path.join(self.root, "scans"))
@@ -136,6 +149,12 @@ class Folder(Generic[S]):
             raise UserError(
                 f"{self.root} was cut with {_differences(theirs, mine)}: name another --out, or delete it"
             )
+
+    def _other_shares(self, share: Share) -> list[str]:
+        """Shares that another process cuts now; where the file system has no locks, those whose lock file is there."""
+        locks = [name for name in sorted(os.listdir(self.running)) if name.endswith(".lock")]
+        names = {lock.removesuffix(".lock") for lock in locks if is_held(os.path.join(self.running, lock))}
+        return sorted(names - {share.name, "settings", "merge"})
 
     def _holds_shards(self) -> bool:
         return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
@@ -218,7 +237,7 @@ class Folder(Generic[S]):
         """Remove `.run` of a whole set, unless another process is in it still."""
         for name in os.listdir(self.running):
             share, ending = os.path.splitext(name)
-            if ending == ".lock" and share != "merge" and is_free(os.path.join(self.running, name)):
+            if ending == ".lock" and share != "merge" and not is_held(os.path.join(self.running, name)):
                 self._sweep(share)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.running, name))

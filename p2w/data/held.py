@@ -16,14 +16,14 @@ from torch import Tensor
 from p2w.data.local import ShardSet
 from p2w.data.order import Ids
 from p2w.errors import UserError
+from p2w.resources import free_memory
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be had on a device now; of the CPU, what Linux calls available."""
+    """Memory that could be had on a device now; of the CPU, what Linux and this process's control group leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    return free_memory()
 
 
 class Held:

@@ -36,6 +36,7 @@ def bounded(nbytes: int) -> Iterator[None]:
         yield
         return
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    # Of all cores, not of those that may be used: this is a bound, and ITK knows of affinity, but not of quotas.
     limit = taken + nbytes + BESIDE + THREAD * (os.cpu_count() or 1)
     if all(other == resource.RLIM_INFINITY or limit < other for other in (before, hard)):
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

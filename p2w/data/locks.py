@@ -1,12 +1,11 @@
-"""Advisory locks between processes, which end with the process that holds them, however it ends."""
+"""Locks of a folder that is written by several processes, in a folder of their own that the last one out removes."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
-from typing import IO
 
 from p2w.errors import UserError
+from p2w.file_lock import FileLock
 
 
 @contextlib.contextmanager
@@ -14,18 +13,15 @@ def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
     """Hold the lock `name` of `folder` (made, and removed by the last one out).
 
     While another process holds it: wait, or raise UserError(refusal) where there is one. On a file system
-    without locks nothing is locked; what is written there must be written aside and renamed.
+    without locks nothing is locked, and a warning says so; what is written there must be written aside and renamed.
     """
     path = os.path.join(folder, f"{name}.lock")
     for _ in range(1000):
-        with _open(folder, path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-            except BlockingIOError as error:
-                raise UserError(refusal or "locked") from error
-            except OSError:
-                pass
-            if not os.path.exists(path) or os.fstat(file.fileno()).st_ino != os.stat(path).st_ino:
+        lock = FileLock(path)
+        try:
+            if not _acquire(lock, folder, wait=not refusal):
+                raise UserError(refusal or "locked")
+            if not os.path.exists(path) or os.fstat(lock.fileno()).st_ino != os.stat(path).st_ino:
                 continue  # the last holder removed the file between our open and our lock
             try:
                 yield
@@ -35,16 +31,18 @@ def hold(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)  # succeeds for the last one out
             return
+        finally:
+            lock.release()
     raise UserError(f"{path}: the lock vanished a thousand times; remove {folder}, or name another --out")
 
 
-def _open(folder: str, path: str) -> IO[str]:
-    """The lock file. The last one out may take the folder away between the two steps; they are repeated."""
+def _acquire(lock: FileLock, folder: str, wait: bool) -> bool:
+    """Lock. The last one out may take the folder away between the two steps; they are repeated."""
     where = os.path.dirname(folder)
     for attempt in range(1000):
         try:
             os.makedirs(folder, exist_ok=True)
-            return open(path, "a")
+            return lock.acquire(wait)
         except FileNotFoundError as error:
             if attempt == 999 or not os.path.isdir(where):
                 raise UserError(f"{where}: no folder can be made there; name another --out") from error
@@ -53,13 +51,3 @@ def _open(folder: str, path: str) -> IO[str]:
                 f"{where} cannot be written ({error.strerror}): name another --out DIR"
             ) from error
     raise AssertionError("not reached")
-
-
-def is_free(path: str) -> bool:
-    """Whether no process holds this lock file."""
-    try:
-        with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except OSError:
-        return False

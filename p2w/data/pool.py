@@ -13,12 +13,13 @@ from types import FrameType
 from typing import Any
 
 from p2w.data.scan import quiet
+from p2w.resources import usable_cores
 
 
 @contextmanager
 def pool(workers: int) -> Iterator[Callable[..., Any]]:
     """Worker processes that end with this one, however it ends, and at once."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, usable_cores() // workers)
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
 

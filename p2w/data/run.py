@@ -5,7 +5,6 @@ import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from p2w.data.progress import Progress, duration, say
 from p2w.data.scan import read_grid
 from p2w.data.seams import Scanned
 from p2w.errors import UserError
+from p2w.resources import free_memory, usable_cores
 
 WORKER_BYTES = 2 << 30  # a worker stays below, for a scan of 512 x 512 x 764 voxels
 # Voxels a second and worker, for the estimate of a dry run: what bench/shard.py measured on one 2-core
@@ -199,12 +199,7 @@ def _free(path: str) -> int:
 
 def default_workers() -> int:
     """One for each core this process may use, as far as free memory goes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError, KeyError):
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        cores = min(cores, int(fields["MemAvailable"].split()[0]) * 1024 // WORKER_BYTES)
-    return max(1, cores)
+    return max(1, min(usable_cores(), free_memory() // WORKER_BYTES))
 
 
 def _bad(where: str, why: str, strict: bool) -> None:

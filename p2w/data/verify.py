@@ -26,6 +26,7 @@ from p2w.data import rules
 from p2w.data.manifest import ANY, DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.data.progress import Progress, say
 from p2w.errors import UserError
+from p2w.resources import usable_cores
 
 PIECE = 4 << 20  # bytes read at a time
 NAMED = 8  # damaged sub-scans of one shard named in its line; the others are counted
@@ -175,7 +176,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{manifest.root}: {repair_command(manifest.root, manifest.meta)}; --repair is for scans"
         )
-    faults = check(manifest, options.workers or len(os.sched_getaffinity(0)))
+    faults = check(manifest, options.workers or usable_cores())
     if not faults:
         count, size = len(manifest.meta["shards"]), sum(s["nbytes"] for s in manifest.meta["shards"])
         say(

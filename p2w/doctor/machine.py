@@ -15,6 +15,7 @@ from p2w.data.manifest import NAME
 from p2w.data.prefetch import RING
 from p2w.doctor.row import GIB, Case, Row, note, ok, problem, refused, size
 from p2w.errors import UserError
+from p2w.resources import free_memory, usable_cores
 from p2w.train.optim import choose_precision
 
 PROCESS_BYTES = GIB // 2  # Python, torch and the libraries of one rank on a CPU (0.45 GiB seen)
@@ -29,7 +30,7 @@ SLACK_S = 60.0  # a file server's clock may be ahead by so much
 
 def cores(case: Case) -> Iterator[Row]:
     """Cores of this process (a container or Slurm may give fewer than there are), and what they compute in."""
-    mine, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    mine, all_of_them = usable_cores(), os.cpu_count() or 1
     needed = case.ranks * (1 + case.config.data.readers)
     precision = choose_precision("auto", torch.device("cpu"))
     work = f"{case.ranks} rank(s) with {case.config.data.readers} reader(s)"
@@ -80,27 +81,6 @@ def speed(case: Case) -> Iterator[Row]:
             case.cost, card, ranks=ranks, per_node=ranks, batch=config.data.batch, steps=config.train.steps
         )
         yield ok("speed", "; ".join(said))
-
-
-def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process could still take: the machine's, or less where a control group (Slurm, Docker) limits it."""
-    lines = (proc / "meminfo").read_text().splitlines()
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    for entry in (proc / "self/cgroup").read_text().splitlines():
-        _, kinds, place = entry.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        root = cgroups / kinds
-        limit, usage = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        )
-        folder = root / place.lstrip("/")
-        for group in (folder, *folder.parents[: len(folder.relative_to(root).parts)]):
-            try:
-                free.append(int((group / limit).read_text()) - int((group / usage).read_text()))
-            except (OSError, ValueError):  # no such file, or the word `max`
-                continue
-    return max(0, min(free))
 
 
 def shared_memory(case: Case, where: str = "/dev/shm") -> Iterator[Row]:

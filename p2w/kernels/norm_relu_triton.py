@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from p2w.errors import UserError
 
-Reduce = Callable[[Tensor], None]  # sums a 1-D float32 tensor over ranks, in place
+Reduce = Callable[[Tensor], object]  # sums a 1-D float32 tensor over ranks, in place
 
 PROGRAMS = 256  # of a first pass: an H100's 132 processors hold two each, with up to 128 registers a thread
 COLUMNS = 128  # channels of a tile at most
@@ -97,9 +97,8 @@ def _finish(mean, m2, count, channel, shift_ptr, running_ptrs, saved_ptr, moment
     inside = channel < C
     tl.store(saved_ptr + channel, mean.to(tl.float32), mask=inside)
     tl.store(saved_ptr + C + channel, (1 / tl.sqrt(m2 / count + eps)).to(tl.float32), mask=inside)
-    tl.store(
-        saved_ptr + 2 * C + channel, tl.zeros_like(mean).to(tl.float32) + count.to(tl.float32), mask=inside
-    )
+    counts = tl.zeros_like(mean).to(tl.float32) + count.to(tl.float32)
+    tl.store(saved_ptr + 2 * C + channel, counts, mask=inside)
     shift = 0.0
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float64)
@@ -118,16 +117,9 @@ def combine_moments_kernel(
     running_mean_ptr,  # (C,)
     running_var_ptr,  # (C,)
     out_ptr,  # saved (3, C), or with RANKS the packet (5 C + 1,) for the all-reduce
-    rows,
-    programs,
-    momentum,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RANKS: tl.constexpr,
-):
+    rows, programs, momentum, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     """All programs' moments as one: to `saved` and the running statistics, or to the packet for the other ranks."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ones = tl.zeros((PROGRAMS, BLOCK), tl.float64)
@@ -141,7 +133,7 @@ def combine_moments_kernel(
         count = _rows_of(program, programs, rows, ROWS).to(tl.float64)[:, None]
         ones += count * mean
         twos += m2 + count * mean * mean
-    count = rows.to(tl.float64)
+    count = tl.cast(rows, tl.float64)
     mean = tl.sum(ones, 0) / count
     m2 = tl.sum(twos, 0) - count * mean * mean
     m2 = tl.where(m2 < 0, 0.0, m2)
@@ -163,16 +155,9 @@ def combine_moments_kernel(
 
 @triton.jit
 def combine_ranks_kernel(
-    packet_ptr,  # (5 C + 1,): sums over ranks
-    shift_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    saved_ptr,  # (3, C)
-    momentum,
-    eps,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    packet_ptr, shift_ptr, running_mean_ptr, running_var_ptr, saved_ptr, momentum, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The ranks' packets, summed, to `saved` and the running statistics."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
@@ -185,9 +170,8 @@ def combine_ranks_kernel(
     m2 = two - one * mean
     m2 = tl.where(m2 < 0, 0.0, m2)  # between the ranks, to which each rank's own is added
     m2 += tl.load(packet_ptr + 4 * C + channel, mask=inside, other=0.0).to(tl.float64)
-    _finish(
-        mean, m2, count, channel, shift_ptr, (running_mean_ptr, running_var_ptr), saved_ptr, momentum, eps, C
-    )
+    running = (running_mean_ptr, running_var_ptr)
+    _finish(mean, m2, count, channel, shift_ptr, running, saved_ptr, momentum, eps, C)
 
 
 @triton.jit
@@ -239,11 +223,8 @@ def combine_sums_kernel(
     sums_ptr,  # (2, C): for the input's gradient; to be summed over ranks
     bias_grad_ptr,  # (C,): this rank's
     weight_grad_ptr,  # (C,)
-    programs,
-    C: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    programs, C: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """All programs' sums as one, twice: for the input's gradient and as gradients of bias and weight."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ones = tl.zeros((PROGRAMS, BLOCK), tl.float64)
@@ -302,11 +283,11 @@ class Tiling:
     @property
     def height(self) -> int:
         """Rows of a tile, a power of two."""
-        return min(self.elements // self.columns, triton.next_power_of_2(self.rows))
+        return min(self.elements // self.columns, triton.next_power_of_2(max(self.rows, 1)))
 
     @property
     def tiles(self) -> int:
-        """Tiles one below the other."""
+        """Tiles one below the other; none where a rank has no sample."""
         return triton.cdiv(self.rows, self.height)
 
     @property
@@ -317,7 +298,7 @@ class Tiling:
     @property
     def programs(self) -> int:
         """Programs that share the rows of a first pass; each leaves one partial result per channel."""
-        return min(self.tiles, max(1, PROGRAMS // self.across))
+        return max(1, min(self.tiles, PROGRAMS // self.across))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -341,38 +322,32 @@ class _NormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        shift: Tensor | None,
-        momentum: float,
-        eps: float,
-        reduce: Reduce | None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+        shift: Tensor | None, momentum: float, eps: float, reduce: Reduce | None,
+    ) -> Tensor:  # fmt: skip
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         cut, fine = Tiling(rows, channels, MOMENTS), Tiling(rows, channels, OUTPUT)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
         saved = torch.empty(3, channels, dtype=torch.float32, device=x.device)
-        packet = saved if reduce is None else saved.new_empty(5 * channels + 1)
+        packet = saved if reduce is None else _sums(5 * channels + 1, x)
         follow = (shift, running_mean, running_var)
         y = torch.empty_like(x)
         with _on(x):
-            moments_kernel[(cut.programs, cut.across)](x, partial, rows, **cut.sizes, num_warps=WARPS)
-            combine_moments_kernel[(cut.combiners,)](
-                partial, *follow, packet, rows, cut.programs, momentum, eps,
-                ROWS=cut.height, RANKS=reduce is not None, **cut.combining, num_warps=WARPS,
-            )  # fmt: skip
+            if rows:
+                moments_kernel[(cut.programs, cut.across)](x, partial, rows, **cut.sizes, num_warps=WARPS)
+                combine_moments_kernel[(cut.combiners,)](
+                    partial, *follow, packet, rows, cut.programs, momentum, eps,
+                    ROWS=cut.height, RANKS=reduce is not None, **cut.combining, num_warps=WARPS,
+                )  # fmt: skip
             if reduce is not None:
                 reduce(packet)
                 combine_ranks_kernel[(triton.cdiv(channels, 32),)](
                     packet, *follow, saved, momentum, eps, C=channels, BLOCK=32, num_warps=1
                 )
-            output_kernel[(triton.cdiv(fine.tiles, RUN), fine.across)](
-                x, y, weight, bias, saved, rows, **fine.sizes, RUN=RUN, num_warps=WARPS
-            )
+            if rows:
+                output_kernel[(triton.cdiv(fine.tiles, RUN), fine.across)](
+                    x, y, weight, bias, saved, rows, **fine.sizes, RUN=RUN, num_warps=WARPS
+                )
         ctx.save_for_backward(x, weight, bias, saved)
         ctx.reduce = reduce
         return y
@@ -385,19 +360,22 @@ class _NormRelu(torch.autograd.Function):
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         cut, fine = Tiling(rows, channels, SUMS), Tiling(rows, channels, INPUT_GRAD)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
-        sums = torch.empty(2 * channels, dtype=torch.float32, device=x.device)
-        weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
+        sums = _sums(2 * channels, x)
+        weight_grad, bias_grad = (
+            torch.empty_like(one) if rows else torch.zeros_like(one) for one in (weight, bias)
+        )
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         with _on(x):
-            sums_kernel[(cut.programs, cut.across)](
-                dy, x, weight, bias, saved, partial, rows, **cut.sizes, num_warps=WARPS
-            )
-            combine_sums_kernel[(cut.combiners,)](
-                partial, sums, bias_grad, weight_grad, cut.programs, **cut.combining, num_warps=WARPS
-            )
+            if rows:
+                sums_kernel[(cut.programs, cut.across)](
+                    dy, x, weight, bias, saved, partial, rows, **cut.sizes, num_warps=WARPS
+                )
+                combine_sums_kernel[(cut.combiners,)](
+                    partial, sums, bias_grad, weight_grad, cut.programs, **cut.combining, num_warps=WARPS
+                )
             if ctx.reduce is not None:
                 ctx.reduce(sums)
-            if dx is not None:
+            if rows and dx is not None:
                 input_grad_kernel[(triton.cdiv(fine.tiles, RUN), fine.across)](
                     dy, x, dx, weight, bias, saved, sums, rows, **fine.sizes, RUN=RUN, num_warps=WARPS
                 )
@@ -423,8 +401,8 @@ def norm_relu(
     the mean follows the batch's mean plus `shift` (a convolution's bias that was left out, since the norm cancels it), the
     variance its unbiased variance. Gradients flow to x, weight and bias.
 
-    `reduce` sums a 1-D float32 tensor over ranks in place, and makes the statistics those of all ranks' batches together,
-    whatever their sizes. It is called once forward and once backward, so every rank must run both passes; gradients of
+    `reduce` sums a 1-D float32 tensor over ranks in place: the statistics are then those of all ranks' batches together,
+    of whatever sizes, none included. It is called once forward and once backward, so every rank must run both. Gradients of
     weight and bias are this rank's share, as torch's SyncBatchNorm leaves them. None: this rank's batch alone.
 
     Raises UserError for shapes, types and devices that break these rules, and for one value per channel.
@@ -434,15 +412,20 @@ def norm_relu(
     return _NormRelu.apply(x, weight, bias, running_mean, running_var, shift, momentum, eps, reduce)
 
 
+def _sums(count: int, x: Tensor) -> Tensor:
+    """What `reduce` will sum: float32 (count,), zeros where this rank has no sample and no kernel fills it."""
+    make = torch.empty if x.numel() else torch.zeros
+    return make(count, dtype=torch.float32, device=x.device)
+
+
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _check(x: Tensor, vectors: tuple[Tensor, ...], reduce: Reduce | None) -> None:
-    if x.ndim != 5 or x.numel() == 0 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if x.ndim != 5 or 0 in x.shape[1:] or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UserError(
-            "norm_relu: x must be (B, C, D, H, W) bfloat16, float16 or float32 and not empty, "
-            f"got {tuple(x.shape)} {x.dtype}"
+            f"norm_relu: x must be (B, C, D, H, W) bfloat16, float16 or float32, got {tuple(x.shape)} {x.dtype}"
         )
     channels = x.shape[1]
     for vector in vectors:
@@ -456,7 +439,7 @@ def _check(x: Tensor, vectors: tuple[Tensor, ...], reduce: Reduce | None) -> Non
                 "norm_relu: weight, bias, running statistics and shift must be contiguous "
                 f"({channels},) float32 on {x.device}, got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
             )
-    if x.numel() == channels and reduce is None:
+    if x.numel() <= channels and reduce is None:
         raise UserError(
             f"norm_relu: batch norm needs more than one value per channel, got x of {tuple(x.shape)}; "
             "pass a larger batch"

@@ -9,6 +9,7 @@ zeros; a channel of ones, which ends at the same edges, carries it.
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -76,13 +77,19 @@ def fold_and_convolve(x: Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d, biased
     Weights are folded in their own precision, also under autocast, which then rounds them once. Channels-last stays.
     """
     filled = _filled(x.shape[1]) - x.shape[1]
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         weight = fold_weights(up.weight, up.bias, conv.weight)
         weight = functional.pad(weight, (0, 0) * 4 + (0, filled - 1))
     if x.is_contiguous(memory_format=torch.channels_last_3d):
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     with_ones = functional.pad(x, (0, 0) * 3 + (0, filled), value=1.0)
     return functional.conv_transpose3d(with_ones, weight, conv.bias if biased else None, stride=2, padding=1)
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Off; the meta device, on which costs are counted, has none."""
+    known = torch.amp.autocast_mode.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def fold_cost(up: nn.ConvTranspose3d, conv: nn.Conv3d, size: tuple[int, int, int]) -> FoldCost:

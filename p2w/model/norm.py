@@ -46,6 +46,11 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
         super().__init__(channels, eps=eps, momentum=momentum)
         self.relu = relu
 
+    def extra_repr(self) -> str:
+        """What tells two norms apart."""
+        more = f", relu={self.relu}" + ", over all ranks" * self.over_ranks
+        return super().extra_repr() + more
+
     def possible_forms(self) -> tuple[str, ...]:
         """Over all ranks there is one computation by torch, whether the view is flat or not."""
         return (PLAIN, *(() if self.over_ranks else (FLAT,)), *((FUSED,) if self.relu else ()))
@@ -65,8 +70,7 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
         `shift` (C,) is added to the mean that the running mean takes in: the bias that the convolution before left out.
         """
         if not uses_batch_statistics(self):
-            out = self._by_torch(x, 0.0)
-            return torch.relu_(out) if self.relu else out
+            return self._by_torch(x, 0.0)
         momentum = _next_momentum(self)
         reduce = sum_over_ranks if self.over_ranks and dist.is_initialized() else None
         kernel = fused_kernel() if self.form == FUSED and self.relu and x.is_cuda else None
@@ -75,21 +79,28 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
                 x, self.weight, self.bias, self.running_mean, self.running_var,
                 shift=shift, momentum=momentum, eps=self.eps, reduce=reduce,
             )  # fmt: skip
-        out = self._by_torch(x, momentum) if reduce is None else _over_ranks(self, x, momentum)
+        if reduce is None:  # noqa: SIM108
+            out = self._by_torch(x, momentum)
+        else:
+            out = self._activated(_over_ranks(self, x, momentum))
         if shift is not None and self.running_mean is not None:
             # Through `data`: torch saves the running mean for the backward pass, which in training does not read it, and
             # would refuse one that was changed meanwhile.
             self.running_mean.data.add_(shift.detach(), alpha=momentum)
-        return torch.relu_(out) if self.relu else out
+        return out
 
     def _by_torch(self, x: Tensor, momentum: float) -> Tensor:
-        """Torch's own batch norm, on a view with four axes unless the form is plain; updates the running statistics."""
+        """Norm and ReLU by torch, on a view with four axes unless the form is plain; updates the running statistics."""
         given = x if self.form == PLAIN else x.flatten(2, 3)
         out = functional.batch_norm(
             given, self.running_mean, self.running_var, self.weight, self.bias,
             uses_batch_statistics(self), momentum, self.eps,
         )  # fmt: skip
+        out = self._activated(out)  # before it is seen as a view, whose gradient would be copied
         return out if self.form == PLAIN else out.unflatten(2, x.shape[2:4])
+
+    def _activated(self, out: Tensor) -> Tensor:
+        return torch.relu_(out) if self.relu else out
 
 
 class SynchronisedBatchNorm(_BatchNorm):
@@ -121,7 +132,7 @@ class ConvBatchNorm(nn.Sequential):
 
 def convolve(conv: Conv3d, norm: BatchNorm3d, x: Tensor) -> Tensor:
     """`conv` of x (B, Cin, D, H, W), without the bias where `norm`, which comes next, cancels it."""
-    return conv(x, biased=not leaves_bias_out(conv, norm))
+    return conv(x, biased=False) if leaves_bias_out(conv, norm) else conv(x)
 
 
 def normalise(conv: Conv3d, norm: BatchNorm3d, convolved: Tensor) -> Tensor:
@@ -241,7 +252,7 @@ class _NormOverRanks(torch.autograd.Function):
         normal = (x.to(centre.dtype) - _spread(centre, x)) * _spread(scale, x)
         own = torch.cat((wide.sum(axes), (wide * normal).sum(axes)))
         to_bias, to_weight = own[:channels], own[channels:]
-        means = sum_over_ranks(own.double()).div_(count).to(centre.dtype)
+        means = sum_over_ranks(own.to(torch.float64, copy=True)).div_(count).to(centre.dtype)
         to_x = wide - _spread(means[:channels], x) - normal * _spread(means[channels:], x)
         to_x = (to_x * _spread(scale if weight is None else scale * weight, x)).to(x.dtype)
         return (

@@ -6,8 +6,6 @@
 Told to stop, every job is told once and leaves. One that fails is named, and the others go on.
 """
 
-import fcntl
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +17,8 @@ from types import FrameType
 
 from p2w.data.progress import Progress, say
 from p2w.errors import UserError
+from p2w.file_lock import FileLock
+from p2w.resources import usable_cores
 from p2w.sweep.job import Job
 from p2w.world import variables
 
@@ -37,7 +37,7 @@ class Machine:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the job in a slot."""
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         place = {"LOCAL_RANK": str(slot % self.gpus)} if self.gpus else {}
         return variables(OMP_NUM_THREADS=str(self.threads or max(1, cores // self.jobs)), **place)
 
@@ -117,27 +117,20 @@ class Sweep:
                     slot = min(free)
                     self.running.append(Running(job, self._begin(job, slot, lock), slot, job.count()))
             finally:
-                os.close(lock)
+                lock.release()
 
-    def _take(self, job: Job) -> int | None:
-        lock = os.open(self.logs / f"{job.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except OSError:  # a file system without locks
-            pass
-        return lock
+    def _take(self, job: Job) -> FileLock | None:
+        lock = FileLock(self.logs / f"{job.name}.lock")
+        return lock if lock.acquire() else None
 
-    def _begin(self, job: Job, slot: int, lock: int) -> subprocess.Popen[bytes]:
+    def _begin(self, job: Job, slot: int, lock: FileLock) -> subprocess.Popen[bytes]:
         """Its process, in a session of its own, so that a Ctrl-C reaches it once; it inherits the lock."""
         program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
         command = [*program[job.command[0]], *job.command[1:]]
         with open(self.logs / f"{job.name}.txt", "ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.machine.environment(slot),
-                start_new_session=True, pass_fds=(lock,),
+                start_new_session=True, pass_fds=(lock.fileno(),),
             )  # fmt: skip
 
     def _count(self, one: Running, progress: Progress) -> None:

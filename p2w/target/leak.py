@@ -14,7 +14,7 @@ from p2w.data import typed
 from p2w.data.manifest import open_manifest
 from p2w.errors import UserError
 from p2w.target.dataset import TargetSet
-from p2w.train.folder import fingerprint
+from p2w.train.folder import fingerprint, shard_places
 
 REMEDY = (
     "pretrain on other scans, test on others, or pass --allow-leak and say so where you report the result"
@@ -50,7 +50,9 @@ def check_shards(
     target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
 ) -> str:
     """The same for weights `of` which it is known only what `data` they come from: `shards` and, maybe, `fingerprint`."""
-    return _told(target, of, lambda: _open(data["shards"], data.get("fingerprint"), of), allow_leak, fold)
+    return _told(
+        target, of, lambda: _open_first(Path(of), data, data.get("fingerprint"), of), allow_leak, fold
+    )
 
 
 def _told(
@@ -87,7 +89,19 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}: does not say which data set the run was trained on ({error})") from error
     if not starts:
         raise UserError(f"{path}: does not say which data set the run was trained on")
-    return _open(starts[-1]["shards"], starts[-1].get("data"), str(run))
+    return _open_first(run, starts[-1], starts[-1].get("data"), str(run))
+
+
+def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
+    """The first of the places where the set may lie that holds it. Raises UserError for the likeliest where none does."""
+    refused: UserError | None = None
+    for place in shard_places(near, start):
+        try:
+            return _open(place, data, of)
+        except UserError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:

@@ -14,7 +14,7 @@ from p2w.pretext import build_pretext
 from p2w.target.dataset import TargetSet
 from p2w.target.leak import check_run, check_shards
 from p2w.weights.card import Trained
-from p2w.weights.load import find, read_card
+from p2w.weights.load import exported, find
 from p2w.weights.start import RANDOM, Start, load_decoder, load_start
 
 
@@ -56,9 +56,8 @@ def resolve(init: str) -> Origin:
     if (path / "meta.json").is_file():
         path = path.resolve()
         return _of_run(path.parent.parent, int(path.name.removeprefix("step-")))
-    file = path / "model.safetensors" if path.is_dir() else path
     with contextlib.suppress(UserError):
-        return _of_card(str(path), read_card(file))
+        return _of_card(str(path), exported(path)[1])
     return Origin(str(path))
 
 

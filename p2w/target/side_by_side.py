@@ -1,6 +1,5 @@
 """Trials side by side: the same command, several times. The processes share the trials through the run's folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from types import FrameType
 
 import torch
 
+from p2w.resources import usable_cores
 from p2w.world import variables
 
 
@@ -17,7 +17,7 @@ def run(argv: list[str], workers: int) -> int:
     Each has its share of the cores, and with GPUs one of them in turn.
     """
     command = [sys.executable, argv[0], *_without_workers(argv[1:]), "--quiet"]
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, usable_cores() // workers)
     devices = torch.cuda.device_count()
     children: list[subprocess.Popen[bytes]] = []
 

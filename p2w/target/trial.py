@@ -8,11 +8,9 @@ RUN/trial-00/
     checkpoints/        while it is unfinished: what it continues from
 """
 
-import fcntl
 import io
 import json
 import math
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from p2w import __version__
 from p2w.errors import UserError
+from p2w.file_lock import FileLock
 from p2w.log import Log, duration, write_atomic
 from p2w.target.finetune import Epoch, FineTuner, Told
 from p2w.target.kinds import Kind
@@ -59,31 +58,21 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock: int | None = None
+        self._lock = FileLock(folder / ".lock")
 
     def take(self) -> bool:
         """Make the folder and hold it; False while another process does. Raises UserError when it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            return self._lock.acquire()
         except OSError as error:
             raise UserError(
                 f"{self.folder}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            return False
-        except OSError:  # a file system without locks: results are renamed into place all the same
-            pass
-        return True
 
     def release(self) -> None:
         """Let go."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
 
 @dataclass

@@ -10,25 +10,52 @@ from torch.utils.flop_counter import FlopCounterMode
 from p2w.config import Config
 from p2w.geometry import Keys
 from p2w.model import Network
+from p2w.model.fold import FoldCost
+from p2w.model.unet3d import UpBlock, fold_cost_of
 from p2w.pretext.protocol import Pretext
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Figures of one run. FLOPs count a multiply and an add as two; bytes are per rank."""
+    """Figures of one run. FLOPs count a multiply and an add as two, forward and backward; bytes are per rank."""
 
     parameters: int
     encoder_parameters: int
     flops_per_sample: int
+    """With every module in its plain form (p2w.model.forms)."""
     state_bytes: int
     activation_bytes: int
     checkpoint_bytes: int
+    folds: tuple[FoldCost, ...] = ()
+    """Of each up-sampling that can be folded with the convolution behind it: FLOPs of either form, forward and backward."""
+    passes: int = 1
+    """Of a step (optim.accumulate)."""
+
+    @property
+    def folded_flops_per_sample(self) -> int:
+        """With every up-sampling folded that can be, without the folding itself."""
+        return self.flops_per_sample - sum(one.plain - one.folded for one in self.folds)
+
+    @property
+    def fold_flops(self) -> int:
+        """Of folding them all, which is done once a pass, however many samples it has."""
+        return sum(one.fold for one in self.folds)
+
+    def flops(self, samples: float) -> float:
+        """Of one pass of `samples` on a rank, with those up-samplings folded for which that is less arithmetic."""
+        saved = sum(max(0.0, samples * (one.plain - one.folded) - one.fold) for one in self.folds)
+        return samples * self.flops_per_sample - saved
 
     def lines(self) -> list[str]:
         """For a person."""
+        folded = [
+            f"                {self.folded_flops_per_sample / 1e9:,.0f} with every up-sampling folded (p2w.model.fold), and "
+            f"{self.fold_flops / 1e9:,.0f} a pass for folding"
+        ]
         return [
             f"parameters      {self.parameters / 1e6:.2f} M, encoder {self.encoder_parameters / 1e6:.2f} M",
             f"arithmetic      {self.flops_per_sample / 1e9:,.0f} GFLOP a sample, forward and backward",
+            *(folded if self.folds else []),
             f"memory a rank   {self.state_bytes / 2**30:.2f} GiB weights, gradients and optimizer, "
             f"{self.activation_bytes / 2**30:.2f} GiB activations (estimate)",
         ]
@@ -54,6 +81,7 @@ def cost(
             kept.append(tensor)
         return tensor
 
+    folds = _count_folds(model)
     kept: list[Tensor] = []  # holds the tensors, so that ids stay unique while we count
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         counter = FlopCounterMode(display=False)
@@ -70,4 +98,26 @@ def cost(
         state_bytes=4 * (2 + averages) * parameters,
         activation_bytes=sum(saved.values()) * share,
         checkpoint_bytes=4 * (1 + averages) * parameters,
+        folds=tuple(folds),
+        passes=config.optim.accumulate,
     )
+
+
+def _count_folds(model: nn.Module) -> list[FoldCost]:
+    """A list that fills when `model` runs one sample: of each up-sampling that can be folded, FLOPs of both forms.
+
+    A backward pass is counted as two forward ones: the gradients of inputs and of weights.
+    """
+    found: list[FoldCost] = []
+
+    def note(block: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(block, UpBlock)
+        depth, height, width = given[0].shape[2:]
+        forward = fold_cost_of(block, (depth, height, width))
+        if forward is not None:
+            found.append(FoldCost(3 * forward.plain, 3 * forward.folded, 3 * forward.fold))
+
+    for module in model.modules():
+        if isinstance(module, UpBlock):
+            module.register_forward_pre_hook(note)
+    return found

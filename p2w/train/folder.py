@@ -7,12 +7,12 @@ RUN/
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,32 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.data.stream import ShardSet
 from p2w.errors import UserError
+from p2w.file_lock import FileLock
 from p2w.log import write_atomic
+
+MANIFEST = "manifest.parquet"
 
 
 def fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a data set: a hash of what its manifest says of shape, window, tiling, split and shards."""
     told = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shard_places(near: Path, start: Mapping[str, Any]) -> list[str]:
+    """Where the data set of a run's start may lie now, the likeliest first; never empty. The fingerprint tells which it is.
+
+    `start` is a record of run.json: `shards` as it was typed, from the directory `cwd` where that is noted. `near` is the
+    run, or weights made of it: after the project was moved, the set lies below one of the folders above.
+    """
+    where, cwd = str(start["shards"]), str(start.get("cwd") or "")
+    if "://" in where:
+        return [where]
+    absolute = os.path.join(cwd, where)
+    below = os.path.relpath(where, cwd) if cwd and os.path.isabs(where) else where
+    moved = [] if below.startswith("..") else [str(folder / below) for folder in near.absolute().parents]
+    there = [place for place in (absolute, *moved, where) if os.path.isfile(os.path.join(place, MANIFEST))]
+    return list(dict.fromkeys(there)) or [absolute]
 
 
 def describe(shards: ShardSet) -> dict[str, Any]:
@@ -53,7 +72,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock = FileLock(path / ".lock")
 
     def agrees(self, config: Config, data: str) -> None:
         """Check that this command may continue the folder. Raises UserError naming the first setting that differs."""
@@ -85,20 +104,17 @@ class RunFolder:
         """Rank 0: make the folder, take its lock, note this start. Raises UserError when another process runs in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            held = self._lock.acquire()
         except OSError as error:
             raise UserError(
                 f"{self.path}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not held:
             raise UserError(
-                f"{self.path}: another process trains in it ({self._holder()}); wait for it or end it, or name another "
-                "--run-dir"
-            ) from error
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{socket.gethostname()}, pid {os.getpid()}".encode())
+                f"{self.path}: another process trains in it ({self._lock.note() or 'it left no name'}); wait for it or end "
+                "it, or name another --run-dir"
+            )
+        self._lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
         try:
             write_atomic(self.path / "config.json", settings.to_json(config))
@@ -121,14 +137,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _holder(self) -> str:
-        """Who wrote its name into the lock."""
-        assert self._lock is not None
-        return os.pread(self._lock, 200, 0).decode(errors="replace") or "it left no name"
+        self._lock.release()
 
     def _starts(self) -> list[dict[str, Any]]:
         path = self.path / "run.json"

@@ -94,7 +94,10 @@ PEAK = {  # name in torch's -> dense bf16 FLOP/s, bytes/s to a GPU beside, bytes
     "H100": (989e12, 450e9, 50e9),
     "A100": (312e12, 300e9, 25e9),
 }
-SUSTAINED = (0.28, 0.50)  # of the peak: MLPerf's best 3D U-Net; our goal, 680 samples/s on an H200
+SUSTAINED = (
+    0.28,
+    0.50,
+)  # of the peak: MLPerf's best 3D U-Net; our goal, 680 samples/s of 580 GFLOP on an H200
 
 
 def known(device: str) -> tuple[str, Pieces] | None:
@@ -119,16 +122,24 @@ def describe(cost: Cost, card: str, *, ranks: int, per_node: int, batch: int, st
     """Lines for a person: these ranks on `card`, as torch names it; one and eight H100 where that is not a known one."""
     here = known(card)
     name, pieces = here or known("H100") or ("", Pieces(1, 1, 1))
-    sizes = {"batch": batch, "flops_per_sample": cost.flops_per_sample, "sample_bytes": SAMPLE_BYTES,
-             "gradient_bytes": 4 * cost.parameters}  # fmt: skip
+    sizes = {"batch": batch, "sample_bytes": SAMPLE_BYTES, "gradient_bytes": 4 * cost.parameters}
     lines = []
     for count, node in [(ranks, per_node)] if here else [(1, 8), (8, 8)]:
         if batch % count:
             continue
-        slow, fast = (forecast(one, ranks=count, per_node=node, **sizes) for one in between(pieces))
+        samples = batch / count / cost.passes
+        flops = cost.flops(samples) / samples
+        slow, fast = (
+            forecast(one, ranks=count, per_node=node, flops_per_sample=flops, **sizes)
+            for one in between(pieces)
+        )
         hours = [one.step_s * steps / 3600 for one in (fast, slow)]
         rates = f"{slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} samples/s"
         times = f"{hours[0]:,.1f}-{hours[1]:,.1f} h"
         sums = f"all-reduce {1e3 * fast.all_reduce_s:.1f} ms beside a step of {1e3 * fast.step_s:.1f}"
         lines.append(f"{count} x {name}: {rates}, {times}; {sums}; limit: {fast.limit}")
-    return [*lines, f"assumed: {pieces.sources}; launches are not counted: few samples a rank sustain less"]
+    return [
+        *lines,
+        f"assumed: {pieces.sources}; up-samplings folded where that is less arithmetic; launches "
+        "are not counted: few samples a rank sustain less",
+    ]

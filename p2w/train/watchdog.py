@@ -34,6 +34,7 @@ PLACES = (
 BEAT_S = 1.0
 SILENT_S = 60.0
 LEFT_S = 5.0
+LAST_BEAT_S = 2.0  # at most, to tell the others that this rank leaves
 SLOW = 3.0  # times what is allowed else: the first step compiles and tries kernels out, drawing imports matplotlib
 LOWEST_SPEAKS_S = 3.0
 
@@ -106,7 +107,7 @@ class Watchdog:
         """The last beat tells the others that this rank leaves, and how."""
         self._left = "done" if kind is None else "failed"
         self._end.set()
-        self._thread.join(2 * LEFT_S)
+        self._thread.join(LAST_BEAT_S)  # the store may be gone, with the rank or the node that held it
         self._store = self._origin = None
 
     def _watch(self) -> None:
@@ -152,6 +153,8 @@ class Watchdog:
                 self._take(peer, store.get(f"beat/{peer.rank}").decode())
         except RuntimeError as error:
             self._trouble = str(error).partition("\n")[0]
+            if self._end.is_set():
+                return  # this rank leaves: to connect anew would take up to twice the time-out (torch 2.13), for nobody
             with contextlib.suppress(RuntimeError):  # after a time-out an answer may still be on the way
                 self._store = self._origin.clone() if self._origin is not None else None
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,12 @@ def _figures(trained: Trained) -> dict[str, float]:
 
 
 def data_of(run: Path) -> dict[str, Any]:
-    """The data set of the run's last start, as its folder recorded it."""
+    """The data set of the run's last start: `shards` is a URL, or a path that does not depend on the current directory."""
     start = _last_start(run)
-    return {"fingerprint": str(start["data"]), "shards": str(start["shards"])}
+    shards = str(start["shards"])
+    if "://" not in shards:
+        shards = os.path.join(str(start.get("cwd") or ""), shards)
+    return {"fingerprint": str(start["data"]), "shards": shards}
 
 
 def _last_start(run: Path) -> dict[str, Any]:

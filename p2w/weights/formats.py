@@ -107,7 +107,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _tensors(whole: dict[str, Any], path: Path) -> State:
     """The tensors by name, without `module.`: of a state dict, or of what has one inside."""
-    inside = whole.get("state_dict", whole)
+    inside = whole.get("state_dict", whole.get("network_weights", whole))  # the second is nnU-Net's
     if not isinstance(inside, dict):
         raise UserError(f"{path}: its state_dict is a {type(inside).__name__}, not tensors by name")
     tensors = {str(k).removeprefix("module."): v for k, v in inside.items() if isinstance(v, Tensor)}

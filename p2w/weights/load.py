@@ -42,7 +42,8 @@ class Held:
 def load(path: str | Path) -> Encoder:
     """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder.
 
-    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Executes no code from the file.
+    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Biases that a batch norm cancels are
+    frozen, the rest trains. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
     held = read(Path(path))
@@ -66,11 +67,7 @@ def read(path: Path) -> Held:
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
         return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
-    if path.name == nnunet.CHECKPOINT and path.is_file():
-        path = path.parent
-    of_nnunet = (path / nnunet.CHECKPOINT).is_file()
-    file = path / (nnunet.CHECKPOINT if of_nnunet else "model.safetensors") if path.is_dir() else path
-    card = read_json(path / "card.json") if of_nnunet else read_card(file)
+    file, card = exported(path)
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
         in_channels = int(card["encoder"].get("in_channels", 1))
@@ -80,10 +77,23 @@ def read(path: Path) -> Held:
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
-        state = from_nnunet(nnunet.read(file)) if of_nnunet else load_file(file)
+        state = from_nnunet(nnunet.read(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
         return Held(name, width, state, str(file), trained_on(card), in_channels, feeding)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def exported(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights that `p2w export` wrote as `path` or into it, and its card. Raises UserError when there is none.
+
+    nnU-Net's file has its card beside it; its folder and the file itself name the same weights.
+    """
+    if path.name == nnunet.CHECKPOINT and path.is_file():
+        path = path.parent
+    if (path / nnunet.CHECKPOINT).is_file():
+        return path / nnunet.CHECKPOINT, read_json(path / "card.json")
+    file = path / "model.safetensors" if path.is_dir() else path
+    return file, read_card(file)
 
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:

@@ -95,11 +95,11 @@ def load_decoder(decoder: nn.Module, start: Start) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """A folder, or a file with our card; a path that is not there is left to the readers, which say so."""
+    """A folder, or a file with our card in it or beside it; a path that is not there is left to the readers."""
     if path.is_dir():
         return True
     try:
-        load.read_card(path)
+        load.exported(path)
     except UserError:
         return False
     return True

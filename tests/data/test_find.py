@@ -61,6 +61,38 @@ def test_several_roots_and_exclude(tmp_path):
     assert [source.uid for source in found.sources] == ["one_ct", "two_ct"]
 
 
+def test_roots_in_each_other_give_no_scan_twice(tmp_path):
+    """Two names of one scan would be two scans to the split: one in training, one in validation."""
+    top = tmp_path / "D"
+    for name in ("a/one.mha", "a/deep/two.mha", "three.mha", ".kept/four.mha"):
+        write(top / name, ct(SHAPE))
+    alone = [(source.uid, source.files) for source in find(top).sources]
+    for roots in ((top, top / "a"), (top / "a", top), (top / "a" / "deep", top, top / "a")):
+        assert [(source.uid, source.files) for source in find(*roots).sources] == alone
+    found = find(top, top / ".kept")  # hidden: not looked into from above
+    names = {".kept/four.mha", "D/a/deep/two.mha", "D/a/one.mha", "D/three.mha"}
+    assert {source.name for source in found.sources} == names
+    found = find_scans(
+        [str(top), str(top / "a" / "deep")], str(top / "a")
+    )  # below --out: not looked into from above
+    assert {source.name for source in found.sources} == {"D/three.mha", "deep/two.mha"}
+
+
+def test_a_file_with_two_names_is_one_scan(tmp_path):
+    """Links to a file, in one root or in two, and a folder that two roots reach by links."""
+    write(tmp_path / "store" / "scan.mha", ct(SHAPE))
+    for name in ("one/a.mha", "one/b.mha", "two/a.mha"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "store" / "scan.mha")
+    (tmp_path / "two" / "store").symlink_to(tmp_path / "store")
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "store").symlink_to(tmp_path / "store")
+    found = find(tmp_path / "one", tmp_path / "two", tmp_path / "three")
+    assert [source.name for source in found.sources] == ["one/a.mha"]
+    again = ["one/b.mha", "two/a.mha", "two/store/scan.mha"]
+    assert found.left_out == [(name, "the same file as one/a.mha") for name in again]
+
+
 def test_out_inside_scans_is_not_read(tmp_path):
     write(tmp_path / "a.mha", ct(SHAPE))
     write(tmp_path / "out" / "b.mha", ct(SHAPE))

@@ -9,8 +9,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,14 +67,19 @@ def run(given, *, shift=True, reduce=None, momentum=0.1, eps=1e-5):
     return SimpleNamespace(y=y.detach(), dx=x.grad, dweight=weight.grad, dbias=bias.grad, mean=mean, var=var)
 
 
-def naive(given, *, shift=True, momentum=0.1, eps=1e-5):
-    """The same in float64, written out; the gradient is autograd's."""
+def naive(given, *, shift=True, momentum=0.1, eps=1e-5, passes=None):
+    """The same in float64, written out; the gradient is autograd's. Of millions of values a few lie so close to zero that
+    rounding decides which side: `passes` (bool, like x) then says what the ReLU let through."""
     x, weight, bias = (one.detach().double().requires_grad_() for one in (given.x, given.weight, given.bias))
     dims, count = (0, 2, 3, 4), given.x.numel() // given.x.shape[1]
     mean = x.mean(dims)
     var = ((x - mean.view(1, -1, 1, 1, 1)) ** 2).mean(dims)
     scale, start = (one.view(1, -1, 1, 1, 1) for one in (weight / (var + eps).sqrt(), bias))
-    y = ((x - mean.view(1, -1, 1, 1, 1)) * scale + start).clamp(min=0)
+    y = (x - mean.view(1, -1, 1, 1, 1)) * scale + start
+    if passes is None:
+        passes = y > 0
+    assert (y[passes != (y > 0)].abs() < 1e-4).all()
+    y = torch.where(passes, y, 0.0)
     y.backward(given.dy.double())
     follow = mean + given.shift.double() if shift else mean
     return SimpleNamespace(
@@ -93,7 +100,14 @@ def compare(got, expected, dtype, slack=1.0):
         assert (found - want).abs().max() <= slack * step * want.abs().max().clamp(min=1e-3), name
 
 
+def interpreter_is_broken():
+    """Triton 3.6 makes Python numbers of arrays with one element, which NumPy refuses from 2.4 on."""
+    new = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+    return new and importlib.util.find_spec("triton") is not None and version("triton").startswith("3.6.")
+
+
 @compiled
+@pytest.mark.skipif(interpreter_is_broken(), reason="triton 3.6's interpreter and NumPy 2.4 or later")
 def test_all_of_this_in_the_interpreter():
     """Every interpreted test must have run and passed in a process that interprets."""
     run = subprocess.run(
@@ -102,7 +116,7 @@ def test_all_of_this_in_the_interpreter():
         check=False, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "21 passed" in run.stdout, run.stdout
+    assert "22 passed" in run.stdout, run.stdout
 
 
 @interpreted
@@ -139,9 +153,9 @@ def test_programs_that_take_many_tiles_each(monkeypatch, dtype):
 def test_two_million_rows_a_hundred_deviations_from_zero_keep_their_digits(monkeypatch):
     from p2w.kernels import norm_relu_triton
 
-    monkeypatch.setattr(
-        norm_relu_triton, "OUTPUT", 2**17
-    )  # fewer steps of the slow interpreter; not looked at here
+    # Fewer steps of the slow interpreter; one program has 64 times the rows that it has on a card.
+    for name, value in {"MOMENTS": 2**15, "OUTPUT": 2**19, "PROGRAMS": 2}.items():
+        monkeypatch.setattr(norm_relu_triton, name, value)
     given = case((1, 1, 32, 256, 256), torch.bfloat16, offset=100)
     mean, var = torch.zeros(1), torch.zeros(1)
     norm_relu_triton.norm_relu(given.x, given.weight, given.bias, mean, var, momentum=1.0, eps=1e-5)
@@ -234,6 +248,20 @@ def test_two_processes(tmp_path):
     mp.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")
     found = [SimpleNamespace(**torch.load(tmp_path / f"{rank}.pt")) for rank in range(2)]
     check_ranks(case((5, 6, 3, 5, 7), torch.bfloat16), found, torch.bfloat16)
+
+
+@interpreted
+def test_a_rank_without_a_sample_takes_part():
+    given = case((3, 6, 3, 5, 7))
+    full, empty = halves(given, 3)
+    sent = []
+    alone = run(full, reduce=lambda packet: sent.append(packet.clone()))
+    packets = iter(sent)
+    others = run(empty, reduce=lambda packet: packet.add_(next(packets)))  # what it adds to is zero
+    assert others.y.shape == others.dx.shape == (0, 6, 3, 5, 7)
+    assert not others.dweight.any() and not others.dbias.any()
+    assert torch.equal(others.mean, alone.mean) and torch.equal(others.var, alone.var)
+    compare(alone, naive(given), torch.float32)
 
 
 @interpreted
@@ -337,7 +365,7 @@ def test_compiles_for_cards_without_one_and_spills_nothing(tmp_path):
 def test_on_a_gpu_against_float64_in_six_launches_and_as_a_graph(shape, dtype):
     given = case(shape, dtype, offset=1, device="cuda")
     got = run(given)
-    compare(got, naive(given), dtype, slack=2.0)
+    compare(got, naive(given, passes=got.y > 0), dtype, slack=2.0)
     again = run(given)
     assert all(torch.equal(value, getattr(again, name)) for name, value in vars(got).items())
 

@@ -3,6 +3,7 @@
 The rank runs the real program; a spy wraps one of its methods.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -214,3 +215,18 @@ def stop_epoch(rank: int, epoch: int, victim: int, name: str) -> None:
             yield batch
 
     Samples.batches = handed
+
+
+def cut_network(rank: int, at_step: int) -> None:
+    """End every TCP connection of each rank after `at_step` steps, as a switch that fails would; no process dies."""
+    step_of = Stepper.step
+
+    def stepped(self, views, step):
+        if step == at_step:
+            for name in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+                    if one.family in (socket.AF_INET, socket.AF_INET6) and one.getpeername():
+                        one.shutdown(socket.SHUT_RDWR)
+        return step_of(self, views, step)
+
+    Stepper.step = stepped

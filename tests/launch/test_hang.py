@@ -95,8 +95,22 @@ def test_a_rank_that_raises_is_readable_and_the_others_leave(forge, tiny_set, ca
     first = f"rank {victim} on {host} failed: LookupError: no such part\nTraceback (most recent call last):\n"
     assert first in err and err.count("Traceback") == 1, err
     # The others may be told to stop before they can say that they lost a rank; what they say comes after its own message.
-    assert "lost another rank" not in err[: err.index(first)]
+    assert "lost contact with another rank" not in err[: err.index(first)]
     assert "hangs" not in err
     codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), ranks=3)
     assert codes == [0] * 3, err
     assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
+
+
+def test_where_the_network_is_cut_every_rank_says_what_broke(forge, tiny_set, tmp_path):
+    """No rank fails, so none has a message of its own: the cause is in what each of them says."""
+    codes, _, err = forge.run(
+        tmp_path, *argv(tiny_set, tmp_path / "run"), ranks=3, spies=(("cut_network", 5),)
+    )
+    assert codes == [1, 1, 1] and "Traceback" not in err, err
+    said = re.findall(r"^rank (\d) on \S+: lost contact with another rank \((.*?)\): (.*)", err, re.MULTILINE)
+    assert {rank for rank, _, _ in said} == set("012"), err
+    assert all(
+        re.search(r"[Cc]onnection (closed|reset) by peer|Broken pipe", cause) for _, cause, _ in said
+    ), said
+    assert all("the network between them was cut" in rest for _, _, rest in said)

@@ -354,3 +354,36 @@ def test_general_on_real_sarcomas(command, tmp_path):
             tuple(slice(f + 64, f + 64 + n) for f, n in zip(first, (32, 64, 64), strict=True))
         ]
         assert (padded == masks[row, 0].numpy()).all() and padded.any()
+
+
+def test_the_set_of_a_run_that_was_moved_is_found(ncc, tmp_path, monkeypatch):
+    """`--shards shards` was typed in the project's folder; since then the project, the run, or the user has moved."""
+    target, old = open_target(ncc), tmp_path / "old"
+    shards = write_structured_set(old / "data" / "shards", train=1, val=1, per=2)
+    meta = open_manifest(shards).meta | {"sources": [], "shards": []}
+    meta["split"] = {"rule": "scan", "train_scans": ["other"]}
+    (shards / "manifest.parquet").write_bytes(manifest_bytes([], meta))
+    start = {"shards": "data/shards", "data": fingerprint(open_manifest(shards).meta), "cwd": str(old)}
+    run = old / "runs" / "paper"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"starts": [start]}))
+    elsewhere = tmp_path / "elsewhere"
+    write_structured_set(
+        elsewhere / "data" / "shards", train=1, val=1, per=2
+    )  # of the same name, and another set
+    monkeypatch.chdir(elsewhere)
+    assert str(shards) in check_run(target, run)  # the user is elsewhere
+    moved = shutil.copytree(run, tmp_path / "kept" / "paper")
+    assert str(shards) in check_run(target, moved)  # the run has moved
+    (old / "pre.safetensors").write_text("weights of the run, beside it")
+    whole = shutil.move(old, tmp_path / "new")
+    assert f"{whole}/data/shards" in check_run(target, Path(whole) / "runs" / "paper")  # the whole project
+    given = {"shards": start["shards"], "fingerprint": start["data"]}  # the card of an exported file
+    assert f"{whole}/data/shards" in check_shards(target, f"{whole}/pre.safetensors", given)
+    (Path(whole) / "runs" / "paper" / "run.json").write_text(
+        json.dumps({"starts": [start | {"shards": f"{old}/data/shards"}]})
+    )
+    assert f"{whole}/data/shards" in check_run(target, Path(whole) / "runs" / "paper")  # it was typed in full
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{old}/data/shards: no such folder.*--allow-leak"):
+        check_run(target, moved)

@@ -1,5 +1,6 @@
 """Sharding that is shared, stopped, killed, starved and repeated ends in the same bytes."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import time
 import pytest
 from ct_files import KEEP_ALL, ct, write
 
+from p2w.data.folder import Folder, Settings, Share
 from p2w.data.shard import read_manifest
+from p2w.data.subscan import Tiling
 
 NAME = "shard_luna"
 
@@ -176,3 +179,19 @@ def test_a_folder_in_which_nothing_was_cut_takes_other_settings(command, luna, w
     assert code == 2 and "not one sub-scan" in err and not (out / "manifest.parquet").exists()
     assert command.call(NAME, "--luna", luna, "--out", out, *KEEP_ALL)[0] == 0
     assert command.contents(out) == command.contents(whole)
+
+
+def test_a_share_with_other_settings_is_refused_before_the_first_shard_is_there(
+    command, luna, whole, tmp_path
+):
+    """Share 0 has begun and written nothing: share 1 must not make the folder its own, and the manifest a lie."""
+    out = tmp_path / "shards"
+    arguments = (NAME, "--luna", luna, "--out", out, *KEEP_ALL)
+    first, share = Folder(str(out), Settings(Tiling(z_margin=25, min_std_hu=0.0))), Share(0, 2)
+    with first.share_lock(share):
+        first.prepare(share)
+        code, _, err = command.call(*arguments, "--shard-of", "1/2", "--z-margin", 0)
+        assert code == 2 and "share 0-of-2 cuts it with" in err and "z_margin 25 and not 0" in err, err
+        assert json.loads((out / "settings.json").read_text())["tiling"]["z_margin"] == 25
+    code, _, err = command.call(*arguments)  # share 0 has ended, and nothing was cut with its settings
+    assert code == 0 and command.contents(out) == command.contents(whole), err

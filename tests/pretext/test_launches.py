@@ -88,8 +88,8 @@ def launches(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("name", PRETEXTS)
-def test_a_sample_is_few_launches_and_waits_for_nothing(name, launches):
+def prepared(name, device="cpu"):
+    """A pretext of the paper's recipe, made small, and what it samples from."""
     config = named("paper")
     config = replace(
         config,
@@ -98,8 +98,13 @@ def test_a_sample_is_few_launches_and_waits_for_nothing(name, launches):
         intensity=replace(config.intensity, strength=1.0),
         rubik=replace(config.rubik, adversary=0.1),
     )
-    pretext, keys = build_pretext(config), Keys(0, 0, torch.arange(4))
-    wholes = torch.zeros(4, 32, 64, 64, dtype=torch.int16)
+    wholes = torch.zeros(4, 32, 64, 64, dtype=torch.int16, device=device)
+    return build_pretext(config), wholes, Keys(0, 0, torch.arange(4, device=device))
+
+
+@pytest.mark.parametrize("name", PRETEXTS)
+def test_a_sample_is_few_launches_and_waits_for_nothing(name, launches):
+    pretext, wholes, keys = prepared(name)
     pretext.sample(wholes, keys)  # what is made once a device is made here
     launches.clear()
     with Counting() as counted:
@@ -109,3 +114,21 @@ def test_a_sample_is_few_launches_and_waits_for_nothing(name, launches):
     total = counted.kernels.total() + launches.total()
     print(f"{name}: {total} launches, {launches.total()} of them of our own kernels")
     assert total < LIMIT.get(name, OTHERS), (total, counted.kernels, launches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PRETEXTS)
+def test_on_a_gpu(name):
+    pretext, wholes, keys = prepared(name, "cuda")
+    pretext.sample(wholes, keys)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pretext.sample(wholes, keys)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        pretext.sample(wholes, keys)
+        torch.cuda.synchronize()
+    events = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(events) < LIMIT.get(name, OTHERS), Counter(events)

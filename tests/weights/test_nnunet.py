@@ -11,7 +11,9 @@ import p2w
 from p2w.errors import UserError
 from p2w.model.nnunet_keys import from_nnunet, to_nnunet
 from p2w.model.resencl import ResEncL
-from p2w.weights import export, nnunet
+from p2w.target.origin import resolve
+from p2w.weights import export, inspect, nnunet
+from p2w.weights.start import load_start
 
 CONFIGURATION = {
     "data_identifier", "preprocessor_name", "spacing_style", "normalization_schemes", "use_mask_for_norm",
@@ -78,6 +80,21 @@ def test_round_trip_is_exact_and_nothing_is_stored_twice(exported, resencl_run):
     assert (
         exported / "checkpoint_final.pth"
     ).stat().st_size < 1.5 * stored + 500_000  # names, not tensors, are doubled
+
+
+def test_the_file_alone_is_a_starting_point_as_its_folder_is(exported, tmp_path, capsys):
+    """p2w.load, p2w inspect and --init take the same paths."""
+    file = exported / "checkpoint_final.pth"
+    loaded = p2w.load(file).state_dict()
+    for path in (file, exported):
+        start = load_start(str(path))
+        assert start.network == "resencl" and set(start.pretrained_on) == {"fingerprint", "shards"}
+        assert all(torch.equal(value, loaded[name]) for name, value in start.encoder.state_dict().items())
+        assert inspect.main([str(path)]) == 0 and "--init takes it" in capsys.readouterr().out
+        assert resolve(str(path)).step == 10
+    (tmp_path / "checkpoint_final.pth").write_bytes(file.read_bytes())  # as nnU-Net writes it: without a card
+    with pytest.raises(UserError, match=r"weights of an unknown network \(encoder\."):
+        load_start(str(tmp_path / "checkpoint_final.pth"))
 
 
 def test_the_published_width_goes_by_its_name(exported):

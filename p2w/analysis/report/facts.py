@@ -1,9 +1,7 @@
 """What a run folder says of itself, read so that a missing, torn or foreign file costs its own facts and no others."""
 
-import fcntl
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,6 +12,7 @@ from typing import Any
 from p2w import config as settings
 from p2w.config import Config
 from p2w.errors import UserError
+from p2w.file_lock import is_held
 from p2w.log import read_metrics
 
 MARKERS = ("config.json", "status.json", "run.json", "metrics.jsonl")
@@ -47,7 +46,7 @@ class Facts:
     def state(self) -> str:
         """`running`, `finished`, `stopped early`, `told to stop`, `failed`; `killed` when nobody holds a running run."""
         state = str(self.status.get("state", "unknown"))
-        return "killed" if state == "running" and not _held(self.run) else state
+        return "killed" if state == "running" and not is_held(self.run / ".lock") else state
 
     @property
     def last_start(self) -> dict[str, Any]:
@@ -156,20 +155,3 @@ def _clock(start: dict[str, Any]) -> float:
         return datetime.strptime(str(start["time"]), "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except (KeyError, ValueError, OverflowError):
         return math.nan
-
-
-def _held(run: Path) -> bool:
-    """Whether a process holds the folder's lock, see train.folder; where that cannot be told, yes."""
-    try:
-        lock = os.open(run / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False

@@ -1,0 +1,104 @@
+"""Locks between real processes, and file systems that have none, at each place that locks."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import REPO
+
+from p2w import file_lock
+from p2w.config import Config
+from p2w.data.folder import Folder, Settings, Share
+from p2w.errors import UserError
+from p2w.file_lock import FileLock, is_held
+from p2w.sweep.job import Job
+from p2w.sweep.work import Machine, Sweep
+from p2w.target.trial import Place
+from p2w.train.folder import RunFolder
+
+HOLDER = """
+import sys
+from p2w.file_lock import FileLock
+lock = FileLock(sys.argv[1])
+assert lock.acquire()
+lock.write("node7, pid 1")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_is_anothers_until_that_ends_however_it_ends(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    lock = FileLock(path)
+    assert not lock.acquire() and is_held(path) and lock.note() == "node7, pid 1"
+    other.kill()
+    other.wait()
+    assert not is_held(path) and lock.acquire() and is_held(path)
+    lock.release()
+    assert not is_held(path)
+
+
+def train(top: Path) -> None:
+    """A training run takes its folder."""
+    RunFolder(top / "run").open(Config(), "data", "shards", {})
+
+
+def fine_tune(top: Path) -> None:
+    """A process takes a trial."""
+    assert Place(top / "trial-00").take()
+
+
+def sweep(top: Path) -> None:
+    """A sweep takes a job and runs it."""
+    (top / "logs").mkdir()
+    (top / "job.py").write_text("")
+    job = Job("one", top / "one", ("python", str(top / "job.py")), 1, pretrains=True)
+    work = Sweep([job], top, Machine())
+    work._start()
+    assert [one.process.wait() for one in work.running] == [0]
+
+
+def cut(top: Path) -> None:
+    """A share of a data set is cut and merged."""
+    folder = Folder(str(top / "set"), Settings())
+    with folder.share_lock(Share()):
+        folder.prepare(Share())
+        with folder.merge_lock():
+            folder.tidy()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("place", [train, fine_tune, sweep, cut])
+def test_a_file_system_without_locks_is_no_other_process(place, number, tmp_path, monkeypatch, capfd):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file_lock._warn.cache_clear()
+    place(tmp_path)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert (
+        len(lines) == 1
+        and "has no locks" in lines[0]
+        and os.strerror(number) in lines[0]
+        and "-o flock" in lines[0]
+    )
+
+
+def test_where_locking_fails_otherwise_it_is_said(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"lock: cannot be locked \(Input/output error\)"):
+        FileLock(tmp_path / "lock").acquire()
