@@ -3,6 +3,7 @@
 # make lint    style and types
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
 # make bench-peers   what users would take instead, in an environment of its own (2 GB), beside ours in the same runs
+# make gpu-rehearsal   every stage of bench/gpu/day.sh at toy size on the CPU: two minutes on two free cores
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
@@ -20,7 +21,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench bench-peers soak evidence methods targets clean
+.PHONY: help install demo test lint bench bench-peers gpu-rehearsal soak evidence methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -82,6 +83,9 @@ $(PEERS)/.installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
 
+gpu-rehearsal: $(VENV)/.tools
+	PYTHON=$(BIN)/python bash bench/gpu/day.sh --rehearse
+
 soak: $(VENV)/.tools
 	$(BIN)/python bench/soak.py --folder $(SOAK)
 	$(BIN)/python bench/goodput.py --folder $(SOAK)
@@ -96,4 +100,4 @@ targets: $(VENV)/.installed
 	$(BIN)/python bench/evidence/targets.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(DEMO) $(SOAK) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(PEERS) $(DEMO) $(SOAK) gpu-day .whl .pytest_cache .ruff_cache .mypy_cache *.egg-info

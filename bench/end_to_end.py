@@ -28,10 +28,12 @@ from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
-from p2w.pretrain import build
+from p2w.pretrain import _choose_forms, build
 from p2w.recipes import named
 from p2w.resources import usable_cores
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.folder import RunFolder
+from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
 from p2w.world import World
@@ -59,11 +61,22 @@ class Ready(Parts2Whole):
         return self.kept
 
 
+class Said(Log):
+    """A log whose lines go to the terminal, and nothing to the disk: what forms and graph the run has chosen."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, False, steps)
+
+    def line(self, text: str, style: str | None = None) -> None:
+        print(text, flush=True)
+
+
 class Way:
     """A trainer of its own; called, it takes `steps` steps and returns samples a second."""
 
     def __init__(self, name: str, config: Config, shards: ShardSet, folder: Path, steps: int) -> None:
-        world = World.place()
+        world = World.start()  # as a run starts: on a GPU, cuDNN tries its algorithms and keeps the fastest
+        precision = choose_precision(config.train.amp, world.device).apply()
         torch.manual_seed(0)
         pretext, model = build(config)
         if name == WAYS[2]:
@@ -75,12 +88,18 @@ class Way:
         self.stream = kind(
             shards, "train", config.data.batch, readers=config.data.readers, device=world.device
         )
-        log = Log(folder, False, config.train.steps)
-        precision = choose_precision(config.train.amp, world.device)
+        log = Said(folder, config.train.steps)
+        choice = _choose_forms(config, model, RunFolder(folder), world, precision, log)
+        choice.write(folder)  # the other ways take the same forms
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
         self.cpu_s: list[float] = []  # of all threads, a sample
         self.batches, self.steps, self.samples = self.stream.batches(), steps, config.data.batch * steps
+        if (
+            world.device.type == "cuda"
+        ):  # a CUDA graph is captured, timed and taken or not before anything is measured
+            for _ in range(WARM_UP_STEPS + 1):
+                self.trainer._one(next(self.batches))
 
     def __call__(self) -> float:
         began, busy = time.perf_counter(), time.process_time()
@@ -111,11 +130,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--shards", default="")
+    parser.add_argument("--small", action="store_true", help="width 4 at 16x16x16 voxels, to rehearse")
     parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = named(args.recipe)
     config = replace(config, data=replace(config.data, batch=args.batch))
+    if args.small:
+        config = replace(
+            config, model=replace(config.model, width=4), pretext=replace(config.pretext, size=(16, 16, 16))
+        )
     folder = tempfile.mkdtemp()
     try:
         shards = open_set(args.shards or shards_in(folder, max(64, 2 * args.batch // 32 * 32)))
@@ -138,6 +162,7 @@ def main() -> None:
         Goal("of the processor time, that of views in memory", over(cpu[WAYS[2]], cpu[WAYS[0]]), 0.98),
     ]
     command = f"python bench/end_to_end.py --recipe {args.recipe} --batch {args.batch} --rounds {args.rounds}"
+    command += " --small" * args.small
     question = "the loop of launch/train.py against the same loop on data in memory"
     show(
         save(

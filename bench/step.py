@@ -1,4 +1,4 @@
-"""What do layout, precision, compiling, CUDA graphs and a fused optimizer bring to one training step of the paper's network?
+"""What do layout, precision, forms of layers, compiling, CUDA graphs and a fused optimizer bring to a training step?
 
     python bench/step.py                          # CPU: 1 sample, 3 rounds, a minute or more
     python bench/step.py --compile                # adds torch.compile: half a minute of compiling, once
@@ -8,7 +8,8 @@
 Forward, backward and update, the input already on the device. The floor is a plain loop: contiguous, eager, unfused Adam; in
 float32 on a CPU, under fp16 autocast with a loss scaler on a GPU. Ways take turns, one step each a round, and are compared
 within a round. The defaults (p2w.config) follow the fastest row that keeps the numbers right: bf16 is compared with
-float32, convolution by convolution, before anything is timed. Torch, NumPy and p2w alone: it runs on bare GPU machines.
+float32, convolution by convolution, in every layout that is timed, before that. Torch, NumPy and p2w alone: it runs on
+bare GPU machines.
 """
 
 import argparse
@@ -24,11 +25,17 @@ from common import RESULTS, Goal, over, rotate, row, save, show
 from torch import nn
 
 from p2w.model.decoder import EncoderDecoder
+from p2w.model.fold import FOLDED
+from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
+from p2w.model.norm import FLAT, FUSED
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
+from p2w.train.form_choice import choose_forms
 from p2w.train.optim import Precision
 from p2w.train.selfcheck import wrong_convolution
+from p2w.world import World
 
 PEAK_SAMPLES = {(32, 64, 64): 680, (64, 128, 128): 85}  # half the roofline of an H200; goals there
+CHOSEN = "chosen"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -39,24 +46,36 @@ class Way:
     dtype: str = "fp32"
     channels_last: bool = False
     fused: bool = False
+    forms: str = PLAIN  # of the layers that have it; "chosen": those that a run would choose for itself
     compiled: bool = False
     graph: bool = False
 
     def __str__(self) -> str:
-        parts = {"channels-last": self.channels_last, "fused Adam": self.fused, "compiled": self.compiled,
-                 "CUDA graph": self.graph}  # fmt: skip
+        parts = {
+            "channels-last": self.channels_last, "fused Adam": self.fused, f"forms {self.forms}": self.forms != PLAIN,
+            "compiled": self.compiled, "CUDA graph": self.graph,
+        }  # fmt: skip
         return ", ".join([self.dtype, *(name for name, on in parts.items() if on)])
+
+
+DEFAULT = {
+    "cpu": Way("bf16", channels_last=True, fused=True),  # where layers keep PyTorch's usual forms
+    "cuda": Way("bf16", channels_last=True, fused=True, forms=CHOSEN, graph=True),
+}
 
 
 class Step:
     """A network of its own, and one step of it: called, it returns samples a second."""
 
-    def __init__(self, way: Way, batch: int, size: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, way: Way, batch: int, size: tuple[int, ...], device: torch.device, width: int = 32
+    ) -> None:
         torch.manual_seed(0)
         self.way, self.device, self.batch = way, device, batch
-        self.model = network().to(device)
+        self.model = network(width).to(device)
         if way.channels_last:
             self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        take_forms(self.model, way, (batch, 1, *size), device)
         self.forward = torch.compile(self.model) if way.compiled else self.model
         options = {"capturable": True} if way.graph else {}
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3, fused=way.fused, **options)
@@ -99,9 +118,25 @@ class Step:
         return self.batch / (time.perf_counter() - began)
 
 
-def network() -> nn.Module:
-    encoder = UNet3dEncoder()
+def network(width: int = 32) -> nn.Module:
+    encoder = UNet3dEncoder(width)
     return EncoderDecoder(encoder, UNet3dDecoder(encoder.channels, encoder.strides))
+
+
+def take_forms(model: nn.Module, way: Way, shape: tuple[int, ...], device: torch.device) -> None:
+    """Put the layers into the forms of a way; `shape` (B, C, D, H, W) is what the network is given."""
+    dtype = DTYPES[way.dtype]
+    if way.forms == CHOSEN:
+        precision = Precision(way.dtype, dtype, "this row")
+        choice = choose_forms(model, shape, precision, World.place(), print, rule="measure")
+        print(choice.line)
+        set_forms(model, choice.forms)
+        return
+    wanted = way.forms.split(" and ")
+    for name, module in formed_modules(model):
+        assert isinstance(module, Formed)
+        possible = module.forms(device, dtype, shape[0])
+        set_forms(model, {name: next((form for form in wanted if form in possible), PLAIN)})
 
 
 def ways(device: torch.device, compiled: bool) -> list[Way]:
@@ -111,6 +146,10 @@ def ways(device: torch.device, compiled: bool) -> list[Way]:
     found += [Way("fp32", fused=True), Way("fp32", channels_last=True, fused=True)]
     for dtype in ("bf16", "fp16") if cuda else ("bf16",):
         found += [Way(dtype, fused=True), Way(dtype, channels_last=True, fused=True)]
+    forms = [FLAT, FOLDED, f"{FLAT} and {FOLDED}"]
+    if cuda:
+        forms += [FUSED, f"{FUSED} and {FOLDED}", CHOSEN]
+    found += [Way("bf16", channels_last=True, fused=True, forms=form) for form in forms]
     if compiled:
         found += [
             Way("bf16", fused=True, compiled=True),
@@ -120,6 +159,7 @@ def ways(device: torch.device, compiled: bool) -> list[Way]:
         found += [
             Way("bf16", fused=True, graph=True),
             Way("bf16", channels_last=True, fused=True, graph=True),
+            Way("bf16", channels_last=True, fused=True, forms=CHOSEN, graph=True),
         ]
     return found
 
@@ -141,11 +181,15 @@ def main() -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as World.start sets it
     shape = (args.batch if device.type == "cuda" else 1, 1, *size)
-    check = wrong_convolution(network().to(device), Precision("bf16", torch.bfloat16, ""), shape, device)
-    print(f"bf16 against float32: {check or 'every convolution within rounding'}")
+    check = ""
+    for layout in (torch.contiguous_format, torch.channels_last_3d):  # those that are timed
+        model = network().to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        said = wrong_convolution(model, Precision("bf16", torch.bfloat16, ""), shape, device)
+        print(f"bf16 against float32, {layout}: {said or 'every convolution within rounding'}")
+        check = check or said
     steps = {str(way): Step(way, args.batch, size, device) for way in ways(device, args.compile)}
     rates = rotate(dict(steps), args.rounds)
-    floor, default = next(iter(steps)), str(Way("bf16", channels_last=True, fused=True))
+    floor, default = next(iter(steps)), str(DEFAULT["cuda" if device.type == "cuda" else "cpu"])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
     group = f"a step at {'x'.join(map(str, size[::-1]))}, batch {args.batch}, {where}"
     rows = [

@@ -177,7 +177,8 @@ class Stepper:
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        scaler = [self.scaler._scale, self.scaler._growth_tracker]
+        # Torch makes the scaler's two at its first use, and none at all where it is off.
+        scaler = [getattr(self.scaler, name, None) for name in ("_scale", "_growth_tracker")]
         kept = [value for state in self.optimizer.state.values() for value in state.values()]
         return [
             value for value in (*self.parameters, *self.buffers, *kept, *scaler) if isinstance(value, Tensor)

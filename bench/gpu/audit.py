@@ -1,0 +1,150 @@
+"""What would a GPU be asked for? Every proxy task under fake CUDA tensors: no card, but a torch that was built for CUDA.
+
+    python bench/gpu/audit.py                      all tasks
+    python bench/gpu/audit.py parts2whole mae      some
+
+Fake tensors have shapes and devices and no numbers. For sampling views, and for the forward pass with the loss, it counts
+operations, and names each place where the host would wait for the GPU or tensors of two devices would meet. Backward passes
+cannot be had so. Exit code 1 where something raises, or sampling, forward pass or loss would wait.
+"""
+
+import sys
+import traceback
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rows import REPO
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from p2w import geometry
+from p2w.geometry import Keys
+from p2w.kernels import local_shuffle_triton
+from p2w.pretext import PRETEXTS
+from p2w.pretrain import build
+from p2w.recipes import named
+
+CARD = torch.device("cuda:0")
+WHOLES = (4, 64, 128, 128)
+VIEWS = (
+    "view",
+    "expand",
+    "unsqueeze",
+    "slice",
+    "select",
+    "permute",
+    "detach",
+    "alias",
+    "squeeze",
+    "transpose",
+    "t.default",
+    "unbind",
+    "split",
+    "empty",
+    "as_strided",
+)  # fmt: skip  (operations that launch nothing)
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and notes where one takes a number to the host or copies between devices and waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, str(func)
+        self.counts[name] += 1
+        if "_local_scalar_dense" in name:
+            if args[0].device.type == "cuda":
+                self.waits.append(f"{name} at {_place()}")
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        found = func(*args, **kwargs)
+        if "_to_copy" in name or "copy_" in name or "lift_fresh" in name:
+            devices = {one.device.type for one in (*args, found) if isinstance(one, torch.Tensor)}
+            if len(devices) > 1 and not kwargs.get("non_blocking"):
+                self.waits.append(
+                    f"{name} from {args[-1].device if 'copy_' in name else args[0].device} at {_place()}"
+                )
+        return found
+
+    @property
+    def launches(self) -> int:
+        """Operations that launch something, about."""
+        return sum(count for name, count in self.counts.items() if not any(view in name for view in VIEWS))
+
+
+def _place() -> str:
+    """Where in this project the newest call was made."""
+    inside = str(REPO / "p2w")
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(inside)]
+    return " < ".join(
+        f"{frame.filename.removeprefix(str(REPO) + '/')}:{frame.lineno}" for frame in frames[:-3:-1]
+    )
+
+
+def audit(name: str) -> list[str]:
+    """Print what one task asks for; the places where the host waits, or the error."""
+    config = named("paper")
+    config = replace(
+        config, pretext=replace(config.pretext, name=name), data=replace(config.data, batch=WHOLES[0]),
+        model=replace(config.model, width=8),
+    )  # fmt: skip
+    pretext, model = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        for module in model.modules():
+            for key, weight in list(module._parameters.items()):
+                if weight is not None:
+                    empty = torch.empty(weight.shape, dtype=weight.dtype, device=CARD)
+                    module._parameters[key] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD)
+        voxels = torch.empty(WHOLES, dtype=torch.int16, device=CARD)
+        ids = torch.empty(WHOLES[0], dtype=torch.int64, device=CARD)
+        try:
+            pretext.sample(voxels, Keys(0, 0, ids))  # tables that stay on the device are copied there once
+            with Watch() as sampling:
+                views = pretext.sample(voxels, Keys(0, 0, ids))
+            with Watch() as passing, torch.autocast("cuda", torch.bfloat16):
+                output = model(views.input, *views.beside)
+            with Watch() as losing:
+                loss, extras = pretext.loss(output, views)
+        except Exception as error:
+            traceback.print_exc(limit=-4)
+            print(f"{name:22} {type(error).__name__}: {str(error)[:200]}")
+            return [str(error)]
+        elsewhere = [key for key, value in {"loss": loss, **extras}.items() if value.device != CARD]
+    launches = ", ".join(f"{what} {one.launches}" for what, one in
+                         (("sampling", sampling), ("forward", passing), ("loss", losing)))  # fmt: skip
+    waits = [*sampling.waits, *passing.waits, *losing.waits]
+    print(
+        f"{name:22} operations: {launches}; waits: {len(waits)}{f'; on the host: {elsewhere}' if elsewhere else ''}"
+    )
+    for place, count in Counter(waits).items():
+        print(f"{'':22} {count} x {place}")
+    return waits
+
+
+def main() -> int:
+    """Audit the tasks of the command line, else all."""
+    if torch.version.cuda is None:
+        print(
+            "error: this torch was built without CUDA; take PyPI's build for Linux: pip install torch",
+            file=sys.stderr,
+        )
+        return 2
+    # Two kernels need a card: they fill what was allocated for them. Nothing else is left out.
+    geometry._run = lambda *_, **__: None  # type: ignore[assignment]
+    local_shuffle_triton.run = lambda volumes, *_: torch.empty_like(volumes)  # type: ignore[assignment]
+    names = sys.argv[1:] or sorted(PRETEXTS)
+    return int(any([audit(name) for name in names]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Does pretraining on this card bring anything? Phantoms, a run that is stopped and continued, fine-tuning against scratch.
+
+    python3 bench/gpu/science.py data             in the background: made on the machine's cores, nothing of it on the card
+    python3 bench/gpu/science.py pretrain         recipe `paper`, told to stop by SIGTERM, then the same command again
+    python3 bench/gpu/science.py finetune         nodule classification from that run and from scratch, then the table
+
+The commands are those that users type; each takes its share of the time that the stage has (STAGE_ENDS). Repeated, they go
+on where they stopped. Rows as in rows.py; report.html, metrics.jsonl, table1.txt and trials.tgz go to OUT.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rows import CUDA, DAY, OUT, REPO, failures, say, seconds_left, stages
+
+PYTHON = sys.executable
+SHARDS, NCC, RUNS = DAY / "shards", DAY / "ncc", DAY / "runs"
+PRETRAINED = RUNS / "p2w"
+STARTS = (("Scratch", "random"), ("Parts2Whole", str(PRETRAINED)))
+STOPPED = 143  # exit code of launch/transfer.py that was told to stop
+SAVING_S = 20.0  # between SIGTERM and the end: the step under way, a checkpoint, the report
+WORKERS = str(min(10, max(1, (os.cpu_count() or 2) - 4))) if CUDA else "2"
+
+# Sizes on a card and of a rehearsal. The paper's network on a card sees the paper's sizes.
+SCANS = ["240", "--shape", "128", "256", "256"] if CUDA else ["4", "--shape", "64", "256", "256"]
+PATIENTS = ["200", "--shape", "64", "128", "128"] if CUDA else ["10", "--shape", "32", "64", "64"]
+CUT = ["--val-fraction", "0.1"] if CUDA else ["--val-fraction", "0.25"]
+NEGATIVES = ["20"] if CUDA else ["4", "--size", "16", "16", "16"]
+TRAIN = (
+    ["paper", "--train.steps", "4000", "--optim.lr", "3e-4", "--train.validate-every", "500", "--train.look-every",
+     "500", "--train.checkpoint-every", "500", "--data.readers", "6", "--data.on-device"]
+    if CUDA
+    else ["demo", "--train.steps", "12", "--data.batch", "4", "--pretext.size", "16", "16", "16", "--model.width", "4",
+          "--train.validate-every", "6", "--train.look-every", "6", "--train.log-every", "1", "--data.on-device"]
+)  # fmt: skip
+STOP_AFTER = 0.4 if CUDA else None  # of the stage's time; in a rehearsal after the first logged step
+TRIALS = (
+    ["--trials", "6", "--fraction", "0.1", "--workers", "3", "--recipe.max-epochs", "24", "--recipe.patience", "24"]
+    if CUDA
+    else ["--trials", "2", "--fraction", "0.5", "--workers", "1", "--recipe.max-epochs", "1", "--recipe.epoch-steps",
+          "2", "--recipe.batch", "8"]
+)  # fmt: skip
+
+
+def run(command: list[str], seconds: float = float("inf")) -> int:
+    """Run a Python command from the repository's root, and end it with SIGTERM after `seconds`; its exit code."""
+    print(f"$ {' '.join(command)}", flush=True)
+    process = subprocess.Popen([PYTHON, *command], cwd=REPO)
+    try:
+        return process.wait(None if seconds == float("inf") else max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        return stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """Tell a process to stop, as a scheduler does; its exit code."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(SAVING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def data() -> None:
+    """Phantoms and their shards, then the target task's. A step that is complete is passed over."""
+    source, targets = DAY / "LUNA16", DAY / "targets"
+    steps = {
+        "phantoms": ["-m", "p2w.data.phantom", "--out", str(source), "--scans", *SCANS],
+        "shards": ["preprocess/shard_luna.py", "--luna", str(source), "--out", str(SHARDS), "--subsets", "0-9",
+                   "--min-std", "0", *CUT],
+        "patients": ["-m", "p2w.data.phantom.targets", "--out", str(targets), "--tasks", "ncc", "--patients", *PATIENTS],
+        "candidates": ["preprocess/prepare_target.py", "ncc", "--source", str(targets / "LUNA16"), "--out", str(NCC),
+                       "--max-negatives", *NEGATIVES],
+    }  # fmt: skip
+    for name, command in steps.items():
+        done = DAY / f"{name}.ok"
+        if done.exists():
+            continue
+        began = time.time()
+        code = run([*command, "--workers", WORKERS])
+        say(name, exit_code=code, seconds=round(time.time() - began, 1))
+        if code:
+            failures.append(name)
+            return
+        done.touch()
+
+
+def ready(name: str, share: float) -> None:
+    """Wait until `data` has made something. Raises RuntimeError where it is not there within this share of the time."""
+    began, limit = time.time(), seconds_left() * share
+    while not (DAY / f"{name}.ok").exists():
+        if time.time() - began > limit:
+            raise RuntimeError(f"{name}: not made within {limit:.0f} s; see the log of the background")
+        time.sleep(0.5)
+    say(f"waited for {name}", seconds=round(time.time() - began, 1))
+
+
+def records() -> list[dict[str, Any]]:
+    """The run's metrics.jsonl."""
+    path = PRETRAINED / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def status() -> dict[str, Any]:
+    """How the newest start of the run has ended."""
+    return json.loads((PRETRAINED / "status.json").read_text())
+
+
+def pretrain() -> None:
+    """Train, be told to stop, continue by the same command; what was learned."""
+    ready("shards", 0.5)
+    command = ["launch/train.py", *TRAIN, "--shards", str(SHARDS), "--run-dir", str(PRETRAINED)]
+    whole = seconds_left() - SAVING_S
+    print(f"$ {' '.join(command)}", flush=True)
+    began = time.time()
+    process = subprocess.Popen([PYTHON, *command], cwd=REPO)
+    while process.poll() is None:
+        logged = any("train/loss" in record for record in records())
+        if (time.time() - began > STOP_AFTER * whole) if STOP_AFTER else logged:
+            break
+        if seconds_left() < SAVING_S:
+            break
+        time.sleep(0.1)
+    code = stop(process) if process.poll() is None else process.returncode
+    stopped = status()
+    say("pretraining told to stop", exit_code=code, seconds=round(time.time() - began, 1), **stopped)
+    began = time.time()
+    code = run(command, seconds_left() - SAVING_S - 5)
+    ended, losses = status(), [record for record in records() if "train/loss" in record]
+    before = [record["train/loss"] for record in losses if record["step"] <= stopped["step"]][-5:]
+    after = [record["train/loss"] for record in losses if record["step"] > stopped["step"]][:5]
+    say("pretraining continued", exit_code=code, seconds=round(time.time() - began, 1), **ended,
+        losses_before=before, losses_after=after)  # fmt: skip
+    looks = [record for record in records() if "val/mse" in record or "val/loss" in record]
+    wanted = ("val/mse", "val/loss", "val/loss_mean_image", "similarity/auc", "similarity/rank")
+    for name, record in (("first", looks[0]), ("last", looks[-1])) if looks else ():
+        say(
+            "pretraining",
+            when=name,
+            step=record["step"],
+            **{key: record[key] for key in wanted if key in record},
+        )
+    rates = [record["speed/samples_per_s"] for record in losses if "speed/samples_per_s" in record]
+    if rates:
+        say("pretraining", when="rate", samples_s=sorted(rates)[len(rates) // 2])
+    for name in ("report.html", "metrics.jsonl"):
+        if (PRETRAINED / name).exists():
+            shutil.copy(PRETRAINED / name, OUT / name)
+    if stopped["state"] not in ("told to stop", "finished") or ended["step"] <= stopped["step"] or code:
+        failures.append("pretrain")
+
+
+def finetune() -> None:
+    """Nodule classification with a tenth of the patients, from the run and from random weights; then the table."""
+    ready("candidates", 0.5)
+    starts = STARTS if (PRETRAINED / "checkpoints").is_dir() else STARTS[:1]
+    if len(starts) < len(STARTS):
+        failures.append("nothing was pretrained")
+    folders = []
+    for place, (label, init) in enumerate(starts):
+        folder = RUNS / f"ncc-{label}"
+        width = ["--width", "4"] if init == "random" and not CUDA else []
+        amp = ["--recipe.amp", "auto", "--label", label, "--init", init, *width, *TRIALS]
+        began = time.time()
+        share = (seconds_left() - 15) / (len(starts) - place)
+        code = run(["launch/transfer.py", "--task", str(NCC), "--run-dir", str(folder), *amp], share)
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
+        metrics = [trial.get("metrics", {}) for trial in found]
+        names = sorted(set.intersection(*[set(one) for one in metrics])) if metrics else []
+        mean = {name: sum(one[name] for one in metrics) / len(metrics) for name in names}
+        say(
+            "fine-tuning",
+            start=label,
+            exit_code=code,
+            trials=len(found),
+            seconds=round(time.time() - began, 1),
+            **mean,
+        )
+        if code not in (0, STOPPED) or not found:
+            failures.append(label)
+        folders.append(str(folder))
+    table = subprocess.run(
+        [PYTHON, "-m", "p2w", "table1", *folders, "--out", str(RUNS / "tables")],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(table.stdout[-3000:], table.stderr[-2000:], flush=True)
+    (OUT / "table1.txt").write_text(table.stdout)
+    if table.returncode:
+        failures.append("table1")
+    with tarfile.open(OUT / "trials.tgz", "w:gz") as archive:
+        for folder in map(Path, folders):
+            for path in sorted(folder.rglob("*.json*")):
+                archive.add(path, path.relative_to(RUNS))
+
+
+if __name__ == "__main__":
+    stages({"data": data, "pretrain": pretrain, "finetune": finetune})
