@@ -41,7 +41,7 @@ $(VENV)/.tools: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m p2w.data.phantom --out $(DEMO)/LUNA16 --scans 20 --workers 2
+	$(BIN)/python -m p2w.phantom --out $(DEMO)/LUNA16 --scans 20 --workers 2
 	$(BIN)/python preprocess/shard_luna.py --luna $(DEMO)/LUNA16 --out $(DEMO)/shards --subsets 0-9 --val-fraction 0.2
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 launch/train.py demo \
 	  --shards $(DEMO)/shards --run-dir $(DEMO)/run

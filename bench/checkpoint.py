@@ -4,10 +4,10 @@
     python bench/checkpoint.py --size 32 64 64 --batch 16       # on a GPU
 
 Three ways take turns, one span of steps each a round, on one network: no checkpoint, one at the first step of the span
-written by the loop itself, one written beside it (p2w.train.saver). A span ends with the checkpoint durable, so nothing is
-hidden. Read `stall_ms` (the loop stands still), `slower` (steps beside the writing, times those without), and `share`: the
-time a checkpoint costs in all, of the span without one. `held_ms`: the longest that Python's lock was out of the loop's
-reach. argparse and torch alone, so that it runs on bare GPU machines.
+written by the loop itself, one written beside it (p2w.train.checkpoint). A span ends with the checkpoint durable, so nothing
+is hidden. Read `stall_ms` (the loop stands still), `slower` (steps beside the writing, times those without), and
+`share`: the time a checkpoint costs in all, of the span without one. `held_ms`: the
+longest that Python's lock was out of the loop's reach. argparse and torch alone, so that it runs on bare GPU machines.
 """
 
 import argparse
@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from p2w.config import TrainConfig
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
-from p2w.train.checkpoint import Checkpoints, Snapshot
-from p2w.train.saver import Saver
+from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 
 WAYS = ("none", "the loop writes", "written beside")
 
@@ -45,7 +44,7 @@ class Training:
         self.device, self.at = device, 0
         self.part, self.whole = (torch.rand(batch, 1, *size, device=device) for _ in range(2))
         self.checkpoints = Checkpoints(folder, keep=2)
-        self.saver = Saver(self.checkpoints, TrainConfig(), print)
+        self.saver = AsyncCheckpointer(self.checkpoints, TrainConfig(), print)
 
     def step(self) -> None:
         self.at += 1

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from common import RESULTS, Goal, Row, over, save, show
 from torch import Tensor
 
-from p2w.geometry import Keys, crop_resize, part_and_whole, sample_boxes
+from p2w.geometry import crop_resize, part_and_whole, sample_boxes
+from p2w.rng import SampleKeys
 
 BATCH, SHAPE, SIZE = 16, (64, 128, 128), (32, 64, 64)
 PLAIN, SMOOTH, BOTH = "without antialiasing", "antialiased", "part and target"
@@ -34,7 +35,7 @@ def inputs(batch: int = BATCH, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Wholes (B, D, H, W) of noise, and the paper's boxes (B, 6), rounded outwards."""
     generator = torch.Generator().manual_seed(0)
     wholes = torch.randint(-1000, 1001, (batch, *SHAPE), dtype=torch.int16, generator=generator)
-    boxes = sample_boxes(Keys(0, 0, torch.arange(batch)), 0, SHAPE)
+    boxes = sample_boxes(SampleKeys(0, 0, torch.arange(batch)), 0, SHAPE)
     return wholes.to(device), torch.cat([boxes[:, :3].floor(), boxes[:, 3:].ceil()], 1).to(device)
 
 

@@ -23,19 +23,21 @@ import torch
 from common import RESULTS, Goal, over, rotate, row, save, show
 
 from p2w.config import Config
-from p2w.data.stream import Batch, ShardSet, Stream, open_set
-from p2w.geometry import Keys
 from p2w.log import Log
+from p2w.pretext import build_pretext_and_network
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
-from p2w.pretrain import _choose_forms, build
+from p2w.pretrain import _choose_forms
 from p2w.recipes import named
 from p2w.resources import usable_cores
+from p2w.rng import SampleKeys
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
+from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 WAYS = ("wholes from shards", "wholes in memory", "parts and wholes in memory")
@@ -56,7 +58,7 @@ class Ready(Parts2Whole):
 
     kept: Views | None = None
 
-    def sample(self, batch_BDHW: torch.Tensor, keys: Keys) -> Views:
+    def sample(self, batch_BDHW: torch.Tensor, keys: SampleKeys) -> Views:
         self.kept = self.kept or super().sample(batch_BDHW, keys)
         return self.kept
 
@@ -76,9 +78,9 @@ class Way:
 
     def __init__(self, name: str, config: Config, shards: ShardSet, folder: Path, steps: int) -> None:
         world = World.start()  # as a run starts: on a GPU, cuDNN tries its algorithms and keeps the fastest
-        precision = choose_precision(config.train.amp, world.device).apply()
+        precision = choose_precision(config.train.precision, world.device).apply()
         torch.manual_seed(0)
-        pretext, model = build(config)
+        pretext, model = build_pretext_and_network(config)
         if name == WAYS[2]:
             pretext = Ready(config.pretext)
         model.to(world.device)
@@ -86,10 +88,10 @@ class Way:
             model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         kind = Stream if name == WAYS[0] else InMemory
         self.stream = kind(
-            shards, "train", config.data.batch, readers=config.data.readers, device=world.device
+            shards, "train", config.data.batch, readers=config.data.reader_threads, device=world.device
         )
         log = Said(folder, config.train.steps)
-        choice = _choose_forms(config, model, RunFolder(folder), world, precision, log)
+        choice = _choose_forms(config, model, RunDir(folder), world, precision, log)
         choice.write(folder)  # the other ways take the same forms
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
@@ -99,12 +101,12 @@ class Way:
             world.device.type == "cuda"
         ):  # a CUDA graph is captured, timed and taken or not before anything is measured
             for _ in range(WARM_UP_STEPS + 1):
-                self.trainer._one(next(self.batches))
+                self.trainer._train_step(next(self.batches))
 
     def __call__(self) -> float:
         began, busy = time.perf_counter(), time.process_time()
         for _ in range(self.steps):
-            self.trainer._one(next(self.batches))  # the loop's own step: views, update, accounts
+            self.trainer._train_step(next(self.batches))  # the loop's own step: views, update, accounts
         if self.trainer.world.device.type == "cuda":
             torch.cuda.synchronize()
         self.cpu_s.append((time.process_time() - busy) / self.samples)

@@ -75,9 +75,9 @@ def work(valid: Path) -> None:
     """A worker: `KIND NUMBER` in, an outcome out."""
     import resource  # noqa: PLC0415
 
-    from p2w.data.scan import quiet  # noqa: PLC0415
+    from p2w.ct.scan import quiet_itk  # noqa: PLC0415
 
-    quiet(1)
+    quiet_itk(1)
     table = kinds()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

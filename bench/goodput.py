@@ -36,12 +36,11 @@ from faults.clocked import Plain, Way, Whole  # noqa: E402
 from soak import prepare  # noqa: E402
 
 from p2w.config import TrainConfig  # noqa: E402
-from p2w.data.stream import open_set  # noqa: E402
-from p2w.pretrain import build  # noqa: E402
+from p2w.pretext import build_pretext_and_network  # noqa: E402
 from p2w.recipes import named  # noqa: E402
 from p2w.resources import usable_cores  # noqa: E402
-from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: E402
-from p2w.train.saver import Saver  # noqa: E402
+from p2w.stream.stream import open_set  # noqa: E402
+from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot  # noqa: E402
 
 EPOCHS_MIN = (1.0, 5.0, 10.0, 20.0)
 SAVES_MIN = {"epoch": 0.0, "10 min": 10.0, "2 min": 2.0, "30 s": 0.5}
@@ -148,13 +147,13 @@ def measure(way: Way, options: Options) -> dict:
 
 def paper_size(folder: Path, rounds: int = 5) -> dict[str, float]:
     """Seconds that a checkpoint of the paper's network with Adam keeps the loop, and that a restart needs to load it."""
-    _, network = build(named("paper"))
+    _, network = build_pretext_and_network(named("paper"))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
     for parameter in network.parameters():
         parameter.grad = torch.rand_like(parameter)
     optimizer.step()
     checkpoints = Checkpoints(folder / "paper-size", keep=1)
-    saver, times = Saver(checkpoints, TrainConfig(), print), dict[str, list[float]]()
+    saver, times = AsyncCheckpointer(checkpoints, TrainConfig(), print), dict[str, list[float]]()
 
     def clock(name: str, work: Callable[[], object]) -> None:
         began = time.monotonic()

@@ -29,7 +29,9 @@ from common import RESULTS, Goal, Row, over, rotate, row, save, show
 from crop_resize import PLAIN, SIZE, has, inputs, interpolate, slices
 from torch import Tensor
 
-from p2w.geometry import Keys, backend, part_and_whole, sample_boxes
+from p2w import rng
+from p2w.geometry import part_and_whole, sample_boxes
+from p2w.rng import SampleKeys
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "kernels"))
 from crop_resize_oracle import resize_batch
@@ -55,7 +57,7 @@ def wrong(device: str, seed: int) -> float:
     """Largest difference from the oracle, in window units; NaN where an output was not written."""
     generator = torch.Generator().manual_seed(seed)
     wholes = torch.randint(-1300, 1301, (4, 64, 128, 128), dtype=torch.int16, generator=generator)
-    boxes = sample_boxes(Keys(seed, 0, torch.arange(4)), 0, (64, 128, 128))
+    boxes = sample_boxes(SampleKeys(seed, 0, torch.arange(4)), 0, (64, 128, 128))
     part, target = (torch.full((4, 1, *SIZE), torch.nan, device=device) for _ in range(2))
     part_and_whole(wholes.to(device), boxes.to(device), SIZE, out=(part, target))
     everything = np.array([[0, 0, 0, 64, 128, 128]] * 4)
@@ -212,7 +214,7 @@ def main() -> None:
     seed = time.time_ns() % 2**31
     goals = [
         Goal(
-            f"differs from float64, seed {seed}, {backend(device)[0]} on {device}",
+            f"differs from float64, seed {seed}, {rng.backend(device)[0]} on {device}",
             wrong(device, seed),
             1e-5,
             at_least=False,

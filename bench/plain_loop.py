@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from p2w.geometry import Keys
-from p2w.pretrain import build
+from p2w.pretext import build_pretext_and_network
 from p2w.recipes import named
+from p2w.rng import SampleKeys
 
 
 class Wholes(Dataset):
@@ -50,7 +50,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    pretext, network = build(named("demo"))
+    pretext, network = build_pretext_and_network(named("demo"))
     network = network.to(memory_format=torch.channels_last_3d)
     model = DistributedDataParallel(network)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
@@ -74,7 +74,7 @@ def main() -> None:
     for epoch in range(first, args.epochs):
         sampler.set_epoch(epoch)
         for step, (voxels, ids) in enumerate(loader):
-            views = pretext.sample(voxels, Keys(0, epoch, ids))
+            views = pretext.sample(voxels, SampleKeys(0, epoch, ids))
             optimizer.zero_grad(set_to_none=True)
             loss, _ = pretext.loss(model(views.input), views)
             loss.backward()

@@ -28,10 +28,17 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from p2w.pretrain import build
+from p2w.pretext import build_pretext_and_network
 from p2w.recipes import named
-from p2w.train.cost import cost
-from p2w.train.forecast import SUSTAINED, Forecast, Pieces, between, forecast, known
+from p2w.train.estimate import (
+    SUSTAINED,
+    MachineRates,
+    ThroughputForecast,
+    forecast_throughput,
+    known_device,
+    link_rates,
+    run_cost,
+)
 from p2w.train.optim import build_optimizer, choose_precision
 from p2w.world import World
 
@@ -44,7 +51,7 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     config = named("paper")
     config = replace(config, pretext=replace(config.pretext, size=SIZE))
-    return build(config)[1].to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return build_pretext_and_network(config)[1].to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def job(out: Path, rounds: int) -> None:
@@ -115,9 +122,9 @@ def run(ranks: int, rounds: int) -> dict[str, float]:
         return json.loads(out.read_text())
 
 
-def table(flops: int, parameters: int) -> list[tuple[Forecast, Forecast]]:
+def table(flops: int, parameters: int) -> list[tuple[ThroughputForecast, ThroughputForecast]]:
     """The forecast at the low and the high end for each number of GPUs, at the recipe's size."""
-    card = known(CARD)
+    card = known_device(CARD)
     assert card
     sizes = {
         "flops_per_sample": flops,
@@ -125,8 +132,10 @@ def table(flops: int, parameters: int) -> list[tuple[Forecast, Forecast]]:
         "sample_bytes": 2 << 20,
         "per_node": PER_NODE,
     }
-    low, high = between(card[1])
-    return [tuple(forecast(p, ranks=n, batch=A_GPU * n, **sizes) for p in (low, high)) for n in GPUS]  # type: ignore
+    low, high = link_rates(card[1])
+    return [
+        tuple(forecast_throughput(p, ranks=n, batch=A_GPU * n, **sizes) for p in (low, high)) for n in GPUS
+    ]  # type: ignore
 
 
 def main() -> None:
@@ -141,15 +150,15 @@ def main() -> None:
         job(args.job, args.rounds)
         return
     config = named("paper")
-    facts = cost(config, lambda: build(config), 1, 2)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), 1, 2)
     small = replace(config, pretext=replace(config.pretext, size=SIZE))
-    flops = cost(small, lambda: build(small), 1, 2).flops_per_sample
+    flops = run_cost(small, lambda: build_pretext_and_network(small), 1, 2).flops_per_sample
     one, two = run(1, args.rounds), run(2, args.rounds)
     speed = 4 * facts.parameters / two["all-reduce"]  # of a ring of two: each byte once
 
-    def pieces_of(first: float, second: float) -> Pieces:
+    def pieces_of(first: float, second: float) -> MachineRates:
         sample_s = second - first
-        return Pieces(
+        return MachineRates(
             flops / sample_s, speed, speed, 0.0, first - sample_s, hidden=0.0, sources="measured here"
         )
 
@@ -164,7 +173,7 @@ def main() -> None:
         (2, 2, two["step 2"]),
         (2, 4, two["step 4"]),
     ):
-        said = forecast(alone[ranks], ranks=ranks, per_node=2, batch=ranks * own, flops_per_sample=flops,
+        said = forecast_throughput(alone[ranks], ranks=ranks, per_node=2, batch=ranks * own, flops_per_sample=flops,
                         gradient_bytes=4 * facts.parameters, sample_bytes=2 << 20)  # fmt: skip
         group = f"{ranks} process(es) of one thread, {own} sample(s) each, this machine"
         rows += [Row(group, "measured", ranks * own / seconds, "samples/s", "ours"),

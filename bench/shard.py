@@ -26,11 +26,11 @@ import SimpleITK as sitk
 import tyro
 from common import RESULTS, Goal, Row, save, show
 
-from p2w.data.cut import cut_scan
-from p2w.data.find import Source, find_scans
-from p2w.data.folder import Folder, Settings, Share
-from p2w.data.run import Job, run
-from p2w.data.scan import quiet, source_files
+from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.scan import quiet_itk, source_files
+from p2w.shards.build import ShardingJob, build_shards
+from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.workers import cut_scan
 
 FEW, MANY = 2, 8  # scans
 
@@ -56,7 +56,7 @@ def synthetic(path: Path, slices: int) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(hu), str(path), "packed" in path.name)
 
 
-def read(source: Source) -> None:
+def read(source: ScanSource) -> None:
     sitk.ReadImage(source.files if source.grid is not None else source.files[0])
 
 
@@ -65,7 +65,7 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def measure(source: Source, folder: Folder, repeats: int) -> dict[str, object]:
+def measure(source: ScanSource, folder: BuildFolder, repeats: int) -> dict[str, object]:
     floor, ours, disk = [], [], []
     for _ in range(repeats):
         started = time.perf_counter(), time.process_time()
@@ -73,7 +73,7 @@ def measure(source: Source, folder: Folder, repeats: int) -> dict[str, object]:
         floor.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         before = read_bytes()
         started = time.perf_counter(), time.process_time()
-        record = cut_scan(source, folder, Share())
+        record = cut_scan(source, folder, JobShare())
         ours.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         disk.append(read_bytes() - before)
     if "bad" in record:
@@ -119,7 +119,10 @@ def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
                 began = time.perf_counter()
                 out = scratch / f"out{turn}-{workers}-{count}"
                 assert (
-                    run(find_scans([str(scratch / f"of{count}")], str(out)), Job(str(out), workers=workers))
+                    build_shards(
+                        find_scans([str(scratch / f"of{count}")], str(out)),
+                        ShardingJob(str(out), workers=workers),
+                    )
                     == 0
                 )
                 seconds.setdefault(("cut", workers, count), []).append(time.perf_counter() - began)
@@ -185,7 +188,7 @@ def peak_memory(scratch: Path) -> dict[str, float]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    quiet(1)
+    quiet_itk(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         where = options.scans
@@ -194,12 +197,12 @@ def main() -> None:
             os.mkdir(where)
             for file in ("packed.mhd", "plain.mhd"):
                 synthetic(Path(where) / file, 275)
-        folder = Folder(str(scratch / "shards"), Settings())
+        folder = BuildFolder(str(scratch / "shards"), ShardingSettings())
         found = find_scans([where], folder.root)
-        with folder.share_lock(Share()):
-            folder.prepare(Share())
+        with folder.share_lock(JobShare()):
+            folder.prepare(JobShare())
             if options.repeats == 0:  # the process whose memory is measured
-                assert "bad" not in cut_scan(found.sources[0], folder, Share())
+                assert "bad" not in cut_scan(found.sources[0], folder, JobShare())
                 status = dict(
                     line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
                 )

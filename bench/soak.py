@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     if not (sets / "ready").exists():
         shutil.rmtree(sets, ignore_errors=True)
         scans = ["--out", str(sets / "luna"), "--scans", "10", "--shape", "64", "256", "256"]
-        subprocess.run([sys.executable, "-m", "p2w.data.phantom", *scans], check=True, cwd=REPO)
+        subprocess.run([sys.executable, "-m", "p2w.phantom", *scans], check=True, cwd=REPO)
         for form in ("tar", "arrow"):
             cut = ["--luna", str(sets / "luna"), "--out", str(sets / form), "--subsets", "0-9"]
             cut += ["--val-fraction", "0.2", "--min-std", "0", "--format", form]

@@ -31,7 +31,7 @@ from p2w.model.norm import FLAT, FUSED
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 from p2w.train.form_choice import choose_forms
 from p2w.train.optim import Precision
-from p2w.train.selfcheck import wrong_convolution
+from p2w.train.preflight import wrong_convolution
 from p2w.world import World
 
 PEAK_SAMPLES = {(32, 64, 64): 680, (64, 128, 128): 85}  # half the roofline of an H200; goals there
@@ -128,7 +128,7 @@ def take_forms(model: nn.Module, way: Way, shape: tuple[int, ...], device: torch
     dtype = DTYPES[way.dtype]
     if way.forms == CHOSEN:
         precision = Precision(way.dtype, dtype, "this row")
-        choice = choose_forms(model, shape, precision, World.place(), print, rule="measure")
+        choice = choose_forms(model, shape, precision, World.from_env(), print, rule="measure")
         print(choice.line)
         set_forms(model, choice.forms)
         return

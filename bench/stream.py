@@ -28,12 +28,15 @@ import tyro
 from common import RESULTS, Goal, Row, over, rotate, row, save, show
 from crc32c import crc32c
 
-from p2w.data import local
-from p2w.data.checksum import LIBRARY
-from p2w.data.held import Held
-from p2w.data.manifest import NAME, VERSION, manifest_bytes
-from p2w.data.shard import open_shard
-from p2w.data.stream import ShardSet, Stream, open_set
+from p2w.files import LIBRARY
+from p2w.files import crc32c as files_crc32c
+from p2w.shards.manifest import manifest_bytes
+from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
+from p2w.shards.writer import open_shard
+from p2w.stream import local
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Stream, open_set
 
 SHAPE, PER_SHARD = (64, 128, 128), 32
 PEERS = {"npy": "DataLoader over .npy map", "arrow": "DataLoader over Arrow map", "webdataset": "webdataset",
@@ -74,8 +77,14 @@ def write_set(folder: str, form: str, wholes: np.ndarray) -> None:
             rows.append(shard.add(one, wholes[number * PER_SHARD + tile]))
         done = shard.close()
         shards.append({"name": f"{uid}.{form}", "nbytes": done.nbytes, "crc32c": done.crc32c})
-    meta = {"schema": VERSION, "format": form, "shape": list(SHAPE), "dtype": "int16", "shards": shards}
-    Path(f"{folder}/{NAME}").write_bytes(manifest_bytes(rows, meta))
+    meta = {
+        "schema": MANIFEST_VERSION,
+        "format": form,
+        "shape": list(SHAPE),
+        "dtype": "int16",
+        "shards": shards,
+    }
+    Path(f"{folder}/{MANIFEST_NAME}").write_bytes(manifest_bytes(rows, meta))
 
 
 class Peer:
@@ -135,7 +144,9 @@ def write(folder: str, options: Options) -> None:
 
 
 # A stream of its own for each case; one map of the shards for all, as a training run has.
-def ours(shards: ShardSet, options: Options, readers: int, held: Held | None = None) -> Callable[[], float]:
+def ours(
+    shards: ShardSet, options: Options, readers: int, held: DeviceCache | None = None
+) -> Callable[[], float]:
     stream = Stream(shards, batch=options.batch, readers=readers, held=held)
     epochs = itertools.count()
 
@@ -154,7 +165,7 @@ def by_package(run: Callable[[], float]) -> Callable[[], float]:
     """The same with checksums by the crc32c package, as where awscrt is not installed."""
 
     def other() -> float:
-        kept, local.crc32c = local.crc32c, crc32c
+        kept, local.crc32c = files_crc32c, crc32c
         try:
             return run()
         finally:
@@ -196,7 +207,7 @@ def cases(folder: str, options: Options) -> tuple[dict[str, Callable[[], float]]
     if LIBRARY != "crc32c":
         slower = ours(open_set(f"{folder}/tar"), options, 2)
         found["p2w tar, readers 2, checksum by the crc32c package"] = by_package(slower)
-    held = Held(open_set(f"{folder}/tar"), "train", torch.device("cpu"))
+    held = DeviceCache(open_set(f"{folder}/tar"), "train", torch.device("cpu"))
     found["p2w, set held in memory"] = ours(open_set(f"{folder}/tar"), options, 2, held)
     wrong = json.loads(Path(f"{folder}/peers.json").read_text())
     peers = [Peer(name, folder, options) for name in PEERS if not wrong[name]]

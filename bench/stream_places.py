@@ -32,11 +32,11 @@ from common import RESULTS, Goal, over, rotate, row, save, show
 from stream import Options as Sets
 from stream import Peer, write
 
-from p2w.data.held import Held
-from p2w.data.manifest import NAME
-from p2w.data.remote import RemoteSet, fetch
-from p2w.data.shard import read_manifest
-from p2w.data.stream import Stream, open_set
+from p2w.shards.manifest import read_manifest
+from p2w.shards.manifest_schema import MANIFEST_NAME
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.stream import Stream, open_set
+from p2w.stream.tar import TarSet, fetch_manifest
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
     """Ways to read tar shards from a web server."""
     shards = sorted(path.name for path in Path(f"{folder}/tar").glob("*.tar"))
     whole = open_set(url)
-    held = Held(whole, "train", torch.device("cpu"))
+    held = DeviceCache(whole, "train", torch.device("cpu"))
     numbers = itertools.count()
-    front = RemoteSet(read_manifest(fetch(f"{url}/{NAME}")), url)
+    front = TarSet(read_manifest(fetch_manifest(f"{url}/{MANIFEST_NAME}")), url)
     streams = {
         "p2w, byte ranges": Stream(whole, batch=options.batch),
         "p2w, streamed, readers 2": Stream(front, batch=options.batch),

@@ -16,9 +16,9 @@ from monai.networks.blocks import UnetOutBlock, UnetUpBlock
 from torch import Tensor, nn
 
 import p2w
-from p2w.data.phantom import LUNGS, make_scan
 from p2w.errors import UserError, exits
 from p2w.model import Encoder
+from p2w.phantom import LUNGS, make_scan
 
 SIZE = (32, 64, 64)  # voxels, z y x: edges divisible by encoder.strides[-1]
 STEPS, BATCH = 10, 2

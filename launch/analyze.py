@@ -19,16 +19,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from p2w.analysis.protocol import Settings
-from p2w.analysis.subjects import Run, name_of, parse_against
+from p2w.analysis.feature_sources import AnalysedRun, name_of, parse_against
+from p2w.analysis.measure import AnalysisSettings
 from p2w.analyze import Analysis, analyze
 from p2w.config import Amp
-from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
 from p2w.log import Log
 from p2w.rank_errors import leave, refuse
-from p2w.train.folder import RunFolder, fingerprint, shard_places
+from p2w.shards.manifest import data_fingerprint, shard_places
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import open_set
 from p2w.train.optim import choose_precision
+from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 
@@ -48,9 +50,9 @@ class Args:
     """Which wholes: val or train."""
     checkpoints: bool = True
     """Follow contrastive loss and validation MSE over all checkpoints that the run has kept (Fig. 2c)."""
-    amp: Amp = "fp32"
+    precision: Amp = "fp32"
     """Precision of the networks' arithmetic."""
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    settings: Annotated[AnalysisSettings, tyro.conf.arg(name="")] = field(default_factory=AnalysisSettings)
 
 
 def parse(argv: list[str], speaks: bool = True) -> Args:
@@ -62,8 +64,8 @@ def parse(argv: list[str], speaks: bool = True) -> Args:
 def build(args: Args, world: World) -> Analysis:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args.settings.check()
-    precision = choose_precision(args.amp, world.device).apply()
-    run = Run.open(args.run)
+    precision = choose_precision(args.precision, world.device).apply()
+    run = AnalysedRun.open(args.run)
     step = run.step(args.step)
     against = parse_against(args.against, run, world, precision)
     label = name_of(args.run)
@@ -86,17 +88,17 @@ def build(args: Args, world: World) -> Analysis:
 
 def _shards(args: Args) -> ShardSet:
     """The data set that the run was trained on, and no other."""
-    last = RunFolder(args.run).last_start()
+    last = RunDir(args.run).last_start()
     if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
     places = [args.shards] if args.shards else shard_places(args.run, last)
     for place in places:
         shards = open_set(place)
-        if last.get("data") in (None, fingerprint(shards.meta)):
+        if last.get("data") in (None, data_fingerprint(shards.meta)):
             return shards
     raise UserError(
-        f"{place}: is data set {fingerprint(shards.meta)}, the run was trained on {last['data']}: its validation wholes "
-        "would be others; pass the --shards it was trained on"
+        f"{place}: is data set {data_fingerprint(shards.meta)}, the run was trained on {last['data']}: its "
+        "validation wholes would be others; pass the --shards it was trained on"
     )
 
 
@@ -131,7 +133,7 @@ def show(summary: dict[str, Any], run: Path) -> None:
 
 def main() -> int:
     """Parse, build, run."""
-    world = World.place()
+    world = World.from_env()
     try:
         args = parse(sys.argv[1:], speaks=world.speaks)
         analysis = build(args, world)

@@ -1,11 +1,11 @@
-"""The runs behind Table 1, Table 2 and Fig. 3: lists of launch/transfer.py commands, run several at a time.
+"""The runs behind Table 1, Table 2 and Fig. 3: lists of launch/finetune.py commands, run several at a time.
 
     python launch/sweep.py table1 --tasks targets/ncc targets/ncs --out runs/table1 \\
         --inits random Parts2Whole=runs/paper "Models Genesis=genesis.pt" MedicalNet=resnet_101.pth,resnet101
     python launch/sweep.py table2 --tasks targets/ncc targets/ncs --shards shards --out runs/table2 --ranks 8 --jobs 8
     python launch/sweep.py fig3 --tasks targets/ncc targets/ncs --pretrained runs/paper --out runs/fig3 --jobs 8
     python launch/sweep.py fig3 … --dry-run               prints the commands, and what is done already
-    python launch/sweep.py fig3 … --array jobs.txt        writes them for sbatch --array=1-52 slurm/transfer.sbatch jobs.txt
+    python launch/sweep.py fig3 … --array jobs.txt        writes them for sbatch --array=1-52 slurm/finetune.sbatch jobs.txt
 
 Then: p2w table1 runs/table1. A command whose trials are all finished is skipped, so the same sweep continues after it was
 stopped, however that came; a trial under way goes on after its last checkpoint. Exit code 1 when a job failed; its log is
@@ -20,12 +20,10 @@ from typing import Annotated
 import tyro
 
 from p2w.errors import UserError, exits
-from p2w.log import write_atomic
-from p2w.sweep import plans
-from p2w.sweep.job import Job
-from p2w.sweep.work import Machine, Sweep
-from p2w.tables.build import numbers
-from p2w.target import paper
+from p2w.files import write_atomic
+from p2w.reproduce import paper_numbers, sweep
+from p2w.reproduce.sweep import Sweep, SweepJob, SweepSlots
+from p2w.reproduce.table_builder import numbers_by_task
 
 LAUNCH = Path(__file__).parent
 
@@ -38,7 +36,7 @@ class Common:
     """Target sets, folders that preprocess/prepare_target.py wrote: DIR, whose last part is the task's name, or NAME=DIR."""
     out: Path
     """Where the runs go: OUT/TASK/ROW."""
-    trials: int = paper.TRIALS
+    trials: int = paper_numbers.TRIALS
     """Fine-tunings of each starting point on each task."""
     fraction: tuple[str, ...] = ()
     """Share of the training data: VALUE for all tasks, or TASK=VALUE …; default the paper's."""
@@ -47,7 +45,7 @@ class Common:
     width: int | None = None
     """Width of the network; default its own."""
     transfer_args: str = ""
-    """Further arguments of launch/transfer.py: --transfer-args='--recipe.max-epochs 30'."""
+    """Further arguments of launch/finetune.py: --transfer-args='--recipe.max-epochs 30'."""
     jobs: int = 1
     """Commands side by side."""
     threads: int = 0
@@ -59,7 +57,7 @@ class Common:
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the commands; run nothing."""
 
-    def transfers(self) -> plans.Transfers:
+    def transfers(self) -> sweep.FineTuningPlan:
         """What the jobs have in common, checked. Raises UserError."""
         least = {"--trials": self.trials, "--jobs": self.jobs}
         if wrong := next((flag for flag, value in least.items() if value < 1), None):
@@ -67,10 +65,10 @@ class Common:
         if min(self.threads, self.gpus) < 0:
             raise UserError("--threads, --gpus: must be 0 or more")
         more = tuple(shlex.split(self.transfer_args))
-        shares = numbers(self.fraction, "--fraction")
+        shares = numbers_by_task(self.fraction, "--fraction")
         launch = LAUNCH.relative_to(Path.cwd()) if LAUNCH.is_relative_to(Path.cwd()) else LAUNCH
-        return plans.Transfers(
-            launch, plans.tasks(self.tasks), self.out, self.trials, shares, self.width, more, self.folds
+        return sweep.FineTuningPlan(
+            launch, sweep.parse_tasks(self.tasks), self.out, self.trials, shares, self.width, more, self.folds
         )
 
 
@@ -81,9 +79,9 @@ class Table1(Common):
     inits: tuple[str, ...]
     """Rows: LABEL=INIT or LABEL=INIT,NETWORK; INIT is random, RUN, RUN@STEP or a file of weights."""
 
-    def plan(self) -> list[Job]:
+    def plan(self) -> list[SweepJob]:
         """The jobs. Raises UserError."""
-        return plans.table1(self.transfers(), plans.starts(self.inits))
+        return sweep.table1(self.transfers(), sweep.parse_inits(self.inits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +97,12 @@ class Table2(Common):
     train_args: str = ""
     """Further arguments of launch/train.py: --train-args='--train.steps 5000'."""
 
-    def plan(self) -> list[Job]:
+    def plan(self) -> list[SweepJob]:
         """The jobs. Raises UserError."""
         if self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         more = shlex.split(self.train_args)
-        return plans.table2(self.transfers(), self.shards, self.recipe, self.ranks, more)
+        return sweep.table2(self.transfers(), self.shards, self.recipe, self.ranks, more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +111,16 @@ class Fig3(Common):
 
     pretrained: Path
     """The run; train it with --train.keep-every 1759, the steps between validations."""
-    checkpoints: int = paper.CHECKPOINTS
+    checkpoints: int = paper_numbers.CHECKPOINTS
     """How many of them, evenly spread."""
-    trials: int = paper.FINE_TUNINGS
+    trials: int = paper_numbers.FINE_TUNINGS
     """Fine-tunings of each checkpoint on each task."""
 
-    def plan(self) -> list[Job]:
+    def plan(self) -> list[SweepJob]:
         """The jobs. Raises UserError."""
         if self.checkpoints < 2:
             raise UserError(f"--checkpoints {self.checkpoints}: must be at least 2")
-        return plans.fig3(self.transfers(), self.pretrained, self.checkpoints)
+        return sweep.fig3(self.transfers(), self.pretrained, self.checkpoints)
 
 
 Args = (
@@ -132,7 +130,7 @@ Args = (
 )
 
 
-def show(jobs: list[Job]) -> None:
+def show(jobs: list[SweepJob]) -> None:
     """Every command; one that is finished, or begun, says so behind it."""
     for job in jobs:
         count = job.count()
@@ -141,7 +139,7 @@ def show(jobs: list[Job]) -> None:
     print(f"# {len(jobs)} commands, {sum(job.done for job in jobs)} done", flush=True)
 
 
-def write_array(jobs: list[Job], path: Path) -> None:
+def write_array(jobs: list[SweepJob], path: Path) -> None:
     """Files of commands for Slurm; pretrainings have one of their own. Raises UserError."""
     groups = {path: [job for job in jobs if not job.pretrains]}
     groups[path.with_stem(f"{path.stem}-pretraining")] = [job for job in jobs if job.pretrains]
@@ -155,19 +153,19 @@ def write_array(jobs: list[Job], path: Path) -> None:
         what = (
             "sbatch slurm/pretrain.sbatch with the arguments of each line, first" if some[0].pretrains else ""
         )
-        print(f"{where}: {what or f'sbatch --array=1-{len(some)} slurm/transfer.sbatch {where}'}", flush=True)
+        print(f"{where}: {what or f'sbatch --array=1-{len(some)} slurm/finetune.sbatch {where}'}", flush=True)
 
 
-def work(jobs: list[Job], args: Table1 | Table2 | Fig3) -> int:
+def work(jobs: list[SweepJob], args: Table1 | Table2 | Fig3) -> int:
     """Pretrainings, then fine-tunings of those that succeeded; the exit code."""
     import torch  # noqa: PLC0415
 
     gpus = args.gpus or torch.cuda.device_count()
     ranks = args.ranks if isinstance(args, Table2) else 1
-    first = Machine(1 if ranks > 1 else args.jobs, args.threads, 0 if ranks > 1 else gpus)
+    first = SweepSlots(1 if ranks > 1 else args.jobs, args.threads, 0 if ranks > 1 else gpus)
     failed = Sweep([job for job in jobs if job.pretrains], args.out, first).run("pretrainings")
     ready = [job for job in jobs if not job.pretrains and job.needs not in failed]
-    failed += Sweep(ready, args.out, Machine(args.jobs, args.threads, gpus)).run("trials")
+    failed += Sweep(ready, args.out, SweepSlots(args.jobs, args.threads, gpus)).run("trials")
     left = sum(not job.done for job in jobs)
     print(
         f"{len(jobs) - left} of {len(jobs)} commands are finished"

@@ -20,14 +20,17 @@ import tyro
 
 from p2w import config as settings
 from p2w.config import Config
-from p2w.data.plan import Plan
-from p2w.data.stream import ShardSet, open_set
 from p2w.errors import UserError, exits
-from p2w.pretrain import build, pretrain
+from p2w.pretext import build_pretext_and_network
+from p2w.pretrain import pretrain
 from p2w.rank_errors import leave, refuse
 from p2w.recipes import RECIPES, named
-from p2w.train.folder import RunFolder, fingerprint
+from p2w.shards.manifest import data_fingerprint
+from p2w.stream.local import ShardSet
+from p2w.stream.sampler import Sampler
+from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
+from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
@@ -65,7 +68,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
     named_first = bool(argv) and not argv[0].startswith("-")
     recipe = argv[0] if named_first else "paper"
     from_file = recipe.endswith(".json")
-    base = settings.read(Path(recipe)) if from_file else named(recipe)
+    base = settings.read_config(Path(recipe)) if from_file else named(recipe)
     table = "\n".join(f"    {name:8}{entry.summary}" for name, entry in RECIPES.items())
     args = tyro.cli(
         Args,
@@ -81,21 +84,22 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
     if args.on_bad_sample is not None:
         config = replace(config, data=replace(config.data, on_bad_sample=args.on_bad_sample))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
-    return replace(args, config=settings.check(config), run=run), recipe
+    return replace(args, config=settings.check_config(config), run=run), recipe
 
 
 def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision: Precision) -> None:
     """The dry run's page."""
-    from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
-    from p2w.train.forecast import describe  # noqa: PLC0415
+    from p2w.train.estimate import describe_scaling, run_cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
 
     config, batch = args.config, args.config.data.batch
     samples = max(1, batch // world.size // config.optim.accumulate)
-    facts = cost(config, lambda: build(config), samples, 4 if precision.dtype is None else 2)
+    facts = run_cost(
+        config, lambda: build_pretext_and_network(config), samples, 4 if precision.dtype is None else 2
+    )
     wholes, steps = len(shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
     flops = facts.flops_per_sample * batch * steps
-    print(f"recipe          {recipe}\n{settings.to_json(config)}")
+    print(f"recipe          {recipe}\n{settings.config_to_json(config)}")
     print(
         f"data            {shards.where}: {wholes:,} sub-scans to train, {len(shards.ids('val')):,} to validate"
     )
@@ -109,17 +113,19 @@ def show_plan(args: Args, recipe: str, shards: ShardSet, world: World, precision
     )
     print(f"in all          {flops / 1e15:,.0f} PFLOP forward and backward")
     card = world.device_reason if world.device.type == "cuda" else ""
-    said = describe(facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps)
+    said = describe_scaling(
+        facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps
+    )
     print("\n".join(f"{'' if number else 'forecast':16}{line}" for number, line in enumerate(said)))
 
 
 def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precision]:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.speaks)
-    precision = choose_precision(args.config.train.amp, world.device)
+    precision = choose_precision(args.config.train.precision, world.device)
     shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
     config = args.config
-    rows = Plan(
+    rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
     ).rows
     if rows % config.optim.accumulate:
@@ -127,14 +133,14 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
             f"optim.accumulate={config.optim.accumulate}: does not divide a rank's {rows} samples; pass a divisor"
         )
     with torch.device("meta"):
-        build(config)
-    RunFolder(args.folder).agrees(config, fingerprint(shards.meta))
+        build_pretext_and_network(config)
+    RunDir(args.folder).agrees(config, data_fingerprint(shards.meta))
     return args, recipe, shards, precision
 
 
 def main() -> int:
     """Parse, build, run."""
-    world = World.place()
+    world = World.from_env()
     try:
         args, recipe, shards, precision = prepare(sys.argv[1:], world)
     except (UserError, SystemExit) as error:

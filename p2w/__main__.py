@@ -10,21 +10,30 @@ from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": (
-        "p2w.target.predict",
+        "p2w.inference.predict",
         "what a fine-tuned network says of a whole scan: a mask, or scores of candidates",
     ),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
-    "inspect": ("p2w.weights.inspect", "whose weights a file holds, and whether a network takes all of them"),
-    "report": ("p2w.analysis.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
-    "verify": ("p2w.data.verify", "whether a data set is what was written; repair from the scans"),
+    "inspect": (
+        "p2w.weights.start:main_inspect",
+        "whose weights a file holds, and whether a network takes all of them",
+    ),
+    "report": ("p2w.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
+    "verify": ("p2w.shards.verify", "whether a data set is what was written; repair from the scans"),
     "doctor": (
         "p2w.doctor.command",
         "what this machine has against what a run needs, and the remedy of each problem",
     ),
-    "table1": ("p2w.tables.table1", "starting points on the target tasks, beside the paper's Table 1"),
-    "table2": ("p2w.tables.table2", "scale of the parts and skip connections, beside the paper's Table 2"),
+    "table1": (
+        "p2w.reproduce.commands:main_table1",
+        "starting points on the target tasks, beside the paper's Table 1",
+    ),
+    "table2": (
+        "p2w.reproduce.commands:main_table2",
+        "scale of the parts and skip connections, beside the paper's Table 2",
+    ),
     "fig3": (
-        "p2w.tables.fig3",
+        "p2w.reproduce.commands:main_fig3",
         "reconstruction against transfer over checkpoints, beside the paper's Fig. 3",
     ),
 }
@@ -46,7 +55,8 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"p2w {name}: no such command; one of {', '.join(COMMANDS)}")
-    return int(importlib.import_module(COMMANDS[name][0]).main(rest) or 0)
+    module, _, function = COMMANDS[name][0].partition(":")
+    return int(getattr(importlib.import_module(module), function or "main")(rest) or 0)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from p2w.analysis import contrast, figures, panels, report, showcase
-from p2w.analysis.cache import Cache, Key
-from p2w.analysis.correlation import Correlation, pearson
-from p2w.analysis.measure import SETS, Measure
-from p2w.analysis.protocol import Settings
-from p2w.analysis.subjects import Run, Subject, autocast
-from p2w.analysis.validation import Validation
-from p2w.data.stream import ShardSet, Stream
+from p2w import report
+from p2w.analysis import plots, qualitative, similarity
+from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
+from p2w.analysis.measure import SETS, AnalysisSettings, Cache, Key, Measure
+from p2w.analysis.monitors import Validation
 from p2w.errors import UserError
-from p2w.log import Log, read_metrics, write_atomic
+from p2w.files import write_atomic
+from p2w.log import Log, read_metrics
 from p2w.pretext import build_pretext
-from p2w.train.folder import fingerprint
+from p2w.shards.manifest import data_fingerprint
+from p2w.stats import Correlation, pearson
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Stream
 from p2w.train.optim import Precision
 from p2w.world import World
 
@@ -40,12 +41,12 @@ from p2w.world import World
 class Analysis:
     """What is analysed, on what, and how."""
 
-    run: Run
+    run: AnalysedRun
     step: int
     label: str
-    against: list[Subject]
+    against: list[FeatureSource]
     checkpoints: bool
-    settings: Settings
+    settings: AnalysisSettings
     shards: ShardSet
     split: str
     world: World
@@ -58,7 +59,7 @@ def analyze(a: Analysis) -> dict[str, Any]:
 
     Raises UserError for data or networks that cannot be analysed.
     """
-    began, world, data = time.monotonic(), a.world, fingerprint(a.shards.meta)
+    began, world, data = time.monotonic(), a.world, data_fingerprint(a.shards.meta)
     ids = a.settings.wholes(a.shards.ids(a.split))
     measure = Measure(
         a.settings,
@@ -103,7 +104,7 @@ def analyze(a: Analysis) -> dict[str, Any]:
         summary["seconds"] = round(time.monotonic() - began, 1)
         _save(a.run.path / "analysis" / "summary.json", summary)
         with a.log.tolerate("report.html"):
-            report.write(a.run.path)
+            report.write_report(a.run.path)
     world.barrier()
     return summary
 
@@ -113,12 +114,14 @@ def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
     used = {
         "volume_fraction": a.settings.fraction(a.run.config.pretext),
         "aspect_range": measure.sets["parts"].aspect_range,
-        "negatives_drawn": contrast.DRAWN,
+        "negatives_drawn": similarity.DRAWN,
     }
     return dataclasses.asdict(a.settings) | used
 
 
-def _finite(measure: Measure, subjects: Sequence[Subject], names: Sequence[str], log: Log) -> list[Subject]:
+def _finite(
+    measure: Measure, subjects: Sequence[FeatureSource], names: Sequence[str], log: Log
+) -> list[FeatureSource]:
     """Those whose features are finite; the others are named."""
     kept = []
     for subject in subjects:
@@ -129,7 +132,7 @@ def _finite(measure: Measure, subjects: Sequence[Subject], names: Sequence[str],
     return kept
 
 
-def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
+def _validation_mse(a: Analysis, measure: Measure, subject: FeatureSource) -> float:
     """Of a checkpoint: as training logged it at that step, or measured now on all wholes of the split. A collective."""
     assert subject.step is not None
     if a.split == "val":
@@ -152,7 +155,11 @@ def _validation_mse(a: Analysis, measure: Measure, subject: Subject) -> float:
 
 
 def _write(
-    a: Analysis, measure: Measure, subjects: list[Subject], course: list[Subject], mse: list[float]
+    a: Analysis,
+    measure: Measure,
+    subjects: list[FeatureSource],
+    course: list[FeatureSource],
+    mse: list[float],
 ) -> dict[str, Any]:
     """Rank 0: numbers of every network and over the checkpoints, and all figures."""
     networks, pairs, places = {}, {}, {}
@@ -163,9 +170,11 @@ def _write(
         places[subject.label] = measure.places(subject)
     kinds, scale = measure.scatter()
     drawn = {
-        "tsne": panels.tsne(places, kinds, scale),
-        "similarity_networks": panels.similarity(pairs, {k: v["similarity"] for k, v in networks.items()}),
-        "separability_by_scale": panels.by_scale(
+        "tsne": plots.tsne_figure(places, kinds, scale),
+        "similarity_networks": plots.similarity_figure(
+            pairs, {k: v["similarity"] for k, v in networks.items()}
+        ),
+        "separability_by_scale": plots.scale_figure(
             {k: v["by_scale"] for k, v in networks.items()}, a.run.config.pretext.volume_fraction, a.label
         ),
     }
@@ -174,17 +183,17 @@ def _write(
         steps, loss = [one.step or 0 for one in course], [measure.contrastive_loss(one) for one in course]
         found = pearson(loss, mse)
         over = {"steps": steps, "contrastive_loss": loss, "val_mse": mse, **_correlation(found)}
-        drawn["contrastive"] = panels.contrastive(steps, loss, mse, found)
+        drawn["contrastive"] = plots.contrastive_figure(steps, loss, mse, found)
     if subjects[-1].step == a.step and subjects[-1].label == a.label:
-        drawn["retrieval"] = panels.neighbours(showcase.nearest(measure, subjects[-1]), a.label)
+        drawn["retrieval"] = plots.neighbours_figure(qualitative.nearest(measure, subjects[-1]), a.label)
         if build_pretext(a.run.config).reconstructs:
-            grown = showcase.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
-            showcase.keep(grown, a.run.path / "analysis" / "reconstructions.npz")
-            drawn["reconstruction_scales"] = panels.growing(
+            grown = qualitative.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
+            qualitative.save_arrays(grown, a.run.path / "analysis" / "reconstructions.npz")
+            drawn["reconstruction_scales"] = plots.growing_figure(
                 grown["whole"], grown["part"], grown["output"], grown["scale"]
             )
     for name, figure in drawn.items():
-        figures.save(figure, a.run.path, name)
+        plots.save_figure(figure, a.run.path, name)
     return {"networks": networks, "over_checkpoints": over or None, "figures": sorted(drawn)}
 
 

@@ -28,10 +28,10 @@ class DataConfig:
     """Wholes a step, over all ranks together [P]. The order of samples depends on it, not on the number of ranks."""
     seed: int = 0
     """Seed of the order of wholes and of their parts."""
-    readers: int = 2
+    reader_threads: int = 2
     """Threads a rank that read ahead, at least 8 from a URL with byte ranges where the batch has so many rows; 0 reads in
     the training thread. No effect on the result."""
-    on_device: bool = False
+    cache_on_device: bool = False
     """Hold the training sub-scans in the device's memory, 2 MiB each and all of them on every rank, from when each is first
     read: the same results bit for bit, and nothing is read again. A set below a URL gains most. No effect on validation."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -107,7 +107,7 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Seed of the initial weights."""
-    amp: Amp = "auto"
+    precision: Amp = "auto"
     """Precision of the network's arithmetic; auto takes bf16 where the device computes in it, else fp32. On a GPU fp32 is
     IEEE float32; tf32 rounds the inputs of its convolutions and matrix products to 10 bits."""
     deterministic: bool = False
@@ -124,7 +124,7 @@ class TrainConfig:
     """torch.compile the network: minutes at the start, a few percent a step."""
     validate_every: int = 500
     """Steps between validations."""
-    look_every: int = 500
+    probe_every: int = 500
     """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
     early_stop: int = 0
     """Stop after this many validations without improvement; 0 never."""
@@ -139,7 +139,7 @@ class TrainConfig:
     """Save at multiples of this many steps, and keep those for good; 0 none."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
-    max_skipped: int = 20
+    max_nonfinite: int = 20
     """Stop after this many steps in a row whose gradient was not finite."""
     hang_minutes: float = 10.0
     """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
@@ -167,8 +167,8 @@ class Config:
 # the ones to come under a cosine schedule, whose rates follow from the last step.
 MAY_CHANGE = frozenset(
     {
-        "data.readers",
-        "data.on_device",
+        "data.reader_threads",
+        "data.cache_on_device",
         "data.on_bad_sample",
         "data.max_bad_share",
         "train.steps",
@@ -178,8 +178,8 @@ MAY_CHANGE = frozenset(
         "train.keep",
         "train.keep_every",
         "train.log_every",
-        "train.look_every",
-        "train.max_skipped",
+        "train.probe_every",
+        "train.max_nonfinite",
         "train.deterministic",
         "train.cuda_graph",
         "train.kernels",
@@ -188,11 +188,11 @@ MAY_CHANGE = frozenset(
 )
 
 
-def check(config: Config) -> Config:
+def check_config(config: Config) -> Config:
     """Return `config` when its numbers make sense together. Raises UserError naming value, rule and remedy."""
     at_least = {
-        "data.batch": 1, "data.readers": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
-        "train.look_every": 0, "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_skipped": 1,
+        "data.batch": 1, "data.reader_threads": 0, "optim.accumulate": 1, "train.steps": 0, "train.validate_every": 1,
+        "train.probe_every": 0, "train.checkpoint_every": 1, "train.keep": 1, "train.log_every": 1, "train.max_nonfinite": 1,
         "model.width": 1, "optim.warmup_steps": 0, "optim.plateau_patience": 0, "train.early_stop": 0,
         "optim.lr": 0, "optim.clip_norm": 0, "optim.weight_decay": 0, "train.seed": 0,
         "train.checkpoint_minutes": 0, "train.keep_every": 0,
@@ -241,12 +241,12 @@ def flatten(config: Config) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def to_json(config: Config) -> str:
+def config_to_json(config: Config) -> str:
     """Config -> JSON text with two levels, as `from_json` reads it."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def read(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """Config from a `config.json`. Raises UserError for a missing file, broken JSON, an unknown key or a bad value."""
     try:
         tree = json.loads(path.read_text())
@@ -254,7 +254,17 @@ def read(path: Path) -> Config:
         raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
-    return check(_build(Config, tree, str(path)))
+    return check_config(_build(Config, tree, str(path)))
+
+
+# Settings under the names that older runs wrote into their config.json.
+RENAMED = {
+    "readers": "reader_threads",
+    "on_device": "cache_on_device",
+    "look_every": "probe_every",
+    "amp": "precision",
+    "max_skipped": "max_nonfinite",
+}
 
 
 def _build(kind: type, tree: Any, where: str) -> Any:
@@ -262,6 +272,7 @@ def _build(kind: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{where}: must be an object of settings, got {type(tree).__name__}")
     hints = typing.get_type_hints(kind)
+    tree = {RENAMED[name] if RENAMED.get(name) in hints else name: value for name, value in tree.items()}
     unknown = sorted(set(tree) - set(hints))
     if unknown:
         raise UserError(f"{where}: unknown setting {unknown[0]}; known are {', '.join(hints)}")

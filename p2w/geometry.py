@@ -17,95 +17,25 @@ Randomness is counter-based: part p of sub-scan k in epoch e is a function of (s
 batch, rank or restart it is met in.
 """
 
-import functools
-import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from p2w import rng
 from p2w.errors import UserError
 from p2w.kernels import crop_resize_torch
+from p2w.rng import SampleKeys, _state, uniforms
 
 Size = tuple[int, int, int]  # d, h, w, voxel
 Range = tuple[float, float]  # low, high
-
-_MASK64 = (1 << 64) - 1
 _REFUSED_BY_TRITON: set[tuple[object, ...]] = set()  # sizes and types of calls
-_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
-_MIX = (
-    (30, 0xBF58476D1CE4E5B9),
-    (27, 0x94D049BB133111EB),
-)  # SplitMix64's finaliser (Steele et al. 2014, Vigna)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Names a batch's randomness: run's seed, epoch, and ids (B,) int64 of its sub-scans, on its device."""
-
-    seed: int
-    epoch: int
-    ids: Tensor
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _mix_int(z: int) -> int:
-    for shift, factor in _MIX:
-        z = ((z ^ (z >> shift)) * factor) & _MASK64
-    return z ^ (z >> 31)
-
-
-def mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
-    for shift, factor in _MIX:
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def uniforms(keys: Keys, part: int, count: int) -> Tensor:
-    """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
-
-    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so
-    CPU and GPU agree bit for bit. On a GPU with Triton it is one launch. Raises UserError unless ids are
-    (B,) int64.
-    """
-    state = _state(keys, part)
-    if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
-        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
-
-        return sample_triton.uniforms(keys.ids, state, count)
-    streams = mix((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
-    counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
-    return _unit(mix(streams[:, None] + counters[None, :]))
-
-
-def _unit(bits: Tensor) -> Tensor:
-    """The upper 53 of 64 random bits as float64 in [0, 1)."""
-    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
-
-
-def _state(keys: Keys, part: int) -> int:
-    """64-bit hash of seed, epoch and part, which the streams of all sub-scans start from."""
-    if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
-        raise UserError(
-            f"keys: ids must be (B,) int64, got {tuple(keys.ids.shape)} {keys.ids.dtype}; "
-            "pass the manifest's row numbers"
-        )
-    state = 0
-    for word in (keys.seed, keys.epoch, part):
-        state = _mix_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
-    return state
 
 
 def sample_boxes(
-    keys: Keys,
+    keys: SampleKeys,
     part: int,
     shape_dhw: Sequence[int],
     volume_fraction: Range = (1 / 16, 1 / 4),
@@ -131,7 +61,7 @@ def sample_boxes(
     narrowest, widest = _checked("aspect_range", aspect_range, math.inf)
     if len(shape_dhw) != 3 or min(shape_dhw) < 1:
         raise UserError(f"shape: must be three positive numbers of voxels (D, H, W), got {tuple(shape_dhw)}")
-    if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
+    if keys.ids.is_cuda and rng.backend(keys.ids.device)[0] == "triton":
         from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
 
         depth, height, width = map(int, shape_dhw)
@@ -152,46 +82,6 @@ def _checked(name: str, pair: Range, top: float) -> Range:
     if len(pair) != 2 or not (0 < pair[0] <= pair[1] <= top and pair[1] < math.inf):
         raise UserError(f"{name}: must be (low, high) with {rule}, got {tuple(pair)}; e.g. (0.0625, 0.25)")
     return float(pair[0]), float(pair[1])
-
-
-def backend(device: torch.device | str) -> tuple[str, str]:
-    """(name, reason): what samples and crop-resizes on this device, "triton" or "torch", and why.
-
-    On CUDA the first call tries Triton, which may lack a C compiler or not fit its torch; the answer is kept.
-    """
-    if torch.device(device).type != "cuda":
-        return "torch", f"tensors are on {torch.device(device).type}, the kernels are for CUDA"
-    return _backend_on_cuda()
-
-
-@functools.lru_cache(maxsize=1)
-def _backend_on_cuda() -> tuple[str, str]:
-    if not torch.cuda.is_available():
-        return "torch", "no CUDA device is available"
-    return try_triton(torch.device("cuda", torch.cuda.current_device()))
-
-
-def try_triton(device: torch.device) -> tuple[str, str]:
-    """(name, reason) as `backend`, found by compiling, launching and checking a small kernel on `device`.
-
-    Whatever goes wrong in Triton (no C compiler, a version that does not fit, a broken installation) is a
-    reason to use torch, not an error: the reason says it in one line.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "triton is not installed beside this torch"
-    ids = torch.arange(3)
-    try:
-        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
-
-        drawn = sample_triton.uniforms(ids.to(device), 1, 2).cpu()
-    except Exception as error:  # other people's code: any error there means the same here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        words = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-        return "torch", f"triton is installed but does not work here ({words}); plain torch is slower"
-    bits = mix(mix((ids ^ 1) + _signed(_GOLDEN))[:, None] + torch.arange(1, 3) * _signed(_GOLDEN))
-    if not torch.equal(drawn, _unit(bits)):
-        return "torch", "triton is installed but computes wrong numbers here; plain torch is slower"
-    return "triton", f"CUDA tensors, and triton {sys.modules['triton'].__version__} works here"
 
 
 @torch.no_grad()
@@ -241,7 +131,7 @@ def _run(
     whole: Tensor, boxes: Tensor, part: Tensor, target: Tensor | None, *, window_hu: Range, antialias: bool
 ) -> None:
     sizes = (whole.device, whole.dtype, whole.shape[1:], part.dtype, part.shape[2:], target is None)
-    if backend(whole.device)[0] == "triton" and sizes not in _REFUSED_BY_TRITON:
+    if rng.backend(whole.device)[0] == "triton" and sizes not in _REFUSED_BY_TRITON:
         from triton.errors import TritonError  # noqa: PLC0415  triton is optional and slow to import
 
         from p2w.kernels import crop_resize_triton  # noqa: PLC0415

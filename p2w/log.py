@@ -4,10 +4,8 @@ On a terminal there is a progress bar with rate and time left; off a terminal, a
 """
 
 import contextlib
-import errno
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,39 +14,14 @@ from typing import TYPE_CHECKING, Any
 import rich.progress as rp
 from rich.console import Console
 
+from p2w.files import append, write_atomic
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+
 LINE_EVERY_S = 10.0
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never a half."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def append(path: Path, line: str) -> None:
-    """Add a whole line to a file, or, when the disk is full, nothing: half a line would spoil the next."""
-    data = line.encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-            raise
 
 
 class Log:
@@ -153,7 +126,7 @@ class Log:
             self._show_bar(step, text)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self.line(f"step {step}/{self.total}  {text}  left {duration(left)}")
+            self.line(f"step {step}/{self.total}  {text}  left {hours_minutes_seconds(left)}")
 
     def _show_bar(self, step: int, text: str) -> None:
         if self._bar is None:
@@ -190,7 +163,7 @@ class _Nowhere:
         """Drop it."""
 
 
-def duration(seconds: float) -> str:
+def hours_minutes_seconds(seconds: float) -> str:
     """Seconds -> `h:mm:ss`; `?` while unknown."""
     if math.isnan(seconds):
         return "?"

@@ -10,37 +10,33 @@ from typing import Any
 import torch
 
 from p2w import config as settings
-from p2w.analysis import figures, report
-from p2w.analysis.looks import Looks, Similarity
-from p2w.analysis.pictures import Pictures
+from p2w import report
+from p2w.analysis import plots
+from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
+from p2w.analysis.qualitative import Pictures
 from p2w.analysis.similarity import similarity_file
-from p2w.analysis.validation import Validation
 from p2w.config import Config
-from p2w.data.held import Held
-from p2w.data.stream import ShardSet, Stream
-from p2w.log import Log, read_metrics, write_atomic
-from p2w.model import Network, build_encoder
+from p2w.files import write_atomic
+from p2w.log import Log, read_metrics
+from p2w.model import Network
 from p2w.model.forms import set_forms
 from p2w.model.norm import synchronise_batch_norm
-from p2w.pretext import Pretext, build_pretext
-from p2w.train.agree import agree
+from p2w.pretext import build_pretext_and_network
+from p2w.shards.manifest import data_fingerprint
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder, describe, fingerprint
 from p2w.train.form_choice import RECORD, Choice, Rule, choose_forms, read_record
-from p2w.train.interruptible import Interrupted, Interruptible
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
-from p2w.train.selfcheck import trusted
+from p2w.train.preflight import check_numerics, check_rank_consistency
+from p2w.train.run_dir import RunDir, describe_data
+from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
 ENOUGH_FOR_BATCH_NORM = 16  # samples: the paper's batch [P]
-
-
-def build(config: Config) -> tuple[Pretext, Network]:
-    """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
-    pretext = build_pretext(config)
-    return pretext, pretext.build(build_encoder(config.model.name, config.model.width))
 
 
 def shares_batch_norm(config: Config, ranks: int) -> bool:
@@ -56,15 +52,15 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     Owns every reference to the network, so that all are gone when it returns (see World.close).
     Raises UserError for settings, data or a folder that do not go together.
     """
-    folder, data = RunFolder(run), fingerprint(shards.meta)
+    folder, data = RunDir(run), data_fingerprint(shards.meta)
     given = {f"--{name.replace('_', '-')}": value for name, value in settings.flatten(config).items()}
-    agree(world, given, precision, data, "--train.amp")
+    check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
         return _run(config, shards, folder, data, world, precision, watchdog)
 
 
 def _run(
-    config: Config, shards: ShardSet, folder: RunFolder, data: str, world: World, precision: Precision,
+    config: Config, shards: ShardSet, folder: RunDir, data: str, world: World, precision: Precision,
     watchdog: Watchdog,
 ) -> Outcome:  # fmt: skip
     """Build and fit; rank 0 holds the folder meanwhile and writes there how it ended."""
@@ -76,7 +72,10 @@ def _run(
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
         facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
         folder.open(
-            config, data, shards.where, {**world.machine(), **command, **facts, "data_set": describe(shards)}
+            config,
+            data,
+            shards.where,
+            {**world.machine(), **command, **facts, "data_set": describe_data(shards)},
         )
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
@@ -93,32 +92,32 @@ def _run(
             with log.tolerate("status.json"):
                 folder.status(outcome.state, outcome.step, outcome.why)
             with log.tolerate("report.html"):
-                log.line(f"report          {report.write(folder.path)}")
+                log.line(f"report          {report.write_report(folder.path)}")
             folder.close()
         log.close()
     return outcome
 
 
 def _build(
-    config: Config, shards: ShardSet, folder: RunFolder, world: World, precision: Precision, log: Log,
+    config: Config, shards: ShardSet, folder: RunDir, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
-) -> tuple[Choice, Trainer, Validation | None, Looks, Pictures]:  # fmt: skip
+) -> tuple[Choice, Trainer, Validation | None, Monitors, Pictures]:  # fmt: skip
     """How layers are computed, the trainer, its validation where scans are set aside, and the looks between its steps."""
     torch.manual_seed(config.train.seed)
-    pretext, model = build(config)
+    pretext, model = build_pretext_and_network(config)
     if shares_batch_norm(config, world.size):
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
-    batch, readers, device = config.data.batch, config.data.readers, world.device
+    batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
-    held = _held(config, shards, world, precision) if config.data.on_device else None
+    held = _held(config, shards, world, precision) if config.data.cache_on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
-    precision = trusted(config, precision, model, world, log.warn).apply()
+    precision = check_numerics(config, precision, model, world, log.warn).apply()
     choice = _choose_forms(config, model, folder, world, precision, log)
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
@@ -129,19 +128,19 @@ def _build(
 
     def validation() -> Stream:
         """For looks that all ranks take together; told to stop, they end."""
-        stream = Interruptible.validation(shards, batch, **share)
-        stream.told = trainer.told
+        stream = InterruptibleStream.validation(shards, batch, **share)
+        stream.stop_requested = trainer.stop_requested
         return stream
 
-    def leave_if_told() -> None:
-        if trainer.told():
-            raise Interrupted
+    def leave_if_stopped() -> None:
+        if trainer.stop_requested():
+            raise EvaluationInterrupted
 
     aside = len(shards.ids("val"))
     split = "val" if aside else "train"
     pictures = Pictures(pretext, model, shards, split, world.device, log)
-    similarity = Similarity(config, model.encoder, shards, split, world, log, leave_if_told)
-    looks = Looks(similarity, pictures, every=config.train.look_every, log=log)
+    similarity = SimilarityMonitor(config, model.encoder, shards, split, world, log, leave_if_stopped)
+    looks = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
     if not aside:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
@@ -149,7 +148,7 @@ def _build(
 
 
 def _choose_forms(
-    config: Config, model: Network, folder: RunFolder, world: World, precision: Precision, log: Log
+    config: Config, model: Network, folder: RunDir, world: World, precision: Precision, log: Log
 ) -> Choice:
     """Have every layer compute in the form that is fastest here, or in the one of the run so far; all ranks alike.
 
@@ -169,25 +168,27 @@ def _choose_forms(
     return choice
 
 
-def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> Held:
+def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> DeviceCache:
     """Room on the device for all training sub-scans, beside what the steps will need. Raises UserError."""
-    from p2w.train.cost import cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only where it is needed)
+    from p2w.train.estimate import run_cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only where it is needed)
 
     passes = config.data.batch // world.size // config.optim.accumulate
-    facts = cost(config, lambda: build(config), passes, 4 if precision.dtype is None else 2)
+    facts = run_cost(
+        config, lambda: build_pretext_and_network(config), passes, 4 if precision.dtype is None else 2
+    )
     sharers = world.local_size if world.device.type == "cpu" else 1
     # A CUDA graph is captured beside what the first steps took, on a copy of the weights.
     times = 2 if world.device.type == "cuda" and config.train.cuda_graph != "off" else 1
     reserve = times * (facts.activation_bytes + facts.state_bytes)
-    return Held(shards, "train", world.device, reserve=reserve, sharers=sharers)
+    return DeviceCache(shards, "train", world.device, reserve=reserve, sharers=sharers)
 
 
 def _fit(
     trainer: Trainer,
     validation: Validation | None,
-    looks: Looks,
+    looks: Monitors,
     pictures: Pictures,
-    folder: RunFolder,
+    folder: RunDir,
     log: Log,
 ) -> Outcome:
     """Continue where the folder stands, train, draw what came out."""
@@ -234,14 +235,14 @@ def _fit(
     with log.tolerate("figures"):
         if volumes:
             write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
-        drawn = figures.save(picture, folder.path, "reconstruction" if volumes else "views")
+        drawn = plots.save_figure(picture, folder.path, "reconstruction" if volumes else "views")
         _summary(folder.path, drawn, log)
     return outcome
 
 
 def _summary(run: Path, drawn: Path, log: Log) -> None:
     """Draw the curves, and say in a few lines what came out."""
-    log.line(f"pictures        {figures.save(figures.loss_curve(run), run, 'loss')}")
+    log.line(f"pictures        {plots.save_figure(plots.loss_curve(run), run, 'loss')}")
     log.line(f"                {drawn}")
     records = [record for record in read_metrics(run) if "val/loss" in record]
     if not records:
@@ -250,7 +251,7 @@ def _summary(run: Path, drawn: Path, log: Log) -> None:
     if len(steps) > 1:
         ends = (steps[0], steps[-1])
         log.line(
-            f"                {figures.save(figures.similarity_histogram(run, ends), run, 'similarity')}"
+            f"                {plots.save_figure(plots.similarity_histogram(run, ends), run, 'similarity')}"
         )
     for line in before_and_after(records):
         log.line(line)

@@ -45,13 +45,13 @@ def leave(world: World, error: Exception) -> NoReturn:
     if isinstance(error, SharedError):
         _leave_together(world, f"error: {error}")
     if isinstance(error, UserError):
-        world.abandon(2, f"error: {error}")
+        world.abort(2, f"error: {error}")
     if world.size == 1:
         raise error
     if World.lost_peer(error):
-        world.abandon(1, lost_peer_line(world, error))
+        world.abort(1, lost_peer_line(world, error))
     first = f"rank {world.rank} on {world.host} failed: {type(error).__name__}: {error}".partition("\n")[0]
-    world.abandon(1, f"{first}\n{''.join(traceback.format_exception(error))}")
+    world.abort(1, f"{first}\n{''.join(traceback.format_exception(error))}")
 
 
 def lost_peer_line(world: World, error: Exception) -> str:
@@ -68,7 +68,7 @@ def lost_peer_line(world: World, error: Exception) -> str:
 def _leave_together(world: World, line: str) -> NoReturn:
     """Rank 0 says what all ranks know; the others leave as soon as it has, or is gone."""
     if world.store is None:
-        world.abandon(2, line)
+        world.abort(2, line)
     store = world.store
     if world.is_main:
         world.report(line)

@@ -19,11 +19,11 @@ class Recipe:
 DEMO = Recipe(
     "a quarter of the width, 32x32x16 voxels: learns on two CPU cores in minutes",
     Config(
-        data=DataConfig(batch=16, readers=1),
+        data=DataConfig(batch=16, reader_threads=1),
         pretext=PretextConfig(size=(16, 32, 32)),
         model=ModelConfig(width=8),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup_steps=20),
-        train=TrainConfig(steps=600, validate_every=100, look_every=100, checkpoint_every=100, log_every=5),
+        train=TrainConfig(steps=600, validate_every=100, probe_every=100, checkpoint_every=100, log_every=5),
     ),
 )
 

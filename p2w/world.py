@@ -1,6 +1,14 @@
 """Node, rank, device and collectives: made once by `World.start`, then passed on. Only this module reads the environment.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them there is one process and no group.
+
+Batches are small and sets are small, a result is compared with others by a t-test, and it must not depend on the number of
+ranks. So ranks share what they compute:
+
+- `total` sums over ranks and lets the gradient through: soft Dice is a ratio of sums over the whole batch;
+- `p2w.model.norm.synchronise_batch_norm` makes batch norm average over all ranks;
+- `average_gradients` is one all-reduce after the backward pass. DDP would hide it behind the backward pass, but lays its
+  buckets out anew after the first one, so that a trial which continues after an interruption would differ in its last bits.
 """
 
 import contextlib
@@ -16,10 +24,12 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import crc32c
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.resources import total_memory, usable_cores
@@ -56,7 +66,7 @@ class World:
         return self.size == 1 or self.local_rank == 0
 
     @staticmethod
-    def place() -> "World":
+    def from_env() -> "World":
         """Read rank and device from the environment, without a process group.
 
         Raises UserError when a node has fewer CUDA devices than local ranks.
@@ -90,7 +100,7 @@ class World:
         A collective may take `timeout_s`, the ranks meet within `meet_s`. `deterministic`: a GPU gives the same bits every
         time, more slowly. Raises UserError when the ranks do not meet.
         """
-        world = World.place()
+        world = World.from_env()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
             # Shapes stay the same: try the 3D convolutions once, take the fastest. Which one that is, a race decides.
@@ -160,7 +170,7 @@ class World:
         store.set_timeout(timedelta(seconds=timeout_s))
         return store
 
-    def abandon(self, code: int, text: str, at_once: bool = False) -> NoReturn:
+    def abort(self, code: int, text: str, at_once: bool = False) -> NoReturn:
         """After an error: say it and end at once, without a collective that the others may never join.
 
         With several ranks, or `at_once` from a thread, the interpreter is not finalised either, see `close`. torchrun
@@ -305,3 +315,56 @@ def _meet_at(place: str, world: World, timeout: timedelta) -> dist.Store:
         f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {place} within "
         f"{timeout.total_seconds():.0f} s; start all nodes together, with the same number of processes"
     )
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: every rank computes the same loss from the total."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        """Sum over ranks; `values` is left as it is."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The sum over ranks of what each wants."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def all_reduce_sum(values: Tensor, world: World) -> Tensor:
+    """The sum over all ranks, any shape; differentiable. A loss made of it stands for the mean of the ranks' losses."""
+    return values if world.size == 1 else _AllReduceSum.apply(values)
+
+
+def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """The mean over ranks, in place and in one piece; the same parameters have gradients on every rank."""
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = (flat / world.size).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+
+
+def gather_rows(values: Tensor, world: World, count: int) -> Tensor:
+    """Row i of all ranks' rows dealt out as i = rank, rank + size, …: (n of this rank, …) -> (count, …), on every rank."""
+    if world.size == 1:
+        return values
+    most = -(-count // world.size)
+    padded = values.new_zeros((most, *values.shape[1:]))
+    padded[: len(values)] = values
+    everyone = world.gather(padded).view(world.size, most, *values.shape[1:])
+    return everyone.transpose(0, 1).reshape(world.size * most, *values.shape[1:])[:count]
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """Of all its weights, on the CPU: ranks start from the same, or gradients are averaged that do not belong together."""
+    crc = 0
+    for value in network.state_dict().values():
+        crc = crc32c.crc32c(value.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"crc32c:{crc:08x}"

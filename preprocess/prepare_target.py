@@ -14,16 +14,16 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import tyro
 
-from p2w.data.folder import Share
 from p2w.errors import UserError, exits
-from p2w.target.run import Job, run
-from p2w.target.tasks import TASKS
+from p2w.shards.build_folder import JobShare
+from p2w.tasks import TASKS
+from p2w.tasks.prepare import PreparationJob, prepare_samples
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Making:
+class PreparationOptions:
     """What every task asks."""
 
     source: str
@@ -43,7 +43,7 @@ class Making:
     strict: bool = False
     """Stop at the first bad case, with exit code 2."""
 
-    def job(self, size: tuple[int, int, int]) -> Job:
+    def job(self, size: tuple[int, int, int]) -> PreparationJob:
         """The checked job. Raises UserError where a value makes no sense."""
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard_of)
         if not match or not int(match[1]) < int(match[2]):
@@ -55,15 +55,17 @@ class Making:
         size = self.size or size
         if not all(4 <= n <= 1024 for n in size):
             raise UserError(f"--size {' '.join(map(str, size))}: voxels z y x, each from 4 to 1024")
-        share = Share(int(match[1]), int(match[2]))
-        return Job(self.source, self.out, size, self.format, share, self.workers, self.dry_run, self.strict)
+        share = JobShare(int(match[1]), int(match[2]))
+        return PreparationJob(
+            self.source, self.out, size, self.format, share, self.workers, self.dry_run, self.strict
+        )
 
 
 @dataclass(frozen=True)
 class Command(Generic[T]):
     """A task's own options and those of all."""
 
-    making: Annotated[Making, tyro.conf.arg(name="")]
+    making: Annotated[PreparationOptions, tyro.conf.arg(name="")]
     task: Annotated[T, tyro.conf.arg(name="")]
 
 
@@ -86,7 +88,7 @@ def main() -> int:
         description=kind.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return run(options.task, options.making.job(kind.size))
+    return prepare_samples(options.task, options.making.job(kind.size))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ from typing import Annotated
 
 import tyro
 
-from p2w.data.find import find_luna, parse_subsets
-from p2w.data.options import Cutting
-from p2w.data.progress import say
-from p2w.data.run import run
+from p2w.ct.discover import find_luna, parse_subsets
 from p2w.errors import exits
+from p2w.progress import say
+from p2w.shards.build import ShardingOptions, build_shards
 
 
 @dataclass(frozen=True)
-class Options:
+class ShardLunaOptions:
     """Cut LUNA16 into shards of 128 x 128 x 64 sub-scans for pretraining."""
 
     luna: str = "LUNA16"
@@ -33,18 +32,18 @@ class Options:
     """Folder to write, new or of an earlier run of the same settings."""
     subsets: str = "0-6"
     """Which subsets, as 0-6 or 0,2,5-6. The paper pretrains on 0-6 and never sees 7-9."""
-    cutting: Annotated[Cutting, tyro.conf.arg(name="")] = Cutting()  # noqa: RUF009 (frozen)
+    cutting: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
 
 
 @exits
 def main() -> int:
     """Parse, find, run."""
-    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    options = tyro.cli(ShardLunaOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     job = options.cutting.job(options.out)
     found, missing = find_luna(options.luna, parse_subsets(options.subsets))
     if missing:
         say(f"warning: {options.luna} has no subset{', subset'.join(map(str, missing))}; going on without")
-    return run(found, job)
+    return build_shards(found, job)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from typing import Annotated
 
 import tyro
 
-from p2w.data.find import find_scans
-from p2w.data.options import Cutting
-from p2w.data.run import run
+from p2w.ct.discover import find_scans
 from p2w.errors import exits
+from p2w.shards.build import ShardingOptions, build_shards
 
 
 @dataclass(frozen=True)
-class Options:
+class ShardScansOptions:
     """Cut any folder of CT scans into shards of 128 x 128 x 64 sub-scans for pretraining."""
 
     scans: tuple[str, ...]
@@ -33,15 +32,17 @@ class Options:
     """Patterns of relative paths to pass over, such as '*_mask*'."""
     allow_gaps: bool = False
     """Cut DICOM series with missing slices too, as if their slices were neighbours."""
-    cutting: Annotated[Cutting, tyro.conf.arg(name="")] = Cutting()  # noqa: RUF009 (frozen)
+    cutting: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
 
 
 @exits
 def main() -> int:
     """Parse, find, run."""
-    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    options = tyro.cli(ShardScansOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     job = options.cutting.job(options.out, options.allow_gaps)
-    return run(find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps), job)
+    return build_shards(
+        find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps), job
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from p2w.data.manifest import NAME, VERSION, manifest_bytes, publish
-from p2w.data.shard import open_shard
+from p2w.files import write_published
+from p2w.shards.manifest import manifest_bytes
+from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
+from p2w.shards.writer import open_shard
 
 SHAPE = (16, 32, 32)
 
@@ -43,7 +45,15 @@ def write_structured_set(folder: Path, form: str = "tar", train: int = 6, val: i
             rows.append(shard.add({**row, "split": "train" if scan < train else "val"}, voxels))
         done = shard.close()
         shards.append({"name": f"{uid}.{form}", "nbytes": done.nbytes, "crc32c": done.crc32c})
-    meta = {"schema": VERSION, "format": form, "shape": list(SHAPE), "dtype": "int16", "shards": shards}
+    meta = {
+        "schema": MANIFEST_VERSION,
+        "format": form,
+        "shape": list(SHAPE),
+        "dtype": "int16",
+        "shards": shards,
+    }
     meta |= {"window_hu": [-1000, 1000], "axis_order": "zyx", "split": {"rule": "scan", "val_scans": val}}
-    publish(os.fspath(folder / NAME), manifest_bytes(rows, meta), os.fspath(folder / "unfinished"))
+    write_published(
+        os.fspath(folder / MANIFEST_NAME), manifest_bytes(rows, meta), os.fspath(folder / "unfinished")
+    )
     return folder

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from p2w.data.manifest import NAME, VERSION, manifest_bytes
-from p2w.data.shard import open_shard
-from p2w.target.record import FORM, SCHEMA
+from p2w.shards.manifest import manifest_bytes
+from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
+from p2w.shards.writer import open_shard
+from p2w.tasks.task import SAMPLE_COLUMNS, SAMPLE_SCHEMA
 
 SIZE = (8, 16, 16)
 
@@ -45,7 +46,7 @@ def write_target_set(
     for number, split in enumerate(splits):
         rng = np.random.default_rng(number)
         name = f"{uid}{number:03d}"
-        shard = open_shard(str(folder / f"{name}.tar"), (1 + masks, *SIZE), SCHEMA, {})
+        shard = open_shard(str(folder / f"{name}.tar"), (1 + masks, *SIZE), SAMPLE_COLUMNS, {})
         for sample in range(each):
             label = (number + sample) % 2
             voxels = record(kind, rng, label)
@@ -66,12 +67,12 @@ def write_target_set(
         )
         scans.setdefault(str(number % folds) if folds else split, []).append(name)
     meta = {
-        "schema": VERSION, "tool": "test", "task": task, "kind": kind, "format": "tar", "dtype": "int16",
+        "schema": MANIFEST_VERSION, "tool": "test", "task": task, "kind": kind, "format": "tar", "dtype": "int16",
         "shape": [1 + masks, *SIZE], "channels": 1, "channel_names": ["ct"], "size_zyx": list(SIZE),
         "spacing_mm": [[mm, mm] for mm in spacing], "window": [-1000, 1000], "classes": ["ball"],
         "axis_order": "czyx", "orientation": "LPS", "settings": {"spacing_mm": spacing_mm}, "tables": {},
         "split": {"rule": "test", "seed": 0, "folds": folds, "val_fraction": 0.25, "samples": {}, "scans": scans},
         "sources": sources, "shards": shards, "bad_scans": [],
     }  # fmt: skip
-    (folder / NAME).write_bytes(manifest_bytes(rows, meta, FORM))
+    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(rows, meta, SAMPLE_SCHEMA))
     return folder

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launch.train import parse
 from p2w import config as settings
-from p2w.config import MAY_CHANGE, Config, check, flatten, read, to_json
+from p2w.config import MAY_CHANGE, Config, check_config, config_to_json, flatten, read_config
 from p2w.errors import UserError
 
 
@@ -23,14 +23,14 @@ def changed(name: str, value) -> Config:
 
 
 def test_overrides_reach_the_dataclass():
-    argv = "demo --max-steps 7 --optim.lr 5e-4 --pretext.size 8 16 24 --train.amp fp32"
+    argv = "demo --max-steps 7 --optim.lr 5e-4 --pretext.size 8 16 24 --train.precision fp32"
     argv += " --pretext.skips --train.no-channels-last"
     args, recipe = parse(argv.split())
     assert recipe == "demo"
     assert args.config.train.steps == 7
     assert args.config.optim.lr == 5e-4
     assert args.config.pretext.size == (8, 16, 24)
-    assert args.config.train.amp == "fp32"
+    assert args.config.train.precision == "fp32"
     assert args.config.pretext.skips and not args.config.train.channels_last
     assert args.config.model.width == 8  # untouched: the recipe's
 
@@ -45,8 +45,8 @@ def test_json_round_trip_and_a_run_from_its_file(tmp_path):
     config = changed("pretext.size", (8, 16, 24))
     path = tmp_path / "first" / "config.json"
     path.parent.mkdir()
-    path.write_text(to_json(config))
-    assert read(path) == config
+    path.write_text(config_to_json(config))
+    assert read_config(path) == config
     args, _ = parse([str(path), "--optim.lr", "0.5"])
     assert args.config == dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
     assert str(args.folder) == "runs/first-again"
@@ -62,7 +62,7 @@ def test_json_round_trip_and_a_run_from_its_file(tmp_path):
         (b"[]", "must be an object of settings, got list"),
         (b'{"data": 3}', "data: must be an object of settings, got int"),
         (b'{"date": {}}', "unknown setting date; known are data, pretext"),
-        (b'{"data": {"bach": 3}}', "data: unknown setting bach; known are batch, seed, readers"),
+        (b'{"data": {"bach": 3}}', "data: unknown setting bach; known are batch, seed, reader_threads"),
         (b'{"data": {"batch": "16"}}', "batch: '16' does not fit int"),
         (b'{"data": {"batch": 16.0}}', "batch: 16.0 does not fit int"),
         (b'{"data": {"batch": true}}', "batch: True does not fit int"),
@@ -76,14 +76,14 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_bytes(text)
     with pytest.raises(UserError) as error:
-        read(path)
+        read_config(path)
     assert message in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: No such file.*name a recipe"):
-        read(tmp_path / "none.json")
+        read_config(tmp_path / "none.json")
 
 
 words = st.sampled_from(["", "adam", "torch", "batch", "0"])
@@ -110,7 +110,7 @@ def test_any_json_gives_a_config_or_a_user_error(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(tree))
     try:
-        config = read(path)
+        config = read_config(path)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -121,7 +121,7 @@ def test_any_json_gives_a_config_or_a_user_error(tmp_path_factory, tree):
     ("name", "value", "rule"),
     [
         ("data.batch", 0, "must be at least 1"),
-        ("data.readers", -1, "must be at least 0"),
+        ("data.reader_threads", -1, "must be at least 0"),
         ("train.steps", -1, "must be at least 0"),
         ("train.validate_every", 0, "must be at least 1"),
         ("train.keep", 0, "must be at least 1"),
@@ -147,7 +147,7 @@ def test_any_json_gives_a_config_or_a_user_error(tmp_path_factory, tree):
 )
 def test_each_check_names_value_rule_and_setting(name, value, rule):
     with pytest.raises(UserError) as error:
-        check(changed(name, value))
+        check_config(changed(name, value))
     shown = str(error.value)
     assert shown.startswith(f"{name}=") and rule in shown and "\n" not in shown
 

@@ -38,9 +38,9 @@ def test_our_own_mistakes_keep_their_traceback():
 
 
 COMMANDS = [
-    ["-m", "p2w", "--help"], ["-m", "p2w", "report", "--help"], ["-m", "p2w.data.phantom", "--help"],
+    ["-m", "p2w", "--help"], ["-m", "p2w", "report", "--help"], ["-m", "p2w.phantom", "--help"],
     ["preprocess/shard_luna.py", "--help"], ["preprocess/prepare_target.py", "ncs", "--help"], ["launch/train.py", "--help"],
-    ["launch/transfer.py", "--help"], ["launch/sweep.py", "--help"], ["launch/analyze.py", "--help"],
+    ["launch/finetune.py", "--help"], ["launch/sweep.py", "--help"], ["launch/analyze.py", "--help"],
 ]  # fmt: skip
 
 

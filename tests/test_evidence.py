@@ -9,7 +9,7 @@ from processes import REPO
 
 from p2w.analysis.similarity import auc, pair_cosines
 from p2w.pretext import PRETEXTS
-from p2w.tables.table import BEST, Cell, Claim, Column, Table
+from p2w.reproduce.table import BEST, Cell, Claim, Column, Table
 
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
 import methods

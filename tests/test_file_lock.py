@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 from processes import REPO
 
-from p2w import file_lock
 from p2w.config import Config
-from p2w.data.folder import Folder, Settings, Share
 from p2w.errors import UserError
-from p2w.file_lock import FileLock, is_held
-from p2w.sweep.job import Job
-from p2w.sweep.work import Machine, Sweep
-from p2w.target.trial import Place
-from p2w.train.folder import RunFolder
+from p2w.files import FileLock, _warn, is_held
+from p2w.finetune.trial import TrialLock
+from p2w.reproduce.sweep import Sweep, SweepJob, SweepSlots
+from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.train.run_dir import RunDir
 
 HOLDER = """
 import sys
-from p2w.file_lock import FileLock
+from p2w.files import FileLock
 lock = FileLock(sys.argv[1])
 assert lock.acquire()
 lock.write("node7, pid 1")
@@ -50,29 +48,29 @@ def test_a_lock_is_anothers_until_that_ends_however_it_ends(tmp_path):
 
 def train(top: Path) -> None:
     """A training run takes its folder."""
-    RunFolder(top / "run").open(Config(), "data", "shards", {})
+    RunDir(top / "run").open(Config(), "data", "shards", {})
 
 
 def fine_tune(top: Path) -> None:
     """A process takes a trial."""
-    assert Place(top / "trial-00").take()
+    assert TrialLock(top / "trial-00").take()
 
 
 def sweep(top: Path) -> None:
     """A sweep takes a job and runs it."""
     (top / "logs").mkdir()
     (top / "job.py").write_text("")
-    job = Job("one", top / "one", ("python", str(top / "job.py")), 1, pretrains=True)
-    work = Sweep([job], top, Machine())
+    job = SweepJob("one", top / "one", ("python", str(top / "job.py")), 1, pretrains=True)
+    work = Sweep([job], top, SweepSlots())
     work._start()
     assert [one.process.wait() for one in work.running] == [0]
 
 
 def cut(top: Path) -> None:
     """A share of a data set is cut and merged."""
-    folder = Folder(str(top / "set"), Settings())
-    with folder.share_lock(Share()):
-        folder.prepare(Share())
+    folder = BuildFolder(str(top / "set"), ShardingSettings())
+    with folder.share_lock(JobShare()):
+        folder.prepare(JobShare())
         with folder.merge_lock():
             folder.tidy()
 
@@ -84,7 +82,7 @@ def test_a_file_system_without_locks_is_no_other_process(place, number, tmp_path
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    file_lock._warn.cache_clear()
+    _warn.cache_clear()
     place(tmp_path)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert (

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from p2w import geometry
+from p2w import geometry, rng
 from p2w.errors import UserError
-from p2w.geometry import Keys, backend, crop_resize, part_and_whole, sample_boxes, uniforms
+from p2w.geometry import crop_resize, part_and_whole, sample_boxes
+from p2w.rng import SampleKeys, uniforms
 
 SHAPE, SIZE, N = (64, 128, 128), (32, 64, 64), 100_000
 
@@ -22,15 +23,15 @@ def fractions(boxes, shape=SHAPE):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return fractions(sample_boxes(Keys(7, 0, torch.arange(N)), 0, SHAPE))
+    return fractions(sample_boxes(SampleKeys(7, 0, torch.arange(N)), 0, SHAPE))
 
 
 def test_mixer_is_splitmix64():
     """The generator's published first outputs for seed 1234567."""
-    states = [(1234567 + (k + 1) * geometry._GOLDEN) % 2**64 for k in range(3)]
+    states = [(1234567 + (k + 1) * rng._GOLDEN) % 2**64 for k in range(3)]
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [geometry._mix_int(state) for state in states] == published
-    tensor = geometry.mix(torch.tensor([geometry._signed(state) for state in states]))
+    assert [rng._splitmix64_int(state) for state in states] == published
+    tensor = rng.splitmix64(torch.tensor([rng._signed(state) for state in states]))
     assert [int(x) % 2**64 for x in tensor] == published
 
 
@@ -38,25 +39,25 @@ def test_uniforms_are_53_bits_of_a_splitmix64_stream():
     seed, epoch, part, row = 5, -3, 2**40, 10**12
     state = 0
     for word in (seed, epoch, part):
-        state = geometry._mix_int(((state ^ word % 2**64) + geometry._GOLDEN) % 2**64)
-    stream = geometry._mix_int(((state ^ row) + geometry._GOLDEN) % 2**64)
+        state = rng._splitmix64_int(((state ^ word % 2**64) + rng._GOLDEN) % 2**64)
+    stream = rng._splitmix64_int(((state ^ row) + rng._GOLDEN) % 2**64)
     expected = [
-        (geometry._mix_int((stream + (k + 1) * geometry._GOLDEN) % 2**64) >> 11) / 2**53 for k in range(5)
+        (rng._splitmix64_int((stream + (k + 1) * rng._GOLDEN) % 2**64) >> 11) / 2**53 for k in range(5)
     ]
-    assert uniforms(Keys(seed, epoch, torch.tensor([row])), part, 5)[0].tolist() == expected
+    assert uniforms(SampleKeys(seed, epoch, torch.tensor([row])), part, 5)[0].tolist() == expected
 
 
 def test_a_box_depends_on_its_own_key_alone():
     ids = torch.arange(1000)
-    boxes = sample_boxes(Keys(1, 2, ids), 3, SHAPE)
+    boxes = sample_boxes(SampleKeys(1, 2, ids), 3, SHAPE)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:300]
-    assert torch.equal(sample_boxes(Keys(1, 2, ids[shuffled]), 3, SHAPE), boxes[shuffled])
-    assert torch.equal(sample_boxes(Keys(1, 2, torch.tensor([77])), 3, SHAPE)[0], boxes[77])
+    assert torch.equal(sample_boxes(SampleKeys(1, 2, ids[shuffled]), 3, SHAPE), boxes[shuffled])
+    assert torch.equal(sample_boxes(SampleKeys(1, 2, torch.tensor([77])), 3, SHAPE)[0], boxes[77])
     for keys, part in (
-        (Keys(2, 2, ids), 3),
-        (Keys(1, 1, ids), 3),
-        (Keys(1, 2, ids), 0),
-        (Keys(2, 1, ids), 3),
+        (SampleKeys(2, 2, ids), 3),
+        (SampleKeys(1, 1, ids), 3),
+        (SampleKeys(1, 2, ids), 0),
+        (SampleKeys(2, 1, ids), 3),
     ):
         assert not (sample_boxes(keys, part, SHAPE) == boxes).all(1).any()
 
@@ -109,7 +110,10 @@ def test_neighbouring_keys_are_independent(change):
         keys[2] = keys[2] + (1 if change == "id" else 2**32)
     else:
         keys[["seed", "epoch"].index(change)] += 1
-    here, there = uniforms(Keys(7, 0, torch.arange(N)), 0, 7).numpy(), uniforms(Keys(*keys), part, 7).numpy()
+    here, there = (
+        uniforms(SampleKeys(7, 0, torch.arange(N)), 0, 7).numpy(),
+        uniforms(SampleKeys(*keys), part, 7).numpy(),
+    )
     for k in range(7):
         assert stats.kstest(there[:, k], "uniform").pvalue > 1e-4
         independent(here[:, k], there[:, k])
@@ -133,7 +137,7 @@ def independent(one, other, cells=True):
     seed=st.integers(-(2**63), 2**64),
 )
 def test_box_is_always_inside_with_its_volume(shape, ends, factors, seed):
-    boxes = sample_boxes(Keys(seed, 5, torch.arange(64) * 2**50), 1, shape, tuple(ends), tuple(factors))
+    boxes = sample_boxes(SampleKeys(seed, 5, torch.arange(64) * 2**50), 1, shape, tuple(ends), tuple(factors))
     edge, start = fractions(boxes, shape)
     assert boxes.dtype == torch.float32 and (start >= 0).all() and (edge > 0).all()
     assert (boxes[:, 3:] <= torch.tensor(shape)).all()
@@ -143,7 +147,7 @@ def test_box_is_always_inside_with_its_volume(shape, ends, factors, seed):
 
 
 def test_fraction_1_is_the_whole_and_equal_aspects_are_cubic():
-    keys = Keys(0, 0, torch.arange(100))
+    keys = SampleKeys(0, 0, torch.arange(100))
     assert torch.equal(
         sample_boxes(keys, 0, SHAPE, (1, 1)), torch.tensor([[0.0, 0, 0, *SHAPE]]).expand(100, 6)
     )
@@ -161,10 +165,10 @@ def test_fraction_1_is_the_whole_and_equal_aspects_are_cubic():
     ({"aspect_range": (1, math.inf)}, "aspect_range"),
     ({"shape_dhw": (0, 4, 4)}, "shape: must be"),
     ({"shape_dhw": (4, 4)}, "shape: must be"),
-    ({"keys": Keys(0, 0, torch.zeros(3))}, "keys: ids must be"),
+    ({"keys": SampleKeys(0, 0, torch.zeros(3))}, "keys: ids must be"),
 ])  # fmt: skip
 def test_bad_ranges_are_named(options, words):
-    arguments = {"keys": Keys(0, 0, torch.arange(2)), "part": 0, "shape_dhw": SHAPE} | options
+    arguments = {"keys": SampleKeys(0, 0, torch.arange(2)), "part": 0, "shape_dhw": SHAPE} | options
     with pytest.raises(UserError, match=words) as error:
         sample_boxes(**arguments)
     assert "\n" not in str(error.value)
@@ -197,7 +201,7 @@ def test_bad_arguments_are_named(options, words):
 
 def test_outputs_are_reused_and_carry_no_gradient():
     whole = torch.randint(-1000, 1000, (2, 16, 32, 32), dtype=torch.int16)
-    boxes = sample_boxes(Keys(0, 0, torch.arange(2)), 0, whole.shape[1:])
+    boxes = sample_boxes(SampleKeys(0, 0, torch.arange(2)), 0, whole.shape[1:])
     for dtype in (torch.float32, torch.bfloat16):
         expected = part_and_whole(whole, boxes, (8, 16, 16), dtype=dtype)
         out = torch.full((2, 1, 8, 16, 16), 9, dtype=dtype), torch.full((2, 1, 8, 16, 16), 9, dtype=dtype)
@@ -209,9 +213,9 @@ def test_outputs_are_reused_and_carry_no_gradient():
 
 
 def test_backend_says_what_and_why():
-    name, reason = backend("cpu")
+    name, reason = rng.backend("cpu")
     assert name == "torch" and "cpu" in reason
-    assert backend(torch.device("cuda"))[0] in ("torch", "triton")
+    assert rng.backend(torch.device("cuda"))[0] in ("torch", "triton")
 
 
 def test_what_triton_gives_up_on_is_computed_by_torch_and_said_once(monkeypatch):
@@ -226,9 +230,9 @@ def test_what_triton_gives_up_on_is_computed_by_torch_and_said_once(monkeypatch)
         raise errors.OutOfResources(101_376, 49_152, "shared memory")
 
     wholes = torch.randint(-1000, 1000, (2, 8, 12, 12), dtype=torch.int16)
-    boxes = sample_boxes(Keys(0, 0, torch.arange(2)), 0, (8, 12, 12))
+    boxes = sample_boxes(SampleKeys(0, 0, torch.arange(2)), 0, (8, 12, 12))
     expected = part_and_whole(wholes, boxes, (4, 6, 6))
-    monkeypatch.setattr(geometry, "backend", lambda device: ("triton", "as on a GPU"))
+    monkeypatch.setattr(rng, "backend", lambda device: ("triton", "as on a GPU"))
     monkeypatch.setattr(geometry, "_REFUSED_BY_TRITON", set())
     monkeypatch.setattr(crop_resize_triton, "run", gives_up)
     with pytest.warns(

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from p2w.log import Log, duration, read_metrics, write_atomic
+from p2w.files import write_atomic
+from p2w.log import Log, hours_minutes_seconds, read_metrics
 
 
 def steps(run):
@@ -80,7 +81,7 @@ def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
     ("seconds", "text"), [(0, "0:00:00"), (59.9, "0:00:59"), (86400.5, "24:00:00"), (float("nan"), "?")]
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert hours_minutes_seconds(seconds) == text
 
 
 def test_a_full_disk_costs_the_line_and_not_the_run(tmp_path, capsys):

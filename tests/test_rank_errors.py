@@ -31,7 +31,7 @@ def test_a_process_that_is_alone_says_what_is_refused_whatever_gpu_it_was_given(
 def test_a_refused_job_of_a_sweeps_second_slot_is_not_silent():
     command = [
         sys.executable,
-        "launch/transfer.py",
+        "launch/finetune.py",
         "--task",
         "nowhere",
         "--init",

@@ -8,7 +8,7 @@ import torch
 
 from p2w import config as settings
 from p2w.errors import UserError
-from p2w.pretrain import build
+from p2w.pretext import build_pretext_and_network
 from p2w.recipes import RECIPES, named
 
 
@@ -24,9 +24,9 @@ def test_paper_holds_what_the_paper_publishes():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_sound_and_can_be_built(name):
-    config = settings.check(named(name))
+    config = settings.check_config(named(name))
     with torch.device("meta"):
-        _, network = build(config)
+        _, network = build_pretext_and_network(config)
         part = torch.zeros(1, 1, *config.pretext.size)
         assert network(part).shape == part.shape
     assert "\n" not in RECIPES[name].summary

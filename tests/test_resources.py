@@ -8,9 +8,9 @@ import pytest
 import torch
 from processes import REPO
 
-from p2w.data import run
-from p2w.data.held import free_bytes
 from p2w.resources import free_memory, total_memory, usable_cores
+from p2w.shards import build
+from p2w.stream.device_cache import free_bytes
 
 GIB, CPU = 1 << 30, torch.device("cpu")
 
@@ -72,12 +72,12 @@ def test_workers_follow_the_containers_memory(machine, monkeypatch):
     monkeypatch.setattr("p2w.resources.PROC", places[0])
     monkeypatch.setattr("p2w.resources.CGROUPS", places[1])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert run.default_workers() == 4 and free_bytes(CPU) == 8 * GIB
+    assert build.default_workers() == 4 and free_bytes(CPU) == 8 * GIB
 
 
 def test_affinity_is_what_taskset_leaves():
     code = "from p2w.resources import usable_cores; from p2w.world import World; "
-    code += "print(usable_cores(), World.place().machine()['cores'])"
+    code += "print(usable_cores(), World.from_env().machine()['cores'])"
     core = str(min(os.sched_getaffinity(0)))
     done = subprocess.run(
         ["taskset", "-c", core, sys.executable, "-c", code],
@@ -95,4 +95,4 @@ def test_nobody_reads_cores_or_memory_of_his_own():
         for path in (REPO / top).rglob("*.py")
         if any(word in path.read_text() for word in words)
     }
-    assert found == {"p2w/resources.py", "p2w/data/itk.py", "p2w/doctor/machine.py"}
+    assert found == {"p2w/resources.py", "p2w/ct/voxel_files.py", "p2w/doctor/machine.py"}

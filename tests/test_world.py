@@ -77,7 +77,7 @@ def test_a_device_there_is_not_is_refused(monkeypatch, asked):
         pytest.skip("this machine has one")
     monkeypatch.setenv("P2W_DEVICE", asked)
     with pytest.raises(UserError, match=f"P2W_DEVICE={asked}: "):
-        World.place()
+        World.from_env()
 
 
 def test_leaving_flushes_and_finalises_nothing(capfd):

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from shortcuts import CHANGES, PARTS, changed, numbers
 
-from p2w.analysis import retrieval
+from p2w.analysis import similarity
+from p2w.analysis.feature_sources import AnalysedRun
 from p2w.analysis.features import PartSet, extract
-from p2w.analysis.subjects import Run
 from p2w.config import PretextConfig
-from p2w.data.stream import open_set
-from p2w.log import write_atomic
+from p2w.files import write_atomic
+from p2w.stream.stream import open_set
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
 WHOLE = PartSet("whole", 0, 1, ((1.0, 1.0),))
 
 
-def compare(run: Run, where: str, step: int | None) -> dict[str, Any]:
+def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
     """AUC against all negatives, against other scans' same tile and when intensities change; retrieval; what can be read."""
     torch.set_num_threads(1)
-    world, shards, began = World.place(), open_set(where), time.monotonic()
+    world, shards, began = World.from_env(), open_set(where), time.monotonic()
     ids = shards.ids("val")
     subject = run.subject("", step, world, choose_precision("fp32", world.device))
     view = dataclasses.replace(PretextConfig(), size=run.config.pretext.size)
@@ -41,8 +41,8 @@ def compare(run: Run, where: str, step: int | None) -> dict[str, Any]:
         for name, make in CHANGES.items()
     }
     wholes = extract(features, view, WHOLE, shards, ids, world)[:, 0]
-    hits = retrieval.scores(
-        retrieval.among_wholes(torch.from_numpy(seen["plain"]), torch.from_numpy(wholes)), len(ids)
+    hits = similarity.retrieval_scores(
+        similarity.among_wholes(torch.from_numpy(seen["plain"]), torch.from_numpy(wholes)), len(ids)
     )
     return {
         "step": step, **numbers(seen, shards, ids), "retrieval": hits,
@@ -54,7 +54,7 @@ def main() -> None:
     place, where = sys.argv[1:3]
     untrained = place.endswith("@0")
     path = Path(place.removesuffix("@0"))
-    run = Run.open(path)
+    run = AnalysedRun.open(path)
     found = compare(run, where, None if untrained else run.checkpoints.steps()[-1])
     write_atomic(path / ("untrained.json" if untrained else "compared.json"), json.dumps(found, indent=1))
     print(json.dumps(found))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import p2w
 from p2w.analysis.similarity import effective_rank
 from p2w.model import build_encoder
-from p2w.target.dataset import TargetSet, open_target
+from p2w.tasks.reader import TargetSet, open_target
 
 WIDTH, BATCH = 8, 64
 

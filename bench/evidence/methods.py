@@ -5,8 +5,8 @@
     python bench/evidence/methods.py --page-only             # from what is in the folder
 
 Every method trains the demo's network on the same phantom scans, for the arithmetic of STEPS steps of Parts2Whole as
-p2w.train.cost counts it. compare.py measures their features on the same parts, launch/transfer.py fine-tunes them. The same
-command continues one that was stopped, and shares its data with run.py.
+p2w.train.estimate counts it. compare.py measures their features on the same parts, launch/finetune.py fine-tunes them. The
+same command continues one that was stopped, and shares its data with run.py.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import methods_page
 from jobs import REPO, Job, work
 from run import data_jobs
 
-from p2w.pretrain import build
-from p2w.train.cost import cost
+from p2w.pretext import build_pretext_and_network
+from p2w.train.estimate import run_cost
 
 sys.path.insert(0, str(REPO))
 from launch.train import parse
@@ -47,7 +47,7 @@ METHODS = CONTENDERS | {name: ["--pretext.name", name] for name in OTHERS}
 def share(name: str) -> float:
     """Arithmetic of one step as a multiple of Parts2Whole's."""
     flops = [
-        cost(config, lambda config=config: build(config), 1, 4).flops_per_sample
+        run_cost(config, lambda config=config: build_pretext_and_network(config), 1, 4).flops_per_sample
         for config in (parse(["demo", *flags])[0].config for flags in (METHODS[name], []))
     ]
     return flops[0] / flops[1]
@@ -62,7 +62,7 @@ def folder_of(folder: Path, name: str, seed: int, length: int = STEPS) -> Path:
 def train_job(folder: Path, name: str, seed: int, length: int = STEPS) -> Job:
     """Pretrain for the arithmetic of `length` steps of Parts2Whole; the schedule falls to its end whatever their number."""
     run, steps = folder_of(folder, name, seed, length), round(length / share(name))
-    train = f"demo --train.steps {steps} --train.validate-every {steps} --train.look-every {steps}".split()
+    train = f"demo --train.steps {steps} --train.validate-every {steps} --train.probe-every {steps}".split()
     where = ["--shards", folder / "phantom", "--run", run, "--train.seed", seed, "--data.seed", seed]
     return Job(
         f"{run.parent.name}-{run.name}",

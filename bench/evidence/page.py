@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from p2w.analysis.correlation import pearson
 from p2w.log import read_metrics
+from p2w.stats import pearson
 
 FIGURES = ("separability_by_scale", "contrastive", "tsne", "similarity_networks")
 TITLES = {

@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w import geometry
+from p2w.analysis.feature_sources import AnalysedRun, baseline, parse_against
 from p2w.analysis.features import Features
-from p2w.analysis.looks import read
+from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
 from p2w.analysis.similarity import auc, pair_cosines
-from p2w.analysis.subjects import Run, baseline, parse_against
-from p2w.analysis.validation import VALIDATION_SEED
 from p2w.config import PretextConfig
-from p2w.data.stream import ShardSet, open_set
 from p2w.errors import exits
-from p2w.geometry import Keys
-from p2w.log import write_atomic
-from p2w.pretext.intensity import transform
+from p2w.files import write_atomic
+from p2w.pretext.volume_ops import intensity_transform
 from p2w.pretext_config import IntensityConfig
+from p2w.rng import SampleKeys
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import open_set
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
@@ -47,15 +47,15 @@ def parts_of(
 ) -> list[tuple[Tensor, Tensor]]:
     """Part by part, of all wholes: (W, 1, d, h, w) as it is, and transformed."""
     ids = shards.ids(split)
-    voxels, _ = read(shards, ids)
-    keys = Keys(VALIDATION_SEED, 0, torch.from_numpy(ids))
+    voxels, _ = read_sub_scans(shards, ids)
+    keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids))
     found = []
     for part in range(FIRST, FIRST + count):
         boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.aspect_range)
         plain = geometry.crop_resize(
             voxels, boxes, view.size, window_hu=view.window_hu, antialias=view.antialias
         )
-        found.append((plain, transform(plain, keys, part, IntensityConfig(strength=strength))))
+        found.append((plain, intensity_transform(plain, keys, part, IntensityConfig(strength=strength))))
     return found
 
 
@@ -91,9 +91,9 @@ def probes(features: Array) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Numbers of every subject, printed as they come."""
     torch.set_num_threads(1)
-    shards, world = open_set(args.shards), World.place()
+    shards, world = open_set(args.shards), World.from_env()
     if args.run:
-        run = Run.open(args.run)
+        run = AnalysedRun.open(args.run)
         view = run.config.pretext
         subjects = parse_against(args.against, run, world, choose_precision("fp32", world.device))
     else:

@@ -28,7 +28,7 @@ def data_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Sets of sub-scans: 40 phantom scans, a quarter of them for validation; real scans, one of three for validation."""
     luna, phantom = folder / "LUNA16", folder / "phantom"
     cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", phantom, "--subsets", "0-9"]
-    phantoms = ["-m", "p2w.data.phantom", "--out", luna, "--scans", "40", "--workers", str(usable_cores())]
+    phantoms = ["-m", "p2w.phantom", "--out", luna, "--scans", "40", "--workers", str(usable_cores())]
     done = phantom / "manifest.parquet"
     jobs = [Job("phantom-scans", phantoms, done), Job("phantom-cut", [*cut, "--val-fraction", "0.25"], done)]
     if real:

@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2w.analysis.contrast import contrastive_losses
+from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, baseline
 from p2w.analysis.features import Features, PartSet, extract
-from p2w.analysis.similarity import auc, pair_cosines
-from p2w.analysis.subjects import Run, Subject, baseline
-from p2w.data.stream import ShardSet, open_set
-from p2w.log import read_metrics, write_atomic
+from p2w.analysis.similarity import auc, contrastive_losses, pair_cosines
+from p2w.files import write_atomic
+from p2w.log import read_metrics
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import open_set
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
@@ -70,7 +71,7 @@ def measure(folder: Path, data: str, step: int) -> None:
     """Write FOLDER/runs/DATA-shortcuts.json."""
     out = folder / "runs" / f"{data}-shortcuts.json"
     torch.set_num_threads(1)
-    world, shards = World.place(), open_set(str(folder / data))
+    world, shards = World.from_env(), open_set(str(folder / data))
     ids, began = shards.ids("val"), time.monotonic()
     found: dict[str, Any] = {}
     for subject in subjects(folder, data, step, world):
@@ -82,12 +83,16 @@ def measure(folder: Path, data: str, step: int) -> None:
         found[subject.label] = numbers({k: v.astype(np.float64) for k, v in seen.items()}, shards, ids)
         print(f"{data}, {subject.label}: {json.dumps(found[subject.label])}", flush=True)
     for name in ("parts", "autoencoder"):
-        found[f"course of {name}"] = course(Run.open(folder / "runs" / f"{data}-{name}"), shards, ids, world)
+        found[f"course of {name}"] = course(
+            AnalysedRun.open(folder / "runs" / f"{data}-{name}"), shards, ids, world
+        )
     found["seconds"] = round(time.monotonic() - began, 1)
     write_atomic(out, json.dumps(found, indent=1))
 
 
-def course(run: Run, shards: ShardSet, ids: NDArray[np.int64], world: World) -> dict[str, list[float]]:
+def course(
+    run: AnalysedRun, shards: ShardSet, ids: NDArray[np.int64], world: World
+) -> dict[str, list[float]]:
     """Of every checkpoint: validation MSE, contrastive loss, the same with the mean feature removed, and 1 - AUC."""
     mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
@@ -106,10 +111,10 @@ def contrast(features: Array) -> float:
     return float(contrastive_losses(torch.from_numpy(features)).mean())
 
 
-def subjects(folder: Path, data: str, step: int, world: World) -> list[Subject]:
+def subjects(folder: Path, data: str, step: int, world: World) -> list[FeatureSource]:
     """Those of the analysis, labelled as there."""
     precision = choose_precision("fp32", world.device)
-    parts, other = (Run.open(folder / "runs" / f"{data}-{name}") for name in ("parts", "autoencoder"))
+    parts, other = (AnalysedRun.open(folder / "runs" / f"{data}-{name}") for name in ("parts", "autoencoder"))
     view = parts.config.pretext
     found = [baseline(name, view) for name in ("histogram", "pixels")]
     found.append(parts.subject("random", None, world, precision))

@@ -25,15 +25,13 @@ from jobs import REPO, Job, work
 from page import table
 from run import data_jobs
 
+from p2w.reproduce.table import Table, load_table
 from p2w.resources import usable_cores
-from p2w.tables.table import Table, load
-from p2w.target.dataset import open_target
+from p2w.tasks.reader import open_target
 
 PATIENTS, WIDTH, TRIALS, TABLE2_TRIALS = 100, 8, 10, 3
-SHORT = (
-    "--recipe.max-epochs 16 --recipe.epoch-steps 10 --recipe.patience 16 --recipe.batch 8 --recipe.amp auto"
-)
-ALL_LABELS = "--recipe.max-epochs 12 --recipe.patience 12 --recipe.batch 8 --recipe.amp auto"
+SHORT = "--recipe.max-epochs 16 --recipe.epoch-steps 10 --recipe.patience 16 --recipe.batch 8 --recipe.precision auto"
+ALL_LABELS = "--recipe.max-epochs 12 --recipe.patience 12 --recipe.batch 8 --recipe.precision auto"
 RAW = {"ncc": "LUNA16", "ncs": "LIDC-IDRI", "lcs": "LiTS", "ecc": "CTPA", "bms": "BraTS"}
 CUT = {  # crops that two cores can train on
     "ncc": "--size 16 16 16 --max-negatives 20",
@@ -53,7 +51,7 @@ CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
 def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Phantoms, then the target sets cut from them."""
     raw = folder / "targets-raw"
-    command = f"-m p2w.data.phantom.targets --out {raw} --patients {PATIENTS} --workers {usable_cores()}"
+    command = f"-m p2w.phantom.target_tasks --out {raw} --patients {PATIENTS} --workers {usable_cores()}"
     cut = []
     for task, flags in CUT.items():
         source = raw / RAW[task] if task in RAW else real and real / "sarcoma"
@@ -118,7 +116,7 @@ def tasks_of(folder: Path) -> list[str]:
 def collected(out: Path, fraction: float) -> Table:
     """Of the runs in a folder."""
     call([sys.executable, "-m", "p2w", "table1", out, "--fraction", fraction, "--against", "Scratch"])
-    return load(out / "tables" / "table1.json")
+    return load_table(out / "tables" / "table1.json")
 
 
 def control(folder: Path) -> None:
@@ -141,7 +139,7 @@ def table2(folder: Path) -> None:
     pretrain = ("--shards", folder / "phantom", "--recipe", "demo", f"--train-args={more}")
     sweep(folder, out, "table2", CONTEST, "--trials", TABLE2_TRIALS, *pretrain)
     call([sys.executable, "-m", "p2w", "table2", out])
-    targets_page.write("table2", load(out / "tables" / "table2.json"))
+    targets_page.write("table2", load_table(out / "tables" / "table2.json"))
 
 
 def features(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from jobs import REPO
 from page import fill, table
 
-from p2w.tables.table import BEST, Cell, Table
+from p2w.reproduce.table import BEST, Cell, Table
 
 
 def write(block: str, seen: Table, against: str = "") -> None:

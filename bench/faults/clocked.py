@@ -103,7 +103,9 @@ class Whole(Way):
 
     def argv(self) -> list[str]:
         """The recipe demo in fp32, as the plain loop computes; nothing but steps and checkpoints."""
-        flags = f"demo --data.batch {self.batch} --train.amp fp32 --optim.schedule constant --train.log-every 1".split()
+        flags = (
+            f"demo --data.batch {self.batch} --train.precision fp32 --optim.schedule constant --train.log-every 1"
+        ).split()
         flags += [
             f"{flag}=1000000"
             for flag in ("--max-steps", "--train.validate-every", "--train.checkpoint-every")

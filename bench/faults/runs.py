@@ -12,7 +12,7 @@ from faults.lives import Forge, Forked, Life, Torchrun
 
 STEPS, EVERY = 120, 6
 FLAGS = """
-demo --data.batch 4 --pretext.size 8 16 16 --model.width 2 --train.amp fp32 --optim.lr 1e-2 --optim.schedule plateau
+demo --data.batch 4 --pretext.size 8 16 16 --model.width 2 --train.precision fp32 --optim.lr 1e-2 --optim.schedule plateau
 --optim.plateau-patience 0 --train.validate-every 20 --train.log-every 1 --train.hang-minutes 0.5
 """.split()  # noqa: SIM905
 LIFE_S = 150.0
@@ -77,7 +77,7 @@ class Run:
         """The command's arguments: the same in every life, but for settings that may change."""
         own = ["--shards", str(self.sets / (form or self.plan.form)), "--run-dir", str(run or self.run)]
         own += ["--max-steps", str(steps), "--train.checkpoint-every", str(EVERY)]
-        return [*FLAGS, *own, "--data.readers", str(self.readers)]
+        return [*FLAGS, *own, "--data.reader-threads", str(self.readers)]
 
     def start(self, rng: random.Random, by_torchrun: bool) -> Life:
         """Type the command (again)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "data")]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 SHAPE = (8, 24, 20)  # z, y, x of the scans
 
@@ -72,15 +72,15 @@ def kinds() -> dict[str, Kind]:
 
 def read_scans(folder: Path) -> None:
     """As preprocess/shard_scans.py finds, forecasts and reads."""
-    from p2w.data.cut import _read  # noqa: PLC0415
-    from p2w.data.find import find_scans  # noqa: PLC0415
-    from p2w.data.folder import Settings  # noqa: PLC0415
-    from p2w.data.grid import BadScan  # noqa: PLC0415
-    from p2w.data.run import forecast  # noqa: PLC0415
+    from p2w.ct.discover import find_scans  # noqa: PLC0415
+    from p2w.ct.orientation import BadScan  # noqa: PLC0415
     from p2w.errors import UserError  # noqa: PLC0415
+    from p2w.shards.build import forecast_shards  # noqa: PLC0415
+    from p2w.shards.build_folder import ShardingSettings  # noqa: PLC0415
+    from p2w.shards.workers import _read  # noqa: PLC0415
 
     found = find_scans([str(folder)], str(folder / "out"))
-    forecast(found.sources, Settings())
+    forecast_shards(found.sources, ShardingSettings())
     reasons = [why for _, why in found.bad]
     for source in found.sources:
         try:
@@ -116,8 +116,8 @@ def make_unsealed(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> None:
-    from p2w.data.local import ShardSet  # noqa: PLC0415
-    from p2w.data.manifest import open_manifest  # noqa: PLC0415
+    from p2w.shards.manifest import open_manifest  # noqa: PLC0415
+    from p2w.stream.local import ShardSet  # noqa: PLC0415
 
     shards = ShardSet(open_manifest((folder / "manifest.parquet").read_bytes()), "fuzzed")
     assert len(shards.ids("train")) + len(shards.ids("val")) <= len(shards)
@@ -125,14 +125,14 @@ def read_manifest(folder: Path) -> None:
 
 def read_set(folder: Path) -> None:
     """p2w verify, and every sub-scan as training reads it."""
-    from p2w.data import verify  # noqa: PLC0415
-    from p2w.data.manifest import open_manifest  # noqa: PLC0415
-    from p2w.data.stream import open_set  # noqa: PLC0415
     from p2w.errors import UserError  # noqa: PLC0415
+    from p2w.shards import verify  # noqa: PLC0415
+    from p2w.shards.manifest import open_manifest  # noqa: PLC0415
+    from p2w.stream.stream import open_set  # noqa: PLC0415
 
     with contextlib.redirect_stdout(io.StringIO()):
         manifest = open_manifest(folder)
-        faults = [verify.check_shard(manifest, shard) for shard in manifest.meta["shards"]]
+        faults = [verify.verify_shard(manifest, shard) for shard in manifest.meta["shards"]]
     lines = [fault.line(str(folder)) for fault in faults if fault]
     try:
         shards = open_set(str(folder))
@@ -148,25 +148,25 @@ def read_tar_stream(folder: Path) -> None:
     """A remote shard, from a file in the place of curl."""
     from stream_sets import write_set  # noqa: PLC0415
 
-    from p2w.data import remote  # noqa: PLC0415
-    from p2w.data.manifest import open_manifest  # noqa: PLC0415
+    from p2w.shards.manifest import open_manifest  # noqa: PLC0415
+    from p2w.stream import tar  # noqa: PLC0415
 
-    remote._PAUSE, remote.logging.disable = 0.0, remote.logging.disable
+    tar._PAUSE, tar.logging.disable = 0.0, tar.logging.disable
     with tempfile.TemporaryDirectory() as sound:
         write_set(Path(sound), "tar", train=(3,), val=(2,))
-        shards = remote.RemoteSet(open_manifest(sound), "http://nowhere")
+        shards = tar.TarSet(open_manifest(sound), "http://nowhere")
 
     @contextlib.contextmanager
     def opened(url: str):
         with open(folder / "1.2.0000.tar", "rb") as file:
             yield file
 
-    before, remote._opened = remote._opened, opened
+    before, tar._opened = tar._opened, opened
     try:
         for sub_scan in range(3):
             shards.read_into(sub_scan, np.empty(shards.shape, np.int16))
     finally:
-        remote._opened = before
+        tar._opened = before
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -214,47 +214,47 @@ def read_safetensors(folder: Path) -> None:
 
 
 def make_config(folder: Path) -> None:
-    from p2w.config import Config, to_json  # noqa: PLC0415
+    from p2w.config import Config, config_to_json  # noqa: PLC0415
 
-    (folder / "config.json").write_text(to_json(Config()))
+    (folder / "config.json").write_text(config_to_json(Config()))
 
 
 def read_config(folder: Path) -> None:
     from p2w import config  # noqa: PLC0415
 
-    config.flatten(config.read(folder / "config.json"))
+    config.flatten(config.read_config(folder / "config.json"))
 
 
 def make_settings(folder: Path) -> None:
     from ct_files import ct, write  # noqa: PLC0415
 
-    from p2w.data.cut import cut_scan  # noqa: PLC0415
-    from p2w.data.find import find_scans  # noqa: PLC0415
-    from p2w.data.folder import Folder, Settings, Share  # noqa: PLC0415
-    from p2w.data.subscan import Tiling  # noqa: PLC0415
+    from p2w.ct.discover import find_scans  # noqa: PLC0415
+    from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings  # noqa: PLC0415
+    from p2w.shards.tiling import Tiling  # noqa: PLC0415
+    from p2w.shards.workers import cut_scan  # noqa: PLC0415
 
     write(folder / "scans" / "a.mha", ct((16, 16, 16)))
-    out = Folder(str(folder / "set"), Settings(Tiling((8, 8, 8), 0, 0.0)))
-    with out.share_lock(Share()):
-        out.prepare(Share())
+    out = BuildFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
+    with out.share_lock(JobShare()):
+        out.prepare(JobShare())
         for source in find_scans([str(folder / "scans")], "").sources:
-            cut_scan(source, out, Share())
+            cut_scan(source, out, JobShare())
 
 
 def read_settings(folder: Path) -> None:
     """settings.json and scans/*.json, as a run that goes on reads them, and the merge."""
-    from p2w.data.find import find_scans  # noqa: PLC0415
-    from p2w.data.folder import Folder, Settings, Share  # noqa: PLC0415
-    from p2w.data.merge import merge, unfinished  # noqa: PLC0415
-    from p2w.data.subscan import Tiling  # noqa: PLC0415
+    from p2w.ct.discover import find_scans  # noqa: PLC0415
+    from p2w.shards.build import merge_records, unfinished_scans  # noqa: PLC0415
+    from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings  # noqa: PLC0415
+    from p2w.shards.tiling import Tiling  # noqa: PLC0415
 
-    out = Folder(str(folder / "set"), Settings(Tiling((8, 8, 8), 0, 0.0)))
+    out = BuildFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
     found = find_scans([str(folder / "scans")], str(folder / "set"))
-    with out.share_lock(Share()):
-        out.prepare(Share())
+    with out.share_lock(JobShare()):
+        out.prepare(JobShare())
         out.check_strangers(found.sources, found.bad)
         for source in found.sources:
             out.finished(source)
     with out.merge_lock():
-        if not unfinished(found, out):
-            merge(found, out)
+        if not unfinished_scans(found, out):
+            merge_records(found, out)

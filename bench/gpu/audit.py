@@ -20,11 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2w import geometry
-from p2w.geometry import Keys
 from p2w.kernels import local_shuffle_triton
-from p2w.pretext import PRETEXTS
-from p2w.pretrain import build
+from p2w.pretext import PRETEXTS, build_pretext_and_network
 from p2w.recipes import named
+from p2w.rng import SampleKeys
 
 CARD = torch.device("cuda:0")
 WHOLES = (4, 64, 128, 128)
@@ -95,7 +94,7 @@ def audit(name: str) -> list[str]:
         config, pretext=replace(config.pretext, name=name), data=replace(config.data, batch=WHOLES[0]),
         model=replace(config.model, width=8),
     )  # fmt: skip
-    pretext, model = build(config)
+    pretext, model = build_pretext_and_network(config)
     with FakeTensorMode(allow_non_fake_inputs=False):
         for module in model.modules():
             for key, weight in list(module._parameters.items()):
@@ -108,9 +107,11 @@ def audit(name: str) -> list[str]:
         voxels = torch.empty(WHOLES, dtype=torch.int16, device=CARD)
         ids = torch.empty(WHOLES[0], dtype=torch.int64, device=CARD)
         try:
-            pretext.sample(voxels, Keys(0, 0, ids))  # tables that stay on the device are copied there once
+            pretext.sample(
+                voxels, SampleKeys(0, 0, ids)
+            )  # tables that stay on the device are copied there once
             with Watch() as sampling:
-                views = pretext.sample(voxels, Keys(0, 0, ids))
+                views = pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as passing, torch.autocast("cuda", torch.bfloat16):
                 output = model(views.input, *views.beside)
             with Watch() as losing:

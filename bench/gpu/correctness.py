@@ -15,11 +15,12 @@ import torch
 from harness import BATCH, BOTH, FOLDED_FORMS, PRECISIONS, Run, Setup, batches_of, network_of, structured_set
 from rows import CUDA, DAY, DEVICE, REPO, attempt, failures, needs_card, say, seconds_left, stages
 
-from p2w.data.held import Held
-from p2w.data.stream import ShardSet, Stream
-from p2w.geometry import backend
+from p2w import rng
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Stream
 from p2w.train.optim import choose_precision
-from p2w.train.selfcheck import wrong_convolution, wrong_crop
+from p2w.train.preflight import wrong_convolution, wrong_crop
 
 STEPS = 20 if CUDA else 4  # of each precision
 HALF = 6 if CUDA else 2  # steps before a resume, and after it
@@ -82,7 +83,7 @@ def tests() -> None:
 def selfcheck() -> None:
     """The check that every run makes at its start, in both 16-bit precisions, at the size of a run."""
     config, model = network_of()
-    say("crop-resize runs by", backend=backend(DEVICE))
+    say("crop-resize runs by", backend=rng.backend(DEVICE))
     shape = (BATCH if CUDA else 1, 1, *config.pretext.size)
     for amp in ("bf16", "fp16"):
         if amp == "fp16" and not CUDA:
@@ -178,7 +179,7 @@ def resume() -> None:
 def held() -> None:
     """Two epochs out of the device's memory are those that are streamed, bit for bit, behind a computation that lags."""
     shards = structured_set()
-    place = Held(shards, "train", DEVICE)
+    place = DeviceCache(shards, "train", DEVICE)
     streams = [
         Stream(shards, "train", BATCH, seed=3, readers=2, device=DEVICE, held=held) for held in (None, place)
     ]

@@ -16,21 +16,24 @@ from rows import CUDA, DAY, DEVICE
 from torch import Tensor, nn
 
 from p2w.config import Config
-from p2w.data.held import Held
-from p2w.data.manifest import NAME, VERSION, manifest_bytes
-from p2w.data.shard import open_shard
-from p2w.data.stream import Batch, ShardSet, Stream, open_set
 from p2w.log import Log
 from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
-from p2w.pretrain import _choose_forms, build
+from p2w.pretext import build_pretext_and_network
+from p2w.pretrain import _choose_forms
 from p2w.recipes import named
+from p2w.shards.manifest import manifest_bytes
+from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
+from p2w.shards.writer import open_shard
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.local import ShardSet
+from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.folder import RunFolder
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision, choose_precision
+from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 RECIPE = "paper" if CUDA else "demo"
@@ -49,7 +52,7 @@ SCANS, EACH = (16, 10) if CUDA else (8, 4)  # of the set that stages train on, a
 class Setup:
     """What differs from a recipe. `forms` of layers, by kind; None: those that a run chooses, by measuring on a GPU."""
 
-    amp: str = "auto"
+    precision: str = "auto"
     batch: int = BATCH
     recipe: str = RECIPE
     compiled: bool = False
@@ -127,17 +130,17 @@ class Run:
         self.setup, self.config, world = setup, config_of(setup), world_of(setup)
         precision = choose_precision(setup.amp, DEVICE).apply()
         torch.manual_seed(self.config.train.seed)
-        self.pretext, self.model = build(self.config)
+        self.pretext, self.model = build_pretext_and_network(self.config)
         self.model.to(DEVICE).to(memory_format=torch.channels_last_3d)
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
         self.log = Kept(self.folder, self.config.train.steps)
         if setup.forms is None:
-            _choose_forms(self.config, self.model, RunFolder(self.folder), world, precision, self.log)
+            _choose_forms(self.config, self.model, RunDir(self.folder), world, precision, self.log)
         else:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
-            shards, "train", setup.batch, seed=self.config.data.seed, readers=self.config.data.readers,
-            device=DEVICE, held=Held(shards, "train", DEVICE) if held else None,
+            shards, "train", setup.batch, seed=self.config.data.seed, readers=self.config.data.reader_threads,
+            device=DEVICE, held=DeviceCache(shards, "train", DEVICE) if held else None,
         )  # fmt: skip
         checkpoints = Checkpoints(self.folder / "checkpoints", 2, print)
         self.trainer = Trainer(
@@ -206,7 +209,7 @@ def _wait() -> None:
 def network_of(recipe: str = RECIPE) -> tuple[Config, nn.Module]:
     """The network of a recipe on the device, in the layout a run trains it in."""
     config = recipe_of(recipe)
-    _, model = build(config)
+    _, model = build_pretext_and_network(config)
     return config, model.to(DEVICE).to(memory_format=torch.channels_last_3d)
 
 
@@ -217,7 +220,7 @@ def structured_set() -> ShardSet:
     aside; torch, NumPy, pyarrow and the shard writer alone.
     """
     folder = DAY / "structured"
-    if not (folder / NAME).exists():
+    if not (folder / MANIFEST_NAME).exists():
         _write(folder, SCANS, EACH)
     return open_set(str(folder))
 
@@ -239,13 +242,13 @@ def _write(folder: Path, scans: int, each: int) -> None:
         done = shard.close()
         shards.append({"name": f"{uid}.tar", "nbytes": done.nbytes, "crc32c": done.crc32c})
     meta: dict[str, Any] = {
-        "schema": VERSION, "format": "tar", "shape": list(WHOLE), "dtype": "int16", "shards": shards,
+        "schema": MANIFEST_VERSION, "format": "tar", "shape": list(WHOLE), "dtype": "int16", "shards": shards,
         "window_hu": [-1000, 1000], "axis_order": "zyx",
         "split": {"rule": "scan", "val_scans": sum(scan % 8 == 0 for scan in range(scans))},
     }  # fmt: skip
-    beside = folder / f".{NAME}"
+    beside = folder / f".{MANIFEST_NAME}"
     beside.write_bytes(manifest_bytes(rows, meta))
-    beside.rename(folder / NAME)
+    beside.rename(folder / MANIFEST_NAME)
 
 
 def _volume(seed: int) -> Any:

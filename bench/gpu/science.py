@@ -25,7 +25,7 @@ PYTHON = sys.executable
 SHARDS, NCC, RUNS = DAY / "shards", DAY / "ncc", DAY / "runs"
 PRETRAINED = RUNS / "p2w"
 STARTS = (("Scratch", "random"), ("Parts2Whole", str(PRETRAINED)))
-STOPPED = 143  # exit code of launch/transfer.py that was told to stop
+STOPPED = 143  # exit code of launch/finetune.py that was told to stop
 SAVING_S = 20.0  # between SIGTERM and the end: the step under way, a checkpoint, the report
 WORKERS = str(min(10, max(1, (os.cpu_count() or 2) - 4))) if CUDA else "2"
 
@@ -35,11 +35,11 @@ PATIENTS = ["200", "--shape", "64", "128", "128"] if CUDA else ["10", "--shape",
 CUT = ["--val-fraction", "0.1"] if CUDA else ["--val-fraction", "0.25"]
 NEGATIVES = ["20"] if CUDA else ["4", "--size", "16", "16", "16"]
 TRAIN = (
-    ["paper", "--train.steps", "4000", "--optim.lr", "3e-4", "--train.validate-every", "500", "--train.look-every",
-     "500", "--train.checkpoint-every", "500", "--data.readers", "6", "--data.on-device"]
+    ["paper", "--train.steps", "4000", "--optim.lr", "3e-4", "--train.validate-every", "500", "--train.probe-every",
+     "500", "--train.checkpoint-every", "500", "--data.reader-threads", "6", "--data.cache-on-device"]
     if CUDA
     else ["demo", "--train.steps", "12", "--data.batch", "4", "--pretext.size", "16", "16", "16", "--model.width", "4",
-          "--train.validate-every", "6", "--train.look-every", "6", "--train.log-every", "1", "--data.on-device"]
+          "--train.validate-every", "6", "--train.probe-every", "6", "--train.log-every", "1", "--data.cache-on-device"]
 )  # fmt: skip
 STOP_AFTER = 0.4 if CUDA else None  # of the stage's time; in a rehearsal after the first logged step
 TRIALS = (
@@ -74,10 +74,10 @@ def data() -> None:
     """Phantoms and their shards, then the target task's. A step that is complete is passed over."""
     source, targets = DAY / "LUNA16", DAY / "targets"
     steps = {
-        "phantoms": ["-m", "p2w.data.phantom", "--out", str(source), "--scans", *SCANS],
+        "phantoms": ["-m", "p2w.phantom", "--out", str(source), "--scans", *SCANS],
         "shards": ["preprocess/shard_luna.py", "--luna", str(source), "--out", str(SHARDS), "--subsets", "0-9",
                    "--min-std", "0", *CUT],
-        "patients": ["-m", "p2w.data.phantom.targets", "--out", str(targets), "--tasks", "ncc", "--patients", *PATIENTS],
+        "patients": ["-m", "p2w.phantom.target_tasks", "--out", str(targets), "--tasks", "ncc", "--patients", *PATIENTS],
         "candidates": ["preprocess/prepare_target.py", "ncc", "--source", str(targets / "LUNA16"), "--out", str(NCC),
                        "--max-negatives", *NEGATIVES],
     }  # fmt: skip
@@ -169,10 +169,10 @@ def finetune() -> None:
     for place, (label, init) in enumerate(starts):
         folder = RUNS / f"ncc-{label}"
         width = ["--width", "4"] if init == "random" and not CUDA else []
-        amp = ["--recipe.amp", "auto", "--label", label, "--init", init, *width, *TRIALS]
+        amp = ["--recipe.precision", "auto", "--label", label, "--init", init, *width, *TRIALS]
         began = time.time()
         share = (seconds_left() - 15) / (len(starts) - place)
-        code = run(["launch/transfer.py", "--task", str(NCC), "--run-dir", str(folder), *amp], share)
+        code = run(["launch/finetune.py", "--task", str(NCC), "--run-dir", str(folder), *amp], share)
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
         metrics = [trial.get("metrics", {}) for trial in found]
         names = sorted(set.intersection(*[set(one) for one in metrics])) if metrics else []

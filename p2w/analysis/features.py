@@ -2,6 +2,8 @@
 
 Part p of whole k is a function of (seed, k, p) alone, and the parts of one whole meet the network in batches of their own:
 features are the same for any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the network's input.
+
+t-SNE (van der Maaten and Hinton 2008) puts them on a plane, as in the paper's Fig. 2a.
 """
 
 import itertools
@@ -15,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w import geometry
-from p2w.analysis.validation import VALIDATION_SEED
+from p2w.analysis.monitors import VALIDATION_SEED
 from p2w.config import PretextConfig
-from p2w.data.stream import ShardSet
-from p2w.geometry import Keys, Range
+from p2w.geometry import Range
+from p2w.rng import SampleKeys
+from p2w.stream.local import ShardSet
 from p2w.world import World
 
 Features = Callable[[Tensor], Tensor]  # parts (B, 1, d, h, w) float32 in [0, 1] -> (B, C)
@@ -43,7 +46,7 @@ class PartSet:
 
     def boxes(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> Tensor:
         """(W, P, 6) float32, see p2w.geometry; fraction by fraction."""
-        keys = Keys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids))
+        keys = SampleKeys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids))
         numbered = [
             (self.first + place * self.each + part, fraction)
             for place, fraction in enumerate(self.fractions)
@@ -88,12 +91,14 @@ def extract(
         for row, sub_scan in enumerate(mine):
             reader.read_into(int(sub_scan), voxels)
             whole = voxels.to(world.device)
-            rows.append(torch.cat([features(cut(whole, some, view)) for some in boxes[row].split(batch)]))
+            rows.append(
+                torch.cat([features(cut_parts(whole, some, view)) for some in boxes[row].split(batch)])
+            )
             tick(part_set.count)
     return _together(rows, share, part_set.count, len(ids), world)
 
 
-def cut(whole: Tensor, boxes: Tensor, view: PretextConfig) -> Tensor:
+def cut_parts(whole: Tensor, boxes: Tensor, view: PretextConfig) -> Tensor:
     """Parts (B, 1, d, h, w) in [0, 1]: boxes (B, 6) of one whole, int16 HU (D, H, W)."""
     repeated = whole.expand(len(boxes), *whole.shape)
     return geometry.crop_resize(
@@ -127,3 +132,23 @@ def pixels(parts: Tensor, size: tuple[int, int, int] = (4, 8, 8)) -> Tensor:
 
 # Features without a network. Where they tell parts apart as well as a network does, the network may have learned no more.
 BASELINES: dict[str, Features] = {"histogram": histogram, "pixels": pixels}
+
+PERPLEXITY = 30.0
+
+
+def tsne(features: NDArray[np.floating], seed: int) -> NDArray[np.float64]:
+    """Features (N, C) -> places (N, 2), by Euclidean distance.
+
+    Centred and brought to one overall scale first: the features of a network that never learned differ in the sixth digit,
+    which float32 distances would lose. t-SNE itself does not depend on the scale.
+    """
+    from sklearn.manifold import TSNE  # noqa: PLC0415  (2 s of imports)
+
+    wide = features.astype(np.float64)
+    wide -= wide.mean(0)
+    spread = wide.std()
+    if len(wide) < 3 or spread == 0:  # all in one point
+        return np.zeros((len(wide), 2))
+    perplexity = min(PERPLEXITY, (len(wide) - 1) / 3)
+    model = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
+    return np.asarray(model.fit_transform(wide / spread), np.float64)

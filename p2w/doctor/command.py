@@ -1,4 +1,37 @@
-"""Look at this machine, and say what would keep a run from working, and what to type about it.
+"""The command `p2w doctor`: the list of checks, how one is held to its time, and the page of results.
+
+The shards, whether the run's batch fits them, and what the run folder holds.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from p2w import config as settings
+from p2w.config import Config
+from p2w.doctor import machine, network, software
+from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
+from p2w.errors import UserError
+from p2w.recipes import named
+from p2w.shards.manifest import data_fingerprint
+from p2w.stream.local import DataError, LocalSet, ShardSet
+from p2w.stream.sampler import Sampler
+from p2w.stream.stream import open_set
+from p2w.train.run_dir import RunDir
+
+USAGE = """Look at this machine, and say what would keep a run from working, and what to type about it.
 
     p2w doctor                                                        this machine, for recipe paper
     p2w doctor demo --shards demo/shards --run-dir demo/run --ranks 2
@@ -8,30 +41,145 @@
 It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` checks every byte of a set.
 """
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+SAMPLE = 24
+LONGEST_S = 3.0  # reading the sample
+CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
 
-from p2w import config as settings
-from p2w.config import Config
-from p2w.doctor.row import Case, Row, problem, refused
-from p2w.errors import UserError
-from p2w.recipes import named
+
+def shards(case: CheckContext) -> Iterator[CheckResult]:
+    """The set is whole by its manifest, a random sample of it is intact, and the run's batch fits it and the folder."""
+    if case.shards is None and not Path("shards").exists():
+        yield note(
+            "shards", "no folder shards here, and none named", f"p2w doctor --shards DIR; to cut scans: {CUT}"
+        )
+        return
+    where = case.shards or "shards"
+    try:
+        found = open_set(where)
+    except UserError as error:
+        yield refused("shards", error)
+        return
+    count = len(found.shard_names)
+    split = f"{len(found.ids('train')):,} sub-scans to train, {len(found.ids('val')):,} to validate"
+    yield ok(
+        "shards",
+        f"{where}: {split}, in {count:,} shards{', all there' if isinstance(found, LocalSet) else ''}",
+    )
+    yield from sample(found)
+    yield from plan(case, found)
+    yield from run_folder(case, found)
+
+
+def sample(found: ShardSet) -> Iterator[CheckResult]:
+    """Checksums of sub-scans drawn at random, other ones each time."""
+    full = f"p2w verify {found.where}"
+    if not isinstance(found, LocalSet):
+        yield ok("checksums", f"not sampled, the set is remote; training checks each sub-scan. All: {full}")
+        return
+    out = torch.empty(found.shape, dtype=torch.int16)
+    drawn = np.random.default_rng().permutation(len(found))[:SAMPLE]
+    began, done = time.perf_counter(), 0
+    for sub_scan in drawn:
+        try:
+            found.read_into(int(sub_scan), out)
+        except DataError as error:
+            bad = refused("checksums", error)
+            yield problem("checksums", bad.found, f"{bad.remedy}. All: {full}")
+            return
+        done += 1
+        if time.perf_counter() - began > LONGEST_S:
+            break
+    rate = done * found.nbytes / (time.perf_counter() - began)
+    yield ok("checksums", f"{done} of {len(found):,} sub-scans drawn are intact, {size(rate)}/s. All: {full}")
+
+
+def plan(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
+    """Whether the ranks of this machine can share the recipe's batch of this set."""
+    data, accumulate = case.config.data, case.config.optim.accumulate
+    try:
+        rows = Sampler(found, "train", data.batch, data.seed, 0, case.ranks, training=True).rows
+    except UserError as error:
+        yield refused("batch", error)
+        return
+    share = f"batch {data.batch} = {case.ranks} rank(s) x {rows}"
+    if rows % accumulate:
+        yield problem(
+            "batch", f"{share}, not a multiple of optim.accumulate={accumulate}", "--optim.accumulate 1"
+        )
+    else:
+        yield ok("batch", f"{share}; {len(found.ids('train')) // data.batch:,} steps an epoch")
+
+
+def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
+    """Whether the command may continue what the run folder holds."""
+    try:
+        RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
+    except UserError as error:
+        yield refused("run folder", error)
+        return
+    try:
+        status = json.loads((case.run / "status.json").read_text())
+        yield ok(
+            "run folder",
+            f"{case.run}: {status['state']} at step {status['step']}; the same command continues it",
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        yield ok("run folder", f"{case.run}: {'holds no run yet' if case.run.exists() else 'new'}")
+
+
+Check = Callable[[CheckContext], Iterator[CheckResult]]
+
+CHECKS: tuple[Check, ...] = (
+    software.python, software.torch_build, software.devices, software.nccl, software.triton, software.apex,
+    software.libraries, software.arithmetic,
+    machine.cores, machine.memory, machine.speed, machine.shared_memory, machine.disk, machine.limits, machine.clock,
+    shards, network.cluster, network.job,
+    network.host_name, network.interfaces, network.ports, network.all_reduce,
+)  # fmt: skip
+LIMIT_S = 60.0
+
+
+def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> list[CheckResult]:
+    """What a check finds. One that raises, or hangs (a dead file server, a driver), is a problem like any other."""
+    rows: list[CheckResult] = []
+    broken: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            rows.extend(check(case))
+        except Exception as error:
+            broken.append(error)
+
+    name = check.__name__.replace("_", " ")
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        hangs = problem(
+            name,
+            f"no answer in {limit_s:.0f} s: a file server, a driver or a name server hangs",
+            "dmesg | tail; df; nvidia-smi",
+        )
+        return [*rows, hangs]
+    for error in broken:
+        text = (str(error).splitlines() or [""])[0]
+        rows.append(
+            problem(
+                name,
+                f"the check itself failed: {type(error).__name__}: {text}",
+                "a mistake of p2w doctor: please report this line",
+            )
+        )
+    return rows
+
 
 COLOUR = {"ok": "green", "note": "yellow", "problem": "bold red"}
 WIDTH = 160  # off a terminal
 
 
 @dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """Command line of p2w doctor."""
 
     shards: str | None = None
@@ -49,29 +197,28 @@ def main(argv: list[str]) -> int:
     """Ask every check, print the page. Raises UserError for a recipe or setting that there is not."""
     first = bool(argv) and not argv[0].startswith("-")
     recipe = argv[0] if first else "paper"
-    base = settings.read(Path(recipe)) if recipe.endswith(".json") else named(recipe)
+    base = settings.read_config(Path(recipe)) if recipe.endswith(".json") else named(recipe)
     options = tyro.cli(
-        Options, args=argv[1:] if first else argv, default=Options(config=base),
-        prog="p2w doctor [RECIPE | CONFIG.json]", description=__doc__,
+        DoctorOptions, args=argv[1:] if first else argv, default=DoctorOptions(config=base),
+        prog="p2w doctor [RECIPE | CONFIG.json]", description=USAGE,
     )  # fmt: skip
-    settings.check(options.config)
+    settings.check_config(options.config)
     if options.ranks is not None and options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: must be at least 1; leave it out for one a GPU")
     console = Console(stderr=True)
     with console.status("looking") as status:
-        rows = look(options, recipe, lambda name: status.update(f"looking at {name}"))
+        rows = run_checks(options, recipe, lambda name: status.update(f"looking at {name}"))
     problems = [row for row in rows if row.status == "problem"]
     if options.json:
         print(json.dumps({"problems": len(problems), "rows": [asdict(row) for row in rows]}, indent=2))
     else:
-        show(rows, recipe)
+        show_checks(rows, recipe)
     return 1 if problems else 0
 
 
-def look(options: Options, recipe: str, say: Callable[[str], None]) -> list[Row]:
+def run_checks(options: DoctorOptions, recipe: str, say: Callable[[str], None]) -> list[CheckResult]:
     """The rows of all checks. A torch that cannot be imported is the only row: nothing else would work."""
     try:
-        from p2w.doctor.checks import CHECKS, answer  # noqa: PLC0415
         from p2w.world import World  # noqa: PLC0415
     except Exception as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
@@ -86,20 +233,20 @@ def look(options: Options, recipe: str, say: Callable[[str], None]) -> list[Row]
     try:
         import torch  # noqa: PLC0415
 
-        cuda = World.place().device.type == "cuda"
+        cuda = World.from_env().device.type == "cuda"
         ranks = torch.cuda.device_count() if cuda else 1
     except UserError as error:
         rows.append(refused("device", error))
     name = f"{Path(recipe).resolve().parent.name}-again" if recipe.endswith(".json") else recipe
     run = options.run or Path("runs") / name
-    case = Case(recipe, options.config, options.shards, run, options.ranks or ranks, cuda)
+    case = CheckContext(recipe, options.config, options.shards, run, options.ranks or ranks, cuda)
     for check in CHECKS:
         say(check.__name__.replace("_", " "))
-        rows += answer(check, case)
+        rows += run_check(check, case)
     return rows
 
 
-def show(rows: list[Row], recipe: str) -> None:
+def show_checks(rows: list[CheckResult], recipe: str) -> None:
     """The page: a line a row, and below a problem or note what to type."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     table = Table.grid(padding=(0, 1))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from p2w.data.manifest import NAME
-from p2w.data.prefetch import RING
-from p2w.doctor.row import GIB, Case, Row, note, ok, problem, refused, size
+from p2w.doctor.check import GIB, CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
 from p2w.resources import free_memory, usable_cores
+from p2w.shards.manifest_schema import MANIFEST_NAME
+from p2w.stream.prefetch import RING
 from p2w.train.optim import choose_precision
 
 PROCESS_BYTES = GIB // 2  # Python, torch and the libraries of one rank on a CPU (0.45 GiB seen)
@@ -28,24 +28,24 @@ CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR, the clock is not synchronised
 SLACK_S = 60.0  # a file server's clock may be ahead by so much
 
 
-def cores(case: Case) -> Iterator[Row]:
+def cores(case: CheckContext) -> Iterator[CheckResult]:
     """Cores of this process (a container or Slurm may give fewer than there are), and what they compute in."""
     mine, all_of_them = usable_cores(), os.cpu_count() or 1
-    needed = case.ranks * (1 + case.config.data.readers)
+    needed = case.ranks * (1 + case.config.data.reader_threads)
     precision = choose_precision("auto", torch.device("cpu"))
-    work = f"{case.ranks} rank(s) with {case.config.data.readers} reader(s)"
+    work = f"{case.ranks} rank(s) with {case.config.data.reader_threads} reader(s)"
     found = f"{mine} of {all_of_them} cores for {work}; {precision.reason}"
     if mine < case.ranks or (mine < needed and case.cuda):
         yield note(
             "CPU",
             f"{found}: threads will wait for each other",
-            "sbatch --cpus-per-task=N, docker --cpus=N, or --data.readers 1",
+            "sbatch --cpus-per-task=N, docker --cpus=N, or --data.reader-threads 1",
         )
     else:
         yield ok("CPU", found)
 
 
-def memory(case: Case) -> Iterator[Row]:
+def memory(case: CheckContext) -> Iterator[CheckResult]:
     """Free memory against weights, optimizer, activations and batches; on GPUs, each device's."""
     try:
         cost = case.cost
@@ -70,20 +70,20 @@ def memory(case: Case) -> Iterator[Row]:
     yield ok("memory", found) if here < free else problem("memory", found, remedy)
 
 
-def speed(case: Case) -> Iterator[Row]:
+def speed(case: CheckContext) -> Iterator[CheckResult]:
     """How fast the recipe would be on these GPUs, from data sheets; nothing where the card is not known."""
-    from p2w.train.forecast import describe, known  # noqa: PLC0415
+    from p2w.train.estimate import describe_scaling, known_device  # noqa: PLC0415
 
     card = torch.cuda.get_device_name() if case.cuda else ""
-    if known(card):
+    if known_device(card):
         config, ranks = case.config, case.ranks
-        said = describe(
+        said = describe_scaling(
             case.cost, card, ranks=ranks, per_node=ranks, batch=config.data.batch, steps=config.train.steps
         )
         yield ok("speed", "; ".join(said))
 
 
-def shared_memory(case: Case, where: str = "/dev/shm") -> Iterator[Row]:
+def shared_memory(case: CheckContext, where: str = "/dev/shm") -> Iterator[CheckResult]:
     """NCCL's place between GPUs; p2w's readers are threads and use none."""
     free = shutil.disk_usage(where).free if os.path.isdir(where) else 0
     several = case.cuda and case.ranks > 1
@@ -94,7 +94,7 @@ def shared_memory(case: Case, where: str = "/dev/shm") -> Iterator[Row]:
         yield ok(where, found)
 
 
-def disk(case: Case) -> Iterator[Row]:
+def disk(case: CheckContext) -> Iterator[CheckResult]:
     """Room for the run folder's checkpoints, and how fast they are written."""
     absolute = case.run.absolute()
     place = next(place for place in (absolute, *absolute.parents) if place.exists())
@@ -136,7 +136,7 @@ def write_speed(place: Path) -> float:
     return PROBE_BYTES / (time.perf_counter() - began)
 
 
-def limits(case: Case, maps: Path = Path("/proc/sys/vm/max_map_count")) -> Iterator[Row]:
+def limits(case: CheckContext, maps: Path = Path("/proc/sys/vm/max_map_count")) -> Iterator[CheckResult]:
     """Open files and memory maps of a process. Every shard in use is one map."""
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < OPEN_FILES:
@@ -160,10 +160,14 @@ def limits(case: Case, maps: Path = Path("/proc/sys/vm/max_map_count")) -> Itera
         yield ok("limits", f"{files:,} open files, {most:,} memory maps a process")
 
 
-def clock(case: Case) -> Iterator[Row]:
+def clock(case: CheckContext) -> Iterator[CheckResult]:
     """Whether the clock stands behind a file's date, and whether anything sets it."""
     behind = clock_behind(
-        [*Path(__file__).parents[1].rglob("*.py"), Path(case.shards or "shards", NAME), *case.run.glob("*")]
+        [
+            *Path(__file__).parents[1].rglob("*.py"),
+            Path(case.shards or "shards", MANIFEST_NAME),
+            *case.run.glob("*"),
+        ]
     )
     if behind:
         yield problem(

@@ -1,16 +1,19 @@
-"""Names, ports and a real all-reduce: what torchrun, gloo and NCCL stand on."""
+"""Names, ports, a real all-reduce, and Slurm: what torchrun, gloo, NCCL and jobs stand on."""
 
 import json
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from p2w.doctor.row import Case, Row, note, ok, problem
+from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem
 from p2w.world import variable, variables
 
 TORCHRUN_PORT = 29500
@@ -20,7 +23,7 @@ SLOW_NAME_S = 1.0
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def host_name(case: Case, name: str = "") -> Iterator[Row]:
+def host_name(case: CheckContext, name: str = "") -> Iterator[CheckResult]:
     """Whether this host's name leads to this host: gloo and torchrun look it up, and wait for whom it names."""
     name = name or socket.gethostname()
     began = time.perf_counter()
@@ -67,7 +70,7 @@ def connect(address: str) -> None:
             server.accept()[0].close()
 
 
-def interfaces(case: Case) -> Iterator[Row]:
+def interfaces(case: CheckContext) -> Iterator[CheckResult]:
     """Network interfaces that gloo and NCCL were told to use; one that is not here fails every start."""
     here = [name for _, name in socket.if_nameindex()]
     for name in INTERFACES:
@@ -82,8 +85,10 @@ def interfaces(case: Case) -> Iterator[Row]:
 
 
 def ports(
-    case: Case, wanted: int = TORCHRUN_PORT, low: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")
-) -> Iterator[Row]:
+    case: CheckContext,
+    wanted: int = TORCHRUN_PORT,
+    low: Path = Path("/proc/sys/net/ipv4/ip_local_port_range"),
+) -> Iterator[CheckResult]:
     """The port torchrun meets at, and those that Slurm jobs take by their number."""
     if not free(wanted):
         yield problem(
@@ -121,7 +126,7 @@ def free(port: int) -> bool:
             return False
 
 
-def all_reduce(case: Case, within_s: float = MEET_S) -> Iterator[Row]:
+def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckResult]:
     """Two processes meet as ranks do and sum their numbers: over gloo, and over NCCL where there are two GPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +141,7 @@ def all_reduce(case: Case, within_s: float = MEET_S) -> Iterator[Row]:
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "p2w.doctor.two_ranks", str(within_s)],
+            [sys.executable, "-m", "p2w.doctor.allreduce_probe", str(within_s)],
             env=variables(**where, **own, RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="False"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -168,3 +173,82 @@ def all_reduce(case: Case, within_s: float = MEET_S) -> Iterator[Row]:
             "all-reduce",
             f"two processes over {backend}: {nbytes >> 20} MiB in {1000 * seconds:.0f} ms, the sum is right",
         )
+
+
+COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
+ANSWER_S = 8
+USABLE = ("idle", "mixed", "allocated", "completing")
+
+
+def cluster(case: CheckContext) -> Iterator[CheckResult]:
+    """Nodes by state, and the time a job gets to save when it is stopped."""
+    there = [name for name in COMMANDS if shutil.which(name)]
+    if not there:
+        yield ok("Slurm", "not here; only slurm/*.sbatch need it")
+        return
+    if missing := sorted(set(COMMANDS) - set(there)):
+        yield problem(
+            "Slurm",
+            f"{', '.join(missing)} not on the PATH, {', '.join(there)} is",
+            "apt-get install slurm-client",
+        )
+        return
+    code, said = ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+    if code and "configuration source" in said:
+        yield note(
+            "Slurm",
+            "its commands are here, a configuration is not: no node of a cluster",
+            "export SLURM_CONF=FILE",
+        )
+        return
+    if code:
+        yield problem(
+            "Slurm", f"sinfo does not answer: {said}", "scontrol ping; systemctl status slurmctld munge"
+        )
+        return
+    states = {
+        node: state
+        for node, state in (line.split()[:2] for line in said.splitlines() if len(line.split()) > 1)
+    }
+    found = (
+        ", ".join(f"{count} node(s) {state}" for state, count in Counter(states.values()).items())
+        or "no nodes"
+    )
+    wait = re.search(r"KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config")[1])
+    if wait:
+        found += f"; a job told to stop has {wait[1]} s to save (KillWait)"
+    bad = sorted(node for node, state in states.items() if state.strip("*~#!%$@^-") not in USABLE)
+    if states and len(bad) == len(states):
+        yield problem("Slurm", found, f"sinfo -R; scontrol update nodename={','.join(bad[:4])} state=resume")
+    elif bad:
+        yield note("Slurm", found, f"sinfo -R; scontrol update nodename={','.join(bad[:4])} state=resume")
+    else:
+        yield ok("Slurm", found)
+
+
+def job(case: CheckContext) -> Iterator[CheckResult]:
+    """Inside a job: number, nodes, restarts so far."""
+    number = variable("SLURM_JOB_ID")
+    if not number:
+        return
+    nodes = variable("SLURM_JOB_NODELIST")
+    code, said = ask("scontrol", "show", "hostnames", nodes)
+    names = ", ".join(said.split()) if not code else nodes
+    cpus, gpus = variable("SLURM_CPUS_ON_NODE") or "?", variable("SLURM_GPUS_ON_NODE") or "0"
+    found = f"{number} on {names}; this is {variable('SLURMD_NODENAME') or 'none of them'}: {cpus} CPU(s), {gpus} GPU(s)"
+    yield ok("Slurm job", f"{found}; restarts {variable('SLURM_RESTART_COUNT') or 0}")
+
+
+def ask(*command: str) -> tuple[int, str]:
+    """Exit code and what a command printed; on an error, its last line on stderr. One that hangs is ended."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        return 1, f"nothing in {ANSWER_S} s"
+    except OSError as error:
+        return 1, str(error)
+    if done.returncode:
+        return done.returncode, (done.stderr.strip().splitlines() or ["exit code " + str(done.returncode)])[
+            -1
+        ]
+    return 0, done.stdout

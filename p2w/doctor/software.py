@@ -1,7 +1,5 @@
 """Python, torch, CUDA and the libraries around them."""
 
-import importlib
-import importlib.metadata
 import importlib.util
 import math
 import platform
@@ -16,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from p2w import __version__
+from p2w import __version__, rng
 from p2w.config import OptimConfig
-from p2w.doctor.row import Case, Row, note, ok, problem, refused, size
+from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
-from p2w.geometry import Keys, backend, part_and_whole, sample_boxes
+from p2w.geometry import part_and_whole, sample_boxes
+from p2w.rng import SampleKeys
 from p2w.train.optim import build_optimizer, choose_precision
 
 OLDEST_TORCH = (2, 11)
@@ -42,13 +41,13 @@ AGREE = 0.3  # bf16 has 8 bits: norms differed by up to 10 % where it is sound
 SHOWN = ("SimpleITK", "webdataset", "pyarrow")
 
 
-def python(case: Case) -> Iterator[Row]:
+def python(case: CheckContext) -> Iterator[CheckResult]:
     """Which interpreter."""
     place = Path(__file__).parents[1]
     yield ok("python", f"{platform.python_version()} at {sys.executable}; p2w {__version__} at {place}")
 
 
-def torch_build(case: Case, devices: str = "/dev") -> Iterator[Row]:
+def torch_build(case: CheckContext, devices: str = "/dev") -> Iterator[CheckResult]:
     """Whether torch is new enough, and whether it can use the NVIDIA devices there are (files in `devices`)."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     found = f"{torch.__version__}, {built}"
@@ -73,7 +72,7 @@ def torch_build(case: Case, devices: str = "/dev") -> Iterator[Row]:
         yield ok("torch", found)
 
 
-def devices(case: Case) -> Iterator[Row]:
+def devices(case: CheckContext) -> Iterator[CheckResult]:
     """CUDA devices: equal ones on one line; each must be one that this torch has code for, and compute rightly."""
     if not case.cuda:
         yield ok("GPU", "none in use: runs take the CPU")
@@ -116,7 +115,7 @@ def _computes_wrongly(index: int) -> str:
     return "" if off < 0.1 else f"a convolution is off by {off:.3g}"
 
 
-def nccl(case: Case) -> Iterator[Row]:
+def nccl(case: CheckContext) -> Iterator[CheckResult]:
     """What GPUs talk through."""
     if torch.distributed.is_available() and torch.distributed.is_nccl_available() and torch.version.cuda:
         yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
@@ -126,7 +125,7 @@ def nccl(case: Case) -> Iterator[Row]:
         yield ok("NCCL", "this torch has none; on CPUs gloo is used")
 
 
-def triton(case: Case) -> Iterator[Row]:
+def triton(case: CheckContext) -> Iterator[CheckResult]:
     """Whether the crop-resize kernel compiles, and computes on the GPU what torch computes on the CPU."""
     if importlib.util.find_spec("triton") is None:
         if case.cuda:
@@ -139,12 +138,12 @@ def triton(case: Case) -> Iterator[Row]:
         yield ok("triton", f"{version}; no GPU to try it on")
         return
     compilers = "apt-get install gcc python3-dev   # triton compiles with them"
-    name, why = backend("cuda")
+    name, why = rng.backend("cuda")
     if name != "triton":
         yield note("triton", f"{version}: parts are cut by {name}, slower: {why}", compilers)
         return
     wholes = torch.randint(-1300, 1301, (4, 16, 32, 32), generator=torch.Generator().manual_seed(0)).short()
-    boxes = sample_boxes(Keys(0, 0, torch.arange(4)), 0, wholes.shape[1:])
+    boxes = sample_boxes(SampleKeys(0, 0, torch.arange(4)), 0, wholes.shape[1:])
     try:
         began = time.perf_counter()
         there = part_and_whole(wholes.cuda(), boxes.cuda(), (8, 16, 16))
@@ -173,7 +172,7 @@ def triton(case: Case) -> Iterator[Row]:
         )
 
 
-def apex(case: Case) -> Iterator[Row]:
+def apex(case: CheckContext) -> Iterator[CheckResult]:
     """NVIDIA's, PyPI's web toolkit of that name, or none; told apart where the optimizer is built."""
     wanted = case.config.optim.fused == "apex"
     try:
@@ -193,7 +192,7 @@ def apex(case: Case) -> Iterator[Row]:
     yield ok("apex", whose)
 
 
-def libraries(case: Case) -> Iterator[Row]:
+def libraries(case: CheckContext) -> Iterator[CheckResult]:
     """The others that a run or preprocessing imports."""
     versions = {}
     for name in LIBRARIES:
@@ -208,17 +207,17 @@ def libraries(case: Case) -> Iterator[Row]:
         yield ok("libraries", f"{found}; {len(LIBRARIES) - len(SHOWN)} others import")
 
 
-def arithmetic(case: Case) -> Iterator[Row]:
+def arithmetic(case: CheckContext) -> Iterator[CheckResult]:
     """The recipe's network on a small input: gradients in the precision a run would choose against float32's."""
-    from p2w.pretrain import build  # noqa: PLC0415  (draws in a good part of p2w, for this check and the costs)
+    from p2w.pretext import build_pretext_and_network  # noqa: PLC0415  (draws in a good part of p2w, for this check and the costs)
 
     device = torch.device("cuda" if case.cuda else "cpu")
     try:
-        precision = choose_precision(case.config.train.amp, device)
+        precision = choose_precision(case.config.train.precision, device)
         torch.manual_seed(0)
-        network = build(replace(case.config, pretext=replace(case.config.pretext, size=SMALL_ZYX)))[1].to(
-            device
-        )
+        network = build_pretext_and_network(
+            replace(case.config, pretext=replace(case.config.pretext, size=SMALL_ZYX))
+        )[1].to(device)
     except UserError as error:
         yield refused("arithmetic", error)
         return
@@ -246,7 +245,7 @@ def arithmetic(case: Case) -> Iterator[Row]:
         yield problem(
             "arithmetic",
             f"{precision.name} gradients of {case.recipe} {how}",
-            "--train.amp fp32   # and update torch",
+            "--train.precision fp32   # and update torch",
         )
     else:
         yield ok("arithmetic", f"{precision.name} gradients of {case.recipe} agree with fp32's to {off:.1%}")

@@ -18,10 +18,6 @@ bits do not depend on the batch.
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
 """
 
-
-# What Triton compiles is typed by Triton:
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import contextlib
 import functools
 import math
@@ -32,6 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# What Triton compiles is typed by Triton:
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 UNIT = tl.constexpr(
     128.0

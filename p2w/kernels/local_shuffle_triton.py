@@ -1,4 +1,4 @@
-"""Shuffle voxels within thousands of small blocks on a GPU: two launches, the bits of p2w.pretext.local_shuffle.
+"""Shuffle voxels within thousands of small blocks on a GPU: two launches, the bits of p2w.pretext.models_genesis.
 
 The first finds the last block that covers each voxel: every block writes its number over its voxels, the largest stays; a
 maximum does not depend on the order of the writes. The second follows each voxel's way through the permutation of its block
@@ -8,15 +8,15 @@ Wholes that are not chosen are copied. B, N, V = batch, blocks of a volume, voxe
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
 """
 
-# What Triton compiles is typed by Triton:
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import contextlib
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# What Triton compiles is typed by Triton:
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 BLOCKS = 64  # blocks of a program of the first launch
 VOXELS = 512  # voxels of a program of the second
@@ -65,7 +65,7 @@ def last_block_kernel(
 
 @triton.jit
 def _mix(z):
-    """SplitMix64's finaliser on uint64; p2w.geometry.mix on int64 gives the same bits."""
+    """SplitMix64's finaliser on uint64; p2w.rng.splitmix64 on int64 gives the same bits."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)
@@ -123,7 +123,7 @@ def run(volumes: Tensor, draws: Tensor, seeds: Tensor, chosen: Tensor, rounds: i
     """Volumes (B, 1, d, h, w), contiguous, shuffled where `chosen` (B,) bool.
 
     `draws` (B, 6 N) float64 in [0, 1): edges along z, y, x, then places; `seeds` (B, N) alike. `rounds` and `odd` are of the
-    permutation, see p2w.pretext.local_shuffle.
+    permutation, see p2w.pretext.models_genesis.
     """
     batch, _, d, h, w = volumes.shape
     count, voxels = seeds.shape[1], d * h * w

@@ -14,9 +14,6 @@ Tiles of the second pass run from the last row to the first: what the first pass
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
 """
 
-# What Triton compiles is typed by Triton:
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from p2w.errors import UserError
+
+# What Triton compiles is typed by Triton:
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 Reduce = Callable[[Tensor], object]  # sums a 1-D float32 tensor over ranks, in place
 

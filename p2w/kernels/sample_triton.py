@@ -7,9 +7,6 @@ logarithms and exponentials, which libraries round differently in the last bit: 
 Runs without a GPU in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): the tests do.
 """
 
-# What Triton compiles is typed by Triton:
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import contextlib
 import math
 from contextlib import AbstractContextManager
@@ -19,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# What Triton compiles is typed by Triton:
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64's increment and multipliers, as in p2w.geometry
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 from p2w.errors import UserError
 from p2w.model.dense_vnet import DenseVNet
+from p2w.model.encoder import Encoder, Network, Output
 from p2w.model.i3d import I3D
-from p2w.model.protocol import Encoder, Network, Output
 from p2w.model.resencl import ResEncL
 from p2w.model.resnet3d import ResNet3d
 from p2w.model.unet3d import UNet3dEncoder
 from p2w.model.vit3d import ViT3d
 
 __all__ = ["ENCODERS", "Encoder", "Network", "Output", "build_encoder"]
+
 
 ENCODERS: dict[str, Callable[[int, int], Encoder]] = {  # (width, in_channels) -> encoder
     "unet3d": UNet3dEncoder,

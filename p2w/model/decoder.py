@@ -1,4 +1,6 @@
-"""Decoders: from an encoder's features back to a volume. They see an encoder only through its channels and strides.
+"""Decoders, from an encoder's features back to a volume, and the heads of target tasks.
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from p2w.model.dense_vnet import DenseVNet, DenseVNetHead
-from p2w.model.protocol import Encoder, Network
+from p2w.model.encoder import Encoder, Network, normalise_input
 from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder, UpBlock
 
 WIDEST = 256  # channels of a general decoder's level: the paper's decoder has 256 | 128 | 64
@@ -49,12 +51,12 @@ class GeneralDecoder(nn.Module):
         widths = [min(c, WIDEST) for c in channels[:-1]] + [channels[-1]]
         pairs = list(zip(channels, widths, edges, strict=True))
         self.ups = nn.ModuleList(
-            Widen(cin, _ratio(coarse, fine), skip if skips else 0, cout)
+            UpsampleBlock(cin, _ratio(coarse, fine), skip if skips else 0, cout)
             for (skip, cout, fine), (_, cin, coarse) in reversed(list(itertools.pairwise(pairs)))
         )
         narrow = max(widths[0] // 2, 1)
         widens = max(edges[0]) > 1
-        self.last = Widen(widths[0], edges[0], 0, narrow) if widens else nn.Identity()
+        self.last = UpsampleBlock(widths[0], edges[0], 0, narrow) if widens else nn.Identity()
         self.out_tr = Final(narrow if widens else widths[0], out_channels)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -65,7 +67,7 @@ class GeneralDecoder(nn.Module):
         return self.out_tr(self.last(x))
 
 
-class Widen(UpBlock):
+class UpsampleBlock(UpBlock):
     """Multiply the edges by the factor of each axis, join the skip where there is one, then two ConvNormAct."""
 
     def __init__(self, cin: int, factor: tuple[int, int, int], skip: int, cout: int) -> None:
@@ -93,3 +95,38 @@ class EncoderDecoder(Network):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, out, D, H, W) in [0, 1], float32 whatever the AMP dtype."""
         return torch.sigmoid(self.decoder(self.encoder(x)).float())
+
+
+HIDDEN = 1024  # units between pooled features and the answer (FACTS 4, Models Genesis' protocol)
+
+
+class Classifier(Network):
+    """Encoder, global average pool of its coarsest features, 1024 units with ReLU, one logit."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        encoder.only_pooled()
+        self.head = nn.Sequential(
+            nn.Linear(encoder.channels[-1], HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) in [0, 1] -> logits (B,), float32 whatever the AMP dtype."""
+        features = self.encoder.pooled(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
+        return self.head(features).float()[:, 0]
+
+
+class Segmenter(Network):
+    """Encoder and decoder, one logit a voxel."""
+
+    def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) in [0, 1] -> logits (B, 1, D, H, W), float32 whatever the AMP dtype."""
+        return self.decoder(
+            self.encoder(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
+        ).float()

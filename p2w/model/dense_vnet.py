@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from p2w.errors import UserError
-from p2w.model.blocks import SameConv3d, average_same, initialise, scaled
-from p2w.model.feeding import Feeding
+from p2w.model.conv import SameConv3d, average_same, initialise, scale_channels
+from p2w.model.encoder import Encoder, InputNorm
 from p2w.model.norm import BatchNorm3d
-from p2w.model.protocol import Encoder
 
 STACKS = ((5, 4, 12), (10, 8, 24), (10, 16, 24))  # convolutions, growth, channels of the skip
 FIRST = 24  # channels of the first convolution and of those downwards
 
 
-class ConvNorm(nn.Module):
+class SameConvNorm(nn.Module):
     """Convolution and batch norm, then ReLU but for the network's first: (B, cin, D, H, W) -> (B, cout, …)."""
 
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> None:
@@ -41,10 +40,10 @@ class DenseStack(nn.Module):
 
     def __init__(self, cin: int, convolutions: int, growth: int, skip: int, down: int | None) -> None:
         super().__init__()
-        self.stack = nn.ModuleList(ConvNorm(cin + i * growth, growth) for i in range(convolutions))
+        self.stack = nn.ModuleList(SameConvNorm(cin + i * growth, growth) for i in range(convolutions))
         self.cout = cin + convolutions * growth
-        self.skip = ConvNorm(self.cout, skip)
-        self.down = None if down is None else ConvNorm(self.cout, down, stride=2)
+        self.skip = SameConvNorm(self.cout, skip)
+        self.down = None if down is None else SameConvNorm(self.cout, down, stride=2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, cin, D, H, W) -> skip (B, skip, D, H, W), and (B, down, D/2, …) or, in the last, the stack itself."""
@@ -59,8 +58,8 @@ class DenseVNet(Encoder):
     Its published weights were trained on HU that nothing normalised [C: no normalisation in their configuration].
     """
 
-    feeding: Feeding = "hu"
-    sees_input = (
+    feeding: InputNorm = "hu"
+    input_convs = (
         "initial.conv.weight",
         *(f"blocks.0.stack.{i}.conv.weight" for i in range(STACKS[0][0])),
         "blocks.0.skip.conv.weight",
@@ -71,16 +70,16 @@ class DenseVNet(Encoder):
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
-        down = scaled(FIRST, width)
-        skips = [scaled(skip, width) for _, _, skip in STACKS]
+        down = scale_channels(FIRST, width)
+        skips = [scale_channels(skip, width) for _, _, skip in STACKS]
         self.in_channels = in_channels
         self.image_bn = BatchNorm3d(in_channels)
-        self.initial = ConvNorm(in_channels, down, kernel=5, stride=2, relu=False)
+        self.initial = SameConvNorm(in_channels, down, kernel=5, stride=2, relu=False)
         blocks, cin = [], in_channels + down
         for i, (convolutions, growth, _) in enumerate(STACKS):
             last = i == len(STACKS) - 1
             blocks.append(
-                DenseStack(cin, convolutions, scaled(growth, width), skips[i], None if last else down)
+                DenseStack(cin, convolutions, scale_channels(growth, width), skips[i], None if last else down)
             )
             cin = down
         self.blocks = nn.ModuleList(blocks)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from p2w.model.blocks import SameConv3d, initialise, pad_same, scaled
-from p2w.model.feeding import Feeding
+from p2w.model.conv import SameConv3d, initialise, pad_same, scale_channels
+from p2w.model.encoder import Encoder, InputNorm
 from p2w.model.norm import BatchNorm3d
-from p2w.model.protocol import Encoder
 
 # One line a mixed block: 1x1x1 | 1x1x1 -> 3x3x3 | 1x1x1 -> 3x3x3 | max-pool -> 1x1x1
 MIXED = {
@@ -70,19 +69,19 @@ class I3D(Encoder):
     input channels; `feed` repeats a grey one, and weights summed over them do the same with one.
     """
 
-    feeding: Feeding = "symmetric"
-    sees_input = ("Conv3d_1a_7x7.conv3d.weight",)
+    feeding: InputNorm = "symmetric"
+    input_convs = ("Conv3d_1a_7x7.conv3d.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
-        first, second = scaled(64, width), scaled(192, width)
+        first, second = scale_channels(64, width), scale_channels(192, width)
         self.in_channels = in_channels
         self.Conv3d_1a_7x7 = Unit(in_channels, first, 7, stride=2)
         self.Conv3d_2b_1x1 = Unit(first, first, 1)
         self.Conv3d_2c_3x3 = Unit(first, second, 3)
         cin, out = second, {}
         for name, channels in MIXED.items():
-            mixed = Mixed(cin, tuple(scaled(c, width) for c in channels))
+            mixed = Mixed(cin, tuple(scale_channels(c, width) for c in channels))
             self.add_module(name, mixed)
             cin = out[name] = mixed.cout
         self.channels = (first, second, out["Mixed_3c"], out["Mixed_4f"], out["Mixed_5c"])

@@ -1,7 +1,7 @@
 """nnU-Net's residual encoder, ResEncL (Isensee et al. 2024, "nnU-Net Revisited"; FACTS 7): the way into nnU-Net.
 
 Six stages of residual blocks, each of which halves the edges but the first. Parameter names are those of nnU-Net's
-`ResidualEncoderUNet.encoder`, each once (`p2w.model.nnunet_keys` says them twice, as nnU-Net does). Strides are 2 along
+`ResidualEncoderUNet.encoder`, each once (`p2w.weights.nnunet` says them twice, as nnU-Net does). Strides are 2 along
 every axis; nnU-Net's anisotropic plans take these weights too, its own trainer averages the kernels.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d
-from p2w.model.protocol import Encoder
+from p2w.model.encoder import Encoder
 
 BLOCKS = (1, 3, 4, 6, 6, 6)
 WIDTHS = (1, 2, 4, 8, 10, 10)  # times `width`: 32, 64, 128, 256, 320, 320
 SLOPE = 0.01  # of LeakyReLU
 
 
-class ConvNorm(nn.Module):
+class ConvInstanceNorm(nn.Module):
     """Convolution, instance norm, LeakyReLU where `acts`: (B, cin, D, H, W) -> (B, cout, D/stride, H/stride, W/stride)."""
 
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, *, acts: bool = True) -> None:
@@ -39,17 +39,17 @@ class ConvNorm(nn.Module):
         return nn.functional.leaky_relu_(x, SLOPE) if self.acts else x
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two ConvNorm beside a shortcut, which averages where the block strides and projects where channels change."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(cin, cout, stride=stride)
-        self.conv2 = ConvNorm(cout, cout, acts=False)
+        self.conv1 = ConvInstanceNorm(cin, cout, stride=stride)
+        self.conv2 = ConvInstanceNorm(cout, cout, acts=False)
         nn.init.zeros_(self.conv2.norm.weight)  # a new block passes its input on, as in nnU-Net
         shortcut: list[nn.Module] = [nn.AvgPool3d(stride)] if stride > 1 else []
         if cin != cout:
-            shortcut.append(ConvNorm(cin, cout, kernel=1, acts=False))
+            shortcut.append(ConvInstanceNorm(cin, cout, kernel=1, acts=False))
         self.skip = nn.Sequential(*shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Stem(nn.Module):
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
-        self.convs = nn.Sequential(ConvNorm(cin, cout))
+        self.convs = nn.Sequential(ConvInstanceNorm(cin, cout))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, cin, D, H, W) -> (B, cout, D, H, W)."""
@@ -74,8 +74,8 @@ class Stage(nn.Module):
 
     def __init__(self, cin: int, cout: int, stride: int, count: int) -> None:
         super().__init__()
-        later = (Block(cout, cout, 1) for _ in range(count - 1))
-        self.blocks = nn.Sequential(Block(cin, cout, stride), *later)
+        later = (ResidualBlock(cout, cout, 1) for _ in range(count - 1))
+        self.blocks = nn.Sequential(ResidualBlock(cin, cout, stride), *later)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, cin, D, H, W) -> (B, cout, D/stride, H/stride, W/stride)."""
@@ -89,7 +89,7 @@ class ResEncL(Encoder):
     """
 
     least_voxels = 2
-    sees_input = ("stem.convs.0.conv.weight",)
+    input_convs = ("stem.convs.0.conv.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from p2w.errors import UserError
-from p2w.model.blocks import initialise, scaled
-from p2w.model.conv import Conv3d
-from p2w.model.feeding import Feeding
+from p2w.model.conv import Conv3d, initialise, scale_channels
+from p2w.model.encoder import Encoder, InputNorm
 from p2w.model.norm import BatchNorm3d
-from p2w.model.protocol import Encoder
 
 BLOCKS = {
     10: (1, 1, 1, 1),
@@ -96,15 +94,15 @@ class ResNet3d(Encoder):
     At width 32 depth 101 has channels (64, 256, 2048).
     """
 
-    feeding: Feeding = "positive-z"
-    sees_input = ("conv1.weight",)
+    feeding: InputNorm = "positive-z"
+    input_convs = ("conv1.weight",)
 
     def __init__(self, depth: int, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise UserError(f"a 3D ResNet of depth {depth}: one of {', '.join(map(str, BLOCKS))}")
         block = Basic if depth in BASIC else Bottleneck
-        planes = [scaled(c, width) for c in (64, 128, 256, 512)]
+        planes = [scale_channels(c, width) for c in (64, 128, 256, 512)]
         self.channels = (planes[0], planes[0] * block.expansion, planes[3] * block.expansion)
         self.strides = (2, 4, 8)
         self.in_channels = in_channels

@@ -1,7 +1,7 @@
 """The paper's network: a 3D U-Net, without skip connections by default (paper, section 3; skips are its ablation).
 
 Widths are those of Models Genesis (32-64 | 64-128 | 128-256 | 256-512); `width` scales them all. Parameter names
-follow the Models Genesis torch port, so weights travel both ways (`p2w.model.genesis_keys`).
+follow the Models Genesis torch port, so weights travel both ways (`p2w.weights.foreign`).
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d, freeze_cancelled_bias
+from p2w.model.encoder import Encoder
 from p2w.model.fold import FOLDED, FoldCost, can_fold, fold_and_convolve, fold_cost
 from p2w.model.forms import PLAIN, Formed
 from p2w.model.norm import BatchNorm3d, convolve, leaves_bias_out, normalise
-from p2w.model.protocol import Encoder
 
 
 class ConvNormAct(nn.Module):
@@ -56,7 +56,7 @@ class UNet3dEncoder(Encoder):
     (64, 128, 256, 512) and (1, 2, 4, 8): a 32 x 64 x 64 part becomes 512 x 4 x 8 x 8.
     """
 
-    sees_input = ("down_tr64.ops.0.conv1.weight",)
+    input_convs = ("down_tr64.ops.0.conv1.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d
+from p2w.model.encoder import Encoder
 from p2w.model.norm import BatchNorm3d, ConvBatchNorm
-from p2w.model.protocol import Encoder
 from p2w.model.unet3d import ConvNormAct
 
 HEADS, DEPTH, PERIOD = 6, 12, 10_000.0
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, count, channels))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention, then two layers on each token; both are added to what comes in, and see it normalised."""
 
     def __init__(self, channels: int) -> None:
@@ -60,7 +60,7 @@ class ViT3d(Encoder):
     384 x 4 x 8 x 8.
     """
 
-    sees_input = ("stem.0.conv1.weight",)
+    input_convs = ("stem.0.conv1.weight",)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ViT3d(Encoder):
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
             BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
         )
-        self.blocks = nn.ModuleList(Block(12 * width) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(TransformerBlock(12 * width) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(12 * width)
         for module in self.modules():
             if isinstance(module, nn.Linear):

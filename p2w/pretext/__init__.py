@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 from p2w.config import Config
 from p2w.errors import UserError
-from p2w.pretext import contrast
-from p2w.pretext.autoencoder import Autoencoder
+from p2w.model import Network, build_encoder
+from p2w.pretext import contrastive
+from p2w.pretext.contrastive.contrastive_pretext import Parts2WholeContrast
 from p2w.pretext.mae import Mae
 from p2w.pretext.models_genesis import ModelsGenesis
-from p2w.pretext.parts2whole import Parts2Whole
-from p2w.pretext.parts2whole_contrast import Parts2WholeContrast
+from p2w.pretext.parts2whole import Autoencoder, Parts2Whole
 from p2w.pretext.protocol import Pretext, Views
-from p2w.pretext.rubiks_cube import RubiksCube
-from p2w.pretext.rubiks_cube_pp import RubiksCubePp
+from p2w.pretext.rubiks_cube import RubiksCube, RubiksCubePp
 
 __all__ = ["PRETEXTS", "Pretext", "Views", "build_pretext"]
+
 
 PRETEXTS: dict[str, Callable[[Config], Pretext]] = {
     "parts2whole": lambda config: Parts2Whole(config.pretext, config.intensity, config.position),
@@ -27,13 +27,13 @@ PRETEXTS: dict[str, Callable[[Config], Pretext]] = {
     "rubiks_cube_pp": lambda config: RubiksCubePp(config.pretext, config.rubik),
     "mae": lambda config: Mae(config.pretext, config.mae),
     "parts2whole_contrast": Parts2WholeContrast,
-    "simclr": lambda config: contrast.Contrast(config, contrast.Batch),
-    "moco": lambda config: contrast.Contrast(config, contrast.Queue),
-    "instdisc": lambda config: contrast.Contrast(config, contrast.Bank),
-    "pirl": lambda config: contrast.Contrast(config, contrast.TransformedBank),
-    "exemplar": lambda config: contrast.Contrast(config, contrast.Classes),
-    "swav": lambda config: contrast.Contrast(config, contrast.Prototypes),
-    "amdim": lambda config: contrast.Contrast(config, contrast.Cells),
+    "simclr": lambda config: contrastive.ContrastivePretext(config, contrastive.InBatch),
+    "moco": lambda config: contrastive.ContrastivePretext(config, contrastive.MocoQueue),
+    "instdisc": lambda config: contrastive.ContrastivePretext(config, contrastive.MemoryBank),
+    "pirl": lambda config: contrastive.ContrastivePretext(config, contrastive.PirlBank),
+    "exemplar": lambda config: contrastive.ContrastivePretext(config, contrastive.InstanceClasses),
+    "swav": lambda config: contrastive.ContrastivePretext(config, contrastive.Prototypes),
+    "amdim": lambda config: contrastive.ContrastivePretext(config, contrastive.LocalGlobal),
 }
 
 
@@ -43,3 +43,9 @@ def build_pretext(config: Config) -> Pretext:
     if name not in PRETEXTS:
         raise UserError(f"pretext.name={name}: unknown; one of {', '.join(sorted(PRETEXTS))}")
     return PRETEXTS[name](config)
+
+
+def build_pretext_and_network(config: Config) -> tuple[Pretext, Network]:
+    """The proxy task and its network, freshly initialised. Raises UserError for names and sizes there are not."""
+    pretext = build_pretext(config)
+    return pretext, pretext.build(build_encoder(config.model.name, config.model.width))

@@ -10,15 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from p2w import geometry
+from p2w import rng
 from p2w.config import PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model.decoder import EncoderDecoder, build_decoder
-from p2w.model.protocol import Encoder, Network, Output
+from p2w.model.encoder import Encoder, Network, Output
 from p2w.pretext.protocol import Views, check_size
-from p2w.pretext.views import resized_whole
+from p2w.pretext.volume_ops import resized_whole
 from p2w.pretext_config import MaeConfig
+from p2w.rng import SampleKeys
 
 
 class Mae:
@@ -43,7 +43,7 @@ class Mae:
                 "the usual ratio is 0.75, smaller patches are more"
             )
 
-    def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> masked and whole, (B, 1, d, h, w) in [0, 1], and the mask, True where hidden."""
         whole = resized_whole(batch_BDHW, self.config)
         mask = self.mask(keys)
@@ -53,9 +53,9 @@ class Mae:
             seen = torch.where(mask, mean, seen)
         return Views(seen, whole, mask)
 
-    def mask(self, keys: Keys) -> Tensor:
+    def mask(self, keys: SampleKeys) -> Tensor:
         """(B, 1, d, h, w) bool: the patches with the lowest draws."""
-        u = geometry.uniforms(keys, 0, self.grid[0] * self.grid[1] * self.grid[2])
+        u = rng.uniforms(keys, 0, self.grid[0] * self.grid[1] * self.grid[2])
         mask = (u.argsort(1).argsort(1) < self.hidden).view(len(u), 1, *self.grid)
         for axis, patch in enumerate(self.mae.patch):
             mask = mask.repeat_interleave(patch, 2 + axis)
@@ -72,6 +72,6 @@ class Mae:
         error = (cast(Tensor, output).float() - views.target.float()) ** 2
         return (error * views.mask).sum() / views.mask.sum(), {}
 
-    def panels(self, views: Views) -> dict[str, Tensor]:
+    def image_columns(self, views: Views) -> dict[str, Tensor]:
         """What is seen, and the whole."""
         return {"masked": views.input, "whole": views.target}

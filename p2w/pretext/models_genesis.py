@@ -2,6 +2,13 @@
 
 Input: a cube of the scan at native voxels, flipped, shuffled in small blocks, sent through a random intensity curve, painted
 over. Target: the cube, flipped alike. Loss: mean squared error. Its network is the U-Net with skips: recipe `genesis`.
+
+Local shuffling permutes the voxels within thousands of small blocks at once, as the authors' code does one by one.
+
+There, each block takes its voxels from the *unshuffled* volume and overwrites what earlier blocks left. So a voxel's value
+is decided by the last block that covers it, and all voxels can be worked out side by side: find that block, then look up
+where its permutation takes the voxel from. Block after block gives exactly this result for the same draws (a test does so).
+B, N = batch, blocks of a volume; V = its voxels.
 """
 
 from typing import cast
@@ -9,17 +16,108 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from p2w import geometry
+from p2w import geometry, rng
 from p2w.config import PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model.decoder import EncoderDecoder, build_decoder
-from p2w.model.protocol import Encoder, Network, Output
-from p2w.pretext.intensity import bezier, look_up
-from p2w.pretext.local_shuffle import local_shuffle
+from p2w.model.encoder import Encoder, Network, Output
 from p2w.pretext.protocol import Views, check_size
-from p2w.pretext.views import flipped, integers, resized_whole
+from p2w.pretext.volume_ops import apply_tables, bezier, flipped, resized_whole
 from p2w.pretext_config import GenesisConfig
+from p2w.rng import SampleKeys, uniform_integers
+
+ROUNDS = 8  # after which a voxel has stayed where it was, for want of a round that moves it, once in 2^8
+_ODD = 0x5851F42D4C957F2D  # spreads a small number over 64 bits before it is mixed
+
+
+def local_shuffle(
+    volumes: Tensor, keys: SampleKeys, part: int, count: int, chosen: Tensor | None = None
+) -> Tensor:
+    """Volumes (B, 1, d, h, w), shuffled in `count` blocks each, from the streams of parts `part` and `part` + 1.
+
+    Edges are uniform from 1 to a tenth of the volume's, places uniform over all inside it (Models Genesis, FACTS 5).
+    Where `chosen` (B,) bool says no, the volume stays as it is; None: all are shuffled.
+    """
+    if rng.backend(volumes.device)[0] == "triton":
+        from p2w.kernels import local_shuffle_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        if chosen is None:
+            chosen = torch.ones(len(volumes), dtype=torch.bool, device=volumes.device)
+        draws, seeds = rng.uniforms(keys, part, 6 * count), rng.uniforms(keys, part + 1, count)
+        return local_shuffle_triton.run(volumes, draws, seeds, chosen, ROUNDS, _ODD)
+    if chosen is not None and volumes.device.type == "cpu":  # on a GPU, choosing rows would wait for it
+        made, names = volumes.clone(), SampleKeys(keys.seed, keys.epoch, keys.ids[chosen])
+        made[chosen] = local_shuffle(volumes[chosen], names, part, count)
+        return made
+    shape = (volumes.shape[2], volumes.shape[3], volumes.shape[4])
+    starts, sizes = draw_blocks(keys, part, count, shape)
+    last = last_block(starts, sizes, shape)
+    seeds = (rng.uniforms(keys, part + 1, count) * 2**53).long()
+    source = _source(last, starts, sizes, seeds, shape)
+    shuffled = volumes.flatten(1).gather(1, source).view_as(volumes)
+    return shuffled if chosen is None else torch.where(chosen.view(-1, 1, 1, 1, 1), shuffled, volumes)
+
+
+def draw_blocks(
+    keys: SampleKeys, part: int, count: int, shape: tuple[int, int, int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """First voxels and edges of the blocks, each a list z, y, x of (B, N) int64."""
+    u = rng.uniforms(keys, part, 6 * count).view(-1, 6, count)
+    sizes = [uniform_integers(u[:, k], 1, max(1, edge // 10)) for k, edge in enumerate(shape)]
+    starts = [uniform_integers(u[:, 3 + k], 0, edge - sizes[k]) for k, edge in enumerate(shape)]
+    return starts, sizes
+
+
+def last_block(starts: list[Tensor], sizes: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """(B, V) int64: number of the last block that covers each voxel, -1 where none does."""
+    (batch, count), device = starts[0].shape, starts[0].device
+    d, h, w = shape
+    most = [max(1, edge // 10) for edge in shape]
+    last = torch.full((batch, d * h * w + 1), -1, device=device)  # one more, for what lies outside its block
+    along = torch.arange(most[2], device=device)
+    number = torch.arange(count, device=device).view(1, -1, 1).expand(batch, count, most[2]).flatten(1)
+    inside_x = along < sizes[2][:, :, None]
+    for dz in range(most[0]):  # over offsets, all blocks at a time: little memory
+        for dy in range(most[1]):
+            inside = ((dz < sizes[0]) & (dy < sizes[1]))[:, :, None] & inside_x
+            row = ((starts[0] + dz) * h + starts[1] + dy) * w + starts[2]
+            at = torch.where(inside, row[:, :, None] + along, d * h * w)
+            last.scatter_reduce_(1, at.flatten(1), number, "amax")
+    return last[:, :-1]
+
+
+def _source(
+    last: Tensor, starts: list[Tensor], sizes: list[Tensor], seeds: Tensor, shape: tuple[int, int, int]
+) -> Tensor:
+    """(B, V) int64: the voxel that each voxel's value is taken from."""
+    d, h, w = shape
+    own = torch.arange(d * h * w, device=last.device)
+    z, y, x = own // (h * w), own // w % h, own % w
+    block = last.clamp(min=0)
+    z0, y0, x0, ny, nx = (values.gather(1, block) for values in (*starts, *sizes[1:]))
+    slot = ((z - z0) * ny + y - y0) * nx + x - x0
+    slot = permuted(torch.where(last < 0, 0, slot), block, sizes[0] * sizes[1] * sizes[2], seeds)
+    there = ((slot // (ny * nx) + z0) * h + slot // nx % ny + y0) * w + slot % nx + x0
+    return torch.where(last < 0, own, there)
+
+
+def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tensor:
+    """Where the permutation of block `block` (B, V) takes its place `slot` (B, V); `volume`, `seeds` (B, N) int64.
+
+    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the places k - slot and slot of a block, k
+    random, and swaps a pair or not by a random bit of its own. A permutation for any volume, without a table of it.
+    """
+    size = volume.gather(1, block)
+    for n in range(ROUNDS):
+        keys = rng.splitmix64(seeds + n * _ODD % 2**62)
+        partner = ((keys >> 1) & (2**62 - 1)).remainder(volume).gather(1, block) - slot
+        partner = torch.where(partner < 0, partner + size, partner)
+        coin = (
+            keys.gather(1, block) ^ (torch.maximum(slot, partner) * _ODD)
+        ) * _ODD  # its sign, of the keys' 64 bits
+        slot = torch.where(coin < 0, partner, slot)
+    return slot
+
 
 CUBE, COINS, SHUFFLE, CURVE, BLOCKS, NOISE = 0, 1, 2, 4, 5, 6  # which stream draws what; shuffling takes two
 FLIPS = 3  # at most, each tried only if the one before was made [C]
@@ -38,18 +136,18 @@ class ModelsGenesis:
         self.config, self.genesis = config, genesis
         self._numbers: dict[object, Tensor] = {}
 
-    def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> deformed and original cube, (B, 1, d, h, w) in [0, 1]."""
-        settings, coins = self.genesis, geometry.uniforms(keys, COINS, 3 + 2 * FLIPS)
+        settings, coins = self.genesis, rng.uniforms(keys, COINS, 3 + 2 * FLIPS)
         cube = self.cube(batch_BDHW, keys)
         cube = flipped(cube[:, 0], flips(coins[:, 3:], settings.flip))[:, None]
         made = local_shuffle(cube, keys, SHUFFLE, settings.blocks, coins[:, 0] < settings.shuffle)
         curved = (coins[:, 1] < settings.curve).view(-1, 1, 1, 1, 1)
-        made = torch.where(curved, look_up(made, curves(keys, settings.decreasing)), made)
-        noise = geometry.uniforms(keys, NOISE, made[0].numel()).float().view_as(made)
+        made = torch.where(curved, apply_tables(made, curves(keys, settings.decreasing)), made)
+        noise = rng.uniforms(keys, NOISE, made[0].numel()).float().view_as(made)
         return Views(torch.where(self.painted(coins[:, 2], keys), noise, made), cube)
 
-    def cube(self, batch_BDHW: Tensor, keys: Keys) -> Tensor:
+    def cube(self, batch_BDHW: Tensor, keys: SampleKeys) -> Tensor:
         """(B, 1, d, h, w): a random crop at native voxels, or with `genesis.cube whole` all of the whole, resized."""
         if self.genesis.cube == "whole":
             return resized_whole(batch_BDHW, self.config)
@@ -61,18 +159,18 @@ class ModelsGenesis:
             )
         room = tuple(there - edge + 1 for edge, there in zip(size, shape, strict=True))
         spans, edges = self.numbers(batch_BDHW.device, room, size)
-        starts = (geometry.uniforms(keys, CUBE, 3) * spans).long()
+        starts = (rng.uniforms(keys, CUBE, 3) * spans).long()
         boxes = torch.cat((starts, starts + edges), 1).float()
         return geometry.crop_resize(batch_BDHW, boxes, size, window_hu=self.config.window_hu, antialias=False)
 
-    def painted(self, coin: Tensor, keys: Keys) -> Tensor:
+    def painted(self, coin: Tensor, keys: SampleKeys) -> Tensor:
         """(B, 1, d, h, w) bool, where noise replaces the cube; `coin` (B,) decides whether, and whether outside or in.
 
         Inside: up to five blocks, edges a sixth to a third. Outside: all but up to five, edges three to four sevenths.
         """
         settings, size, device = self.genesis, self.config.size, coin.device
         paints, outside = coin < settings.paint, coin < settings.paint * settings.outpaint
-        u = geometry.uniforms(keys, BLOCKS, 7 * PAINTED).view(len(coin), PAINTED, 7)
+        u = rng.uniforms(keys, BLOCKS, 7 * PAINTED).view(len(coin), PAINTED, 7)
         made = u[..., 6] < AGAIN
         made[:, 0].logical_or_(outside)  # the first block of what is kept is always there
         made = made.cumprod(1).bool()
@@ -88,7 +186,7 @@ class ModelsGenesis:
         length = low + (u[..., :3] * span).long()  # (B, PAINTED, 3)
         rest = edges - length
         margin = (rest // 2).clamp(max=MARGIN)
-        start = integers(u[..., 3:6], margin, rest - margin)
+        start = uniform_integers(u[..., 3:6], margin, rest - margin)
         place = self.numbers(device, tuple(range(max(size))))[0]
         inside = (place >= start[..., None]) & (place < (start + length)[..., None])
         z, y, x = (inside[:, :, k, :edge] for k, edge in enumerate(size))
@@ -113,7 +211,7 @@ class ModelsGenesis:
         """Mean squared error between output and cube, in float32."""
         return torch.nn.functional.mse_loss(cast(Tensor, output).float(), views.target.float()), {}
 
-    def panels(self, views: Views) -> dict[str, Tensor]:
+    def image_columns(self, views: Views) -> dict[str, Tensor]:
         """Deformed and original."""
         return {"deformed": views.input, "cube": views.target}
 
@@ -121,12 +219,12 @@ class ModelsGenesis:
 def flips(u: Tensor, probability: float) -> Tensor:
     """(B, 3) bool, axes that are flipped an odd number of times; `u` (B, 2 FLIPS): whether again, along which axis."""
     again = (u[:, :FLIPS] < probability).cumprod(1)
-    axis = integers(u[:, FLIPS:], 0, 2)
+    axis = uniform_integers(u[:, FLIPS:], 0, 2)
     return torch.zeros(len(u), 3, dtype=torch.int64, device=u.device).scatter_add_(1, axis, again) % 2 == 1
 
 
-def curves(keys: Keys, decreasing: float) -> Tensor:
+def curves(keys: SampleKeys, decreasing: float) -> Tensor:
     """Tables (B, K): Bezier curves, rising from 0 to 1 or, with probability `decreasing`, falling from 1 to 0."""
-    u = geometry.uniforms(keys, CURVE, 5).float()
+    u = rng.uniforms(keys, CURVE, 5).float()
     rising = bezier(u[:, :4])
     return torch.where(u[:, 4:] < decreasing, rising.flip(1), rising)

@@ -7,22 +7,23 @@ from typing import Protocol
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.geometry import Keys, Size
-from p2w.model.protocol import Encoder, Network, Output
+from p2w.geometry import Size
+from p2w.model.encoder import Encoder, Network, Output
+from p2w.rng import SampleKeys
 
 
 @dataclass(frozen=True)
 class Views:
     """What one batch of wholes became; every tensor has one entry a whole along its first axis.
 
-    `input` (B, C, d, h, w) in [0, 1] goes to the network, followed by `beside`, should the network need more (another
+    `input` (B, C, d, h, w) in [0, 1] goes to the network, followed by `extra_inputs`, should the network need more (another
     part, the wholes' ids); `target` and `mask` are for the loss alone.
     """
 
     input: Tensor
     target: Tensor
     mask: Tensor | None = None
-    beside: tuple[Tensor, ...] = ()
+    extra_inputs: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input)
@@ -30,8 +31,8 @@ class Views:
     def rows(self, some: slice) -> "Views":
         """The same of some of the wholes."""
         mask = None if self.mask is None else self.mask[some]
-        beside = tuple(tensor[some] for tensor in self.beside)
-        return replace(self, input=self.input[some], target=self.target[some], mask=mask, beside=beside)
+        beside = tuple(tensor[some] for tensor in self.extra_inputs)
+        return replace(self, input=self.input[some], target=self.target[some], mask=mask, extra_inputs=beside)
 
     def split(self, passes: int) -> "list[Views]":
         """Equal shares of the wholes, in order; `passes` divides their number."""
@@ -51,7 +52,7 @@ class Pretext(Protocol):
 
     reconstructs: bool
 
-    def sample(self, batch_BDHW: Tensor, keys: Keys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
         """Wholes, int16 HU on the device -> views on the same device."""
 
     def build(self, encoder: Encoder) -> Network:
@@ -64,14 +65,14 @@ class Pretext(Protocol):
         scalar `mse` is the mean squared error of a reconstruction, and is drawn in the place of a loss of several terms.
         """
 
-    def panels(self, views: Views) -> dict[str, Tensor]:
+    def image_columns(self, views: Views) -> dict[str, Tensor]:
         """Titles and volumes (B, 1, d, h, w) in [0, 1] of what is shown and what is asked, for pictures."""
 
 
 def check_size(size: Size, encoder: Encoder) -> None:
     """Raise UserError where the edges of the network's input, in voxels, are no multiples of the encoder's strides, or
     leave its coarsest features fewer voxels than it can normalise."""
-    by, least = encoder.multiples, encoder.least_voxels
+    by, least = encoder.divisor, encoder.least_voxels
     fits = [max(stride, edge // stride * stride) for edge, stride in zip(size, by, strict=True)]
     few = math.prod(edge // stride for edge, stride in zip(fits, by, strict=True)) < least
     wide = 2 if few else 1

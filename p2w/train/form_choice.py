@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from p2w.log import write_atomic
+from p2w.files import write_atomic
 from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, formed_modules
 from p2w.model.norm import BatchNorm3d

@@ -106,7 +106,7 @@ def _seconds(step: Callable[[], object]) -> float:
 def tensors_of(views: Views) -> list[Tensor]:
     """All tensors of views, in a fixed order."""
     mask = () if views.mask is None else (views.mask,)
-    return [views.input, views.target, *mask, *views.beside]
+    return [views.input, views.target, *mask, *views.extra_inputs]
 
 
 def like(views: Views) -> Views:
@@ -117,7 +117,7 @@ def like(views: Views) -> Views:
         input=copies[id(views.input)],
         target=copies[id(views.target)],
         mask=None if views.mask is None else copies[id(views.mask)],
-        beside=tuple(copies[id(tensor)] for tensor in views.beside),
+        extra_inputs=tuple(copies[id(tensor)] for tensor in views.extra_inputs),
     )
 
 

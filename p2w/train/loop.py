@@ -18,21 +18,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config
-from p2w.data.stream import Batch, Stream
 from p2w.errors import SharedError, UserError
-from p2w.geometry import Keys
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views
-from p2w.train.bad import BadSamples
-from p2w.train.checkpoint import Checkpoints, Snapshot
-from p2w.train.interruptible import Interrupted
+from p2w.rng import SampleKeys
+from p2w.stream.stream import Batch, Stream
+from p2w.train.budgets import BadSampleBudget, LogWindow, NonfiniteSteps
+from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
-from p2w.train.saver import Saver
-from p2w.train.signals import StopRequest
-from p2w.train.skips import Skips
 from p2w.train.step import Stepper, StepResult
+from p2w.train.stop import EvaluationInterrupted, StopRequest
 from p2w.train.watchdog import Watchdog
-from p2w.train.window import Window
 from p2w.world import World
 
 Validate = Callable[[int], Iterable[tuple[str, float]]]
@@ -81,20 +77,20 @@ class Trainer:
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
-        self.saver = Saver(checkpoints, config.train, log.warn)
+        self.saver = AsyncCheckpointer(checkpoints, config.train, log.warn)
         self.step = 0
-        self.owed = True  # a look at this step: before the first one there is one
+        self.evaluation_pending = True  # a look at this step: before the first one there is one
         self.validation: float | None = None
         lag = int(world.device.type == "cuda" and self.stepper.skips_on_device)
-        self.skips = Skips(config.train.max_skipped, world, key, log, lag)
+        self.skips = NonfiniteSteps(config.train.max_nonfinite, world, key, log, lag)
         self._plan_graph()
-        self.bad = BadSamples(config.data, world, stream)
+        self.bad = BadSampleBudget(config.data, world, stream)
         self._stop = StopRequest()
         self._until_vote, self._voted, self._voted_at = 1, time.monotonic(), 0
-        self._settled = (
+        self._ddp_warmed_up = (
             world.size < 3
         )  # see Stepper.warm_up_ddp; two ranks add the same two numbers in any order
-        self._window = Window()
+        self._window = LogWindow()
 
     def resume(self) -> bool:
         """Take up the newest sound checkpoint; False when there is none."""
@@ -123,16 +119,20 @@ class Trainer:
         load_optimizer(self.stepper.optimizer, state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])
-        self.step, self.skips.in_a_row, self.owed = snapshot.step, state["skipped"], state.get("owed", False)
-        self.saver.kept = (self.step, self.owed)
+        self.step, self.skips.in_a_row, self.evaluation_pending = (
+            snapshot.step,
+            state["skipped"],
+            state.get("owed", False),
+        )
+        self.saver.kept = (self.step, self.evaluation_pending)
         self.bad.load(state.get("bad_samples", self.bad.state()))
-        self.log.rewind(self.step, looked=not self.owed)
+        self.log.rewind(self.step, looked=not self.evaluation_pending)
         return True
 
     def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
         """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended.
 
-        `look` is called every `train.look_every` steps, except where `validate` is due, which may hold it.
+        `look` is called every `train.probe_every` steps, except where `validate` is due, which may hold it.
         """
         with StopRequest(self.log.speaks, last_words=self.world.size > 1) as self._stop:
             try:
@@ -142,7 +142,7 @@ class Trainer:
                 if self._unsaved():
                     self.save()
             finally:
-                self.saver.wait(Saver.LEAVING_S if sys.exc_info()[0] else None)
+                self.saver.wait(AsyncCheckpointer.LEAVING_S if sys.exc_info()[0] else None)
             if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
                     f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
@@ -153,13 +153,13 @@ class Trainer:
     def _train(self, validate: Validate, look: Validate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
-        told = False
+        stopping = False
         while True:
-            if self.owed or told or self.step >= settings.steps:
+            if self.evaluation_pending or stopping or self.step >= settings.steps:
                 self.skips.read_all()
-            if self.owed and not told:
-                told = not self._validate(validate if self._due() else look)
-            if told and (self.owed or self.step < settings.steps):
+            if self.evaluation_pending and not stopping:
+                stopping = not self._validate(validate if self._validation_due() else look)
+            if stopping and (self.evaluation_pending or self.step < settings.steps):
                 gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
                 return Outcome("told to stop", self.step, self._stop.name or gone)
             self.saver.poll()
@@ -170,10 +170,10 @@ class Trainer:
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
             self.watchdog.at(self.step, "reading data")
-            self._one(next(batches))
-            told = self._vote()
+            self._train_step(next(batches))
+            stopping = self._vote()
 
-    def told(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any rank was told to stop; all ranks ask together and get the same answer."""
         self.watchdog.count()
         return self.world.any(self._stop.asked or self.world.orphaned())
@@ -222,7 +222,7 @@ class Trainer:
 
     def _unsaved(self) -> bool:
         """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""
-        return self.saver.kept != (self.step, self.owed)
+        return self.saver.kept != (self.step, self.evaluation_pending)
 
     def save(self) -> None:
         """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
@@ -236,34 +236,34 @@ class Trainer:
             "skipped": self.skips.in_a_row_now(),
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
-            "owed": self.owed,  # told to stop, a run leaves without the look that is due
+            "owed": self.evaluation_pending,  # told to stop, a run leaves without the look that is due
         }
         self.saver.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
 
-    def _one(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch) -> None:
         """One step: from wholes to updated weights."""
-        if not self._settled:
+        if not self._ddp_warmed_up:
             self.stepper.warm_up_ddp(self._views(batch))
-            self._settled = True
+            self._ddp_warmed_up = True
         views = self._views(batch)
         self.watchdog.at(self.step, "computing")
         result = self.stepper.step(views, self.step)
         self.step += 1
-        every = self.config.train.look_every
-        self.owed = self._due() or (every > 0 and self.step % every == 0)
+        every = self.config.train.probe_every
+        self.evaluation_pending = self._validation_due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
         self.skips.add(result, batch.ids, self.step)
         self._account(result, len(batch.ids))
 
-    def _due(self) -> bool:
+    def _validation_due(self) -> bool:
         """Whether the look at this step is a validation."""
         return self.step % self.config.train.validate_every == 0 or self.step == self.config.train.steps
 
     def _views(self, batch: Batch) -> Views:
         """What this rank's wholes become at this step, whenever it is asked for."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
-        return self.pretext.sample(batch.voxels, Keys(self.config.data.seed, batch.epoch, batch.ids))
+        return self.pretext.sample(batch.voxels, SampleKeys(self.config.data.seed, batch.epoch, batch.ids))
 
     def _account(self, result: StepResult, samples: int) -> None:
         """Add a step to the window, and log the window where a line is due."""
@@ -288,7 +288,7 @@ class Trainer:
         }
         self.log.metrics(self.step, record)
         self.log.progress(self.step, loss, rate, wait)
-        self._window = Window(self.stream.wait_seconds, self.saver.stall_s)
+        self._window = LogWindow(self.stream.wait_seconds, self.saver.stall_s)
 
     def _validate(self, validate: Validate) -> bool:
         """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
@@ -297,13 +297,13 @@ class Trainer:
         self._broadcast_buffers()
         self.model.eval()
         values: dict[str, float] = {}
-        with contextlib.suppress(Interrupted), torch.no_grad(), self.stepper.autocast():
+        with contextlib.suppress(EvaluationInterrupted), torch.no_grad(), self.stepper.autocast():
             values = dict(validate(self.step))
-            self.owed = False
+            self.evaluation_pending = False
         self.model.train()
         self._window.pause(time.monotonic() - before)
         if not values:
-            return not self.owed
+            return not self.evaluation_pending
         self.log.metrics(self.step, values)
         self.validation = values.get("val/loss")
         due = self.step > 0 and self.step % self.config.train.validate_every == 0

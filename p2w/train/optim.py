@@ -58,12 +58,14 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
     if amp == "auto":
         return Precision("bf16", torch.bfloat16, has) if bf16 else Precision("fp32", None, has)
     if amp == "bf16" and not bf16:
-        raise UserError(f"train.amp=bf16: {has}; pass --train.amp fp16 on a GPU or --train.amp fp32")
+        raise UserError(
+            f"train.precision=bf16: {has}; pass --train.precision fp16 on a GPU or --train.precision fp32"
+        )
     if amp == "fp16" and device.type == "cpu":
-        raise UserError("train.amp=fp16: float16 needs a GPU; pass --train.amp auto")
+        raise UserError("train.precision=fp16: float16 needs a GPU; pass --train.precision auto")
     if amp == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UserError(
-            "train.amp=tf32: needs a GPU of compute capability 8.0 (A100) or newer; pass --train.amp fp32"
+            "train.precision=tf32: needs a GPU of compute capability 8.0 (A100) or newer; pass --train.precision fp32"
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "tf32": None}[amp]
     return Precision(amp, dtype, "asked for")

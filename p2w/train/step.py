@@ -123,7 +123,7 @@ class Stepper:
         part = views.split(self.config.optim.accumulate)[0]  # all of them at once may not fit
         copy_all(self._before, self.buffers)
         with self.autocast():
-            output = self.network(part.input, *part.beside)
+            output = self.network(part.input, *part.extra_inputs)
         self.pretext.loss(output, part)[0].backward()
         self.optimizer.zero_grad(set_to_none=True)
         copy_all(self.buffers, self._before)
@@ -138,7 +138,7 @@ class Stepper:
         for index, part in enumerate(views.split(passes)):
             with self._no_sync(index < passes - 1):
                 with self.autocast():
-                    output = self.network(part.input, *part.beside)
+                    output = self.network(part.input, *part.extra_inputs)
                 loss, extras = self.pretext.loss(output, part)
                 self.scaler.scale(loss / passes).backward()
             total += loss.detach() / passes

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from p2w import __version__
-from p2w.log import write_atomic
+from p2w.files import write_atomic
 from p2w.world import World, variable
 
 Facts = dict[str, Any]  # of plain JSON types: all that the verdict depends on

@@ -218,4 +218,4 @@ class Watchdog:
         time.sleep(
             2 * self.beat_s
         )  # the others read the reason in our beat; the store may end with this process
-        self.world.abandon(1, f"hangs: {verdict}; all ranks leave", at_once=True)
+        self.world.abort(1, f"hangs: {verdict}; all ranks leave", at_once=True)

@@ -44,7 +44,7 @@ class Trained:
         return self.run / "checkpoints" / f"step-{self.step:08d}"
 
 
-def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
+def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
     """Plain JSON values. `holds` says what the file has: "encoder" or "all"."""
     config, start = trained.config, _last_start(trained.run)
     return {
@@ -73,7 +73,7 @@ def card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
             "fingerprint_is": FINGERPRINT,
             "data_set": start.get("data_set"),
             "command": start.get("command"),
-            "config": json.loads(settings.to_json(config)),
+            "config": json.loads(settings.config_to_json(config)),
         },
         "notice": LICENCE,
     }

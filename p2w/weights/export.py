@@ -24,18 +24,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.log import write_atomic
-from p2w.model.genesis_keys import to_genesis
+from p2w.files import write_atomic
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
-from p2w.weights.card import card, markdown
-from p2w.weights.load import filled, find
+from p2w.weights.card import markdown, model_card
+from p2w.weights.foreign import to_genesis
+from p2w.weights.load import filled_encoder, find_checkpoint
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What to write, and where."""
 
     run: tyro.conf.Positional[Path]
@@ -52,21 +52,21 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Read the checkpoint, check it, write."""
-    options = tyro.cli(Options, args=argv, prog="p2w export", description=__doc__)
-    trained = find(options.run, options.step)
+    options = tyro.cli(ExportOptions, args=argv, prog="p2w export", description=__doc__)
+    trained = find_checkpoint(options.run, options.step)
     model, form = trained.config.model, FORMATS[options.to]
     if form.takes and model.name != form.takes:
         raise UserError(f"{options.run}: trained {model.name}, and {form.why}; pass --to safetensors")
     if form.encoder_alone and options.what == "all":
         raise UserError(f"--what all: {form.why}, and its decoder is its own; leave it out")
     snapshot = Checkpoints(trained.run / "checkpoints").load(trained.step)
-    encoder = filled(model.name, model.width, snapshot.model, str(trained.folder))
+    encoder = filled_encoder(model.name, model.width, snapshot.model, str(trained.folder))
     state = {
         k: v.contiguous()
         for k, v in snapshot.model.items()
         if options.what == "all" or k.startswith("encoder.")
     }
-    described = card(trained, encoder, options.what)
+    described = model_card(trained, encoder, options.what)
     out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _hub_folder(out: Path, state: State, described: dict[str, Any]) -> None:
 
 def _nnunet(out: Path, state: State, described: dict[str, Any]) -> None:
     with _folder(out) as beside:
-        nnunet.write(beside, state, described)
+        nnunet.write_nnunet(beside, state, described)
         write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
         write_atomic(beside / "README.md", markdown(described) + nnunet.readme(described))
 

@@ -15,17 +15,17 @@ from p2w import config as settings
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
 from p2w.model.conv import let_train
-from p2w.model.feeding import Feeding
-from p2w.model.nnunet_keys import from_nnunet
+from p2w.model.encoder import InputNorm
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of
+from p2w.weights.nnunet import from_nnunet
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedWeights:
     """What a run, a checkpoint or a file of ours holds: names are `encoder.…` and, in some, `decoder.…`."""
 
     name: str
@@ -35,7 +35,7 @@ class Held:
     data: dict[str, str]
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
-    feeding: Feeding = "unit"
+    feeding: InputNorm = "unit"
     """Our pretraining feeds every network [0, 1]; fine-tuning, what the network was trained to see."""
 
 
@@ -46,16 +46,16 @@ def load(path: str | Path) -> Encoder:
     frozen, the rest trains. Executes no code from the file.
     Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
     """
-    held = read(Path(path))
-    encoder = filled(held.name, held.width, held.state, held.where, held.in_channels)
+    held = read_weights(Path(path))
+    encoder = filled_encoder(held.name, held.width, held.state, held.where, held.in_channels)
     encoder.feeding = held.feeding
     return encoder
 
 
-def read(path: Path) -> Held:
+def read_weights(path: Path) -> LoadedWeights:
     """All the weights of what `load` takes. Raises UserError as it does."""
     if path.is_dir() and (path / "checkpoints").is_dir():
-        path = find(path).folder
+        path = find_checkpoint(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
         path = path.resolve()  # checkpoints/latest is a link
         number = path.name.removeprefix("step-")
@@ -63,22 +63,22 @@ def read(path: Path) -> Held:
             raise UserError(
                 f"{path}: is no checkpoint of a run, whose name is step-NUMBER; name its run folder"
             )
-        trained = find(path.parent.parent, int(number))
+        trained = find_checkpoint(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
         model = trained.config.model
-        return Held(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
+        return LoadedWeights(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
     file, card = exported(path)
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
         in_channels = int(card["encoder"].get("in_channels", 1))
-        feeding = next(one for one in get_args(Feeding) if one == card["encoder"].get("feeding", "unit"))
+        feeding = next(one for one in get_args(InputNorm) if one == card["encoder"].get("feeding", "unit"))
     except (LookupError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
-        state = from_nnunet(nnunet.read(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
-        return Held(name, width, state, str(file), trained_on(card), in_channels, feeding)
+        state = from_nnunet(nnunet.read_nnunet(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
+        return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, feeding)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
 
@@ -103,9 +103,9 @@ def trained_on(card: dict[str, Any]) -> dict[str, str]:
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
 
 
-def find(run: Path, step: int | None = None) -> Trained:
+def find_checkpoint(run: Path, step: int | None = None) -> Trained:
     """A checkpoint of a run: the one asked for, else the best, else the newest. Raises UserError when there is none."""
-    config = settings.read(run / "config.json")
+    config = settings.read_config(run / "config.json")
     checkpoints = Checkpoints(run / "checkpoints")
     there = checkpoints.steps()
     if step is None:
@@ -117,7 +117,9 @@ def find(run: Path, step: int | None = None) -> Trained:
     return Trained(run, step, config)
 
 
-def filled(name: str, width: int, state: dict[str, Tensor], where: str, in_channels: int = 1) -> Encoder:
+def filled_encoder(
+    name: str, width: int, state: dict[str, Tensor], where: str, in_channels: int = 1
+) -> Encoder:
     """The encoder with the tensors of `state` named `encoder.…`. Raises UserError for any that lacks or differs."""
     with torch.device("meta"):
         encoder = build_encoder(name, width, in_channels)

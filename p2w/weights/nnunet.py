@@ -8,6 +8,11 @@ FOLDER/
 
 The keys are FACTS 7's; nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
 nnunetv2/training/nnUNetTrainer/pretraining/pretrainedTrainer.py of its git master.
+
+nnU-Net's parameter names of ResEncL <-> ours.
+
+nnU-Net's convolution module holds its layers by name (`conv`, `norm`) and in a list (`all_modules.0`, `.1`), so its state
+dict names each tensor twice, and is loaded strictly. Ours names each once, as safetensors wants it.
 """
 
 import io
@@ -19,16 +24,50 @@ import torch
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.log import write_atomic
-from p2w.model.nnunet_keys import to_nnunet
+from p2w.files import write_atomic
 from p2w.model.resencl import BLOCKS
+
+LISTED = {"conv": "all_modules.0", "norm": "all_modules.1"}
+
+
+def to_nnunet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor `….conv.x` and `….norm.x` under its second name too; the two share memory.
+
+    Raises UserError for a name of another network.
+    """
+    named = {}
+    for name, value in state.items():
+        where, layer, kind = _parts(name)
+        named[name] = value
+        named[f"{where}.{LISTED[layer]}.{kind}"] = value
+    return named
+
+
+def from_nnunet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their first names. Raises UserError for a name that is neither a convolution's nor a norm's."""
+    named = {name: value for name, value in state.items() if ".all_modules." not in name}
+    for name in named:
+        _parts(name)
+    return named
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """`encoder.stem.convs.0.conv.weight` -> encoder.stem.convs.0, conv, weight."""
+    where, _, kind = name.rpartition(".")
+    where, _, layer = where.rpartition(".")
+    if layer not in LISTED or not where:
+        raise UserError(
+            f"{name}: not a parameter of nnU-Net's residual encoder; expected ….conv.… or ….norm.…"
+        )
+    return where, layer, kind
+
 
 CHECKPOINT = "checkpoint_final.pth"
 PUBLISHED_WIDTH = 32  # nnU-Net knows this network by the name ResEncL; others it builds from their arguments
 Card = dict[str, Any]
 
 
-def plan(card: Card) -> dict[str, Any]:
+def nnunet_plan(card: Card) -> dict[str, Any]:
     """nnU-Net's adaptation plan of a card: plain types. Sizes and spacings are z, y, x; spacing None where it is unknown.
 
     `spacing` is what the network saw: the scans' median, times what the resize of parts made of it.
@@ -103,16 +142,16 @@ def intensities(window_hu: list[float]) -> dict[str, float]:
     return {"mean": low, "std": high - low, "percentile_00_5": low, "percentile_99_5": high}
 
 
-def write(out: Path, state: dict[str, Tensor], card: Card) -> None:
+def write_nnunet(out: Path, state: dict[str, Tensor], card: Card) -> None:
     """The folder's files, save our card. `state` holds `encoder.…`."""
-    packed, adaptation = io.BytesIO(), plan(card)
+    packed, adaptation = io.BytesIO(), nnunet_plan(card)
     torch.save({"network_weights": to_nnunet(state), "nnssl_adaptation_plan": adaptation}, packed)
     write_atomic(out / CHECKPOINT, packed.getvalue())
     write_atomic(out / "adaptation_plan.json", json.dumps(adaptation, indent=2))
     write_atomic(out / "config.json", json.dumps({"p2w": card["p2w"], **card["encoder"]}, indent=2))
 
 
-def read(file: Path) -> dict[str, Tensor]:
+def read_nnunet(file: Path) -> dict[str, Tensor]:
     """`network_weights` of such a file, by nnU-Net's names; executes nothing. Raises UserError for another file."""
     try:
         held = torch.load(file, weights_only=True, map_location="cpu")["network_weights"]

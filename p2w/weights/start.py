@@ -6,24 +6,141 @@
 --init resnet_101.pth             MedicalNet, any depth
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
+
+Tensors of a file into an encoder, with a report: what matched, what was adapted, what is missing, what is left over.
+
+`p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import tyro
 from torch import Tensor, nn
 
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
-from p2w.model.blocks import PUBLISHED_WIDTH
-from p2w.weights import formats, load
-from p2w.weights.fit import COUNTER, Report, fit, refuse
+from p2w.model.conv import PUBLISHED_WIDTH
+from p2w.weights import foreign, load
+from p2w.weights.foreign import State
+
+INSPECT_USAGE = """\
+Which weights a file holds, and how many of their tensors fit: what `--init FILE` would do, without training.
+
+    p2w inspect Genesis_Chest_CT.pt
+    p2w inspect models/model.ckpt-3000 --in-channels 4
+
+Exit code 1 when a part of the network would be missing, 2 when the file cannot be read.
+"""
+
+COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it, and old files have none
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Names of tensors of the network (of the file, in `unexpected` and `head`)."""
+
+    what: str
+    """Which format, network and width."""
+    matched: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    """Fitted to another number of input channels."""
+    missing: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    """Of the file's own decoder or classifier, which a target task replaces."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor of the encoder has its value and none of the file's is left unexplained."""
+        return not (self.missing or self.misshapen or self.unexpected)
+
+    def table(self) -> str:
+        """A line for each kind that there is, with its number and first names."""
+        rows = [f"{self.what}"]
+        for kind in ("matched", "adapted", "missing", "misshapen", "unexpected", "head"):
+            names: tuple[str, ...] = getattr(self, kind)
+            if names:
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+                rows.append(f"  {kind:10} {len(names):5}  {shown}")
+        return "\n".join(rows + [f"  {note}" for note in self.notes])
+
+
+def load_state(
+    encoder: Encoder, state: State, what: str, head: tuple[str, ...] = (), notes: tuple[str, ...] = ()
+) -> LoadReport:
+    """Load `state` (names of `encoder`) where names and shapes agree, input channels adapted, and say what happened.
+
+    The encoder takes the values as float32 on its own device; what the report does not call matched or adapted keeps what
+    it had.
+    """
+    wanted = encoder.state_dict()
+    taken: State = {}
+    adapted, misshapen = [], []
+    for name, value in state.items():
+        if name not in wanted:
+            continue
+        if value.shape != wanted[name].shape:
+            fitted = adapt(encoder, name, value, wanted[name].shape)
+            if fitted is None:
+                misshapen.append(f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}")
+                continue
+            adapted.append(name)
+            taken[name] = fitted
+        else:
+            taken[name] = value
+    encoder.load_state_dict(taken, strict=False)
+    return LoadReport(
+        what,
+        matched=tuple(name for name in taken if name not in adapted),
+        adapted=tuple(adapted),
+        missing=tuple(name for name in wanted if name not in state and not name.endswith(COUNTER)),
+        misshapen=tuple(misshapen),
+        unexpected=tuple(name for name in state if name not in wanted),
+        head=head,
+        notes=notes,
+    )
+
+
+def adapt(encoder: Encoder, name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+    """`value` for the encoder's number of input channels, or None when that is not what differs.
+
+    Convolutions: the weights of the file's image channels are summed and shared out evenly, so that equal channels give what
+    one channel gave: 1 -> n repeats and divides by n, 3 -> 1 sums. Norms of the image take the mean.
+    """
+    n = encoder.in_channels
+    if name in encoder.norms_input and value.ndim == 1:
+        return value.mean().expand(n).clone()
+    if name not in encoder.input_convs or value.ndim != 5:
+        return None
+    image = value.shape[1] - (shape[1] - n)  # what is not the image comes behind it, and has its own number
+    if image < 1 or value.shape[:1] + value.shape[2:] != shape[:1] + shape[2:]:
+        return None
+    shared = value[:, :image].sum(1, keepdim=True) / n
+    return torch.cat((shared.expand(-1, n, -1, -1, -1), value[:, image:]), dim=1)
+
+
+def refuse_report(report: LoadReport, where: str) -> None:
+    """Raise UserError when the encoder would keep random values, or tensors of the file would be lost."""
+    if report.whole:
+        return
+    total = len(report.matched) + len(report.adapted) + len(report.missing) + len(report.misshapen)
+    first = (*report.missing, *report.misshapen, *report.unexpected)[0]
+    raise UserError(
+        f"{where}: {report.what}: of {total} tensors {len(report.missing)} are missing, {len(report.misshapen)} have "
+        f"another shape, and the file has {len(report.unexpected)} unknown ones, first {first}; a part of a network is "
+        f"not loaded: p2w inspect {where}"
+    )
+
 
 RANDOM = "random"
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """An encoder in training mode, float32, on the CPU, and where its values come from."""
 
     encoder: Encoder
@@ -31,7 +148,7 @@ class Start:
     width: int
     decoder_state: dict[str, Tensor] | None
     """Of the decoder trained with it, under the names of `build_decoder`'s; None when there is none."""
-    report: Report
+    report: LoadReport
     source: str
     """Where the values were read, or "random"."""
     pretrained_on: dict[str, str]
@@ -40,30 +157,34 @@ class Start:
 
 def load_start(
     init: str, network: str | None = None, width: int | None = None, in_channels: int = 1
-) -> Start:
+) -> StartingPoint:
     """The starting point `init` for inputs of `in_channels`. Executes no code from a file; draws from torch's generator.
 
     `network` and `width` choose what is built at random (unet3d at 32); with a file they must be its own, or None.
     Raises UserError when the file is unknown, damaged or of another network, and when a part of the encoder would keep
     random values: only heads may be missing or left over.
     """
-    start = examine(init, network, width, in_channels)
-    refuse(start.report, start.source)
+    start = examine_weights(init, network, width, in_channels)
+    refuse_report(start.report, start.source)
     return start
 
 
-def examine(init: str, network: str | None = None, width: int | None = None, in_channels: int = 1) -> Start:
+def examine_weights(
+    init: str, network: str | None = None, width: int | None = None, in_channels: int = 1
+) -> StartingPoint:
     """As `load_start`, but a report of a part is returned, not refused."""
     if init == RANDOM:
         network, width = network or "unet3d", PUBLISHED_WIDTH if width is None else width
         encoder = build_encoder(network, width, in_channels)
-        return Start(encoder, network, width, None, Report(f"{network}, width {width}: random"), RANDOM, {})
+        return StartingPoint(
+            encoder, network, width, None, LoadReport(f"{network}, width {width}: random"), RANDOM, {}
+        )
     path = Path(init)
     if _is_ours(path):
-        return _from_ours(load.read(path), network, width, in_channels)
-    found = formats.read(path)
+        return _from_ours(load.read_weights(path), network, width, in_channels)
+    found = foreign.read_published(path)
     _same(init, network, found.network)
-    widths = formats.widths(found)
+    widths = foreign.widths(found)
     if not widths or (width is not None and width not in widths):
         its = f"width {widths[0]}" if widths else "no width that this network has"
         raise UserError(f"{init}: weights of {found.network} of {its}; leave --model.width to the file")
@@ -71,11 +192,11 @@ def examine(init: str, network: str | None = None, width: int | None = None, in_
     assert at is not None
     encoder = build_encoder(found.network, at, in_channels)
     what = f"{found.format}: {found.network}, width {at}"
-    report = fit(encoder, found.state, what, found.head, found.notes)
-    return Start(encoder, found.network, at, found.decoder, report, init, found.data)
+    report = load_state(encoder, found.state, what, found.head, found.notes)
+    return StartingPoint(encoder, found.network, at, found.decoder, report, init, found.data)
 
 
-def load_decoder(decoder: nn.Module, start: Start) -> None:
+def load_decoder(decoder: nn.Module, start: StartingPoint) -> None:
     """Give a decoder the values that were trained with the encoder; its last convolution may be of other classes.
 
     Raises UserError when there are none, or when they are of a decoder of another shape (with skips, or without).
@@ -105,7 +226,9 @@ def _is_ours(path: Path) -> bool:
     return True
 
 
-def _from_ours(held: load.Held, network: str | None, width: int | None, in_channels: int) -> Start:
+def _from_ours(
+    held: load.LoadedWeights, network: str | None, width: int | None, in_channels: int
+) -> StartingPoint:
     _same(held.where, network, held.name)
     if width is not None and width != held.width:
         raise UserError(
@@ -122,8 +245,10 @@ def _from_ours(held: load.Held, network: str | None, width: int | None, in_chann
         else:
             head.append(key)
     what = f"p2w: {held.name}, width {held.width}"
-    report = fit(encoder, parts["encoder"], what, tuple(head))
-    return Start(encoder, held.name, held.width, parts["decoder"] or None, report, held.where, held.data)
+    report = load_state(encoder, parts["encoder"], what, tuple(head))
+    return StartingPoint(
+        encoder, held.name, held.width, parts["decoder"] or None, report, held.where, held.data
+    )
 
 
 def _same(where: str, asked: str | None, found: str) -> None:
@@ -131,3 +256,35 @@ def _same(where: str, asked: str | None, found: str) -> None:
         raise UserError(
             f"{where}: weights of {found}, and {asked} was asked for; leave the network to the file"
         )
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to look at."""
+
+    init: tyro.conf.Positional[str]
+    """A run, a checkpoint, a hub folder, or a file of weights, as `--init` takes it."""
+    network: str | None = None
+    """Refuse weights of another network."""
+    width: int | None = None
+    """Refuse weights of another width."""
+    in_channels: int = 1
+    """Of the volumes that the network will see."""
+
+
+def main_inspect(argv: list[str]) -> int:
+    """Read, fit, print the report."""
+    options = tyro.cli(InspectOptions, args=argv, prog="p2w inspect", description=INSPECT_USAGE)
+    start = examine_weights(options.init, options.network, options.width, options.in_channels)
+    encoder = start.encoder
+    print(start.report.table())
+    parameters = sum(p.numel() for p in encoder.parameters())
+    print(
+        f"  encoder    {parameters / 1e6:.2f} M parameters, channels {encoder.channels}, strides {encoder.strides}"
+    )
+    print(f"  fed        {encoder.feeding}, {encoder.in_channels} channels")
+    print(f"  decoder    {'is there too' if start.decoder_state else 'none'}")
+    for key, value in start.pretrained_on.items():
+        print(f"  {key:10} {value}")
+    print("whole: --init takes it" if start.report.whole else "not whole: --init refuses it")
+    return 0 if start.report.whole else 1

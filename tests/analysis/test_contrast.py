@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from p2w.analysis import contrast
-from p2w.analysis.contrast import contrastive_losses, draw_tests
+from p2w.analysis import similarity
+from p2w.analysis.similarity import contrastive_losses, draw_tests
 from p2w.errors import UserError
 
 
@@ -28,10 +28,10 @@ def naive(features, whole, drawn, temperature):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("block", [contrast.BLOCK, 40, 200])
+@pytest.mark.parametrize("block", [similarity.BLOCK, 40, 200])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_against_the_formula(dtype, within, block, monkeypatch):
-    monkeypatch.setattr(contrast, "BLOCK", block)  # of 20 parts: two rows at a time, or two wholes
+    monkeypatch.setattr(similarity, "BLOCK", block)  # of 20 parts: two rows at a time, or two wholes
     features = np.random.default_rng(0).normal(0.3, 1, (4, 5, 6))
     settings = {"tests": 7, "negatives": 30, "temperature": 0.7, "seed": 11}
     found = contrastive_losses(torch.from_numpy(features).to(dtype), **settings)

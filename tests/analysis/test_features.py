@@ -6,11 +6,11 @@ import torch
 
 from p2w import geometry
 from p2w.analysis.features import PartSet, extract, histogram, log_bins, pixels
-from p2w.analysis.validation import VALIDATION_SEED
+from p2w.analysis.monitors import VALIDATION_SEED
 from p2w.config import PretextConfig
-from p2w.data.stream import open_set
-from p2w.geometry import Keys
 from p2w.model import build_encoder
+from p2w.rng import SampleKeys
+from p2w.stream.stream import open_set
 from p2w.world import World
 
 VIEW = PretextConfig(size=(8, 16, 16))
@@ -31,7 +31,7 @@ def test_against_one_part_at_a_time(tiny_set, batch):
         for p, (part, fraction) in enumerate(
             [(40, (1 / 8, 1 / 4)), (41, (1 / 8, 1 / 4)), (42, (0.5, 1)), (43, (0.5, 1))]
         ):
-            keys = Keys(VALIDATION_SEED + 5, 0, torch.tensor([int(sub_scan)]))
+            keys = SampleKeys(VALIDATION_SEED + 5, 0, torch.tensor([int(sub_scan)]))
             box = geometry.sample_boxes(keys, part, shards.shape, fraction, (0.5, 2.0))
             with torch.no_grad():
                 expected = encoder.double()(geometry.crop_resize(voxels, box, (8, 16, 16)).double())[-1].mean(

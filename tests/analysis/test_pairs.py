@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from p2w.analysis.pairs import cosines, d_prime, draw_pairs, separability
+from p2w.analysis.similarity import cosines, d_prime, draw_pairs, separability
 from p2w.errors import UserError
 
 

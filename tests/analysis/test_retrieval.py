@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2w.analysis.retrieval import among_parts, among_wholes, ranks, scores
+from p2w.analysis.similarity import among_parts, among_wholes, retrieval_ranks, retrieval_scores
 
 
 def rank_naive(query, gallery, own):
@@ -26,7 +26,7 @@ def test_ranks_against_loops():
 
 
 def test_scores_against_loops():
-    found = scores(torch.tensor([[1, 2, 5], [6, 1, 8]]), 10)
+    found = retrieval_scores(torch.tensor([[1, 2, 5], [6, 1, 8]]), 10)
     assert found["top1"] == pytest.approx(2 / 6) and found["top5"] == pytest.approx(4 / 6)
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 5 + 1 / 6 + 1 + 1 / 8) / 6)
     assert found["chance_top1"] == 0.1 and found["chance_top5"] == 0.5
@@ -37,10 +37,10 @@ def test_scores_against_loops():
 def test_chance_is_what_features_of_noise_reach():
     generator = torch.Generator().manual_seed(0)
     parts, wholes = torch.randn(40, 50, 16, generator=generator), torch.randn(40, 16, generator=generator)
-    found = scores(among_wholes(parts, wholes), 40)
+    found = retrieval_scores(among_wholes(parts, wholes), 40)
     for name in ("top1", "top5", "mrr"):
         assert found[name] == pytest.approx(found[f"chance_{name}"], abs=0.03)
 
 
 def test_the_same_answer_for_all_comes_last():
-    assert ranks(torch.full((7, 3), 0.3), torch.full((7, 3), 0.1)).tolist() == [7] * 7
+    assert retrieval_ranks(torch.full((7, 3), 0.3), torch.full((7, 3), 0.1)).tolist() == [7] * 7

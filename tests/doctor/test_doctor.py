@@ -16,22 +16,23 @@ import torch
 from ct_sets import write_structured_set
 
 from p2w import config as settings
-from p2w.doctor import data, machine, network, slurm, software
-from p2w.doctor.checks import CHECKS, answer
-from p2w.doctor.row import Case, Row, ok, refused
+from p2w import resources
+from p2w.doctor import command, machine, network, software
+from p2w.doctor.check import CheckContext, CheckResult, ok, refused
+from p2w.doctor.command import CHECKS, run_check
 from p2w.errors import UserError
 from p2w.recipes import named
-from p2w.train.folder import RunFolder
+from p2w.train.run_dir import RunDir
 
 REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def case(tmp_path, tiny_set) -> Case:
-    return Case("demo", named("demo"), str(tiny_set), tmp_path / "run", 1, False)
+def case(tmp_path, tiny_set) -> CheckContext:
+    return CheckContext("demo", named("demo"), str(tiny_set), tmp_path / "run", 1, False)
 
 
-def only(rows) -> Row:
+def only(rows) -> CheckResult:
     (row,) = rows
     return row
 
@@ -39,7 +40,7 @@ def only(rows) -> Row:
 def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_set):
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "p2w", "doctor", "demo", "--shards", str(tiny_set), "--ranks", "2"]
-        command += ["--run-dir", str(tmp_path / "run"), "--train.amp", "fp32", *more]
+        command += ["--run-dir", str(tmp_path / "run"), "--train.precision", "fp32", *more]
         env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
         return subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
@@ -71,7 +72,7 @@ def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_s
 def test_a_broken_set_is_a_problem_and_exit_code_1(tmp_path, tiny_set):
     broken = shutil.copytree(tiny_set, tmp_path / "set")
     next(broken.glob("*.tar")).unlink()
-    code = "import sys; from p2w.doctor import checks, data, command; checks.CHECKS = (data.shards,); "
+    code = "import sys; from p2w.doctor import command; command.CHECKS = (command.shards,); "
     code += "sys.exit(command.main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, "demo", "--shards", str(broken)],
@@ -83,7 +84,7 @@ def test_a_broken_set_is_a_problem_and_exit_code_1(tmp_path, tiny_set):
 
 
 def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
-    assert [row.status for row in data.shards(case)] == ["ok"] * 4
+    assert [row.status for row in command.shards(case)] == ["ok"] * 4
     folder = write_structured_set(tmp_path / "set", train=2, val=1, per=2)
     case = replace(
         case, shards=str(folder), config=replace(case.config, data=replace(case.config.data, batch=4))
@@ -93,12 +94,12 @@ def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
         for at in range(600, len(voxels), 1024):  # in every sub-scan
             voxels[at] ^= 1
         shard.write_bytes(voxels)
-    rows = {row.name: row for row in data.shards(case)}
+    rows = {row.name: row for row in command.shards(case)}
     assert rows["checksums"].status == "problem" and "key 1.2.826." in rows["checksums"].found
     assert f"p2w verify {folder}" in rows["checksums"].remedy
-    rows = {row.name: row for row in data.shards(replace(case, ranks=3))}
+    rows = {row.name: row for row in command.shards(replace(case, ranks=3))}
     assert rows["batch"].status == "problem" and "3 ranks" in rows["batch"].found
-    nowhere = only(data.shards(replace(case, shards=str(tmp_path / "nowhere"))))
+    nowhere = only(command.shards(replace(case, shards=str(tmp_path / "nowhere"))))
     assert (
         nowhere.status == "problem"
         and "no such folder" in nowhere.found
@@ -107,13 +108,13 @@ def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
 
 
 def test_a_run_folder_of_other_settings(case):
-    RunFolder(case.run).open(case.config, "x", "shards", {})
-    rows = {row.name: row for row in data.shards(case)}
+    RunDir(case.run).open(case.config, "x", "shards", {})
+    rows = {row.name: row for row in command.shards(case)}
     assert rows["run folder"].status == "problem" and "--shards" in rows["run folder"].remedy
     other = replace(
-        case, config=settings.check(replace(case.config, train=replace(case.config.train, seed=5)))
+        case, config=settings.check_config(replace(case.config, train=replace(case.config.train, seed=5)))
     )
-    rows = {row.name: row for row in data.shards(other)}
+    rows = {row.name: row for row in command.shards(other)}
     assert "train.seed was 0, now 5" in rows["run folder"].found
 
 
@@ -135,11 +136,11 @@ def test_memory_against_need_and_control_groups(case, tmp_path):
     (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
     (proc / "self/cgroup").write_text("0::/job/step\n")
     (groups / "job/step").mkdir(parents=True)
-    assert machine.free_memory(proc, groups) == 8000 * 1024
+    assert resources.free_memory(proc, groups) == 8000 * 1024
     (groups / "job/memory.max").write_text("5000000\n")
     (groups / "job/memory.current").write_text("1000000\n")
     (groups / "job/step/memory.max").write_text("max\n")
-    assert machine.free_memory(proc, groups) == 4_000_000
+    assert resources.free_memory(proc, groups) == 4_000_000
 
 
 def test_limits_and_clock(case, tmp_path):
@@ -223,7 +224,7 @@ def test_gradients_that_are_wrong_are_found(case, monkeypatch):
     def wrong(self, *args, **kwargs):  # a kernel that loses everything below 1/2
         return conv(self, *args, **kwargs).mul(2).trunc()
 
-    fp32 = replace(case, config=replace(case.config, train=replace(case.config.train, amp="fp32")))
+    fp32 = replace(case, config=replace(case.config, train=replace(case.config.train, precision="fp32")))
     assert only(software.arithmetic(fp32)).status == "ok"
     conv = torch.nn.Conv3d.forward
     monkeypatch.setattr(torch.nn.Conv3d, "forward", wrong)
@@ -232,13 +233,13 @@ def test_gradients_that_are_wrong_are_found(case, monkeypatch):
 
 def test_slurm_that_is_not_there_half_there_or_silent(case, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "not here" in only(slurm.cluster(case)).found
-    for name in slurm.COMMANDS:
-        half = only(slurm.cluster(case)).status
+    assert "not here" in only(network.cluster(case)).found
+    for name in network.COMMANDS:
+        half = only(network.cluster(case)).status
         assert half == ("ok" if name == "sbatch" else "problem")
         (tmp_path / name).write_text("#!/bin/sh\necho cannot reach the controller >&2; exit 1\n")
         (tmp_path / name).chmod(0o755)
-    silent = only(slurm.cluster(case))
+    silent = only(network.cluster(case))
     assert silent.status == "problem" and "cannot reach the controller" in silent.found
 
 
@@ -250,9 +251,9 @@ def test_a_check_that_fails_or_hangs_is_a_problem(case):
     def hanging(case):
         yield from iter(lambda: time.sleep(30), 1)
 
-    rows = answer(failing, case)
+    rows = run_check(failing, case)
     assert [row.status for row in rows] == ["ok", "problem"] and "KeyError: 'odd'" in rows[1].found
-    assert "no answer in 0 s" in only(answer(hanging, case, 0.2)).found
+    assert "no answer in 0 s" in only(run_check(hanging, case, 0.2)).found
 
 
 def test_what_a_user_error_says_is_split_into_what_and_remedy():

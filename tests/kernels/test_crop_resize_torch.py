@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from crop_resize_oracle import bf16_step, resize, resize_batch, weights
 
-from p2w.geometry import Keys, crop_resize, part_and_whole, sample_boxes
+from p2w.geometry import crop_resize, part_and_whole, sample_boxes
 from p2w.kernels.crop_resize_torch import axis_taps
+from p2w.rng import SampleKeys
 
 SHAPE, SIZE = (64, 128, 128), (32, 64, 64)
 
@@ -17,7 +18,7 @@ def volumes(count, shape=SHAPE, seed=0, low=-1000, high=1000):
 
 
 def boxes_of(count, shape=SHAPE, part=0, **ranges):
-    return sample_boxes(Keys(3, 1, torch.arange(count)), part, shape, **ranges)
+    return sample_boxes(SampleKeys(3, 1, torch.arange(count)), part, shape, **ranges)
 
 
 def test_oracle_separates_as_the_triple_sum_does():

@@ -19,8 +19,10 @@ import pytest
 import torch
 from crop_resize_oracle import bf16_step, resize_batch
 
-from p2w.geometry import Keys, backend, crop_resize, part_and_whole, sample_boxes
+from p2w import rng
+from p2w.geometry import crop_resize, part_and_whole, sample_boxes
 from p2w.kernels import crop_resize_torch
+from p2w.rng import SampleKeys
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -92,7 +94,7 @@ def test_all_of_this_in_the_interpreter():
 ])  # fmt: skip
 def test_float32_is_within_1e5_of_the_oracle(antialias, shape, size, dtype):
     whole = volumes(2, shape, dtype)
-    boxes = sample_boxes(Keys(1, 1, torch.arange(2)), 0, whole.shape[1:], (1 / 8, 1 / 2))
+    boxes = sample_boxes(SampleKeys(1, 1, torch.arange(2)), 0, whole.shape[1:], (1 / 8, 1 / 2))
     window = (-800.5, 900)
     part, target = launch(whole, boxes, size, antialias=antialias, window_hu=window)
     full = [[0, 0, 0, *shape]] * 2
@@ -114,7 +116,7 @@ def test_boxes_of_one_voxel_and_of_less(dtype):
 @pytest.mark.parametrize("window", [(1000, 1010), (-1010.25, -1000), (-40000, 40000)])
 def test_windows_far_from_0_narrow_and_wide(window):
     whole = volumes(2, (4, 6, 8))
-    boxes = sample_boxes(Keys(1, 1, torch.arange(2)), 0, whole.shape[1:], (1 / 8, 1 / 2))
+    boxes = sample_boxes(SampleKeys(1, 1, torch.arange(2)), 0, whole.shape[1:], (1 / 8, 1 / 2))
     part, _ = launch(whole, boxes, (3, 4, 5), with_target=False, window_hu=window)
     expected = resize_batch(whole, boxes, (3, 4, 5), window_hu=window)
     np.testing.assert_allclose(part, expected, rtol=0, atol=1e-5)
@@ -133,7 +135,7 @@ def test_bfloat16_is_within_one_step_and_a_part_alone_leaves_the_target():
 @interpreted
 def test_bits_do_not_depend_on_the_batch():
     whole = volumes(3, (18, 4, 8))
-    boxes = sample_boxes(Keys(1, 1, torch.arange(3)), 0, whole.shape[1:])
+    boxes = sample_boxes(SampleKeys(1, 1, torch.arange(3)), 0, whole.shape[1:])
     part, target = launch(whole, boxes, (9, 2, 4))
     alone = launch(whole[2:], boxes[2:], (9, 2, 4))
     assert torch.equal(alone[0], part[2:]) and torch.equal(alone[1], target[2:])
@@ -162,7 +164,7 @@ def test_a_broken_box_reads_nothing_outside_the_whole():
 @interpreted
 def test_strided_wholes():
     whole = volumes(2, (4, 6, 8)).transpose(1, 3)
-    boxes = sample_boxes(Keys(1, 1, torch.arange(2)), 0, whole.shape[1:])
+    boxes = sample_boxes(SampleKeys(1, 1, torch.arange(2)), 0, whole.shape[1:])
     part, _ = launch(whole, boxes, (2, 2, 2), with_target=False)
     np.testing.assert_allclose(part, resize_batch(whole, boxes, (2, 2, 2)), rtol=0, atol=1e-5)
 
@@ -189,11 +191,11 @@ def test_compiles_for_ampere_and_hopper_without_one_and_spills_nothing(tmp_path)
 @gpu
 @pytest.mark.parametrize("antialias", [True, False])
 def test_on_a_gpu_as_the_oracle_and_in_one_launch(antialias):
-    assert backend("cuda")[0] == "triton"
+    assert rng.backend("cuda")[0] == "triton"
     size = (32, 64, 64)
     whole = volumes(4, (64, 128, 128))
-    boxes = sample_boxes(Keys(1, 1, torch.arange(4, device="cuda")), 0, whole.shape[1:])
-    cpu_boxes = sample_boxes(Keys(1, 1, torch.arange(4)), 0, whole.shape[1:])
+    boxes = sample_boxes(SampleKeys(1, 1, torch.arange(4, device="cuda")), 0, whole.shape[1:])
+    cpu_boxes = sample_boxes(SampleKeys(1, 1, torch.arange(4)), 0, whole.shape[1:])
     torch.testing.assert_close(
         boxes.cpu(), cpu_boxes, rtol=0, atol=2e-5
     )  # float64 logarithms differ in a bit

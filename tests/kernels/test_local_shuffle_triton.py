@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from p2w import geometry
-from p2w.geometry import Keys
-from p2w.pretext.local_shuffle import local_shuffle
+from p2w import rng
+from p2w.pretext.models_genesis import local_shuffle
+from p2w.rng import SampleKeys
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the interpreter's own process")
@@ -55,10 +55,10 @@ def test_all_of_this_in_the_interpreter():
 def test_the_bits_of_the_torch_path(monkeypatch, shape, count, dtype):
     volumes = torch.rand(3, 1, *shape, generator=torch.Generator().manual_seed(0))
     volumes = (1000 * volumes).to(dtype)
-    keys, chosen = Keys(3, 1, torch.tensor([1, 2**40, 7])), torch.tensor([True, False, True])
+    keys, chosen = SampleKeys(3, 1, torch.tensor([1, 2**40, 7])), torch.tensor([True, False, True])
     expected = local_shuffle(volumes, keys, 7, count, chosen)
     assert torch.equal(expected[1], volumes[1]) and not torch.equal(expected[2], volumes[2])
-    monkeypatch.setattr(geometry, "backend", lambda device: ("triton", "interpreted"))
+    monkeypatch.setattr(rng, "backend", lambda device: ("triton", "interpreted"))
     found = local_shuffle(volumes, keys, 7, count, chosen)
     assert found.dtype == dtype and torch.equal(found, expected)
 
@@ -69,7 +69,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from p2w.kernels import local_shuffle_triton as kernels
-from p2w.pretext import local_shuffle
+from p2w.pretext import models_genesis as local_shuffle
 
 types = dict.fromkeys(("draws_ptr", "seeds_ptr"), "*fp64") | {"chosen_ptr": "*i1", "last_ptr": "*i32"}
 types |= dict.fromkeys(("volumes_ptr", "out_ptr"), "*fp32")
@@ -109,6 +109,6 @@ def test_compiles_for_hopper_without_one_and_spills_nothing(tmp_path):
 def test_on_a_gpu_the_bits_of_the_cpu():
     volumes = torch.rand(4, 1, 32, 64, 64, generator=torch.Generator().manual_seed(0))
     ids, chosen = torch.arange(4) * 7919, torch.tensor([True, False, True, True])
-    expected = local_shuffle(volumes, Keys(3, 1, ids), 7, 10_000, chosen)
-    found = local_shuffle(volumes.cuda(), Keys(3, 1, ids.cuda()), 7, 10_000, chosen.cuda())
+    expected = local_shuffle(volumes, SampleKeys(3, 1, ids), 7, 10_000, chosen)
+    found = local_shuffle(volumes.cuda(), SampleKeys(3, 1, ids.cuda()), 7, 10_000, chosen.cuda())
     assert torch.equal(found.cpu(), expected)

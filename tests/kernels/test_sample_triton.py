@@ -13,11 +13,12 @@ import pytest
 import torch
 from test_crop_resize_triton import INTERPRETING, broken, compiled, gpu, interpreted
 
-from p2w import geometry
-from p2w.geometry import Keys, sample_boxes, try_triton, uniforms
+from p2w import rng
+from p2w.geometry import sample_boxes
+from p2w.rng import SampleKeys, try_triton, uniforms
 
 IDS = torch.cat([torch.arange(-3, 4) * 2**50, torch.arange(34)])  # one more than a block of boxes, and some
-KEYS = [Keys(5, -3, IDS), Keys(2**63 + 1, 7, IDS), Keys(0, 0, IDS[::2])]
+KEYS = [SampleKeys(5, -3, IDS), SampleKeys(2**63 + 1, 7, IDS), SampleKeys(0, 0, IDS[::2])]
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
@@ -40,8 +41,8 @@ def test_uniforms_are_torchs_bit_for_bit(keys):
     from p2w.kernels import sample_triton
 
     for ids, part, count in ((keys.ids[::4], 0, 1), (keys.ids[::3], 3, 7), (keys.ids[:2], 2**40, 1500)):
-        expected = uniforms(Keys(keys.seed, keys.epoch, ids), part, count)
-        assert torch.equal(sample_triton.uniforms(ids, geometry._state(keys, part), count), expected)
+        expected = uniforms(SampleKeys(keys.seed, keys.epoch, ids), part, count)
+        assert torch.equal(sample_triton.uniforms(ids, rng._state(keys, part), count), expected)
     assert sample_triton.uniforms(keys.ids[:0], 1, 7).shape == (0, 7)
 
 
@@ -55,7 +56,7 @@ def test_boxes_are_torchs_to_float32_rounding(keys):
         ((33, 7, 250), (0.1, 1.0), (0.3, 5.0)),
         ((1, 9, 9), (1.0, 1.0), (1.0, 1.0)),
     ):
-        got = sample_triton.boxes(keys.ids, geometry._state(keys, 2), shape, fraction, aspect)
+        got = sample_triton.boxes(keys.ids, rng._state(keys, 2), shape, fraction, aspect)
         expected = sample_boxes(keys, 2, shape, fraction, aspect)
         torch.testing.assert_close(got, expected, rtol=2.0**-22, atol=1e-6)
         assert (got[:, :3] >= 0).all() and (got[:, 3:] <= torch.tensor(shape)).all()
@@ -84,9 +85,7 @@ def test_a_broken_triton_is_a_reason_in_one_line(tmp_path, source, words):
     package = tmp_path / "triton"
     package.mkdir()
     (package / "__init__.py").write_text(source)
-    script = (
-        "import torch; from p2w import geometry; print(*geometry.try_triton(torch.device('cpu')), sep='|')"
-    )
+    script = "import torch; from p2w import rng; print(*rng.try_triton(torch.device('cpu')), sep='|')"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -108,9 +107,9 @@ def test_a_broken_triton_is_a_reason_in_one_line(tmp_path, source, words):
 def test_without_a_c_compiler_torch_is_used_on_the_gpu(tmp_path):
     """Triton compiles its launcher with the system's C compiler, unless its cache has it."""
     script = (
-        "import torch; from p2w import geometry as g; print(*g.backend('cuda'), sep='|'); "
-        "ids = torch.arange(4); a = g.sample_boxes(g.Keys(0, 0, ids.cuda()), 0, (8, 8, 8)).cpu(); "
-        "torch.testing.assert_close(a, g.sample_boxes(g.Keys(0, 0, ids), 0, (8, 8, 8)))"
+        "import torch; from p2w import geometry as g, rng; print(*rng.backend('cuda'), sep='|'); "
+        "ids = torch.arange(4); a = g.sample_boxes(rng.SampleKeys(0, 0, ids.cuda()), 0, (8, 8, 8)).cpu(); "
+        "torch.testing.assert_close(a, g.sample_boxes(rng.SampleKeys(0, 0, ids), 0, (8, 8, 8)))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "CC"}
     environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
@@ -126,8 +125,8 @@ def test_without_a_c_compiler_torch_is_used_on_the_gpu(tmp_path):
 @pytest.mark.gpu
 @gpu
 def test_on_a_gpu_as_torch_and_in_one_launch():
-    assert geometry.backend("cuda")[0] == "triton"
-    keys, there = Keys(5, -3, IDS), Keys(5, -3, IDS.cuda())
+    assert rng.backend("cuda")[0] == "triton"
+    keys, there = SampleKeys(5, -3, IDS), SampleKeys(5, -3, IDS.cuda())
     assert torch.equal(uniforms(there, 3, 1500).cpu(), uniforms(keys, 3, 1500))
     shape = (64, 128, 128)
     torch.testing.assert_close(

@@ -25,9 +25,6 @@ import torch.distributed.run
 import torch.utils.tensorboard
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-import launch.analyze
-import launch.train
-import launch.transfer  # noqa: F401
 from tests.launch import spies
 
 

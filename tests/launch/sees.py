@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from p2w.analysis.looks import Similarity
-from p2w.analysis.validation import Validation
+from p2w.analysis.monitors import SimilarityMonitor, Validation
 from p2w.config import Config, DataConfig, PretextConfig
-from p2w.data.stream import Stream, open_set
-from p2w.geometry import Keys, sample_boxes
+from p2w.geometry import sample_boxes
 from p2w.log import Log
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
+from p2w.rng import SampleKeys
+from p2w.stream.stream import Stream, open_set
 from p2w.world import World
 
 PRETEXT = PretextConfig(size=(8, 16, 16))
@@ -36,14 +36,14 @@ def main():
     seen = []
     with Stream(data, "train", 8, seed=5, **share) as stream:
         for batch, _ in zip(stream.batches(0, 1), range(5), strict=False):
-            boxes = sample_boxes(Keys(5, batch.epoch, batch.ids), 0, data.shape)
+            boxes = sample_boxes(SampleKeys(5, batch.epoch, batch.ids), 0, data.shape)
             sums = batch.voxels.sum((1, 2, 3)).tolist()
             seen.append((batch.epoch, batch.step, batch.ids.tolist(), boxes.tolist(), sums))
     pretext, model = network()
     with torch.no_grad():
         values = dict(Validation(pretext, model, lambda: Stream.validation(data, 12, **share), world)(0))
         config, log = Config(data=DataConfig(batch=12), pretext=PRETEXT), Log(Path(shards), False, 1)
-        values |= Similarity(config, model.encoder, data, "val", world, log)(0)
+        values |= SimilarityMonitor(config, model.encoder, data, "val", world, log)(0)
     (Path(folder) / f"{world.rank}.json").write_text(json.dumps([seen, values]))
     world.close()
 

@@ -14,18 +14,18 @@ import zlib
 
 import torch
 
-import p2w.pretrain
-from p2w.analysis.looks import Similarity
-from p2w.analysis.pictures import Pictures
-from p2w.analysis.validation import VALIDATION_SEED, Validation
-from p2w.data.stream import Stream
+from p2w import pretrain, report
+from p2w.analysis import plots
+from p2w.analysis.monitors import VALIDATION_SEED, SimilarityMonitor, Validation
+from p2w.analysis.qualitative import Pictures
+from p2w.finetune.samples import Samples
+from p2w.finetune.trials import FineTuning
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
-from p2w.target.samples import Samples
-from p2w.target.transfer import Transfer
-from p2w.train import agree
-from p2w.train.interruptible import Interruptible
+from p2w.stream.stream import Stream
+from p2w.train import preflight
 from p2w.train.step import Stepper
+from p2w.train.stop import InterruptibleStream
 
 TRAINS_ON = 24  # samples of the sets in target_sets.py that are trained on, and of no other split
 OTHERS: list[socket.socket] = []  # kept open
@@ -59,13 +59,13 @@ def record(rank: int, path: str) -> None:
 def begin_elsewhere(rank: int, which: int) -> None:
     """One rank draws other initial weights."""
     if rank == which:
-        Transfer.seed = lambda self, index: 77 + index
+        FineTuning.seed = lambda self, index: 77 + index
 
 
 def draw_nothing(rank: int) -> None:
     """Neither pictures nor report.html: most of what a tiny run takes."""
     Log.picture = Pictures.figure = lambda self, *_: None
-    p2w.pretrain.figures.save = p2w.pretrain._summary = p2w.pretrain.report.write = lambda *_: None
+    plots.save_figure = pretrain._summary = report.write_report = lambda *_: None
 
 
 def die(rank: int, at_step: int, victim: int) -> None:
@@ -82,8 +82,8 @@ def die(rank: int, at_step: int, victim: int) -> None:
 
 def tell(rank: int, at_step: int, victim: int, name: str) -> None:
     """SIGTERM rank `victim` while it looks at its first batch of validation or similarity after `at_step` steps."""
-    kind = {"validation": Validation, "similarity": Similarity}[name]
-    look, batches, pooled = kind.__call__, Interruptible.batches, Similarity._pooled
+    kind = {"validation": Validation, "similarity": SimilarityMonitor}[name]
+    look, batches, pooled = kind.__call__, InterruptibleStream.batches, SimilarityMonitor._pooled
     looking = [False]
 
     def called(self, step):
@@ -98,12 +98,12 @@ def tell(rank: int, at_step: int, victim: int, name: str) -> None:
             yield batch
 
     def encoded(self, index):
-        if looking[0] and kind is Similarity:
+        if looking[0] and kind is SimilarityMonitor:
             looking[0] = False
             os.kill(os.getpid(), signal.SIGTERM)
         return pooled(self, index)
 
-    kind.__call__, Interruptible.batches, Similarity._pooled = called, handed, encoded
+    kind.__call__, InterruptibleStream.batches, SimilarityMonitor._pooled = called, handed, encoded
 
 
 def starve(rank: int, at_step: int, victim: int) -> None:
@@ -190,7 +190,9 @@ def lag(rank: int, victim: int, seconds: float) -> None:
 def be_another(rank: int, victim: int, what: str) -> None:
     """Rank `victim` runs another version of something."""
     if rank == victim:
-        setattr(*{"torch": (torch, "__version__", "2.11.0"), "p2w": (agree, "__version__", "0.0.9")}[what])
+        setattr(
+            *{"torch": (torch, "__version__", "2.11.0"), "p2w": (preflight, "__version__", "0.0.9")}[what]
+        )
 
 
 def take_port(rank: int, path: str) -> None:

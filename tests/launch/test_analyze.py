@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from launch.analyze import build, parse
 from p2w import config as settings
-from p2w import pretrain
-from p2w.analysis import panels
-from p2w.analysis.subjects import Run, parse_against
-from p2w.analysis.validation import VALIDATION_SEED
-from p2w.data.stream import open_set
+from p2w import pretext as p2w_pretext
+from p2w.analysis import plots
+from p2w.analysis.feature_sources import AnalysedRun, parse_against
+from p2w.analysis.monitors import VALIDATION_SEED
 from p2w.errors import UserError
-from p2w.geometry import Keys
+from p2w.rng import SampleKeys
+from p2w.stream.stream import open_set
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.train.optim import choose_precision
 from p2w.world import World
@@ -76,15 +76,15 @@ def numbers(run):
 
 def validation_mse(run, step, shards):
     """One whole at a time, in float64: part 0 of every validation whole, reconstructed."""
-    config = settings.read(run / "config.json")
-    pretext, model = pretrain.build(config)
+    config = settings.read_config(run / "config.json")
+    pretext, model = p2w_pretext.build_pretext_and_network(config)
     model.load_state_dict(Checkpoints(run / "checkpoints").load(step).model)
     model.eval()
     opened, errors = open_set(str(shards)), []
     for sub_scan in opened.ids("val").tolist():
         voxels = torch.empty(1, *opened.shape, dtype=torch.int16)
         opened.read_into(sub_scan, voxels[0])
-        views = pretext.sample(voxels, Keys(VALIDATION_SEED, 0, torch.tensor([sub_scan])))
+        views = pretext.sample(voxels, SampleKeys(VALIDATION_SEED, 0, torch.tensor([sub_scan])))
         with torch.no_grad():
             errors.append(float((model(views.input).double() - views.target.double()).square().mean()))
     return sum(errors) / len(errors)
@@ -229,7 +229,7 @@ def test_bad_input_is_refused_before_anything_starts(trained, tmp_path, case):
     before = sorted(trained.rglob("*"))
     words = [word.format(tmp=tmp_path, run=trained) for word in argv]
     with pytest.raises(UserError, match=re.escape(says.format(tmp=tmp_path, run=trained))) as refused:
-        build(parse(["--run-dir", str(trained), *words]), World.place())
+        build(parse(["--run-dir", str(trained), *words]), World.from_env())
     assert len(str(refused.value).splitlines()) == 1
     assert sorted(trained.rglob("*")) == before
 
@@ -264,18 +264,20 @@ def test_a_folder_may_have_any_name(trained, tmp_path):
     """`=` and `@` in a folder's name, with and without a label and a step; digits that int() does not read."""
     odd = tmp_path / "lr=0.1@2"
     shutil.copytree(trained, odd)
-    run = Run.open(trained)
+    run = AnalysedRun.open(trained)
     precision = choose_precision("fp32", torch.device("cpu"))
     words = f"{odd},a={odd},b={odd}@6,c={trained}@9"
-    found = parse_against(words, run, World.place(), precision)
+    found = parse_against(words, run, World.from_env(), precision)
     assert [(one.label, one.step) for one in found] == [("lr=0.1@2", 12), ("a", 12), ("b", 6), ("c", 9)]
     with pytest.raises(UserError, match=r"no config\.json there"):
-        parse_against(f"{trained}@²", run, World.place(), precision)
+        parse_against(f"{trained}@²", run, World.from_env(), precision)
 
 
 def test_the_scales_of_training_are_those_of_the_run():
     curve = {"scale": [0.25, 1.0], "auc": [0.9, 0.99], "d_prime": [1.5, 3.5]}
-    parts, whole = (panels.by_scale({"a": curve}, trained, "a") for trained in ((1 / 16, 1 / 4), (1.0, 1.0)))
+    parts, whole = (
+        plots.scale_figure({"a": curve}, trained, "a") for trained in ((1 / 16, 1 / 4), (1.0, 1.0))
+    )
     assert len(parts.axes[0].patches) == 1 and len(whole.axes[0].patches) == 0
     for figure in (parts, whole):
         assert "scales that a was trained on" in figure.axes[0].get_legend_handles_labels()[1]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from launch_runs import TINY, metrics, status, weights
 
-from p2w.data.manifest import open_manifest
+from p2w.shards.manifest import open_manifest
 
 SKIP = (
     "--on-bad-sample",

@@ -5,7 +5,18 @@ import json
 import psutil
 from launch_runs import wait_for
 
-FAST = ["--data.batch", "4", "--pretext.size", "8", "16", "16", "--model.width", "2", "--train.amp", "fp32"]
+FAST = [
+    "--data.batch",
+    "4",
+    "--pretext.size",
+    "8",
+    "16",
+    "16",
+    "--model.width",
+    "2",
+    "--train.precision",
+    "fp32",
+]
 
 
 def test_ranks_without_their_torchrun_save_and_leave(forge, tiny_set, tmp_path):

@@ -10,7 +10,7 @@ NAMES = {
     "rubiks_cube_pp": "--rubik.critic-width 2",
     "mae": "",
 }
-FEW = "--train.validate-every 100 --train.look-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16"
+FEW = "--train.validate-every 100 --train.probe-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16"
 
 
 @pytest.mark.parametrize("name", NAMES)

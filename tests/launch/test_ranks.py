@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from p2w.analysis.validation import Validation, validation_keys
-from p2w.data.stream import Stream, open_set
+from p2w.analysis.monitors import Validation, validation_keys
+from p2w.stream.stream import Stream, open_set
 from p2w.world import World
 from tests.launch.sees import network
 

@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 from launch_runs import TINY, status, wait_for, weights
 
-from p2w.data.local import LocalSet
-from p2w.data.manifest import read_manifest
-from p2w.data.stream import Stream
+from p2w.shards.manifest import read_manifest
+from p2w.stream.local import LocalSet
+from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
 
 STEPS, EVERY, EPOCH = 10, 2, 3  # 24 sub-scans in batches of 8; the run ends in its fourth epoch
@@ -22,7 +22,7 @@ CHAIN = ((1, 0), (2, 2), (5, 0), (8, 2))  # killed at the step after so many, wi
 def command(shards, run, readers):
     sizes = f"--data.batch 8 --max-steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY}"
     return [
-        "demo", *TINY, *sizes.split(), "--data.readers", readers, "--shards", shards, "--run-dir", run,
+        "demo", *TINY, *sizes.split(), "--data.reader-threads", readers, "--shards", shards, "--run-dir", run,
     ]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_killed_again_and_again(forge, tiny_set, uninterrupted, tmp_path, ranks)
 def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
     """The setting may come and go while a run continues: same samples, same parts, same weights."""
     run = tmp_path / "run"
-    for steps, setting in ((4, ["--data.on-device"]), (6, []), (STEPS, ["--data.on-device"])):
+    for steps, setting in ((4, ["--data.cache-on-device"]), (6, []), (STEPS, ["--data.cache-on-device"])):
         argv = [*command(tiny_set, run, 1), "--max-steps", steps, *setting]
         codes, _, err = forge.run(tmp_path, *argv, ranks=ranks)
         assert codes == [0] * ranks, err

@@ -68,7 +68,7 @@ BAD = {
         ["demo", "--optim.accumulate", "3"],
         "error: optim.accumulate=3: does not divide a rank's 4",
     ),
-    "fp16": (["demo", "--train.amp", "fp16"], "error: train.amp=fp16: float16 needs a GPU"),
+    "fp16": (["demo", "--train.precision", "fp16"], "error: train.precision=fp16: float16 needs a GPU"),
     "apex": (["demo", "--optim.fused", "apex"], "error: optim.fused=apex: apex is not installed"),
     "run is a file": (["demo", "--run-dir", "{tmp}/file"], "error: {tmp}/file: {tmp}/file is a file"),
     "run below a file": (
@@ -172,7 +172,7 @@ def test_the_defaults_name_the_folder_that_is_missing(forge, tmp_path):
 
 def test_bf16_accumulation_clipping_and_many_epochs(forge, tiny_set, tmp_path):
     options = [
-        "--train.amp",
+        "--train.precision",
         "bf16",
         "--optim.accumulate",
         "2",

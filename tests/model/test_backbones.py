@@ -8,13 +8,12 @@ from ct_sets import structured_hu
 
 from p2w.config import Config, ModelConfig, PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import ENCODERS, build_encoder
-from p2w.pretext import PRETEXTS
-from p2w.pretrain import build
-from p2w.train.cost import cost
+from p2w.pretext import PRETEXTS, build_pretext_and_network
+from p2w.rng import SampleKeys
+from p2w.train.estimate import run_cost
 from p2w.train.optim import Precision
-from p2w.train.selfcheck import wrong_convolution
+from p2w.train.preflight import wrong_convolution
 
 # Width, and size of the input: as small as the strides allow. One depth stands for those of the same code.
 TINY = {"unet3d": (2, (8, 16, 16)), "resencl": (1, (32, 32, 64)), "vit3d": (1, (16, 16, 16))}
@@ -40,16 +39,16 @@ def test_a_step_reaches_every_parameter(encoder, pretext):
     """Gradients that are finite and there for each: DDP waits for ever for one that is not."""
     torch.manual_seed(0)
     try:
-        task, network = build(tiny(encoder, pretext))
+        task, network = build_pretext_and_network(tiny(encoder, pretext))
     except UserError as error:
         assert str(error) and "\n" not in str(error)
         return
     batch = wholes()
-    views = task.sample(batch, Keys(0, 0, torch.arange(len(batch))))
+    views = task.sample(batch, SampleKeys(0, 0, torch.arange(len(batch))))
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-2)
     for _ in range(2):  # a memory bank is empty at the first step, and tells the encoder nothing
         optimizer.zero_grad()
-        loss, _ = task.loss(network(views.input, *views.beside), views)
+        loss, _ = task.loss(network(views.input, *views.extra_inputs), views)
         assert torch.isfinite(loss)
         loss.backward()
         wrong = [
@@ -69,11 +68,11 @@ def test_a_step_reaches_every_parameter(encoder, pretext):
 def test_bf16_and_channels_innermost(encoder, skips):
     if encoder in ONLY_WITH_SKIPS and not skips:
         with pytest.raises(UserError, match=r"pass --pretext\.skips"):
-            build(tiny(encoder, skips=skips))
+            build_pretext_and_network(tiny(encoder, skips=skips))
         return
-    task, network = build(tiny(encoder, skips=skips))
+    task, network = build_pretext_and_network(tiny(encoder, skips=skips))
     network.to(memory_format=torch.channels_last_3d)
-    views = task.sample(wholes(2), Keys(0, 0, torch.arange(2)))
+    views = task.sample(wholes(2), SampleKeys(0, 0, torch.arange(2)))
     with torch.autocast("cpu", torch.bfloat16):
         output = network(views.input)
     assert output.shape == views.target.shape and output.dtype == torch.float32
@@ -85,10 +84,10 @@ def test_bf16_and_channels_innermost(encoder, skips):
 def test_what_a_run_asks_of_its_network(encoder):
     """The features analysed, the plan of a dry run, and the check before the first step."""
     config = tiny(encoder, skips=encoder in ONLY_WITH_SKIPS)
-    _, network = build(config)
+    _, network = build_pretext_and_network(config)
     shape = (1, 1, *config.pretext.size)
     assert network.encoder.pooled(torch.rand(2, *shape[1:])).shape == (2, network.encoder.channels[-1])
-    facts = cost(config, lambda: build(config), share=1, bytes_per_value=4)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), share=1, bytes_per_value=4)
     assert facts.parameters == sum(value.numel() for value in network.parameters())
     assert facts.flops_per_sample > 0 and facts.activation_bytes > 0
     bf16 = Precision("bf16", torch.bfloat16, "asked for")

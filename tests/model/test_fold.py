@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from p2w.model.decoder import Widen
+from p2w.model.decoder import UpsampleBlock
 from p2w.model.unet3d import Up, fold_cost_of, folded_by_count
 
 BLOCKS = {
     "up": lambda: Up(6, 0, 4),
-    "widen": lambda: Widen(5, (2, 2, 2), 0, 3),
+    "widen": lambda: UpsampleBlock(5, (2, 2, 2), 0, 3),
     "eight channels": lambda: Up(8, 0, 2),
 }
 SIZES = [(3, 5, 4), (1, 1, 1), (2, 1, 3)]
@@ -79,7 +79,9 @@ def test_bf16_is_within_rounding_and_the_layout_stays(depth, layout):
             torch.testing.assert_close(value.float(), right, atol=0.02 * float(right.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("block", [Up(4, 2, 3), Widen(4, (1, 2, 2), 0, 3), Widen(4, (1, 1, 1), 0, 3)])
+@pytest.mark.parametrize(
+    "block", [Up(4, 2, 3), UpsampleBlock(4, (1, 2, 2), 0, 3), UpsampleBlock(4, (1, 1, 1), 0, 3)]
+)
 def test_what_cannot_be_folded_says_so(block):
     assert block.possible_forms() == ("plain",) and fold_cost_of(block, (2, 2, 2)) is None
     assert not folded_by_count(block, 1_000, (8, 8, 8))

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from p2w.model import build_encoder
-from p2w.model.decoder import build_decoder
-from p2w.model.heads import HIDDEN, Classifier, Segmenter
+from p2w.model.decoder import HIDDEN, Classifier, Segmenter, build_decoder
 
 
 @pytest.mark.parametrize("name", ["unet3d", "resnet10", "i3d", "dense_vnet"])

@@ -10,8 +10,8 @@ from p2w.errors import UserError
 from p2w.model import build_encoder, norm
 from p2w.model.conv import cancelled_biases, for_optimizer, let_train
 from p2w.model.decoder import EncoderDecoder, build_decoder
-from p2w.model.genesis_keys import from_genesis, to_genesis
 from p2w.model.norm import BatchNorm3d, synchronise_batch_norm
+from p2w.weights.foreign import from_genesis, to_genesis
 
 LAYOUTS = [torch.channels_last_3d, torch.contiguous_format]
 

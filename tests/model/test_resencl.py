@@ -10,9 +10,9 @@ import torch
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
-from p2w.model.nnunet_keys import from_nnunet, to_nnunet
 from p2w.model.resencl import BLOCKS, ResEncL
 from p2w.pretext.protocol import check_size
+from p2w.weights.nnunet import from_nnunet, to_nnunet
 
 KEYS = Path(__file__).with_name("resencl_keys.txt")
 

@@ -8,13 +8,12 @@ import torch
 
 from p2w.errors import UserError
 from p2w.model import ENCODERS, build_encoder
-from p2w.model.blocks import SameConv3d, average_same, pad_same
-from p2w.model.conv import cancelled_biases
+from p2w.model.conv import SameConv3d, average_same, cancelled_biases, pad_same
 from p2w.model.decoder import EncoderDecoder, GeneralDecoder, build_decoder
 from p2w.model.resnet3d import ResNet3d, ShortcutA
 from p2w.pretext.protocol import check_size
 from p2w.train.optim import Precision
-from p2w.train.selfcheck import wrong_convolution
+from p2w.train.preflight import wrong_convolution
 
 SMALL = ["unet3d", "resnet10", "resnet18", "resnet50", "i3d", "dense_vnet"]
 
@@ -95,7 +94,7 @@ def test_channels_and_strides_describe_the_features(name):
         for c, z, s in zip(encoder.channels, along_z, encoder.strides, strict=True)
     ]
     names = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
-    assert encoder.sees_input and set(encoder.sees_input) | set(encoder.norms_input) <= set(names)
+    assert encoder.input_convs and set(encoder.input_convs) | set(encoder.norms_input) <= set(names)
 
 
 @pytest.mark.parametrize("name", SMALL)

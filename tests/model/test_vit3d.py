@@ -10,7 +10,7 @@ from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.model.decoder import EncoderDecoder, build_decoder
 from p2w.model.unet3d import UNet3dDecoder
-from p2w.model.vit3d import HEADS, Block, ViT3d, positions
+from p2w.model.vit3d import HEADS, TransformerBlock, ViT3d, positions
 
 
 def test_sizes_are_those_of_a_vit_s():
@@ -63,7 +63,7 @@ def attention_float64(x, state):
 
 def test_one_block_against_numpy():
     torch.manual_seed(0)
-    block = Block(12)
+    block = TransformerBlock(12)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(0.3, 0.5)

@@ -13,13 +13,12 @@ import pytest
 import SimpleITK as sitk
 from ct_sets import write_structured_set
 
-from p2w.data.manifest import manifest_bytes, open_manifest
-from p2w.data.phantom.targets.write import write_targets
-from p2w.data.verify import main as verify
 from p2w.errors import UserError
-from p2w.target.dataset import open_target
-from p2w.target.leak import check, check_run, check_shards
-from p2w.train.folder import fingerprint
+from p2w.phantom.target_tasks import write_targets
+from p2w.shards.manifest import data_fingerprint, manifest_bytes, open_manifest
+from p2w.shards.verify import main as verify
+from p2w.tasks.leak import check_leak, check_run, check_shards
+from p2w.tasks.reader import open_target
 
 NAME = "prepare_target"
 ROOT = Path(__file__).parents[2]
@@ -280,14 +279,14 @@ def test_leaks_are_found_by_uid_and_by_file(ncc, tmp_path):
         "split": {"train_scans": ["other"]},
         "sources": [{"uid": "other", "nbytes": 1, "checksum": "crc32c:0"}],
     }
-    check(target, clean)
-    check(
+    check_leak(target, clean)
+    check_leak(
         target, {"split": {"train_scans": []}, "sources": [{"uid": test, **file}]}
     )  # it only validates on it
     with pytest.raises(UserError, match=f"trained on test scan {test}: pretrain on"):
-        check(target, {"split": {"train_scans": [test]}, "sources": [{"uid": test, **file}]})
+        check_leak(target, {"split": {"train_scans": [test]}, "sources": [{"uid": test, **file}]})
     with pytest.raises(UserError, match="is scan other there"):
-        check(target, {"split": {"train_scans": ["other"]}, "sources": [{"uid": "other", **file}]})
+        check_leak(target, {"split": {"train_scans": ["other"]}, "sources": [{"uid": "other", **file}]})
     assert "no pretraining" in check_run(target, None)
     run = tmp_path / "run"
     run.mkdir()
@@ -306,7 +305,7 @@ def test_leaks_are_found_by_uid_and_by_file(ncc, tmp_path):
     meta = open_manifest(other).meta | {"sources": [one], "shards": []}
     meta["split"] = {"rule": "scan", "train_scans": ["other"]}
     (other / "manifest.parquet").write_bytes(manifest_bytes([], meta))
-    own = {"shards": str(other), "fingerprint": fingerprint(open_manifest(other).meta)}
+    own = {"shards": str(other), "fingerprint": data_fingerprint(open_manifest(other).meta)}
     assert "no test scan is among the 1 scans" in check_shards(target, "encoder.safetensors", own)
 
 
@@ -363,7 +362,7 @@ def test_the_set_of_a_run_that_was_moved_is_found(ncc, tmp_path, monkeypatch):
     meta = open_manifest(shards).meta | {"sources": [], "shards": []}
     meta["split"] = {"rule": "scan", "train_scans": ["other"]}
     (shards / "manifest.parquet").write_bytes(manifest_bytes([], meta))
-    start = {"shards": "data/shards", "data": fingerprint(open_manifest(shards).meta), "cwd": str(old)}
+    start = {"shards": "data/shards", "data": data_fingerprint(open_manifest(shards).meta), "cwd": str(old)}
     run = old / "runs" / "paper"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"starts": [start]}))

@@ -10,9 +10,9 @@ import time
 import pytest
 from ct_files import KEEP_ALL, ct, write
 
-from p2w.data.folder import Folder, Settings, Share
-from p2w.data.shard import read_manifest
-from p2w.data.subscan import Tiling
+from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.manifest import read_manifest
+from p2w.shards.tiling import Tiling
 
 NAME = "shard_luna"
 
@@ -187,7 +187,10 @@ def test_a_share_with_other_settings_is_refused_before_the_first_shard_is_there(
     """Share 0 has begun and written nothing: share 1 must not make the folder its own, and the manifest a lie."""
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", luna, "--out", out, *KEEP_ALL)
-    first, share = Folder(str(out), Settings(Tiling(z_margin=25, min_std_hu=0.0))), Share(0, 2)
+    first, share = (
+        BuildFolder(str(out), ShardingSettings(Tiling(z_margin=25, min_std_hu=0.0))),
+        JobShare(0, 2),
+    )
     with first.share_lock(share):
         first.prepare(share)
         code, _, err = command.call(*arguments, "--shard-of", "1/2", "--z-margin", 0)

@@ -8,7 +8,7 @@ import pytest
 from crc32c import crc32c
 from ct_files import KEEP_ALL, SCANS, ct, write
 
-from p2w.data.shard import read_manifest
+from p2w.shards.manifest import read_manifest
 
 NAME = "shard_luna"
 

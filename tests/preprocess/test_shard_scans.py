@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ct_files import ct, dicom, write
 
-from p2w.data.shard import read_manifest
+from p2w.shards.manifest import read_manifest
 
 NAME = "shard_scans"
 REAL = os.environ.get("P2W_REAL_DATA")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2w.config import Config, DataConfig, OptimConfig, PretextConfig
-from p2w.model.protocol import Encoder
+from p2w.model.encoder import Encoder
 from p2w.pretext import build_pretext
 from p2w.pretext.protocol import Views
 from p2w.pretext_config import ContrastConfig
@@ -70,7 +70,7 @@ def views(step):
     """Of the whole batch."""
     draw = torch.Generator().manual_seed(step)
     one, two, whole = torch.rand(3, BATCH, 1, *SIZE, generator=draw)
-    return Views(one, whole, beside=(two, torch.tensor(IDS[step])))
+    return Views(one, whole, extra_inputs=(two, torch.tensor(IDS[step])))
 
 
 def train(name, rank, size):
@@ -86,13 +86,13 @@ def train(name, rank, size):
     states, losses = [], []
     for step in range(STEPS):
         if step == 1:
-            stepper.settle(views(step).rows(share))
+            stepper.warm_up_ddp(views(step).rows(share))
         losses.append(stepper.step(views(step).rows(share), step).loss.item())
         states.append({key: value.clone() for key, value in network.state_dict().items()})
     network.eval()
     mine = views(1).rows(share)
     with torch.no_grad():
-        judged = network(mine.input, *mine.beside)
+        judged = network(mine.input, *mine.extra_inputs)
     return {"states": states, "losses": losses, "judged": [one.clone() for one in judged]}
 
 

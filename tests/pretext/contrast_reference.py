@@ -5,13 +5,13 @@ import math
 import numpy as np
 import torch
 
-from p2w.pretext.contrast.losses import unit
+from p2w.pretext.contrastive.losses import l2_normalise
 
 T = 0.7
 
 
 def vectors(*shape, seed=0):
-    return unit(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+    return l2_normalise(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def reference_nce(anchor, positive, others, allowed, temperature):

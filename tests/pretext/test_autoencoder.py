@@ -3,14 +3,14 @@
 import torch
 
 from p2w.config import Config, PretextConfig
-from p2w.geometry import Keys
 from p2w.pretext import build_pretext
+from p2w.rng import SampleKeys
 
 
 def test_input_is_target_is_the_resized_whole():
     wholes, keys = (
         torch.randint(-1000, 1001, (2, 16, 24, 32), dtype=torch.int16),
-        Keys(0, 0, torch.tensor([4, 9])),
+        SampleKeys(0, 0, torch.tensor([4, 9])),
     )
     config = PretextConfig(name="autoencoder", size=(8, 8, 16), antialias=False)
     views = build_pretext(Config(pretext=config)).sample(wholes, keys)

@@ -9,20 +9,14 @@ import torch
 
 from p2w import config as settings
 from p2w import geometry
-from p2w.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PretextConfig,
-)
+from p2w.config import Config, DataConfig, ModelConfig, OptimConfig, PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
-from p2w.pretext.contrast import Bank, Batch, Classes, Queue
-from p2w.pretext.contrast.losses import info_nce, local_global, sinkhorn, strangers, unit
+from p2w.pretext.contrastive import InBatch, InstanceClasses, MemoryBank, MocoQueue
+from p2w.pretext.contrastive.losses import info_nce, l2_normalise, local_global, negative_mask, sinkhorn
 from p2w.pretext_config import ContrastConfig, IntensityConfig
+from p2w.rng import SampleKeys
 from tests.pretext.contrast_ranks import NAMES, build, views
 from tests.pretext.contrast_reference import T, reference_nce, vectors, wide
 
@@ -54,7 +48,7 @@ def test_a_known_answer():
 
 def test_parts_of_the_same_whole_are_no_negatives_and_a_whole_that_comes_twice_counts_once():
     ids = torch.tensor([4, 5, 4, 6])
-    assert strangers(ids, ids).tolist() == [[False, True, False, True], [True, False, False, True],
+    assert negative_mask(ids, ids).tolist() == [[False, True, False, True], [True, False, False, True],
                                             [False, True, False, True], [True, True, False, False]]  # fmt: skip
 
 
@@ -63,10 +57,12 @@ def test_the_batch_against_numpy(name):
     """Each part of a whole against the other and all parts of the other wholes, with a whole that stands there twice."""
     _, pretext, network = build(name)
     given = views(1)
-    output = network(given.input, *given.beside)
+    output = network(given.input, *given.extra_inputs)
     loss, extras = pretext.loss(output, given)
-    one, two = (wide(network.head(network.encoder.pooled(part))) for part in (given.input, given.beside[0]))
-    ids, keep, losses = given.beside[1].tolist(), [0, 1, 2, 4, 5, 6, 7], []
+    one, two = (
+        wide(network.head(network.encoder.pooled(part))) for part in (given.input, given.extra_inputs[0])
+    )
+    ids, keep, losses = given.extra_inputs[1].tolist(), [0, 1, 2, 4, 5, 6, 7], []
     for a, b in ((one, two), (two, one)):
         others = np.concatenate((one[keep], two[keep]))
         allowed = np.array([[ids[j] != i for j in keep * 2] for i in ids])
@@ -75,7 +71,7 @@ def test_the_batch_against_numpy(name):
     if name == "simclr":
         assert float(loss.detach()) == pytest.approx(infonce, rel=1e-5)
         return
-    volumes = [wide(network(part)) for part in (given.input, given.beside[0])]
+    volumes = [wide(network(part)) for part in (given.input, given.extra_inputs[0])]
     mse = np.mean([np.mean((volume - wide(given.target)) ** 2) for volume in volumes])
     assert float(extras["mse"]) == pytest.approx(mse, rel=1e-5)
     assert float(extras["infonce"]) == pytest.approx(infonce, rel=1e-5)
@@ -85,7 +81,7 @@ def test_the_batch_against_numpy(name):
 def test_without_weight_and_second_reconstruction_it_is_parts2whole():
     _, pretext, network = build("parts2whole_contrast", weight=0.0, both=False)
     given = views(0)
-    loss, _ = pretext.loss(network(given.input, *given.beside), given)
+    loss, _ = pretext.loss(network(given.input, *given.extra_inputs), given)
     alone = torch.nn.functional.mse_loss(network(given.input), given.target)
     assert float(loss.detach()) == pytest.approx(float(alone.detach()), rel=1e-6)
 
@@ -94,7 +90,7 @@ def test_no_hidden_layer_is_the_bottleneck_itself():
     _, _, network = build("parts2whole_contrast", hidden=0)
     assert not list(network.head.parameters()) and network.head.channels == 6
     features = network.encoder.pooled(views(0).input)
-    assert torch.equal(network.head(features), unit(features))
+    assert torch.equal(network.head(features), l2_normalise(features))
 
 
 @pytest.mark.parametrize("counts", [[True] * 6, [True, False, True, True, False, True]])
@@ -118,9 +114,9 @@ def test_sinkhorn_against_numpy(counts):
 def test_swav_against_numpy():
     _, pretext, network = build("swav")
     given = views(0)
-    loss, extras = pretext.loss(network(given.input, *given.beside), given)
-    prototypes = wide(unit(network.negatives.prototypes))
-    scores = [wide(network(part)) @ prototypes.T for part in (given.input, given.beside[0])]
+    loss, extras = pretext.loss(network(given.input, *given.extra_inputs), given)
+    prototypes = wide(l2_normalise(network.negatives.prototypes))
+    scores = [wide(network(part)) @ prototypes.T for part in (given.input, given.extra_inputs[0])]
     codes = [wide(sinkhorn(torch.tensor(s), torch.ones(8, dtype=torch.bool), 3, 0.05)) for s in scores]
     logs = [s / T - np.log(np.exp(s / T).sum(1, keepdims=True)) for s in scores]
     expected = -0.5 * ((codes[0] * logs[1]).sum(1) + (codes[1] * logs[0]).sum(1)).mean()
@@ -146,7 +142,7 @@ def test_a_single_whole_has_a_finite_gradient_everywhere():
     for name in NAMES:
         _, pretext, network = build(name)
         given = views(0).rows(slice(0, 1))
-        pretext.loss(network(given.input, *given.beside), given)[0].backward()
+        pretext.loss(network(given.input, *given.extra_inputs), given)[0].backward()
         assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad), name
 
 
@@ -156,11 +152,11 @@ def test_validation_changes_nothing_and_does_not_depend_on_what_is_remembered(na
     network.eval()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with torch.no_grad():
-        first = network(views(0).input, *views(0).beside)
+        first = network(views(0).input, *views(0).extra_inputs)
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
         for source in network.negatives.buffers() if hasattr(network, "negatives") else ():
             source.copy_(torch.ones_like(source))
-        again = network(views(0).input, *views(0).beside)
+        again = network(views(0).input, *views(0).extra_inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     whole, _ = pretext.loss(first, views(0))
     each = [
@@ -178,16 +174,18 @@ def config_of(name, **groups):
 def test_views_are_keyed_parts_and_the_network_runs_alone_anywhere(name):
     pretext = build_pretext(config_of(name))
     voxels = torch.randint(-1000, 1001, (4, 16, 32, 40), dtype=torch.int16)
-    keys = Keys(3, 1, torch.arange(4))
+    keys = SampleKeys(3, 1, torch.arange(4))
     given = pretext.sample(voxels, keys)
-    assert given.beside[1].tolist() == [0, 1, 2, 3] and given.input.shape == given.beside[0].shape == (
+    assert given.extra_inputs[1].tolist() == [0, 1, 2, 3] and given.input.shape == given.extra_inputs[
+        0
+    ].shape == (
         4,
         1,
         8,
         16,
         16,
     )
-    for number, part in enumerate((given.input, given.beside[0])):
+    for number, part in enumerate((given.input, given.extra_inputs[0])):
         boxes = geometry.sample_boxes(keys, number, (16, 32, 40))
         cut = geometry.crop_resize(voxels, boxes, (8, 16, 16))
         same = [
@@ -198,11 +196,15 @@ def test_views_are_keyed_parts_and_the_network_runs_alone_anywhere(name):
             for whole, own in zip(cut, part, strict=True)
         ]  # PIRL's second part is mirrored
         assert all(same) and (torch.equal(cut, part) or (name, number) == ("pirl", 1))
-    some = pretext.sample(voxels[2:], Keys(3, 1, torch.arange(2, 4)))
-    assert torch.equal(some.input, given.input[2:]) and torch.equal(some.beside[0], given.beside[0][2:])
+    some = pretext.sample(voxels[2:], SampleKeys(3, 1, torch.arange(2, 4)))
+    assert torch.equal(some.input, given.input[2:]) and torch.equal(
+        some.extra_inputs[0], given.extra_inputs[0][2:]
+    )
     changed = build_pretext(config_of(name, intensity=IntensityConfig(strength=1.0))).sample(voxels, keys)
-    assert not torch.equal(changed.input, given.input) and not torch.equal(changed.beside[0], given.beside[0])
-    assert pretext.panels(given).keys() == (
+    assert not torch.equal(changed.input, given.input) and not torch.equal(
+        changed.extra_inputs[0], given.extra_inputs[0]
+    )
+    assert pretext.image_columns(given).keys() == (
         {"part", "whole"} if pretext.reconstructs else {"part", "another part"}
     )
     with torch.device("meta"):
@@ -233,9 +235,11 @@ def test_what_does_not_go_together_is_one_line():
         build_pretext(config_of("moco", contrast=ContrastConfig(queue=3)))
     for name, value in (("temperature", 0.0), ("momentum", 1.5), ("bank", 1), ("sinkhorn_iterations", 0)):
         with pytest.raises(UserError, match=rf"contrast\.{name}={value}: must be from"):
-            settings.check(config_of("swav", contrast=ContrastConfig(**{name: value})))
+            settings.check_config(config_of("swav", contrast=ContrastConfig(**{name: value})))
     with pytest.raises(UserError, match=r"pretext\.size"):
         build_pretext(replace(config_of("moco"), pretext=PretextConfig(size=(8, 8, 12)))).build(
             build_encoder("unet3d", 2)
         )
-    assert {Bank.remembers, Queue.remembers, Classes.remembers} == {True} and not Batch.remembers
+    assert {MemoryBank.remembers, MocoQueue.remembers, InstanceClasses.remembers} == {
+        True
+    } and not InBatch.remembers

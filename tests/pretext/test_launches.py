@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from p2w import geometry
-from p2w.geometry import Keys
+from p2w import geometry, rng
+from p2w.kernels import local_shuffle_triton
 from p2w.pretext import PRETEXTS, build_pretext
 from p2w.recipes import named
+from p2w.rng import SampleKeys
 
 pytest.importorskip("triton")
-from p2w.kernels import local_shuffle_triton
+
 
 LIMIT = {"models_genesis": 100}
 OTHERS = 120
@@ -56,7 +57,7 @@ class Counting(TorchDispatchMode):
 def launches(monkeypatch):
     """Counts launches of our own kernels by name, on the path that CUDA tensors take; their work is torch's, or not done."""
     count, backend = Counter(), ["triton"]
-    monkeypatch.setattr(geometry, "backend", lambda device: (backend[0], "as on a GPU"))
+    monkeypatch.setattr(rng, "backend", lambda device: (backend[0], "as on a GPU"))
 
     def one_launch(name):
         plain = getattr(geometry, name)
@@ -99,7 +100,7 @@ def prepared(name, device="cpu"):
         rubik=replace(config.rubik, adversary=0.1),
     )
     wholes = torch.zeros(4, 32, 64, 64, dtype=torch.int16, device=device)
-    return build_pretext(config), wholes, Keys(0, 0, torch.arange(4, device=device))
+    return build_pretext(config), wholes, SampleKeys(0, 0, torch.arange(4, device=device))
 
 
 @pytest.mark.parametrize("name", PRETEXTS)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from p2w.config import Config, PretextConfig, check
+from p2w.config import Config, PretextConfig, check_config
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
 from p2w.pretext_config import MaeConfig
+from p2w.rng import SampleKeys
 
 CONFIG = Config(pretext=PretextConfig(name="mae", size=(8, 16, 16)), mae=MaeConfig(patch=(2, 4, 8)))
 
@@ -20,7 +20,7 @@ def sample(config=CONFIG, ids=(3, 4, 5)):
     wholes = torch.randint(
         -1000, 1001, (6, 16, 16, 32), dtype=torch.int16, generator=torch.Generator().manual_seed(0)
     )
-    return build_pretext(config).sample(wholes[list(ids)], Keys(0, 1, torch.tensor(ids)))
+    return build_pretext(config).sample(wholes[list(ids)], SampleKeys(0, 1, torch.tensor(ids)))
 
 
 def test_three_quarters_of_the_patches_are_hidden_each_as_a_whole():
@@ -40,7 +40,7 @@ def test_hidden_voxels_say_nothing_and_seen_ones_are_the_whole(fill):
 
 
 def test_every_patch_is_hidden_as_often_as_any():
-    masks = build_pretext(CONFIG).mask(Keys(0, 0, torch.arange(2000)))[:, 0, ::2, ::4, ::8].float()
+    masks = build_pretext(CONFIG).mask(SampleKeys(0, 0, torch.arange(2000)))[:, 0, ::2, ::4, ::8].float()
     assert (masks.mean(0) - 0.75).abs().max() < 0.05
 
 
@@ -66,6 +66,6 @@ def test_patches_and_ratios_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"mae\.patch=\(3, 8, 8\): must divide pretext\.size"):
         build_pretext(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(3, 8, 8))))
     with pytest.raises(UserError, match=r"mae\.patch=\(0, 8, 8\): needs three numbers of at least 1"):
-        check(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(0, 8, 8))))
+        check_config(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(0, 8, 8))))
     with pytest.raises(UserError, match=r"mae\.ratio=1\.0: hides 32 of 32 patches"):
         build_pretext(dataclasses.replace(CONFIG, mae=MaeConfig(patch=(2, 4, 8), ratio=1.0)))

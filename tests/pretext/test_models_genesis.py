@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from p2w import geometry
+from p2w import rng
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import build_encoder
-from p2w.pretext import build_pretext, local_shuffle, models_genesis
-from p2w.pretext.views import flipped
+from p2w.pretext import build_pretext, models_genesis
+from p2w.pretext.volume_ops import flipped
 from p2w.pretext_config import GenesisConfig
+from p2w.rng import SampleKeys
 
 SIZE = (8, 16, 24)
 NOTHING = GenesisConfig(flip=0.0, shuffle=0.0, curve=0.0, paint=0.0, blocks=300)
@@ -25,7 +25,7 @@ def pretext(**settings):
 
 
 def keys(ids, epoch=1):
-    return Keys(3, epoch, torch.as_tensor(ids))
+    return SampleKeys(3, epoch, torch.as_tensor(ids))
 
 
 def noise(count, shape=(16, 32, 40)):
@@ -38,7 +38,7 @@ def test_the_cube_is_a_crop_at_native_voxels_and_undeformed_it_is_its_own_target
     wholes, names = noise(4), keys(range(4))
     views = pretext().sample(wholes, names)
     assert torch.equal(views.input, views.target) and views.input.shape == (4, 1, *SIZE)
-    u = geometry.uniforms(names, models_genesis.CUBE, 3).numpy()
+    u = rng.uniforms(names, models_genesis.CUBE, 3).numpy()
     for row in range(4):
         z, y, x = (
             int(u[row, k] * (there - edge + 1))
@@ -60,17 +60,17 @@ def one_after_the_other(volume, starts, sizes, orders):
 def test_shuffling_all_blocks_at_once_is_shuffling_one_after_the_other():
     shape, count = (20, 32, 40), 60
     volumes = torch.arange(2 * 20 * 32 * 40).view(2, 1, *shape)
-    found = local_shuffle.local_shuffle(volumes, keys([1, 2]), 7, count)
+    found = models_genesis.local_shuffle(volumes, keys([1, 2]), 7, count)
     starts, sizes = (
-        torch.stack(one, -1).numpy() for one in local_shuffle.draw_blocks(keys([1, 2]), 7, count, shape)
+        torch.stack(one, -1).numpy() for one in models_genesis.draw_blocks(keys([1, 2]), 7, count, shape)
     )
-    seeds = (geometry.uniforms(keys([1, 2]), 8, count) * 2**53).long()
+    seeds = (rng.uniforms(keys([1, 2]), 8, count) * 2**53).long()
     volume = torch.from_numpy(sizes.prod(-1))
     for row in range(2):
         orders = []
         for block in range(count):
             n = int(volume[row, block])
-            order = local_shuffle.permuted(
+            order = models_genesis.permuted(
                 torch.arange(n)[None], torch.full((1, n), block), volume[row][None], seeds[row][None]
             )[0].numpy()
             assert sorted(order) == list(range(n))  # a permutation
@@ -88,8 +88,8 @@ def test_shuffling_all_blocks_at_once_is_shuffling_one_after_the_other():
 def test_permutations_of_a_block_take_every_place_to_every_place(n):
     count = 20_000
     slot, block = torch.arange(n).expand(count, n), torch.zeros(count, n, dtype=torch.int64)
-    seeds = (geometry.uniforms(keys(range(count)), 5, 1) * 2**53).long()
-    order = local_shuffle.permuted(slot, block, torch.full((count, 1), n), seeds)
+    seeds = (rng.uniforms(keys(range(count)), 5, 1) * 2**53).long()
+    order = models_genesis.permuted(slot, block, torch.full((count, 1), n), seeds)
     table = torch.stack([torch.bincount(order[:, k], minlength=n) for k in range(n)]).double() / count
     assert (table - 1 / n).abs().max() < 5 * np.sqrt(1 / n / count) + 0.004
     # Pairs too: the place of one voxel tells little of another's.
@@ -102,7 +102,7 @@ def test_shuffling_has_the_statistics_of_the_sequential_way_with_numpys_permutat
     shape, count, rows = (10, 20, 30), 500, 40
     place = np.indices(shape).reshape(3, -1).T
     index = torch.arange(6000).view(1, 1, *shape).expand(rows, 1, *shape)
-    found = local_shuffle.local_shuffle(index, keys(range(rows)), 7, count).numpy().reshape(rows, -1)
+    found = models_genesis.local_shuffle(index, keys(range(rows)), 7, count).numpy().reshape(rows, -1)
     random, slow = np.random.default_rng(0), []
     most = np.array(shape) // 10
     for _ in range(rows):
@@ -123,7 +123,7 @@ def test_shuffling_has_the_statistics_of_the_sequential_way_with_numpys_permutat
 
 
 def test_flips_are_up_to_three_and_the_target_is_flipped_too():
-    u = geometry.uniforms(keys(range(20_000)), 1, 6)
+    u = rng.uniforms(keys(range(20_000)), 1, 6)
     rate = models_genesis.flips(u, 0.4).double().mean(0)
     odd = 0.0  # of k flips along three axes, an axis gets an odd number with (1 - 3^-k) / 2
     for k, share in ((1, 0.4 * 0.6), (2, 0.16 * 0.6), (3, 0.064)):
@@ -168,8 +168,8 @@ def blocks_one_by_one(coin, u, outside, shape):
 
 def test_painting_against_loops_and_at_the_published_rates():
     p, names = pretext(paint=0.9, outpaint=0.8), keys(range(60))
-    coin = geometry.uniforms(names, models_genesis.COINS, 9)[:, 2]
-    u = geometry.uniforms(names, models_genesis.BLOCKS, 35).view(60, 5, 7).numpy()
+    coin = rng.uniforms(names, models_genesis.COINS, 9)[:, 2]
+    u = rng.uniforms(names, models_genesis.BLOCKS, 35).view(60, 5, 7).numpy()
     painted = p.painted(coin, names)
     kinds = []
     for row in range(60):
@@ -180,7 +180,7 @@ def test_painting_against_loops_and_at_the_published_rates():
     assert set(kinds) == {"none", "out", "in"}
     views, plain = p.sample(noise(8), keys(range(8))), pretext().sample(noise(8), keys(range(8)))
     changed = views.input != plain.input
-    mask = p.painted(geometry.uniforms(keys(range(8)), models_genesis.COINS, 9)[:, 2], keys(range(8)))
+    mask = p.painted(rng.uniforms(keys(range(8)), models_genesis.COINS, 9)[:, 2], keys(range(8)))
     assert torch.equal(changed, mask) and torch.equal(views.target, plain.target)
     assert abs(float(views.input[mask].mean()) - 0.5) < 0.02  # uniform noise
     assert abs(float(views.input[mask].std()) - 12**-0.5) < 0.02

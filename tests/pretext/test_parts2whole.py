@@ -7,19 +7,19 @@ import torch
 from p2w import geometry
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import build_encoder
 from p2w.model.unet3d import UNet3dEncoder
 from p2w.pretext import build_pretext
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
+from p2w.rng import SampleKeys
 
 SHAPE = (16, 32, 40)
 CONFIG = PretextConfig(size=(8, 16, 24), antialias=False)
 
 
 def keys(ids, seed=3, epoch=1):
-    return Keys(seed, epoch, torch.as_tensor(ids))
+    return SampleKeys(seed, epoch, torch.as_tensor(ids))
 
 
 def ramp(axis: int) -> torch.Tensor:

@@ -8,9 +8,8 @@ from ct_sets import structured_hu
 from devices import CPU_AND_GPU, settle
 
 from p2w.config import Config, ModelConfig, PretextConfig
-from p2w.geometry import Keys
-from p2w.pretext import PRETEXTS
-from p2w.pretrain import build
+from p2w.pretext import PRETEXTS, build_pretext_and_network
+from p2w.rng import SampleKeys
 
 CPU = torch.device("cpu")
 WHOLE = (16, 32, 32)
@@ -25,7 +24,7 @@ def built(name, device):
     config = Config(pretext=PretextConfig(name=name, size=(16, 16, 16)), model=ModelConfig(width=2))
     config = replace(config, data=replace(config.data, batch=4))
     torch.manual_seed(0)
-    pretext, model = build(config)
+    pretext, model = build_pretext_and_network(config)
     model.to(device).to(memory_format=torch.channels_last_3d)
     return pretext, model
 
@@ -38,9 +37,9 @@ def passed(name, device, dtype=None):
     for epoch in (0, 1):
         model.zero_grad(set_to_none=True)
         torch.manual_seed(epoch)
-        views = pretext.sample(voxels, Keys(0, epoch, ids))
+        views = pretext.sample(voxels, SampleKeys(0, epoch, ids))
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            output = model(views.input, *views.beside)
+            output = model(views.input, *views.extra_inputs)
         loss, extras = pretext.loss(output, views)
         loss.backward()
     settle(device)
@@ -52,7 +51,7 @@ def passed(name, device, dtype=None):
 @CPU_AND_GPU
 def test_views_loss_and_gradients_are_on_the_device(name, device):
     views, loss, extras, gradients = passed(name, device)
-    tensors = (views.input, views.target, *views.beside, loss, *extras.values())
+    tensors = (views.input, views.target, *views.extra_inputs, loss, *extras.values())
     assert {tensor.device.type for tensor in tensors} == {device.type}
     assert torch.isfinite(loss) and loss.ndim == 0
     assert [name for name, gradient in gradients.items() if gradient is None] == []

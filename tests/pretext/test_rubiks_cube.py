@@ -8,33 +8,33 @@ import torch
 
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
-from p2w.geometry import Keys
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
-from p2w.pretext.cubes import join, permutations, split, turn
+from p2w.pretext.volume_ops import cube_permutations, join_cubes, split_cubes, turn_cubes
 from p2w.pretext_config import RubikConfig
+from p2w.rng import SampleKeys
 
 SIZE = (16, 32, 32)
 VIEW = PretextConfig(name="rubiks_cube", size=SIZE, antialias=False)
 
 
 def keys(ids):
-    return Keys(0, 0, torch.as_tensor(ids))
+    return SampleKeys(0, 0, torch.as_tensor(ids))
 
 
 def test_split_and_join_are_inverse_and_x_runs_fastest():
     volume = torch.arange(2 * 4 * 6 * 8).view(2, 1, 4, 6, 8)
-    cubes = split(volume, (2, 3, 2))
+    cubes = split_cubes(volume, (2, 3, 2))
     assert torch.equal(cubes[:, 1], volume[:, 0, :2, :2, 4:]) and torch.equal(
         cubes[:, 6], volume[:, 0, 2:, :2, :4]
     )
-    assert torch.equal(join(cubes, (2, 3, 2)), volume)
+    assert torch.equal(join_cubes(cubes, (2, 3, 2)), volume)
 
 
 def test_half_turns_are_those_of_numpy():
     cube = torch.rand(4, 1, 2, 4, 6)
     flags = torch.tensor(list(itertools.product([False, True], repeat=2)))[:, None]
-    turned = turn(cube, flags)[:, 0].numpy()
+    turned = turn_cubes(cube, flags)[:, 0].numpy()
     for row, (about_z, about_y) in enumerate(flags[:, 0].tolist()):
         expected = cube[row, 0].numpy()
         expected = np.rot90(expected, 2, (1, 2)) if about_z else expected
@@ -43,9 +43,9 @@ def test_half_turns_are_those_of_numpy():
 
 
 def test_orders_are_far_apart_and_always_the_same():
-    orders = permutations(100)
+    orders = cube_permutations(100)
     assert orders.shape == (100, 8) and (np.sort(orders) == np.arange(8)).all()
-    assert orders[0].tolist() == list(range(8)) and np.array_equal(permutations(10), orders[:10])
+    assert orders[0].tolist() == list(range(8)) and np.array_equal(cube_permutations(10), orders[:10])
     distance = (orders[:, None] != orders).sum(-1) + 9 * np.eye(100)
     assert distance[:8, :8].min() == 8  # a Latin square, the best there is
     assert distance.min() >= 6  # of random orders, some of 100 are nearer
@@ -62,7 +62,7 @@ def test_cubes_lie_where_the_target_says():
     )
     pretext = build_pretext(Config(pretext=VIEW, rubik=RubikConfig(hidden=0.5)))
     views = pretext.sample(wholes.contiguous(), keys(range(12)))
-    cubes, orders = split(views.input, (2, 2, 2)), permutations(100)
+    cubes, orders = split_cubes(views.input, (2, 2, 2)), cube_permutations(100)
     seen = ((cubes.flatten(2).amax(2) * 10).round() - 1).long()
     assert np.array_equal(seen.numpy(), orders[views.target[:, 0].long().numpy()])
     share = (cubes == 0).flatten(2).double().mean(2)
@@ -75,7 +75,7 @@ def test_turns_are_those_of_the_target():
     whole = ((z % 16) * 60 + (y % 16) * 20 + (x % 16) * 3 - 900).to(torch.int16)
     pretext = build_pretext(Config(pretext=VIEW, rubik=RubikConfig(masked=0.0, gap=0.0)))
     views = pretext.sample(whole.expand(10, 32, 32, 32).contiguous(), keys(range(10)))
-    cubes = split(views.input, (2, 2, 2))
+    cubes = split_cubes(views.input, (2, 2, 2))
     falls = [(cubes.select(2 + k, 0) > cubes.select(2 + k, -1)).flatten(2).all(2) for k in range(3)]
     about_z, about_y = (views.target[:, 1:17].view(10, 8, 2) == 1).unbind(-1)
     assert (

@@ -9,22 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from p2w.config import Config, OptimConfig, PretextConfig
 from p2w.model.forms import set_forms
 from p2w.model.unet3d import folded_by_count
-from p2w.pretrain import build
-from p2w.train.cost import cost
-from p2w.train.forecast import PEAK, describe
+from p2w.pretext import build_pretext_and_network
+from p2w.train.estimate import PEAK, describe_scaling, run_cost
 
 LEVELS = {"decoder.up_tr256": (4, 8, 8), "decoder.up_tr128": (8, 16, 16), "decoder.up_tr64": (16, 32, 32)}
 
 
 @pytest.fixture(scope="module")
 def paper():
-    return cost(Config(), lambda: build(Config()), share=16, bytes_per_value=2)
+    return run_cost(Config(), lambda: build_pretext_and_network(Config()), share=16, bytes_per_value=2)
 
 
 def counted(samples, forms):
     """FLOPs of a forward and a backward pass of the paper's network, as torch counts them."""
     with torch.device("meta"):
-        network = build(Config())[1]
+        network = build_pretext_and_network(Config())[1]
         set_forms(network, forms)
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(samples, 1, 32, 64, 64)).sum().backward()
@@ -55,7 +54,7 @@ def test_a_pass_is_what_torch_counts_in_the_forms_that_have_less_arithmetic(pape
 
 def build_on_meta():
     with torch.device("meta"):
-        return build(Config())[1]
+        return build_pretext_and_network(Config())[1]
 
 
 def test_the_page_tells_both_and_the_forecast_takes_the_one_that_would_run(paper):
@@ -69,9 +68,9 @@ def test_the_page_tells_both_and_the_forecast_takes_the_one_that_would_run(paper
     for ranks, passes in ((1, 1), (1, 8), (8, 1)):
         one = replace(paper, passes=passes)
         fastest = 0.5 * peak / (one.flops(16 / ranks / passes) / (16 / ranks / passes)) * ranks
-        said = describe(one, "NVIDIA H200", ranks=ranks, per_node=ranks, batch=16, steps=10)
+        said = describe_scaling(one, "NVIDIA H200", ranks=ranks, per_node=ranks, batch=16, steps=10)
         assert float(said[0].split("-")[1].split(" samples/s")[0].replace(",", "")) <= 1.001 * fastest
-    alone = describe(paper, "NVIDIA H200", ranks=1, per_node=1, batch=16, steps=10)[0]
+    alone = describe_scaling(paper, "NVIDIA H200", ranks=1, per_node=1, batch=16, steps=10)[0]
     assert alone.startswith(
         f"1 x H200: {0.28 * peak * 16 / paper.flops(16):,.0f}-{0.5 * peak * 16 / paper.flops(16):,.0f} "
     )
@@ -79,6 +78,6 @@ def test_the_page_tells_both_and_the_forecast_takes_the_one_that_would_run(paper
 
 def test_with_skips_nothing_is_folded():
     config = Config(pretext=PretextConfig(skips=True), optim=OptimConfig(accumulate=2))
-    facts = cost(config, lambda: build(config), share=1, bytes_per_value=2)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), share=1, bytes_per_value=2)
     assert facts.folds == () and facts.folded_flops_per_sample == facts.flops_per_sample and facts.passes == 2
     assert facts.flops(3) == 3 * facts.flops_per_sample and "folded" not in "\n".join(facts.lines())

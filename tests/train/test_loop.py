@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from p2w.config import Config, DataConfig, ModelConfig, OptimConfig, PretextConfig, TrainConfig
-from p2w.data.stream import Stream, open_set
 from p2w.errors import UserError
 from p2w.log import Log, read_metrics
 from p2w.model import build_encoder
 from p2w.pretext.parts2whole import Parts2Whole
+from p2w.stream.stream import Stream, open_set
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.interruptible import Interrupted
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision
+from p2w.train.stop import EvaluationInterrupted
 from p2w.world import World
 
 
@@ -35,7 +35,7 @@ def trainer(tiny_set, tmp_path, monkeypatch):
 
     def make(task=Parts2Whole, precision="fp32", **train):
         config = Config(
-            data=DataConfig(batch=4, readers=0),
+            data=DataConfig(batch=4, reader_threads=0),
             pretext=PretextConfig(size=(8, 16, 16)),
             model=ModelConfig(width=2),
             optim=OptimConfig(schedule="plateau", plateau_patience=0),
@@ -61,7 +61,7 @@ def scripted(losses):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_whose_gradients_stay_bad_is_given_up(trainer, precision):
     """With fp16 too: a loss scale that has been halved for this long is not the reason."""
-    run = trainer(Hopeless, precision, steps=50, max_skipped=4)
+    run = trainer(Hopeless, precision, steps=50, max_nonfinite=4)
     before = [value.clone() for value in run.model.state_dict().values()]
     with pytest.raises(UserError, match="step 4, rank 0: 4 steps in a row without a finite gradient"):
         run.fit(scripted({}))
@@ -80,7 +80,7 @@ def test_a_step_that_is_read_late_changes_no_bit_and_no_verdict(trainer):
         assert run.fit(scripted({0: 0.9, 3: 0.8, 6: 0.7})).step == 6
         runs.append(run.model.state_dict())
     assert all(map(torch.equal, runs[0].values(), runs[1].values()))
-    bad = trainer(Hopeless, steps=50, max_skipped=4)
+    bad = trainer(Hopeless, steps=50, max_nonfinite=4)
     bad.skips.lag = 1
     with pytest.raises(UserError, match="step 4, rank 0: 4 steps in a row without a finite gradient"):
         bad.fit(scripted({}))
@@ -133,7 +133,7 @@ def test_a_look_that_was_broken_off_is_made_up_for_once(trainer):
 
     def broken_off(step):
         if step == 4:
-            raise Interrupted
+            raise EvaluationInterrupted
         return scripted(losses)(step)
 
     def killed(step):
@@ -146,7 +146,7 @@ def test_a_look_that_was_broken_off_is_made_up_for_once(trainer):
     assert (outcome.state, outcome.step) == ("told to stop", 4)
     for how in (killed, killed, scripted(losses)):
         run = trainer(**settings)
-        assert run.resume() and run.step == 4 and run.owed
+        assert run.resume() and run.step == 4 and run.evaluation_pending
         with contextlib.suppress(KeyboardInterrupt):
             run.fit(how)
     looks = [(one["step"], one["val/loss"]) for one in read_metrics(run.log.run) if "val/loss" in one]

@@ -76,9 +76,11 @@ def test_precision_on_a_cpu():
     assert (auto.name, auto.dtype) == (("bf16", torch.bfloat16) if has else ("fp32", None))
     assert "cpu" in auto.reason
     assert choose_precision("fp32", cpu).dtype is None
-    with pytest.raises(UserError, match=r"train\.amp=fp16: float16 needs a GPU; pass --train\.amp auto"):
+    with pytest.raises(
+        UserError, match=r"train\.precision=fp16: float16 needs a GPU; pass --train\.precision auto"
+    ):
         choose_precision("fp16", cpu)
-    with pytest.raises(UserError, match=r"train\.amp=tf32: needs a GPU of compute capability 8\.0"):
+    with pytest.raises(UserError, match=r"train\.precision=tf32: needs a GPU of compute capability 8\.0"):
         choose_precision("tf32", cpu)
 
 

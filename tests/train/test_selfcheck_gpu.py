@@ -11,7 +11,7 @@ from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder
 from p2w.train.optim import Precision
-from p2w.train.selfcheck import wrong_convolution, wrong_crop
+from p2w.train.preflight import wrong_convolution, wrong_crop
 
 CUDA = torch.device("cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,7 +7,7 @@ import torch
 
 from p2w.errors import UserError
 from p2w.log import Log
-from p2w.train.skips import Skips
+from p2w.train.budgets import NonfiniteSteps
 from p2w.train.step import Copied, StepResult
 from p2w.world import World
 
@@ -21,7 +21,9 @@ def skips(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("P2W_DEVICE", "cpu")
-    return lambda most, lag: Skips(most, World.place(), lambda id: f"scan/{id}", Log(tmp_path, True, 9), lag)
+    return lambda most, lag: NonfiniteSteps(
+        most, World.from_env(), lambda id: f"scan/{id}", Log(tmp_path, True, 9), lag
+    )
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -185,8 +185,8 @@ def test_tensors_are_chosen_on_the_device_of_any_layout_and_also_from_nan(bad):
 
 def test_wholes_are_shared_out_with_all_that_belongs_to_them():
     ids = torch.arange(8)
-    both = Views(ids * 1.0, ids * 2, ids > 3, beside=(ids * 10, ids))
+    both = Views(ids * 1.0, ids * 2, ids > 3, extra_inputs=(ids * 10, ids))
     shares = both.split(4)
     assert [share.input.tolist() for share in shares] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert shares[2].beside[0].tolist() == [40, 50] and shares[2].mask.tolist() == [True, True]
+    assert shares[2].extra_inputs[0].tolist() == [40, 50] and shares[2].mask.tolist() == [True, True]
     assert len(both.rows(slice(3, 4))) == 1

@@ -8,10 +8,9 @@ from ct_sets import structured_hu
 from devices import CPU_AND_GPU, GPU, NEEDS_GPU, on_gpu, settle
 
 from p2w.config import Config, ModelConfig, OptimConfig, PretextConfig, TrainConfig
-from p2w.geometry import Keys
 from p2w.model.forms import PLAIN, formed_modules, set_forms
-from p2w.pretext import build_pretext
-from p2w.pretrain import build
+from p2w.pretext import build_pretext, build_pretext_and_network
+from p2w.rng import SampleKeys
 from p2w.train.optim import Precision, Schedule, build_optimizer, choose_precision, set_float32
 from p2w.train.step import Stepper
 
@@ -40,13 +39,15 @@ def usual_arithmetic():
 
 def sampled(device, step, config=CONFIG):
     """Views of four wholes of (16, 32, 32) voxels at a step."""
-    return build_pretext(config).sample(WHOLES.to(device), Keys(0, step, torch.arange(4, device=device)))
+    return build_pretext(config).sample(
+        WHOLES.to(device), SampleKeys(0, step, torch.arange(4, device=device))
+    )
 
 
 def stepper(device, precision, config=CONFIG, forms=None):
     """A stepper of the small U-Net in channels-last, weights drawn on the CPU."""
     torch.manual_seed(0)
-    pretext, model = build(config)
+    pretext, model = build_pretext_and_network(config)
     model.to(device).to(memory_format=torch.channels_last_3d)
     set_forms(model, forms or {})
     network = torch.compile(model) if config.train.compile else model
@@ -104,7 +105,7 @@ def test_float32_is_ieee_and_tf32_is_not(name):
 
 def every_form(device):
     """(module kind, form) pairs that the small U-Net has on a device."""
-    _, model = build(CONFIG)
+    _, model = build_pretext_and_network(CONFIG)
     found = []
     for _, module in formed_modules(model):
         forms = module.forms(device, torch.bfloat16, 4)
@@ -120,7 +121,7 @@ def test_steps_in_every_form_are_those_of_plain_layers(device):
     plain = losses(stepper(device, precision), device, 4)
     forms = every_form(device)
     assert {"flat", "folded"} <= set(forms) and (device.type == "cpu" or "fused" in forms)
-    _, model = build(CONFIG)
+    _, model = build_pretext_and_network(CONFIG)
     for form in forms:
         taken = {name: form for name, module in formed_modules(model) if form in module.possible_forms()}
         assert losses(stepper(device, precision, forms=taken), device, 4) == pytest.approx(plain, rel=1e-3)
@@ -179,13 +180,13 @@ def test_a_step_waits_for_nothing():
     """No copy back to the host and no synchronisation between the views and the updated weights."""
     one = stepper(CUDA, choose_precision("bf16", CUDA))
     pretext, voxels, ids = build_pretext(CONFIG), WHOLES.cuda(), torch.arange(4, device=CUDA)
-    batches = [pretext.sample(voxels, Keys(0, step, ids)) for step in range(4)]  # compiles the kernel
+    batches = [pretext.sample(voxels, SampleKeys(0, step, ids)) for step in range(4)]  # compiles the kernel
     one.step(batches[0], 0)
     settle(CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
         results = [one.step(views, step) for step, views in enumerate(batches[1:], 1)]
-        again = pretext.sample(voxels, Keys(0, 1, ids))
+        again = pretext.sample(voxels, SampleKeys(0, 1, ids))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     settle(CUDA)

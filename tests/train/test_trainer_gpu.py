@@ -13,14 +13,13 @@ from devices import CPU_AND_GPU, NEEDS_GPU, on_gpu, settle
 from processes import REPO
 
 from p2w.config import Config, DataConfig, ModelConfig, OptimConfig, PretextConfig, TrainConfig
-from p2w.data.held import Held
-from p2w.data.stream import Stream, open_set
 from p2w.log import Log
-from p2w.pretrain import build
-from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.pretext import build_pretext_and_network
+from p2w.stream.device_cache import DeviceCache
+from p2w.stream.stream import Stream, open_set
+from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision, optimizer_state
-from p2w.train.saver import Saver
 from p2w.world import World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -44,7 +43,7 @@ class Steps:
 
     def __init__(self, where, folder, device, graph="off", deterministic=True, held=False):
         config = Config(
-            data=DataConfig(batch=BATCH, readers=1),
+            data=DataConfig(batch=BATCH, reader_threads=1),
             pretext=PretextConfig(size=(8, 16, 16)),
             model=ModelConfig(width=2),
             optim=OptimConfig(schedule="constant"),
@@ -53,10 +52,10 @@ class Steps:
         world = replace(World.start(deterministic=deterministic), device=device)
         precision = choose_precision("auto" if device.type == "cuda" else "fp32", device).apply()
         torch.manual_seed(0)
-        pretext, model = build(config)
+        pretext, model = build_pretext_and_network(config)
         model.to(device).to(memory_format=torch.channels_last_3d)
         shards = open_set(str(where))
-        self.held = Held(shards, "train", device) if held else None
+        self.held = DeviceCache(shards, "train", device) if held else None
         self.stream = Stream(shards, "train", BATCH, readers=1, device=device, held=self.held)
         log = Log(folder, False, config.train.steps)
         checkpoints = Checkpoints(folder / "checkpoints", 2, pytest.fail)
@@ -139,7 +138,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written
     run = Steps(tiny_set, tmp_path / "run", device)
     run.take(2)
     checkpoints = Waits(tmp_path / "slow")
-    saver = Saver(checkpoints, TrainConfig(), pytest.fail)
+    saver = AsyncCheckpointer(checkpoints, TrainConfig(), pytest.fail)
     places: set[int] = set()
     for at in (2, 4):
         checkpoints.go.clear()
@@ -172,9 +171,9 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written
 GROUP_OF_ONE = """
 import json, os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from p2w.geometry import Keys
+from p2w.rng import SampleKeys as Keys
 from p2w.model.norm import sum_over_ranks
-from p2w.pretrain import build
+from p2w.pretext import build_pretext_and_network as build
 from p2w.train.optim import Schedule, build_optimizer, choose_precision
 from p2w.train.step import Stepper
 from p2w.config import Config, ModelConfig, OptimConfig, PretextConfig
@@ -240,7 +239,7 @@ def test_a_run_by_the_launcher_says_what_it_chose(tiny_set, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "launch/train.py", "demo",
         "--shards", str(tiny_set), "--run-dir", str(tmp_path / "run"), "--data.batch", "4", "--model.width", "8",
-        "--pretext.size", "16", "32", "32", "--data.on-device",
+        "--pretext.size", "16", "32", "32", "--data.cache-on-device",
     ]  # fmt: skip
     for steps in ("8", "12"):
         done = subprocess.run(

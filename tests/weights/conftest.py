@@ -7,10 +7,10 @@ import torch
 
 from p2w.log import Log
 from p2w.model import ENCODERS
-from p2w.pretrain import build
+from p2w.pretext import build_pretext_and_network
 from p2w.recipes import named
 from p2w.train.checkpoint import Checkpoints, Snapshot
-from p2w.train.folder import RunFolder
+from p2w.train.run_dir import RunDir
 
 DATA_SET = {"shape": [64, 128, 128], "spacing_mm": [[0.6, 0.5, 0.5], [1.25, 0.7, 0.7], [2.5, 0.98, 0.98]]}
 
@@ -25,14 +25,14 @@ def write_run(run, encoder="unet3d", width=2, size=(16, 32, 32)):
             config.pretext, size=size, skips=encoder == "dense_vnet"
         ),  # it has no decoder without
     )
-    folder, log = RunFolder(run), Log(run, True, 20)
+    folder, log = RunDir(run), Log(run, True, 20)
     machine = {"host": "here", "command": "launch/train.py demo", "data_set": DATA_SET}
     folder.open(config, "0123456789abcdef", "shards", machine)
     checkpoints = Checkpoints(run / "checkpoints")
     for step, validation in ((10, 0.02), (20, 0.03)):
         torch.manual_seed(step)
         log.metrics(step, {"val/loss": validation, "similarity/auc": 0.8, "train/lr": 0.1})
-        checkpoints.save(Snapshot(step, build(config)[1].state_dict(), {}, validation))
+        checkpoints.save(Snapshot(step, build_pretext_and_network(config)[1].state_dict(), {}, validation))
     log.close()
     folder.close()
     return run

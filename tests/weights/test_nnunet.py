@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import p2w
 from p2w.errors import UserError
-from p2w.model.nnunet_keys import from_nnunet, to_nnunet
+from p2w.finetune.init import resolve_init
 from p2w.model.resencl import ResEncL
-from p2w.target.origin import resolve
-from p2w.weights import export, inspect, nnunet
+from p2w.weights import export, nnunet
+from p2w.weights import start as weights_start
+from p2w.weights.nnunet import from_nnunet, to_nnunet
 from p2w.weights.start import load_start
 
 CONFIGURATION = {
@@ -70,7 +71,7 @@ def test_the_keys_are_those_that_nnunet_reads(exported):
 def test_round_trip_is_exact_and_nothing_is_stored_twice(exported, resencl_run):
     state = load_file(resencl_run / "checkpoints" / "step-00000010" / "model.safetensors")
     state = {name: value for name, value in state.items() if name.startswith("encoder.")}
-    back = from_nnunet(nnunet.read(exported / "checkpoint_final.pth"))
+    back = from_nnunet(nnunet.read_nnunet(exported / "checkpoint_final.pth"))
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     encoder = p2w.load(exported)
     file = p2w.load(exported / "checkpoint_final.pth")  # the card lies beside it
@@ -90,8 +91,8 @@ def test_the_file_alone_is_a_starting_point_as_its_folder_is(exported, tmp_path,
         start = load_start(str(path))
         assert start.network == "resencl" and set(start.pretrained_on) == {"fingerprint", "shards"}
         assert all(torch.equal(value, loaded[name]) for name, value in start.encoder.state_dict().items())
-        assert inspect.main([str(path)]) == 0 and "--init takes it" in capsys.readouterr().out
-        assert resolve(str(path)).step == 10
+        assert weights_start.main_inspect([str(path)]) == 0 and "--init takes it" in capsys.readouterr().out
+        assert resolve_init(str(path)).step == 10
     (tmp_path / "checkpoint_final.pth").write_bytes(file.read_bytes())  # as nnU-Net writes it: without a card
     with pytest.raises(UserError, match=r"weights of an unknown network \(encoder\."):
         load_start(str(tmp_path / "checkpoint_final.pth"))
@@ -99,9 +100,11 @@ def test_the_file_alone_is_a_starting_point_as_its_folder_is(exported, tmp_path,
 
 def test_the_published_width_goes_by_its_name(exported):
     card = json.loads((exported / "card.json").read_text())
-    assert nnunet.plan(card)["architecture_plans"]["arch_class_name"].endswith(".unet.ResidualEncoderUNet")
+    assert nnunet.nnunet_plan(card)["architecture_plans"]["arch_class_name"].endswith(
+        ".unet.ResidualEncoderUNet"
+    )
     card["encoder"] |= {"width": 32, "channels": list(ResEncL(1).channels)}
-    assert nnunet.plan(card)["architecture_plans"]["arch_class_name"] == "ResEncL"
+    assert nnunet.nnunet_plan(card)["architecture_plans"]["arch_class_name"] == "ResEncL"
 
 
 def test_what_the_readme_says_of_normalisation_is_our_input(exported):

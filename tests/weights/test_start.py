@@ -14,9 +14,9 @@ import p2w
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.model.decoder import build_decoder
-from p2w.model.feeding import feed
-from p2w.weights import export, inspect
-from p2w.weights.start import examine, load_decoder, load_start
+from p2w.model.encoder import normalise_input
+from p2w.weights import export, start
+from p2w.weights.start import examine_weights, load_decoder, load_start
 
 
 def randomised(module):
@@ -93,8 +93,8 @@ def test_i3d_of_three_channels_sees_one_as_it_saw_grey(tmp_path, zipped):
     start = load_start(str(tmp_path / "i.pt"), "i3d")
     assert start.report.adapted == ("Conv3d_1a_7x7.conv3d.weight",) and len(start.report.head) == 2
     x = torch.rand(1, 1, 8, 32, 32)
-    grey = start.encoder.eval()(feed(x, "symmetric", 1))
-    repeated = encoder(feed(x, "symmetric", 3))
+    grey = start.encoder.eval()(normalise_input(x, "symmetric", 1))
+    repeated = encoder(normalise_input(x, "symmetric", 3))
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(grey, repeated, strict=True))
     assert same(load_start(str(tmp_path / "i.pt"), in_channels=3).encoder, encoder)
 
@@ -104,8 +104,8 @@ def test_one_channel_becomes_four_that_agree(tmp_path, name):
     encoder = trained(name).eval()
     state = encoder.state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
-    start = examine(str(tmp_path / "w.safetensors"), in_channels=4)
-    assert start.report.whole and set(start.report.adapted) == set(encoder.sees_input)
+    start = examine_weights(str(tmp_path / "w.safetensors"), in_channels=4)
+    assert start.report.whole and set(start.report.adapted) == set(encoder.input_convs)
     if name == "unet3d":  # a file under Models Genesis' names counts as theirs, whose kernels are turned
         return
     x = torch.rand(1, 1, 16, 32, 32)
@@ -173,7 +173,7 @@ def test_a_part_of_a_network_is_refused_and_reported(tmp_path, capsys):
         with pytest.raises(UserError, match=told) as refused:
             load_start(str(path))
         assert "\n" not in str(refused.value) and str(path) in str(refused.value)
-        assert inspect.main([str(path)]) == 1
+        assert start.main_inspect([str(path)]) == 1
     printed = capsys.readouterr().out
     assert "missing        1  layer3.0.conv1.weight" in printed and "not whole" in printed
 
@@ -228,7 +228,7 @@ def test_a_pickle_that_would_run_code_is_one_line_and_exit_code_2(tmp_path):
 
 def test_inspect_says_what_init_would_do(tmp_path, capsys):
     medicalnet(tmp_path / "r.pth")
-    assert inspect.main([str(tmp_path / "r.pth"), "--in-channels", "4"]) == 0
+    assert start.main_inspect([str(tmp_path / "r.pth"), "--in-channels", "4"]) == 0
     out = capsys.readouterr().out
     assert "MedicalNet: resnet10, width 2" in out and "adapted        1  conv1.weight" in out
     assert "positive-z, 4 channels" in out and "whole: --init takes it" in out

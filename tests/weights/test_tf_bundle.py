@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from p2w.errors import UserError
-from p2w.weights import niftynet
+from p2w.weights import foreign
 from p2w.weights.start import load_start
 from p2w.weights.tf_bundle import FOOTER, MAGIC, MASK, Bundle, prefix_of
 
@@ -37,7 +37,7 @@ def test_our_dense_vnet_computes_what_niftynets_does():
 def test_more_channels_see_what_one_saw():
     one = load_start(str(GOLDEN), width=2).encoder.eval()
     start = load_start(str(GOLDEN), width=2, in_channels=3)
-    assert set(start.report.adapted) == {*one.sees_input, *one.norms_input}
+    assert set(start.report.adapted) == {*one.input_convs, *one.norms_input}
     x = torch.randn(1, 1, 16, 16, 16)
     three = start.encoder.eval()(x.expand(-1, 3, -1, -1, -1))
     for a, b in zip(three, one(x), strict=True):
@@ -58,14 +58,14 @@ def test_a_variable_that_the_table_does_not_know_is_refused():
     bundle = Bundle(GOLDEN)
     bundle.entries["DenseVNet/attention/w"] = next(iter(bundle.entries.values()))
     with pytest.raises(UserError, match=r"1 variables that .* does not have, first DenseVNet/attention/w"):
-        niftynet.read(bundle)
+        foreign.read_niftynet(bundle)
 
 
 @pytest.mark.parametrize("slot", ["Adam", "Adam_1", "ExponentialMovingAverage", "Momentum"])
 def test_what_training_left_beside_is_passed_over(slot):
     bundle = Bundle(GOLDEN)
     bundle.entries[f"DenseVNet/conv_bn/conv_/w/{slot}"] = bundle.entries["DenseVNet/conv_bn/conv_/w"]
-    assert len(niftynet.read(bundle)[0]) == 159
+    assert len(foreign.read_niftynet(bundle)[0]) == 159
 
 
 def masked(data):
@@ -155,7 +155,7 @@ def test_compressed_and_big_endian_and_missing(tmp_path):
 def test_whatever_happens_to_the_bytes_is_noticed(tmp_path):
     """Flipped, cut or repeated bytes: one line, or the very same tensors."""
     draw = random.Random(5)
-    right = niftynet.read(Bundle(GOLDEN))[0]
+    right = foreign.read_niftynet(Bundle(GOLDEN))[0]
     parts = {e: Path(f"{GOLDEN}{e}").read_bytes() for e in (".index", ".data-00000-of-00001")}
     refused = 0
     for _ in range(120):
@@ -172,7 +172,7 @@ def test_whatever_happens_to_the_bytes_is_noticed(tmp_path):
         for e, whole in parts.items():
             (tmp_path / f"m{e}").write_bytes(data if e == ending else whole)
         try:
-            state = niftynet.read(Bundle(tmp_path / "m"))[0]
+            state = foreign.read_niftynet(Bundle(tmp_path / "m"))[0]
         except UserError:
             refused += 1
         else:

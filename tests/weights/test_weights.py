@@ -14,8 +14,8 @@ from p2w.__main__ import COMMANDS
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.model.conv import cancelled_biases
-from p2w.model.genesis_keys import from_genesis
-from p2w.weights import export
+from p2w.weights import export, load
+from p2w.weights.foreign import from_genesis
 
 
 def weights(run, step=10):
@@ -147,7 +147,7 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
 def test_weights_of_another_network_are_refused_and_told(trained_run, tmp_path):
     out = tmp_path / "w.safetensors"
     export.main([str(trained_run), "--to", "safetensors", "--out", str(out)])
-    state, card = load_file(out), export.find(trained_run)
+    state, card = load_file(out), load.find_checkpoint(trained_run)
     assert card.step == 10
     state.pop("encoder.down_tr64.ops.0.conv1.weight")
     broken = tmp_path / "broken.safetensors"

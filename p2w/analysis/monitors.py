@@ -1,0 +1,240 @@
+"""Monitors of a training run: validation loss on fixed parts, similarity and contrast of features, reconstructions.
+
+Parts of the validation wholes are keyed by (VALIDATION_SEED, epoch 0, id): the same at every step, rank count and run.
+
+A look costs as much as half a training step. It sees the same parts of the same few validation wholes at every step, rank
+count and run, and parts of the paper's scale whatever the run trains on: runs of any setting compare.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p2w import geometry
+from p2w.analysis.similarity import auc, contrastive_losses, effective_rank, pair_cosines, similarity_file
+from p2w.config import Config
+from p2w.files import write_atomic
+from p2w.log import Log
+from p2w.model import Output
+from p2w.model.encoder import Encoder
+from p2w.pretext.protocol import Pretext, Views
+from p2w.rng import SampleKeys
+from p2w.stream.local import DataError, ShardSet
+from p2w.stream.stream import Batch, Stream
+from p2w.world import World
+
+VALIDATION_SEED = 0x9A275
+
+
+def validation_keys(batch: Batch) -> SampleKeys:
+    """The keys of a validation batch's parts, for ever the same."""
+    return SampleKeys(VALIDATION_SEED, 0, batch.ids)
+
+
+class Validation:
+    """`val/loss` over every validation whole, each once, and `val/…` of the loss's further scalars.
+
+    At step 0, of reconstructions, also `val/loss_mean_image`.
+
+    The mean image is the voxel-wise mean of the validation targets themselves: the answer with the lowest mean squared
+    error among those that ignore their input, so a network that beats it has looked.
+    """
+
+    def __init__(
+        self, pretext: Pretext, model: nn.Module, stream: Callable[[], Stream], world: World
+    ) -> None:
+        self.pretext, self.model, self.stream, self.world = pretext, model, stream, world
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Yield (name, mean over the wholes of what the pretext's loss says), the same on all ranks."""
+        totals: Tensor | None = None  # weights, losses, further scalars
+        names: list[str] = []
+        for views, weight in self._views():
+            output = self.model(views.input, *views.extra_inputs)
+            each = [self._loss_of_one(output, views, index) for index in range(len(weight))]
+            names = list(each[0][1])
+            told = torch.stack([torch.stack((loss, *extras.values())).double() for loss, extras in each])
+            sums = torch.cat((weight.sum()[None], weight @ told))
+            totals = sums if totals is None else totals + sums
+        assert totals is not None, "a split to validate holds a whole at least"
+        count, *values = self.world.sum(totals).tolist()
+        for name, value in zip(("loss", *names), values, strict=True):
+            yield f"val/{name}", value / count
+        if step == 0 and self.pretext.reconstructs:
+            yield "val/loss_mean_image", self._mean_image_loss()
+
+    def _views(self) -> Iterator[tuple[Views, Tensor]]:
+        with self.stream() as stream:
+            for batch in stream.batches():
+                views = self.pretext.sample(batch.voxels, validation_keys(batch))
+                yield views, batch.weight.to(self.world.device, torch.float64)
+
+    def _loss_of_one(self, output: Output, views: Views, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        one = slice(index, index + 1)
+        own = tuple(part[one] for part in output) if isinstance(output, tuple) else output[one]
+        return self.pretext.loss(own, views.rows(one))
+
+    def _mean_image_loss(self) -> float:
+        totals: list[Tensor] = []  # sum of targets, of their squares, and their number
+        for views, weight in self._views():
+            target = views.target.double() * weight.view(-1, 1, 1, 1, 1)
+            new = [target.sum(0), (target * views.target).sum(0), weight.sum()]
+            totals = [old + more for old, more in zip(totals, new, strict=True)] if totals else new
+        image, square, count = (self.world.sum(total.clone()) for total in totals)
+        return float((square / count - (image / count) ** 2).mean())
+
+
+WHOLES, PARTS = 32, 3
+FRACTION = (1 / 16, 1 / 4)  # a part's volume as a share of its whole (paper, section 3)
+SHARE = 0.02  # of the time that looks should take at most
+SETTLE_S = 60.0  # before that, the share says little
+
+MonitorView = Callable[[int], Iterable[tuple[str, float]]]
+
+
+class SimilarityMonitor:
+    """How alike parts are, of one image and of two, on a fixed subset of the wholes; and the contrastive loss among them.
+
+    Yields `similarity/positive`, `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: always told apart),
+    `/rank` (of the parts' features) and `contrast/loss` (paper, Fig. 2c, its 5,000 negatives drawn from the parts of the
+    subset's other wholes).
+    Every rank keeps the voxels of its share of the subset: 64 MiB over all ranks.
+    """
+
+    def __init__(
+        self, config: Config, encoder: Encoder, shards: ShardSet, split: str, world: World, log: Log,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Read this rank's share. `between` is called before each batch, and may raise to break a look off."""
+        self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
+        self.between = between
+        self.rows = max(1, config.data.batch // world.size)  # as many as validation passes at a time
+        ids = spread_ids(shards.ids(split), WHOLES)
+        own = np.array_split(ids, world.size)[world.rank]
+        mine = (
+            own if len(own) else ids[:1]
+        )  # more ranks than wholes: has a share in the work, not in the numbers
+        steps = -(-len(ids) // (world.size * self.rows))
+        place = torch.arange(steps * self.rows)
+        voxels, good = read_sub_scans(shards, mine)
+        self.order = place.clamp(max=len(mine) - 1)
+        self.real = ((place < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
+        self.ids, self.voxels = torch.from_numpy(mine).to(world.device), voxels.to(world.device)
+        self.pairs: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Yield (name, value), the same on all ranks; nothing for a network that is lost or a single whole."""
+        features = self._features()
+        self.pairs = None
+        if len(features) < 2 or not features.isfinite().all():
+            return
+        positive, negative = self.pairs = pair_cosines(features.numpy())
+        yield "similarity/positive", float(positive.mean())
+        yield "similarity/negative", float(negative.mean())
+        yield "similarity/auc", auc(positive, negative)
+        yield "similarity/rank", effective_rank(features.flatten(0, 1).numpy())
+        tests = PARTS * (PARTS - 1)
+        yield "contrast/loss", float(contrastive_losses(features, tests=tests, seed=VALIDATION_SEED).mean())
+
+    def save(self, step: int) -> None:
+        """Rank 0: keep the cosines of the last look in `RUN/figures`."""
+        if self.pairs is None or not self.world.is_main:
+            return
+        packed = io.BytesIO()
+        np.savez(packed, positive=self.pairs[0], negative=self.pairs[1])
+        with self.log.tolerate("figures"):
+            write_atomic(similarity_file(self.log.run, step), packed.getvalue())
+
+    def _features(self) -> Tensor:
+        """(wholes, PARTS, channels) float64 on the CPU, over all ranks by id."""
+        rows = torch.cat([self._pooled(index) for index in self.order.split(self.rows)])
+        ids = self.ids[self.order.to(self.ids.device)]
+        features, numbers, real = (self.world.gather(part).cpu() for part in (rows, ids, self.real.float()))
+        kept = real > 0
+        return features[kept][numbers[kept].argsort()].double()
+
+    def _pooled(self, index: Tensor) -> Tensor:
+        """Features (rows, PARTS, channels) of the parts of some of the wholes."""
+        self.between()
+        config, index = self.config, index.to(self.ids.device)
+        voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index])
+        shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
+        each = []
+        for part in range(1, 1 + PARTS):  # part 0 is the one validation reconstructs
+            boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.aspect_range)
+            views = geometry.crop_resize(
+                voxels, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
+            )
+            each.append(self.encoder.pooled(views))
+        return torch.stack(each, 1)
+
+
+class Monitors:
+    """Takes all looks, says what was seen in one line, and keeps account of the time: `speed/looking_share`.
+
+    The interval between looks is a setting and not adapted to the clock: what is logged depends on the step alone.
+    """
+
+    def __init__(self, similarity: SimilarityMonitor, *others: MonitorView, every: int, log: Log) -> None:
+        self.similarity, self.every, self.log = similarity, every, log
+        self.all: tuple[MonitorView, ...] = (similarity, *others)
+        self._since, self._spent, self._warned = 0.0, 0.0, False
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Yield (name, value) of all of them."""
+        began = time.monotonic()
+        values = dict(value for look in self.all for value in look(step))
+        yield from values.items()
+        if "contrast/loss" in values:
+            self.log.line(f"step {step}  {summary_line(values)}")
+        if self._since:  # the first look of a start brings imports and warm-up
+            self._spent += time.monotonic() - began
+            share = self._spent / (time.monotonic() - self._since)
+            yield "speed/looking_share", share
+            self._complain(share)
+        else:
+            self._since = time.monotonic()
+
+    def _complain(self, share: float) -> None:
+        """Say once that looks are too dear, and what would help."""
+        settled = self.every and time.monotonic() - self._since > SETTLE_S
+        if settled and share > SHARE and not self._warned:
+            self._warned = True
+            enough = math.ceil(self.every * share / SHARE)
+            self.log.warn(
+                f"looks take {share:.1%} of the time; --train.probe-every {enough} would take {SHARE:.0%}"
+            )
+
+
+def summary_line(values: dict[str, float]) -> str:
+    """A look in words."""
+    one, two, told = (values[f"similarity/{name}"] for name in ("positive", "negative", "auc"))
+    return f"parts of one image {one:.3f}, of two {two:.3f}, AUC {told:.3f}, contrast {values['contrast/loss']:.3f}"
+
+
+def spread_ids(ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most `most` of the ids, evenly spread: over the scans, since the rows of a manifest stand scan by scan."""
+    return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
+
+
+def read_sub_scans(shards: ShardSet, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
+    """Voxels (N, D, H, W) int16 of a few sub-scans, and which of them could be read; the others are zero.
+
+    Raises DataError for one that is damaged, unless the set's policy is to go on without.
+    """
+    voxels, good = np.zeros((len(ids), *shards.shape), np.int16), np.ones(len(ids), np.bool_)
+    with shards.reader(ids) as reader:
+        for row, sub_scan in enumerate(ids):
+            try:
+                reader.read_into(int(sub_scan), voxels[row])
+            except DataError:
+                if shards.on_bad == "stop":
+                    raise
+                good[row] = False
+    return torch.from_numpy(voxels), good

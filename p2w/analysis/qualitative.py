@@ -1,0 +1,177 @@
+"""Pictures with voxels in them: part, reconstruction and whole; parts of growing scale; a part's nearest wholes."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p2w import geometry
+from p2w.analysis import plots, similarity
+from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
+from p2w.analysis.features import PartSet, cut_parts
+from p2w.analysis.measure import GROWING, Measure
+from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
+from p2w.errors import UserError
+from p2w.files import write_atomic
+from p2w.log import Log
+from p2w.pretext.protocol import Pretext
+from p2w.rng import SampleKeys
+from p2w.stream.local import ShardSet
+from p2w.train.optim import Precision
+from p2w.world import World
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+CANDIDATES, SHOWN = 24, 4
+
+
+class Pictures:
+    """Shows rank 0 in TensorBoard what becomes of four wholes with much to see. Yields no numbers."""
+
+    def __init__(
+        self, pretext: Pretext, model: nn.Module, shards: ShardSet, split: str, device: torch.device, log: Log
+    ) -> None:
+        self.pretext, self.model, self.log = pretext, model, log
+        if log.speaks:
+            voxels, ids = telling_wholes(shards, split)
+            self.keys = [shards.key(int(row)) for row in ids]
+            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.shape
+            self.views = pretext.sample(voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device)))
+
+    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
+        """Show plain pixels, which matplotlib's titles would make ten times as dear; other ranks have nothing to do."""
+        if self.log.speaks:
+            columns = self._columns()
+            self.log.picture(f"{', '.join(columns)}; each axial, coronal", plots.image_strip(columns), step)
+        return ()
+
+    def figure(self) -> "Figure":
+        """The network as it stands, in evaluation mode."""
+        return plots.middle_slices(self._columns())
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Titles and volumes; the answer, where it is a volume, stands before what was asked."""
+        shown = self.pretext.image_columns(self.views)
+        if not self.pretext.reconstructs:
+            return shown
+        *given, asked = shown
+        answer = {"reconstruction": self.model(self.views.input)}
+        return {title: shown[title] for title in given} | answer | {asked: shown[asked]}
+
+    def volumes(self) -> bytes:
+        """What was reconstructed as an npz file, for the slider of report.html; analysis/reconstructions.npz is alike.
+
+        `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), uint8, 0..255 for 0..1; `keys` (W,); `extent_mm`
+        (W, 3), edges z y x of the whole; `scale` (S,), here one NaN: each part has the volume that training gave it.
+        """
+        views, packed = self.views, io.BytesIO()
+        part, output = grey(views.input)[:, None], grey(self.model(views.input))[:, None]
+        np.savez_compressed(
+            packed, whole=grey(views.target), part=part, output=output,
+            scale=np.array([np.nan]), keys=np.array(self.keys), extent_mm=self.extent_mm,
+        )  # fmt: skip
+        return packed.getvalue()
+
+
+def grey(volumes: Tensor) -> NDArray[np.uint8]:
+    """(B, 1, d, h, w) in [0, 1] -> (B, d, h, w)."""
+    return (volumes[:, 0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
+    """Voxels (4, D, H, W) int16 and ids (4,): of evenly spread wholes, those with the largest standard deviation."""
+    ids = spread_ids(shards.ids(split), CANDIDATES)
+    voxels, good = read_sub_scans(shards, ids)
+    if not good.any():
+        raise UserError(
+            f"{shards.where}: not one of {len(ids)} sub-scans of '{split}' can be read; run p2w verify on it"
+        )
+    voxels, ids = voxels[torch.from_numpy(good)], ids[good]
+    best = voxels.flatten(1)[:, ::16].float().std(1).argsort(descending=True, stable=True)[:SHOWN]
+    return voxels[best], torch.from_numpy(ids)[best]
+
+
+QUERIES, HITS = 4, 4
+Grey = NDArray[np.uint8]
+
+
+@torch.no_grad()
+def reconstructions(
+    run: AnalysedRun, step: int, shards: ShardSet, split: str, world: World, precision: Precision
+) -> dict[str, Any]:
+    """Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,);
+    `extent_mm` (W, 3), edges z y x of the whole.
+
+    A part grows round its place: the draws that put and shape it are the same at all scales.
+    """
+    view, model = run.config.pretext, run.network(step, world)
+    voxels, ids = telling_wholes(shards, split)
+    keys = SampleKeys(VALIDATION_SEED, 0, ids)
+    boxes = torch.stack(
+        [
+            geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.aspect_range)
+            for scale in GROWING
+        ],
+        1,
+    ).to(world.device)
+    parts, outputs = [], []
+    for whole, around in zip(voxels.to(world.device), boxes, strict=True):
+        part = cut_parts(whole, around, view)
+        with autocast(world.device, precision):
+            output = model(part)
+        parts.append(grey(part))
+        outputs.append(grey(output))
+    shown, made = np.stack(parts), np.stack(outputs)
+    return {
+        "whole": shown[:, -1], "part": shown, "output": made, "scale": np.array(GROWING),
+        "keys": np.array([shards.key(int(row)) for row in ids]),
+        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.shape,
+    }  # fmt: skip
+
+
+def save_arrays(arrays: dict[str, Any], path: Path) -> None:
+    """Write them as a compressed npz, whole or not at all."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_atomic(path, packed.getvalue())
+
+
+def nearest(measure: Measure, subject: FeatureSource) -> list[dict[str, Any]]:
+    """For `plots.neighbours_figure`: parts of a few wholes, and the wholes most like them by the subject's features."""
+    parts, wholes = (torch.from_numpy(measure.features(subject, name)) for name in ("parts", "whole"))
+    gallery = similarity.l2_normalise_features(wholes[:, 0])
+    asked = np.searchsorted(measure.ids, measure.wholes("scatter")[:QUERIES])
+    rows = []
+    for own in asked:
+        similar = gallery @ similarity.l2_normalise_features(parts[own, 0])
+        first = similar.argsort(descending=True, stable=True)[:HITS].tolist()
+        rows.append(
+            {
+                "query": _picture(measure, subject, "parts", own),
+                "own": _picture(measure, subject, "whole", own),
+                "rank": int(similarity.retrieval_ranks(parts[:, 0], wholes[:, 0])[own]),
+                "hits": [
+                    (_picture(measure, subject, "whole", i), float(similar[i]), i == own) for i in first
+                ],
+            }
+        )
+    return rows
+
+
+def _picture(measure: Measure, subject: FeatureSource, name: str, index: int) -> Grey:
+    """The first part (d, h, w) of a set, of the whole at this place."""
+    voxels = torch.empty(measure.shards.shape, dtype=torch.int16)
+    measure.shards.read_into(int(measure.ids[index]), voxels)
+    part_set: PartSet = measure.sets[name]
+    return grey(
+        cut_parts(
+            voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], subject.view
+        )
+    )[0]

@@ -1,1 +1,0 @@
-"""Offline: scans, tiles, shards and the phantom, without torch. Online: the stream."""

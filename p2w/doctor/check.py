@@ -1,0 +1,80 @@
+"""What a check is told, and what it answers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from p2w.config import Config
+
+if TYPE_CHECKING:
+    from p2w.train.estimate import RunCost
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One line of the page. A problem keeps a run from starting or going on; a note costs speed or needs a thought."""
+
+    status: Literal["ok", "note", "problem"]
+    name: str
+    found: str
+    remedy: str = ""
+
+
+def ok(name: str, found: str) -> CheckResult:
+    """All is well."""
+    return CheckResult("ok", name, found)
+
+
+def note(name: str, found: str, remedy: str = "") -> CheckResult:
+    """A run would work."""
+    return CheckResult("note", name, found, remedy)
+
+
+def problem(name: str, found: str, remedy: str) -> CheckResult:
+    """A run would not work, or not for long; `remedy` is what to type."""
+    return CheckResult("problem", name, found, remedy)
+
+
+def refused(name: str, error: Exception) -> CheckResult:
+    """The problem that a UserError tells: its remedy stands behind the first semicolon, or the last colon."""
+    text = " ".join(str(error).split())
+    for found, mark, remedy in (text.partition("; "), text.rpartition(": ")):
+        if mark:
+            return problem(name, found, remedy)
+    return problem(name, text, "")
+
+
+@dataclass(frozen=True)
+class CheckContext:
+    """What the machine is looked at for: a recipe on `ranks` processes of this machine, its data and its run folder."""
+
+    recipe: str
+    config: Config
+    shards: str | None  # None: not named on the command line
+    run: Path
+    ranks: int
+    cuda: bool  # whether a run would take CUDA devices
+
+    @cached_property
+    def cost(self) -> "RunCost":
+        """Figures of one rank of the run. Raises UserError for a network there is not."""
+        from p2w.pretext import build_pretext_and_network  # noqa: PLC0415  (for two checks only, as is torch's FLOP counter)
+        from p2w.train.estimate import run_cost  # noqa: PLC0415
+
+        config = self.config
+        samples = max(1, config.data.batch // self.ranks // config.optim.accumulate)
+        return run_cost(
+            config,
+            lambda: build_pretext_and_network(config),
+            samples,
+            4 if config.train.precision == "fp32" else 2,
+        )
+
+
+def size(count: float) -> str:
+    """Bytes -> `3.2 GiB` or `12 MiB`."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"

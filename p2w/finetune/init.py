@@ -1,0 +1,140 @@
+"""Where a fine-tuning starts: the network built from a starting point, and what is known of how that was pretrained."""
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from p2w.errors import UserError
+from p2w.log import read_metrics
+from p2w.model import Encoder, Network
+from p2w.model.decoder import Classifier, Segmenter, build_decoder
+from p2w.pretext import build_pretext
+from p2w.tasks.leak import check_run, check_shards
+from p2w.tasks.reader import TargetSet
+from p2w.weights.card import Trained
+from p2w.weights.load import exported, find_checkpoint
+from p2w.weights.start import RANDOM, StartingPoint, load_decoder, load_start
+
+
+@dataclass(frozen=True)
+class InitRecord:
+    """A starting point, resolved once for all trials: `source` names one checkpoint or file, not the newest of a run."""
+
+    source: str
+    step: int | None = None
+    run: Path | None = None  # of ours
+    val_loss: float | None = None
+    val_mse: float | None = None  # the same where the proxy's loss is that of a reconstruction
+    pretext: str | None = None
+    volume_fraction: tuple[float, float] | None = None
+    skips: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON writes it."""
+        return {name: value for name, value in asdict(self).items() if name != "run"}
+
+
+def resolve_init(init: str) -> InitRecord:
+    """`random`, a run (its best checkpoint, else the newest), RUN@STEP, or any file that `load_start` reads.
+
+    Raises UserError for a run without checkpoints, or a step that it does not have.
+    """
+    if init == RANDOM:
+        return InitRecord(RANDOM)
+    name, at, step = init.rpartition("@")
+    if at and not Path(init).exists():
+        if not step.isdecimal():
+            raise UserError(
+                f"--init {init}: no such file; of a run, RUN@STEP names a step, such as {name}@1000"
+            )
+        return _of_run(Path(name), int(step))
+    path = Path(init)
+    if (path / "checkpoints").is_dir():
+        return _of_run(path, None)
+    if (path / "meta.json").is_file():
+        path = path.resolve()
+        return _of_run(path.parent.parent, int(path.name.removeprefix("step-")))
+    with contextlib.suppress(UserError):
+        return _of_card(str(path), exported(path)[1])
+    return InitRecord(str(path))
+
+
+def _of_run(run: Path, step: int | None) -> InitRecord:
+    trained = find_checkpoint(run, step)
+    told: dict[str, Any] = {}
+    for one in read_metrics(run):
+        if one["step"] == trained.step:
+            told |= one
+    return _origin(trained, told.get("val/loss"), told.get("val/mse"))
+
+
+def _of_card(where: str, card: dict[str, Any]) -> InitRecord:
+    """What the card of an exported file says; one that says nothing is still a starting point."""
+    try:
+        training, pretext = card["training"], card["training"]["config"]["pretext"]
+        loss = training["figures"].get("val/loss")
+        low, high = pretext["volume_fraction"]
+        return InitRecord(
+            where,
+            int(training["step"]),
+            None,
+            loss,
+            loss,
+            pretext["name"],
+            (low, high),
+            bool(pretext["skips"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return InitRecord(where)
+
+
+def _origin(trained: Trained, loss: float | None, mse: float | None) -> InitRecord:
+    """`mse`: of the reconstruction, where the loss has further terms."""
+    pretext = trained.config.pretext
+    mse = (loss if mse is None else mse) if build_pretext(trained.config).reconstructs else None
+    source = str(trained.folder)
+    return InitRecord(
+        source, trained.step, trained.run, loss, mse, pretext.name, pretext.volume_fraction, pretext.skips
+    )
+
+
+def network_of(kind: str, start: StartingPoint, pretrained_decoder: bool) -> Network:
+    """The network to fine-tune; what is new in it draws from torch's generator.
+
+    Segmentation: a decoder with skips from scratch (the paper), or the one that was pretrained with the encoder, with the
+    skips that it was pretrained with. Raises UserError when there is none.
+    """
+    if kind == "classification":
+        return Classifier(start.encoder)
+    if not pretrained_decoder:
+        return Segmenter(start.encoder, build_decoder(start.encoder, skips=True))
+    if start.decoder_state is None:
+        raise UserError(
+            f"{start.source}: holds no decoder (an export of the encoder alone?); name the run, or pass --decoder scratch"
+        )
+    for skips in (False, True):
+        decoder = build_decoder(start.encoder, skips)
+        wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+        shared = [n for n, v in start.decoder_state.items() if wanted.get(n) == tuple(v.shape)]
+        if len(shared) >= len(wanted) - 2 or skips:  # but for the last convolution, of other classes
+            load_decoder(decoder, start)
+            break
+    return Segmenter(start.encoder, decoder)
+
+
+def build_network(kind: str, encoder: Encoder, skips: bool) -> Network:
+    """The network of a trial's card, to be filled with its weights."""
+    if kind == "classification":
+        return Classifier(encoder)
+    return Segmenter(encoder, build_decoder(encoder, skips))
+
+
+def init_leak(origin: InitRecord, target: TargetSet, allow: bool, fold: int | None) -> str:
+    """One line on whether pretraining has seen scans that are tested on. Raises UserError when it has, unless allowed."""
+    if origin.source == RANDOM or origin.run is not None:
+        return check_run(target, origin.run, allow, fold)
+    data = load_start(origin.source).pretrained_on
+    if "shards" not in data:
+        return f"not checked whether pretraining saw test scans: weights of others ({data.get('what', 'data unknown')})"
+    return check_shards(target, origin.source, data, allow, fold)

@@ -1,0 +1,195 @@
+"""RUN/transfer.json: what the trials of a run have in common; trials side by side; what the command prints.
+
+The same command finds its run there; another one is refused.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from p2w import __version__
+from p2w.errors import UserError
+from p2w.files import hold_lock, write_atomic
+from p2w.finetune import recipe as recipes
+from p2w.finetune import results
+from p2w.finetune.samples import epoch_batches
+from p2w.finetune.trials import FineTuning
+from p2w.resources import usable_cores
+from p2w.train.optim import Precision
+from p2w.world import World, variables
+
+RUN_MANIFEST = "transfer.json"
+
+
+def plain_fine_tuning(transfer: FineTuning) -> dict[str, Any]:
+    """What transfer.json says of a run."""
+    start = transfer.start()
+    origin = {"label": transfer.label, **transfer.origin.plain(), "data": start.pretrained_on}
+    return {
+        "task": {
+            "name": str(transfer.source.meta["task"]),
+            "kind": transfer.kind.name,
+            "folds": transfer.source.folds,
+            "fingerprint": task_fingerprint(transfer.source.meta),
+            "where": str(transfer.source.where),
+        },
+        "init": origin,
+        "network": start.network,
+        "width": start.width,
+        "feeding": start.encoder.feeding,
+        "fraction": transfer.fraction,
+        "decoder": "pretrained" if transfer.pretrained_decoder else "scratch",
+        "fold": transfer.fold,
+        "trials": transfer.trials,
+        "recipe": recipes.plain_recipe(transfer.recipe),
+        "samples": {split: len(rows) for split, rows in transfer.rows.items()},
+    }
+
+
+def task_fingerprint(meta: dict[str, Any]) -> str:
+    """A short name of a target set: a hash of what its manifest says of its samples and their splits."""
+    told = {key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_run_manifest(transfer: FineTuning) -> dict[str, Any]:
+    """What transfer.json will say. Raises UserError when the folder holds another run's."""
+    now = plain_fine_tuning(transfer)
+    path = transfer.folder / RUN_MANIFEST
+    if not path.exists():
+        if (transfer.folder / "config.json").exists() or (transfer.folder / "checkpoints").exists():
+            raise UserError(
+                f"{transfer.folder}: is a run of launch/train.py; a fine-tuning gets its own folder: name it with --run-dir"
+            )
+        return now
+    try:
+        before = json.loads(path.read_text())
+        same = [write_run_manifest(tree) for tree in (before, now)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); name another folder with --run-dir") from error
+    differing = [name for name in same[1] if same[0].get(name) != same[1][name]]
+    if differing:
+        said = "; ".join(f"{name} was {same[0].get(name)}, now {same[1][name]}" for name in differing[:3])
+        raise UserError(
+            f"{path}: {said}. A run keeps its settings: repeat its own command, or name another folder with --run-dir"
+        )
+    return now
+
+
+def write_run_manifest(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run keeps, flat."""
+    flat = {
+        f"recipe.{k}": v
+        for k, v in recipes.current_names(tree["recipe"]).items()
+        if k not in recipes.MAY_CHANGE
+    }
+    flat |= {name: tree[name] for name in ("network", "width", "fraction", "decoder", "fold")}
+    flat["task"] = tree["task"]["fingerprint"]
+    return flat | {"init": tree["init"]["source"], "label": tree["init"]["label"]}
+
+
+def announce(transfer: FineTuning, tree: dict[str, Any], world: World) -> None:
+    """Rank 0 makes the folder and writes transfer.json, unless it is there. Raises UserError where it cannot.
+
+    Under a lock: the tasks of a job array all begin at once.
+    """
+    path = transfer.folder / RUN_MANIFEST
+    command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
+    try:
+        transfer.folder.mkdir(parents=True, exist_ok=True)
+        with hold_lock(str(transfer.folder / ".lock"), "transfer"):
+            before = json.loads(path.read_text()) if path.exists() else {"trials": 0}
+            if before["trials"] < transfer.trials:
+                write_atomic(path, json.dumps(tree | {"started": command}, indent=2))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a folder you may write with --run-dir") from error
+
+
+def run_workers(argv: list[str], workers: int) -> int:
+    """Start `workers` processes of this command line and wait for them; a signal is passed on. Returns the worst exit code.
+
+    Each has its share of the cores, and with GPUs one of them in turn.
+    """
+    command = [sys.executable, argv[0], *_without_workers(argv[1:]), "--quiet"]
+    threads = max(1, usable_cores() // workers)
+    devices = torch.cuda.device_count()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)  # the terminal tells all
+    try:
+        for worker in range(workers):
+            place = {"LOCAL_RANK": str(worker % devices)} if devices else {}
+            children.append(subprocess.Popen(command, env=variables(OMP_NUM_THREADS=str(threads), **place)))
+        return max(abs(child.wait()) for child in children)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _without_workers(argv: list[str]) -> list[str]:
+    """The arguments without `--workers N`."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--workers":
+            skip = True
+        elif not word.startswith("--workers="):
+            kept.append(word)
+    return kept
+
+
+def show_fine_tuning_plan(
+    transfer: FineTuning, tree: dict[str, Any], precision: Precision, world: World
+) -> None:
+    """What would be done."""
+    network, start = transfer.build(0)
+    millions = [sum(one.numel() for one in part.parameters()) / 1e6 for part in (network, network.encoder)]
+    counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
+    steps = len(epoch_batches(counts[0], transfer.recipe.batch, transfer.recipe.epoch_steps, 0, 0))
+    seeds = f"{transfer.seed(0)} to {transfer.seed(transfer.trials - 1)}"
+    lines = {
+        "task": f"{tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}",
+        "samples": ", ".join(f"{len(rows):,} {split}" for split, rows in transfer.rows.items()),
+        "fraction": f"{transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial",
+        "start": f"{transfer.label}: {start.source}",
+        "leak": tree["leak"],
+        "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
+        "decoder": tree["decoder"],
+        "an epoch": f"{steps} steps of up to {transfer.recipe.batch} samples, at most {transfer.recipe.max_epochs:,} epochs",
+        "processes": f"{world.describe()}; {precision.name} ({precision.reason})",
+        "trials": f"{transfer.trials}, seeds {seeds} -> {transfer.folder}",
+        "recipe": "  ".join(
+            f"{name} {value}" for name, value in recipes.current_names(tree["recipe"]).items()
+        ),
+    }
+    print("\n".join(f"{name:12}{text}" for name, text in lines.items()))
+
+
+def show_results(run: Path) -> None:
+    """What the folder holds so far: mean and standard deviation over finished trials."""
+    found = results.read_fine_tuning(run)
+    names = list(dict.fromkeys(name for trial in found.trials for name in trial.metrics))
+    for name in names:
+        values = [trial.metrics[name] for trial in found.trials if name in trial.metrics]
+        spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        print(
+            f"{name:14} {100 * statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)"
+        )

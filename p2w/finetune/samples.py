@@ -1,0 +1,156 @@
+"""The samples of a split on the device as batches in [0, 1], the fraction trained on, and their order."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2w.errors import UserError
+
+Rows = NDArray[np.int64]
+
+
+def data_fraction(
+    rows: Rows, patients: list[str], fraction: float, seed: int, labels: NDArray[np.int8] | None = None
+) -> Rows:
+    """The rows of a fraction of the patients, ascending; `patients` and `labels` are columns of the whole set.
+
+    Patients come in an order that a hash of seed and name draws, and the first ceil(fraction * n) stay: the patients of
+    10 % are among those of 45 %, whatever else there is in the set. With `labels` (classification) as many more follow as
+    it takes for both classes to be there.
+
+    Raises:
+        UserError: fraction not in (0, 1], or no training patient.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction}: must be above 0 and at most 1")
+    if fraction == 1:
+        return rows
+    names = sorted({patients[row] for row in rows})
+    names.sort(key=lambda name: hashlib.sha256(f"{seed}:subset:{name}".encode()).digest())
+    rank = {name: place for place, name in enumerate(names)}
+    places = np.array([rank[patients[row]] for row in rows])
+    count = math.ceil(round(fraction * len(names), 9))
+    if labels is not None:
+        first = [places[labels[rows] == which].min(initial=len(names) - 1) for which in (0, 1)]
+        count = max(count, *(int(place) + 1 for place in first))
+    return rows[places < count]
+
+
+def fixed_batches(count: int, batch: int) -> list[int]:
+    """Where an epoch of `count` samples is cut: ends of ceil(count / batch) batches whose sizes differ by one at most.
+
+    Every sample is seen once an epoch, and none in a small last batch, whose statistics batch norm would take for the set's.
+    """
+    number = math.ceil(count / batch)
+    return [count * (i + 1) // number for i in range(number)]
+
+
+def epoch_batches(count: int, batch: int, least: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """The batches of an epoch: all samples in an order of its own, again and again until there are `least` steps."""
+    ends = fixed_batches(count, batch)
+    found = []
+    for time in range(max(1, math.ceil(least / len(ends)))):
+        places = np.random.default_rng((seed, epoch, time)).permutation(count)
+        found += [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return found
+
+
+CHUNK = 64  # samples read at a time
+Places = Sequence[int] | NDArray[np.int64]
+
+
+class SampleSet(Protocol):
+    """What is asked of a set; `p2w.tasks.reader.TargetSet` is one."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Of which `window` is used: stored values that become 0 and 1."""
+
+    def read(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Voxels int16 (B, C, D, H, W) and targets of these rows."""
+
+
+class Samples:
+    """Rows of a set. A sample is named by its place among them.
+
+    Voxels lie on the device as int16 and targets as read, where the split takes at most `held_bytes`; otherwise every batch
+    is read from the shards, one batch ahead.
+    """
+
+    def __init__(
+        self, source: SampleSet, rows: NDArray[np.int64], device: torch.device, held_bytes: float
+    ) -> None:
+        self.source, self.rows, self.device = source, rows, device
+        low, high = source.meta["window"]
+        self.low, self.scale = float(low), 1 / float(high - low)
+        self.held: tuple[Tensor, Tensor] | None = None
+        if len(rows) and self._sample_bytes() * len(rows) <= held_bytes:
+            self.held = self._hold()
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.rows)
+
+    def batches(self, places: Sequence[Places]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each list of places: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
+        if not len(places):
+            return
+        if self.held is not None:
+            voxels, targets = self.held
+            every = torch.from_numpy(np.concatenate([np.asarray(some, np.int64) for some in places]))
+            every = self._pinned(every).to(self.device, non_blocking=True)  # one copy for all batches
+            for at in every.split([len(some) for some in places]):
+                yield self._unit(voxels[at]), targets[at]
+            return
+        with ThreadPoolExecutor(1, "p2w-samples", self._own_device) as reader:
+            ahead = reader.submit(self._read, places[0])
+            for number in range(1, len(places) + 1):
+                voxels, targets = ahead.result()
+                if number < len(places):
+                    ahead = reader.submit(self._read, places[number])
+                x, target = (part.to(self.device, non_blocking=True) for part in (voxels, targets))
+                yield self._unit(x), target
+
+    def _unit(self, voxels: Tensor) -> Tensor:
+        """Stored int16 -> float32 in [0, 1] (FACTS 1: clip to the window, scale)."""
+        return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
+
+    def _read(self, places: Places) -> tuple[Tensor, Tensor]:
+        """Voxels and targets of these places; for a GPU in pinned memory, from which they are copied beside its work."""
+        voxels, targets = self.source.read(self.rows[np.asarray(places, np.int64)])
+        return self._pinned(voxels), self._pinned(targets)
+
+    def _pinned(self, part: Tensor) -> Tensor:
+        return part.pin_memory() if self.device.type == "cuda" else part
+
+    def _own_device(self) -> None:
+        """A new thread begins on device 0, where pinning memory would cost other ranks theirs."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)
+
+    def _sample_bytes(self) -> int:
+        voxels, targets = self.source.read(self.rows[:1])
+        return voxels.nbytes + targets.nbytes
+
+    def _hold(self) -> tuple[Tensor, Tensor]:
+        """All of them, read a chunk at a time into memory that was asked for once."""
+        held: tuple[Tensor, Tensor] | None = None
+        for start in range(0, len(self.rows), CHUNK):
+            parts = self.source.read(self.rows[start : start + CHUNK])
+            if held is None:
+                voxels, targets = (
+                    torch.empty((len(self.rows), *part.shape[1:]), dtype=part.dtype, device=self.device)
+                    for part in parts
+                )
+                held = voxels, targets
+            for whole, part in zip(held, parts, strict=True):
+                whole[start : start + len(part)] = part.to(self.device)
+        assert held is not None
+        return held

@@ -1,0 +1,207 @@
+"""One trial in its folder: fine-tune, judge on the test samples, leave a result. Finished ones are skipped, others continue.
+
+RUN/trial-00/
+    result.json         seed, metrics, intervals; written last: a folder without it is unfinished
+    predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels
+    model.safetensors   the weights with the lowest validation loss, and a card that says what they are
+    metrics.jsonl       a line an epoch
+    checkpoints/        while it is unfinished: what it continues from
+"""
+
+import io
+import json
+import math
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from p2w import __version__
+from p2w.errors import UserError
+from p2w.files import FileLock, write_atomic
+from p2w.finetune.samples import Samples
+from p2w.finetune.task_types import TaskType
+from p2w.finetune.trainer import EpochResult, FineTuner
+from p2w.log import Log, hours_minutes_seconds
+from p2w.train.checkpoint import Checkpoints, Snapshot
+from p2w.world import World
+
+LINE_EVERY_S = 10.0
+RESULT, MODEL, PREDICTIONS = "result.json", "model.safetensors", "predictions.npz"
+
+
+def folder_of(run: Path, index: int) -> Path:
+    """Where trial `index` of a run lies."""
+    return run / f"trial-{index:02d}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether its result is there. Raises UserError for a result that is damaged."""
+    path = folder / RESULT
+    try:
+        return json.loads(path.read_text())["state"] == "finished"
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the trial is done again") from error
+
+
+class TrialLock:
+    """The folder of a trial, held by one process at a time (by rank 0 of its ranks)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = FileLock(folder / ".lock")
+
+    def take(self) -> bool:
+        """Make the folder and hold it; False while another process does. Raises UserError when it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self._lock.acquire()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: {error.strerror}; name a folder you may write with --run-dir"
+            ) from error
+
+    def release(self) -> None:
+        """Let go."""
+        self._lock.release()
+
+
+@dataclass
+class TrialRun:
+    """What one trial is made of, on every rank. `card` is what the weights' file says of itself."""
+
+    index: int
+    seed: int
+    folder: Path
+    tuner: FineTuner
+    kind: TaskType
+    train: Samples
+    val: Samples
+    test: Samples
+    keys: list[str]  # of the test samples
+    patients: list[str]
+    card: dict[str, Any]
+    log: Log
+    world: World
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, when told to stop."""
+        began = time.monotonic()
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, say=self.log.warn)
+        self._resume()
+        self._train()
+        self.tuner.take_best()
+        records = self.tuner.records(self.test)
+        metrics, intervals = self.tuner.kind.judge(records, self.patients)
+        result = {
+            "trial": self.index,
+            "seed": self.seed,
+            "state": "finished",
+            "metrics": metrics,
+            "ci95": {name: _numbers(interval) for name, interval in intervals.items()},
+            "epochs": self.tuner.number,
+            "best_val_loss": self.tuner.plateau.best,
+            "seconds": round(time.monotonic() - began, 1),
+            "n_train": len(self.train),
+            "n_val": len(self.val),
+            "n_test": len(self.test),
+            "test_patients": len(set(self.patients)),
+            "test_predictions": PREDICTIONS,
+            "device": self.world.device.type,
+            "ranks": self.world.size,
+            "p2w": __version__,
+            "torch": torch.__version__,
+        }
+        if self.world.is_main:
+            self._write(result, records)
+        self.world.barrier()
+        return result
+
+    def _resume(self) -> None:
+        """From the last checkpoint; every rank reads it, rank 0 says what was wrong with one that is passed over."""
+        snapshot = self.checkpoints.load_latest()
+        epoch = torch.tensor([0 if snapshot is None else snapshot.step])
+        if (self.world.gather(epoch) != epoch).any():
+            raise UserError(
+                f"{self.folder}: ranks see different checkpoints; the run folder must be one all nodes share"
+            )
+        if snapshot is not None:
+            self.tuner.load_state_dict(snapshot.step, snapshot.model, snapshot.state)
+            self.log.line(f"trial {self.index}  continues after epoch {snapshot.step}")
+        self.log.rewind(self.tuner.number)
+
+    def _train(self) -> None:
+        """Epochs until the end; a checkpoint every now and then, and when told to stop."""
+        saved = said = time.monotonic()
+        every = 60 * self.tuner.recipe.checkpoint_minutes
+        while not self.tuner.ended:
+            try:
+                epoch = self.tuner.epoch(self.train, self.val)
+            except UserError as error:
+                raise type(error)(f"{self.folder}: {error}") from error
+            facts = {name: value for name, value in vars(epoch).items() if name != "number"}
+            self.log.event(epoch.number, facts)
+            now = time.monotonic()
+            if now - said >= LINE_EVERY_S or self.tuner.ended:
+                said = now
+                self.log.line(self._line(epoch))
+            if now - saved >= every and not self.tuner.ended:
+                self._save()
+                saved = time.monotonic()
+
+    def _line(self, epoch: EpochResult) -> str:
+        recipe = self.tuner.recipe
+        left = min(recipe.patience - epoch.idle, recipe.max_epochs - epoch.number)
+        tail = (
+            f"ends in {left} epochs ({hours_minutes_seconds(left * epoch.seconds)}) unless it improves"
+            if left
+            else "ends"
+        )
+        speed = epoch.samples / epoch.seconds
+        return (
+            f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
+            f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
+        )
+
+    def _save(self) -> None:
+        """Rank 0 writes what the trial continues from; a disk that takes no more is a warning."""
+        if not self.world.is_main:
+            return
+        weights, state = self.tuner.state_dict()
+        try:
+            self.checkpoints.save(Snapshot(self.tuner.number, weights, state, None))
+        except UserError as error:
+            self.log.warn(f"{error}; the trial goes on")
+
+    def _write(self, result: dict[str, Any], records: Tensor) -> None:
+        """Weights and predictions, then the result; what the trial would have continued from goes."""
+        arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
+        try:
+            if self.tuner.recipe.keep_weights:
+                card = {**self.card, "metrics": result["metrics"], "best_val_loss": result["best_val_loss"]}
+                data = save(self.tuner.best, {"format": "pt", "p2w": json.dumps(card, sort_keys=True)})
+                write_atomic(self.folder / MODEL, data)
+            write_atomic(self.folder / PREDICTIONS, packed.getvalue())
+            write_atomic(self.folder / RESULT, json.dumps(result, indent=2))
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: not written ({error.strerror}); make room, then repeat the command"
+            ) from error
+        with suppress(OSError):
+            shutil.rmtree(self.folder / "checkpoints")
+
+
+def _numbers(interval: tuple[float, float]) -> list[float | None]:
+    """JSON knows no NaN."""
+    return [None if math.isnan(value) else value for value in interval]

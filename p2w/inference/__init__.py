@@ -1,0 +1,1 @@
+"""Predictions of fine-tuned networks on whole scans."""

@@ -1,0 +1,134 @@
+"""A fine-tuned network read back from a trial, and what it wants to be shown."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from p2w.errors import UserError
+from p2w.files import type_mismatch
+from p2w.finetune.init import build_network
+from p2w.finetune.trial import MODEL, RESULT
+from p2w.model import Network, build_encoder
+from p2w.model.encoder import InputNorm
+from p2w.weights.load import read_card
+
+CARD = {
+    "kind": str,
+    "encoder": {"name": str, "width": int, "in_channels": int, "feeding": str},
+    "skips": bool,
+    "task": {"task": str, "channels": int, "size_zyx": [int], "window": [float], "settings": {}},
+}
+
+
+@dataclass(frozen=True)
+class FineTunedModel:
+    """A network in evaluation mode, and its card."""
+
+    file: Path
+    network: Network
+    card: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """`classification` or `segmentation`."""
+        return str(self.card["kind"])
+
+    @property
+    def channels(self) -> int:
+        """Images it takes."""
+        return int(self.card["task"]["channels"])
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Voxels z, y, x of a crop."""
+        z, y, x = self.card["task"]["size_zyx"]
+        return z, y, x
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Stored values that become 0 and 1."""
+        low, high = self.card["task"]["window"]
+        return float(low), float(high)
+
+    @property
+    def in_hu(self) -> bool:
+        """Whether it was trained on CT; else each image is scaled by its own smallest and largest value."""
+        return self.window[0] < 0
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """mm z, y, x of a crop's voxels; None: those of the scan, whatever they are.
+
+        As the task's settings say; of a task that has no such setting, the spacing of its samples where they all have one.
+        """
+        task = self.card["task"]
+        if "spacing" in task["settings"]:
+            told = task["settings"]["spacing"]
+            return None if told is None else (float(told[0]), float(told[1]), float(told[2]))
+        ranges = task.get("spacing_mm")
+        if not ranges or any(not math.isclose(low, high, rel_tol=1e-3) for low, high in ranges):
+            return None
+        return float(ranges[0][0]), float(ranges[1][0]), float(ranges[2][0])
+
+    @torch.no_grad()
+    def probabilities(self, crops: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Stored values int16 (B, C, D, H, W) on the network's device -> (B,) or (B, D, H, W) float32."""
+        low, high = self.window
+        x = crops.float().sub_(low).div_(high - low).clamp_(0, 1)
+        with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            logits: Tensor = self.network(x)
+        found = torch.sigmoid(logits.float())
+        return found[:, 0] if found.dim() == 5 else found
+
+
+def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
+    """Of a run of launch/finetune.py the trial with the lowest validation loss; or of a trial, or its model.safetensors.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    file = where / MODEL if where.is_dir() else where
+    if where.is_dir() and not file.is_file():
+        file = _best(where) / MODEL
+    card = read_card(file)
+    if said := type_mismatch(card, CARD, "its card"):
+        raise UserError(
+            f"{file}: no fine-tuned weights ({said}); name a run of launch/finetune.py, or a trial of it"
+        )
+    told = card["encoder"]
+    encoder = build_encoder(told["name"], told["width"], told["in_channels"])
+    if told["feeding"] not in get_args(InputNorm):
+        raise UserError(
+            f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(InputNorm))}"
+        )
+    encoder.feeding = told["feeding"]
+    network = build_network(card["kind"], encoder, card["skips"])
+    try:
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"{file}: damaged, or of another version ({said}); copy it again") from error
+    return FineTunedModel(file, network.to(device).eval(), card)
+
+
+def _best(run: Path) -> Path:
+    """The trial that validated best."""
+    found: list[tuple[float, Path]] = []
+    for path in sorted(run.glob(f"trial-*/{RESULT}")):
+        try:
+            loss = float(json.loads(path.read_text())["best_val_loss"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if (path.parent / MODEL).is_file():
+            found.append((loss, path.parent))
+    if not found:
+        raise UserError(
+            f"{run}: no finished trial with weights there; name a run of launch/finetune.py (with --recipe.keep-weights)"
+        )
+    return min(found)[1]

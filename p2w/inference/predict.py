@@ -1,0 +1,357 @@
+"""Predictions of a fine-tuned network on whole scans: how a scan is read and shown to it, masks, scores, a preview."""
+
+import csv
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from p2w.config import Amp
+from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.scan import read_image, read_scan, stored_grid
+from p2w.errors import UserError
+from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
+from p2w.inference.sliding import Windows, on_scan, slices
+from p2w.progress import Progress
+from p2w.tasks import crops, source_files
+from p2w.tasks.bms import crop_in_range, intensity_range
+from p2w.tasks.crops import CropBox
+from p2w.train.optim import choose_precision
+from p2w.world import World
+
+USAGE = """What a fine-tuned network says of a whole scan.
+
+    p2w predict runs/lcs-p2w --scan scan.nii.gz --out liver.nii.gz                       a mask in the scan's own geometry
+    p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
+    p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
+    p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
+
+Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
+scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
+Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
+"""
+
+
+Cut = Callable[[CropBox], NDArray[np.int16]]  # one channel's crop, in stored values
+SCORED = (("x", "coordX"), ("y", "coordY"), ("z", "coordZ"), ("series", "seriesuid", "scan", ""))
+
+
+@dataclass(frozen=True)
+class InferenceInput:
+    """`cuts` one a channel; `grid` canonical, `stored_grid` as the first image's file has it."""
+
+    name: str
+    uid: str
+    cuts: tuple[Cut, ...]
+    voxels: NDArray[Any]  # of the first channel, canonical [z,y,x]
+    grid: Grid
+    stored_grid: Grid
+
+    def crop(self, place: CropBox) -> NDArray[np.int16]:
+        """(C, D, H, W)."""
+        return np.stack([cut(place) for cut in self.cuts])
+
+    def stored(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A canonical volume in the order of the file."""
+        _, order, flips = self.stored_grid.canonical()
+        out = np.zeros(self.stored_grid.size[::-1], np.uint8)
+        to_canonical(out, order, flips)[...] = mask
+        return out
+
+    def shown(self) -> NDArray[Any]:
+        """What a preview is drawn over."""
+        return self.voxels
+
+
+def read_input(paths: Sequence[Path], fitted: FineTunedModel) -> InferenceInput:
+    """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
+    sources = [_source(path) for path in paths]
+    cuts: list[Cut] = []
+    grids: list[Grid] = []
+    first: NDArray[Any] | None = None
+    for path, source in zip(paths, sources, strict=True):
+        try:
+            voxels, grid, cut = _channel(source, fitted)
+        except (BadScan, OSError) as error:
+            raise UserError(f"{path}: {error}") from error
+        cuts.append(cut)
+        grids.append(grid)
+        first = voxels if first is None else first
+        if said := source_files.apart(grids[0], grid):
+            raise UserError(f"{path}: {said.replace('its image', str(paths[0]))}")
+    assert first is not None
+    name = paths[0].name
+    return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
+
+
+def _source(path: Path) -> ScanSource:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name a scan with --scan")
+    if not path.is_dir():
+        return source_files.as_source(path.name, str(path))
+    found = find_scans([str(path)], str(path / ".out"), flag="--scan")  # there is none: nothing is left out
+    if len(found.sources) != 1:
+        why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
+        raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")
+    return found.sources[0]
+
+
+def _channel(source: ScanSource, fitted: FineTunedModel) -> tuple[NDArray[Any], Grid, Cut]:
+    """Voxels, grid and crops in stored values, as the task's data was prepared."""
+    if fitted.in_hu:
+        scan = read_scan(source)
+        return scan.voxels, scan.grid, lambda place: crops.crop_hu(scan.voxels, place)
+    image = read_image(source)
+    low, high = intensity_range("image", image)
+    return image.values, image.grid, lambda place: crop_in_range(image.values, place, low, high)
+
+
+def windows_of(subject: InferenceInput, fitted: FineTunedModel, overlap: float) -> Windows:
+    """The windows of a scan, at the spacing that the network was trained at."""
+    z, y, x = (int(n) for n in subject.voxels.shape)
+    step = (1.0, 1.0, 1.0)
+    if fitted.spacing_mm is not None:
+        ratio = np.array(fitted.spacing_mm) / crops.spacing_zyx(subject.grid)
+        near = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
+        step = (float(near[0]), float(near[1]), float(near[2]))
+    return Windows((z, y, x), fitted.size, step, overlap)
+
+
+def mask_of(
+    subject: InferenceInput,
+    fitted: FineTunedModel,
+    overlap: float,
+    threshold: float,
+    batch: int,
+    dtype: torch.dtype | None,
+) -> NDArray[np.uint8]:
+    """0 and 1 on the canonical grid [z,y,x]."""
+    windows = windows_of(subject, fitted, overlap)
+    device = next(fitted.network.parameters()).device
+    levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
+    progress = Progress(levels * math.ceil(across / batch), "batches of windows")
+
+    def predict(places: list[CropBox]) -> NDArray[np.float32]:
+        stack = torch.from_numpy(np.stack([subject.crop(place) for place in places]))
+        found = fitted.probabilities(stack.to(device), dtype).cpu().numpy()
+        progress.step(f"{len(windows):,} windows in all")
+        progress.tick()
+        return found
+
+    mask = np.zeros(windows.shape, np.uint8)
+    with progress:
+        for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
+            mask[z] = image > threshold
+    return mask
+
+
+def scores_of(
+    subject: InferenceInput, fitted: FineTunedModel, table: Path, batch: int, dtype: torch.dtype | None
+) -> tuple[str, int]:
+    """CSV x,y,z,probability, one row a candidate of this scan in the table's order, and how many.
+
+    Raises UserError for a candidate outside the scan, or none in it.
+    """
+    device = next(fitted.network.parameters()).device
+    world: list[tuple[float, float, float]] = []
+    for line, (x, y, z, series) in source_files.read_csv(str(table), SCORED):
+        if series and series not in (subject.uid, source_files.file_stem(subject.name), subject.name):
+            continue
+        at = [
+            source_files.parse_number(str(table), line, name, text)
+            for name, text in zip("xyz", (x, y, z), strict=True)
+        ]
+        voxel = crops.to_voxel(subject.grid, np.array(at[::-1]))
+        if ((voxel < -0.5) | (voxel > np.array(subject.voxels.shape) - 0.5)).any():
+            where = ", ".join(f"{value:.1f}" for value in voxel[::-1])
+            raise UserError(
+                f"{table}, line {line}: voxel ({where}) is outside {subject.name}; x, y, z are LPS mm"
+            )
+        world.append((at[0], at[1], at[2]))
+    if not world:
+        raise UserError(f"{table}: names no candidate of {subject.name}")
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("x", "y", "z", "probability"))
+    for start in range(0, len(world), batch):
+        some = world[start : start + batch]
+        centres = [crops.to_voxel(subject.grid, np.array(at[::-1])) for at in some]
+        places = [CropBox.round(one, fitted.size, subject.grid, fitted.spacing_mm) for one in centres]
+        stack = torch.from_numpy(np.stack([subject.crop(place) for place in places])).to(device)
+        found = fitted.probabilities(stack, dtype).cpu().tolist()
+        rows.writerows((*at, f"{value:.6f}") for at, value in zip(some, found, strict=True))
+    return text.getvalue(), len(world)
+
+
+AXES = ("axial, patient's left on the right", "coronal", "sagittal, front on the left")
+
+
+def draw_preview(path: Path, voxels: NDArray[Any], mask: NDArray[np.uint8], grid: Grid, title: str) -> None:
+    """A PNG of the axial slice with most of the mask, and the coronal and sagittal slices through the middle of it.
+
+    `voxels`, `mask`: canonical [z,y,x]; without any mask, the middle of the scan. Raises UserError where it cannot write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    where = _middle(mask)
+    spacing = grid.spacing[::-1]
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, panel in enumerate(figure.subplots(1, 3)):
+        index: list[Any] = [slice(None)] * 3
+        index[axis] = where[axis]
+        image, outline = voxels[tuple(index)], mask[tuple(index)]
+        rows, columns = (number for number in range(3) if number != axis)
+        low, high = np.percentile(voxels[::4, ::8, ::8], (1, 99.5))
+        panel.imshow(
+            image, cmap="gray", vmin=low, vmax=high, aspect=spacing[rows] / spacing[columns],
+            origin="upper" if axis == 0 else "lower", interpolation="nearest",
+        )  # fmt: skip
+        if outline.any():
+            panel.contour(outline, levels=[0.5], colors="#ff3b30", linewidths=1.2)
+        panel.set_title(f"{AXES[axis]}: {'zyx'[axis]} = {where[axis]}", fontsize=9)
+        panel.set_axis_off()
+    millilitres = int(mask.sum()) * float(np.prod(spacing)) / 1000
+    figure.suptitle(f"{title}: {millilitres:.1f} ml", fontsize=11)
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror}); name another --preview") from error
+
+
+def _middle(mask: NDArray[np.uint8]) -> tuple[int, int, int]:
+    """z with most of the mask; y and x in the middle of what is there."""
+    areas = mask.sum((1, 2), dtype=np.int64)
+    if not areas.any():
+        return mask.shape[0] // 2, mask.shape[1] // 2, mask.shape[2] // 2
+    z = int(areas.argmax())
+    y, x = (int(np.median(at)) for at in np.nonzero(mask[z]))
+    return z, y, x
+
+
+MASKS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What to look at, and where the answer goes."""
+
+    run: tyro.conf.Positional[Path]
+    """Run of launch/finetune.py, a trial of it, or its model.safetensors."""
+    scan: tuple[Path, ...]
+    """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
+    out: Path
+    """The mask (.nii.gz, .mha, …), or the table (.csv)."""
+    candidates: Path | None = None
+    """Table of places to classify."""
+    preview: Path | None = None
+    """Also draw the mask's outline over three slices of the scan: a PNG."""
+    overlap: float = 0.5
+    """Share of a window's edge that neighbouring windows have in common, from 0 to 0.9."""
+    threshold: float = 0.5
+    """Probability above which a voxel is 1."""
+    batch: int = 4
+    """Windows at a time."""
+    precision: Annotated[Amp, tyro.conf.arg(name="precision")] = "fp32"
+    """Precision of the network's arithmetic."""
+
+
+def main(argv: list[str]) -> int:
+    """Parse, read, predict, write."""
+    options = tyro.cli(PredictOptions, args=argv, prog="p2w predict", description=USAGE)
+    world = World.from_env()
+    fitted = load_finetuned(options.run, world.device)
+    _check(options, fitted)
+    subject = read_input(options.scan, fitted)
+    dtype = choose_precision(options.precision, world.device).apply().dtype
+    if fitted.kind == "classification":
+        assert options.candidates is not None
+        table, count = scores_of(subject, fitted, options.candidates, options.batch, dtype)
+        _publish_text(options.out, table)
+        print(f"{options.out}: {count} candidates")
+        return 0
+    mask = mask_of(subject, fitted, options.overlap, options.threshold, options.batch, dtype)
+    write_mask(options.out, subject.stored(mask), subject.stored_grid)
+    millilitres = int(mask.sum()) * float(np.prod(subject.grid.spacing)) / 1000
+    print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {fitted.file}")
+    if options.preview is not None:
+        draw_preview(
+            options.preview,
+            subject.shown(),
+            mask,
+            subject.grid,
+            f"{subject.name}, {fitted.card['task']['task']}",
+        )
+        print(f"{options.preview}: drawn")
+    return 0
+
+
+def _check(options: PredictOptions, fitted: FineTunedModel) -> None:
+    """Raise UserError for options that do not go together."""
+    name = options.out.name.lower()
+    if fitted.kind == "classification":
+        if options.candidates is None or not name.endswith(".csv"):
+            raise UserError(
+                f"{fitted.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
+            )
+        if options.preview is not None:
+            raise UserError(f"--preview {options.preview}: {fitted.file} makes no mask to draw; leave it out")
+    elif options.candidates is not None or not name.endswith(MASKS):
+        raise UserError(
+            f"{fitted.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
+        )
+    if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
+        raise UserError(
+            f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
+            "and 1; at least 1"
+        )
+    if len(options.scan) != fitted.channels:
+        names = fitted.card["task"].get("channel_names") or []
+        raise UserError(
+            f"--scan names {len(options.scan)} image(s), the network takes {fitted.channels}: {', '.join(names)}"
+        )
+    for flag, path in (("--out", options.out), ("--preview", options.preview)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
+
+
+def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
+    """Write uint8 [z,y,x] in the grid's geometry, beside and then renamed. Raises UserError where it cannot be written."""
+    image = sitk.GetImageFromArray(mask)
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent) as beside:
+            sitk.WriteImage(image, os.path.join(beside, path.name), useCompression=True)
+            for written in sorted(
+                os.listdir(beside), key=lambda name: name == path.name
+            ):  # voxels, then the header
+                os.replace(os.path.join(beside, written), path.parent / written)
+    except (OSError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[-1]
+        raise UserError(f"{path}: not written ({said}); name another --out") from error
+
+
+def _publish_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text)
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise UserError(f"{path}: not written ({error.strerror}); name another --out") from error

@@ -1,0 +1,144 @@
+"""A network of small crops over a whole scan: overlapping windows, Gaussian weights, finished slices as soon as they are.
+
+Windows lie on a grid of their own, `Windows.step` voxels of the scan apart: that of the scan itself, or of the spacing that
+the network was trained at. What is held in memory is one window's height of slices, not the volume. All z, y, x.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.tasks.crops import CropBox
+
+Floats = NDArray[np.float32]
+Triple = tuple[int, int, int]
+SIGMA = 1 / 8  # of a window's edge: how fast its weight falls towards the rim
+LEAST = 1e-3  # weight of a window's corner voxel along an axis, so that none has no weight
+# Crops, each with its place in a batch, to probabilities (B, D, H, W)
+Predict = Callable[[list[CropBox]], Floats]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where windows of `size` lie in a scan of `shape`: voxel i of their grid is voxel first + i * step of the scan."""
+
+    shape: Triple  # of the scan
+    size: Triple
+    step: tuple[float, float, float]
+    overlap: float
+
+    @property
+    def extent(self) -> Triple:
+        """Voxels of the windows' grid that the scan takes."""
+        counts = [max(1, round(n / step)) for n, step in zip(self.shape, self.step, strict=True)]
+        return counts[0], counts[1], counts[2]
+
+    @property
+    def first(self) -> NDArray[np.float64]:
+        """The voxel of the scan under voxel 0 of the grid; both have their middle in common."""
+        step = np.array(self.step)
+        return (np.array(self.shape) - 1 - (np.array(self.extent) - 1) * step) / 2
+
+    def starts(self, axis: int) -> list[int]:
+        """First voxels of the windows along an axis: evenly apart, by at most 1 - overlap; the scan in the middle of a
+        single one that is larger."""
+        extent, size = self.extent[axis], self.size[axis]
+        if extent <= size:
+            return [-((size - extent) // 2)]
+        count = 1 + int(np.ceil((extent - size) / max(1.0, size * (1 - self.overlap))))
+        return [round(i * (extent - size) / (count - 1)) for i in range(count)]
+
+    def __len__(self) -> int:
+        """How many windows."""
+        return int(np.prod([len(self.starts(axis)) for axis in range(3)]))
+
+    def place(self, start: Triple) -> CropBox:
+        """A window as a crop of the scan, as the samples of a target set are cut."""
+        step = np.array(self.step)
+        first = self.first + np.array(start) * step
+        return CropBox(np.rint(first) if (step == 1).all() else first, step, self.size)
+
+
+def weight(size: int) -> Floats:
+    """Of a window's voxels along an axis, 1 in the middle."""
+    at = (np.arange(size) - (size - 1) / 2) / (SIGMA * size)
+    return np.maximum(np.exp(-(at**2) / 2), LEAST).astype(np.float32)
+
+
+def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
+    """Probabilities (H, W) of every slice of the windows' grid, from the first on: the weighted mean of all windows there.
+
+    The sum of weights at a voxel is a product of three sums along the axes, so that no volume of it is needed.
+    """
+    depth, height, width = windows.extent
+    axes = [weight(size) for size in windows.size]
+    kernel = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None, :]
+    sums = [_summed(windows.starts(axis), axes[axis], windows.extent[axis]) for axis in range(3)]
+    plane = sums[1][:, None] * sums[2][None, :]
+    buffer = np.zeros((windows.size[0], height, width), np.float32)
+    across = [(y, x) for y in windows.starts(1) for x in windows.starts(2)]
+    z_starts = windows.starts(0)
+    for z, following in zip(z_starts, [*z_starts[1:], depth], strict=True):
+        for begin in range(0, len(across), batch):
+            some = across[begin : begin + batch]
+            found = predict([windows.place((z, y, x)) for y, x in some])
+            for (y, x), probability in zip(some, found, strict=True):
+                into, source = _overlap((0, y, x), (windows.size[0], height, width), windows.size)
+                buffer[into] += (probability * kernel)[source]
+        skipped = max(0, -z)  # rows of a window that begins above a scan smaller than it
+        done = following - max(z, 0)
+        for row in range(done):
+            yield buffer[skipped + row] / (plane * sums[0][max(z, 0) + row])
+        buffer = np.concatenate((buffer[done:], np.zeros_like(buffer[:done])))
+
+
+def _summed(starts: list[int], own: Floats, extent: int) -> Floats:
+    """The sum of all windows' weights along an axis."""
+    total = np.zeros(extent, np.float32)
+    for start in starts:
+        into, source = _overlap((start,), (extent,), (len(own),))
+        total[into] += own[source]
+    return total
+
+
+def _overlap(
+    start: Iterable[int], extent: Iterable[int], size: Iterable[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a window lies in an array of `extent`, and which part of it does."""
+    edges = [
+        (max(0, at), min(whole, at + own), at) for at, whole, own in zip(start, extent, size, strict=True)
+    ]
+    return tuple(slice(a, b) for a, b, _ in edges), tuple(slice(a - at, b - at) for a, b, at in edges)
+
+
+def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
+    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, held at the ends."""
+    if windows.extent == windows.shape and all(step == 1 for step in windows.step):
+        yield from found
+        return
+    at = [
+        np.clip((np.arange(n) - first) / step, 0, extent - 1)
+        for n, first, step, extent in zip(
+            windows.shape, windows.first, windows.step, windows.extent, strict=True
+        )
+    ]
+    z = 0
+    before: Floats | None = None
+    for number, image in enumerate(found):
+        here = _along(_along(image, at[1], 0), at[2], 1)
+        while z < windows.shape[0] and at[0][z] <= number:
+            share = np.float32(number - at[0][z])
+            yield here if before is None or share == 0 else before * share + here * (1 - share)
+            z += 1
+        before = here
+
+
+def _along(image: Floats, at: NDArray[np.float64], axis: int) -> Floats:
+    """Values at fractional places along an axis."""
+    left = np.minimum(at.astype(int), max(0, image.shape[axis] - 2))
+    right = np.minimum(left + 1, image.shape[axis] - 1)
+    share = (at - left).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+    below = image.take(left, axis)
+    return below + (image.take(right, axis) - below) * share

@@ -1,0 +1,96 @@
+"""What an encoder is: all that decoders, heads and pretexts may know of one; and the input that it was trained on.
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from p2w.errors import UserError
+from p2w.model.conv import let_train
+
+InputNorm = Literal["unit", "symmetric", "positive-z", "hu"]
+"""unit: [0, 1] as it is. symmetric: [-1, 1]. positive-z: mean 0, deviation 1 over voxels > 0. hu: back to HU, +-1000."""
+
+
+def normalise_input(x: Tensor, feeding: InputNorm, channels: int) -> Tensor:
+    """(B, C, D, H, W) in [0, 1] -> what a network with `channels` input channels wants, float32, (B, channels, D, H, W).
+
+    A pure function: statistics are per sample and channel. One grey channel is repeated for a network of several; any
+    other mismatch raises UserError. "positive-z" treats every voxel alike, also those at 0 (MedicalNet's own code puts
+    noise there [C], which would make the result random); a channel without spread becomes 0.
+    """
+    if x.shape[1] != channels and x.shape[1] != 1:
+        raise UserError(
+            f"volumes of {x.shape[1]} channels for a network of {channels}; load it with in_channels={x.shape[1]}"
+        )
+    x = x.float()
+    if feeding == "symmetric":
+        x = 2 * x - 1
+    elif feeding == "hu":
+        x = 2000 * x - 1000
+    elif feeding == "positive-z":
+        x = _positive_z(x)
+    return x.expand(-1, channels, -1, -1, -1)
+
+
+def _positive_z(x: Tensor) -> Tensor:
+    """Mean and (biased) deviation of the voxels > 0 of each sample and channel; no host sync."""
+    inside = (x > 0).float()
+    count = inside.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    mean = (x * inside).sum((2, 3, 4), keepdim=True) / count
+    deviation = (((x - mean) * inside).square().sum((2, 3, 4), keepdim=True) / count).sqrt()
+    spread = deviation > 1e-6  # float32 of [0, 1]: below is rounding
+    return torch.where(spread, (x - mean) / torch.where(spread, deviation, 1.0), 0.0)
+
+
+Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry a sample along its first axis
+
+
+class Encoder(nn.Module):
+    """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`.
+
+    `strides` are those of rows and columns; `slice_strides` of slices, where they shrink later (I3D).
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    slice_strides: tuple[int, ...] = ()
+    in_channels: int = 1
+    least_voxels: int = 1
+    """How many voxels the coarsest features need: instance norm takes two."""
+    feeding: InputNorm = "unit"
+    """What `p2w.model.encoder.normalise_input` makes of a batch in [0, 1] for it."""
+    input_convs: tuple[str, ...] = ()
+    """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
+    norms_input: tuple[str, ...] = ()
+    """Tensors with one value for each image channel."""
+    channels_last: bool = True
+    """Which memory layout is the faster one for it, where the settings leave that open."""
+    beside_pooled: tuple[str, ...] = ()
+    """Prefixes of parameters that `pooled` does not depend on."""
+
+    @property
+    def divisor(self) -> tuple[int, int, int]:
+        """What the edges (D, H, W) of an input are multiples of."""
+        return ((self.slice_strides or self.strides)[-1], self.strides[-1], self.strides[-1])
+
+    def only_pooled(self) -> None:
+        """Freeze what `pooled` does not depend on: no gradient reaches it, and DDP would wait for it for ever."""
+        let_train(self, but=self.beside_pooled)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Global average pool of the coarsest features, (B, channels[-1]) float32: the representation analysed."""
+        features: list[Tensor] = self(x)
+        return features[-1].float().mean(dim=(2, 3, 4))
+
+
+class Network(nn.Module):
+    """What a pretext builds: any module that keeps the encoder as `.encoder`.
+
+    `forward(input, *beside) -> Output`. Called with the input alone it runs as well: that is how it is checked and drawn.
+    """
+
+    encoder: Encoder

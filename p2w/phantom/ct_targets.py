@@ -1,0 +1,166 @@
+"""Phantoms of two CT tasks: abdomens in LiTS' format (lcs), and CT pulmonary angiograms with emboli (ecc).
+
+A chest phantom's lower half, where liver, spleen and stomach lie against one another with like HU.
+
+Vessels are full of contrast. An embolus is a dark lump inside one; a candidate that is none is a lump of the same HU and
+size at a vessel's wall (a node), blood that mixed badly (dark without an edge), or a vessel as it should be.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from p2w.phantom.chest import PhantomScan, make_scan
+from p2w.phantom.frame import Label
+from p2w.phantom.image_files import blob, put_file, write_image
+
+Shape = tuple[int, int, int]
+
+
+def write_lits_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """One volume and its segmentation."""
+    rng = np.random.default_rng([seed, number, 3])
+    deep = (int(shape[0] * 2), shape[1], shape[2])
+    scan = make_scan(int(np.random.SeedSequence([seed, number, 103]).generate_state(1)[0]), deep)
+    below = _abdomen(scan.labels == Label.LIVER, shape[0])
+    hu, labels = scan.voxels[below].copy(), scan.labels[below]
+    liver = labels == Label.LIVER
+    segmentation = liver.astype(np.uint8)
+    inside = np.argwhere(liver)
+    for _ in range(int(rng.integers(1, 6)) if len(inside) else 0):
+        centre = inside[rng.integers(len(inside))].astype(float)
+        radius = float(np.clip(rng.lognormal(np.log(9), 0.5), 4, 28))
+        box, depth = blob(hu.shape, scan.spacing_mm, centre, radius, rng)
+        edge = max(scan.spacing_mm)
+        cover = np.clip(depth / edge + 0.5, 0, 1) * liver[box]
+        change = float(rng.choice([-1, -1, -1, 1])) * rng.uniform(18, 55)
+        hu[box] = np.rint(hu[box] + cover * change).astype(np.int16)
+        segmentation[box][(cover > 0.5)] = 2
+    flipped = number % 4 == 1
+    for name, values in (("volume", hu), ("segmentation", segmentation)):
+        write_image(folder / f"{name}-{number}.nii.gz", values, scan.spacing_mm, scan.origin_mm, flipped)
+
+
+def _abdomen(liver: np.ndarray, depth: int) -> slice:
+    """As many slices as asked for, from the lowest on: that is where the liver is."""
+    return slice(0, min(depth, liver.shape[0]))
+
+
+EMBOLI, OTHERS = 8, 12  # candidates a patient
+FOLDS = 3
+# How deep in a vessel an embolus lies at least: it must fit, and voxels must show it.
+WIDE_MM, WIDE_VOXELS = 1.2, 1.25
+BLOOD = (Label.VESSEL, Label.GREAT_VESSEL)
+SPAN_MM = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
+
+
+def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """One scan, and its candidates in note.json."""
+    rng = np.random.default_rng([seed, number, 4])
+    own = int(np.random.SeedSequence([seed, number, 104]).generate_state(1)[0])
+    spacing = tuple(
+        round(mm * share / n, 4) for mm, n, share in zip((300, 300, 300), shape, SPAN_MM, strict=True)
+    )
+    scan = make_scan(own, shape, (spacing[0], spacing[1], spacing[2]), contrast=float(rng.uniform(180, 330)))
+    hu, marks = _candidates(scan, rng)
+    write_image(folder / f"PA{number:03d}.nii.gz", hu, scan.spacing_mm, scan.origin_mm, number % 4 == 2)
+    rows = [
+        [
+            f"patient{number:03d}",
+            f"PA{number:03d}",
+            *(round(float(v), 4) for v in mm[::-1]),
+            label,
+            number % FOLDS,
+        ]
+        for mm, label in marks
+    ]
+    put_file(folder / "note.json", json.dumps(rows).encode())
+
+
+def write_candidate_table(out: Path, parts: list[Path]) -> None:
+    """candidates.csv from the notes of all patients."""
+    lines = ["patient,series,x,y,z,label,fold"]
+    for part in parts:
+        lines += [",".join(map(str, row)) for row in json.loads((part / "note.json").read_text())]
+    put_file(out / "candidates.csv", "\n".join([*lines, ""]).encode())
+
+
+def _candidates(
+    scan: PhantomScan, rng: np.random.Generator
+) -> tuple[NDArray[np.int16], list[tuple[NDArray, int]]]:
+    """The scan with emboli and what is like them; world mm (z, y, x) and label of each candidate."""
+    step = np.array(scan.spacing_mm)
+    blood = np.isin(scan.labels, BLOOD)
+    depth = ndimage.distance_transform_edt(blood, step)
+    edge = float(step.mean())
+    deep = depth > max(WIDE_MM, WIDE_VOXELS * edge)
+    level = float(np.median(scan.voxels[deep])) if deep.any() else 250.0
+    hu = scan.voxels.astype(np.float32)
+    places = np.argwhere(deep)
+    marks: list[tuple[NDArray, int]] = []
+    taken: list[NDArray] = []
+    for index in range(EMBOLI + OTHERS):
+        centre = _free(places, taken, step, rng)
+        if centre is None:
+            break
+        taken.append(centre)
+        wide = float(depth[tuple(centre.astype(int))])
+        clot = float(rng.uniform(25, 75))
+        radius = float(rng.uniform(0.55, 0.95) * min(wide, 8.0) + 0.6)
+        kind = (
+            "embolus" if index < EMBOLI else str(rng.choice(["node", "mixing", "plain"], p=[0.45, 0.3, 0.25]))
+        )
+        if kind == "embolus":
+            box, inside = blob(hu.shape, step, centre, radius, rng)
+            cover = np.clip(inside / edge + 0.5, 0, 1) * blood[box]
+            hu[box] += cover * (clot - level)
+        elif kind == "node":
+            centre = _beside(centre, depth, step, radius)
+            box, inside = blob(hu.shape, step, centre, radius, rng)
+            cover = np.clip(inside / edge + 0.5, 0, 1) * ~blood[box]
+            hu[box] += cover * (clot - hu[box])
+        elif kind == "mixing":
+            box, inside = blob(hu.shape, step, centre, 2.5 * radius, rng)
+            soft = np.clip(0.5 + inside / (3.5 * radius), 0, 1) * blood[box]
+            hu[box] += soft * rng.uniform(0.4, 0.75) * (clot - level)
+        at = centre + rng.normal(0, 0.6, 3) / step
+        marks.append((at * step + np.array(scan.origin_mm), int(kind == "embolus")))
+    return np.rint(np.clip(hu, -3024, 3071)).astype(np.int16), marks
+
+
+def _free(places: NDArray, taken: list[NDArray], step: NDArray, rng: np.random.Generator) -> NDArray | None:
+    """A voxel deep in a vessel, away from the scan's edge and from the others; None when there is no room."""
+    if not len(places):
+        return None
+    low, high = places.min(0) + 2, places.max(0) - 2
+    for apart in (14.0, 8.0):
+        for place in places[rng.integers(0, len(places), 80)].astype(float):
+            near = [np.linalg.norm((place - other) * step) for other in taken]
+            if (place >= low).all() and (place <= high).all() and min(near, default=99.0) > apart:
+                return place
+    return None
+
+
+def _beside(centre: NDArray, depth: NDArray, step: NDArray, radius: float) -> NDArray:
+    """Out of the vessel by the way its depth falls, until only a lump's edge would touch it."""
+    at = centre.copy()
+    gradient = np.stack(np.gradient(ndimage.gaussian_filter(_around(depth, centre), 1.0)))
+    way = -gradient[:, 3, 3, 3] / step
+    way = way / (np.linalg.norm(way) + 1e-9) if np.linalg.norm(way) > 1e-6 else np.array([0.0, 1.0, 0.0])
+    for _ in range(60):
+        index = np.clip(np.rint(at).astype(int), 0, np.array(depth.shape) - 1)
+        if depth[tuple(index)] <= 0:
+            return at + way * 0.7 * radius / step
+        at = at + 0.5 * way / step
+    return at
+
+
+def _around(depth: NDArray, centre: NDArray) -> NDArray:
+    """7 x 7 x 7 voxels round a place."""
+    padded = np.pad(depth[tuple(slice(max(0, int(c) - 3), int(c) + 4) for c in centre)], 0)
+    if padded.shape == (7, 7, 7):
+        return padded
+    return np.pad(padded, [(0, 7 - n) for n in padded.shape], mode="edge")

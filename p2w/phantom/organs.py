@@ -1,0 +1,224 @@
+"""The soft parts of a chest as layers: distance fields on the coarse grid, painted one over the other."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2w.phantom.body import ROUND, Body, ellipsoid, intersection, smoothstep, union
+from p2w.phantom.frame import Floats, Label
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Paint `hu` where `distance` < 0; both on the coarse grid.
+
+    shell: only that many mm inside the surface. sheet: instead, a sheet that thick where the distance is 0.
+    over: only onto voxels of this label.
+    """
+
+    label: Label
+    distance: Floats
+    hu: Floats | float
+    shell: float = 0.0
+    sheet: float = 0.0
+    over: Label | None = None
+
+
+@dataclass(frozen=True)
+class Cavity:
+    """Distance fields that others than the painter need, all (z, y, x) on the coarse grid."""
+
+    cage: Floats  # inner surface of the rib cage
+    lungs: Floats
+    fissures: tuple[Floats, Floats]  # oblique; horizontal (right lung only)
+
+
+def ripple(q: Floats, rng: np.random.Generator, wavelength_mm: tuple[float, float], waves: int = 9) -> Floats:
+    """Smooth noise of mean 0 and standard deviation 1 over body coordinates q (3, z, y, x)."""
+    direction = rng.normal(size=(waves, 3))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    k = (direction * 2 * np.pi / rng.uniform(*wavelength_mm, size=(waves, 1))).astype(np.float32)
+    phase = rng.uniform(0, 2 * np.pi, waves).astype(np.float32)
+    total = np.zeros_like(q[0])
+    for (kz, ky, kx), p in zip(k, phase, strict=True):
+        total += np.sin(kz * q[0] + ky * q[1] + kx * q[2] + p)
+    return total * np.float32(np.sqrt(2 / waves))
+
+
+def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer], Cavity]:
+    """All layers, outermost first, and the fields later steps need. q: body coordinates (3, z, y, x) mm."""
+    noise = ripple(q, rng, (28, 60))
+    fine = ripple(q, rng, (14, 26))
+    cage = _cage(body, q)
+    below = _diaphragm(body, q)
+    heart, chambers = _heart(body, q)
+    lungs = intersection(intersection(cage + 1.0, below * -0.8 + 0.5, 2), -_mediastinum(body, q, heart), 9)
+    painted = [
+        *_trunk(body, q, cage, noise, fine),
+        Layer(Label.MEDIASTINUM, cage, -96 + 5 * fine),
+        Layer(Label.MUSCLE, np.maximum(below * 0.8, cage), body.muscle, shell=3.5),
+        *_abdomen(body, q, np.maximum(below * 0.8, cage) + 2.5, noise),
+        Layer(Label.HEART, heart, body.muscle + 0.35 * body.contrast),
+        Layer(Label.HEART, chambers, body.blood + body.contrast),
+    ]
+    fissures = _fissures(q, ripple(q, rng, (90, 180), 5))
+    air = (
+        body.lung
+        + body.lung_slope * (q[1] + 0.15 * (60 - q[0]))
+        + 9 * noise
+        + 7 * fine
+        - body.emphysema * smoothstep(fine + 0.4 * noise - 0.6)
+    )
+    painted.append(Layer(Label.LUNG, lungs, air))
+    for sheet in fissures:
+        painted.append(Layer(Label.LUNG, sheet, body.fissure, sheet=0.8, over=Label.LUNG))
+    return painted, Cavity(cage, lungs, fissures)
+
+
+def _cage(body: Body, q: Floats) -> Floats:
+    """A super-ellipse per slice that closes to a dome at the apex."""
+    z, y, x = q[0], q[1] - body.cage_centre_y(q[0]), q[2]
+    up = np.maximum(z - body.bulge, 0)
+    angle = np.arctan2(np.abs(x), y)
+    size = (body.outline(angle) * body.cage_size(z)) ** ROUND
+    sides = (np.abs(x) / body.cage_width) ** ROUND + (np.abs(y) / body.cage_depth) ** ROUND
+    f = (sides / size + (up / (body.apex - body.bulge)) ** ROUND) ** (1 / ROUND)
+    return np.sqrt(x * x + y * y + up * up) * (1 - 1 / np.maximum(f, 1e-2))
+
+
+def _trunk(body: Body, q: Floats, cage: Floats, noise: Floats, fine: Floats) -> list[Layer]:
+    """Skin, fat, breasts, muscles and the fat between them."""
+    z, y, x = q[0], q[1] - body.cage_centre_y(q[0]), q[2]
+    upper, side = smoothstep((z + 15) / 70), smoothstep((z + 70) / 110)
+    width = body.cage_width + body.shoulder * smoothstep((z - 20) / 75)
+    depth = body.cage_depth * (1 - 0.2 * smoothstep((z - 30) / 80))
+    f = ((np.abs(x) / width) ** ROUND + (np.abs(y) / depth) ** ROUND) ** (1 / ROUND)
+    angle = np.arctan2(np.abs(x), y)  # 0 back, pi front
+    hump = [np.exp(-(((angle - a) / s) ** 2)) for a, s in ((0.25, 0.45), (2.35, 0.45), (1.15, 0.5))]
+    f /= body.cage_size(z) * (0.35 + 0.65 * body.outline(angle))
+    open_cage = np.hypot(x, y) * (1 - 1 / np.maximum(f, 1e-2))
+    wall = np.maximum(10, body.wall * (0.55 + 1.1 * hump[0] + upper * 0.75 * hump[1] + side * 1.35 * hump[2]))
+    muscle = open_cage - wall
+    front = smoothstep((angle - 1) / 2)
+    skin = muscle - body.fat * (0.75 + 0.35 * front + 0.6 * hump[2]) - 4
+    muscle = muscle - 1.3 * noise
+    breast = gland = None
+    if body.female:
+        size = body.breast
+        at = np.stack([z, y, np.abs(x)])
+        centre = (-45.0, -(body.cage_depth * 0.72 + body.wall), body.cage_width * 0.56)
+        breast = ellipsoid(at, centre, (48 * size, 38 * size + body.fat * 0.5, 52 * size))
+        skin = union(skin, np.maximum(breast, y), 25)
+        gland = intersection(breast + 13 + 3 * noise, 6 - muscle, 8) + 3 * fine
+    gap, deep = open_cage - 10 - 2.5 * noise, open_cage - 18 - 4 * fine
+    faded = smoothstep(0.9 + 0.5 * fine)
+    blobs = np.maximum(
+        np.maximum(9 * (1.15 - noise * (0.3 + 0.7 * upper) - 0.5 * fine), 12 - cage), muscle + 4
+    )
+    axilla = (
+        ellipsoid(np.stack([z, y, np.abs(x)]), (48, 2, body.cage_width + 3), (44, 30, 13), -0.3) + 3 * fine
+    )
+    blobs = np.minimum(blobs, np.maximum(np.maximum(axilla, 11 - open_cage), muscle + 3))
+    painted = [
+        Layer(Label.FAT, skin, -103 + 4 * fine),
+        Layer(Label.FAT, skin, 5.0, shell=1.8),
+        Layer(Label.MUSCLE, muscle, body.muscle + 3 * fine),
+        Layer(Label.FAT, blobs, -90.0),
+        Layer(Label.FAT, gap, body.muscle - 135 * faded, sheet=2.0, over=Label.MUSCLE),
+        Layer(Label.FAT, deep, body.muscle - 130 * (1 - 0.7 * faded), sheet=1.7, over=Label.MUSCLE),
+        Layer(Label.FAT, 11 * (noise - 0.3 * fine + 0.2), -75.0, sheet=1.6, over=Label.MUSCLE),
+    ]
+    if gland is not None:
+        painted.insert(2, Layer(Label.BREAST, gland, 5 + 25 * noise))
+    return painted
+
+
+def _diaphragm(body: Body, q: Floats) -> Floats:
+    """Height above the diaphragm (mm, vertical): negative below it. Two domes, falling off to the ribs."""
+
+    def dome(peak: float, x: float) -> Floats:
+        dy, dx = q[1] + 14, q[2] - x
+        r2 = (dy / np.where(dy > 0, 84, 92)) ** 2 + (dx / 78) ** 2
+        return peak - body.dome_drop * (0.35 * r2 + 0.65 * np.minimum(r2, 4) ** 2)
+
+    middle = (body.dome_right + body.dome_left) / 2 - 10  # the tendon the heart rests on
+    return q[0] - intersection(
+        intersection(dome(body.dome_right, -60), dome(body.dome_left, 62), 20), dome(middle, 5), 14
+    )
+
+
+def _heart(body: Body, q: Floats) -> tuple[Floats, Floats]:
+    """Outer surface; the four chambers together."""
+    s, t = body.heart, body.heart_turn
+    z0 = body.dome_left + 25 * s
+
+    def part(z: float, y: float, x: float, axes: tuple[float, float, float], turn: float) -> Floats:
+        cos, sin = np.cos(t), np.sin(t)
+        centre = (z0 + z * s, -25 + (cos * y - sin * x) * s, 14 + (sin * y + cos * x) * s)
+        return ellipsoid(q, centre, tuple(a * s for a in axes), turn + t)
+
+    ventricles = part(-2, -6, 14, (42, 40, 54), 0.55)
+    atria = part(22, 22, -14, (30, 26, 42), -0.1)
+    right = part(2, 0, -36, (36, 30, 22), 0.2)
+    outer = union(union(ventricles, right, 5), atria, 5)
+    left_ventricle = part(-4, -2, 26, (28, 19, 34), 0.55)
+    right_ventricle = np.maximum(part(-6, -26, 0, (32, 17, 38), 0.35), 9 - left_ventricle)
+    left_atrium = part(24, 26, -8, (22, 16, 32), 0.0)
+    right_atrium = part(2, 0, -38, (31, 25, 18), 0.2)
+    chambers = np.minimum(np.minimum(left_ventricle, right_ventricle), np.minimum(left_atrium, right_atrium))
+    return outer, np.maximum(chambers, outer + 2.5)
+
+
+def _mediastinum(body: Body, q: Floats, heart: Floats) -> Floats:
+    """What lies between the lungs: heart and its fat, great vessels, oesophagus, spine, hila, and a thin
+    sheet in front."""
+    z, y, x = q
+    spine_y, spine_x = body.spine(z)
+    flare = 29 + 14 * smoothstep((z - 30) / 70)
+    column = (np.hypot((x - 2) / flare, (y - spine_y * 0.1 + 8) / 50) - 1) * flare
+    column = np.maximum(column, (-30 - z) * 0.7)
+    spine = np.hypot(x - spine_x, (y - spine_y - 8) * 0.7) - 22
+    gullet = np.hypot(x - 6, (y - 32) * 0.6) - 13
+    sheet = np.abs(x - 3) - 2.2 - 15 * smoothstep((-y - 40) / 40)
+    aorta = np.hypot(x - 24, y - spine_y + 16) - body.aorta - 1
+    aorta = np.maximum(aorta, z - body.arch)
+    cava = np.maximum(np.hypot(x + 23, y - 11) - 13, z - body.dome_left - 27 * body.heart)
+    aorta = np.minimum(aorta, cava)
+    hila = ellipsoid(np.stack([z, y, np.abs(x)]), (-16, 10, 31), (21, 10, 13))
+    pad = ellipsoid(q, (body.dome_left - 2, -34, 18), (20, 44, 56))
+    total = union(union(column, spine, 12), union(union(heart - 4, pad, 12), gullet, 10), 10)
+    return union(union(total, sheet, 8), union(aorta, hila, 6), 6)
+
+
+def _abdomen(body: Body, q: Floats, inside: Floats, noise: Floats) -> list[Layer]:
+    """Liver, spleen, stomach with its gas, under the diaphragm; `inside`: distance to the space they
+    share."""
+    _, y, x = q
+    left = (x - body.liver_reach - 0.55 * (-40 - y)) * 0.85 + 3 * noise
+    back = (y - 40 - 0.5 * np.abs(x + 60)) * 0.9
+    notch = 22 - np.hypot(x - 5, y - body.spine_y + 12)
+    liver = intersection(intersection(inside, left, 8), intersection(back, notch, 10), 6)
+    s = body.stomach
+    top = body.dome_left
+    spleen = intersection(inside + 0.5, ellipsoid(q, (top - 46, 46, 92), (46, 44, 30), 0.5), 4)
+    stomach = intersection(inside + 1, ellipsoid(q, (top - 40, -14, 60), (44 * s, 56 * s, 46 * s), 0.4), 4)
+    stomach = np.maximum(stomach, 4 - liver)
+    gas = np.maximum(stomach + 4, y + 14 - 50 * s * body.air_level)
+    enhanced = body.contrast * 0.25
+    return [
+        Layer(Label.SPLEEN, spleen, 48 + enhanced),
+        Layer(Label.STOMACH, np.maximum(stomach, -spleen + 2), 32.0),
+        Layer(Label.GAS, np.maximum(gas, -spleen + 4), -985.0),
+        Layer(Label.LIVER, liver, body.liver + enhanced + 2 * noise),
+    ]
+
+
+def _fissures(q: Floats, noise: Floats) -> tuple[Floats, Floats]:
+    """Signed distances to the sheets between lobes: oblique in both lungs, horizontal in front of it on the
+    right."""
+    z, y, x = q
+    lean = np.where(x < 0, 0.95, 1.1).astype(np.float32)
+    oblique = (z - lean * y + 25 + 0.12 * np.abs(x) + 5 * noise) * 0.7
+    flat = z - 2 + 0.18 * (x + 70) + 0.12 * y + 5 * noise
+    horizontal = np.where((x < 0) & (oblique > 0), flat, 99.0).astype(np.float32)
+    return oblique.astype(np.float32), horizontal

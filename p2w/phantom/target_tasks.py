@@ -1,0 +1,199 @@
+"""Write phantoms of the five target tasks, in the on-disk formats in which the real data comes."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from p2w.errors import UserError, exits
+from p2w.phantom import brats, ct_targets, lidc
+from p2w.phantom.chest import check_phantom
+from p2w.phantom.image_files import end_with_parent, put_file, write_luna
+from p2w.progress import Progress, say
+
+USAGE = """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-IDRI, LiTS, a CTPA set and BraTS.
+
+python -m p2w.phantom.target_tasks --out phantom-targets                        # all five, 20 patients each
+python -m p2w.phantom.target_tasks --out T --tasks lcs bms --patients 40 --shape 64 128 128 --workers 2
+
+Then, for instance: python preprocess/prepare_target.py lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27
+--test 28-39. Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
+"""
+
+
+VERSION = 2  # raised when the same seed gives other bytes
+Shape = tuple[int, int, int]
+Writer = Callable[[Path, int, int, Shape], None]  # folder of one patient, seed, number, shape
+
+
+@dataclass(frozen=True)
+class TaskFormat:
+    """How the patients of one task are written, and what is made of all of them in the end."""
+
+    folder: str
+    patient: Writer
+    finish: Callable[[Path, list[Path]], None] = lambda out, parts: None
+
+
+TASKS: dict[str, TaskFormat] = {
+    "ncc": TaskFormat("LUNA16", lambda *_: None),  # by write_luna
+    "ncs": TaskFormat("LIDC-IDRI", lidc.write_lidc_patient),
+    "lcs": TaskFormat("LiTS", ct_targets.write_lits_patient),
+    "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
+    "bms": TaskFormat("BraTS", brats.write_brats_patient),
+}
+
+
+def write_targets(
+    out: Path, tasks: Sequence[str], patients: int, seed: int, shape: Shape, workers: int = 1
+) -> Iterator[str]:
+    """Write `patients` phantoms of each task under `out`; gives a name after each.
+
+    The bytes depend on seed, number and shape alone. Raises UserError when `out` holds anything else, or for settings
+    that make no phantom.
+    """
+    check_phantom(seed, shape, None)
+    for name, value in (("patients", patients), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"phantom: --{name} {value} is too few; give 1 or more")
+    if min(shape) < 32:
+        raise UserError(
+            f"phantom: --shape {' '.join(map(str, shape))}: a target needs 32 voxels along each axis"
+        )
+    _claim(out, {"version": VERSION, "seed": seed, "shape_zyx": list(shape)})
+    for task in tasks:
+        root = out / TASKS[task].folder
+        if task == "ncc":
+            names: list[str] = []
+            write_luna(
+                root,
+                patients,
+                seed,
+                shape=shape,
+                spacing_mm=lidc.spacing_of(shape),
+                workers=workers,
+                done=names.append,
+            )
+            _first_table(root)
+            yield from names
+        else:
+            root.mkdir(exist_ok=True)
+            yield from _write_all(task, root, patients, seed, shape, workers)
+
+
+def _write_all(task: str, root: Path, patients: int, seed: int, shape: Shape, workers: int) -> Iterator[str]:
+    """Patients that are not there yet, then what is made of all."""
+    parts = [root / ".phantom" / f"{number:04d}" for number in range(patients)]
+    todo = [number for number in range(patients) if not (parts[number] / "done").exists()]
+    yield from (f"{task} {number}" for number in range(patients) if number not in todo)
+    if workers == 1 or len(todo) < 2:
+        yield from (_write(task, root, number, seed, shape) for number in todo)
+    else:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(todo)), spawn, end_with_parent) as pool:
+            try:
+                futures = [pool.submit(_write, task, root, number, seed, shape) for number in todo]
+                for done in as_completed(futures):
+                    yield done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    TASKS[task].finish(root, parts)
+
+
+def _write(task: str, root: Path, number: int, seed: int, shape: Shape) -> str:
+    """One patient: beside its place first, then moved file by file, then noted as done."""
+    part = root / ".phantom" / f"{number:04d}"
+    fresh = part / "files"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    TASKS[task].patient(fresh, seed, number, shape)
+    for folder, _, files in os.walk(fresh):
+        below = root / Path(folder).relative_to(fresh)
+        below.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if name == "note.json":  # for `finish`
+                os.replace(Path(folder) / name, part / name)
+            else:
+                os.replace(Path(folder) / name, below / name)
+    shutil.rmtree(fresh)
+    put_file(part / "done", b"")
+    return f"{task} {number}"
+
+
+def _first_table(root: Path) -> None:
+    """candidates.csv as LUNA16's first version: some nodules more than once, as several detectors found them."""
+    lines = (root / "candidates_V2.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    more = [
+        [uid, *(f"{float(v) + 0.5:.6f}" for v in xyz), label] for uid, *xyz, label in rows if label == "1"
+    ]
+    table = [lines[0], *(",".join(row) for row in [*rows, *more])]
+    put_file(root / "candidates.csv", "\n".join([*table, ""]).encode())
+
+
+def _claim(out: Path, identity: dict) -> None:
+    """Make `out` ours, or find that it is: never write between somebody's real data."""
+    note = out / "phantom-targets.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
+    if note.exists():
+        try:
+            same = json.loads(note.read_text()) == identity
+        except ValueError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{out}: holds other phantoms (see {note.name}); remove the folder or choose another --out"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and no phantom (no {note.name}); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    put_file(note, json.dumps(identity, indent=1).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class TargetPhantomArgs:
+    """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-IDRI, LiTS, a CTPA set and BraTS."""
+
+    out: Path = Path("phantom-targets")
+    """Folder to write; new, empty or an interrupted one of the same settings."""
+    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms"], ...] = ("ncc", "ncs", "lcs", "ecc", "bms")
+    """Which."""
+    patients: int = 20
+    """Of each task."""
+    shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="Z Y X")] = (64, 128, 128)
+    """Voxels of a chest: slices, rows, columns; brains have three quarters of them along each axis."""
+    seed: int = 1000
+    """Other seeds give other patients."""
+    workers: int = 1
+    """Processes; the bytes do not depend on it."""
+
+
+@exits
+def main() -> None:
+    """Parse, write, say what was written."""
+    args = tyro.cli(TargetPhantomArgs, description=USAGE)
+    with Progress(len(args.tasks) * args.patients, "patients") as progress:
+        try:
+            for name in write_targets(
+                args.out, args.tasks, args.patients, args.seed, args.shape, args.workers
+            ):
+                progress.step(name)
+                progress.tick()
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{args.out}: {why}; mend it and repeat the command, it goes on") from None
+    for task in args.tasks:
+        say(f"{args.out / TASKS[task].folder}: {args.patients} patients for task {task}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One vector a whole: remembered (a memory bank) or learned (a class)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from p2w.model.encoder import Encoder
+from p2w.pretext.contrastive.losses import (
+    ContrastOutcome,
+    all_gather,
+    average_outcomes,
+    first_of_each,
+    info_nce,
+    l2_normalise,
+)
+from p2w.pretext.contrastive.objectives import ContrastiveObjective, ProjectionHead
+from p2w.pretext_config import ContrastConfig
+
+
+class _Slots(ContrastiveObjective):
+    """`contrast.bank` places, of which whole `id` has `id % contrast.bank`; those of no whole met so far are no negatives.
+
+    In a set of more sub-scans than places, wholes that share one count as the same whole.
+    """
+
+    remembers = True
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(config.bank, dtype=torch.bool))
+
+    def allowed(self, slots: Tensor) -> Tensor:
+        """(B, bank) bool: the places of the other wholes met so far."""
+        places = torch.arange(len(self.seen), device=slots.device)
+        return self.seen[None, :] & (slots[:, None] != places[None, :])
+
+
+class MemoryBank(_Slots):
+    """Instance discrimination (Wu et al. 2018): a part against what earlier parts of its whole left in the bank.
+
+    After each pass, vectors of all ranks go in: v <- unit(m v + (1 - m) f), m = `contrast.bank_momentum`. A whole met for
+    the first time is its own positive, and enters as it is.
+    """
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.bank: Tensor
+        self.register_buffer("bank", torch.zeros(config.bank, head.channels))
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One part a whole; the second is not looked at."""
+        vectors, slots = head(encoder.pooled(part)), ids % len(self.seen)
+        answer = self.against_bank(vectors, self.entries(vectors, slots), slots)
+        self.put(all_gather(vectors), all_gather(slots))
+        return answer
+
+    def entries(self, vectors: Tensor, slots: Tensor) -> Tensor:
+        """(B, C): what the bank has of the wholes; their own vectors where it has nothing."""
+        return torch.where(self.seen[slots][:, None], self.bank[slots], vectors.detach())
+
+    def against_bank(self, vectors: Tensor, entries: Tensor, slots: Tensor) -> ContrastOutcome:
+        """The bank as it is now: what goes in later leaves the gradient alone."""
+        return info_nce(vectors, entries, self.bank.clone(), self.allowed(slots), self.config.temperature)
+
+    @torch.no_grad()
+    def put(self, vectors: Tensor, slots: Tensor) -> None:
+        """Into the bank; of a whole that comes twice, the first."""
+        vectors = vectors[first_of_each(slots)]
+        momentum = self.config.bank_momentum
+        mixed = l2_normalise(momentum * self.bank[slots] + (1 - momentum) * vectors)
+        self.bank.index_copy_(0, slots, torch.where(self.seen[slots][:, None], mixed, vectors))
+        self.seen.index_fill_(0, slots, True)
+
+
+class PirlBank(MemoryBank):
+    """PIRL (Misra and van der Maaten 2020): the bank's entry against the part, and against a mirrored other part.
+
+    The second has a head of its own; the loss is the mean of the two. Only the first part goes into the bank.
+    """
+
+    mirrors = True
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.other_head = copy.deepcopy(head)
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One pass of the encoder over both parts."""
+        plain, moved = encoder.pooled(torch.cat((part, other))).chunk(2)
+        vectors, slots = head(plain), ids % len(self.seen)
+        entries = self.entries(vectors, slots)
+        against = self.against_bank(self.other_head(moved), entries, slots)
+        answer = average_outcomes(against, self.against_bank(vectors, entries, slots))
+        self.put(all_gather(vectors), all_gather(slots))
+        return answer
+
+
+class InstanceClasses(_Slots):
+    """Exemplar (Dosovitskiy et al. 2014): every whole is a class; a part against one learned vector a class."""
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.vectors = nn.Parameter(torch.randn(config.bank, head.channels) / head.channels**0.5)
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One part a whole; the second is not looked at."""
+        classes, slots = l2_normalise(self.vectors), ids % len(self.seen)
+        anchor = head(encoder.pooled(part))
+        answer = info_nce(anchor, classes[slots], classes, self.allowed(slots), self.config.temperature)
+        self.seen.index_fill_(0, all_gather(slots), True)
+        return answer

@@ -1,0 +1,192 @@
+"""What each part is contrasted with: the batch, a queue, local features, or prototypes."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from p2w.model.encoder import Encoder
+from p2w.pretext.contrastive.losses import (
+    ContrastOutcome,
+    all_gather,
+    all_gather_with_gradient,
+    average_outcomes,
+    full_precision,
+    info_nce,
+    l2_normalise,
+    local_global,
+    negative_mask,
+    sinkhorn,
+)
+from p2w.pretext_config import ContrastConfig
+
+
+class ProjectionHead(nn.Module):
+    """Linear, ReLU, linear, then unit length: (…, encoder's channels) -> (…, `channels`). hidden = 0: unit length alone.
+
+    No batch norm: whose statistics, a rank's own, would tell parts of one batch apart, and differ with the number of ranks.
+    """
+
+    def __init__(self, channels: int, config: ContrastConfig) -> None:
+        super().__init__()
+        self.channels, self.layers = channels, nn.Sequential()
+        if config.hidden:
+            self.channels = config.dim
+            self.layers.extend(
+                [nn.Linear(channels, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)]
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """In float32, whatever the precision of the encoder."""
+        with full_precision(features):
+            return l2_normalise(self.layers(features.float()))
+
+
+class ContrastiveObjective(nn.Module):
+    """Where negatives come from. Called on all ranks, with two parts (B, 1, d, h, w) of each of their wholes and ids (B,).
+
+    `passes`: of a step, see optim.accumulate. `remembers`: what it holds is of training wholes and of earlier steps, so that
+    validation is judged by the wholes of its own batch instead. `mirrors`: its second parts are mirrored at random.
+    """
+
+    remembers = mirrors = False
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """Compare the parts."""
+        raise NotImplementedError
+
+
+def in_batch_loss(one: Tensor, two: Tensor, ids: Tensor, temperature: float) -> ContrastOutcome:
+    """Embeddings (B, C) of two parts of each whole, against each other and both parts of all other wholes of all ranks."""
+    everyone = all_gather_with_gradient(torch.cat((one, two), 1))
+    others = torch.cat(everyone.chunk(2, 1))
+    allowed = negative_mask(ids, all_gather(ids)).repeat(1, 2)
+    return average_outcomes(
+        info_nce(one, two, others, allowed, temperature), info_nce(two, one, others, allowed, temperature)
+    )
+
+
+class InBatch(ContrastiveObjective):
+    """SimCLR: the batch over all ranks, with gradients. Of a pass, where a step has several."""
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One pass of the encoder over both parts; each part is the anchor once."""
+        one, two = head(encoder.pooled(torch.cat((part, other)))).chunk(2)
+        return in_batch_loss(one, two, ids, self.config.temperature)
+
+
+class MocoQueue(ContrastiveObjective):
+    """MoCo: the last `contrast.queue` parts as a copy of encoder and head saw them, which follows these slowly.
+
+    The queue begins as random directions of no whole. It is the same on all ranks: after each pass, what all of them
+    have embedded goes in. Following is once a step; where a step has several passes it is spread over them.
+    """
+
+    remembers = True
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.slow_head = copy.deepcopy(head).requires_grad_(False)
+        self.rate = 1 - config.momentum ** (1 / passes)
+        self.queue: Tensor
+        self.ids: Tensor
+        self.next: Tensor
+        self.register_buffer("queue", l2_normalise(torch.randn(config.queue, head.channels)))
+        self.register_buffer("ids", torch.full((config.queue,), -1))
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """First part through the encoder, second through its follower, which then goes into the queue."""
+        anchor = head(encoder.pooled(part))
+        with torch.no_grad():
+            self._follow(encoder, head)
+            positive = self.slow_head(self.slow_encoder.pooled(other))
+        allowed = ids[:, None] != self.ids[None, :]
+        answer = info_nce(anchor, positive, self.queue.clone(), allowed, self.config.temperature)
+        self._put(all_gather(positive), all_gather(ids))
+        return answer
+
+    def _follow(self, encoder: Encoder, head: ProjectionHead) -> None:
+        slow: list[Tensor] = [*self.slow_encoder.parameters(), *self.slow_head.parameters()]
+        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], self.rate)
+
+    @torch.no_grad()
+    def _put(self, vectors: Tensor, ids: Tensor) -> None:
+        """The newest in the place of the oldest."""
+        places = (self.next + torch.arange(len(ids), device=ids.device)) % len(self.queue)
+        self.queue.index_copy_(0, places, vectors)
+        self.ids.index_copy_(0, places, ids)
+        self.next.add_(len(ids)).remainder_(len(self.queue))
+
+
+class LocalGlobal(ContrastiveObjective):
+    """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
+
+    Negatives are the cells of all other wholes of all ranks, with gradients. `told` is the share of cells that are nearer
+    than all negatives.
+    """
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.cell_head = ProjectionHead(encoder.channels[-1], config)
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One pass of the encoder over both parts."""
+        features = encoder(torch.cat((part, other)))[-1].float().flatten(2)
+        one, two = head(features.mean(2)).chunk(2)
+        cells = torch.stack(self.cell_head(features.transpose(1, 2)).chunk(2), 1)
+        everyone, allowed = all_gather_with_gradient(cells), negative_mask(ids, all_gather(ids))
+        temperature = self.config.temperature
+        return average_outcomes(
+            local_global(one, cells[:, 1], everyone[:, 1], allowed, temperature),
+            local_global(two, cells[:, 0], everyone[:, 0], allowed, temperature),
+        )
+
+
+class Prototypes(ContrastiveObjective):
+    """SwAV (Caron et al. 2020): each part foretells to which of `contrast.prototypes` learned vectors the other is assigned.
+
+    Assignments fill all prototypes alike over the batch of all ranks, so that it does not help to be all the same. `told`
+    is the share of wholes whose two parts are assigned to the same one.
+    """
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+        super().__init__(config, encoder, head, passes)
+        self.prototypes = nn.Parameter(torch.randn(config.prototypes, head.channels) / head.channels**0.5)
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
+    ) -> ContrastOutcome:
+        """One pass of the encoder over both parts; the loss is the mean of both cross-entropies."""
+        vectors = head(encoder.pooled(torch.cat((part, other))))
+        with full_precision(vectors):
+            scores = (vectors @ l2_normalise(self.prototypes).T).chunk(2)
+        codes = self._assign(scores, ids)
+        logs = [(score / self.config.temperature).log_softmax(1) for score in scores]
+        losses = -(codes[0] * logs[1] + codes[1] * logs[0]).sum(1) / 2
+        one, two = vectors.detach().chunk(2)
+        return losses, (one * two).sum(1), (codes[0].argmax(1) == codes[1].argmax(1)).float()
+
+    def _assign(self, scores: tuple[Tensor, ...], ids: Tensor) -> list[Tensor]:
+        """Codes (B, P) of this rank's wholes for each of the parts, from the scores of all ranks."""
+        everyone, all_ids = all_gather(torch.cat(scores, 1)), all_gather(ids)
+        nobody = torch.full_like(all_ids[:1], -1)
+        counts = negative_mask(nobody, all_ids)[0]
+        mine = (
+            (all_ids[None, :] == ids[:, None]).int().argmax(1)
+        )  # a whole that stands there twice: where first
+        settings = self.config.sinkhorn_iterations, self.config.sinkhorn_epsilon
+        return [sinkhorn(part, counts, *settings)[mine] for part in everyone.chunk(2, 1)]

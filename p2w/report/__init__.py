@@ -1,0 +1,57 @@
+"""`p2w report RUN`: one self-contained page of a run folder, RUN/report.html, that opens from disk without a network.
+
+    p2w report runs/paper runs/ours        writes runs/paper/report.html and runs/ours/report.html
+
+Training writes it at its end, and so does the analysis of the run. It holds what was run and how it stands, curves,
+reconstructions to leaf through, the figures and numbers of the analysis, data set, hardware and interruptions; what is not
+there is left out, or named with the command that makes it. `#whole=1&scale=0&plane=coronal&slice=7` behind the page's
+address chooses what its slider shows.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from p2w.errors import UserError
+from p2w.files import write_atomic
+from p2w.report import page, run_reader
+
+NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Command line of `p2w report`."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders."""
+
+
+def write_report(run: Path) -> Path:
+    """Write `RUN/report.html` and return its path; a reader sees the old page or the new one.
+
+    Raises UserError when `run` is no run folder, OSError when the page cannot be written.
+    """
+    path = run / NAME
+    # A run folder is untrusted: JSON can spell halves of characters that UTF-8 cannot.
+    write_atomic(path, page.render_report(run_reader.read_run(run)).encode("utf-8", "replace"))
+    return path
+
+
+def main(argv: list[str]) -> int:
+    """The command; each folder is done before the next, so that one that is no run costs only those behind it."""
+    options = tyro.cli(ReportOptions, args=argv, prog="p2w report", description=__doc__)
+    if not options.runs:
+        raise UserError("p2w report: no run folder named; p2w report RUN [RUN ...]")
+    for run in options.runs:
+        try:
+            path = write_report(run)
+        except OSError as error:
+            raise UserError(
+                f"{run / NAME}: not written ({error.strerror}); make room or mend its rights"
+            ) from error
+        print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB", file=sys.stdout, flush=True)
+    return 0

@@ -1,0 +1,318 @@
+"""The report's page: sections from facts, one function each, and the volumes that its slider shows.
+
+A volume is its uint8 voxels in C order (z, y, x), each row as differences from the voxel to its left (modulo 256), then
+zlib, then base64. Browsers undo zlib themselves (DecompressionStream), and differences pack a CT a third smaller.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w import __version__
+from p2w.report import curves, results_section, run_section
+from p2w.report.markup import Markup, join_markup, safe, several, tag
+from p2w.report.run_reader import RunFacts
+
+LIMIT = 9 << 20  # characters of volumes in a page; the rest of it takes a few MB at most
+LARGEST = 4 << 30  # bytes an npz may unpack to: one that claims more is not ours
+SLICE_TO_PIXEL = (
+    2.5  # thickness of a slice over the width of a pixel in a chest CT, where the run does not know
+)
+
+Volume = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """`whole` (W, d, h, w); `part`, `output` (W, S, d, h, w), uint8; `scale` (S,), NaN where it is a part's own."""
+
+    whole: Volume
+    part: Volume
+    output: Volume
+    scale: NDArray[np.float64]
+    keys: list[str]
+    extent: NDArray[np.float64]  # (W, 3): edges z y x of each whole, in units of its own
+    source: str
+
+
+def find_volumes(run: Path, problems: list[str], edges: Sequence[float] = ()) -> Volumes | None:
+    """Those of the analysis, else those of the end of training, else none. Adds to `problems` what cannot be read.
+
+    `edges` (z, y, x) are the proportions of wholes whose file does not tell them.
+    """
+    for name in ("analysis/reconstructions.npz", "figures/reconstruction.npz"):
+        if (run / name).exists():
+            try:
+                return _read(run / name, name, edges)
+            except (OSError, ValueError, LookupError, EOFError, MemoryError, RuntimeError) as error:
+                problems.append(
+                    f"{name}: not read ({str(error).partition(chr(10))[0] or type(error).__name__})"
+                )
+            except (zipfile.BadZipFile, zlib.error, SyntaxError, NotImplementedError) as error:
+                problems.append(f"{name}: not read ({error})")
+    return None
+
+
+def _read(path: Path, name: str, edges: Sequence[float]) -> Volumes:
+    """Raises ValueError when the arrays do not fit together."""
+    with zipfile.ZipFile(path) as listing:
+        size = sum(member.file_size for member in listing.infolist())
+    if size > LARGEST:
+        raise ValueError(f"it says that it unpacks to {size:,} bytes")
+    with np.load(path, allow_pickle=False) as file:
+        saved = {key: np.asarray(file[key]) for key in file.files}
+    whole, part, output = saved["whole"], saved["part"], saved["output"]
+    if whole.ndim != 4 or part.ndim != 5 or 0 in part.shape:
+        raise ValueError(
+            f"whole {whole.shape} and part {part.shape} are not (W, d, h, w) and (W, S, d, h, w)"
+        )
+    expected = (len(whole), part.shape[1], *whole.shape[1:])
+    if part.shape != expected or output.shape != expected:
+        raise ValueError(f"part {part.shape} and output {output.shape} do not fit whole {whole.shape}")
+    if any(array.dtype != np.uint8 for array in (whole, part, output)):
+        raise ValueError("not all volumes are uint8")
+    scale = np.full(part.shape[1], np.nan)
+    if saved["scale"].shape == scale.shape:
+        scale = saved["scale"].astype(np.float64)
+    keys = [str(key) for key in saved["keys"].reshape(-1)]
+    extent = np.asarray(saved.get("extent_mm", ()), np.float64)
+    if extent.shape != (len(whole), 3) or not (np.isfinite(extent) & (extent > 0)).all():
+        extent = np.tile(edges or np.array(whole.shape[1:]) * (SLICE_TO_PIXEL, 1, 1), (len(whole), 1))
+    return Volumes(whole, part, output, scale, keys, extent, name)
+
+
+def pack_volume(volume: Volume) -> str:
+    """One volume (d, h, w) as text, see above."""
+    steps = np.diff(volume, axis=2, prepend=np.uint8(0))  # uint8 wraps round
+    return base64.b64encode(zlib.compress(steps.tobytes(), 6)).decode()
+
+
+def payload(volumes: Volumes, limit: int = LIMIT) -> dict[str, Any]:
+    """What the page's script reads: as many wholes as fit into `limit` characters, at least one.
+
+    Of a single whole that does not fit, scales are left out, the last one being kept.
+    """
+    scales, shown = list(range(len(volumes.scale))), 0
+    data: dict[str, Any] = {"whole": [], "part": [], "output": []}
+    used = 0
+    for row in range(len(volumes.whole)):
+        whole = pack_volume(volumes.whole[row])
+        if not shown:
+            room = max(1, int((limit - len(whole)) // (2 * len(whole))))
+            scales = np.linspace(len(scales) - 1, 0, min(room, len(scales))).astype(int)[::-1].tolist()
+        pairs = [(pack_volume(volumes.part[row, s]), pack_volume(volumes.output[row, s])) for s in scales]
+        size = len(whole) + sum(len(text) for pair in pairs for text in pair)
+        if shown and used + size > limit:
+            break
+        used, shown = used + size, shown + 1
+        data["whole"].append(whole)
+        data["part"].append([part for part, _ in pairs])
+        data["output"].append([output for _, output in pairs])
+    scale = [float(volumes.scale[s]) for s in scales]
+    return {
+        **data,
+        "shape": list(volumes.whole.shape[1:]),
+        "extent": volumes.extent[:shown].tolist(),
+        "keys": [volumes.keys[row] if row < len(volumes.keys) else "" for row in range(shown)],
+        "scale": [s if math.isfinite(s) else None for s in scale],
+    }
+
+
+def script_json(data: object) -> str:
+    """JSON that cannot end the script element it stands in, nor open a comment there."""
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+HERE = Path(__file__).parent
+GOOD, OPEN = {"finished", "stopped early"}, {"running", "told to stop"}
+PICTURES = {  # figures/NAME.png -> how to read it
+    "tsne": "t-SNE of features, one panel a network. Circles are parts, diamonds wholes; colour is the whole, size the "
+    "part's scale. Clusters by colour mean that parts of one image lie together.",
+    "similarity_networks": "Cosine similarity of pairs of parts, by network. The less the two histograms overlap, the "
+    "better the features tell images apart.",
+    "separability_by_scale": "Separability against the scale of the parts. In grey, the scales that training showed; "
+    "what lies beyond is generalisation.",
+    "contrastive": "Contrastive loss beside validation MSE over the checkpoints. Only the MSE is trained; that both fall "
+    "together is the paper's claim.",
+    "reconstruction_scales": "Fixed wholes, reconstructed from parts of growing scale.",
+    "retrieval": "Nearest neighbours: whether a part finds the whole it was cut from among all wholes.",
+    "similarity": "Cosine similarity of pairs of parts before and after training, on validation wholes.",
+    "reconstruction": "Middle slices of four fixed wholes: what the network saw, what it made of it, what was there.",
+}
+REDRAWN = {"loss"}  # the curves above show it
+LARGEST_PICTURE, ALL_PICTURES = 3 << 20, 5 << 20  # bytes
+
+
+def render_report(facts: RunFacts) -> str:
+    """The whole page as text."""
+    spacing = run_section.whole_edges_mm(facts)
+    found = find_volumes(facts.run, facts.problems, spacing)
+    script = (HERE / "slider.js").read_text()
+    sections = [
+        run_section.header(facts, GOOD, OPEN),
+        tag("section", results_section.headline_tiles(facts)),
+        _slider(facts, found),
+        _section("Curves", _charts(facts)),
+        _section("Representation", results_section.analysis(facts)),
+        _section("Figures", _pictures(facts)),
+        tag(
+            "div",
+            _section("Data set", run_section.data_set(facts)),
+            _section("Hardware", run_section.hardware(facts)),
+            class_="columns",
+        ),
+        _section("Starts and interruptions", run_section.starts(facts)),
+        _section("Settings", run_section.settings(facts)),
+        _section("Commands", run_section.commands(facts)),
+        _section("Not on this page", _missing(facts, found)),
+        tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note"),
+    ]
+    return _document(facts.run.resolve().name, join_markup(sections), script)
+
+
+def _document(title: str, body: Markup, script: str) -> str:
+    """Head and foot. The policy lets this script run and nothing be fetched, whatever the run folder holds."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{safe(title)} · p2w</title>
+<style>
+{(HERE / "style.css").read_text()}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _section(title: str, inside: Markup | None) -> Markup:
+    """A titled section; nothing when there is nothing in it."""
+    return tag("section", tag("h2", title), inside) if inside else Markup("")
+
+
+def _charts(facts: RunFacts) -> Markup | None:
+    drawn = curves.charts(facts)
+    return tag("div", *drawn, class_="charts") if drawn else None
+
+
+def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
+    """Part, reconstruction and whole, with what chooses among them."""
+    if found is None:
+        return Markup("")
+    data = payload(found)
+    some = len(data["whole"]), len(data["scale"])
+    text = "The part is stretched to the network's size, as the network sees it. Axial: front at the top, the patient's "
+    text += "right on the left. Coronal and sagittal: head at the top."
+    if some != (len(found.whole), len(found.scale)):
+        text += (
+            f" To keep the page small, {some[0]} of {several(len(found.whole), 'whole')} and {some[1]} of "
+        )
+        text += f"{several(len(found.scale), 'scale')} are here; all are in {found.source}."
+    views = (("part", "part"), ("output", "reconstruction"), ("whole", "whole"))
+    viewer = tag(
+        "div",
+        _controls(facts, data["scale"], some[0]),
+        tag("div", *(_view(kind, name) for kind, name in views), class_="views"),
+        tag("p", tag("span", class_="error"), " · ", tag("span", class_="key"), class_="note"),
+        id="slider", hidden="",
+    )  # fmt: skip
+    holder = Markup(
+        f'<script type="application/json" id="volumes">{script_json(data)}</script>'
+        "<noscript><p>Leafing through volumes needs JavaScript; nothing else on this page does.</p></noscript>"
+    )
+    return _section("Reconstructions", join_markup((viewer, tag("p", text, class_="note"), holder)))
+
+
+def _view(kind: str, name: str) -> Markup:
+    canvas = tag("canvas", role="img", data_kind=kind, aria_label=name, width="1", height="1")
+    return tag("figure", tag("figcaption", name), canvas)
+
+
+def _controls(facts: RunFacts, scales: Iterable[float | None], wholes: int) -> Markup:
+    names = [
+        run_section.own_scale(facts) if scale is None else f"{scale:.3g} of the whole" for scale in scales
+    ]
+    planes = [
+        tag("label", Markup(f'<input type="radio" name="plane" value="{plane}">'), plane)
+        for plane in ("axial", "coronal", "sagittal")
+    ]
+    slider = Markup('<input type="range" name="slice" min="0" value="0" step="1">')
+    return tag(
+        "div",
+        tag("label", "Whole", _select("whole", [str(at + 1) for at in range(wholes)])),
+        tag("label", "Part", _select("scale", names)),
+        tag("fieldset", tag("legend", "Plane"), *planes),
+        tag("label", "Slice", slider, tag("output"), class_="slice"),
+        class_="controls",
+    )
+
+
+def _select(name: str, options: list[str]) -> Markup:
+    return tag("select", *(tag("option", text, value=at) for at, text in enumerate(options)), name=name)
+
+
+def _pictures(facts: RunFacts) -> Markup | None:
+    """The PNGs of RUN/figures, those with a caption first; what is too large or no PNG is named instead."""
+    folder = facts.run / "figures"
+    files = {path.stem: path for path in sorted(folder.glob("*.png")) if path.stem not in REDRAWN}
+    order = [name for name in PICTURES if name in files] + [name for name in files if name not in PICTURES]
+    drawn, total = [], 0
+    for name in order:
+        try:
+            with open(files[name], "rb") as file:
+                data = file.read(LARGEST_PICTURE + 1)
+        except OSError as error:
+            facts.problems.append(f"figures/{name}.png: not read ({error.strerror})")
+            continue
+        total += len(data)
+        if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > LARGEST_PICTURE or total > ALL_PICTURES:
+            facts.problems.append(f"figures/{name}.png: left out (no PNG, or too large for this page)")
+            continue
+        caption = PICTURES.get(name, name)
+        image = f'<img alt="{safe(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        drawn.append(tag("figure", Markup(image), tag("figcaption", caption)))
+    return tag("div", *drawn, class_="pictures") if drawn else None
+
+
+def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
+    """What could be here, and the command that makes it; and what could not be read."""
+    lines: list[object] = []
+    analyze = tag("code", f"torchrun launch/analyze.py --run-dir {run_section.quoted(facts.run)}")
+    if not facts.summary:
+        lines.append(
+            tag(
+                "li",
+                "Similarity, t-SNE, contrastive loss over checkpoints, retrieval, parts of growing scale: ",
+                analyze,
+            )
+        )
+    if not facts.series("val/loss")[0]:
+        lines.append(
+            tag("li", "Validation: nothing is logged yet, or the data set has no scans set aside for it.")
+        )
+    if found is None:
+        end = "training leaves them in figures/reconstruction.npz when it ends; "
+        lines.append(tag("li", "Reconstructions to leaf through: ", end, "those of growing scale: ", analyze))
+    lines += [tag("li", problem) for problem in dict.fromkeys(facts.problems)]
+    return tag("ul", *lines) if lines else None

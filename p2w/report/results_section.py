@@ -1,0 +1,189 @@
+"""What came out: headline numbers of training, and the tables of the analysis."""
+
+import math
+from statistics import fmean, median
+
+from p2w.log import hours_minutes_seconds
+from p2w.report.markup import DASH, Markup, figure, join_markup, several, table, tag
+from p2w.report.run_reader import RunFacts, child, ends, floats, number
+
+
+def headline_tiles(facts: RunFacts) -> Markup:
+    """The numbers a reader asks for first; those that nobody logged are left out."""
+    found = (
+        _validation(facts),
+        _separability(facts),
+        _length(facts),
+        _speed(facts),
+        _waiting(facts),
+        _stall(facts),
+    )
+    boxes = [
+        tag("div", tag("span", name), tag("b", value), tag("span", more))
+        for name, value, more in filter(None, found)
+    ]
+    return tag("div", *boxes, class_="tiles") if boxes else tag("p", "Nothing is logged yet.")
+
+
+Tile = tuple[str, str, str]
+
+
+def _validation(facts: RunFacts) -> Tile | None:
+    steps, losses = facts.series(facts.loss("val"))
+    if not losses:
+        return None
+    floors = facts.series("val/loss_mean_image")[1]
+    # NaN is smaller than nothing and would be taken for the best.
+    best = min(range(len(losses)), key=lambda at: (math.isnan(losses[at]), losses[at]))
+    more = [f"always the mean image: {figure(floors[0])}"] if floors else []
+    more += [f"best {figure(losses[best])} at step {steps[best]:.0f}"] if best < len(losses) - 1 else []
+    name = "Validation MSE" if floors else "Validation loss"
+    return f"{name}, first → last", f"{figure(losses[0])} → {figure(losses[-1])}", "; ".join(more)
+
+
+def _separability(facts: RunFacts) -> Tile | None:
+    first, last = ends(facts.series("similarity/auc")[1])
+    if math.isnan(last):
+        return None
+    return (
+        "AUC of parts, first → last",
+        f"{figure(first, 3)} → {figure(last, 3)}",
+        "0.5: parts do not tell images apart",
+    )
+
+
+def _length(facts: RunFacts) -> Tile:
+    step = number(facts.status.get("step"))
+    step = max((r["step"] for r in facts.records), default=0.0) if math.isnan(step) else step
+    planned, batch = number(facts.config.get("train.steps")), number(facts.config.get("data.batch"))
+    size = number(child(facts.last_start, "data_set", "train").get("sub_scans"))
+    value = f"{step:,.0f}" + ("" if math.isnan(planned) else f" of {planned:,.0f}")
+    more = "" if math.isnan(batch) else f"{several(int(step * batch), 'sample')} of {batch:.0f} a step"
+    if batch > 0 and size >= batch:
+        more += f", {step / (size // batch):,.1f} epochs"
+    return "Steps", value, more
+
+
+def _speed(facts: RunFacts) -> Tile | None:
+    rates = facts.series("speed/samples_per_s")[1]
+    spent = facts.training_seconds()
+    if not rates and math.isnan(spent):
+        return None
+    fastest = f"; median {median(rates):,.1f} samples/s, best {max(rates):,.1f}" if rates else ""
+    return "Time, all starts", hours_minutes_seconds(spent), f"up to the last logged line{fastest}"
+
+
+def _waiting(facts: RunFacts) -> Tile | None:
+    shares = [share for share in facts.series("speed/waiting_share")[1] if math.isfinite(share)]
+    if not shares:
+        return None
+    return (
+        "Waiting for data",
+        f"{100 * fmean(shares):.1f} %",
+        f"of rank 0's time; at most {100 * max(shares):.1f} % between two lines",
+    )
+
+
+def _stall(facts: RunFacts) -> Tile | None:
+    """How long training stood still for checkpoints, where that is logged."""
+    names = {name for record in facts.records for name in record if "checkpoint" in name and "stall" in name}
+    values = [value for name in names for value in facts.series(name)[1] if math.isfinite(value)]
+    if not values:
+        return None
+    return (
+        "Stall for checkpoints",
+        f"{median(values):.2f} s",
+        f"median of {len(values)}; longest {max(values):.2f} s",
+    )
+
+
+def analysis(facts: RunFacts) -> Markup | None:
+    """The tables of RUN/analysis/summary.json."""
+    summary = facts.summary
+    if not summary:
+        return None
+    on = f"{summary.get('wholes', '?')} wholes, split {summary.get('split', '?')}, of {summary.get('shards', '?')}"
+    seconds = number(summary.get("seconds"))
+    took = (
+        ""
+        if math.isnan(seconds)
+        else f", in {hours_minutes_seconds(seconds)} on {summary.get('device', '?')}"
+    )
+    parts = [tag("p", f"At step {summary.get('step', '?')}, on {on}{took}.", class_="note")]
+    networks = {name: child(summary, "networks", name) for name in child(summary, "networks")}
+    if networks:
+        parts.append(_networks(networks))
+    parts += filter(None, [_correlation(child(summary, "over_checkpoints"))])
+    for name, network in networks.items():
+        scales = child(network, "by_scale")
+        rows = zip(*(floats(scales.get(key)) for key in ("scale", "auc", "d_prime")), strict=False)
+        cells = [(figure(scale, 3), figure(auc, 3), figure(apart, 2)) for scale, auc, apart in rows]
+        if cells:
+            head = ("scale of the parts", "AUC", "d'")
+            parts.append(tag("details", tag("summary", f"{name}: separability by scale"), table(head, cells)))
+    chosen = child(summary, "settings")
+    if chosen:
+        parts.append(
+            tag("details", tag("summary", "Settings of the analysis"), table((), sorted(chosen.items())))
+        )
+    return join_markup(parts)
+
+
+def _networks(networks: dict[str, dict[str, object]]) -> Markup:
+    """One row a network."""
+    extra = sorted(
+        key
+        for key in {key for network in networks.values() for key in child(network, "retrieval")}
+        if key not in HIDDEN
+        and not key.startswith("chance_")
+        and any(not math.isnan(number(child(n, "retrieval").get(key))) for n in networks.values())
+    )
+    head = (
+        "network",
+        "kind",
+        "step",
+        "AUC",
+        "d'",
+        "positive",
+        "negative",
+        "contrastive loss",
+        *(_title(key) for key in extra),
+    )
+    rows = []
+    for name, network in networks.items():
+        similar, found = child(network, "similarity"), child(network, "retrieval")
+        step = number(network.get("step"))
+        cells = [(number(similar.get(key)), digits) for key, digits in SIMILARITY]
+        cells += [
+            (number(network.get("contrastive_loss")), 3),
+            *((number(found.get(key)), 3) for key in extra),
+        ]
+        at = DASH if math.isnan(step) else f"{step:,.0f}"
+        rows.append((name, network.get("kind", ""), at, *(figure(*cell) for cell in cells)))
+    by_lot = [child(network, "retrieval") for network in networks.values()]
+    by_lot = [found for found in by_lot if any(f"chance_{key}" in found for key in extra)]
+    if by_lot:
+        chances = (figure(number(by_lot[0].get(f"chance_{key}")), 3) for key in extra)
+        rows.append(("chance", "", DASH, figure(0.5, 3), figure(0.0, 2), DASH, DASH, DASH, *chances))
+    note = "Cosine similarity of pairs of parts: positive, of one whole; negative, of two. d' is the distance of the means "
+    note += "in standard deviations."
+    return join_markup((table(head, rows), tag("p", note, class_="note")))
+
+
+HIDDEN = {"gallery", "n_queries"}  # sizes, the same for all
+SIMILARITY = (("auc", 3), ("d_prime", 2), ("positive_mean", 3), ("negative_mean", 3))
+
+
+def _title(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _correlation(over: dict[str, object]) -> Markup | None:
+    """One sentence on the loss that is trained and the one that is not."""
+    r = number(over.get("pearson_r"))
+    if math.isnan(r):
+        return None
+    (low, high), p = ends(floats(over.get("ci95"))), number(over.get("p_value"))
+    text = f"Over {several(len(floats(over.get('steps'))), 'checkpoint')}, contrastive loss and validation MSE go together "
+    text += f"with Pearson r = {figure(r, 3)} (95 % interval {figure(low, 3)} to {figure(high, 3)}, p = {p:.2g}); the paper "
+    return tag("p", text + "has 0.93.")

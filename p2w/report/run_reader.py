@@ -1,0 +1,159 @@
+"""What a run folder says of itself, read so that a missing, torn or foreign file costs its own facts and no others."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from p2w import config as settings
+from p2w.config import Config
+from p2w.errors import UserError
+from p2w.files import is_held
+from p2w.log import read_metrics
+
+MARKERS = ("config.json", "status.json", "run.json", "metrics.jsonl")
+LARGEST_JSON = 64 << 20  # bytes; ours are a few kB
+
+Record = dict[str, float]
+
+
+@dataclass
+class RunFacts:
+    """A run as its files tell it. `problems` names files that could not be read, one line each."""
+
+    run: Path
+    config: dict[str, Any] = field(default_factory=dict)  # "data.batch" -> 16
+    status: dict[str, Any] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, oldest first."""
+        points = [(record["step"], record[name]) for record in self.records if name in record]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def loss(self, of: str) -> str:
+        """The metric that shows how well "train" or "val" goes: mean squared error, where it is one term of several."""
+        return f"{of}/mse" if self.series("val/mse")[0] else f"{of}/loss"
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped early`, `told to stop`, `failed`; `killed` when nobody holds a running run."""
+        state = str(self.status.get("state", "unknown"))
+        return "killed" if state == "running" and not is_held(self.run / ".lock") else state
+
+    @property
+    def last_start(self) -> dict[str, Any]:
+        """Machine, data set and command of the newest start."""
+        return self.starts[-1] if self.starts else {}
+
+    def clocks(self) -> list[float]:
+        """When the run was started and started again, seconds since 1970."""
+        return [clock for clock in map(_clock, self.starts) if not math.isnan(clock)]
+
+    def training_seconds(self) -> float:
+        """From each start to the last line it logged before the next one; NaN when that cannot be told."""
+        began = self.clocks()
+        total = 0.0
+        for first, following in pairwise([*began, math.inf]):
+            # A record is as fine as milliseconds, a start as seconds.
+            within = [r["time"] for r in self.records if first <= r.get("time", -1) < following]
+            total += max(within, default=first) - first
+        return total or math.nan
+
+
+def read_run(run: Path) -> RunFacts:
+    """Everything that can be read. Raises UserError when the folder is none of a run."""
+    if not any((run / name).exists() for name in MARKERS):
+        found = "holds no run (no config.json, status.json, run.json or metrics.jsonl)"
+        raise UserError(f"{run}: {found if run.is_dir() else 'no such folder'}; name a run folder")
+    facts = RunFacts(run)
+    tree = _object(facts, "config.json")
+    for group, values in tree.items():
+        inner = values.items() if isinstance(values, dict) else [("", values)]
+        facts.config.update(
+            {f"{group}.{settings.RENAMED.get(name, name)}".rstrip("."): value for name, value in inner}
+        )
+    facts.status = _object(facts, "status.json")
+    starts = _object(facts, "run.json").get("starts", [])
+    facts.starts = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
+    facts.summary = _object(facts, "analysis/summary.json")
+    try:
+        facts.records = [_numbers(record) for record in read_metrics(run)]
+    except (OSError, ValueError) as error:
+        facts.problems.append(f"metrics.jsonl: not read ({_reason(error)})")
+    return facts
+
+
+def defaults() -> dict[str, Any]:
+    """Every setting there is with its default, as JSON spells them."""
+    flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(Config())))
+    return flat
+
+
+def number(value: object) -> float:
+    """A JSON value as a float; NaN when it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def floats(values: object) -> list[float]:
+    """A JSON list as floats; empty when it is none."""
+    return [number(value) for value in values] if isinstance(values, list) else []
+
+
+def child(tree: object, *names: str) -> dict[str, Any]:
+    """The object below `names` in a JSON tree; empty when there is none."""
+    for name in names:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """First and last; NaN twice when there are none."""
+    return (values[0], values[-1]) if values else (math.nan, math.nan)
+
+
+def _numbers(record: dict[str, Any]) -> Record:
+    """A record's numbers; a value of another type is left out."""
+    kept = {name: number(value) for name, value in record.items() if type(value) in (int, float)}
+    return {**kept, "step": float(int(record["step"]))}
+
+
+def _object(facts: RunFacts, name: str) -> dict[str, Any]:
+    """A JSON file that holds an object; empty, with a problem noted, when it does not."""
+    path = facts.run / name
+    if not path.exists():
+        return {}
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        tree = json.loads(path.read_bytes())
+        if not isinstance(tree, dict):
+            raise ValueError(f"a {type(tree).__name__}, not an object")
+        return tree
+    except (OSError, ValueError, RecursionError) as error:
+        facts.problems.append(f"{name}: not read ({_reason(error)})")
+        return {}
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error).partition("\n")[0]
+
+
+def _clock(start: dict[str, Any]) -> float:
+    """When a start was, in seconds since 1970; NaN when it does not say."""
+    try:
+        return datetime.strptime(str(start["time"]), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (KeyError, ValueError, OverflowError):
+        return math.nan

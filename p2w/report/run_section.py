@@ -1,0 +1,200 @@
+"""What was run, on what data and machine, how often it was started, and the commands that do it again."""
+
+import math
+import shlex
+from pathlib import Path
+
+from p2w.log import hours_minutes_seconds
+from p2w.report.markup import DASH, TIMES, Markup, figure, join_markup, several, table, tag
+from p2w.report.run_reader import RunFacts, child, defaults, floats, number
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def header(facts: RunFacts, good: set[str], running: set[str]) -> Markup:
+    """Name, state, and one line on what it is."""
+    state, start = facts.state, facts.last_start
+    kind = "good" if state in good else "open" if state in running else "bad"
+    why = facts.status.get("why") or {
+        "killed": "its process is gone and left no word; the same command continues it"
+    }.get(state)
+    size = TIMES.join(f"{edge:.0f}" for edge in floats(facts.config.get("pretext.size")))
+    weights = number(start.get("parameters"))
+    named = (("", "pretext.name"), ("", "model.name"), ("width ", "model.width"))
+    what = [f"{title}{facts.config[key]}" for title, key in named if key in facts.config]
+    what += [f"{weights / 1e6:.2f} M parameters"] * (not math.isnan(weights)) + [
+        f"{size} voxels (z y x)"
+    ] * bool(size)
+    what += [f"{start.get('precision')}"] * bool(start.get("precision"))
+    return tag(
+        "header",
+        tag("h1", facts.run.resolve().name),
+        tag("span", state, class_=f"state {kind}"),
+        tag("span", why or "", class_="note"),
+        tag("p", " · ".join(what)),
+    )
+
+
+def own_scale(facts: RunFacts) -> str:
+    """The name of a part that has the volume training gave it."""
+    low_high = floats(facts.config.get("pretext.volume_fraction"))
+    return (
+        f"as in training ({low_high[0]:.3g} to {low_high[1]:.3g})" if len(low_high) == 2 else "as in training"
+    )
+
+
+def whole_edges_mm(facts: RunFacts) -> list[float]:
+    """Edges z, y, x of a typical whole, from what run.json keeps of the data set; empty when it does not."""
+    kept = child(facts.last_start, "data_set")
+    rows = kept.get("spacing_mm")
+    middle = floats(rows[1]) if isinstance(rows, list) and len(rows) == 3 else []
+    edges = [n * mm for n, mm in zip(floats(kept.get("shape")), middle, strict=False)]
+    return edges if len(edges) == 3 and all(0 < edge < math.inf for edge in edges) else []
+
+
+def data_set(facts: RunFacts) -> Markup | None:
+    """The set of the newest start, as its manifest told it then."""
+    start = facts.last_start
+    kept = child(start, "data_set")
+    rows: list[tuple[object, object]] = [
+        ("shards", start.get("shards", "")),
+        ("fingerprint", start.get("data", "")),
+    ]
+    for split, title in (("train", "to train"), ("val", "to validate")):
+        counts = child(kept, split)
+        if counts:
+            of = several(int(number(counts.get("scans", 0)) or 0), "scan")
+            rows.append((title, f"{number(counts.get('sub_scans')):,.0f} sub-scans of {of}"))
+    shape, window = floats(kept.get("shape")), floats(kept.get("window_hu"))
+    if shape:
+        rows.append(("sub-scan", TIMES.join(f"{edge:.0f}" for edge in shape) + " voxels (z y x)"))
+    if window:
+        rows.append(("window", " to ".join(f"{hu:g}" for hu in window) + " HU"))
+    rows += [(axis, text) for axis, text in _spacings(kept) if text]
+    rows += [(f"tiling: {name}", value) for name, value in sorted(child(kept, "tiling").items())]
+    rows += [("format", kept["format"])] if kept.get("format") else []
+    return table((), [row for row in rows if row[1] != ""]) if start else None
+
+
+def _spacings(kept: dict[str, object]) -> list[tuple[str, str]]:
+    rows = kept.get("spacing_mm")
+    low, middle, high = map(floats, rows) if isinstance(rows, list) and len(rows) == 3 else ([], [], [])
+    if not len(low) == len(middle) == len(high) == 3:
+        return []
+    spans = [f"{middle[at]:.2f} ({low[at]:.2f} to {high[at]:.2f}) mm" for at in range(3)]
+    return [
+        ("slice spacing", spans[0]),
+        ("pixel spacing", spans[2] if spans[1] == spans[2] else f"y {spans[1]}, x {spans[2]}"),
+    ]
+
+
+MACHINE = {
+    "host": "host of rank 0", "world_size": "processes", "nodes": "nodes", "device": "device", "cores": "cores a node",
+    "memory_gib": "memory a node (GiB)", "precision": "precision", "torch": "torch", "python": "Python",
+    "slurm_job": "Slurm job",
+}  # fmt: skip
+
+
+def hardware(facts: RunFacts) -> Markup | None:
+    """The newest start's machine."""
+    start = facts.last_start
+    rows = [(title, start[name]) for name, title in MACHINE.items() if start.get(name) not in (None, "")]
+    return table((), rows) if rows else None
+
+
+def starts(facts: RunFacts) -> Markup | None:
+    """Every start, what it cost, and the steps whose gradient was of no use."""
+    if not facts.starts:
+        return None
+    rows = []
+    for at, start in enumerate(facts.starts):
+        step, redone = number(start.get("from_step")), number(start.get("redone"))
+        rows.append(
+            (
+                at + 1,
+                start.get("time", ""),
+                figure(step, 0),
+                figure(redone, 0),
+                start.get("host", ""),
+                start.get("world_size", ""),
+                start.get("device", ""),
+                start.get("torch", ""),
+                start.get("slurm_job", ""),
+            )
+        )
+    head = ("", "when", "from step", "steps redone", "host", "processes", "device", "torch", "Slurm job")
+    norms = facts.series("train/grad_norm")[1]
+    lost = sum(not math.isfinite(norm) for norm in norms)
+    gaps = "Steps redone are those logged before the interruption and not yet in a checkpoint."
+    skipped = f"Of {several(len(norms), 'logged step')}, {lost} had a gradient that was not finite and changed nothing."
+    spent = facts.training_seconds()
+    total = (
+        ""
+        if math.isnan(spent)
+        else f"{several(len(facts.starts), 'start')}, {hours_minutes_seconds(spent)} of work in all."
+    )
+    return join_markup(
+        (
+            tag("p", " ".join(filter(None, (total, skipped if norms else "")))),
+            table(head, rows),
+            tag("p", gaps, class_="note"),
+        )
+    )
+
+
+def settings(facts: RunFacts) -> Markup | None:
+    """Those that differ from their default, then all of them."""
+    if not facts.config:
+        return None
+    usual = defaults()
+    rows = [
+        (name, _spelled(value), _spelled(usual[name]) if name in usual else DASH)
+        for name, value in facts.config.items()
+    ]
+    changed = [row for row in rows if row[1] != row[2]]
+    head = ("setting", "this run", "default")
+    said = table(head, changed) if changed else tag("p", "Every setting has its default.")
+    return join_markup(
+        (said, tag("details", tag("summary", f"All {len(rows)} settings"), table(head, sorted(rows))))
+    )
+
+
+def _spelled(value: object) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list):
+        return " ".join(map(_spelled, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def commands(facts: RunFacts) -> Markup:
+    """What continues the run and what does it again."""
+    start, run = facts.last_start, quoted(facts.run)
+    launcher = _launcher(start)
+    shards = shlex.quote(str(start.get("shards", "shards")))
+    own = f"{launcher} {start['command']}" if start.get("command") else ""
+    again = f"{launcher} launch/train.py {run}/config.json --shards {shards} --run-dir"
+    place = f", in {start['cwd']}" if start.get("cwd") else ""
+    parts = [
+        tag("h3", f"Continue it (its own command{place})"),
+        tag("pre", own or f"{again} {run}"),
+        tag("h3", "The same from the beginning, in another folder"),
+        tag("pre", f"{again} {run}-again"),
+        tag("h3", "Curves while it trains; this page again"),
+        tag("pre", f"tensorboard --logdir {run}/tensorboard\np2w report {run}"),
+    ]
+    return join_markup(parts)
+
+
+def _launcher(start: dict[str, object]) -> str:
+    """torchrun, or plain python for one process."""
+    world, nodes = number(start.get("world_size", 1)), number(start.get("nodes", 1))
+    if not (world > 1 and nodes >= 1):
+        return "python"
+    each = f"--nproc_per_node={world // nodes:.0f}"
+    if nodes > 1:
+        host = shlex.quote(str(start.get("host", "HOST")))
+        return f"torchrun --nnodes={nodes:.0f} {each} --rdzv-backend=c10d --rdzv-endpoint={host}:29500"
+    return f"torchrun --standalone {each}"

@@ -1,0 +1,200 @@
+"""Fig. 3 as plain values: does a checkpoint that reconstructs better transfer better?"""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2w.errors import UserError
+from p2w.files import parse_json
+from p2w.finetune.results import FineTuningResult
+from p2w.report.markup import several
+from p2w.reproduce import paper_numbers
+from p2w.reproduce.table import MAYBE, Number
+from p2w.reproduce.table_builder import (
+    TableChoice,
+    by_fraction,
+    join_folds,
+    known,
+    metric_of,
+    not_all,
+    percent,
+)
+from p2w.stats import pearson, summarise, values
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint: 1 - validation MSE of its pretraining, and the mean score of its fine-tunings in percent."""
+
+    step: int
+    quality: float
+    mean: float
+    sd: Number
+    n: int
+    planned: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A task: its points by step, Pearson's r of quality and mean with its 95 % interval, and the paper's r."""
+
+    task: str
+    title: str
+    metric: str
+    metric_title: str
+    fraction: float
+    points: list[Point]
+    r: Number
+    low: Number
+    high: Number
+    p: Number
+    paper_r: Number
+
+
+@dataclass(frozen=True)
+class Figure3:
+    """Panels, and notes for the foot."""
+
+    name: str
+    title: str
+    panels: list[Panel]
+    notes: list[str]
+
+
+def build_fig3(transfers: Sequence[FineTuningResult], choice: TableChoice) -> Figure3:
+    """Of transfers whose checkpoint and validation MSE are known.
+
+    Raises UserError when there are none, two of one checkpoint, or two target sets of one task.
+    """
+    usable = [one for one in transfers if one.step is not None and one.val_mse is not None]
+    if not usable:
+        raise UserError(
+            "fig3: no run says the step and validation MSE of its pretraining; fine-tune checkpoints of a run, "
+            "--init RUN@STEP"
+        )
+    panels, notes = [], _notes(len(transfers) - len(usable), usable)
+    for task in sorted({one.task for one in usable}, key=_order):
+        some = [one for one in usable if one.task == task]
+        share = choice.fraction.get(task, choice.fraction.get("", paper_numbers.FRACTIONS.get(task, 1.0)))
+        kept, share = by_fraction(task, some, choice.fraction, share)
+        if len(kept) < len(some):
+            notes.append(
+                f"{task}: left out {several(len(some) - len(kept), 'run')} with other shares of the data."
+            )
+        kept = join_folds(kept)
+        panels.append(_panel(task, kept, share, metric_of(task, kept, choice.metric)))
+        if said := not_all(paper_numbers.TASKS.get(task, task), kept):
+            notes.append(said)
+        unfinished = sum(not one.finished for one in kept)
+        if unfinished:
+            notes.append(f"{task}: {several(unfinished, 'checkpoint')} with fewer fine-tunings than planned.")
+    return Figure3("fig3", "Fig. 3: reconstruction against transfer, checkpoint by checkpoint", panels, notes)
+
+
+def pretraining(one: FineTuningResult) -> str:
+    """The run that a checkpoint is of, from RUN/checkpoints/step-… or RUN@STEP; else all that is known."""
+    return re.sub(r"(/checkpoints/step-\d+|@\d+)$", "", one.source)
+
+
+def _order(task: str) -> tuple[int, str]:
+    known_ones = list(paper_numbers.TASKS)
+    return (known_ones.index(task) if task in known_ones else len(known_ones), task)
+
+
+def _notes(unknown: int, usable: Sequence[FineTuningResult]) -> list[str]:
+    notes = [
+        "A point is the mean of the fine-tunings of one checkpoint, its bar their standard deviation. Checkpoints of one "
+        "training are no independent draws: the interval of r is too narrow."
+    ]
+    runs = sorted({pretraining(one) for one in usable})
+    if len(runs) > 1:
+        notes.append(f"Checkpoints are of {len(runs)} pretrainings: {', '.join(runs)}.")
+    if unknown:
+        notes.append(f"Left out: {several(unknown, 'run')} without step and validation MSE of a pretraining.")
+    return notes
+
+
+def _panel(task: str, transfers: Sequence[FineTuningResult], share: float, metric: str) -> Panel:
+    """Points of one task."""
+    points: list[Point] = []
+    seen: dict[tuple[str, int], Path] = {}
+    sets = {one.test_set for one in transfers}
+    if len(sets) > 1:
+        raise UserError(
+            f"task {task}: two target sets, {' and '.join(sorted(sets)[:2])}; name the folders of one of them"
+        )
+    for one in sorted(transfers, key=lambda transfer: transfer.step or 0):
+        assert one.step is not None and one.val_mse is not None
+        place = (pretraining(one), one.step)
+        if place in seen:
+            raise UserError(
+                f"task {task}, checkpoint {one.step}: two runs, {seen[place]} and {one.folder}; name the folders of one"
+            )
+        seen[place] = one.folder
+        scores = summarise(values(percent(one.metric(metric))))
+        if scores.n:
+            counts = scores.n, one.planned
+            points.append(
+                Point(one.step, 1 - one.val_mse, scores.mean, known(scores.sd), *counts, str(one.folder))
+            )
+    found = pearson([point.quality for point in points], [point.mean for point in points])
+    numbers = (known(found.r), known(found.low), known(found.high), known(found.p_value))
+    titles = paper_numbers.TASKS.get(task, task), metric, paper_numbers.METRICS.get(metric, metric)
+    return Panel(task, *titles, share, points, *numbers, paper_numbers.FIG3_R.get(task))
+
+
+def fig3_sentence(panel: Panel) -> str:
+    """The correlation in words."""
+    head = f"{panel.title} {panel.metric_title}, {100 * panel.fraction:g} % of the data"
+    count = several(len(panel.points), "checkpoint")
+    printed = "" if panel.paper_r is None else f"; the paper has {panel.paper_r:.2f}"
+    if panel.r is None:
+        return f"{head}: no correlation of {count}{printed}"
+    between = "" if panel.low is None else f", 95 % interval {panel.low:.2f} to {panel.high:.2f}"
+    return f"{head}: Pearson r = {panel.r:.2f}{between}, n = {count}{printed}"
+
+
+def fig3_to_json(figure: Figure3) -> str:
+    """As `load` reads it."""
+    return json.dumps(dataclasses.asdict(figure), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+POINT = {"step": int, "quality": float, "mean": float, "sd": MAYBE, "n": int, "planned": int, "folder": str}
+PANEL = dict.fromkeys(("task", "title", "metric", "metric_title"), str) | {
+    "fraction": float,
+    "points": [POINT],
+}
+PANEL |= dict.fromkeys(("r", "low", "high", "p", "paper_r"), MAYBE)
+FORM = {"name": str, "title": str, "panels": [PANEL], "notes": [str]}
+
+
+def load_fig3(path: Path) -> Figure3:
+    """What `to_json` wrote. Raises UserError in one line when it is damaged."""
+    try:
+        tree = parse_json(path.read_bytes(), FORM)
+        panels = [
+            Panel(**panel | {"points": [Point(**point) for point in panel["points"]]})
+            for panel in tree["panels"]
+        ]
+        return Figure3(tree["name"], tree["title"], panels, tree["notes"])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it again: p2w fig3") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); make it again: p2w fig3") from error
+
+
+def fig3_csv(figure: Figure3) -> str:
+    """One line a checkpoint."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("task", "metric", "fraction", *(each.name for each in dataclasses.fields(Point))))
+    for panel in figure.panels:
+        for point in panel.points:
+            writer.writerow((panel.task, panel.metric, panel.fraction, *dataclasses.astuple(point)))
+    return file.getvalue()

@@ -1,0 +1,292 @@
+"""A table for the terminal, a spreadsheet and a paper, and tables.html: all tables and figures on one page."""
+
+import base64
+import csv
+import io
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from p2w import __version__
+from p2w.errors import UserError
+from p2w.report.markup import Markup, join_markup, safe, table, tag
+from p2w.report.page import HERE
+from p2w.reproduce import fig3
+from p2w.reproduce.table import BEST, EQUIVALENT, Cell, Claim, Number, Table, load_table
+
+DASH = "\u2013"
+
+
+def amount(mean: Number, sd: Number) -> str:
+    """`98.67±0.23`; without a deviation the mean alone, without a mean a dash."""
+    if mean is None:
+        return DASH
+    return f"{mean:.2f}" + ("" if sd is None else f"±{sd:.2f}")
+
+
+def probability(p: Number) -> str:
+    """`p = 0.012`, `p < 0.001`; a dash where there is none."""
+    if p is None:
+        return DASH
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def sizes(claim: Claim) -> str:
+    """`10 pairs`, or the trials of both: `10 and 7`."""
+    return f"{claim.pairs[0]} pairs" if len(claim.pairs) == 1 else " and ".join(map(str, claim.pairs))
+
+
+def claim_sentence(claim: Claim, table: Table) -> str:
+    """One comparison in words."""
+    title = next((column.title for column in table.columns if column.task == claim.task), claim.task)
+    where = "" if claim.source == "here" else "the paper's numbers: "
+    why = f", {claim.why}" if claim.why else ""
+    apart = DASH if claim.difference is None else f"{claim.difference:+.2f}"
+    return (
+        f"{title}: {where}{claim.ours} {apart} against {claim.other}, {probability(claim.p)}, over the tasks by Holm "
+        f"{probability(claim.p_holm)} ({claim.test}, n = {sizes(claim)}{why})"
+    )
+
+
+def terminal(table: Table) -> None:
+    """Print it: the paper's number below each of ours, claims and notes under it."""
+    from rich.cells import cell_len  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table as Rich  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no edge
+        console = Console(highlight=False, width=max(160, console.width))
+    shown = Rich(title=table.title, title_justify="left", title_style="bold", show_lines=True)
+    shown.add_column("", no_wrap=True, min_width=max(map(cell_len, table.rows)))
+    for column in table.columns:
+        shown.add_column(column.head)
+    styles = {BEST: "bold", EQUIVALENT: "underline"}
+    ends = {BEST: " *", EQUIVALENT: " ≈"}
+    for row in table.rows:
+        cells = []
+        for column in table.columns:
+            one = table.cell(row, column.task)
+            text = Text(amount(one.mean, one.sd), style=styles.get(one.mark, "")) + Text(
+                ends.get(one.mark, "")
+            )
+            if one.missing:
+                lacks = f"\n{one.missing} trials" if one.planned else f" {one.missing}"
+                text += Text(lacks, style="yellow" if one.planned else "dim")
+            if one.paper_mean is not None:
+                text += Text(
+                    f"\npaper {amount(one.paper_mean, one.paper_sd)}{ends.get(one.paper_mark, '')}",
+                    style="dim",
+                )
+            cells.append(text)
+        shown.add_row(Text(row), *cells)
+    console.print(shown)
+    for line in (*(claim_sentence(claim, table) for claim in table.claims), *table.notes):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def table_csv(table: Table) -> str:
+    """One line a cell, with every number unrounded; lists of trials are joined by blanks."""
+    file = io.StringIO()
+    names = [
+        "table",
+        "metric",
+        "fraction",
+        *(key for key in asdict(table.cells[0]) if key != "folder"),
+        "folder",
+    ]
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    of = {column.task: column for column in table.columns}
+    for one in table.cells:
+        line = {key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in asdict(one).items()}
+        column = of[one.task]
+        writer.writerow({"table": table.name, "metric": column.metric, "fraction": column.fraction, **line})
+    return file.getvalue()
+
+
+SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    DASH: "--", "[": "{[}", "]": "{]}", ">": r"$>$", "<": r"$<$", "…": r"\dots{}",
+}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Text as LaTeX takes it; two hyphens stay two, characters that no pdflatex knows become question marks."""
+    pieces = ("".join(SPECIAL.get(letter, letter) for letter in piece) for piece in text.split("--"))
+    made = "-{}-".join(pieces)
+    return re.sub(r"[^\x20-\x7e\u00a0-\u017f]", "?", made)
+
+
+def latex(table: Table) -> str:
+    """A `table` for booktabs: ours above, the paper's below, notes under it. Input it from a document of yours."""
+    width, caption = len(table.columns) + 1, table.title.partition(": ")[2].capitalize() or table.title
+    head = " & ".join(["", *(tex(column.head) for column in table.columns)])
+    blocks = [rf"\multicolumn{{{width}}}{{l}}{{\emph{{Here}}}} \\"]
+    blocks += [_latex_row(table, row, here=True) for row in table.rows if any(_has(table, row, here=True))]
+    blocks += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{Paper}}}} \\"]
+    blocks += [_latex_row(table, row, here=False) for row in table.rows if any(_has(table, row, here=False))]
+    body = "\n".join(blocks)
+    said = " ".join(
+        tex(line) for line in (*(claim_sentence(one, table) + "." for one in table.claims), *table.notes)
+    )
+    return rf"""% p2w {table.name}; needs \usepackage{{booktabs}}
+\begin{{table}}
+\centering\small
+\caption{{{tex(caption)}}}
+\label{{tab:{table.name}}}
+\begin{{tabular}}{{l{"r" * len(table.columns)}}}
+\toprule
+{head} \\
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\par\smallskip\footnotesize\raggedright
+{said}
+\end{{table}}
+"""
+
+
+def _has(table: Table, row: str, here: bool) -> list[bool]:
+    cells = (table.cell(row, column.task) for column in table.columns)
+    return [bool(one.planned) if here else one.paper_mean is not None for one in cells]
+
+
+def _latex_row(table: Table, row: str, here: bool) -> str:
+    cells = (_latex_cell(table.cell(row, column.task), here) for column in table.columns)
+    return " & ".join([tex(row), *cells]) + r" \\"
+
+
+def _latex_cell(one: Cell, here: bool) -> str:
+    mean, sd, mark = (one.mean, one.sd, one.mark) if here else (one.paper_mean, one.paper_sd, one.paper_mark)
+    text = tex(amount(mean, sd))
+    text = {BEST: rf"\textbf{{{text}}}", EQUIVALENT: rf"\underline{{{text}}}"}.get(mark, text)
+    return text + (rf" \tiny({one.missing})" if here and one.missing and one.planned else "")
+
+
+NAME = "tables.html"
+TABLES = ("table1", "table2")
+LARGEST_PICTURE = 3 << 20  # bytes
+STYLE = """
+td .paper { display: block; color: var(--soft); font-size: .92em; }
+td .lacks { color: var(--orange); }
+td b { font-weight: 700; } u { text-decoration-thickness: 1.5px; text-underline-offset: 2px; }
+td, th { white-space: nowrap; } td.wide { white-space: normal; overflow-wrap: anywhere; min-width: 18ch; }
+"""
+
+
+def render_tables(folder: Path) -> tuple[str, list[str]]:
+    """The page of what lies in `folder`, and one line for each file that is damaged and so not on it."""
+    sections, problems = [], []
+    for name in (*TABLES, "fig3"):
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        try:
+            sections.append(_figure(path) if name == "fig3" else _section(load_table(path)))
+        except UserError as error:
+            problems.append(str(error))
+    head = tag("header", tag("h1", "Target tasks"), tag("p", "Beside the numbers of the paper, in percent."))
+    foot = tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note")
+    return _document(join_markup((head, *sections, foot))), problems
+
+
+def _document(body: Markup) -> str:
+    """Head and foot; the policy lets nothing run and nothing be fetched, whatever the files hold."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{safe("Target tasks")} · p2w</title>
+<style>
+{(HERE / "style.css").read_text()}{STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _section(one: Table) -> Markup:
+    """A table, what is claimed of ours, notes, and what lies behind each number."""
+    head = ("", *(column.head for column in one.columns))
+    rows = [(row, *(_cell(one.cell(row, column.task)) for column in one.columns)) for row in one.rows]
+    titles = {column.task: column.title for column in one.columns}
+    behind = [
+        (
+            cell.row, titles[cell.task], f"{cell.n} of {cell.planned}", f"{probability(cell.p)}",
+            f"{probability(cell.p_used)}", cell.test, " ".join(f"{value:.2f}" for value in cell.values), cell.folder,
+        )
+        for cell in one.cells if cell.planned
+    ]  # fmt: skip
+    names = ("row", "task", "trials", "against the best", "corrected", "test", "values", "folder")
+    parts = [tag("h2", one.title), table(head, rows)]
+    if one.claims:
+        parts += [tag("h3", f"{one.claims[0].ours} against the others"), _claims(one)]
+    parts.append(tag("ul", *(tag("li", note) for note in one.notes), class_="note"))
+    if behind:
+        parts.append(tag("details", tag("summary", "Trials behind the numbers"), table(names, behind)))
+    return tag("section", *parts)
+
+
+def _claims(one: Table) -> Markup:
+    """What is claimed of ours, a row a task; the paper's numbers below ours."""
+    titles = {column.task: column.title for column in one.columns}
+    rows = [
+        (
+            titles[claim.task], "here" if claim.source == "here" else "the paper's numbers", claim.other,
+            DASH if claim.difference is None else f"{claim.difference:+.2f}", probability(claim.p),
+            probability(claim.p_holm), claim.test, sizes(claim), claim.why,
+        )
+        for claim in one.claims
+    ]  # fmt: skip
+    names = ("task", "of", "against", "difference", "by itself", "Holm over the tasks", "test", "n", "")
+    return table(names, rows)
+
+
+def _cell(one: Cell) -> Markup:
+    text: object = amount(one.mean, one.sd)
+    text = {BEST: tag("b", text), EQUIVALENT: tag("u", text)}.get(one.mark, text)
+    lacks = tag("span", f" {one.missing}", class_="lacks" if one.planned else "note") if one.missing else ""
+    if one.paper_mean is None:
+        return tag("div", text, lacks)
+    printed: object = amount(one.paper_mean, one.paper_sd)
+    printed = {BEST: tag("b", printed), EQUIVALENT: tag("u", printed)}.get(one.paper_mark, printed)
+    return tag("div", text, lacks, tag("span", "paper ", printed, class_="paper"))
+
+
+def _figure(path: Path) -> Markup:
+    """Fig. 3 with its picture, which lies beside its numbers."""
+    figure = fig3.load_fig3(path)
+    try:
+        data = path.with_suffix(".png").read_bytes()
+    except OSError as error:
+        raise UserError(f"{path.with_suffix('.png')}: {error.strerror}; make it again: p2w fig3") from error
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > LARGEST_PICTURE:
+        raise UserError(f"{path.with_suffix('.png')}: no PNG, or too large; make it again: p2w fig3")
+    image = f'<img alt="{safe(figure.title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    lines = [*(tag("li", fig3.fig3_sentence(panel)) for panel in figure.panels)]
+    names = ("task", "step", "1 \u2212 validation MSE", "mean score", "s.d.", "fine-tunings", "folder")
+    rows = [
+        (panel.title, point.step, f"{point.quality:.5f}", f"{point.mean:.2f}", amount(point.sd, None),
+         f"{point.n} of {point.planned}", point.folder)
+        for panel in figure.panels for point in panel.points
+    ]  # fmt: skip
+    return tag(
+        "section",
+        tag("h2", figure.title),
+        tag("div", tag("figure", Markup(image)), class_="pictures"),
+        tag("ul", *lines),
+        tag("ul", *(tag("li", note) for note in figure.notes), class_="note"),
+        tag("details", tag("summary", "Checkpoints behind the figure"), table(names, rows)),
+    )

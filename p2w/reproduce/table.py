@@ -1,0 +1,150 @@
+"""A table as plain values, all that its renderers need; written as JSON and read back for the page of all tables.
+
+Means and deviations are in percent, as the paper prints them; p-values and fractions are not. None where there is none.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from p2w.errors import UserError
+from p2w.files import parse_json
+
+BEST, EQUIVALENT = "best", "equivalent"
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task: what it is compared on, and with how much of its training data."""
+
+    task: str
+    title: str
+    metric: str
+    metric_title: str
+    fraction: Number
+    fingerprint: str
+
+    @property
+    def head(self) -> str:
+        """`NCC AUC`, with the share of the training data where it is not all."""
+        share = "" if self.fraction in (None, 1) else f", {100 * (self.fraction or 0):g} % of the data"
+        return f"{self.title} {self.metric_title}{share}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Trials of one starting point on one task; `paper_*` what the paper has in this place.
+
+    `p` is of the test against the best of the column, `p_used` the one that `mark` goes by; `planned` is 0 without a run.
+    """
+
+    row: str
+    task: str
+    mean: Number = None
+    sd: Number = None
+    n: int = 0
+    planned: int = 0
+    mark: str = ""
+    test: str = ""
+    p: Number = None
+    p_used: Number = None
+    paper_mean: Number = None
+    paper_sd: Number = None
+    paper_mark: str = ""
+    trials: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    folder: str = ""
+
+    @property
+    def missing(self) -> str:
+        """What lacks: `7 of 10`, `no run`, or nothing."""
+        if self.planned == 0:
+            return "no run"
+        return "" if self.n == self.planned else f"{self.n} of {self.planned}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Ours against another on one task: here, and by Welch's test from the paper's means and deviations."""
+
+    task: str
+    ours: str
+    other: str
+    difference: Number
+    test: str
+    pairs: list[int]
+    t: Number
+    df: Number
+    p: Number
+    p_holm: Number
+    why: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and columns by name, a cell for each pair, what is claimed of ours, and notes for the foot."""
+
+    name: str
+    title: str
+    rows: list[str]
+    columns: list[Column]
+    cells: list[Cell]
+    claims: list[Claim]
+    notes: list[str]
+
+    def cell(self, row: str, task: str) -> Cell:
+        """The cell of a row and a task."""
+        return next(cell for cell in self.cells if (cell.row, cell.task) == (row, task))
+
+
+def table_to_json(table: Table) -> str:
+    """As `load` reads it."""
+    return json.dumps(dataclasses.asdict(table), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+MAYBE = (float, None)
+COLUMN = {
+    "task": str,
+    "title": str,
+    "metric": str,
+    "metric_title": str,
+    "fraction": MAYBE,
+    "fingerprint": str,
+}
+CELL: dict[str, Any] = dict.fromkeys(("mean", "sd", "p", "p_used", "paper_mean", "paper_sd"), MAYBE)
+CELL |= dict.fromkeys(("row", "task", "mark", "test", "paper_mark", "folder"), str)
+CELL |= {"n": int, "planned": int, "trials": [int], "seeds": [int], "values": [float]}
+CLAIM: dict[str, Any] = dict.fromkeys(("task", "ours", "other", "test", "why", "source"), str)
+CLAIM |= dict.fromkeys(("difference", "t", "df", "p", "p_holm"), MAYBE) | {"pairs": [int]}
+FORM = {"name": str, "title": str, "rows": [str], "columns": [COLUMN], "cells": [CELL], "claims": [CLAIM]}
+FORM |= {"notes": [str]}
+
+
+def load_table(path: Path) -> Table:
+    """A table that `to_json` wrote. Raises UserError in one line when it is damaged."""
+    try:
+        tree = parse_json(path.read_bytes(), FORM)
+        table = Table(
+            **tree
+            | {
+                "columns": [Column(**column) for column in tree["columns"]],
+                "cells": [Cell(**cell) for cell in tree["cells"]],
+                "claims": [Claim(**claim) for claim in tree["claims"]],
+            }
+        )
+        lacking = {(row, c.task) for row in table.rows for c in table.columns} - {
+            (c.row, c.task) for c in table.cells
+        }
+        if lacking:
+            raise ValueError(f"no cell {min(lacking)}")
+        return table
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it again: p2w {path.stem}") from error
+    except (ValueError, TypeError) as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged ({said}); make it again: p2w {path.stem}") from error

@@ -1,0 +1,162 @@
+"""Counter-based random numbers: SplitMix64 streams named by keys, the same on every device, rank and restart.
+
+Part p of sub-scan k in epoch e is a function of (seed, e, k, p) alone, whatever batch, rank or restart it is met in.
+Tensors (torch, int64) and arrays (NumPy, uint64) go through the same finaliser (Steele, Lea, Flood: Fast splittable
+pseudorandom number generators, OOPSLA 2014).
+"""
+
+import functools
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2w.errors import UserError
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
+_MIX = (
+    (30, 0xBF58476D1CE4E5B9),
+    (27, 0x94D049BB133111EB),
+)  # SplitMix64's finaliser (Steele et al. 2014, Vigna)
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """Names a batch's randomness: run's seed, epoch, and ids (B,) int64 of its sub-scans, on its device."""
+
+    seed: int
+    epoch: int
+    ids: Tensor
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _splitmix64_int(z: int) -> int:
+    for shift, factor in _MIX:
+        z = ((z ^ (z >> shift)) * factor) & _MASK64
+    return z ^ (z >> 31)
+
+
+def splitmix64(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
+    for shift, factor in _MIX:
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def uniforms(keys: SampleKeys, part: int, count: int) -> Tensor:
+    """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
+
+    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so
+    CPU and GPU agree bit for bit. On a GPU with Triton it is one launch. Raises UserError unless ids are
+    (B,) int64.
+    """
+    state = _state(keys, part)
+    if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        return sample_triton.uniforms(keys.ids, state, count)
+    streams = splitmix64((keys.ids ^ _signed(state)) + _signed(_GOLDEN))
+    counters = torch.arange(1, count + 1, device=keys.ids.device) * _signed(_GOLDEN)
+    return _unit(splitmix64(streams[:, None] + counters[None, :]))
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """The upper 53 of 64 random bits as float64 in [0, 1)."""
+    return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
+
+
+def _state(keys: SampleKeys, part: int) -> int:
+    """64-bit hash of seed, epoch and part, which the streams of all sub-scans start from."""
+    if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
+        raise UserError(
+            f"keys: ids must be (B,) int64, got {tuple(keys.ids.shape)} {keys.ids.dtype}; "
+            "pass the manifest's row numbers"
+        )
+    state = 0
+    for word in (keys.seed, keys.epoch, part):
+        state = _splitmix64_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
+    return state
+
+
+def backend(device: torch.device | str) -> tuple[str, str]:
+    """(name, reason): what samples and crop-resizes on this device, "triton" or "torch", and why.
+
+    On CUDA the first call tries Triton, which may lack a C compiler or not fit its torch; the answer is kept.
+    """
+    if torch.device(device).type != "cuda":
+        return "torch", f"tensors are on {torch.device(device).type}, the kernels are for CUDA"
+    return _backend_on_cuda()
+
+
+@functools.lru_cache(maxsize=1)
+def _backend_on_cuda() -> tuple[str, str]:
+    if not torch.cuda.is_available():
+        return "torch", "no CUDA device is available"
+    return try_triton(torch.device("cuda", torch.cuda.current_device()))
+
+
+def try_triton(device: torch.device) -> tuple[str, str]:
+    """(name, reason) as `backend`, found by compiling, launching and checking a small kernel on `device`.
+
+    Whatever goes wrong in Triton (no C compiler, a version that does not fit, a broken installation) is a
+    reason to use torch, not an error: the reason says it in one line.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "triton is not installed beside this torch"
+    ids = torch.arange(3)
+    try:
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
+
+        drawn = sample_triton.uniforms(ids.to(device), 1, 2).cpu()
+    except Exception as error:  # other people's code: any error there means the same here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        words = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        return "torch", f"triton is installed but does not work here ({words}); plain torch is slower"
+    bits = splitmix64(
+        splitmix64((ids ^ 1) + _signed(_GOLDEN))[:, None] + torch.arange(1, 3) * _signed(_GOLDEN)
+    )
+    if not torch.equal(drawn, _unit(bits)):
+        return "torch", "triton is installed but computes wrong numbers here; plain torch is slower"
+    return "triton", f"CUDA tensors, and triton {sys.modules['triton'].__version__} works here"
+
+
+def uniform_integers(u: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Draws in [0, 1) -> int64, uniform from `low` to `high`, both included."""
+    drawn = (u * (high - low + 1)).long()
+    return drawn if isinstance(low, int) and low == 0 else low + drawn
+
+
+def standard_normals(keys: SampleKeys, part: int, count: int) -> Tensor:
+    """(B, count) float32, standard normal, from the stream of part `part`."""
+    u = uniforms(keys, part, count).float().clamp_(2**-24, 1 - 2**-24)
+    return torch.erfinv(2 * u - 1).mul_(math.sqrt(2))
+
+
+Ids = NDArray[np.int64]
+Words = NDArray[np.uint64]
+_WORD = 2**64
+
+
+def splitmix64_array(words: Words) -> Words:
+    """Scramble 64-bit words: SplitMix64's finaliser, a bijection."""
+    x = words.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(ids: Ids, *key: int) -> Words:
+    """One 64-bit word per id from the key (seed, epoch, ...); distinct ids get distinct words."""
+    state = np.zeros(1, np.uint64)
+    for part in key:  # integers of any size and sign count modulo 2**64
+        state = splitmix64_array(state + np.array([(part + _GOLDEN) % _WORD], np.uint64))
+    return splitmix64_array(state + ids.astype(np.uint64) * np.uint64(_GOLDEN))

@@ -1,0 +1,184 @@
+"""The columns and metadata of a manifest, and the rules that both must obey before anything in it is used.
+
+No shard may lie outside the folder, no sub-scan outside its shard, none on top of another, and nothing may be
+larger than the files can hold.
+"""
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from p2w.errors import UserError
+from p2w.files import type_mismatch
+
+COUNTS = {3: "three", 4: "four"}
+MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
+MOST_VOXELS = 1 << 16  # along an axis
+UNPACKED = 1 << 26  # bytes that a small manifest may take in memory; a large one UNPACKED_TIMES its file
+UNPACKED_TIMES = 64
+
+SHARD_META = {"name": str, "nbytes": int, "crc32c": int}
+REQUIRED_META = {"shape": [int], "shards": [SHARD_META]}
+SOURCE_META = {"uid": str, "file": str, "subset": int, "nbytes": int, "checksum": str, "left_out": int}
+GEOMETRY_META = {"shape": [int], "spacing_mm": [float], "origin_xyz_mm": [float], "direction_xyz": [float]}
+OPTIONAL_META = {  # what sets of tests and of other tools may lack
+    "dtype": str,
+    "format": str,
+    "tool": str,
+    "window_hu": [float],
+    "axis_order": str,
+    "tiling": {"tile": [int], "z_margin": int, "min_std_hu": float},
+    "sources": [SOURCE_META | GEOMETRY_META],
+    "bad_scans": [{"where": str, "why": str}],
+}
+
+
+def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIONAL_META) -> None:
+    """Raise ValueError unless the metadata has the types it is written with, and names plain files."""
+    present = {key: form for key, form in optional.items() if key in meta}
+    if said := type_mismatch(meta, REQUIRED_META | present, "its metadata"):
+        raise ValueError(said)
+    shape = meta["shape"]
+    dims = len(shape) if dims is None else dims
+    if not 3 <= len(shape) == dims <= 4 or not all(1 <= n <= MOST_VOXELS for n in shape):
+        raise ValueError(
+            f"its shape is {shape}, not {COUNTS.get(dims, 'three or four')} numbers of voxels from 1 to {MOST_VOXELS:,}"
+        )
+    for shard in meta["shards"]:
+        if not plain_name(shard["name"]):
+            raise ValueError(
+                f"shard {shard['name']!r} is no plain file name, it could lead outside the folder"
+            )
+        if not (0 < shard["nbytes"] < 1 << 62 and 0 <= shard["crc32c"] < 1 << 32):
+            raise ValueError(f"shard {shard['name']}: {shard['nbytes']} bytes, checksum {shard['crc32c']}")
+    names = [shard["name"] for shard in meta["shards"]]
+    if len(set(names)) < len(names):
+        raise ValueError("a shard stands twice in its list")
+
+
+def plain_name(name: str) -> bool:
+    """Whether `name` is the name of a shard beside the manifest, and can be nothing else."""
+    return (
+        name.endswith((".tar", ".arrow"))
+        and not name.startswith(".")
+        and name.isprintable()
+        and not set(name) & set("/\\")
+        and len(name.encode()) <= 255
+    )
+
+
+def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
+    """Raise ValueError when the table (a ParquetFile's metadata) is larger than file and shards can hold."""
+    groups = [file.row_group(i) for i in range(file.num_row_groups)]
+    unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
+    room = sum(shard["nbytes"] for shard in meta["shards"]) // (2 * math.prod(meta["shape"]))
+    if file.num_rows > min(room, nbytes) or unpacked > max(UNPACKED, UNPACKED_TIMES * nbytes):
+        raise ValueError(f"{file.num_rows:,} rows, its shards have room for {room:,} sub-scans")
+
+
+def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
+    """Raise ValueError unless every sub-scan has a place of its own inside its shard, and a name of its own."""
+    empty = next((name for name in table.column_names if table[name].null_count), None)
+    if empty:
+        raise ValueError(f"column {empty} has empty places")
+    keys = table["key"].to_pylist()
+    if len(set(keys)) < len(keys):
+        raise ValueError("two sub-scans have one key")
+    sizes = {shard["name"]: shard["nbytes"] for shard in meta["shards"]}
+    named = table["shard"].to_pylist()
+    unlisted = sorted(set(named) - set(sizes))
+    if unlisted:
+        raise ValueError(f"shard {unlisted[0]!r} is not in its list of shards")
+    offset, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
+    size = np.array([sizes[name] for name in named], np.int64)
+    wrong = (nbytes != 2 * math.prod(meta["shape"])) | (offset < 0) | (offset > size - nbytes)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{keys[at]}: {nbytes[at]:,} bytes from byte {offset[at]:,} of a shard of {size[at]:,} bytes"
+        )
+    number = {name: index for index, name in enumerate(sizes)}
+    shard = np.array([number[name] for name in named], np.int64)
+    order = np.lexsort((offset, shard))
+    apart = (np.diff(shard[order]) > 0) | (np.diff(offset[order]) >= nbytes[order][1:])
+    if not apart.all():
+        raise ValueError(f"{keys[int(order[int(np.argmin(apart)) + 1])]} lies on top of another sub-scan")
+
+
+def shard_fault(root: str, shard: dict[str, Any]) -> str | None:
+    """Why the shard of this manifest entry cannot be used as it stands in the folder, None when it can: no look inside."""
+    path = os.path.join(root, shard["name"])
+    try:
+        if os.path.islink(path):
+            inside = os.path.join(os.path.realpath(root), "")
+            if not os.path.realpath(path).startswith(inside):
+                return OUTSIDE
+        found = os.stat(path)
+    except OSError:
+        return MISSING
+    if not stat.S_ISREG(found.st_mode):
+        return MISSING
+    return None if found.st_size == shard["nbytes"] else f"has {found.st_size:,} bytes"
+
+
+def refuse_faults(root: str, meta: dict[str, Any], remedy: str) -> None:
+    """Raise UserError for the first shard that is missing, of another size, or elsewhere."""
+    for shard in meta["shards"]:
+        if fault := shard_fault(root, shard):
+            raise UserError(
+                f"{os.path.join(root, shard['name'])} {fault}, the manifest says {shard['nbytes']:,} bytes: {remedy}"
+            )
+
+
+MANIFEST_NAME = "manifest.parquet"
+MANIFEST_VERSION = 1
+
+SUB_SCAN_COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),  # UID/z0025_y0000_x0128, the tile's first voxel in the canonical (LPS) scan
+        ("split", pa.string()),  # train | val
+        ("shard", pa.string()),  # file name in the same folder
+        ("offset", pa.int64()),  # byte of the shard at which the raw voxels start
+        ("nbytes", pa.int64()),  # of the raw voxels
+        ("crc32c", pa.uint32()),  # of the raw voxels
+        ("scan_uid", pa.string()),
+        ("subset", pa.int16()),  # LUNA16's subset, -1 where there is none
+        ("z", pa.int32()),  # tile origin, voxel
+        ("y", pa.int32()),
+        ("x", pa.int32()),
+        ("spacing_z", pa.float32()),  # mm
+        ("spacing_y", pa.float32()),
+        ("spacing_x", pa.float32()),
+        ("mean_hu", pa.float32()),  # of the sub-scan's voxels after the window
+        ("std_hu", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ManifestSchema:
+    """What the manifest of one kind of data set looks like: sub-scans to pretrain on, or samples of a target task."""
+
+    schema: pa.Schema | None  # None: any that has PLACES
+    dims: int | None  # of a record: 3 for voxels [z,y,x], 4 with channels; None: any
+    meta: dict[str, Any]  # forms (`typed`) of what its metadata may hold
+    made_by: str
+    remedy: str  # where there is no manifest
+
+
+LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # where records lie, in every kind of set
+SUB_SCAN_SCHEMA = ManifestSchema(
+    SUB_SCAN_COLUMNS,
+    3,
+    OPTIONAL_META,
+    "preprocess/shard_luna.py or preprocess/shard_scans.py",
+    "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
+)
+ANY_SCHEMA = ManifestSchema(
+    None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy
+)  # to check its bytes, whatever they mean

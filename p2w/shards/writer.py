@@ -1,0 +1,221 @@
+"""The shard of one scan: its sub-scans as a WebDataset tar or an Arrow IPC file, voxels raw and in place.
+
+Both hold int16 little-endian voxels [z,y,x] uncompressed, start them on a multiple of 64 bytes and give the
+same row for the manifest, so that a reader needs only (offset, nbytes) and can map the file.
+
+- tar: members `KEY.npy` and `KEY.json` with fixed times and owners; opens with stock `webdataset`.
+- Arrow: one record batch per sub-scan, voxels (`fixed_shape_tensor`) and metadata; opens with `pyarrow`.
+"""
+
+import io
+import os
+import tarfile
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from crc32c import crc32c
+from numpy.lib import format as npy
+
+from p2w.files import canonical_json
+from p2w.shards.manifest_schema import SUB_SCAN_COLUMNS
+
+ALIGNMENT = 64  # bytes: a cache line, and what Arrow asks for
+PLACED = ("split", "fold", "shard", "offset", "nbytes")  # what only the manifest says of a record
+NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing": "mm"}
+
+
+def columns_of(schema: pa.Schema) -> list[str]:
+    """Columns of a manifest that are written beside the voxels too."""
+    return [name for name in schema.names if name not in PLACED]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: file size in bytes and CRC-32C of the whole file."""
+
+    nbytes: int
+    crc32c: int
+
+
+class ShardFile(Protocol):
+    """What both formats can do. `add` completes a row by its crc32c, offset and nbytes."""
+
+    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
+        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); `row` holds key, scan_uid, … as in the manifest."""
+
+    def close(self) -> Shard:
+        """End the file and flush it to the disk."""
+
+    def abandon(self) -> None:
+        """Close the file as it is, on the way out after an error."""
+
+
+class _Sink:
+    """A file that knows its position and checksum: what was written is checked, without reading it back."""
+
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by the shard)
+        self.position = 0
+        self.crc = 0
+        self.closed = False  # pyarrow asks
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):  # a raw write may be short, above all on a disk that is filling up
+            written += self.file.write(view[written:])
+        self.crc = crc32c(view, self.crc)
+        self.position += written
+        return written
+
+    def flush(self) -> None:
+        """Nothing is buffered; pyarrow calls it."""
+
+    def finish(self) -> Shard:
+        os.fsync(self.file.fileno())
+        self.close()
+        return Shard(self.position, self.crc)
+
+    def close(self) -> None:
+        self.closed = True
+        self.file.close()
+
+
+def _check(voxels: np.ndarray, shape: tuple[int, ...]) -> None:
+    assert voxels.shape == shape and voxels.dtype == np.dtype("<i2"), (voxels.shape, voxels.dtype)
+    assert voxels.flags.c_contiguous
+
+
+class TarShard:
+    """A tar of `KEY.npy` and `KEY.json`, the same bytes for the same content."""
+
+    def __init__(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        schema: pa.Schema = SUB_SCAN_COLUMNS,
+        note: dict[str, Any] = NOTE,
+    ) -> None:
+        self.sink = _Sink(path)
+        self.shape = shape
+        self.columns = columns_of(schema)
+        header = io.BytesIO()
+        npy.write_array_header_1_0(header, {"descr": "<i2", "fortran_order": False, "shape": shape})
+        self.npy_header = header.getvalue()  # 128 bytes, so the voxels keep the tar block's alignment
+
+    def _member(self, name: str, size: int) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        info.mode = 0o644
+        self.sink.write(info.tobuf(tarfile.USTAR_FORMAT))
+
+    def _pad(self, block: int) -> None:
+        self.sink.write(bytes(-self.sink.position % block))
+
+    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
+        """Append one sub-scan."""
+        _check(voxels, self.shape)
+        row = {**row, "crc32c": crc32c(voxels.data)}
+        self._member(row["key"] + ".npy", len(self.npy_header) + voxels.nbytes)
+        self.sink.write(self.npy_header)
+        offset = self.sink.position
+        assert offset % ALIGNMENT == 0, offset
+        self.sink.write(voxels)
+        self._pad(tarfile.BLOCKSIZE)
+        text = canonical_json({name: row[name] for name in self.columns})
+        self._member(row["key"] + ".json", len(text))
+        self.sink.write(text)
+        self._pad(tarfile.BLOCKSIZE)
+        return {**row, "offset": offset, "nbytes": voxels.nbytes}
+
+    def close(self) -> Shard:
+        """Two empty blocks end a tar, and its length is a multiple of the record size."""
+        self.sink.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._pad(tarfile.RECORDSIZE)
+        return self.sink.finish()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self.sink.close()
+
+
+class ArrowShard:
+    """An Arrow IPC file of one record batch per sub-scan, voxels first: they start the batch's body."""
+
+    def __init__(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        schema: pa.Schema = SUB_SCAN_COLUMNS,
+        note: dict[str, Any] = NOTE,
+    ) -> None:
+        self.sink = _Sink(path)
+        self.shape = shape
+        self.columns = columns_of(schema)
+        self.tensor = pa.fixed_shape_tensor(pa.int16(), shape)
+        fields = [pa.field("voxels", self.tensor)] + [schema.field(name) for name in self.columns]
+        self.schema = pa.schema(fields, metadata={b"p2w": canonical_json(note)})
+        self.writer = pa.ipc.new_file(self.sink, self.schema)
+        self.header_sizes: dict[int, int] = {}  # padding -> bytes before the voxels of a batch
+        self.start = 0  # where the next batch starts
+
+    def _batch(self, row: dict[str, Any], voxels: np.ndarray) -> pa.RecordBatch:
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(voxels.reshape(-1)), voxels.size)
+        columns = [pa.ExtensionArray.from_storage(self.tensor, flat)]
+        columns += [pa.array([row[name]], self.schema.field(name).type) for name in self.columns]
+        return pa.record_batch(columns, schema=self.schema)
+
+    def _measure(self, batch: pa.RecordBatch) -> None:
+        """Bytes between the end of one batch and the voxels of the next, for every padding of its metadata.
+
+        Arrow aligns a body to 8 bytes only; a blank note of the right length brings it to a multiple of 64.
+        """
+        for padding in range(0, ALIGNMENT, 8):
+            sink = pa.BufferOutputStream()
+            note = {"padding": " " * padding}
+            with pa.ipc.new_file(sink, self.schema) as writer:
+                writer.write_batch(batch, custom_metadata=note)  # and the schema, which Arrow writes with it
+                end = sink.tell()
+                writer.write_batch(batch, custom_metadata=note)
+            data = sink.getvalue()
+            file = pa.ipc.open_file(data)
+            starts = [file.get_batch(i).column("voxels").storage.buffers()[-1].address for i in (0, 1)]
+            self.header_sizes[padding] = starts[1] - data.address - end
+            self.start = starts[0] - data.address - self.header_sizes[padding]
+
+    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
+        """Append one sub-scan."""
+        _check(voxels, self.shape)
+        row = {**row, "crc32c": crc32c(voxels.data)}
+        batch = self._batch(row, voxels)
+        if not self.header_sizes:
+            self._measure(batch)
+        padding = next(p for p, size in self.header_sizes.items() if (self.start + size) % ALIGNMENT == 0)
+        offset = self.start + self.header_sizes[padding]
+        self.writer.write_batch(batch, custom_metadata={"padding": " " * padding})
+        self.start = self.sink.position
+        return {**row, "offset": offset, "nbytes": voxels.nbytes}
+
+    def close(self) -> Shard:
+        """Write the footer."""
+        self.writer.close()
+        return self.sink.finish()
+
+    def abandon(self) -> None:
+        """Close the file as it is, without asking Arrow to write a footer."""
+        self.sink.close()
+
+
+FORMATS: dict[str, type[TarShard] | type[ArrowShard]] = {"tar": TarShard, "arrow": ArrowShard}
+
+
+def open_shard(
+    path: str, shape: tuple[int, ...], schema: pa.Schema = SUB_SCAN_COLUMNS, note: dict[str, Any] = NOTE
+) -> ShardFile:
+    """A new shard of records of `shape` at `path`, in the format of its extension (.tar or .arrow).
+
+    Beside the voxels stands what the manifest's `schema` says of them; an Arrow file's own metadata is `note`.
+    """
+    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note)

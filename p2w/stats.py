@@ -1,0 +1,245 @@
+"""Statistics of trials and of test sets: t-tests, Holm's correction, confidence intervals, DeLong, Pearson's r.
+
+Two sets of trials are paired where trial i of both had the same seed, and so the same labels, order and decoder; else
+Welch's test compares them, and says why. Intervals of one trial's metric over its test cases: intervals.py.
+
+AUC by DeLong, DeLong and Clarke-Pearson (1988), on the logit scale, where it stays within 0 and 1; IoU, Dice and whatever is
+a ratio or a mean by the bootstrap. Cases of one patient are alike: where patients are given, these are drawn, not cases.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.05  # below it two means differ
+Trials = Mapping[int, tuple[int, float]]  # index of the trial -> its seed, its metric
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation (n - 1 in the denominator) of n values; NaN where undefined."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A two-sided t-test of mean a against mean b: difference a - b, t, degrees of freedom, p; NaN where undefined.
+
+    `n` counts the pairs, or the values of both; `why` says why the test is not the paired one.
+    """
+
+    method: str
+    difference: float
+    t: float
+    df: float
+    p: float
+    n: tuple[int, ...]
+    why: str = ""
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Of finite values; one of them has no deviation, none of them no mean."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return Summary(mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
+
+
+def values(trials: Trials) -> list[float]:
+    """The metric of every trial, by index."""
+    return [trials[index][1] for index in sorted(trials)]
+
+
+def compare(a: Trials, b: Trials) -> Comparison:
+    """Paired t-test over the trials that both have; Welch's when a seed differs or fewer than two are common."""
+    common = sorted(a.keys() & b.keys())
+    other = [index for index in common if a[index][0] != b[index][0]]
+    if other:
+        return welch(summarise(values(a)), summarise(values(b)), f"seeds of trial {other[0]} differ")
+    if len(common) < 2:
+        return welch(summarise(values(a)), summarise(values(b)), f"{len(common)} trials in common")
+    return paired([a[index][1] for index in common], [b[index][1] for index in common])
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
+    """Paired t-test of values that belong together one by one.
+
+    Differences that are all alike leave t undefined: p is 1 when they are zero, else 0. Raises ValueError for lists of
+    unequal length.
+    """
+    from scipy.stats import ttest_rel  # noqa: PLC0415  (a second of imports)
+
+    apart = [one - two for one, two in zip(a, b, strict=True)]
+    mean = float(np.mean(apart)) if apart else math.nan
+    if len(apart) < 2:
+        return Comparison("paired t-test", mean, math.nan, math.nan, math.nan, (len(apart),))
+    if np.ptp(apart) <= 1e-12 * max(1.0, *map(abs, (*a, *b))):
+        t, p = (0.0, 1.0) if abs(mean) <= 1e-12 else (math.copysign(math.inf, mean), 0.0)
+    else:
+        found = ttest_rel(a, b)
+        t, p = float(found.statistic), float(found.pvalue)
+    return Comparison("paired t-test", mean, t, float(len(apart) - 1), p, (len(apart),))
+
+
+def welch(a: Summary, b: Summary, why: str = "") -> Comparison:
+    """Welch's test from means and deviations alone, as of published numbers. Undefined below two values a side."""
+    from scipy.stats import ttest_ind_from_stats  # noqa: PLC0415
+
+    difference, sizes = a.mean - b.mean, (a.n, b.n)
+    if min(sizes) < 2 or not all(map(math.isfinite, (a.sd, b.sd, difference))):
+        return Comparison("Welch's t-test", difference, math.nan, math.nan, math.nan, sizes, why)
+    if a.sd == b.sd == 0:
+        p = 0.0 if difference else 1.0
+        t = math.copysign(math.inf, difference) if difference else 0.0
+        return Comparison("Welch's t-test", difference, t, float(sum(sizes) - 2), p, sizes, why)
+    found = ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
+    one, two = a.sd**2 / a.n, b.sd**2 / b.n
+    df = (one + two) ** 2 / (one**2 / (a.n - 1) + two**2 / (b.n - 1))
+    return Comparison(
+        "Welch's t-test", difference, float(found.statistic), df, float(found.pvalue), sizes, why
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of one family, adjusted by Holm's step-down rule; NaN stays NaN and does not count."""
+    order = sorted((p, at) for at, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, at) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[at] = largest
+    return adjusted
+
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+RESAMPLES, SEED = 2000, 0
+SURE = 0.025  # probability beyond either end
+UNDEFINED: Interval = (math.nan, math.nan)
+
+
+def auc_interval(scores: ArrayLike, truth: ArrayLike, patients: Sequence[Hashable] | None = None) -> Interval:
+    """Of the area under the ROC curve of `scores` (N,) against `truth` (N,) of 0 and 1; NaN without both classes.
+
+    A perfect ranking has no variance to go by: its lower end is that of n successes in n, n the rarer class (Clopper and
+    Pearson), which is wide rather than narrow.
+    """
+    score, positive = np.asarray(scores, np.float64), np.asarray(truth).astype(bool)
+    if score.shape != positive.shape or score.ndim != 1:
+        raise ValueError(f"scores {score.shape} and truth {positive.shape}: must be two lists of one length")
+    rarer = int(min(positive.sum(), (~positive).sum()))
+    if rarer == 0:
+        return UNDEFINED
+    area, variance = delong(score, positive)
+    if area in (0.0, 1.0):
+        bound = SURE ** (1 / rarer)
+        return (bound, 1.0) if area else (0.0, 1 - bound)
+    if patients is not None:
+        return bootstrap(_weighted_auc(score, positive), patients)
+    if rarer < 2:
+        return UNDEFINED
+    reach = 1.959963984540054 * math.sqrt(variance) / (area * (1 - area))
+    middle = math.log(area / (1 - area))
+    return 1 / (1 + math.exp(reach - middle)), 1 / (1 + math.exp(-reach - middle))
+
+
+def delong(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, float]:
+    """AUC and its variance by midranks (Sun and Xu 2014: n log n); the variance is NaN with one case of a class."""
+    from scipy.stats import rankdata  # noqa: PLC0415  (a second of imports)
+
+    ours, theirs = score[positive], score[~positive]
+    m, n = len(ours), len(theirs)
+    ranks = rankdata(score)
+    above = (ranks[positive] - rankdata(ours)) / n  # share of negatives below each positive, ties half
+    below = 1 - (ranks[~positive] - rankdata(theirs)) / m  # share of positives above each negative
+    if min(m, n) < 2:
+        return float(above.mean()), math.nan
+    return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
+
+
+def _weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Floats], float]:
+    """AUC as a function of how often each case was drawn: the sort is done once for all resamples."""
+    order = np.argsort(score, kind="stable")
+    ours = positive[order]
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(score[order]) > 0)))  # of runs of equal scores
+
+    def auc(weights: Floats) -> float:
+        drawn = weights[order]
+        plus = np.add.reduceat(np.where(ours, drawn, 0.0), starts)
+        minus = np.add.reduceat(np.where(ours, 0.0, drawn), starts)
+        pairs = plus.sum() * minus.sum()
+        return float(plus @ (np.cumsum(minus) - minus / 2) / pairs) if pairs else math.nan
+
+    return auc
+
+
+def mean_interval(values: ArrayLike, patients: Sequence[Hashable] | None = None) -> Interval:
+    """Of the mean of `values` (N,), one a case."""
+    return ratio_interval(values, np.ones(np.shape(values)), patients)
+
+
+def ratio_interval(
+    above: ArrayLike, below: ArrayLike, patients: Sequence[Hashable] | None = None
+) -> Interval:
+    """Of sum(above) / sum(below), one pair a case: a pooled IoU is the sum of intersections over that of unions."""
+    top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if top.shape != bottom.shape or top.ndim != 1:
+        raise ValueError(
+            f"numerators {top.shape} and denominators {bottom.shape}: must be two lists of one length"
+        )
+
+    def ratio(weights: Floats) -> float:
+        total = float(weights @ bottom)
+        return float(weights @ top) / total if total else math.nan
+
+    return bootstrap(ratio, range(len(top)) if patients is None else patients)
+
+
+def bootstrap(statistic: Callable[[Floats], float], patients: Sequence[Hashable]) -> Interval:
+    """Percentile interval of `statistic(weights)` over resampled patients; `weights` (N,) says how often a case was drawn.
+
+    `patients` (N,) names each case's. The same every time: the seed is fixed. NaN for fewer than two patients, and where
+    fewer than half of the resamples have a value.
+    """
+    numbers: dict[Hashable, int] = {}
+    owner = np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], np.intp)
+    count = len(numbers)
+    if count < 2:
+        return UNDEFINED
+    rng = np.random.default_rng(SEED)
+    even = np.full(count, 1 / count)
+    found = [statistic(rng.multinomial(count, even).astype(np.float64)[owner]) for _ in range(RESAMPLES)]
+    sound = [value for value in found if math.isfinite(value)]
+    if len(sound) < RESAMPLES / 2:
+        return UNDEFINED
+    low, high = np.quantile(sound, (SURE, 1 - SURE))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r, its 95 % interval by Fisher's transform, two-sided p, number of points; NaN where undefined."""
+
+    r: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Of points (x_i, y_i); those with a value that is not finite are left out.
+
+    Undefined for fewer than three points or where x or y does not vary; the interval takes four points.
+    """
+    from scipy.stats import pearsonr  # noqa: PLC0415  (a second of imports)
+
+    pairs = np.array([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)])
+    if len(pairs) < 3 or not np.ptp(pairs, axis=0).all():
+        return Correlation(math.nan, math.nan, math.nan, math.nan, len(pairs))
+    found = pearsonr(pairs[:, 0], pairs[:, 1])
+    low, high = found.confidence_interval(0.95) if len(pairs) > 3 else (math.nan, math.nan)
+    return Correlation(float(found.statistic), float(low), float(high), float(found.pvalue), len(pairs))

@@ -1,0 +1,184 @@
+"""A data set in a folder, read in place: the manifest says where each sub-scan's voxels lie, in tar or Arrow.
+
+Every shard is mapped into memory on first use and stays mapped. Reading a sub-scan is one copy from the page
+cache into the caller's array; the checksum is taken of the copy. A map needs no open file behind it, so
+thousands of shards need no file descriptors. Shards are never changed in place: preprocessing and repair write
+them anew and rename. A copy from a map of a file that someone cut short would end the process with a bus error, so
+the file's size is looked at before each copy: 2 microseconds of 300. Cut in between, or on a network disk
+whose attributes are seconds old, it still ends the process; the next start then names the shard.
+"""
+
+import functools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from p2w.errors import UserError
+from p2w.files import crc32c
+from p2w.rng import Ids
+from p2w.shards.manifest import Manifest, repair_command
+from p2w.stream import sampler
+
+_MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
+_BLOCK = 512 << 10  # bytes copied, then checked while they are still in a core's own cache
+
+
+class DataError(UserError):
+    """A shard does not hold what its manifest says; the message names shard, sub-scan and what to do."""
+
+
+class SampleReader(Protocol):
+    """Anything that puts sub-scans into arrays."""
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them."""
+
+
+class ShardSet:
+    """What the manifest tells of a data set, local or remote. A sub-scan's id is its row there."""
+
+    at_once = 1  # threads that it takes, at least, to hide what one waits for
+
+    def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
+        """Index the manifest of the data set at `where`; `verify=False` skips checksums, to measure them."""
+        table = manifest.table
+        self.where = where
+        self.meta = manifest.meta
+        self.shape: tuple[int, int, int] = tuple(self.meta["shape"])  # D, H, W
+        self.nbytes = 2 * int(np.prod(self.shape))
+        self.verify = verify
+        self.on_bad: Literal["stop", "skip"] = "stop"  # what streams do about sub-scans that cannot be used
+        self.named_bad: set[int] = set()  # those that a warning has named
+        self.keys = table["key"]
+        self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
+        self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
+        self.spacing_mm = np.stack([table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)  # (n, 3)
+        self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
+        named = table["shard"].to_pylist()
+        number = {name: index for index, name in enumerate(self.shard_names)}
+        self.shard_numbers: Ids = np.array([number[name] for name in named], np.int64)
+        self._splits = np.array(table["split"].to_pylist(), dtype=object)
+        if self.meta.get("dtype") != "int16":
+            raise DataError(
+                f"{where}: its sub-scans are {self.meta.get('dtype')}, not int16: cut the set again"
+            )
+
+    def __len__(self) -> int:
+        """Sub-scans in all splits."""
+        return len(self.offsets)
+
+    def ids(self, split: str) -> Ids:
+        """Manifest rows of the split ("train" or "val"), ascending."""
+        return np.flatnonzero(self._splits == split).astype(np.int64)
+
+    def key(self, sub_scan: int) -> str:
+        """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
+        return str(self.keys[sub_scan])
+
+    def shard(self, sub_scan: int) -> str:
+        """File name of the shard that holds a sub-scan."""
+        return self.shard_names[self.shard_numbers[sub_scan]]
+
+    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+        """Ids of every step of a training epoch, (steps, batch)."""
+        return sampler.shuffled_order(ids, batch, seed, epoch)
+
+    def fixed_order(self, ids: Ids, batch: int) -> Ids:
+        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        return sampler.fixed_order(ids, batch)
+
+    def reader(
+        self, ids: Ids, shuffle: tuple[int, int] | None = None
+    ) -> AbstractContextManager[SampleReader]:
+        """A reader to be asked by one thread for these ids, in the order that (seed, epoch) gave them."""
+        raise NotImplementedError
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
+
+        Raises:
+            DataError: the shard does not hold the sub-scan, or its checksum differs from the manifest's.
+        """
+        with self.reader(np.array([sub_scan], np.int64)) as reader:
+            reader.read_into(sub_scan, out)
+
+    def damaged(self, sub_scan: int, what: str) -> DataError:
+        """The error for a sub-scan that cannot be used."""
+        shard = self.shard(sub_scan)
+        return DataError(f"{self.where}: shard {shard}, key {self.key(sub_scan)}: {what}; {self.remedy()}")
+
+    def remedy(self) -> str:
+        """What to do about a damaged shard."""
+        return f"cut that scan again: {repair_command(self.where, self.meta)}"
+
+    def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:
+        """Copy voxels as raw bytes (nbytes,) into `out` and compare their checksum with the manifest's."""
+        target = np.asarray(out)
+        assert target.shape == self.shape and target.dtype == np.int16 and target.flags.c_contiguous
+        target = target.reshape(-1).view(np.uint8)
+        if len(source) != self.nbytes:
+            raise self.damaged(sub_scan, f"{len(source)} bytes of {self.nbytes}")
+        # Copies and crc32c release the GIL, so reader threads run side by side.
+        if not self.verify:
+            np.copyto(target, source)
+            return
+        found, expected = 0, int(self.checksums[sub_scan])
+        for start in range(0, self.nbytes, _BLOCK):
+            block = target[start : start + _BLOCK]
+            np.copyto(block, source[start : start + _BLOCK])
+            found = crc32c(block.data, found)
+        if found != expected:
+            at = int(self.offsets[sub_scan])
+            raise self.damaged(
+                sub_scan,
+                f"checksum differs at byte {at} (crc32c {found:08x}, manifest {expected:08x}): "
+                "these are not the voxels that were written",
+            )
+
+
+class LocalSet(ShardSet):
+    """A data set in a folder."""
+
+    def __init__(self, manifest: Manifest, verify: bool = True) -> None:
+        """A set whose shards `read_manifest` has found, each of its right size; nothing is opened yet."""
+        super().__init__(manifest, manifest.root, verify)
+        self._paths = [os.path.join(self.where, name) for name in self.shard_names]
+        self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
+
+    def _map_shard(self, number: int) -> NDArray[np.uint8]:
+        """Map one shard, private and never written; torch then closes the file, `mmap` would keep it open."""
+        path, nbytes = self._paths[number], self.meta["shards"][number]["nbytes"]
+        try:
+            return torch.from_file(path, shared=False, size=nbytes, dtype=torch.uint8).numpy()
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise DataError(f"{path}: cannot be mapped into memory: {why}; {self.remedy()}") from error
+
+    def reader(
+        self, ids: Ids, shuffle: tuple[int, int] | None = None
+    ) -> AbstractContextManager[SampleReader]:
+        """The set itself: it can be read anywhere, by any number of threads."""
+        return nullcontext(self)
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
+
+        Raises:
+            DataError: the checksum differs from the manifest's, or the shard cannot be read or was cut short.
+        """
+        start, number = int(self.offsets[sub_scan]), int(self.shard_numbers[sub_scan])
+        shard = self._map(number)
+        whole = self.meta["shards"][number]["nbytes"]
+        try:
+            size = os.stat(self._paths[number]).st_size
+        except FileNotFoundError:
+            size = whole  # removed: its map still holds it
+        except OSError as error:
+            raise self.damaged(sub_scan, f"the shard cannot be read ({error.strerror})") from error
+        if size != whole:
+            raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {whole:,}")
+        self.copy(sub_scan, shard[start : start + self.nbytes], out)

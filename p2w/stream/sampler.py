@@ -1,0 +1,172 @@
+"""Which sub-scans at which step: pure functions of (seed, epoch), and the rows of them that one rank reads.
+
+Sorting by a 64-bit hash shuffles without a generator's state, so the order stays the same whatever NumPy's
+random streams become, and resuming at any step is a slice. Every order below is an array (steps, batch) of
+ids: row s is the global batch of step s, column j its slot j; rank r of W reads slots r*B/W ... (r+1)*B/W.
+
+Hash: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+OOPSLA 2014), a bijection of 64 bits, so that two ids never tie.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2w.errors import UserError
+from p2w.rng import Ids, hash64
+
+if TYPE_CHECKING:
+    from p2w.stream.local import ShardSet
+
+
+def epoch_permutation(ids: Ids, seed: int, epoch: int) -> Ids:
+    """The ids in the order of this epoch: sorted by hash64(id, seed, epoch)."""
+    return ids[np.argsort(hash64(ids, seed, epoch))]
+
+
+def shuffled_order(ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+    """Training order of a set that can be read anywhere: (steps, batch), steps = n // batch.
+
+    A global shuffle; the n % batch ids at its end are left out, other ones each epoch.
+    """
+    steps = len(ids) // batch
+    return epoch_permutation(ids, seed, epoch)[: steps * batch].reshape(steps, batch)
+
+
+def fixed_order(ids: Ids, batch: int) -> Ids:
+    """Validation order: (ceil(n / batch), batch), every id once and ascending, filled up with the last id."""
+    steps = -(-len(ids) // batch)
+    return np.concatenate([ids, np.repeat(ids[-1:], steps * batch - len(ids))]).reshape(steps, batch)
+
+
+def streamed_order(ids: Ids, shards: Ids, batch: int, *, seed: int, epoch: int, buffer: int) -> Ids:
+    """Training order of a set that is streamed, shards front to back: (steps, batch), steps = n // batch.
+
+    The shards stand in the order of `permutation`, their samples in manifest order behind one
+    another. Slot j of the global batch owns the j-th of `batch` equal stretches of that sequence and shuffles
+    it within `buffer` samples: place i moves to i + u * buffer, u uniform in [0, 1), so that at most `buffer`
+    samples of a slot wait in memory. The n % batch samples at the end are left out. `shards` (n,) is the
+    shard number of each id.
+
+    Slots belong to the batch and not to ranks, so this order too is independent of the world size, every rank
+    has the same number of steps however few the shards, and each shard crosses the network about once an
+    epoch (twice where two slots share it).
+    """
+    steps = len(ids) // batch
+    sequence = ids[np.lexsort((ids, hash64(shards, seed, epoch)))]
+    slots = sequence[: steps * batch].reshape(batch, steps)
+    uniform = hash64(slots, seed, epoch, 1) / 2.0**64
+    moved = np.argsort(np.arange(steps) + uniform * buffer, axis=1, kind="stable")
+    return np.take_along_axis(slots, moved, axis=1).T
+
+
+def streamed_fixed_order(ids: Ids, batch: int) -> Ids:
+    """Validation order of a streamed set: as `fixed`, but each slot reads a stretch of neighbours.
+
+    Slot j owns n // batch ids, one more for the first n % batch slots, so that only the last step is filled
+    up, and in the same places as in `fixed`.
+    """
+    steps = -(-len(ids) // batch)
+    order = np.full((steps, batch), ids[-1] if len(ids) else 0, np.int64)
+    for slot, own in enumerate(np.array_split(ids, batch)):
+        order[: len(own), slot] = own
+        order[len(own) :, slot] = own[-1] if len(own) else ids[-1]
+    return order
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The order of one rank. `batch` is the global one, B; the rank reads b = B / world_size rows of it."""
+
+    shards: "ShardSet"
+    split: str
+    batch: int
+    seed: int
+    rank: int
+    world_size: int
+    training: bool
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            UserError: what does not fit, and which batch or number of ranks would.
+        """
+        batch, ranks, n = self.batch, self.world_size, self.n
+        if batch < 1 or not 0 <= self.rank < ranks:
+            raise UserError(
+                f"batch {batch} on rank {self.rank} of {ranks}: needs batch >= 1, 0 <= rank < ranks"
+            )
+        if batch % ranks:
+            below = batch - batch % ranks
+            fitting = f"{below} or {below + ranks}" if below else str(ranks)
+            raise UserError(
+                f"a global batch of {batch} cannot be shared evenly by {ranks} ranks: it must be a multiple "
+                f"of their number; use a batch of {fitting}"
+            )
+        where = f"{self.shards.where}, split '{self.split}'"
+        if n == 0:
+            raise UserError(f"{where}: no sub-scans, there must be one at least: cut more scans")
+        if self.training and n < batch:
+            most = n - n % ranks
+            remedy = f"use a batch of at most {most}" if most else f"use at most {n} ranks"
+            raise UserError(
+                f"{where}: {n} sub-scans do not fill one global batch of {batch}, and training leaves out "
+                f"incomplete batches; {remedy}, or cut more scans"
+            )
+
+    @functools.cached_property
+    def all_ids(self) -> Ids:
+        """The ids of the split, ascending."""
+        return self.shards.ids(self.split)
+
+    @property
+    def n(self) -> int:
+        """Sub-scans of the split."""
+        return len(self.all_ids)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch that this rank reads."""
+        return self.batch // self.world_size
+
+    @property
+    def share(self) -> slice:
+        """The rank's slots of the global batch."""
+        return slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch: n // B in training, ceil(n / B) in validation."""
+        return self.n // self.batch if self.training else -(-self.n // self.batch)
+
+    @functools.cached_property
+    def epoch_ids(self) -> Callable[[int], Ids]:
+        """The rank's ids (steps, b) of an epoch; kept for the few epochs in which the readers stand."""
+
+        @functools.lru_cache(maxsize=4)
+        def epoch_ids(epoch: int) -> Ids:
+            if self.training:
+                return self.shards.train_order(self.all_ids, self.batch, self.seed, epoch)[:, self.share]
+            return self.shards.fixed_order(self.all_ids, self.batch)[:, self.share]
+
+        return epoch_ids
+
+    def places(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        """The (epoch, step) from this one on: endless in training, one pass in validation."""
+        while True:
+            for place in range(step, self.steps):
+                yield epoch, place
+            if not self.training:
+                return
+            epoch, step = epoch + 1, 0
+
+    def weight(self, step: int) -> Tensor:
+        """1 for each of the rank's rows (b,) that holds a sub-scan, 0 where validation filled up."""
+        places = torch.arange(step * self.batch, (step + 1) * self.batch)[self.share]
+        return (places < self.n).float()

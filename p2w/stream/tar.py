@@ -1,0 +1,284 @@
+"""A data set below an s3 URL, or an http(s) URL without byte ranges: tar shards, streamed through `webdataset`.
+
+Nothing is kept on disk. A stream cannot jump, so the order is `sampler.streamed_order` (shards shuffled whole, then
+within a buffer) where a local set is shuffled globally. Like there it depends on seed, epoch and batch alone,
+not on the world size, the readers or restarts. The manifest is fetched once, checksums are compared as for
+local sets, and crops are drawn for the same ids. Validation holds the same sub-scans in another fixed order.
+
+Costs to know: every row of a rank's batch holds one connection (a `curl` or `aws` process) and up to BUFFER
+sub-scans: B / W * 16 * 2 MiB of memory, 512 MiB for a batch of 16 on one rank. A row that begins inside a
+shard, after a resume or where two slots share one, streams that shard's front and drops it.
+"""
+
+import io
+import logging
+import shlex
+import shutil
+import subprocess
+import tarfile
+import time
+import tokenize
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from typing import IO, Any, cast
+
+import numpy as np
+import webdataset as wds
+from numpy.lib import format as npy
+
+from p2w.errors import UserError
+from p2w.rng import Ids
+from p2w.shards import manifest_schema
+from p2w.shards.manifest import read_manifest
+from p2w.stream import sampler
+from p2w.stream.http import HttpSet, gives_ranges
+from p2w.stream.local import DataError, SampleReader, ShardSet
+
+BUFFER = 16  # sub-scans of one slot among which its order is shuffled; a part of the order, so not a setting
+_TRIES = 5  # without any progress; a server may well hang up on a stream that waits for the training
+_PAUSE = 0.5  # seconds before the first new try, doubled for each further one
+
+NPY_HEADER = 4096  # bytes at most before the voxels of a .npy; ours has 128
+PIECE = 1 << 20  # bytes read at a time
+MOST_MANIFEST = 1 << 30  # bytes; the largest set known, all of LUNA16, has 3 million
+
+_PROGRAMS = {
+    "http": ("curl", "apt-get install curl"),
+    "https": ("curl", "apt-get install curl"),
+    "s3": ("aws", "install the AWS CLI, https://aws.amazon.com/cli"),
+}
+
+
+def tar_source(url: str) -> str:
+    """What `webdataset.gopen` opens for a URL: http(s) as it is, through curl; s3 through the AWS CLI.
+
+    Raises:
+        UserError: another scheme, or the program that fetches it is not installed.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in _PROGRAMS:
+        raise UserError(
+            f"{url}: a data set is a folder or an http, https or s3 URL: copy it to a folder here"
+        )
+    program, remedy = _PROGRAMS[scheme]
+    if shutil.which(program) is None:
+        raise UserError(f"{url}: needs the program '{program}', which is not on the PATH: {remedy}")
+    # `exec`, so that ending the process ends the AWS CLI and not a shell in front of it.
+    return f"pipe:exec aws s3 cp --only-show-errors {shlex.quote(url)} -" if scheme == "s3" else url
+
+
+def _program(url: str) -> str:
+    return _PROGRAMS[url.partition("://")[0]][0]
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    """The byte stream of a URL; its process is ended with it, however much has been read.
+
+    Raises:
+        OSError: the process ended with an error, which says more than what its end did to the reader.
+    """
+    stream = wds.gopen(tar_source(url))
+    try:
+        # The pipe itself: the wrapper's `read` raises as soon as the process has failed, and what had arrived before, up
+        # to a full pipe, is lost. Of a short shard that may be everything, at every try.
+        yield stream.stream
+    except (OSError, tarfile.TarError) as error:
+        with suppress(subprocess.TimeoutExpired):  # it runs on if its bytes are no tar
+            code = stream.proc.wait(1.0)
+            if code:
+                raise OSError(f"{_program(url)} ended with code {code}") from error
+        raise
+    else:
+        if code := stream.proc.poll():
+            raise OSError(f"{_program(url)} ended with code {code}")
+    finally:
+        stream.proc.terminate()
+        with suppress(OSError):  # the exit status of a process that we have ended
+            stream.close()
+
+
+def fetch_manifest(url: str) -> bytes:
+    """All bytes of a URL.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    stream = wds.gopen(tar_source(url))
+    try:
+        with closing(stream):
+            data: bytes = stream.read(MOST_MANIFEST)
+            if len(data) == MOST_MANIFEST:
+                stream.proc.terminate()
+                raise UserError(
+                    f"{url}: has {MOST_MANIFEST:,} bytes or more, which no manifest has: check the address"
+                )
+            return data
+    except OSError as error:
+        code = stream.proc.wait()
+        raise UserError(
+            f"{url}: cannot be fetched ({_program(url)} ended with code {code}): check the address, and that "
+            "it is readable from this machine"
+        ) from error
+
+
+def open_url(where: str, verify: bool = True) -> ShardSet:
+    """Fetch the manifest of the set at a URL: read by ranges where the server gives them, else streamed.
+
+    Raises:
+        UserError: there is none; or the set is to be streamed, and its shards are not tar.
+    """
+    where = where.rstrip("/")
+    place = f"{where}/{manifest_schema.MANIFEST_NAME}"
+    found = read_manifest(fetch_manifest(place))
+    if not where.startswith("s3:") and gives_ranges(place):
+        return HttpSet(found, where, verify)
+    shards = TarSet(found, where, verify)
+    other = [name for name in shards.shard_names if not name.endswith(".tar")]
+    if other:
+        raise UserError(
+            f"{where}: {other[0]} is not a tar shard, and no other can be streamed, which is what a server without byte "
+            "ranges takes: cut the set with --format tar, or copy it to a local folder"
+        )
+    return shards
+
+
+class BoundedStream:
+    """A stream that ends where the manifest says: a server may send for ever, and tar headers promise anything."""
+
+    def __init__(self, stream: Any, nbytes: int) -> None:
+        self.stream, self.left = stream, nbytes
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        data: bytes = self.stream.read(min(count, self.left))
+        self.left -= len(data)
+        return data
+
+
+class TarSet(ShardSet):
+    """A data set below a URL, streamed."""
+
+    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+        """Ids of every step of a training epoch, (steps, batch)."""
+        return sampler.streamed_order(
+            ids, self.shard_numbers[ids], batch, seed=seed, epoch=epoch, buffer=BUFFER
+        )
+
+    def fixed_order(self, ids: Ids, batch: int) -> Ids:
+        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        return sampler.streamed_fixed_order(ids, batch)
+
+    def reader(
+        self, ids: Ids, shuffle: tuple[int, int] | None = None
+    ) -> AbstractContextManager[SampleReader]:
+        """A cursor that streams the shards of these ids one after the other."""
+        return closing(_Cursor(self, ids, shuffle))
+
+
+class _Cursor:
+    """One slot's way through its shards: streams until the wanted sub-scan comes, keeps what comes before."""
+
+    def __init__(self, shards: TarSet, ids: Ids, shuffle: tuple[int, int] | None) -> None:
+        """Nothing is fetched before the first `read_into`."""
+        self.shards = shards
+        self.due = Counter(ids.tolist())  # validation asks for an id twice where it fills up
+        self.kept: dict[int, bytes | DataError] = {}
+        numbers = np.unique(shards.shard_numbers[ids])
+        self.arriving = self._arrivals(
+            ids, sampler.epoch_permutation(numbers, *shuffle) if shuffle else numbers
+        )
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of the next sub-scan into `out`, int16 (D, H, W), and check them.
+
+        Raises:
+            DataError: its shard cannot be streamed or does not hold it, or its checksum differs.
+        """
+        while sub_scan not in self.kept:
+            arrived, data = next(self.arriving)
+            self.kept[arrived] = data
+        self.due[sub_scan] -= 1
+        data = self.kept[sub_scan] if self.due[sub_scan] else self.kept.pop(sub_scan)
+        if isinstance(data, DataError):
+            raise data
+        voxels = np.frombuffer(data, np.uint8)[-self.shards.nbytes :]  # behind the header of the .npy
+        self.shards.copy(sub_scan, voxels, out)
+
+    def _arrivals(self, ids: Ids, shards: Ids) -> Generator[tuple[int, bytes | DataError], None, None]:
+        """Every id once with its .npy file, shard by shard, or with what keeps it from coming."""
+        for number in shards.tolist():
+            wanted = {self.shards.key(i): i for i in ids[self.shards.shard_numbers[ids] == number].tolist()}
+            try:
+                yield from self._shard(number, wanted)
+            except DataError as error:
+                for sub_scan in wanted.values():
+                    yield sub_scan, error
+
+    def _shard(
+        self, number: int, wanted: dict[str, int]
+    ) -> Generator[tuple[int, bytes | DataError], None, None]:
+        """The wanted sub-scans of one shard; a stream that breaks is opened again, without what has come."""
+        url = f"{self.shards.where}/{self.shards.shard_names[number]}"
+        failures = 0
+        while wanted:
+            before = len(wanted)
+            try:
+                yield from self._stream(url, wanted)
+                reason = f"it ends without {min(wanted)}" if wanted else ""
+            except (OSError, tarfile.TarError) as error:
+                reason = str(error.args[0])
+            if not wanted:
+                return
+            failures = 1 if len(wanted) < before else failures + 1
+            if failures == _TRIES:
+                raise DataError(
+                    f"{url}: cannot be streamed ({reason}), tried {_TRIES} times: check that the shard is "
+                    "there and whole, upload it again, or copy the set to a local folder"
+                )
+            logging.getLogger(__name__).warning("%s: %s; trying again", url, reason)
+            time.sleep(_PAUSE * 2 ** (failures - 1))
+
+    def _stream(
+        self, url: str, wanted: dict[str, int]
+    ) -> Generator[tuple[int, bytes | DataError], None, None]:
+        """One try: stream the shard, taking out of `wanted` what comes."""
+        number = self.shards.shard_numbers[next(iter(wanted.values()))]
+        with _opened(url) as stream:
+            bounded = BoundedStream(stream, self.shards.meta["shards"][number]["nbytes"])
+            with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|", bufsize=PIECE) as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # it would remember all
+                    key = member.name.removesuffix(".npy")
+                    if member.name == key or key not in wanted:
+                        continue
+                    data = self._checked(tar, member, wanted[key])
+                    yield wanted.pop(key), data
+                    if not wanted:
+                        return
+
+    def _checked(self, tar: tarfile.TarFile, member: tarfile.TarInfo, sub_scan: int) -> bytes | DataError:
+        """The bytes of a member that says it is the .npy of a sub-scan; its size is looked at before they are read."""
+        shards = self.shards
+        header = member.size - shards.nbytes
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 < header <= NPY_HEADER:
+            return shards.damaged(
+                sub_scan, f"its tar member is no file of {shards.nbytes:,} bytes and a header"
+            )
+        file = tar.extractfile(member)
+        data = file.read() if file else b""
+        try:
+            start = io.BytesIO(data)
+            npy.read_magic(start)
+            found = npy.read_array_header_1_0(start)
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+            return shards.damaged(sub_scan, f"its .npy header cannot be read ({type(error).__name__})")
+        if found != (shards.shape, False, np.dtype("<i2")) or start.tell() != header:
+            return shards.damaged(sub_scan, f"its .npy holds {found[2]} {found[0]}, not int16 {shards.shape}")
+        return data
+
+    def close(self) -> None:
+        """End the stream and its process."""
+        self.arriving.close()
+        self.kept.clear()

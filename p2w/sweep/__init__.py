@@ -1,1 +1,0 @@
-"""The runs behind the tables: lists of commands, and running them."""

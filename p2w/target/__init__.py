@@ -1,1 +1,0 @@
-"""The target tasks: what a pretrained encoder is worth downstream."""

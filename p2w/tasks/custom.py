@@ -1,0 +1,193 @@
+"""general: your own task. Images with masks to segment, or images and a table of candidates to classify."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from p2w.ct.orientation import Grid
+from p2w.ct.scan import read_image, read_scan
+from p2w.errors import UserError
+from p2w.tasks import crops, source_files, splits
+from p2w.tasks.bms import TOP, crop_in_range, intensity_range
+from p2w.tasks.crops import AroundObjects, Channels, TileSettings, crops_around_objects, crops_in_tiles
+from p2w.tasks.splits import check_folds, split_by_folds, split_by_table_folds
+from p2w.tasks.task import CLASSIFICATION, SEGMENTATION, SPLITS, WINDOW_HU, Case, Cases, CutSamples, Split
+
+
+@dataclass(frozen=True)
+class Custom(TileSettings):
+    """general: your own task. Image and mask pairs below --source, or, with --table, scans and candidates."""
+
+    images: str = "*_image.nii.gz"
+    """Pattern of the images' names; its one * stands for the case."""
+    masks: str = "*_mask.nii.gz"
+    """Pattern of the masks' names; * is what it was in the image's name."""
+    labels: tuple[int, ...] = ()
+    """Values of a mask that are foreground; left out: all but 0."""
+    around: Literal["tiles", "object"] = "tiles"
+    """tiles over all that is foreground, or one crop round it."""
+    jitter: float = 0.25
+    """With --around object: how far the crop may lie from its middle, as a share of its size."""
+    crops: int = 1
+    """With --around object: crops of each image, each moved by chance."""
+    table: str = ""
+    """Candidates patient,series,x,y,z,label[,fold][,split]: makes it a classification; x, y, z in LPS mm."""
+    values: Literal["hu", "min-max"] = "hu"
+    """hu: CT, clipped to [-1000, 1000]. min-max: any modality, scaled by each image's own smallest and largest value."""
+    patient: str = ""
+    """Regular expression whose first group, found in an image's name, is the patient; left out: each case is one."""
+    fractions: tuple[float, float, float] = (0.6, 0.1, 0.3)
+    """Shares of train, val and test, by patient."""
+    split_table: str = ""
+    """CSV with the columns patient and split, in place of --fractions."""
+    folds: int = 0
+    """Deal the patients to so many folds, in place of --fractions."""
+    val_fraction: float = 0.15
+    """With folds: share of the patients of the other folds that is validated on."""
+
+    name: ClassVar[str] = "general"
+    size: ClassVar[tuple[int, int, int]] = (32, 64, 64)
+
+    @property
+    def kind(self) -> str:
+        """Classification with a table, segmentation without."""
+        return CLASSIFICATION if self.table else SEGMENTATION
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What 0 and 1 mean."""
+        return ("negative", "positive") if self.table else ("background", "foreground")
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """One."""
+        return ("ct" if self.values == "hu" else "image",)
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Stored values that become 0 and 1."""
+        return WINDOW_HU if self.values == "hu" else (0, TOP)
+
+    def check(self) -> None:
+        """Raise UserError for options that make no data set."""
+        self.check_tiles()
+        if not (all(0 <= share <= 1 for share in self.fractions) and abs(sum(self.fractions) - 1) < 1e-6):
+            raise UserError(f"--fractions {' '.join(map(str, self.fractions))}: three shares that make 1")
+        if self.folds:
+            check_folds(self.folds, self.val_fraction)
+        if self.folds and self.split_table:
+            raise UserError("--folds and --split-table: choose one")
+        if self.table and self.values != "hu":
+            raise UserError("--table goes with CT: --values hu")
+        self._round(self.size).check()
+        try:
+            if self.patient and re.compile(self.patient).groups < 1:
+                raise UserError(f"--patient {self.patient!r}: has no group (…) that would be the patient")
+        except re.error as error:
+            raise UserError(f"--patient {self.patient!r}: is no regular expression ({error})") from error
+
+    def _round(self, size: tuple[int, int, int]) -> AroundObjects:
+        return AroundObjects(size, self.spacing, self.jitter, self.crops, self.seed)
+
+    def find(self, source: str, out: str) -> Cases:
+        """One case for each image with its mask, or for each scan that the table names."""
+        if self.table:
+            return source_files.cases_of(source, out, self.table, ras=False)
+        files = source_files.files_below(source, out)
+        masks = source_files.matching(self.masks, files)
+        images = {
+            case: n
+            for case, n in source_files.matching(self.images, files).items()
+            if n not in masks.values()
+        }
+        if not images:
+            raise UserError(
+                f"{source}: no image there is called like {self.images!r}: name a pattern with --images"
+            )
+        cases = Cases()
+        for name, image in sorted(images.items()):
+            if name not in masks:
+                cases.bad.append((image, f"has no mask {self.masks.replace('*', name)}"))
+                continue
+            match = re.search(self.patient, image) if self.patient else None
+            if self.patient and (match is None or not match[1]):
+                cases.bad.append((image, f"its name holds no patient as --patient {self.patient!r} wants it"))
+                continue
+            first = source_files.as_source(image, files[image])
+            roles = (("image", first), ("mask", source_files.as_source(masks[name], files[masks[name]])))
+            cases.cases.append(Case(first.uid, image, match[1] if match else name, roles))
+        return cases
+
+    def split(self, cases: list[Case]) -> Split:
+        """As the table of candidates says, else as --split-table, --folds or --fractions do."""
+        if any(case.split for case in cases):
+            if not all(case.split for case in cases):
+                raise UserError(f"{self.table}: some patients have a split and others have none")
+            return Split("as the table of candidates says", {case.patient: case.split for case in cases})
+        if self.folds or any(case.fold >= 0 for case in cases):
+            if any(case.fold >= 0 for case in cases):
+                return split_by_table_folds(cases, self.folds, self.val_fraction, self.seed)
+            return split_by_folds(cases, self.folds, self.val_fraction, self.seed)
+        if self.split_table:
+            return self._told(cases)
+        weight: dict[str, int] = {}
+        for case in cases:
+            weight[case.patient] = weight.get(case.patient, 0) + 1
+        part = splits.by_fractions(weight, self.fractions, self.seed)
+        train, val, test = self.fractions
+        rule = (
+            f"by patient: train {train:g}, val {val:g}, test {test:g}, in the order of sha256(seed:patient)"
+        )
+        return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
+
+    def _told(self, cases: list[Case]) -> Split:
+        """As --split-table says."""
+        of: dict[str, str] = {}
+        for line, (patient, split) in source_files.read_csv(
+            self.split_table, (("patient", "case"), ("split",))
+        ):
+            if split not in SPLITS or of.setdefault(patient, split) != split:
+                raise UserError(
+                    f"{self.split_table}, line {line}: {patient} {split}: one of {', '.join(SPLITS)}, and one only"
+                )
+        lacks = sorted({case.patient for case in cases} - set(of))
+        if lacks:
+            raise UserError(f"{self.split_table}: has no split for patient {lacks[0]}")
+        crc = source_files.file_checksum(self.split_table)
+        return Split(f"as {os.path.basename(self.split_table)} ({crc}) says", of)
+
+    def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
+        """Crops with masks, or round candidates."""
+        if self.table:
+            scan = read_scan(case.source("ct"))
+            files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
+            return CutSamples(
+                files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, self.spacing)
+            )
+        channels, grid, shape, said = self._image(case)
+        mask, file = source_files.read_mask(
+            case.source("mask"), grid, shape, self.labels, self.resample_masks
+        )
+        files = [said, crops.file_record("mask", case.source("mask").name, file.nbytes, file.checksum)]
+        if self.around == "tiles":
+            return CutSamples(files, crops_in_tiles(channels, mask, grid, size, self, case.uid))
+        return CutSamples(
+            files, crops_around_objects(channels, mask, grid, self._round(size), case.uid, "object")
+        )
+
+    def _image(self, case: Case) -> tuple[Channels, Grid, tuple[int, ...], dict[str, Any]]:
+        """Crops of the image by place, its grid, its shape, and what its file is."""
+        if self.values == "hu":
+            scan = read_scan(case.source("image"))
+            told = crops.file_record("image", case.name, scan.nbytes, scan.checksum)
+            return lambda place: [crops.crop_hu(scan.voxels, place)], scan.grid, scan.voxels.shape, told
+        image = read_image(case.source("image"))
+        low, high = intensity_range("image", image)
+        told = crops.file_record("image", case.name, image.nbytes, image.checksum)
+        return (
+            lambda place: [crop_in_range(image.values, place, low, high)],
+            image.grid,
+            image.values.shape,
+            told,
+        )

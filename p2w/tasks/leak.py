@@ -1,0 +1,146 @@
+"""Whether pretraining has seen what a target task is tested on.
+
+    check(target, open_manifest("shards").meta)          # raises UserError naming the first test scan seen
+    check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
+
+A scan is the same when its uid is, or when its file is, byte for byte (size and checksum).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from p2w.errors import UserError
+from p2w.files import parse_json, type_mismatch
+from p2w.shards.manifest import data_fingerprint, open_manifest, shard_places
+from p2w.tasks.reader import TargetSet
+
+REMEDY = (
+    "pretrain on other scans, test on others, or pass --allow-leak and say so where you report the result"
+)
+
+
+def check_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None = None) -> None:
+    """Compare the scans that `target` tests on with those that a pretraining set trains on.
+
+    `pretrain` is the metadata of that set's manifest; of a set with folds, `fold` names one, None all of them.
+
+    Raises:
+        UserError: pretraining trained on a scan of the test split; the message names the first.
+    """
+    if said := _first_leak(target, pretrain, fold):
+        raise UserError(f"{target.where}: {said}: {REMEDY}")
+
+
+def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fold: int | None = None) -> str:
+    """The same for the set that a run folder was trained on; None: nothing was pretrained. What was found, in one line.
+
+    With `allow_leak` the line tells of a leak, and of what could not be checked, instead of an error.
+
+    Raises:
+        UserError: a leak, or, where the run's data set cannot be reached any more, that it cannot be ruled out.
+    """
+    if run is None:
+        return "no pretraining: no test scan can have been seen"
+    return _told(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
+
+
+def check_shards(
+    target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
+) -> str:
+    """The same for weights `of` which it is known only what `data` they come from: `shards` and, maybe, `fingerprint`."""
+    return _told(
+        target, of, lambda: _open_first(Path(of), data, data.get("fingerprint"), of), allow_leak, fold
+    )
+
+
+def _told(
+    target: TargetSet,
+    of: str,
+    find: Callable[[], tuple[dict[str, Any], str]],
+    allow_leak: bool,
+    fold: int | None,
+) -> str:
+    try:
+        meta, where = find()
+        said = _first_leak(target, meta, fold)
+    except UserError as error:
+        if allow_leak:
+            return f"not checked whether pretraining saw test scans (--allow-leak): {error}"
+        raise UserError(
+            f"{error}; whether it saw test scans cannot be ruled out: put the set back, or pass --allow-leak"
+        ) from error
+    if said and not allow_leak:
+        raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
+    if said:
+        return f"warning: {said} (--allow-leak)"
+    return f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
+
+
+def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
+    """Metadata of the manifest that a run was last trained on, and where it is. Raises UserError when out of reach."""
+    path = run / "run.json"
+    try:
+        starts = parse_json(path.read_bytes(), {"starts": [{"shards": str}]})["starts"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: does not say which data set the run was trained on ({error})") from error
+    if not starts:
+        raise UserError(f"{path}: does not say which data set the run was trained on")
+    return _open_first(run, starts[-1], starts[-1].get("data"), str(run))
+
+
+def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
+    """The first of the places where the set may lie that holds it. Raises UserError for the likeliest where none does."""
+    refused: UserError | None = None
+    for place in shard_places(near, start):
+        try:
+            return _open(place, data, of)
+        except UserError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
+    """The manifest there, which must still be that of the set `data` (a fingerprint; None: not known)."""
+    if "://" in where:
+        from p2w.stream.stream import open_set  # noqa: PLC0415 - webdataset serves remote sets only
+
+        meta = open_set(where).meta
+    else:
+        meta = open_manifest(where).meta
+    if data is not None and data_fingerprint(meta) != data:
+        raise UserError(f"{where}: is another data set now than {of} was trained on")
+    return meta, where
+
+
+def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:
+    """What to say of the first test scan that pretraining trains on; None when there is none."""
+    form = {"split": {"train_scans": [str]}, "sources": [{"uid": str, "nbytes": int, "checksum": str}]}
+    if said := type_mismatch(pretrain, form, "the manifest of the pretraining set"):
+        raise UserError(f"{said}: it does not say which scans it trains on: cut the set again")
+    trained = set(pretrain["split"]["train_scans"])
+    files = {
+        (one["nbytes"], one["checksum"]): one["uid"] for one in pretrain["sources"] if one["uid"] in trained
+    }
+    for source in target.meta["sources"]:
+        if source["uid"] not in _tested(target, fold):
+            continue
+        if source["uid"] in trained:
+            return f"pretraining trained on test scan {source['uid']}"
+        for file in source["files"]:
+            if other := files.get((file["nbytes"], file["checksum"])):
+                return f"pretraining trained on test scan {source['uid']}: its file {file['file']} is scan {other} there"
+    return None
+
+
+def _tested(target: TargetSet, fold: int | None) -> set[str]:
+    """Uids of the scans tested on."""
+    scans: dict[str, list[str]] = target.meta["split"]["scans"]
+    if not target.folds:
+        return set(scans["test"])
+    if fold is not None and not 0 <= fold < target.folds:
+        raise UserError(f"{target.where}: no fold {fold}; the set has folds 0 to {target.folds - 1}")
+    return {uid for name, uids in scans.items() if fold is None or name == str(fold) for uid in uids}

@@ -1,0 +1,196 @@
+"""NCS: which voxels are nodule? LIDC-IDRI's CT series and the outlines of its readers (FACTS: 1 mm isotropic, by case).
+
+How the paper chose and cut nodules is not published: here a voxel is nodule when half of all readers of the series
+outlined it, and each nodule gives one crop of 1 mm voxels, moved off its middle by chance.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.ct.dicom import read_slice
+from p2w.ct.discover import find_scans, printable, walk
+from p2w.ct.orientation import BadScan, to_canonical
+from p2w.ct.scan import Scan, read_scan
+from p2w.errors import UserError
+from p2w.shards.manifest import open_manifest
+from p2w.shards.manifest_schema import MANIFEST_NAME
+from p2w.tasks import crops, lidc_readings, source_files, splits
+from p2w.tasks.crops import AroundObjects, CropBox, crops_around_objects
+from p2w.tasks.task import SEGMENTATION, SPLITS, WINDOW_HU, Case, Cases, CutSamples, LeftOut, Sample, Split
+
+CASES = (510, 100, 408)  # train, val and test of all 1,018
+PATIENT = re.compile(r"LIDC-IDRI-\d+")
+
+
+@dataclass(frozen=True)
+class Ncs:
+    """NCS: which voxels are nodule? From LIDC-IDRI: --source holds its DICOM series and readers' XML, in any folders."""
+
+    consensus: float = 0.5
+    """Share of all readers of a series that must have outlined a voxel for it to be nodule."""
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """mm z y x of a sample's voxels."""
+    jitter: float = 0.25
+    """How far the crop may lie from the nodule's middle, as a share of its size: 0 = centred."""
+    crops: int = 1
+    """Crops of each nodule, each moved by chance."""
+    cases: tuple[int, int, int] = CASES
+    """Cases to train on, validate and test on; with fewer or more cases than these: in their proportions."""
+    pretrained_on: str = ""
+    """Shards that encoders are pretrained on: no patient in them is tested on. LUNA16's scans are LIDC-IDRI's: beside its
+    subsets 0-6, 395 of 1,018 cases stay, and 408 are the paper's."""
+    seed: int = 0
+    """Draws the split and the jitter."""
+
+    name: ClassVar[str] = "ncs"
+    kind: ClassVar[str] = SEGMENTATION
+    size: ClassVar[tuple[int, int, int]] = (32, 64, 64)
+    classes: ClassVar[tuple[str, ...]] = ("background", "nodule")
+    channel_names: ClassVar[tuple[str, ...]] = ("ct",)
+    window: ClassVar[tuple[float, float]] = WINDOW_HU
+
+    def check(self) -> None:
+        """Raise UserError for options that make no data set."""
+        if not 0 < self.consensus <= 1:
+            raise UserError(f"--consensus {self.consensus:g}: a share of the readers, above 0 and up to 1")
+        if not all(0.01 <= mm <= 100 for mm in self.spacing):
+            raise UserError(f"--spacing {' '.join(map(str, self.spacing))}: mm z y x, each from 0.01 to 100")
+        self._round(self.size).check()
+        if min(self.cases) < 0 or not self.cases[0]:
+            raise UserError(
+                f"--cases {' '.join(map(str, self.cases))}: train, val and test, train at least 1"
+            )
+
+    def _round(self, size: tuple[int, int, int]) -> AroundObjects:
+        return AroundObjects(size, self.spacing, self.jitter, self.crops, self.seed)
+
+    def find(self, source: str, out: str) -> Cases:
+        """One case for each CT series that has readings."""
+        found = find_scans([source], out, flag="--source")
+        cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
+        if self.pretrained_on:
+            open_manifest(self.pretrained_on)
+            cases.tables[MANIFEST_NAME] = source_files.file_checksum(
+                os.path.join(self.pretrained_on, MANIFEST_NAME)
+            )
+        readings: dict[str, str] = {}
+        for path in walk(source, out):
+            if path.lower().endswith(".xml") and (series := lidc_readings.series_of(path)):
+                if series in readings:
+                    name = printable(os.path.relpath(path, source))
+                    cases.bad.append(
+                        (name, f"has readings of series {series}, as {readings[series]} has: remove one")
+                    )
+                readings.setdefault(series, path)
+        if not readings:
+            raise UserError(
+                f"{source}: no readers' XML (LidcReadMessage) below it: put LIDC-IDRI's XML there"
+            )
+        for scan in found.sources:
+            series = scan.name.rpartition("(series ")[2].removesuffix(")")
+            note = readings.pop(series, None) if scan.grid is not None else None
+            if note is None:
+                cases.left_out.append((scan.name, "has no readers' XML"))
+                continue
+            match = PATIENT.search(scan.name)
+            patient = match[0] if match else scan.name.partition("/")[0]
+            cases.cases.append(Case(scan.uid, scan.name, patient, (("ct", scan),), (("readings", note),)))
+        for series, path in sorted(readings.items()):
+            cases.left_out.append(
+                (printable(os.path.relpath(path, source)), f"its series {series} is not there")
+            )
+        return cases
+
+    def split(self, cases: list[Case]) -> Split:
+        """By patient, in the paper's numbers of cases or their proportions."""
+        weight: dict[str, int] = {}
+        for case in cases:
+            weight[case.patient] = weight.get(case.patient, 0) + 1
+        if self.pretrained_on:
+            return self._unseen(cases, weight)
+        part = splits.by_fractions(weight, self.cases, self.seed)
+        rule = f"by patient: {' / '.join(map(str, self.cases))} cases or in these proportions, by sha256(seed:patient)"
+        return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
+
+    def _unseen(self, cases: list[Case], weight: dict[str, int]) -> Split:
+        """The same, tested on patients alone that pretraining has not, as far as there are."""
+        scans = {one["uid"] for one in open_manifest(self.pretrained_on).meta["sources"]}
+        seen = {case.patient for case in cases if case.uid in scans}
+        wanted, test = round(len(cases) * self.cases[2] / sum(self.cases)), list[str]()
+        for patient in splits.shuffled_names(set(weight) - seen, self.seed):
+            if sum(weight[name] for name in test) < wanted:
+                test.append(patient)
+        rest = {patient: n for patient, n in weight.items() if patient not in test}
+        part = splits.by_fractions(rest, self.cases[:2], self.seed)
+        rule = f"by patient: {' / '.join(map(str, self.cases))} in proportion, tested on none in {self.pretrained_on}"
+        of = {name: SPLITS[i] for name, i in part.items()} | dict.fromkeys(test, "test")
+        return Split(rule, of, seed=self.seed)
+
+    def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
+        """A crop round each nodule that enough readers outlined."""
+        source, path = case.source("ct"), dict(case.notes)["readings"]
+        readings = lidc_readings.read_readings(path)
+        scan = read_scan(source)
+        files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
+        files.append({"role": "readings", "file": os.path.basename(path), "nbytes": os.path.getsize(path)})
+        files[-1]["checksum"] = source_files.file_checksum(path)
+        return CutSamples(files, self._samples(case, scan, readings, size))
+
+    def _samples(
+        self, case: Case, scan: Scan, readings: lidc_readings.Readings, size: tuple[int, int, int]
+    ) -> Iterator[Sample | LeftOut]:
+        grid = case.source("ct").grid
+        assert grid is not None  # a DICOM series has one
+        _, order, flips = grid.canonical()
+        stored = np.zeros(grid.size[::-1], np.uint8)
+        own = np.zeros_like(stored)
+        everything, mask = (to_canonical(array, order, flips) for array in (stored, own))
+
+        def channels(place: CropBox) -> list[NDArray[np.int16]]:
+            return [crops.crop_hu(scan.voxels, place)]
+
+        nodules = self._nodules(case, readings, stored.shape)
+        for _, slices in nodules:
+            for z, pixels in slices.items():
+                stored[z] |= pixels
+        for number, (readers, slices) in enumerate(nodules):
+            of = f"nodule {number}, {readers} of {readings.readers} readers"
+            if not slices:
+                yield LeftOut(f"{of}: no voxel was outlined by {self.consensus:.0%} of them")
+                continue
+            for z, pixels in slices.items():
+                own[z] = pixels
+            name = f"{case.uid} {number}"
+            yield from crops_around_objects(
+                channels, mask, scan.grid, self._round(size), name, of, everything
+            )
+            for z in slices:
+                own[z] = 0
+
+    def _nodules(
+        self, case: Case, readings: lidc_readings.Readings, shape: tuple[int, ...]
+    ) -> list[tuple[int, dict[int, lidc_readings.Bools]]]:
+        """Of each nodule: how many readers outlined it, and the pixels agreed on by stored slice."""
+        index: dict[str, int] = {}
+        z_mm = []
+        for z, path in enumerate(case.source("ct").files):
+            one = read_slice(path)
+            if one is None:
+                raise BadScan(f"{os.path.basename(path)} is no DICOM image any more")
+            index[one.instance] = z
+            z_mm.append(one.position[2])
+        marked = [
+            lidc_readings.reader_mask(reading, index, z_mm, (shape[1], shape[2]))
+            for reading in readings.nodules
+        ]
+        found = []
+        for group in lidc_readings.group_by_nodule(marked):
+            agreed = lidc_readings.consensus_mask(group, readings.readers, self.consensus)
+            found.append((len({one.reader for one in group}), agreed))
+        return found

@@ -1,0 +1,204 @@
+"""The interface of a target task, and the records, columns and metadata of its data sets. No torch.
+
+A task finds cases, splits them by patient and cuts samples.
+
+A task is a frozen dataclass whose fields are its options on the command line; it travels to worker processes.
+
+A record is one int16 array [c,z,y,x]: the channels of the crop and, for segmentation, its mask (0 or 1) as the last.
+Shards, manifest and folder are those of pretraining (`p2w.shards.writer`, `p2w.shards.manifest`), so a set opens with
+stock webdataset and pyarrow, and every record is read in place and carries its checksum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from p2w.ct.discover import ScanSource
+from p2w.shards.manifest_schema import ManifestSchema
+
+CLASSIFICATION, SEGMENTATION = "classification", "segmentation"
+SPLITS = ("train", "val", "test")
+WINDOW_HU = (-1000, 1000)
+
+SAMPLE_COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),  # UID/00012: the scan, the sample's number in it
+        (
+            "split",
+            pa.string(),
+        ),  # train | val | test; of a set with folds: the split where fold 0 is tested on
+        ("fold", pa.int16()),  # in which fold the sample is tested on; -1: the set has no folds
+        ("patient", pa.string()),
+        ("label", pa.int8()),  # 0 or 1; -1 for segmentation
+        ("shard", pa.string()),
+        ("offset", pa.int64()),  # byte of the shard at which the record starts
+        ("nbytes", pa.int64()),
+        ("crc32c", pa.uint32()),
+        ("scan_uid", pa.string()),
+        ("of", pa.string()),  # what the sample is of: a row of the table of candidates, a nodule, a tile
+        (
+            "z",
+            pa.int32(),
+        ),  # the crop's first voxel, in voxels of the canonical (LPS) scan, rounded; may be negative
+        ("y", pa.int32()),
+        ("x", pa.int32()),
+        ("centre_z", pa.float64()),  # world mm (LPS) of the voxel at size // 2
+        ("centre_y", pa.float64()),
+        ("centre_x", pa.float64()),
+        ("spacing_z", pa.float32()),  # mm of the crop's voxels
+        ("spacing_y", pa.float32()),
+        ("spacing_x", pa.float32()),
+        ("foreground", pa.float32()),  # share of the voxels in the mask; 0 for classification
+    ]
+)
+TASK_FILE_META = {"role": str, "file": str, "nbytes": int, "checksum": str}
+TASK_SOURCE_META = {"uid": str, "patient": str, "files": [TASK_FILE_META], "samples": int, "left_out": [str]}
+TASK_META = {
+    "task": str,
+    "kind": str,
+    "channels": int,
+    "channel_names": [str],
+    "size_zyx": [int],
+    "window": [float],
+    "classes": [str],
+    "axis_order": str,
+    "orientation": str,
+    "dtype": str,
+    "tool": str,
+    "settings": {},
+    "tables": {},
+    "split": {"rule": str, "folds": int, "seed": int, "val_fraction": float, "scans": {}},
+    "sources": [TASK_SOURCE_META],
+    "bad_scans": [{"where": str, "why": str}],
+}
+SAMPLE_SCHEMA = ManifestSchema(
+    SAMPLE_COLUMNS,
+    4,
+    TASK_META,
+    "preprocess/prepare_target.py",
+    "make the set: python preprocess/prepare_target.py TASK --source FOLDER --out DIR",
+)
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class CandidatePoint:
+    """A place that a table names, x, y, z; `of` says which row it is."""
+
+    of: str
+    xyz: Triple
+    label: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one shard is cut from: images, masks and what tables or readers say of them."""
+
+    uid: str
+    name: str  # what the user sees
+    patient: str
+    files: tuple[tuple[str, ScanSource], ...]  # role -> image; the first is that whose uid this is
+    notes: tuple[tuple[str, str], ...] = ()  # role -> path of other files: readers' XML
+    marks: tuple[CandidatePoint, ...] = ()
+    split: str = ""  # where the source itself says so
+    fold: int = -1
+
+    def source(self, role: str) -> ScanSource:
+        """The image of that role."""
+        return dict(self.files)[role]
+
+
+@dataclass
+class Cases:
+    """What a folder holds for a task. `bad` and `left_out` are (name, why); `tables` are files that name samples."""
+
+    cases: list[Case] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    tables: dict[str, str] = field(default_factory=dict)  # name -> checksum
+
+    def sort(self) -> "Cases":
+        """In an order that depends on nothing else."""
+        self.cases.sort(key=lambda case: case.uid)
+        self.bad.sort()
+        self.left_out.sort()
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record int16 [c,z,y,x]: channels, and the mask last for segmentation; and where it was cut, z, y, x."""
+
+    record: NDArray[np.int16]
+    of: str
+    label: int  # -1 for segmentation
+    first_voxel: Triple
+    centre_mm: Triple
+    spacing_mm: Triple
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that cannot be cut, in one line; the others of its case go on."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class CutSamples:
+    """A case that was read: what its files are (`task.TASK_FILE_META`), and its samples."""
+
+    files: list[dict[str, Any]]
+    samples: Iterator[Sample | LeftOut]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who is tested on: a split for every patient, or, with folds, a fold."""
+
+    rule: str
+    of: dict[str, str] = field(default_factory=dict)  # patient -> train | val | test
+    fold_of: dict[str, int] = field(default_factory=dict)
+    folds: int = 0
+    seed: int = 0
+    val_fraction: float = 0.0
+
+
+class Task(Protocol):
+    """One target task. Class attributes say what its samples are."""
+
+    name: ClassVar[str]
+    size: ClassVar[tuple[int, int, int]]  # z, y, x: the paper's
+
+    @property
+    def kind(self) -> str:
+        """`classification` or `segmentation`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What 0 and 1 mean."""
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What the channels of a sample are."""
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Stored values that become 0 and 1."""
+
+    def check(self) -> None:
+        """Raise UserError for options that make no data set."""
+
+    def find(self, source: str, out: str) -> Cases:
+        """All cases below a folder. Raises UserError when there are none, or a table cannot be read."""
+
+    def split(self, cases: list[Case]) -> Split:
+        """By patient; a function of the cases and the options. Raises UserError where it cannot be done."""
+
+    def cut(self, case: Case, size: tuple[int, int, int]) -> "CutSamples":
+        """Read a case; its samples come one by one. Raises BadScan for a case that cannot be used."""

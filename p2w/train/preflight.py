@@ -1,0 +1,274 @@
+"""Checks before the first step: all ranks run the same program on the same data, and this machine computes correctly.
+
+- Convolutions in bf16: oneDNN 3.12 returns garbage for some shapes (see p2w.model.conv), some cuDNN 9 are wrong or slow.
+- Crop-resize, whose kernel is compiled for the card it meets.
+Both are compared with arithmetic that is not in doubt: convolutions at the sizes of this run, crop-resize on a small whole.
+That every convolution was found right is remembered from one start to the next (`p2w.train.verdicts`).
+
+Shapes: B, C, D, H, W = batch, channel, slice, row, column.
+"""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p2w import __version__, geometry
+from p2w import rng as p2w_rng
+from p2w.config import Config, PretextConfig
+from p2w.errors import SharedError, UserError
+from p2w.train.layer_probe import (
+    Draw,
+    Meeting,
+    Shape,
+    backward_scale,
+    few,
+    float32_arithmetic,
+    forward_backward,
+    in_channels_last,
+    litter,
+    meet,
+    run_arithmetic,
+)
+from p2w.train.optim import Precision
+from p2w.train.verdicts import Facts, is_remembered, machine_facts, remember
+from p2w.world import World
+
+
+def check_rank_consistency(
+    world: World, given: dict[str, Any], precision: Precision, data: str, amp: str
+) -> None:
+    """Raise SharedError, on all ranks, when ranks differ: it names what, and where.
+
+    `given` are settings by what the user calls them, plain values; `data` is the fingerprint of the set that this rank has
+    opened, `amp` the option that chooses the precision.
+    """
+    if world.store is None:
+        return
+    mine = {"host": world.host, "p2w": __version__, "torch": torch.__version__}
+    mine |= {"data set": data, "precision": precision.name}
+    mine |= given
+    world.store.set(f"facts/{world.rank}", json.dumps(mine))
+    if world.is_main:
+        everyone = [json.loads(world.store.get(f"facts/{rank}")) for rank in range(world.size)]
+        world.store.set("verdict", _verdict(everyone, amp))
+    verdict = world.store.get("verdict").decode()
+    world.barrier()  # without torchrun the store ends with rank 0: not before all have read it
+    if verdict:
+        raise SharedError(verdict)
+
+
+def _verdict(everyone: list[dict[str, Any]], amp: str) -> str:
+    """What differs from rank 0, one line; empty when all agree."""
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        differing = [name for name in first if name != "host" and other.get(name) != first[name]]
+        if differing:
+            theirs = ", ".join(f"{name} {other.get(name)}" for name in differing[:3])
+            ours = ", ".join(f"{name} {first[name]}" for name in differing[:3])
+            return (
+                f"rank {rank} on {other['host']} has {theirs}; rank 0 on {first['host']} has {ours}. All ranks need the "
+                f"same versions, settings and data: start every node with the same command, and pass {amp} where their "
+                "devices differ"
+            )
+    return ""
+
+
+CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
+WITHIN = 0.02  # of the largest value; rounding to bf16 left 0.004 at most in all sizes tried, wrong kernels 1 to infinity
+CROP_WITHIN = 1e-4  # of the window, float32 against float64
+
+
+def check_numerics(
+    config: Config, precision: Precision, model: nn.Module, world: World, warn: Callable[[str], None]
+) -> Precision:
+    """The precision to train in, the same on all ranks. Where `auto` chose one that is wrong here, float32 takes its place.
+
+    Raises UserError for what has no other way.
+    """
+    where = f"rank {world.rank} on {world.host}"
+    crop = wrong_crop(config.pretext, world.device)
+    if world.any(bool(crop)):
+        raise UserError(
+            f"{where}: {crop or 'crop-resize is sound here and wrong on another rank'}; {_remedy(world)}"
+        )
+    name, why = p2w_rng.backend(world.device)
+    if world.device.type == "cuda" and name != "triton":
+        warn(f"parts are cut by {name}, more slowly than by the kernel: {why}")
+    share = config.data.batch // world.size // config.optim.accumulate
+    # A GPU chooses its kernels by the batch too.
+    shape = (share if world.device.type == "cuda" else 1, 1, *config.pretext.size)
+    layer = _wrong_here(model, precision, shape, world, warn)
+    if not world.any(bool(layer)):
+        return precision
+    found = f"{where}: {layer or f'another rank computes wrongly in {precision.name}'}"
+    if config.train.precision != "auto":
+        raise UserError(f"{found}; pass --train.precision fp32, or auto")
+    warn(f"{found}; the run computes in fp32")
+    return Precision("fp32", None, f"{precision.name} is wrong on this machine")
+
+
+def _remedy(world: World) -> str:
+    if p2w_rng.backend(world.device)[0] == "triton":
+        return "install another triton, or none: torch then cuts the parts"
+    return "install another torch"
+
+
+def _wrong_here(
+    model: nn.Module, precision: Precision, shape: Shape, world: World, warn: Callable[[str], None]
+) -> str:
+    """`wrong_convolution`, unless this machine was found sound before with the same versions, layers and sizes."""
+    if not _differs_from_float32(precision, world.device):
+        return ""
+    meetings = meet(model, shape, CONVOLUTIONS)
+    facts: Facts = {
+        **machine_facts(world),
+        "precision": precision.name,
+        "channels_last": in_channels_last(model),
+        "layers": [repr(kind_of(one)) for one in meetings],
+    }
+    if is_remembered(facts, warn):
+        return ""
+    wrong = _first_wrong(meetings, precision, world.device, in_channels_last(model))
+    if not wrong:
+        remember(facts, warn)
+    return wrong
+
+
+def wrong_convolution(model: nn.Module, precision: Precision, shape: Shape, device: torch.device) -> str:
+    """Compare each convolution of `model`, in the run's precision, with float32; "" or what differs and by how much.
+
+    `shape` (B, C, D, H, W) is what the network is fed. Output and both gradients of every distinct convolution are
+    taken at the size it meets there, with memory around that holds NaN. The model itself is not touched.
+
+    The precision under test computes the whole batch, by which a GPU chooses its kernels. Of a large layer only the first
+    samples are drawn and computed in float32; the batch repeats them, so that every sample's output and gradient is still
+    compared, and the weights' gradient is compared with that of the few times the number of their copies.
+    """
+    if not _differs_from_float32(precision, device):
+        return ""
+    return _first_wrong(meet(model, shape, CONVOLUTIONS), precision, device, in_channels_last(model))
+
+
+def _differs_from_float32(precision: Precision, device: torch.device) -> bool:
+    return precision.dtype is not None or (precision.name == "tf32" and device.type == "cuda")
+
+
+def _first_wrong(
+    meetings: list[Meeting], precision: Precision, device: torch.device, channels_last: bool
+) -> str:
+    """What is wrong with the first convolution that is; each distinct one is computed once."""
+    once: dict[Any, Meeting] = {}
+    for one in meetings:
+        once.setdefault(kind_of(one), one)
+    for one in once.values():
+        for what, error in _differences(one, precision, device, channels_last):
+            if not error <= WITHIN:  # NaN is not
+                return (
+                    f"{one.name}: {what} in {precision.name} differs from float32 by {error:.3g} of its largest value "
+                    f"(rounding explains {WITHIN:g}), at input {one.given} on {device.type}, torch {torch.__version__}"
+                )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return ""
+
+
+def kind_of(one: Meeting) -> tuple[Any, ...]:
+    """What the arithmetic of a convolution depends on: type, weight's shape, how the kernel moves, shape of the input."""
+    module = one.module
+    how = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+    return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, one.given)
+
+
+def _differences(
+    one: Meeting, precision: Precision, device: torch.device, channels_last: bool
+) -> Iterator[tuple[str, float]]:
+    """(what, largest difference / largest value) of output and gradients in the run's precision against float32."""
+    draw, samples = Draw(precision, device, channels_last), one.given[0]
+    number = few(samples, one.given, one.out)
+    copies = samples // number
+    layer = copy.deepcopy(one.module).requires_grad_()  # also of what the run keeps frozen
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.to(draw.grid))
+    x = draw.normal((number, *one.given[1:]))
+    by = draw.normal((number, *one.out[1:])) * backward_scale(copies)
+    with float32_arithmetic():
+        output, inputs, weights = forward_backward(layer, [layer.weight], x, by)
+    expected = (output, inputs, weights * copies)
+    x, by = draw.repeat(x, samples), draw.repeat(by, samples)
+    litter(device, x, by)
+    with run_arithmetic(precision, device):
+        found = forward_backward(layer, [layer.weight], x, by)
+    for what, value, right in zip(
+        ("output", "input's gradient", "weights' gradient"), found, expected, strict=True
+    ):
+        yield what, _difference(value, right)
+
+
+def _difference(value: Tensor, right: Tensor) -> float:
+    """The largest difference over the largest value of `right`, which `value` may repeat; NaN where `value` holds one."""
+    pieces = value.split(len(right))
+    worst = torch.stack([(piece.float() - right).abs().max() for piece in pieces]).max()
+    return float(worst / right.abs().max().clamp(min=1e-30))
+
+
+def wrong_crop(config: PretextConfig, device: torch.device) -> str:
+    """Compare crop-resize on `device` with float64 of other code; "" or what differs and by how much.
+
+    A whole of (9, 21, 18) voxels, four boxes with fractions, outputs that held NaN before; part and whole alike.
+    """
+    rng, size, shape = np.random.default_rng(0), (4, 11, 7), (9, 21, 18)
+    low, high = (int(edge) for edge in config.window_hu)
+    voxels = rng.integers(low - 100, high + 100, (4, *shape)).clip(-32768, 32767).astype(np.int16)
+    start = rng.uniform(0, 0.4, (4, 3))
+    boxes = (np.concatenate((start, start + rng.uniform(0.3, 0.6, (4, 3))), 1) * np.tile(shape, 2)).astype(
+        np.float32
+    )
+    poisoned = tuple(torch.full((4, 1, *size), float("nan"), device=device) for _ in range(2))
+    part, whole = geometry.part_and_whole(
+        torch.from_numpy(voxels).to(device), torch.from_numpy(boxes).to(device), size,
+        window_hu=config.window_hu, antialias=config.antialias, out=(poisoned[0], poisoned[1]),
+    )  # fmt: skip
+    everything = np.tile(np.array([0, 0, 0, *shape], np.float32), (4, 1))
+    for what, found, crops in (("part", part, boxes), ("whole", whole, everything)):
+        right = np.stack([_crop(v, c, size, config) for v, c in zip(voxels, crops, strict=True)])
+        error = float(np.abs(found[:, 0].cpu().double().numpy() - right).max())
+        if not error <= CROP_WITHIN:
+            name, why = p2w_rng.backend(device)
+            return (
+                f"crop-resize by {name} ({why}) differs from float64 by {error:.3g} of the window (up to "
+                f"{CROP_WITHIN:g} is rounding), in the {what}; {_versions()}"
+            )
+    return ""
+
+
+def _crop(
+    voxels: NDArray[np.int16], box: NDArray[np.float32], size: Shape, config: PretextConfig
+) -> NDArray[np.float64]:
+    """One part (d, h, w) in [0, 1], by a dense matrix for each axis, from the convention that p2w.geometry states."""
+    low, high = config.window_hu
+    values = (voxels.astype(np.float64).clip(low, high) - low) / (high - low)
+    for axis in range(3):
+        begin, end, n = float(box[axis]), float(box[axis + 3]), values.shape[axis]
+        scale = (end - begin) / size[axis]
+        reach = max(1.0, scale) if config.antialias else 1.0
+        centre = begin + (np.arange(size[axis]) + 0.5) * scale
+        weights = np.maximum(0.0, 1 - np.abs(np.arange(n) + 0.5 - centre[:, None]) / reach)
+        weights[:, : int(np.floor(begin))] = 0
+        weights[:, int(np.ceil(end)) :] = 0
+        weights /= weights.sum(1, keepdims=True)
+        values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
+    return values
+
+
+def _versions() -> str:
+    triton = importlib.util.find_spec("triton")
+    where = f", triton in {triton.submodule_search_locations}" if triton else ""
+    return f"torch {torch.__version__}{where}"

@@ -1,0 +1,284 @@
+"""Published weights of others in torch, safetensors or TensorFlow files, recognised by their names and brought to ours.
+
+Models Genesis   {"state_dict": {"module.down_tr64.ops.0.conv1.weight": …}}
+MedicalNet       {"state_dict": {"module.layer3.22.conv3.weight": …}}
+I3D              {"Mixed_3b.b0.conv3d.weight": …}
+dense V-Net      model.ckpt-3000.index and .data-00000-of-00001, a TensorFlow checkpoint (`p2w.weights.foreign`)
+
+Models Genesis' parameter names <-> ours. Theirs are flat (`down_tr64…`, `up_tr256…`, `out_tr…`), ours say which half.
+
+NiftyNet's names for the variables of its dense V-Net -> ours.
+
+The names are those that NiftyNet 0.6.0 itself makes (its graph was built and its variables listed): layers of one kind are
+numbered where they stand side by side, and a `ConvolutionalLayer` holds `conv_` and `bn_`.
+
+    DenseVNet/batch_norm/                                                   image_bn
+    DenseVNet/conv_bn/                                                      initial
+    DenseVNet/dense_feature_stack_block[_I]/dense_feature_stack_block/conv_bn_relu[_J]/  blocks.I.stack.J
+    DenseVNet/dense_feature_stack_block[_I]/conv_bn_relu/                   blocks.I.skip
+    DenseVNet/dense_feature_stack_block[_I]/conv_bn_relu_1/                 blocks.I.down
+    DenseVNet/conv/                                                         head (as many classes as it was trained on)
+
+Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
+(out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
+"""
+
+import pickle
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from p2w.errors import UserError
+from p2w.model.conv import PUBLISHED_WIDTH, scale_channels
+from p2w.model.resnet3d import BASIC, BLOCKS
+from p2w.weights.tf_bundle import Bundle, prefix_of
+
+State = dict[str, Tensor]
+
+ENCODER_PREFIX, DECODER_PREFIX = "down_tr", ("up_tr", "out_tr")
+
+
+def to_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop `encoder.` and `decoder.` from the names of an EncoderDecoder's state dict.
+
+    Raises UserError for a name of another network.
+    """
+    return {_strip(name, ("encoder.", "decoder.")): value for name, value in state.items()}
+
+
+def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name a Models Genesis state dict (with or without `module.`) as EncoderDecoder does.
+
+    Raises UserError for a name that is not Models Genesis'.
+    """
+    named = {}
+    for key, value in state.items():
+        name = key.removeprefix("module.")
+        if name.startswith(ENCODER_PREFIX):
+            named[f"encoder.{name}"] = value
+        elif name.startswith(DECODER_PREFIX):
+            named[f"decoder.{name}"] = value
+        else:
+            raise UserError(f"{key}: not a Models Genesis parameter; expected down_tr…, up_tr… or out_tr…")
+    return named
+
+
+def _strip(name: str, prefixes: tuple[str, ...]) -> str:
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    raise UserError(f"{name}: not a parameter of the U-Net; expected encoder.… or decoder.…")
+
+
+NIFTYNET_BLOCK = r"dense_feature_stack_block(?:_(\d+))?"
+LAYERS = (
+    (
+        rf"DenseVNet/{NIFTYNET_BLOCK}/dense_feature_stack_block/conv_bn_relu(?:_(\d+))?/",
+        "blocks.{0}.stack.{1}.",
+    ),
+    (rf"DenseVNet/{NIFTYNET_BLOCK}/conv_bn_relu/", "blocks.{0}.skip."),
+    (rf"DenseVNet/{NIFTYNET_BLOCK}/conv_bn_relu_1/", "blocks.{0}.down."),
+    (r"DenseVNet/conv_bn/", "initial."),
+)
+LEAVES = {
+    "conv_/w": "conv.weight",
+    "bn_/gamma": "bn.weight",
+    "bn_/beta": "bn.bias",
+    "bn_/moving_mean": "bn.running_mean",
+    "bn_/moving_variance": "bn.running_var",
+}
+IMAGE = {
+    f"DenseVNet/batch_norm/{k.removeprefix('bn_/')}": f"image_{v}" for k, v in LEAVES.items() if "bn" in k
+}
+NIFTYNET_HEAD = re.compile(r"DenseVNet/conv(_1)?/conv_/[wb]$")
+# What training left beside the weights: corrections of moving averages, averages of weights, Adam's slots, counters.
+BESIDE = re.compile(
+    r"/(biased|local_step|Adam(_\d+)?|Momentum|RMSProp(_\d+)?|ExponentialMovingAverage)$"
+    r"|(^|/)(beta[12]_power|global_step)$"
+)
+
+
+def is_niftynet(bundle: Bundle) -> bool:
+    """Whether this is a dense V-Net's checkpoint."""
+    return "DenseVNet/conv_bn/conv_/w" in bundle.entries
+
+
+def read_niftynet(bundle: Bundle) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under our names, and the names of the head's. Raises UserError for a variable that the table does not know."""
+    state, head, unknown = {}, [], []
+    for name in bundle.entries:
+        if BESIDE.search(name):
+            continue
+        if NIFTYNET_HEAD.match(name):
+            head.append(name)
+        elif ours := _ours(name):
+            state[ours] = _turned(bundle.tensor(name).float())
+        else:
+            unknown.append(name)
+    if unknown:
+        raise UserError(
+            f"{bundle.prefix}: {len(unknown)} variables that NiftyNet's dense V-Net does not have, first {unknown[0]}; "
+            "weights of another network, or of another version of it"
+        )
+    return state, head
+
+
+def _ours(name: str) -> str | None:
+    if name in IMAGE:
+        return IMAGE[name]
+    for pattern, layer in LAYERS:
+        if found := re.match(pattern, name):
+            leaf = LEAVES.get(name[found.end() :])
+            return leaf and layer.format(*(number or 0 for number in found.groups())) + leaf
+    return None
+
+
+def _turned(value: Tensor) -> Tensor:
+    """(A, R, S, in, out) -> (out, in, z, y, x); a norm's values stay."""
+    return value.permute(4, 3, 2, 0, 1).flip(3, 4).contiguous() if value.ndim == 5 else value
+
+
+KNOWN = "Models Genesis, MedicalNet, I3D, NiftyNet's dense V-Net, or a run or file of p2w"
+CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}  # FACTS 1, 4
+UNREADABLE = (  # what torch and safetensors make of files that are none
+    SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
+)  # fmt: skip
+FIRST = {  # the first convolution and its published number of outputs
+    "unet3d": ("down_tr64.ops.0.conv1.weight", 32),
+    "i3d": ("Conv3d_1a_7x7.conv3d.weight", 64),
+    "dense_vnet": ("initial.conv.weight", 24),
+} | {f"resnet{depth}": ("conv1.weight", 64) for depth in BLOCKS}
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """An encoder's weights as somebody published them."""
+
+    format: str
+    network: str
+    state: State
+    head: tuple[str, ...] = ()
+    decoder: State | None = None
+    notes: tuple[str, ...] = ()
+    data: dict[str, str] = field(default_factory=dict)
+
+
+def read_published(path: Path) -> PublishedWeights:
+    """Recognise and read a file of others. Raises UserError when it is none of them, damaged, or would run code."""
+    prefix = prefix_of(path)
+    if prefix is not None:
+        bundle = Bundle(prefix)
+        if not is_niftynet(bundle):
+            some = ", ".join(list(bundle.entries)[:3])
+            raise UserError(
+                f"{prefix}: a TensorFlow checkpoint, but not of NiftyNet's dense V-Net; it has {some}, …"
+            )
+        state, head = read_niftynet(bundle)
+        note = "kernels turned from anterior, right, superior to z, y, x"
+        return PublishedWeights("NiftyNet", "dense_vnet", state, tuple(head), notes=(note,))
+    whole = _file(path)
+    tensors = _tensors(whole, path)
+    for recognise in (_genesis, _medicalnet, _i3d):
+        if found := recognise(tensors, whole, path):
+            return found
+    some = ", ".join(list(tensors)[:3])
+    raise UserError(f"{path}: weights of an unknown network ({some}, …); known are {KNOWN}")
+
+
+def widths(found: PublishedWeights) -> list[int]:
+    """Widths at which the network's first convolution has as many outputs as the file's; published weights have 32."""
+    name, published = FIRST[found.network]
+    outputs = found.state[name].shape[0] if name in found.state else 0
+    return [w for w in range(1, 4 * PUBLISHED_WIDTH + 1) if scale_channels(published, w) == outputs]
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """What a torch or safetensors file holds; only plain types and tensors, never code."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name {KNOWN}") from error
+    try:
+        if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
+            return dict(load_file(path))
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path}: is not read, since reading it would run {called[1]}; where you trust it, save its state_dict alone"
+            ) from error
+        raise UserError(f"{path}: no file of tensors; name {KNOWN}") from error
+    except UNREADABLE as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path}: cannot be read as weights ({why}); name {KNOWN}") from error
+    if not isinstance(whole, dict):
+        raise UserError(f"{path}: holds a {type(whole).__name__}, not tensors by name; name {KNOWN}")
+    return whole
+
+
+def _tensors(whole: dict[str, Any], path: Path) -> State:
+    """The tensors by name, without `module.`: of a state dict, or of what has one inside."""
+    inside = whole.get("state_dict", whole.get("network_weights", whole))  # the second is nnU-Net's
+    if not isinstance(inside, dict):
+        raise UserError(f"{path}: its state_dict is a {type(inside).__name__}, not tensors by name")
+    tensors = {str(k).removeprefix("module."): v for k, v in inside.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors; name {KNOWN}")
+    if any(v.layout != torch.strided or v.is_quantized for v in tensors.values()):
+        raise UserError(f"{path}: holds sparse or quantized tensors; save it dense, in float")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
+    """Models Genesis; its arrays are x, y, z [C], so kernels are turned, but not those of a file that we exported."""
+    if "down_tr64.ops.0.conv1.weight" not in tensors:
+        return None
+    ours = "p2w" in whole
+    turned = tensors if ours else {k: _zyx(v) for k, v in tensors.items()}
+    encoder = {k: v for k, v in turned.items() if not k.startswith(DECODER_PREFIX)}
+    decoder = {k: v for k, v in turned.items() if k.startswith(DECODER_PREFIX)}
+    notes = () if ours else ("kernels turned from x, y, z to z, y, x",)
+    head = () if ours else tuple(decoder)
+    return PublishedWeights(
+        "Models Genesis' names, written by p2w" if ours else "Models Genesis",
+        "unet3d", encoder, head, decoder or None, notes, {} if ours else CHEST,
+    )  # fmt: skip
+
+
+def _zyx(value: Tensor) -> Tensor:
+    return value.permute(0, 1, 4, 3, 2).contiguous() if value.ndim == 5 else value
+
+
+def _medicalnet(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
+    """MedicalNet's ResNets: the depth shows in the number of blocks, and in whether these have a third convolution."""
+    if "conv1.weight" not in tensors or "layer4.0.conv1.weight" not in tensors:
+        return None
+    names = [re.match(r"layer([1-4])\.(\d+)\.", k) for k in tensors]
+    seen = {(int(n[1]), int(n[2])) for n in names if n}
+    blocks = tuple(1 + max((block for layer, block in seen if layer == i), default=-1) for i in (1, 2, 3, 4))
+    basic = "layer1.0.conv3.weight" not in tensors
+    depth = next((d for d, b in BLOCKS.items() if b == blocks and (d in BASIC) == basic), None)
+    if depth is None:
+        kind = "basic blocks" if basic else "bottlenecks"
+        raise UserError(
+            f"{path}: a ResNet of {blocks} {kind}, which is none of MedicalNet's depths {', '.join(map(str, BLOCKS))}"
+        )
+    head = tuple(k for k in tensors if k.startswith(("conv_seg.", "fc.")))
+    state = {k: v for k, v in tensors.items() if k not in head}
+    return PublishedWeights("MedicalNet", f"resnet{depth}", state, head)
+
+
+def _i3d(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
+    """I3D, with its classifier or without."""
+    if "Conv3d_1a_7x7.conv3d.weight" not in tensors:
+        return None
+    head = tuple(k for k in tensors if k.startswith("logits."))
+    return PublishedWeights("I3D", "i3d", {k: v for k, v in tensors.items() if k not in head}, head)

@@ -1,0 +1,236 @@
+"""p2w predict: a network with a known answer over scans in any geometry; files as SimpleITK opens them."""
+
+import csv
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from ct_files import dicom
+from safetensors.torch import save_file
+from torch import nn
+
+from p2w.errors import UserError
+from p2w.finetune.init import build_network
+from p2w.inference import predict
+from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
+from p2w.inference.predict import mask_of, read_input
+from p2w.inference.sliding import Windows, slices
+from p2w.model import build_encoder
+
+SIZE = [8, 16, 16]
+DIRECTIONS = [
+    (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    (-1, 0, 0, 0, 1, 0, 0, 0, -1),
+    (0, 0, 1, -1, 0, 0, 0, 1, 0),
+    (0.98, -0.199, 0, 0.199, 0.98, 0, 0, 0, 1),
+]
+
+
+class Threshold(nn.Module):
+    """Voxels above the middle of the window."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1e4))
+
+    def forward(self, x):
+        return (x - 0.5) * self.scale
+
+
+def card(kind="segmentation", **settings):
+    task = {"task": "toy", "channels": 1, "channel_names": ["ct"], "size_zyx": SIZE, "window": [-1000, 1000]}
+    encoder = {"name": "unet3d", "width": 2, "in_channels": 1, "feeding": "unit"}
+    task |= {"settings": settings, "spacing_mm": None}
+    return {"kind": kind, "encoder": encoder, "skips": True, "task": task, "holds": "fine-tuned"}
+
+
+def fitted(**settings):
+    return FineTunedModel(None, Threshold(), card(**settings))
+
+
+def image_of(voxels, spacing=(0.7, 0.8, 2.5), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), origin=(-12.5, 30, 700)):
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    image.SetOrigin(origin)
+    return image
+
+
+@pytest.fixture(scope="module")
+def voxels():
+    """Stored order: air, and a box and a ball of 400 HU."""
+    z, y, x = np.ogrid[:20, :36, :30]
+    inside = ((z - 8) ** 2 * 6 + (y - 20) ** 2 + (x - 10) ** 2 < 60) | ((z > 13) & (y < 9) & (x > 20))
+    return np.where(inside, 400, -900).astype(np.int16)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_a_mask_lies_where_its_scan_does(tmp_path, voxels, direction, ending):
+    path, out = tmp_path / f"scan{ending}", tmp_path / f"mask{ending}"
+    sitk.WriteImage(image_of(voxels, direction=direction), str(path))
+    network = fitted(spacing=None)
+    subject = read_input([path], network)
+    mask = mask_of(subject, network, 0.5, 0.5, 3, None)
+    predict.write_mask(out, subject.stored(mask), subject.stored_grid)
+    scan, written = sitk.ReadImage(str(path)), sitk.ReadImage(str(out))
+    assert written.GetSize() == scan.GetSize() and written.GetPixelID() == sitk.sitkUInt8
+    for name in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(written, name)() == pytest.approx(getattr(scan, name)(), abs=1e-5), name
+    assert (sitk.GetArrayFromImage(written) == (voxels > 0)).all()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.0, 0.5, 1.2)])
+def test_windows_of_another_spacing_find_the_same_place(tmp_path, voxels, spacing):
+    path = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(image_of(voxels, direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)), str(path))
+    network = fitted(spacing=spacing)
+    subject = read_input([path], network)
+    found, truth = subject.stored(mask_of(subject, network, 0.5, 0.5, 3, None)) > 0, voxels > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+
+
+def saved(folder, kind, seed=0):
+    """A trial as it is left, with random weights."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    network = build_network(kind, build_encoder("unet3d", 2), True)
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"p2w": json.dumps(card(kind))})
+    (folder / "result.json").write_text(json.dumps({"state": "finished", "best_val_loss": 1.0 - seed}))
+    return network.eval()
+
+
+def test_from_a_run_to_a_file_and_a_picture(tmp_path, voxels, capsys):
+    path = tmp_path / "scan.mha"
+    sitk.WriteImage(image_of(voxels), str(path))
+    saved(tmp_path / "run" / "trial-00", "segmentation")
+    saved(tmp_path / "run" / "trial-01", "segmentation", seed=1)
+    assert load_finetuned(tmp_path / "run", torch.device("cpu")).file.parent.name == "trial-01"
+    out, png = tmp_path / "mask.nii.gz", tmp_path / "mask.png"
+    argv = [str(tmp_path / "run"), "--scan", str(path), "--out", str(out), "--preview", str(png)]
+    assert predict.main(argv) == 0
+    assert "trial-01" in capsys.readouterr().out
+    assert sitk.ReadImage(str(out)).GetSize() == (30, 36, 20)
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mask.nii.gz", "mask.png", "run", "scan.mha"]
+
+
+def test_candidates_get_the_probability_of_their_crop(tmp_path, voxels):
+    path, table, out = tmp_path / "scan.mha", tmp_path / "candidates.csv", tmp_path / "scored.csv"
+    image = image_of(voxels, direction=(-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+    network = saved(tmp_path / "trial", "classification")
+    places = [(10, 20, 8), (25, 4, 16), (0, 0, 0)]  # stored voxels x, y, z
+    worlds = [image.TransformIndexToPhysicalPoint(place) for place in places]
+    rows = [f"scan,{x},{y},{z},0" for x, y, z in worlds] + ["another,0,0,0,0"]
+    table.write_text("\n".join(["seriesuid,coordX,coordY,coordZ,class", *rows]))
+    argv = [
+        str(tmp_path / "trial"),
+        "--scan",
+        str(path),
+        "--out",
+        str(out),
+        "--candidates",
+        str(table),
+        "--batch",
+        "2",
+    ]
+    assert predict.main(argv) == 0
+    with open(out) as file:
+        scored = list(csv.DictReader(file))
+    assert [[float(row[axis]) for axis in "xyz"] for row in scored] == [
+        pytest.approx(world) for world in worlds
+    ]
+    canonical = voxels[:, :, ::-1]  # LPS: x was stored backwards
+    for (x, y, z), row in zip(places, scored, strict=True):
+        padded = np.pad(canonical, 20, constant_values=-1000)
+        at = (slice(z + 16, z + 24), slice(y + 12, y + 28), slice(29 - x + 12, 29 - x + 28))
+        crop = torch.from_numpy(padded[at].astype(np.float32))[None, None]
+        expected = torch.sigmoid(network((crop + 1000) / 2000))
+        assert float(row["probability"]) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_several_images_scaled_by_their_own_range(tmp_path):
+    """MR: any values, one image a channel; 1 where both channels are in the upper half of their range."""
+    rng = np.random.default_rng(0)
+    values = [rng.random((10, 20, 18)) * 700 + 5, rng.random((10, 20, 18)) * 3]
+    paths = [tmp_path / f"P_{name}.nii.gz" for name in ("flair", "t1")]
+    for path, own in zip(paths, values, strict=True):
+        sitk.WriteImage(image_of(own.astype(np.float32), direction=(-1, 0, 0, 0, -1, 0, 0, 0, 1)), str(path))
+    asks = card(spacing=None)
+    asks["task"] |= {"channels": 2, "window": [0, 32767]}
+
+    class Both(Threshold):
+        def forward(self, x):
+            assert x.shape[1] == 2
+            return super().forward(x.amin(1, keepdim=True))
+
+    network = FineTunedModel(None, Both(), asks)
+    subject = read_input(paths, network)
+    found = subject.stored(mask_of(subject, network, 0.5, 0.5, 3, None)) > 0
+    upper = [(own - own.min()) / np.ptp(own) > 0.5 for own in values]
+    assert (found == (upper[0] & upper[1])).mean() > 0.999  # int16 rounds
+    sitk.WriteImage(image_of(values[1][1:].astype(np.float32)), str(paths[1]))
+    with pytest.raises(UserError, match=r"P_t1\.nii\.gz: "):
+        read_input(paths, network)
+
+
+def test_a_dicom_folder_is_looked_at_where_one_stands(tmp_path, voxels, monkeypatch):
+    """The mask of a series lies where the series does."""
+    folder = tmp_path / "series"
+    dicom(folder, voxels, "1.2.3")
+    monkeypatch.chdir(folder)
+    network = fitted(spacing=None)
+    subject = read_input([Path()], network)
+    mask = mask_of(subject, network, 0.5, 0.5, 3, None)
+    predict.write_mask(tmp_path / "mask.nii.gz", subject.stored(mask), subject.stored_grid)
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
+    series, mask = sitk.ReadImage(names), sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    assert (sitk.GetArrayFromImage(mask) == (sitk.GetArrayFromImage(series) > 0)).all()
+    assert mask.GetOrigin() == pytest.approx(series.GetOrigin(), abs=1e-4)
+    assert mask.GetSpacing() == pytest.approx(series.GetSpacing(), abs=1e-4)
+
+
+def test_refusals(tmp_path, voxels):
+    path = tmp_path / "scan.mha"
+    sitk.WriteImage(image_of(voxels), str(path))
+    trial = tmp_path / "trial"
+    saved(trial, "segmentation")
+    (tmp_path / "cut.mha").write_bytes(path.read_bytes()[:-500])
+    (tmp_path / "empty").mkdir()
+    for argv, said in (
+        ([tmp_path / "gone", "--scan", path, "--out", "m.nii"], "gone"),
+        ([tmp_path / "empty", "--scan", path, "--out", "m.nii"], "no finished trial"),
+        ([trial, "--scan", tmp_path / "gone.mha", "--out", "m.nii"], "no such file"),
+        ([trial, "--scan", tmp_path / "cut.mha", "--out", "m.nii"], "cut.mha"),
+        ([trial, "--scan", path, path, "--out", "m.nii"], "names 2 image"),
+        ([trial, "--scan", path, "--out", "m.jpg"], "segments"),
+        ([trial, "--scan", path, "--out", tmp_path / "no" / "m.nii"], "no folder"),
+        ([trial, "--scan", path, "--out", "m.nii", "--overlap", "1"], "--overlap"),
+        ([trial, "--scan", tmp_path / "empty", "--out", "m.nii"], "no MetaImage.* with --scan DIR"),
+        (
+            [trial, "--scan", path, "--out", "m.nii", "--preview", tmp_path / "no" / "m.png"],
+            "--preview .*no folder",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            predict.main([str(word) for word in argv])
+
+
+def test_memory_does_not_grow_with_the_number_of_slices():
+    def peak(depth):
+        windows = Windows((depth, 64, 64), (8, 32, 32), (1.0, 1.0, 1.0), 0.5)
+        tracemalloc.start()
+        for _ in slices(windows, lambda places: np.zeros((len(places), 8, 32, 32), np.float32), 4):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(8)  # what is imported and cached once
+    assert peak(400) < 2 * peak(40)

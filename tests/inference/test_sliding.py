@@ -1,0 +1,65 @@
+"""Sliding windows against a sum over whole volumes in float64; there and back between grids."""
+
+import numpy as np
+import pytest
+
+from p2w.inference.sliding import Windows, on_scan, slices, weight
+from p2w.tasks.crops import CropBox
+
+CASES = [((9, 20, 17), (4, 8, 8)), ((3, 20, 5), (4, 8, 8)), ((4, 8, 8), (4, 8, 8)), ((2, 3, 4), (4, 8, 8))]
+
+
+def own(place: CropBox) -> np.ndarray:
+    """A window's answer, different for every window."""
+    rng = np.random.default_rng(abs(hash(tuple(place.first))) % 2**32)
+    return rng.random(place.size).astype(np.float32)
+
+
+def naive(windows: Windows) -> np.ndarray:
+    """Volumes of sums and of weights, voxel by voxel."""
+    total, weights = np.zeros(windows.extent), np.zeros(windows.extent)
+    axes = [weight(size).astype(float) for size in windows.size]
+    for z in windows.starts(0):
+        for y in windows.starts(1):
+            for x in windows.starts(2):
+                answer = own(windows.place((z, y, x)))
+                for at in np.ndindex(*windows.size):
+                    voxel = (z + at[0], y + at[1], x + at[2])
+                    if all(0 <= v < n for v, n in zip(voxel, windows.extent, strict=True)):
+                        w = axes[0][at[0]] * axes[1][at[1]] * axes[2][at[2]]
+                        total[voxel] += w * answer[at]
+                        weights[voxel] += w
+    return total / weights
+
+
+@pytest.mark.parametrize(("shape", "size"), CASES)
+@pytest.mark.parametrize("overlap", [0, 0.5, 0.7])
+def test_slices_are_the_weighted_mean_of_all_windows(shape, size, overlap):
+    windows = Windows(shape, size, (1.0, 1.0, 1.0), overlap)
+    found = np.stack(list(slices(windows, lambda places: np.stack([own(p) for p in places]), 3)))
+    assert found.shape == shape
+    np.testing.assert_allclose(found, naive(windows), rtol=2e-5)
+    assert len(windows) == np.prod([len(windows.starts(axis)) for axis in range(3)])
+
+
+def test_every_voxel_is_seen_and_steps_are_even():
+    windows = Windows((100, 65, 64), (32, 64, 64), (1.0, 1.0, 1.0), 0.5)
+    assert (
+        windows.starts(0) == [0, 14, 27, 41, 54, 68]
+        and windows.starts(1) == [0, 1]
+        and windows.starts(2) == [0]
+    )
+
+
+@pytest.mark.parametrize("step", [(2.0, 1.0, 1.0), (0.5, 1.7, 0.8), (1.0, 1.0, 1.0)])
+def test_a_smooth_volume_survives_the_way_to_another_grid_and_back(step):
+    shape = (24, 30, 28)
+    z, y, x = np.meshgrid(*[np.linspace(0, 1, n) for n in shape], indexing="ij")
+    volume = (1000 * (z + 2 * y * x)).astype(np.float32)
+    windows = Windows(shape, (8, 16, 16), step, 0.5)
+    seen = slices(windows, lambda places: np.stack([place.cut(volume, 0) for place in places]), 4)
+    back = np.stack(list(on_scan(seen, windows)))
+    assert back.shape == shape
+    inside = (slice(3, -3),) * 3
+    tolerance = 0.5 if step == (1.0, 1.0, 1.0) else 15
+    assert np.abs(back - volume)[inside].max() < tolerance

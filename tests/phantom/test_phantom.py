@@ -1,0 +1,227 @@
+"""The phantom: same seed same bytes, other seed other patient, LUNA16 layout, positions that meet nodules."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from p2w.errors import UserError
+from p2w.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
+from p2w.phantom.frame import Frame
+
+SMALL = (32, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def scans() -> list[PhantomScan]:
+    return [make_scan(seed) for seed in (0, 1, 2)]
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_same_seed_gives_the_same_bytes() -> None:
+    a, b = make_scan(5, SMALL), make_scan(5, SMALL)
+    assert a.voxels.tobytes() == b.voxels.tobytes()
+    assert a.labels.tobytes() == b.labels.tobytes()
+    assert (a.nodules, a.candidates, a.spacing_mm, a.origin_mm) == (
+        b.nodules,
+        b.candidates,
+        b.spacing_mm,
+        b.origin_mm,
+    )
+
+
+def test_other_seeds_are_other_patients(scans: list[PhantomScan]) -> None:
+    pairs = [(scans[0], scans[1]), (scans[0], scans[2]), (scans[1], scans[2])]
+    for a, b in pairs:
+        assert dice(np.isin(a.labels, LUNGS), np.isin(b.labels, LUNGS)) < 0.9
+        assert dice(a.labels == Label.VESSEL, b.labels == Label.VESSEL) < 0.2
+        assert dice(a.labels == Label.RIB, b.labels == Label.RIB) < 0.3
+        assert dice(a.labels == Label.HEART, b.labels == Label.HEART) < 0.9
+        assert a.spacing_mm != b.spacing_mm
+
+
+# what a radiologist would expect of the median, HU; contrast medium widens blood
+EXPECTED_HU = {
+    Label.AIR: (-3024, -990),
+    Label.FAT: (-120, -80),
+    Label.MUSCLE: (35, 75),
+    Label.HEART: (30, 330),
+    Label.AORTA: (30, 330),
+    Label.LIVER: (40, 140),
+    Label.LUNG: (-930, -780),
+    Label.VESSEL: (-420, 300),
+    Label.AIRWAY: (-1024, -700),
+    Label.SPINE: (100, 450),
+    Label.RIB: (100, 600),
+}
+
+
+@pytest.mark.parametrize("label", EXPECTED_HU, ids=lambda label: label.name)
+def test_tissue_has_its_density(scans: list[PhantomScan], label: Label) -> None:
+    low, high = EXPECTED_HU[label]
+    for scan in scans:
+        inside = scan.voxels[scan.labels == label]
+        assert inside.size > 1000
+        assert low <= np.median(inside) <= high
+
+
+def test_every_tissue_is_somewhere(scans: list[PhantomScan]) -> None:
+    seen = set(np.unique(np.concatenate([np.unique(scan.labels) for scan in scans])).tolist())
+    assert seen == {int(label) for label in Label}
+
+
+def test_nodules_are_where_the_list_says(scans: list[PhantomScan]) -> None:
+    for scan in scans:
+        assert scan.nodules
+        for nodule in scan.nodules:
+            assert 4 <= nodule.diameter_mm <= 30
+            voxel = (np.array(nodule.centre_mm) - scan.origin_mm) / scan.spacing_mm
+            np.testing.assert_allclose(voxel, nodule.centre_voxel, atol=1e-6)
+            assert scan.labels[tuple(np.rint(voxel).astype(int))] == Label.NODULE
+
+
+COARSE = [(seed, (24, 48, 48)) for seed in range(40, 48)] + [(151, (48, 96, 96))]  # 151: once inside a rib
+
+
+@pytest.mark.parametrize(("seed", "shape"), COARSE)
+def test_small_and_coarse_scans_keep_their_nodules(seed: int, shape: tuple[int, int, int]) -> None:
+    scan = make_scan(seed, shape)
+    for nodule in scan.nodules:
+        assert scan.labels[tuple(np.rint(nodule.centre_voxel).astype(int))] == Label.NODULE
+
+
+def test_the_frame_leads_back_to_the_voxel() -> None:
+    for seed in range(4):
+        frame = Frame.draw(np.random.default_rng(seed), (128, 256, 256), None, (300.0, 250.0, 350.0))
+        voxel = np.random.default_rng(seed).uniform(0, frame.shape, (500, 3))
+        back = frame.to_voxel(frame.to_body(voxel))
+        assert np.abs((back - voxel) * frame.spacing_mm).max() < 0.1
+
+
+def test_a_part_of_a_chest_is_a_scan_too() -> None:
+    scan = make_scan(7, (40, 64, 64), spacing_mm=(1.0, 0.7, 0.7))
+    assert scan.spacing_mm == (1.0, 0.7, 0.7)
+    assert scan.voxels.shape == scan.labels.shape == (40, 64, 64)
+    assert scan.voxels.dtype == np.int16 and scan.labels.dtype == np.uint8
+
+
+def test_negatives_stay_off_the_nodules(scans: list[PhantomScan]) -> None:
+    for scan in scans:
+        negatives = np.array([c.centre_mm for c in scan.candidates if not c.positive])
+        assert len(negatives) >= 20
+        for nodule in scan.nodules:
+            assert (np.linalg.norm(negatives - nodule.centre_mm, axis=1) > nodule.diameter_mm / 2).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("phantom") / "LUNA16"
+    write_luna(out, 4, 3, shape=SMALL)
+    return out
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_layout_is_luna16s(folder: Path) -> None:
+    headers = sorted(folder.glob("subset*/*.mhd"))
+    assert [h.parent.name for h in headers] == [f"subset{k}" for k in range(4)]
+    flipped = 0
+    for header in headers:
+        uid = header.stem
+        assert uid.startswith("2.25.") and len(uid) <= 64
+        image = sitk.ReadImage(str(header))
+        mask = sitk.ReadImage(str(folder / "masks" / f"{uid}.mha"))
+        assert image.GetSize() == mask.GetSize() == SMALL[::-1]
+        assert image.GetPixelID() == sitk.sitkInt16
+        np.testing.assert_allclose(image.GetOrigin(), mask.GetOrigin(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(image.GetSpacing(), mask.GetSpacing(), rtol=0, atol=1e-6)
+        assert image.GetDirection() == mask.GetDirection()
+        flipped += image.GetDirection()[0] == -1
+    assert flipped == 1
+    assert not list(folder.rglob(".*"))
+
+
+def test_annotations_lead_to_the_nodules_also_in_flipped_scans(folder: Path) -> None:
+    rows = table(folder / "annotations.csv")
+    assert list(rows[0]) == ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
+    directions = set()
+    for row in rows:
+        mask = sitk.ReadImage(str(folder / "masks" / f"{row['seriesuid']}.mha"))
+        index = mask.TransformPhysicalPointToIndex([float(row[f"coord{axis}"]) for axis in "XYZ"])
+        assert mask[index] == Label.NODULE
+        directions.add(mask.GetDirection()[0])
+    assert directions == {1.0, -1.0}
+
+
+def test_candidates_are_annotations_and_others(folder: Path) -> None:
+    rows = table(folder / "candidates_V2.csv")
+    assert list(rows[0]) == ["seriesuid", "coordX", "coordY", "coordZ", "class"]
+    positive = {tuple(row[c] for c in list(row)[:4]) for row in rows if row["class"] == "1"}
+    assert positive == {tuple(row[c] for c in list(row)[:4]) for row in table(folder / "annotations.csv")}
+    assert sum(row["class"] == "0" for row in rows) == 4 * 40
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_bytes_do_not_depend_on_workers_or_interruption(folder: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(uid: str) -> None:
+        raise Stop(uid)
+
+    out = tmp_path / "again"
+    with pytest.raises(Stop):
+        write_luna(out, 4, 3, shape=SMALL, done=stop)
+    assert len(list(out.glob("subset*/*.mhd"))) == 1 and not (out / "annotations.csv").exists()
+    write_luna(out, 4, 3, shape=SMALL, workers=2)
+    assert contents(out) == contents(folder)
+
+
+def test_a_killed_command_is_completed_by_the_same_command(tmp_path: Path) -> None:
+    def command(name: str, workers: int) -> list[str]:
+        where = ["--out", str(tmp_path / name), "--scans", "3", "--shape", "32", "48", "48"]
+        return [sys.executable, "-m", "p2w.phantom", *where, "--workers", str(workers)]
+
+    with subprocess.Popen(command("killed", 2), stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None and killed.stdout.readline().startswith("scan 1/3")
+        killed.kill()
+    for name, workers in (("killed", 1), ("whole", 1)):
+        subprocess.run(command(name, workers), check=True, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_never_writes_into_another_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "subset0").mkdir()
+    with pytest.raises(UserError, match="no phantom"):
+        write_luna(tmp_path, 1, 0, shape=SMALL)
+    with pytest.raises(UserError, match="another phantom"):
+        write_luna(folder, 4, 4, shape=SMALL)
+    with pytest.raises(UserError, match="another phantom"):
+        write_luna(folder, 2, 3, shape=SMALL)  # would leave three scans that no table lists
+    with pytest.raises(UserError, match="at least 16"):
+        make_scan(0, (8, 96, 96))
+
+
+def test_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "p2w.phantom", "--out", str(tmp_path / "L"), "--scans", "1"]
+    done = subprocess.run(
+        [*command, "--shape", "32", "64", "64"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "scan 1/1" in done.stdout and (tmp_path / "L" / "annotations.csv").exists()
+    bad = subprocess.run([*command, "--shape", "9", "64", "64"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1

@@ -1,0 +1,107 @@
+"""A run is its folder: continued by its own command, refused to any other, held by one process."""
+
+import json
+import multiprocessing
+import time
+from dataclasses import replace
+
+import pytest
+
+from p2w.config import Config, config_to_json
+from p2w.errors import UserError
+from p2w.shards.manifest import data_fingerprint
+from p2w.train.run_dir import RunDir
+
+CONFIG = Config()
+MACHINE = {"host": "here"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunDir(tmp_path / "run")
+    folder.open(CONFIG, "abc", "shards", MACHINE)
+    folder.close()
+    return folder
+
+
+def test_the_same_command_continues_and_every_start_is_noted(run):
+    run.agrees(CONFIG, "abc")
+    run.open(CONFIG, "abc", "elsewhere/shards", MACHINE)
+    run.close()
+    assert [start["shards"] for start in json.loads((run.path / "run.json").read_text())["starts"]] == [
+        "shards", "elsewhere/shards",
+    ]  # fmt: skip
+    assert (run.path / "config.json").read_text() == config_to_json(CONFIG)
+
+
+def test_another_setting_is_refused_by_name(run):
+    other = replace(CONFIG, optim=replace(CONFIG.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.001, now 0\.5\. A run keeps its settings"):
+        run.agrees(other, "abc")
+
+
+def test_length_and_readers_may_change(run):
+    longer = replace(
+        CONFIG, train=replace(CONFIG.train, steps=9, log_every=1), data=replace(CONFIG.data, readers=0)
+    )
+    run.agrees(longer, "abc")
+
+
+def test_another_data_set_is_refused(run):
+    with pytest.raises(UserError, match=r"was trained on data set abc, now abd; pass the --shards"):
+        run.agrees(CONFIG, "abd")
+
+
+def test_the_fingerprint_is_of_content_and_not_of_place():
+    meta = {
+        "shape": [1, 2, 3],
+        "tiling": {"z_margin": 0},
+        "shards": [{"name": "a", "crc32c": 1}],
+        "sources": ["x"],
+    }
+    assert data_fingerprint(meta) == data_fingerprint({**meta, "sources": ["y"]})
+    assert data_fingerprint(meta) != data_fingerprint({**meta, "shards": [{"name": "a", "crc32c": 2}]})
+
+
+def hold(path, started):
+    folder = RunDir(path)
+    folder.open(CONFIG, "abc", "shards", MACHINE)
+    started.set()
+    time.sleep(30)  # not an Event: a process killed inside one leaves it locked
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    first = context.Process(target=hold, args=(tmp_path / "run", started))
+    first.start()
+    try:
+        assert started.wait(30)
+        with pytest.raises(UserError, match=r"another process trains in it \(.*, pid \d+\)"):
+            RunDir(tmp_path / "run").open(CONFIG, "abc", "shards", MACHINE)
+        first.kill()
+        first.join(10)
+        again = RunDir(tmp_path / "run")
+        again.open(CONFIG, "abc", "shards", MACHINE)  # a killed process leaves no lock behind
+        again.close()
+    finally:
+        first.kill()
+        first.join(10)
+
+
+@pytest.mark.parametrize("below", ["", "run/deeper"])
+def test_a_file_in_the_way_is_one_line(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    folder = RunDir(tmp_path / "file" / below if below else tmp_path / "file")
+    with pytest.raises(UserError, match="name a folder"):
+        folder.agrees(CONFIG, "abc")
+        folder.open(CONFIG, "abc", "shards", MACHINE)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+@pytest.mark.parametrize("content", [b"", b'{"starts": [{', b"\xff", b"[]", b'{"starts": [{}]}', b"null"])
+def test_a_torn_file_is_one_line(run, name, content):
+    (run.path / name).write_bytes(content)
+    with pytest.raises(UserError, match=str(run.path)) as error:
+        run.agrees(CONFIG, "abc")
+    assert "\n" not in str(error.value)
