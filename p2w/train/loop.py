@@ -218,7 +218,7 @@ class Trainer:
         if why and wanted == "on":
             raise UserError(f"train.cuda_graph=on: {why}; pass --train.cuda-graph auto")
         if not why:
-            self.stepper.use_graph(self.log.line, forced=wanted == "on")
+            self.stepper.use_graph(self.log.line, wanted == "on", exact=self.config.train.deterministic)
 
     def _unsaved(self) -> bool:
         """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""

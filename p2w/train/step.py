@@ -87,7 +87,7 @@ class Stepper:
         dtype = self.precision.dtype
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def use_graph(self, say: Callable[[str], None], forced: bool) -> None:
+    def use_graph(self, say: Callable[[str], None], forced: bool, exact: bool = False) -> None:
         """Replay the step as one CUDA graph from the fourth step on: where that is faster, or always if `forced`.
 
         For a fused Adam on one CUDA device. The learning rate becomes a tensor, which a graph reads anew at each replay.
@@ -96,7 +96,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["capturable"], group["lr"] = True, rate
         self.optimizer._warned_capturable_if_run_uncaptured = True
-        self.graph = StepGraph(self._whole, self._state, say, forced)
+        self.graph = StepGraph(self._whole, self._state, say, forced, exact)
 
     def step(self, views: Views, step: int) -> StepResult:
         """Forward, backward and update for this rank's share of global step `step`."""
