@@ -77,7 +77,7 @@ def config_of(setup: Setup) -> Config:
     train = {"amp": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
     return replace(
         config,
-        data=replace(config.data, batch=setup.batch, readers=4 if CUDA else 1),
+        data=replace(config.data, batch=setup.batch, reader_threads=4 if CUDA else 1),
         train=replace(config.train, **train, deterministic=setup.deterministic),
     )
 
