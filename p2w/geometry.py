@@ -27,7 +27,7 @@ from torch import Tensor
 from p2w import rng
 from p2w.errors import UserError
 from p2w.kernels import crop_resize_torch
-from p2w.rng import SampleKeys, _state, uniforms
+from p2w.rng import SampleKeys, _state
 
 Size = tuple[int, int, int]  # d, h, w, voxel
 Range = tuple[float, float]  # low, high
@@ -67,7 +67,7 @@ def sample_boxes(
         depth, height, width = map(int, shape_dhw)
         ranges = (low, high), (narrowest, widest)
         return sample_triton.boxes(keys.ids, _state(keys, part), (depth, height, width), *ranges)
-    u = uniforms(keys, part, 7)
+    u = rng.uniforms(keys, part, 7)
     log_f = (low + (high - low) * u[:, :1]).log()
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
     edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(widest / narrowest))).exp().clamp(max=1.0)

@@ -52,7 +52,7 @@ SCANS, EACH = (16, 10) if CUDA else (8, 4)  # of the set that stages train on, a
 class Setup:
     """What differs from a recipe. `forms` of layers, by kind; None: those that a run chooses, by measuring on a GPU."""
 
-    precision: str = "auto"
+    amp: str = "auto"
     batch: int = BATCH
     recipe: str = RECIPE
     compiled: bool = False
@@ -74,10 +74,10 @@ def recipe_of(name: str) -> Config:
 def config_of(setup: Setup) -> Config:
     """The configuration of a set-up."""
     config = recipe_of(setup.recipe)
-    train = {"amp": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
+    train = {"precision": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
     return replace(
         config,
-        data=replace(config.data, batch=setup.batch, readers=4 if CUDA else 1),
+        data=replace(config.data, batch=setup.batch, reader_threads=4 if CUDA else 1),
         train=replace(config.train, **train, deterministic=setup.deterministic),
     )
 

@@ -207,7 +207,7 @@ def test_which_apex(case, tmp_path, monkeypatch, nvidia):
 
 
 def test_a_kernel_that_does_not_compile_costs_speed(case, monkeypatch):
-    monkeypatch.setattr(software, "backend", lambda device: ("torch", "no C compiler was found"))
+    monkeypatch.setattr(software.rng, "backend", lambda device: ("torch", "no C compiler was found"))
     row = only(software.triton(replace(case, cuda=True)))
     assert row.status == "note" and "parts are cut by torch, slower: no C compiler was found" in row.found
     assert "gcc" in row.remedy

@@ -60,7 +60,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(rng, "backend", lambda device: (backend[0], "as on a GPU"))
 
     def one_launch(name):
-        plain = getattr(geometry, name)
+        home = rng if name == "uniforms" else geometry
+        plain = getattr(home, name)
 
         def wrapped(*args, **kwargs):
             count[name] += 1
@@ -71,7 +72,7 @@ def launches(monkeypatch):
             finally:
                 backend[0] = "triton"
 
-        monkeypatch.setattr(geometry, name, wrapped)
+        monkeypatch.setattr(home, name, wrapped)
 
     class Kernel:
         """Leaves its output as it is."""

@@ -42,7 +42,7 @@ def test_another_setting_is_refused_by_name(run):
 
 def test_length_and_readers_may_change(run):
     longer = replace(
-        CONFIG, train=replace(CONFIG.train, steps=9, log_every=1), data=replace(CONFIG.data, readers=0)
+        CONFIG, train=replace(CONFIG.train, steps=9, log_every=1), data=replace(CONFIG.data, reader_threads=0)
     )
     run.agrees(longer, "abc")
 
