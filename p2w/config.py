@@ -148,8 +148,6 @@ if TYPE_CHECKING:
             optim: OptimConfig = ..., train: TrainConfig = ..., **groups: Any,
         ) -> None: ...  # fmt: skip
 
-        def __getattr__(self, group: str) -> Any: ...
-
 
 @functools.cache
 def config_class() -> type:

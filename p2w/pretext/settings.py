@@ -101,7 +101,7 @@ class PretextConfig:
 
 
 class RunConfig(Protocol):
-    """What a pretext is built from: the `p2w.config.Config` of a run, which has a group for each group of settings."""
+    """What a pretext is built from: the `p2w.config.Config` of a run, which also has the groups of single pretexts."""
 
     @property
     def pretext(self) -> PretextConfig:
@@ -118,6 +118,3 @@ class RunConfig(Protocol):
     @property
     def optim(self) -> Any:
         """Settings of the optimizer."""
-
-    def __getattr__(self, group: str) -> Any:
-        """The settings of one pretext, such as `mae`."""

@@ -6,7 +6,7 @@ The encoder sees two parts of each whole in one pass. Each is to reconstruct the
 to be alike and unlike those of other wholes: mean squared error + `contrast.weight` x InfoNCE, negatives of all ranks.
 """
 
-from typing import ClassVar, Self, cast
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,19 @@ from p2w.rng import SampleKeys
 MIRRORS = 1000  # the keys' number for which axes are mirrored; parts are counted from 0
 
 
-def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: RunConfig) -> Tensor:
+class ContrastRunConfig(RunConfig, Protocol):
+    """A run's configuration with the groups of settings that this family reads."""
+
+    @property
+    def contrast(self) -> ContrastConfig:
+        """Settings of the family."""
+
+    @property
+    def intensity(self) -> IntensityConfig:
+        """How the parts' intensities are changed."""
+
+
+def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: ContrastRunConfig) -> Tensor:
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
     config = settings.pretext
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
@@ -84,7 +96,7 @@ class ContrastivePretext(Pretext):
     shows: Shows = "part"
     kind: ClassVar[type[ContrastiveObjective]]
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ContrastRunConfig) -> None:
         """Raise UserError for a batch too small to hold negatives, or too large for the queue."""
         check_batch(config)
         if self.kind is MocoQueue and config.contrast.queue < config.data.batch:
@@ -96,7 +108,7 @@ class ContrastivePretext(Pretext):
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
         """The family also reads how large a batch is and in how many passes it comes."""
-        return cls(config)
+        return cls(cast(ContrastRunConfig, config))
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> parts 0 and 1 of each, (B, 1, d, h, w) in [0, 1], and the wholes' ids (B,)."""
@@ -122,7 +134,7 @@ class ContrastivePretext(Pretext):
         return {"part": views.input, "another part": views.target}
 
 
-def check_batch(config: RunConfig) -> None:
+def check_batch(config: ContrastRunConfig) -> None:
     """Raise UserError where a pass holds a single whole: it would have nothing to differ from."""
     if config.data.batch < 2 * config.optim.accumulate:
         raise UserError(
@@ -164,7 +176,7 @@ class Parts2WholeContrast(Pretext):
     reconstructs = True
     shows: Shows = "part"
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ContrastRunConfig) -> None:
         """Raise UserError for a batch too small to hold negatives."""
         check_batch(config)
         self.config = config
@@ -172,7 +184,7 @@ class Parts2WholeContrast(Pretext):
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
         """Like the family, it also reads how large a batch is and in how many passes it comes."""
-        return cls(config)
+        return cls(cast(ContrastRunConfig, config))
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> part and whole, (B, 1, d, h, w) in [0, 1]; as extra inputs another part and
