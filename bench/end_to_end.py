@@ -58,7 +58,7 @@ class Ready(Parts2Whole):
 
     kept: Views | None = None
 
-    def sample(self, batch_BDHW: torch.Tensor, keys: SampleKeys) -> Views:
+    def sample(self, batch_BDHW: torch.Tensor, keys: SampleKeys, step: int = 0) -> Views:
         self.kept = self.kept or super().sample(batch_BDHW, keys)
         return self.kept
 

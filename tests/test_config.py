@@ -81,6 +81,30 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_an_older_version_loads(tmp_path):
+    """Its groups of pretexts come in another order, and some settings have older names."""
+    older = {
+        "data": {"batch": 8, "readers": 3},
+        "pretext": {"name": "mae", "size": [16, 32, 32], "volume_fraction": [0.0625, 0.25]},
+        "intensity": {"strength": 0.5, "curve": 1.0, "gamma": 3.0},
+        "contrast": {"temperature": 0.5, "queue": 64, "both": False},
+        "position": {"weight": 0.1},
+        "genesis": {"cube": "whole", "blocks": 200},
+        "rubik": {"orders": 5, "grid": [1, 2, 2]},
+        "mae": {"patch": [2, 4, 4], "ratio": 0.5, "fill": "zero"},
+        "train": {"amp": "fp32", "look_every": 7},
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(older))
+    config = read_config(path)
+    assert (config.data.reader_threads, config.train.precision, config.train.probe_every) == (3, "fp32", 7)
+    flat = flatten(config)
+    for group in ("intensity", "contrast", "position", "genesis", "rubik", "mae"):
+        for name, value in older[group].items():
+            assert flat[f"{group}.{name}"] == (tuple(value) if isinstance(value, list) else value)
+    assert read_config(path) == config and type(config) is Config
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: No such file.*name a recipe"):
         read_config(tmp_path / "none.json")
@@ -143,6 +167,15 @@ def test_any_json_gives_a_config_or_a_user_error(tmp_path_factory, tree):
         ("pretext.aspect_range", (0.5, float("inf")), "0 < low <= high"),
         ("pretext.window_hu", (1000.0, 1000.0), "first must be below the second"),
         ("pretext.window_hu", (-float("inf"), 1000.0), "first must be below the second"),
+        ("intensity.gamma", 0.5, "must be from 1 to 10; pass --intensity.gamma"),
+        ("contrast.weight", 2e6, "must be from 0 to 1000000.0; pass --contrast.weight"),
+        ("contrast.sinkhorn_iterations", 0, "must be from 1 to 1000; pass --contrast.sinkhorn-iterations"),
+        ("position.weight", -1.0, "must be from 0 to 1000; pass --position.weight"),
+        ("genesis.blocks", 0, "must be from 1 to 1000000; pass --genesis.blocks"),
+        ("rubik.gap", 0.6, "must be from 0 to 0.5; pass --rubik.gap"),
+        ("rubik.grid", (2, 0, 2), "needs three numbers of at least 1; pass e.g. --rubik.grid 2 2 2"),
+        ("mae.patch", (0, 8, 8), "needs three numbers of at least 1; pass e.g. --mae.patch 4 8 8"),
+        ("mae.ratio", float("nan"), "must be finite; pass --mae.ratio"),
     ],
 )
 def test_each_check_names_value_rule_and_setting(name, value, rule):

@@ -26,7 +26,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.world": ("p2w.errors", "p2w.resources"),
     "p2w.log": ("p2w.errors", "p2w.files"),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
-    "p2w.config": ("p2w.errors", "p2w.pretext_config"),
+    "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
     "p2w.geometry": ("p2w.errors", "p2w.rng", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),
@@ -36,11 +36,11 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.shards": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
     "p2w.stream": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
     "p2w.pretext": (
-        "p2w.errors", "p2w.config", "p2w.pretext_config", "p2w.rng", "p2w.geometry", "p2w.kernels", "p2w.model",
+        "p2w.errors", "p2w.rng", "p2w.geometry", "p2w.kernels", "p2w.model",
         "p2w.pretext",
     ),
     "p2w.train": (*BASE, "p2w.kernels", "p2w.pretext.protocol", "p2w.train"),
-    "p2w.weights": (*BASE, "p2w.train.checkpoint", "p2w.weights"),
+    "p2w.weights": (*BASE, "p2w.pretext", "p2w.train.checkpoint", "p2w.weights"),  # the card says what was shown
     "p2w.tasks": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.stream", "p2w.tasks",
     ),

@@ -3,6 +3,7 @@
     make methods                                             # phantom; an hour and a half on two free cores
     python bench/evidence/methods.py --folder evidence --seeds 3
     python bench/evidence/methods.py --page-only             # from what is in the folder
+    python bench/evidence/methods.py --names-only            # only the page's first table: which pretexts there are
 
 Every method trains the demo's network on the same phantom scans, for the arithmetic of STEPS steps of Parts2Whole as
 p2w.train.estimate counts it. compare.py measures their features on the same parts, launch/finetune.py fine-tunes them. The
@@ -15,10 +16,11 @@ import sys
 from pathlib import Path
 
 import methods_page
+import page
 from jobs import REPO, Job, work
 from run import data_jobs
 
-from p2w.pretext import build_pretext_and_network
+from p2w.pretext import PRETEXTS, build_pretext_and_network, pretext_class
 from p2w.train.estimate import run_cost
 
 sys.path.insert(0, str(REPO))
@@ -36,9 +38,11 @@ CONTENDERS: dict[str, list[str]] = {
     "models_genesis": ["--pretext.name", "models_genesis", "--pretext.skips"],
 }
 # … and what it shows beside them, with one.
-OTHERS = (
-    "autoencoder", "mae", "rubiks_cube", "rubiks_cube_pp", "exemplar", "moco", "instdisc", "pirl", "swav", "amdim",
-)  # fmt: skip
+OTHERS = tuple(
+    name
+    for name in PRETEXTS
+    if name not in CONTENDERS and ["--pretext.name", name] not in CONTENDERS.values()
+)
 # … and once more for three times as long, since not all have learned by then.
 LONGER = ("parts2whole", "+ intensity")
 METHODS = CONTENDERS | {name: ["--pretext.name", name] for name in OTHERS}
@@ -78,6 +82,15 @@ def compare_job(folder: Path, run: Path, untrained: bool = False) -> Job:
     return Job(f"{run.parent.name}-{run.name}-{out[:-5]}", command, run / out)
 
 
+def names() -> str:
+    """A row for each pretext: its name, what is shown and asked, and its groups of settings, from its own file."""
+    rows = [
+        (f"`{name}`", kind.summary, ", ".join(f"`--{group}.*`" for group in kind.groups))
+        for name, kind in ((name, pretext_class(name)) for name in PRETEXTS)
+    ]
+    return page.table(("`--pretext.name`", "shown -> asked", "settings"), rows).replace("--:", "---")  # words
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,7 +98,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the methods that the table compares")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    parser.add_argument("--names-only", action="store_true", help="write the table of pretexts alone")
     args = parser.parse_args()
+    path = REPO / "docs" / "methods.md"
+    path.write_text(page.fill(path.read_text(), "pretexts", names()))
+    if args.names_only:
+        return
     folder, seeds = args.folder.resolve(), range(args.seeds)
     if not args.page_only:
         for stage in data_jobs(folder, None):

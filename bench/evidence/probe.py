@@ -29,8 +29,7 @@ from p2w.analysis.similarity import auc, pair_cosines
 from p2w.config import PretextConfig
 from p2w.errors import exits
 from p2w.files import write_atomic
-from p2w.pretext.volume_ops import intensity_transform
-from p2w.pretext_config import IntensityConfig
+from p2w.pretext.volume_ops import IntensityConfig, intensity_transform
 from p2w.rng import SampleKeys
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import open_set

@@ -5,27 +5,42 @@ squared error over the hidden voxels alone. A transformer would leave hidden pat
 computes on them, so it sees the fill and pays for it: this proxy is the task of MAE, without its saving.
 """
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from p2w import rng
-from p2w.config import PretextConfig
 from p2w.errors import UserError
 from p2w.model.decoder import EncoderDecoder, build_decoder
 from p2w.model.encoder import Encoder, Network, Output
-from p2w.pretext.protocol import Views, check_size
+from p2w.pretext.protocol import Pretext, Views, check_size
+from p2w.pretext.settings import Bounds, PretextConfig, Shows
 from p2w.pretext.volume_ops import resized_whole
-from p2w.pretext_config import MaeConfig
 from p2w.rng import SampleKeys
 
 
-class Mae:
+@dataclass(frozen=True)
+class MaeConfig:
+    """Masks of mae."""
+
+    patch: Annotated[tuple[int, int, int], Bounds(1, usual="4 8 8")] = (4, 8, 8)
+    """Voxels z y x of a patch [?]; divides pretext.size."""
+    ratio: Annotated[float, Bounds(0, 1)] = 0.75
+    """Share of the patches that are hidden [P: He et al. 2022]."""
+    fill: Literal["mean", "zero"] = "mean"
+    """What stands in hidden patches: the mean of what is seen of that whole, or 0 [?]."""
+
+
+class Mae(Pretext):
     """Which patches are hidden is a function of (seed, epoch, id) alone; as many in every whole."""
 
+    summary = "a whole with three quarters of its patches hidden -> these"
+    groups: ClassVar = {"mae": MaeConfig}
     reconstructs = True
     capturable = True
+    shows: Shows = "whole"
 
     def __init__(self, config: PretextConfig, mae: MaeConfig) -> None:
         self.config, self.mae = config, mae
@@ -43,7 +58,7 @@ class Mae:
                 "the usual ratio is 0.75, smaller patches are more"
             )
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> masked and whole, (B, 1, d, h, w) in [0, 1], and the mask, True where hidden."""
         whole = resized_whole(batch_BDHW, self.config)
         mask = self.mask(keys)

@@ -1,4 +1,4 @@
-"""Models Genesis: restore a cube from a version of it that was deformed in four ways (Zhou et al. 2019, 2021; FACTS 5).
+"""Models Genesis: restore a cube from a version of it that was deformed in four ways (Zhou et al. 2019, 2021).
 
 Input: a cube of the scan at native voxels, flipped, shuffled in small blocks, sent through a random intensity curve, painted
 over. Target: the cube, flipped alike. Loss: mean squared error. Its network is the U-Net with skips: recipe `genesis`.
@@ -11,19 +11,19 @@ where its permutation takes the voxel from. Block after block gives exactly this
 B, N = batch, blocks of a volume; V = its voxels.
 """
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from p2w import geometry, rng
-from p2w.config import PretextConfig
 from p2w.errors import UserError
 from p2w.model.decoder import EncoderDecoder, build_decoder
 from p2w.model.encoder import Encoder, Network, Output
-from p2w.pretext.protocol import Views, check_size
+from p2w.pretext.protocol import Pretext, Views, check_size
+from p2w.pretext.settings import Bounds, PretextConfig, Shows
 from p2w.pretext.volume_ops import apply_tables, bezier, flipped, resized_whole
-from p2w.pretext_config import GenesisConfig
 from p2w.rng import SampleKeys, uniform_integers
 
 ROUNDS = 8  # after which a voxel has stayed where it was, for want of a round that moves it, once in 2^8
@@ -35,7 +35,7 @@ def local_shuffle(
 ) -> Tensor:
     """Volumes (B, 1, d, h, w), shuffled in `count` blocks each, from the streams of parts `part` and `part` + 1.
 
-    Edges are uniform from 1 to a tenth of the volume's, places uniform over all inside it (Models Genesis, FACTS 5).
+    Edges are uniform from 1 to a tenth of the volume's, positions uniform over all inside it, as in the authors' code.
     Where `chosen` (B,) bool says no, the volume stays as it is; None: all are shuffled.
     """
     if rng.backend(volumes.device)[0] == "triton":
@@ -102,7 +102,7 @@ def _source(
 
 
 def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tensor:
-    """Where the permutation of block `block` (B, V) takes its place `slot` (B, V); `volume`, `seeds` (B, N) int64.
+    """(B, V): the slot to which the permutation of block `block` (B, V) maps `slot` (B, V); `volume`, `seeds` (B, N) int64.
 
     The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the places k - slot and slot of a block, k
     random, and swaps a pair or not by a random bit of its own. A permutation for any volume, without a table of it.
@@ -126,9 +126,33 @@ AGAIN = 0.95  # probability of another block [C]
 MARGIN = 3  # voxels between a painted block and the border [C]
 
 
-class ModelsGenesis:
-    """The cube and all that is done to it is a function of (seed, epoch, id) alone."""
+@dataclass(frozen=True)
+class GenesisConfig:
+    """Deformations of models_genesis."""
 
+    cube: Literal["crop", "whole"] = "crop"
+    """What is deformed: a random crop of pretext.size native voxels [C], or the whole resized to it."""
+    flip: Annotated[float, Bounds(0, 1)] = 0.4
+    """Probability of a flip along a random axis, and of another after it, up to three [C]; the target is flipped too."""
+    shuffle: Annotated[float, Bounds(0, 1)] = 0.5
+    """Probability of shuffling voxels within small blocks [C]."""
+    blocks: Annotated[int, Bounds(1, 1_000_000)] = 10_000
+    """Blocks that are shuffled, of edges up to a tenth of the cube's [C]."""
+    curve: Annotated[float, Bounds(0, 1)] = 0.9
+    """Probability of a Bezier curve through the intensities [C]."""
+    decreasing: Annotated[float, Bounds(0, 1)] = 0.5
+    """How many of those curves fall, so that bright becomes dark [C]."""
+    paint: Annotated[float, Bounds(0, 1)] = 0.9
+    """Probability of noise painted over the cube [C]."""
+    outpaint: Annotated[float, Bounds(0, 1)] = 0.8
+    """How many of those are painted outside of a few blocks; the others, inside of a few [C]."""
+
+
+class ModelsGenesis(Pretext):
+    """Restore a deformed cube. The cube and its deformations are functions of (seed, epoch, id) alone."""
+
+    summary = "a cube flipped, shuffled, recoloured, painted over -> the cube"
+    groups: ClassVar = {"genesis": GenesisConfig}
     reconstructs = True
     capturable = True
 
@@ -136,7 +160,12 @@ class ModelsGenesis:
         self.config, self.genesis = config, genesis
         self._numbers: dict[object, Tensor] = {}
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
+    @property
+    def shows(self) -> Shows:
+        """What the cube is: a crop at native voxels, or the whole resized."""
+        return self.genesis.cube
+
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> deformed and original cube, (B, 1, d, h, w) in [0, 1]."""
         settings, coins = self.genesis, rng.uniforms(keys, COINS, 3 + 2 * FLIPS)
         cube = self.cube(batch_BDHW, keys)
@@ -187,8 +216,8 @@ class ModelsGenesis:
         rest = edges - length
         margin = (rest // 2).clamp(max=MARGIN)
         start = uniform_integers(u[..., 3:6], margin, rest - margin)
-        place = self.numbers(device, tuple(range(max(size))))[0]
-        inside = (place >= start[..., None]) & (place < (start + length)[..., None])
+        position = self.numbers(device, tuple(range(max(size))))[0]
+        inside = (position >= start[..., None]) & (position < (start + length)[..., None])
         z, y, x = (inside[:, :, k, :edge] for k, edge in enumerate(size))
         blocks = (made[..., None] & z)[..., None] & y[:, :, None]
         blocks = blocks[..., None] & x[:, :, None, None]

@@ -1,12 +1,12 @@
 """Rubik's cube+ (Zhu et al. 2020) and Rubik's cube++ (Tao et al. 2020): a volume cut into cubes that are moved and turned.
 
-Rubik's cube+: order, orientation and masking of eight cubes (Zhu et al. 2020; FACTS 5).
+Rubik's cube+: order, orientation and masking of eight cubes (Zhu et al. 2020).
 
 Input: eight cubes of the whole in one of K orders, each turned or not by 180° about two axes, each masked or not. Asked: the
 order, two turns and the mask of every cube. The encoder sees each cube by itself (Siamese); only the order is read from the
 features of all eight.
 
-Rubik's cube++: restore a volume whose cubes were permuted and turned (Tao et al. 2020; FACTS 5).
+Rubik's cube++: restore a volume whose cubes were permuted and turned (Tao et al. 2020).
 
 Input: the whole as a grid of cubes in random order, each turned by 180° or not about two axes. Target: the whole. Loss: mean
 squared error, plus `rubik.adversary` times the loss of a critic that tells restored volumes from real ones; its gradient
@@ -15,39 +15,69 @@ reaches encoder and decoder reversed, so that one backward pass trains both side
 An adversary trained in the same backward pass: a critic behind a gradient reversal (Ganin & Lempitsky 2015).
 """
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from p2w import geometry, rng
-from p2w.config import PretextConfig
 from p2w.errors import UserError
 from p2w.geometry import Size
 from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder, build_decoder
 from p2w.model.encoder import Encoder, Network, Output
-from p2w.pretext.protocol import Views, check_size
+from p2w.pretext.protocol import Pretext, Views, check_size
+from p2w.pretext.settings import Bounds, PretextConfig, Shows
 from p2w.pretext.volume_ops import cube_permutations, join_cubes, resized_whole, split_cubes, turn_cubes
-from p2w.pretext_config import RubikConfig
 from p2w.rng import SampleKeys
 
 GRID: Size = (2, 2, 2)
 CUBES = 8
-COINS, PLACES, HOLES = 0, 1, 2  # which stream draws what
+COINS, OFFSETS, HOLES = 0, 1, 2  # which stream draws what
 
 
-class RubiksCube:
-    """Everything is a function of (seed, epoch, id). Target (B, 25): the order's number, 8 x 2 turns, 8 masks."""
+@dataclass(frozen=True)
+class RubikConfig:
+    """Puzzles of rubiks_cube and rubiks_cube_pp."""
 
+    orders: Annotated[int, Bounds(2, 1000)] = 100
+    """rubiks_cube: orders of its 2x2x2 cubes to tell apart, far from one another [P]."""
+    gap: Annotated[float, Bounds(0, 0.5)] = 0.1
+    """rubiks_cube: share of an octant's edge that its cube leaves out, so that cubes do not fit edge to edge [?]."""
+    masked: Annotated[float, Bounds(0, 1)] = 0.5
+    """rubiks_cube: probability that a cube is masked [?]."""
+    hidden: Annotated[float, Bounds(0, 1)] = 0.5
+    """rubiks_cube: share of the voxels of a masked cube that are set to 0 [?]."""
+    turn_weight: Annotated[float, Bounds(0, 1000)] = 1.0
+    """rubiks_cube: weight of the turns beside the order [?]."""
+    mask_weight: Annotated[float, Bounds(0, 1000)] = 1.0
+    """rubiks_cube: weight of the masks beside the order [?]."""
+    grid: Annotated[tuple[int, int, int], Bounds(1, usual="2 2 2")] = (2, 2, 2)
+    """rubiks_cube_pp: cubes along z, y, x [?]; divides pretext.size."""
+    adversary: Annotated[float, Bounds(0, 1000)] = 0.01
+    """rubiks_cube_pp: weight of the critic beside the mean squared error; 0 builds none [?]."""
+    critic_width: Annotated[int, Bounds(1, 1024)] = 16
+    """rubiks_cube_pp: channels of the critic's first convolution [?]."""
+
+
+class RubiksCube(Pretext):
+    """Solve a puzzle of eight cubes, which is a function of (seed, epoch, id) alone.
+
+    Target (B, 25): the order's number, 8 x 2 turns, 8 masks.
+    """
+
+    summary = "eight cubes moved, turned, masked -> order, turns, masks"
+    groups: ClassVar = {"rubik": RubikConfig}
     reconstructs = False
+    shows: Shows = "whole"
 
     def __init__(self, config: PretextConfig, rubik: RubikConfig) -> None:
         self.config, self.rubik = config, rubik
         self._orders: dict[torch.device, Tensor] = {}
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> the cubes as they were put together, (B, 1, d, h, w) in [0, 1]."""
         settings, device = self.rubik, batch_BDHW.device
         u = rng.uniforms(keys, COINS, 1 + 3 * CUBES)
@@ -63,14 +93,14 @@ class RubiksCube:
         return Views(join_cubes(cubes, GRID), target)
 
     def cubes(self, batch_BDHW: Tensor, order: Tensor, keys: SampleKeys) -> Tensor:
-        """(B, 8, d/2, h/2, w/2): octant order[:, i] of each whole at place i, less a random rim."""
+        """(B, 8, d/2, h/2, w/2): octant order[:, i] of each whole at position i, less a random rim."""
         gap, config = self.rubik.gap, self.config
-        place = rng.uniforms(keys, PLACES, 3 * CUBES).view(-1, CUBES, 3)
+        offset = rng.uniforms(keys, OFFSETS, 3 * CUBES).view(-1, CUBES, 3)
         octants = (order // 4, order // 2 % 2, order % 2)
         low, high = [], []
         for k, edge in enumerate(batch_BDHW.shape[1:]):
             half = edge / 2
-            start = octants[k] * half + place[..., k] * (gap * half)
+            start = octants[k] * half + offset[..., k] * (gap * half)
             low.append(start)
             high.append((start + (1 - gap) * half).clamp(max=edge))
         boxes = torch.stack((*low, *high), -1).float()
@@ -149,7 +179,7 @@ def reverse_gradient(x: Tensor) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Volumes (B, 1, d, h, w) -> scores (B,): positive for real ones. Its means are over places of one volume only: without
+    """Volumes (B, 1, d, h, w) -> scores (B,): positive for real ones. Its means are over one volume only: without
     batch norm, a score depends on no other sample and no other rank."""
 
     LEVELS = 3
@@ -165,7 +195,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, Conv3d(cin, 1, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mean score over all places."""
+        """Mean score over all voxels of the coarsest features."""
         scores: Tensor = self.layers(x)
         return scores.float().mean((1, 2, 3, 4))
 
@@ -178,10 +208,13 @@ def discriminate(real: Tensor, made: Tensor) -> Tensor:
 ORDER, TURNS = 0, 1  # which stream draws what
 
 
-class RubiksCubePp:
-    """Order and turns are a function of (seed, epoch, id) alone."""
+class RubiksCubePp(Pretext):
+    """Restore a volume from its puzzle. Order and turns are functions of (seed, epoch, id) alone."""
 
+    summary = "a volume of moved and turned cubes -> the volume, against a critic"
+    groups: ClassVar = {"rubik": RubikConfig}
     reconstructs = True
+    shows: Shows = "whole"
 
     def __init__(self, config: PretextConfig, rubik: RubikConfig) -> None:
         self.config, self.rubik = config, rubik
@@ -190,7 +223,7 @@ class RubiksCubePp:
                 f"rubik.grid={rubik.grid}: must divide pretext.size={config.size}; pass e.g. --rubik.grid 2 2 2"
             )
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> puzzle and whole, (B, 1, d, h, w) in [0, 1]."""
         whole, grid = resized_whole(batch_BDHW, self.config), self.rubik.grid
         cubes = split_cubes(whole, grid)
@@ -232,7 +265,7 @@ class RubiksCubePp:
 
 
 class AdversarialNetwork(EncoderDecoder):
-    """Restores; in training, given the real volumes, it also says what its critic makes of both."""
+    """Restores; in training, given the real volumes, it also gives its critic's scores of both."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module, critic: Discriminator) -> None:
         super().__init__(encoder, decoder)

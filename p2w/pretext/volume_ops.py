@@ -9,6 +9,8 @@ where and makes brightness, contrast and histogram differ between the parts of o
 import functools
 import itertools
 import math
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w import geometry, rng
-from p2w.config import PretextConfig
 from p2w.geometry import Size
-from p2w.pretext_config import IntensityConfig
+from p2w.pretext.settings import Bounds, PretextConfig
 from p2w.rng import SampleKeys, standard_normals
 
 
@@ -48,7 +49,7 @@ def split_cubes(volumes: Tensor, grid: Size) -> Tensor:
 
 
 def join_cubes(cubes: Tensor, grid: Size) -> Tensor:
-    """The inverse of `split`."""
+    """The inverse of `split_cubes`."""
     batch, _, d, h, w = cubes.shape
     a, b, c = grid
     whole = cubes.view(batch, a, b, c, d, h, w).permute(0, 1, 4, 2, 5, 3, 6)
@@ -82,6 +83,28 @@ def cube_permutations(count: int) -> NDArray[np.int64]:
     return every[chosen].astype(np.int64)
 
 
+@dataclass(frozen=True)
+class IntensityConfig:
+    """Intensities of what the network sees are changed, those of the target are not: the paper's future work.
+
+    Read by the proxies that cut parts (parts2whole, autoencoder, the contrastive ones). Limits hold at strength 1 and shrink
+    with it [?].
+    """
+
+    strength: Annotated[float, Bounds(0, 1)] = 0.0
+    """0 leaves parts as they are, 1 changes them as far as the limits below allow."""
+    curve: Annotated[float, Bounds(0, 1)] = 1.0
+    """Weight of a random increasing Bezier curve against the identity, 0 to 1."""
+    gamma: Annotated[float, Bounds(1, 10)] = 2.0
+    """Intensities to a power, log-uniform between 1 / this and this; 1 none."""
+    contrast: Annotated[float, Bounds(0, 0.99)] = 0.5
+    """Distances from mid-grey times 1 plus or minus up to this, below 1."""
+    brightness: Annotated[float, Bounds(0, 1)] = 0.2
+    """Plus or minus up to this, as a share of the window."""
+    noise: Annotated[float, Bounds(0, 1)] = 0.05
+    """White Gaussian noise of a standard deviation up to this, as a share of the window."""
+
+
 KNOTS = 256  # a table is linear in between: 8 HU of a window of 2000
 STEPS = 512  # points at which a Bezier curve is computed
 STREAM = 1 << 40  # draws of part p come from the stream of part STREAM + p, which no box is drawn from
@@ -106,10 +129,10 @@ def intensity_transform(parts: Tensor, keys: SampleKeys, part: int, config: Inte
 def apply_tables(volumes: Tensor, tables: Tensor) -> Tensor:
     """Volumes (B, ...) in [0, 1] through functions of their own, given as tables (B, K) at K even knots from 0 to 1."""
     count = tables.shape[1]
-    place = volumes.reshape(len(volumes), -1) * (count - 1)
-    left = place.long().clamp_(0, count - 2)
+    position = volumes.reshape(len(volumes), -1) * (count - 1)
+    left = position.long().clamp_(0, count - 2)
     low = tables.gather(1, left)
-    return torch.lerp(low, tables.gather(1, left + 1), place - left).view(volumes.shape)
+    return torch.lerp(low, tables.gather(1, left + 1), position - left).view(volumes.shape)
 
 
 def bezier(u: Tensor) -> Tensor:
@@ -122,13 +145,13 @@ def bezier(u: Tensor) -> Tensor:
     knots = knots.expand(len(u), KNOTS)
     right = torch.searchsorted(curve[:, 0].contiguous(), knots.contiguous()).clamp_(1, STEPS - 1)
     at = right[:, None].expand(-1, 2, -1)
-    (x0, y0), (x1, y1) = (curve.gather(2, place).unbind(1) for place in (at - 1, at))
+    (x0, y0), (x1, y1) = (curve.gather(2, index).unbind(1) for index in (at - 1, at))
     return torch.lerp(y0, y1, ((knots - x0) / (x1 - x0).clamp(min=1e-7)).clamp_(0, 1))
 
 
 @functools.cache
 def _basis(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the two control points and the end weigh at each of STEPS parameters, and the knots (K,); made once a device."""
+    """Weights of the two control points and the end at each of STEPS parameters, and the knots (K,); made once a device."""
     t = torch.linspace(0, 1, STEPS, device=device, dtype=dtype)
     knots = torch.linspace(0, 1, KNOTS, device=device, dtype=dtype)
     return 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3, knots

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from p2w import config as settings
-from p2w.config import Config
 from p2w.errors import UserError
 from p2w.files import is_held
 from p2w.log import read_metrics
@@ -93,7 +92,7 @@ def read_run(run: Path) -> RunFacts:
 
 def defaults() -> dict[str, Any]:
     """Every setting there is with its default, as JSON spells them."""
-    flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(Config())))
+    flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(settings.Config())))
     return flat
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from p2w.config import Config
 from p2w.errors import SharedError, UserError
 from p2w.log import Log
-from p2w.pretext.protocol import Pretext, Views
+from p2w.pretext.protocol import Pretext, Views, has_after_step
 from p2w.rng import SampleKeys
 from p2w.stream.stream import Batch, Stream
 from p2w.train.budgets import BadSampleBudget, LogWindow, NonfiniteSteps
@@ -74,9 +74,10 @@ class Trainer:
             # torch 2.13 warns that the argument has another name; 2.11 does not know that name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
-        optimizer, self.optimizer_reason = build_optimizer(config.optim, model)
+        groups = pretext.parameter_groups(model)
+        optimizer, self.optimizer_reason = build_optimizer(config.optim, model, groups)
         schedule = Schedule(config.optim, config.train.steps)
-        self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device)
+        self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device, model)
         self.saver = AsyncCheckpointer(checkpoints, config.train, log.warn)
         self.step = 0
         self.evaluation_pending = True  # a look at this step: before the first one there is one
@@ -210,8 +211,9 @@ class Trainer:
             "only torch's fused Adam and AdamW can be captured": not (
                 self.config.optim.fused == "torch" and self.config.optim.name in ("adam", "adamw")
             ),
-            f"pretext {self.config.pretext.name} keeps a state on the host": not getattr(
-                self.pretext, "capturable", False
+            f"pretext {self.config.pretext.name} keeps a state on the host": not self.pretext.capturable,
+            f"pretext {self.config.pretext.name} has work to do after each step": has_after_step(
+                self.pretext
             ),
         }
         why = next((text for text, hinders in hindrances.items() if hinders), "")
@@ -263,7 +265,8 @@ class Trainer:
     def _views(self, batch: Batch) -> Views:
         """What this rank's wholes become at this step, whenever it is asked for."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
-        return self.pretext.sample(batch.voxels, SampleKeys(self.config.data.seed, batch.epoch, batch.ids))
+        keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids)
+        return self.pretext.sample(batch.voxels, keys, self.step)
 
     def _account(self, result: StepResult, samples: int) -> None:
         """Add a step to the window, and log the window where a line is due."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from p2w.config import OptimConfig
 from p2w.errors import UserError
+from p2w.pretext.protocol import ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,18 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
     return Precision(amp, dtype, "asked for")
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer and one phrase that says whose it is. Raises UserError when apex is asked for and is not there."""
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, groups: Sequence[ParameterGroup] | None = None
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer and one phrase that says whose it is; without `groups`, all parameters are treated alike.
+
+    Raises UserError when apex is asked for and is not there, ValueError when a trainable parameter is in no group or in two.
+    """
+    parameters = _torch_groups(model, groups)
     if config.fused == "apex":
-        return _apex(config, model), "NVIDIA apex, fused"
+        return _apex(config, parameters), "NVIDIA apex, fused"
     fused = config.fused == "torch"
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
-    parameters = list(model.parameters())
     whose = "torch, fused" if fused else "torch"
     if config.name == "sgd":
         return _sgd(parameters, config.betas[0], common), whose
@@ -85,14 +92,32 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.
     return kind(parameters, betas=config.betas, **common), whose
 
 
-def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]) -> torch.optim.Optimizer:
+def _torch_groups(model: nn.Module, groups: Sequence[ParameterGroup] | None) -> list[dict[str, Any]]:
+    """What torch's optimizers take; a key `lr_factor` only where it is not 1, read by `Stepper`."""
+    groups = [ParameterGroup(list(model.parameters()))] if groups is None else groups
+    grouped = [id(parameter) for group in groups for parameter in group.parameters]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and grouped.count(id(parameter)) != 1:
+            raise ValueError(
+                f"{name} is in {grouped.count(id(parameter))} parameter groups: each trainable parameter must be in exactly "
+                "one; mend the pretext's parameter_groups"
+            )
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        factor = {} if group.lr_factor == 1 else {"lr_factor": group.lr_factor}
+        decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        made.append({"params": group.parameters, **factor, **decay})
+    return made
+
+
+def _sgd(groups: list[dict[str, Any]], momentum: float, common: dict[str, Any]) -> torch.optim.Optimizer:
     """SGD that starts with averages of zero, which gives the same first step bit for bit as torch's own beginning.
 
     Torch's fused SGD makes its averages at the first step, and leaves them unwritten when that step is skipped.
     """
-    optimizer = torch.optim.SGD(parameters, momentum=momentum, **common)
+    optimizer = torch.optim.SGD(groups, momentum=momentum, **common)
     if common["fused"] and momentum:
-        for parameter in parameters:
+        for parameter in (parameter for group in groups for parameter in group["params"]):
             if parameter.requires_grad:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -101,9 +126,16 @@ def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take up what `optimizer_state` gave, on whatever device and by whichever of torch's ways this optimizer computes.
 
-    Only the averages and counts are taken: rate, betas and the like are this run's own.
+    Only the averages and counts are taken: rate, betas and the like are this run's own. Raises UserError where the
+    parameters were grouped otherwise.
     """
     own = optimizer.state_dict()["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (own, state["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"optimizer state: its groups hold {sizes[1]} parameters, those of this run's pretext {sizes[0]}; continue with "
+            "the version of p2w that began the run, or begin a new one"
+        )
     saved = [group["params"] for group in state["param_groups"]]  # which torch compares with its own
     groups = [group | {"params": params} for group, params in zip(own, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
@@ -119,7 +151,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": state["state"], "param_groups": groups}
 
 
-def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _apex(config: OptimConfig, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """NVIDIA apex's fused optimizer. PyPI's `apex` is a web toolkit of that name, and is told apart by its folders."""
     remedy = "build NVIDIA's from source (github.com/NVIDIA/apex), or pass --optim.fused torch"
     spec = importlib.util.find_spec("apex")
@@ -135,7 +167,6 @@ def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
             "optim.fused=apex: apex's fused optimizers need a CUDA device; pass --optim.fused torch"
         )
     optimizers = importlib.import_module("apex.optimizers")
-    parameters = list(model.parameters())
     if config.name == "sgd":
         return optimizers.FusedSGD(
             parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay

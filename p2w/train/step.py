@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from p2w.config import Config
 from p2w.errors import UserError
-from p2w.pretext.protocol import Pretext, Views
+from p2w.pretext.protocol import Pretext, Views, has_after_step
 from p2w.train.graph import Outputs, StepGraph, copy_all
 from p2w.train.optim import Precision, Schedule
 
@@ -70,7 +70,11 @@ class Stepper:
         schedule: Schedule,
         precision: Precision,
         device: torch.device,
+        model: nn.Module | None = None,
     ) -> None:
+        """`model`: the network itself, where `network` is wrapped by DDP or compiled; for what follows a step."""
+        self.model = network if model is None else model
+        self._step, self._after_step = 0, has_after_step(pretext)
         self.config, self.pretext, self.network = config, pretext, network
         self.optimizer, self.schedule, self.precision, self.device = optimizer, schedule, precision, device
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -92,9 +96,8 @@ class Stepper:
 
         For a fused Adam on one CUDA device. The learning rate becomes a tensor, which a graph reads anew at each replay.
         """
-        rate = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["capturable"], group["lr"] = True, rate
+            group["capturable"], group["lr"] = True, torch.zeros((), device=self.device)
         self.optimizer._warned_capturable_if_run_uncaptured = True
         self.graph = StepGraph(self._whole, self._state, say, forced, exact)
 
@@ -105,8 +108,9 @@ class Stepper:
             raise UserError(
                 f"optim.accumulate={passes}: does not divide a rank's {len(views)} samples; pass a divisor"
             )
-        rate = self.schedule.rate(step)
+        self._step, rate_of_all = step, self.schedule.rate(step)
         for group in self.optimizer.param_groups:
+            rate = rate_of_all * group.get("lr_factor", 1.0)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -155,6 +159,7 @@ class Stepper:
             self._apply_unless(torch.isfinite(norm).logical_not_())
         elif math.isfinite(float(norm)):
             self.optimizer.step()
+            self._update_after_step()
         else:
             copy_all(self.buffers, self._before)
         self.scaler.update()
@@ -169,11 +174,18 @@ class Stepper:
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[union-attr]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[union-attr]
+        self._update_after_step()  # which the lines below undo in a skipped step: it changes nothing but `buffers`
         if self.device.type == "cpu":
             if bad:
                 copy_all(self.buffers, self._before)
         else:
             select_all(bad, self._before, self.buffers)
+
+    def _update_after_step(self) -> None:
+        """Have the pretext update what no gradient trains."""
+        if self._after_step:
+            with torch.no_grad():
+                self.pretext.after_step(self.model, self._step)
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""

@@ -13,17 +13,10 @@ from p2w.config import Config
 from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder
+from p2w.pretext import build_pretext
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
 FINGERPRINT = "the first 16 digits of a SHA-256 over the manifest: shape, window, tiling, split, and each shard's checksum"
-SEES = {
-    "autoencoder": "whole",
-    "models_genesis": "crop",
-    "rubiks_cube": "whole",
-    "rubiks_cube_pp": "whole",
-    "mae": "whole",
-}
-"""What a pretext feeds: wholes resized, crops as they are, else parts resized; for the spacing that the network saw."""
 LICENCE = (
     "The method is covered by US patents 11,915,417 and 12,430,767. Weights may fall under the terms of the scans they "
     "were trained on."
@@ -118,17 +111,15 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
     Wholes are resized to the network's size, parts too, which makes them finer.
     """
     names = ("scans_smallest", "scans_median", "scans_largest")
-    sees = SEES.get(config.pretext.name, "part")
-    if sees == "crop" and settings.flatten(config).get("genesis.cube") == "whole":
-        sees = "whole"
+    shows = build_pretext(config).shows
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
         edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
         whole = [mm * edge / size for mm, edge, size in edges]
     except (LookupError, TypeError, ValueError):
         return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
-    unit = spread[1] if sees == "crop" else whole
-    fractions = config.pretext.volume_fraction if sees == "part" else (1.0, 1.0)
+    unit = spread[1] if shows == "crop" else whole
+    fractions = config.pretext.volume_fraction if shows == "part" else (1.0, 1.0)
     small, large = (fraction ** (1 / 3) for fraction in fractions)
     edges_of = {"network_smallest": small, "network": math.sqrt(small * large), "network_largest": large}
     seen = {name: [round(mm * edge, 4) for mm in unit] for name, edge in edges_of.items()}

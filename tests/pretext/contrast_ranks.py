@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from p2w.config import Config, DataConfig, OptimConfig, PretextConfig
 from p2w.model.encoder import Encoder
 from p2w.pretext import build_pretext
+from p2w.pretext.contrastive.objectives import ContrastConfig
 from p2w.pretext.protocol import Views
-from p2w.pretext_config import ContrastConfig
 from p2w.train.optim import Precision, Schedule
 from p2w.train.step import Stepper
 

@@ -15,7 +15,8 @@ from p2w.model import build_encoder
 from p2w.pretext import build_pretext
 from p2w.pretext.contrastive import InBatch, InstanceClasses, MemoryBank, MocoQueue
 from p2w.pretext.contrastive.losses import info_nce, l2_normalise, local_global, negative_mask, sinkhorn
-from p2w.pretext_config import ContrastConfig, IntensityConfig
+from p2w.pretext.contrastive.objectives import ContrastConfig
+from p2w.pretext.volume_ops import IntensityConfig
 from p2w.rng import SampleKeys
 from tests.pretext.contrast_ranks import NAMES, build, views
 from tests.pretext.contrast_reference import T, reference_nce, vectors, wide

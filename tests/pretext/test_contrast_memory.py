@@ -5,8 +5,7 @@ import torch
 
 from p2w.pretext.contrastive import MocoQueue
 from p2w.pretext.contrastive.losses import l2_normalise
-from p2w.pretext.contrastive.objectives import ProjectionHead
-from p2w.pretext_config import ContrastConfig
+from p2w.pretext.contrastive.objectives import ContrastConfig, ProjectionHead
 from tests.pretext.contrast_ranks import Plain, build, views
 from tests.pretext.contrast_reference import T, reference_nce, wide
 

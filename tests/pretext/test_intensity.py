@@ -10,7 +10,7 @@ from p2w import rng
 from p2w.config import Config, PretextConfig, check_config
 from p2w.errors import UserError
 from p2w.pretext import build_pretext, volume_ops
-from p2w.pretext_config import IntensityConfig
+from p2w.pretext.volume_ops import IntensityConfig
 from p2w.rng import SampleKeys
 
 FULL = IntensityConfig(strength=1.0)

@@ -59,9 +59,8 @@ def launches(monkeypatch):
     count, backend = Counter(), ["triton"]
     monkeypatch.setattr(rng, "backend", lambda device: (backend[0], "as on a GPU"))
 
-    def one_launch(name):
-        home = rng if name == "uniforms" else geometry
-        plain = getattr(home, name)
+    def one_launch(module, name):
+        plain = getattr(module, name)
 
         def wrapped(*args, **kwargs):
             count[name] += 1
@@ -72,7 +71,7 @@ def launches(monkeypatch):
             finally:
                 backend[0] = "triton"
 
-        monkeypatch.setattr(home, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
 
     class Kernel:
         """Leaves its output as it is."""
@@ -83,8 +82,9 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: count.update([self.name])
 
-    for name in ("uniforms", "sample_boxes", "crop_resize", "part_and_whole"):
-        one_launch(name)
+    one_launch(rng, "uniforms")
+    for name in ("sample_boxes", "crop_resize", "part_and_whole"):
+        one_launch(geometry, name)
     for name in ("last_block_kernel", "shuffle_kernel"):
         monkeypatch.setattr(local_shuffle_triton, name, Kernel(name))
     return count

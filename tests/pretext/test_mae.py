@@ -10,7 +10,7 @@ from p2w.config import Config, PretextConfig, check_config
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
-from p2w.pretext_config import MaeConfig
+from p2w.pretext.mae import MaeConfig
 from p2w.rng import SampleKeys
 
 CONFIG = Config(pretext=PretextConfig(name="mae", size=(8, 16, 16)), mae=MaeConfig(patch=(2, 4, 8)))

@@ -11,8 +11,8 @@ from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext, models_genesis
+from p2w.pretext.models_genesis import GenesisConfig
 from p2w.pretext.volume_ops import flipped
-from p2w.pretext_config import GenesisConfig
 from p2w.rng import SampleKeys
 
 SIZE = (8, 16, 24)

@@ -11,8 +11,7 @@ from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
-from p2w.pretext.parts2whole import part_locations
-from p2w.pretext_config import PositionConfig
+from p2w.pretext.parts2whole import PositionConfig, part_locations
 from p2w.rng import SampleKeys
 
 CONFIG = Config(pretext=PretextConfig(size=(8, 16, 16)), position=PositionConfig(weight=0.5))

@@ -10,8 +10,8 @@ from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
+from p2w.pretext.rubiks_cube import RubikConfig
 from p2w.pretext.volume_ops import cube_permutations, join_cubes, split_cubes, turn_cubes
-from p2w.pretext_config import RubikConfig
 from p2w.rng import SampleKeys
 
 SIZE = (16, 32, 32)

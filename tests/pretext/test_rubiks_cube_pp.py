@@ -9,9 +9,8 @@ from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.pretext import build_pretext
-from p2w.pretext.rubiks_cube import Discriminator, discriminate, reverse_gradient
+from p2w.pretext.rubiks_cube import Discriminator, RubikConfig, discriminate, reverse_gradient
 from p2w.pretext.volume_ops import split_cubes, turn_cubes
-from p2w.pretext_config import RubikConfig
 from p2w.rng import SampleKeys
 
 CONFIG = Config(

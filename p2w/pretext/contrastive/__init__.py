@@ -1,28 +1,66 @@
 """Contrastive learning on the parts that Parts2Whole shows: one design, whose setting is where negatives come from.
 
-    simclr     parts of the other wholes of the batch, over all ranks, with gradients     negatives.Batch
-    moco       a queue of what a slowly following copy of the encoder made of them        negatives.Queue
-    instdisc   a memory bank with one entry a whole, which is also the positive           bank.Bank
-    pirl       the same bank; a mirrored second part is held against it too               bank.TransformedBank
-    exemplar   a learned vector for each whole: every whole is a class                    bank.Classes
-    swav       no negatives: prototypes, to which a batch is assigned in equal shares     clusters.Prototypes
-    amdim      cells of one part's features against the whole of another part's           cells.Cells
+    SimClr     parts of the other wholes of the batch, over all ranks, with gradients       objectives.InBatch
+    Moco       a queue of what a slowly following copy of the encoder made of them          objectives.MocoQueue
+    InstDisc   a memory bank with one entry a whole, which is also the positive             memory_bank.MemoryBank
+    Pirl       the same bank; a mirrored second part is compared with it too                memory_bank.PirlBank
+    Exemplar   a learned vector for each whole: every whole is a class                      memory_bank.InstanceClasses
+    Swav       no negatives: prototypes, to which a batch is assigned in equal shares       objectives.Prototypes
+    Amdim      cells of one part's features against all of another part                     objectives.LocalGlobal
 
 Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
-FACTS: paper, section 1 (what its method replaces); temperature 0.7, section 3.
+The paper names these methods in its first section, as what its own replaces; the temperature of 0.7 is from its third.
 """
 
 from p2w.pretext.contrastive.contrastive_pretext import ContrastivePretext
 from p2w.pretext.contrastive.memory_bank import InstanceClasses, MemoryBank, PirlBank
 from p2w.pretext.contrastive.objectives import InBatch, LocalGlobal, MocoQueue, Prototypes
 
-__all__ = [
-    "ContrastivePretext",
-    "InBatch",
-    "InstanceClasses",
-    "LocalGlobal",
-    "MemoryBank",
-    "MocoQueue",
-    "PirlBank",
-    "Prototypes",
-]
+
+class SimClr(ContrastivePretext):
+    """SimCLR (Chen et al. 2020)."""
+
+    summary = "two parts of a whole -> alike, unlike those of other wholes of the batch"
+    kind = InBatch
+
+
+class Moco(ContrastivePretext):
+    """MoCo (He et al. 2020)."""
+
+    summary = "two parts of a whole -> alike, unlike those of a queue that a momentum encoder made"
+    kind = MocoQueue
+
+
+class InstDisc(ContrastivePretext):
+    """Instance discrimination (Wu et al. 2018)."""
+
+    summary = "a part -> like earlier parts of its whole in a memory bank, unlike the others there"
+    kind = MemoryBank
+
+
+class Pirl(ContrastivePretext):
+    """PIRL (Misra and van der Maaten 2020)."""
+
+    summary = "a part, and a mirrored one -> like earlier parts of their whole in a memory bank"
+    kind = PirlBank
+
+
+class Exemplar(ContrastivePretext):
+    """Exemplar (Dosovitskiy et al. 2014)."""
+
+    summary = "a part -> which whole it is of, every whole a class"
+    kind = InstanceClasses
+
+
+class Swav(ContrastivePretext):
+    """SwAV (Caron et al. 2020)."""
+
+    summary = "two parts of a whole -> assigned alike to learned prototypes"
+    kind = Prototypes
+
+
+class Amdim(ContrastivePretext):
+    """AMDIM (Bachman et al. 2019)."""
+
+    summary = "a part -> like the local features of another part of its whole"
+    kind = LocalGlobal

@@ -1,23 +1,23 @@
 """The pretext of the family: two parts of a whole shall be alike, and unlike those of other wholes.
 
-Parts2Whole and a contrastive loss in one framework: what the paper names as its future (its conclusion; FACTS 6).
+Parts2Whole and a contrastive loss in one framework: what the paper names as its future (in its conclusion).
 
 The encoder sees two parts of each whole in one pass. Each is to reconstruct the whole, and the bottlenecks of the two are
 to be alike and unlike those of other wholes: mean squared error + `contrast.weight` x InfoNCE, negatives of all ranks.
 """
 
-from typing import cast
+from typing import ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from p2w import geometry, rng
-from p2w.config import Config
 from p2w.errors import UserError
 from p2w.model.decoder import build_decoder
 from p2w.model.encoder import Encoder, Network, Output
 from p2w.pretext.contrastive.objectives import (
+    ContrastConfig,
     ContrastiveObjective,
     InBatch,
     MocoQueue,
@@ -25,14 +25,27 @@ from p2w.pretext.contrastive.objectives import (
     in_batch_loss,
 )
 from p2w.pretext.parts2whole import Parts2Whole
-from p2w.pretext.protocol import Views, check_size
-from p2w.pretext.volume_ops import intensity_transform
+from p2w.pretext.protocol import Pretext, Views, check_size
+from p2w.pretext.settings import RunConfig, Shows
+from p2w.pretext.volume_ops import IntensityConfig, intensity_transform
 from p2w.rng import SampleKeys
 
 MIRRORS = 1000  # the keys' number for which axes are mirrored; parts are counted from 0
 
 
-def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: Config) -> Tensor:
+class ContrastRunConfig(RunConfig, Protocol):
+    """A run's configuration with the groups of settings that this family reads."""
+
+    @property
+    def contrast(self) -> ContrastConfig:
+        """Settings of the family."""
+
+    @property
+    def intensity(self) -> IntensityConfig:
+        """How the parts' intensities are changed."""
+
+
+def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: ContrastRunConfig) -> Tensor:
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
     config = settings.pretext
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
@@ -55,7 +68,7 @@ class ContrastiveNetwork(Network):
     """Encoder, head, and where negatives come from. All that couples wholes happens in here.
 
     A part alone (B, 1, d, h, w) becomes embeddings (B, C). With another part and the wholes' ids, on all ranks together, the
-    answer is each whole's loss, cosine of its pair, and whether it was told apart: (B,) each.
+    answer is each whole's loss, cosine of its pair, and whether it was nearer than all negatives: (B,) each.
     """
 
     def __init__(
@@ -66,7 +79,7 @@ class ContrastiveNetwork(Network):
         encoder.only_pooled()
 
     def forward(self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None) -> Output:
-        """Judge validation by its own batch where the negatives are remembered ones, so that steps compare."""
+        """Where negatives are remembered ones, validation takes those of its own batch, so that steps compare."""
         if other is None or ids is None:
             return cast(Tensor, self.head(self.encoder.pooled(part)))
         judge = self.negatives if self.training or not self.negatives.remembers else self.in_batch
@@ -74,21 +87,30 @@ class ContrastiveNetwork(Network):
         return answer
 
 
-class ContrastivePretext:
+class ContrastivePretext(Pretext):
     """A member of the family: `kind` says where negatives come from. Parts are functions of (seed, epoch, id) alone."""
 
+    summary = "two parts of a whole -> alike, unlike those of others"
+    groups: ClassVar = {"contrast": ContrastConfig, "intensity": IntensityConfig}
     reconstructs = False
+    shows: Shows = "part"
+    kind: ClassVar[type[ContrastiveObjective]]
 
-    def __init__(self, config: Config, kind: type[ContrastiveObjective]) -> None:
+    def __init__(self, config: ContrastRunConfig) -> None:
         """Raise UserError for a batch too small to hold negatives, or too large for the queue."""
         check_batch(config)
-        if kind is MocoQueue and config.contrast.queue < config.data.batch:
+        if self.kind is MocoQueue and config.contrast.queue < config.data.batch:
             raise UserError(
                 f"contrast.queue={config.contrast.queue}: must hold a batch, {config.data.batch}; pass --contrast.queue 4096"
             )
-        self.config, self.kind = config, kind
+        self.config = config
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        """The family also reads how large a batch is and in how many passes it comes."""
+        return cls(cast(ContrastRunConfig, config))
+
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> parts 0 and 1 of each, (B, 1, d, h, w) in [0, 1], and the wholes' ids (B,)."""
         part, other = (cut_part(batch_BDHW, keys, number, self.config) for number in (0, 1))
         other = mirrored(other, keys) if self.kind.mirrors else other
@@ -103,7 +125,7 @@ class ContrastivePretext:
         return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head, passes))
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the wholes; `cosine` of the positive pairs, and the share that is `told` apart from all negatives."""
+        """Mean over the wholes; `cosine` of the positive pairs, and the share `told` of those nearer than all negatives."""
         losses, cosine, told = output
         return losses.mean(), {"cosine": cosine.mean(), "told": told.mean()}
 
@@ -112,7 +134,7 @@ class ContrastivePretext:
         return {"part": views.input, "another part": views.target}
 
 
-def check_batch(config: Config) -> None:
+def check_batch(config: ContrastRunConfig) -> None:
     """Raise UserError where a pass holds a single whole: it would have nothing to differ from."""
     if config.data.batch < 2 * config.optim.accumulate:
         raise UserError(
@@ -125,7 +147,7 @@ class BothNetwork(Network):
     """A part alone (B, 1, d, h, w) becomes its whole, as in Parts2Whole.
 
     With another part and the wholes' ids, on all ranks together, the answer is the whole from the first part, from the
-    second if `both`, and InfoNCE, cosine, told (B,) each of every whole.
+    second if `both`, and InfoNCE, cosine, told (B,) each, of every whole.
     """
 
     def __init__(
@@ -146,25 +168,34 @@ class BothNetwork(Network):
         return (*volumes.split(len(x)), *in_batch_loss(one, two, ids, self.temperature))
 
 
-class Parts2WholeContrast:
+class Parts2WholeContrast(Pretext):
     """Two parts a whole and step, functions of (seed, epoch, id) alone; the first is the one that Parts2Whole shows."""
 
+    summary = "two parts -> their whole, and bottlenecks alike, unlike those of other wholes"
+    groups: ClassVar = {"contrast": ContrastConfig, "intensity": IntensityConfig}
     reconstructs = True
+    shows: Shows = "part"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ContrastRunConfig) -> None:
         """Raise UserError for a batch too small to hold negatives."""
         check_batch(config)
         self.config = config
 
-    def sample(self, batch_BDHW: Tensor, keys: SampleKeys) -> Views:
-        """Wholes, int16 HU (B, D, H, W) -> part, whole, beside them another part, (B, 1, d, h, w) in [0, 1], ids (B,)."""
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Self:
+        """Like the family, it also reads how large a batch is and in how many passes it comes."""
+        return cls(cast(ContrastRunConfig, config))
+
+    def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
+        """Wholes, int16 HU (B, D, H, W) -> part and whole, (B, 1, d, h, w) in [0, 1]; as extra inputs another part and
+        the ids (B,)."""
         views = Parts2Whole(self.config.pretext, self.config.intensity).sample(batch_BDHW, keys)
         return Views(
             views.input, views.target, extra_inputs=(cut_part(batch_BDHW, keys, 1, self.config), keys.ids)
         )
 
     def build(self, encoder: Encoder) -> Network:
-        """Encoder, decoder (skips off unless asked), sigmoid; a head beside."""
+        """Encoder, decoder (skips off unless asked), sigmoid, and a projection head."""
         check_size(self.config.pretext.size, encoder)
         settings = self.config.contrast
         decoder = build_decoder(encoder, self.config.pretext.skips)
@@ -172,17 +203,18 @@ class Parts2WholeContrast:
         return BothNetwork(encoder, decoder, head, settings.both, settings.temperature)
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error + weight x InfoNCE, in float32; both terms, cosine and told beside (see contrast.task)."""
+        """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and told as in
+        `ContrastivePretext.loss`."""
         *volumes, losses, cosine, told = cast(tuple[Tensor, ...], output)
         mse = torch.stack([mse_loss(volume.float(), views.target.float()) for volume in volumes]).mean()
         infonce = losses.mean()
-        beside = {
+        terms = {
             "mse": mse.detach(),
             "infonce": infonce.detach(),
             "cosine": cosine.mean(),
             "told": told.mean(),
         }
-        return mse + self.config.contrast.weight * infonce, beside
+        return mse + self.config.contrast.weight * infonce, terms
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
         """Part and whole."""

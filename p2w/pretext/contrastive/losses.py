@@ -24,7 +24,7 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def all_gather_with_gradient(values: Tensor) -> Tensor:
-    """`gather` through which gradients flow back to the rank that a row came from, summed over all ranks.
+    """`all_gather` through which gradients flow back to the rank that a row came from, summed over all ranks.
 
     With a loss that is the mean over a rank's own rows, and DDP's mean over the ranks, the weights' gradient is that of
     the mean over all rows, as one process with all of them would have it.
@@ -71,12 +71,12 @@ def l2_normalise(vectors: Tensor) -> Tensor:
 
 
 def first_of_each(numbers: Tensor) -> Tensor:
-    """(N,) integers -> (N,): the place where each number stands first."""
+    """(N,) integers -> (N,): the index at which each number comes first."""
     return (numbers[:, None] == numbers[None, :]).int().argmax(1)
 
 
 def negative_mask(ids: Tensor, everyone: Tensor) -> Tensor:
-    """(B, N) bool: which of all wholes may be a negative of each own one: every other whole, once, if it stands there twice.
+    """(B, N) bool: which of all wholes may be a negative of each own one: every other whole, counted once if it comes twice.
 
     A validation batch is filled up with wholes that it has already, and another sub-scan may stand in for a damaged one.
     """
@@ -137,6 +137,6 @@ def sinkhorn(scores: Tensor, counts: Tensor, iterations: int, epsilon: float) ->
 
 
 def average_outcomes(one: ContrastOutcome, two: ContrastOutcome) -> ContrastOutcome:
-    """The mean of two answers."""
+    """The mean of two outcomes."""
     loss, cosine, told = ((a + b) / 2 for a, b in zip(one, two, strict=True))
     return loss, cosine, told

@@ -14,14 +14,13 @@ from p2w.pretext.contrastive.losses import (
     info_nce,
     l2_normalise,
 )
-from p2w.pretext.contrastive.objectives import ContrastiveObjective, ProjectionHead
-from p2w.pretext_config import ContrastConfig
+from p2w.pretext.contrastive.objectives import ContrastConfig, ContrastiveObjective, ProjectionHead
 
 
 class _Slots(ContrastiveObjective):
-    """`contrast.bank` places, of which whole `id` has `id % contrast.bank`; those of no whole met so far are no negatives.
+    """`contrast.bank` slots: whole `id` has slot `id % contrast.bank`; slots of no whole met so far are no negatives.
 
-    In a set of more sub-scans than places, wholes that share one count as the same whole.
+    In a set of more sub-scans than slots, wholes that share one count as the same whole.
     """
 
     remembers = True
@@ -32,9 +31,9 @@ class _Slots(ContrastiveObjective):
         self.register_buffer("seen", torch.zeros(config.bank, dtype=torch.bool))
 
     def allowed(self, slots: Tensor) -> Tensor:
-        """(B, bank) bool: the places of the other wholes met so far."""
-        places = torch.arange(len(self.seen), device=slots.device)
-        return self.seen[None, :] & (slots[:, None] != places[None, :])
+        """(B, bank) bool: the slots of the other wholes met so far."""
+        numbers = torch.arange(len(self.seen), device=slots.device)
+        return self.seen[None, :] & (slots[:, None] != numbers[None, :])
 
 
 class MemoryBank(_Slots):
@@ -52,7 +51,7 @@ class MemoryBank(_Slots):
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
     ) -> ContrastOutcome:
-        """One part a whole; the second is not looked at."""
+        """One part a whole; the second is not used."""
         vectors, slots = head(encoder.pooled(part)), ids % len(self.seen)
         answer = self.against_bank(vectors, self.entries(vectors, slots), slots)
         self.put(all_gather(vectors), all_gather(slots))
@@ -111,7 +110,7 @@ class InstanceClasses(_Slots):
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
     ) -> ContrastOutcome:
-        """One part a whole; the second is not looked at."""
+        """One part a whole; the second is not used."""
         classes, slots = l2_normalise(self.vectors), ids % len(self.seen)
         anchor = head(encoder.pooled(part))
         answer = info_nce(anchor, classes[slots], classes, self.allowed(slots), self.config.temperature)

@@ -1,6 +1,8 @@
 """What each part is contrasted with: the batch, a queue, local features, or prototypes."""
 
 import copy
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,44 @@ from p2w.pretext.contrastive.losses import (
     negative_mask,
     sinkhorn,
 )
-from p2w.pretext_config import ContrastConfig
+from p2w.pretext.settings import Bounds
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
+
+    temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.7
+    """Divides cosines [P: of its contrastive loss]."""
+    hidden: Annotated[int, Bounds(0, 65536)] = 256
+    """Width of the hidden layer between pooled features and embedding [?]; 0: the features are the embedding."""
+    dim: Annotated[int, Bounds(1, 65536)] = 128
+    """Channels of the embedding [?]."""
+    weight: Annotated[float, Bounds(0, 1e6)] = 0.01
+    """parts2whole_contrast: of InfoNCE beside mean squared error [?]."""
+    both: bool = True
+    """parts2whole_contrast: reconstruct the whole from both parts, not from the first alone [?]."""
+    queue: Annotated[int, Bounds(1, 10**7)] = 4096
+    """moco: parts remembered [?]."""
+    momentum: Annotated[float, Bounds(0, 1)] = 0.99
+    """moco: share of itself that the following encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
+    bank: Annotated[int, Bounds(2, 10**8)] = 32768
+    """instdisc, pirl, exemplar: places for wholes [?]; with fewer than the set has sub-scans, some share one."""
+    bank_momentum: Annotated[float, Bounds(0, 1)] = 0.5
+    """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
+    prototypes: Annotated[int, Bounds(2, 10**6)] = 128
+    """swav: prototypes [?]."""
+    sinkhorn_iterations: Annotated[int, Bounds(1, 1000)] = 3
+    """swav: how often assignments are balanced [?]."""
+    sinkhorn_epsilon: Annotated[float, Bounds(1e-3, 1e3)] = 0.05
+    """swav: how soft assignments are; smaller is harder [?]."""
 
 
 class ProjectionHead(nn.Module):
     """Linear, ReLU, linear, then unit length: (…, encoder's channels) -> (…, `channels`). hidden = 0: unit length alone.
 
-    No batch norm: whose statistics, a rank's own, would tell parts of one batch apart, and differ with the number of ranks.
+    No batch norm: its statistics, which are a rank's own, would leak which parts are of one batch, and differ with the
+    number of ranks.
     """
 
     def __init__(self, channels: int, config: ContrastConfig) -> None:
@@ -123,10 +156,10 @@ class MocoQueue(ContrastiveObjective):
 
     @torch.no_grad()
     def _put(self, vectors: Tensor, ids: Tensor) -> None:
-        """The newest in the place of the oldest."""
-        places = (self.next + torch.arange(len(ids), device=ids.device)) % len(self.queue)
-        self.queue.index_copy_(0, places, vectors)
-        self.ids.index_copy_(0, places, ids)
+        """Overwrite the oldest entries."""
+        slots = (self.next + torch.arange(len(ids), device=ids.device)) % len(self.queue)
+        self.queue.index_copy_(0, slots, vectors)
+        self.ids.index_copy_(0, slots, ids)
         self.next.add_(len(ids)).remainder_(len(self.queue))
 
 
@@ -157,10 +190,10 @@ class LocalGlobal(ContrastiveObjective):
 
 
 class Prototypes(ContrastiveObjective):
-    """SwAV (Caron et al. 2020): each part foretells to which of `contrast.prototypes` learned vectors the other is assigned.
+    """SwAV (Caron et al. 2020): each part predicts to which of `contrast.prototypes` learned vectors the other is assigned.
 
-    Assignments fill all prototypes alike over the batch of all ranks, so that it does not help to be all the same. `told`
-    is the share of wholes whose two parts are assigned to the same one.
+    Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
+    solution. `told` is the share of wholes whose two parts are assigned to the same one.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
@@ -185,8 +218,6 @@ class Prototypes(ContrastiveObjective):
         everyone, all_ids = all_gather(torch.cat(scores, 1)), all_gather(ids)
         nobody = torch.full_like(all_ids[:1], -1)
         counts = negative_mask(nobody, all_ids)[0]
-        mine = (
-            (all_ids[None, :] == ids[:, None]).int().argmax(1)
-        )  # a whole that stands there twice: where first
+        mine = (all_ids[None, :] == ids[:, None]).int().argmax(1)  # a whole that comes twice: its first index
         settings = self.config.sinkhorn_iterations, self.config.sinkhorn_epsilon
         return [sinkhorn(part, counts, *settings)[mine] for part in everyone.chunk(2, 1)]
