@@ -1,6 +1,6 @@
 """Kinds of target tasks, one class each: network, loss, metrics, and what a prediction is.
 
-A set's `meta["kind"]` names the class. Whatever trains, judges or predicts asks the class and knows no kind by name. What the
+A set's `meta["kind"]` names the class. Whatever trains, judges or predicts asks it, and knows no kind by name. What the
 samples of a kind hold is declared in `p2w.tasks.task.SAMPLE_KINDS`, which needs no torch. The recipe for another kind is
 docs/add_a_task.md.
 
