@@ -1,14 +1,15 @@
 """Where a fine-tuning starts: the network built from a starting point, and what is known of how that was pretrained."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from p2w.errors import UserError
+from p2w.finetune.task_types import TaskType
 from p2w.log import read_metrics
-from p2w.model import Encoder, Network
-from p2w.model.decoder import Classifier, Segmenter, build_decoder
+from p2w.model import Network
 from p2w.pretext import build_pretext
 from p2w.tasks.leak import check_run, check_shards
 from p2w.tasks.reader import TargetSet
@@ -99,35 +100,29 @@ def _origin(trained: Trained, loss: float | None, mse: float | None) -> InitReco
     )
 
 
-def network_of(kind: str, start: StartingPoint, pretrained_decoder: bool) -> Network:
+def network_of(
+    kind: TaskType, start: StartingPoint, classes: Sequence[str], pretrained_decoder: bool
+) -> Network:
     """The network to fine-tune; what is new in it draws from torch's generator.
 
-    Segmentation: a decoder with skips from scratch (the paper), or the one that was pretrained with the encoder, with the
-    skips that it was pretrained with. Raises UserError when there is none.
+    A decoder starts from scratch and has skips, as in the paper, or it is the one that was pretrained with the encoder, with
+    the skips that it was pretrained with. Raises UserError when there is none.
     """
-    if kind == "classification":
-        return Classifier(start.encoder)
     if not pretrained_decoder:
-        return Segmenter(start.encoder, build_decoder(start.encoder, skips=True))
+        return kind.network(start.encoder, classes)
     if start.decoder_state is None:
         raise UserError(
             f"{start.source}: holds no decoder (an export of the encoder alone?); name the run, or pass --decoder scratch"
         )
-    for skips in (False, True):
-        decoder = build_decoder(start.encoder, skips)
+    for skips in (True,) if start.encoder.only_skips else (False, True):
+        network = kind.network(start.encoder, classes, skips)
+        decoder = network.get_submodule("decoder")
         wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
         shared = [n for n, v in start.decoder_state.items() if wanted.get(n) == tuple(v.shape)]
-        if len(shared) >= len(wanted) - 2 or skips:  # but for the last convolution, of other classes
-            load_decoder(decoder, start)
+        if len(shared) >= len(wanted) - 2:  # all but the last convolution, which may be of other classes
             break
-    return Segmenter(start.encoder, decoder)
-
-
-def build_network(kind: str, encoder: Encoder, skips: bool) -> Network:
-    """The network of a trial's card, to be filled with its weights."""
-    if kind == "classification":
-        return Classifier(encoder)
-    return Segmenter(encoder, build_decoder(encoder, skips))
+    load_decoder(decoder, start)
+    return network
 
 
 def init_leak(origin: InitRecord, target: TargetSet, allow: bool, fold: int | None) -> str:

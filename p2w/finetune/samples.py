@@ -17,13 +17,18 @@ Rows = NDArray[np.int64]
 
 
 def data_fraction(
-    rows: Rows, patients: list[str], fraction: float, seed: int, labels: NDArray[np.int8] | None = None
+    rows: Rows,
+    patients: list[str],
+    fraction: float,
+    seed: int,
+    labels: NDArray[np.int8] | None = None,
+    needed: Sequence[int] = (0, 1),
 ) -> Rows:
     """The rows of a fraction of the patients, ascending; `patients` and `labels` are columns of the whole set.
 
     Patients come in an order that a hash of seed and name draws, and the first ceil(fraction * n) stay: the patients of
-    10 % are among those of 45 %, whatever else there is in the set. With `labels` (classification) as many more follow as
-    it takes for both classes to be there.
+    10 % are among those of 45 %, whatever else there is in the set. With `labels` as many more follow as it takes for every
+    label of `needed` to be there.
 
     Raises:
         UserError: fraction not in (0, 1], or no training patient.
@@ -38,8 +43,8 @@ def data_fraction(
     places = np.array([rank[patients[row]] for row in rows])
     count = math.ceil(round(fraction * len(names), 9))
     if labels is not None:
-        first = [places[labels[rows] == which].min(initial=len(names) - 1) for which in (0, 1)]
-        count = max(count, *(int(place) + 1 for place in first))
+        first = [places[labels[rows] == which].min(initial=len(names) - 1) for which in needed]
+        count = max([count, *(int(place) + 1 for place in first)])
     return rows[places < count]
 
 
@@ -119,7 +124,7 @@ class Samples:
                 yield self._unit(x), target
 
     def _unit(self, voxels: Tensor) -> Tensor:
-        """Stored int16 -> float32 in [0, 1] (FACTS 1: clip to the window, scale)."""
+        """Stored int16 -> float32 in [0, 1] (clipped to the window and scaled)."""
         return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
 
     def _read(self, places: Places) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,13 @@
-"""Types of target tasks: the loss, what is kept of a sample to judge it by, and the metrics over all samples.
+"""Kinds of target tasks, one class each: network, loss, metrics, and what a prediction is.
 
-A kind is picked by the set's `meta["kind"]`; the loop knows neither.
+A set's `meta["kind"]` names the class. Whatever trains, judges or predicts asks it, and knows no kind by name. What the
+samples of a kind hold is declared in `p2w.tasks.task.SAMPLE_KINDS`, which needs no torch. The recipe for another kind is
+docs/add_a_task.md.
+
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 
-Segmentation, all of the test set's voxels *pooled* unless the name says otherwise (FACTS 3, "Which IoU"):
+Metrics of segmentation. Voxels of the whole test set are pooled unless the name says otherwise (docs/paper.md says which IoU
+the paper reports):
 
     iou            foreground: intersection / union of mask and probability > 0.5      (compared for LCS, BMS)
     mean_iou       mean of background and foreground IoU, averaged over thresholds 0.50, 0.55 … 0.95   (compared for NCS)
@@ -11,14 +15,15 @@ Segmentation, all of the test set's voxels *pooled* unless the name says otherwi
     iou_sample, dice_sample      mean over samples; where mask and prediction are both empty it is 1
     iou_patient, dice_patient    voxels pooled by patient, then the mean over patients
 
-Classification:
+Metrics of classification:
 
     auc            area under the ROC curve over samples
     auc_patient    over patients: the highest probability of a patient's samples, against whether any is positive
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +33,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from p2w import stats
 from p2w.errors import UserError
+from p2w.model import Encoder, Network
+from p2w.model.decoder import Classifier, Segmenter, build_decoder
+from p2w.tasks.task import CLASSIFICATION, SAMPLE_KINDS, SEGMENTATION
 from p2w.world import World, all_reduce_sum
 
 Floats = NDArray[np.float64]
@@ -123,34 +131,83 @@ def _numbers(patients: Sequence[str]) -> NDArray[np.intp]:
     return np.array([known.setdefault(patient, len(known)) for patient in patients], np.intp)
 
 
-SMOOTH = 1.0  # of soft Dice (FACTS 4)
+SMOOTH = 1.0  # of soft Dice, as in Models Genesis' code (docs/paper.md)
 
 
-class TaskType(Protocol):
-    """What the loop needs of a task."""
+class TaskType(ABC):
+    """A kind of task: all that training, judging and predicting need to know of it."""
 
     name: str
+    """The kind's name in manifests and cards, a key of `p2w.tasks.task.SAMPLE_KINDS`."""
+    compared: str
+    """The metric that tables compare, unless a task names another."""
+    per_voxel: bool
+    """True: one answer a voxel. The network ends in a decoder, and what is predicted of a scan is a mask of its size, drawn
+    over its slices. False: one answer a sample. The network pools its features, and what is predicted is a table with a row
+    for each candidate."""
+    needed_labels: tuple[int, ...] = ()
+    """Labels that every fraction of the training data must hold."""
 
+    @abstractmethod
+    def network(self, encoder: Encoder, classes: Sequence[str] = (), skips: bool = True) -> Network:
+        """The encoder with a head for `classes`, whose weights draw from torch's generator.
+
+        `skips`: whether a decoder joins the encoder's features at every level.
+        """
+
+    def problem_of(self, labels: NDArray[np.int8]) -> str:
+        """Why nothing can be learned from samples of these labels, as the end of a sentence; "" where something can."""
+        return ""
+
+    @abstractmethod
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
-        """Of this rank's share of a batch of `batch` samples; the mean over ranks is the loss of the batch."""
+        """The loss of this rank's share of a batch of `batch` samples; its mean over ranks is the loss of the batch."""
 
+    @abstractmethod
     def record(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(B, …) float64 on the device: all that loss and metrics need of each sample."""
+        """All that loss and metrics need of each sample, (B, …) float64 on the logits' device."""
 
+    @abstractmethod
     def loss_of(self, records: Tensor) -> float:
         """The loss of a batch of records, as `loss` would give it."""
 
+    @abstractmethod
     def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """Metrics and their 95 % intervals."""
+        """Metrics in [0, 1] and their 95 % intervals, of the records of all test samples."""
 
+    @abstractmethod
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
-        """Arrays for predictions.npz, one entry a sample."""
+        """Arrays for predictions.npz, with one entry a sample."""
+
+    @abstractmethod
+    def predict(self, logits: Tensor) -> Tensor:
+        """What a user is told: (B, D, H, W) float32 in [0, 1] for one answer a voxel, else (B, columns) float32."""
+
+    def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """One answer a sample: what the columns of `predict` are called in a table."""
+        return ("probability",)
+
+    def to_mask(self, predicted: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
+        """One answer a voxel: what `predict` gave for voxels, averaged over windows -> the values written into a mask."""
+        return (predicted > threshold).astype(np.uint8)
 
 
-class Classification:
-    """One answer a sample; binary cross-entropy."""
+class Classification(TaskType):
+    """Is it one, or not: one probability a sample, binary cross-entropy, AUC."""
 
-    name = "classification"
+    name = CLASSIFICATION
+    compared = "auc"
+    per_voxel = False
+    needed_labels = SAMPLE_KINDS[CLASSIFICATION].labels
+
+    def network(self, encoder: Encoder, classes: Sequence[str] = (), skips: bool = True) -> Network:
+        """Pooled features, a hidden layer, one logit."""
+        return Classifier(encoder)
+
+    def problem_of(self, labels: NDArray[np.int8]) -> str:
+        """There is nothing to tell apart in samples of one class."""
+        found = np.unique(labels)
+        return f"are all of class {found[0]}; both are needed" if len(found) < 2 else ""
 
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
         """Logits (B,), labels (B,)."""
@@ -175,11 +232,21 @@ class Classification:
             "label": records[:, 1].numpy().astype(np.int8),
         }
 
+    def predict(self, logits: Tensor) -> Tensor:
+        """Probability of the second class, (B, 1)."""
+        return torch.sigmoid(logits.float())[:, None]
 
-class Segmentation:
-    """One answer a voxel; soft Dice over the flattened batch."""
 
-    name = "segmentation"
+class Segmentation(TaskType):
+    """Where is it: one probability a voxel, soft Dice over all voxels of a batch, IoU and Dice."""
+
+    name = SEGMENTATION
+    compared = "iou"
+    per_voxel = True
+
+    def network(self, encoder: Encoder, classes: Sequence[str] = (), skips: bool = True) -> Network:
+        """A decoder with one logit a voxel."""
+        return Segmenter(encoder, build_decoder(encoder, skips))
 
     def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
         """Logits (B, 1, D, H, W), masks of 0 and 1 of that shape."""
@@ -199,16 +266,20 @@ class Segmentation:
         return torch.cat(columns, 1)
 
     def loss_of(self, records: Tensor) -> float:
-        """Of the batch, not the mean over its samples."""
+        """Soft Dice of the batch as a whole, not the mean over its samples."""
         return float(soft_dice(records[:, :3].sum(0)))
 
     def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """From the counts."""
+        """From the counts of voxels."""
         return segmentation(self._counts(records), patients)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Counts (N, T, 4) and the thresholds."""
         return {"counts": self._counts(records), "thresholds": np.array(THRESHOLDS)}
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Probability of foreground."""
+        return torch.sigmoid(logits.float())[:, 0]
 
     def _counts(self, records: Tensor) -> NDArray[np.int64]:
         return records[:, 3:].reshape(len(records), len(THRESHOLDS), 4).numpy().astype(np.int64)
@@ -221,7 +292,7 @@ def _soft(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def soft_dice(sums: Tensor) -> Tensor:
-    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of sums (3,) over all voxels of a batch (FACTS 4)."""
+    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of sums (3,) over all voxels of a batch."""
     return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + sums[2] + SMOOTH)
 
 
@@ -229,7 +300,7 @@ TASK_TYPES: dict[str, TaskType] = {kind.name: kind for kind in (Classification()
 
 
 def task_type(name: str) -> TaskType:
-    """Raises UserError for a kind that there is not."""
+    """The kind of that name. Raises UserError when there is none."""
     if name not in TASK_TYPES:
         raise UserError(f"a task of kind {name!r}: must be one of {', '.join(TASK_TYPES)}")
     return TASK_TYPES[name]

@@ -69,8 +69,10 @@ class FineTuning:
     def training_rows(self, index: int) -> Rows:
         """The fraction of the training samples that a trial sees."""
         chooser = self.seed(index) if self.recipe.subset == "by-trial" else self.recipe.seed
-        labels = self.source.label if self.kind.name == "classification" else None
-        return data_fraction(self.rows["train"], self.source.patient, self.fraction, chooser, labels)
+        return data_fraction(
+            self.rows["train"], self.source.patient, self.fraction, chooser, self.source.label,
+            self.kind.needed_labels,
+        )  # fmt: skip
 
     def start(self) -> StartingPoint:
         """The encoder with its values, read anew; a random one draws from torch's generator."""
@@ -82,7 +84,8 @@ class FineTuning:
         torch.manual_seed(2 * seed)
         start = self.start()
         torch.manual_seed(2 * seed + 1)
-        return network_of(self.kind.name, start, self.pretrained_decoder), start
+        classes = self.source.meta["classes"]
+        return network_of(self.kind, start, classes, self.pretrained_decoder), start
 
     def samples(self, split: str, rows: Rows, world: World) -> Samples:
         """Decoded once for all trials of this process that see the same rows."""
@@ -101,17 +104,12 @@ def check_data(transfer: FineTuning, ranks: int) -> None:
                 f"{where}: no sample to {'train' if split == 'train' else split}; prepare the set again with other splits, "
                 "or name another --fold"
             )
-    if transfer.kind.name == "classification":
-        for split in ("train", "test"):
-            found = np.unique(transfer.source.label[rows[split]])
-            if len(found) < 2:
-                raise UserError(
-                    f"{where}: the samples to {split} are all of class {found[0]}; both are needed"
-                )
-    if transfer.kind.name == "classification" and transfer.pretrained_decoder:
-        raise UserError(
-            f"--decoder pretrained: {transfer.source.meta['task']} is classification, which has no decoder; leave it out"
-        )
+    for split in ("train", "test"):
+        if said := transfer.kind.problem_of(transfer.source.label[rows[split]]):
+            raise UserError(f"{where}: the samples to {split} {said}")
+    if transfer.pretrained_decoder and not transfer.kind.per_voxel:
+        task, kind = transfer.source.meta["task"], transfer.kind.name
+        raise UserError(f"--decoder pretrained: {task} is {kind}, which has no decoder; leave it out")
     smallest = min(len(rows["val"]), len(rows["test"]))
     for index in range(transfer.trials):
         count = len(transfer.training_rows(index))

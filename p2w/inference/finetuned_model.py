@@ -13,7 +13,7 @@ from torch import Tensor
 
 from p2w.errors import UserError
 from p2w.files import type_mismatch
-from p2w.finetune.init import build_network
+from p2w.finetune.task_types import TaskType, task_type
 from p2w.finetune.trial import MODEL, RESULT
 from p2w.model import Network, build_encoder
 from p2w.model.encoder import InputNorm
@@ -36,9 +36,14 @@ class FineTunedModel:
     card: dict[str, Any]
 
     @property
-    def kind(self) -> str:
-        """`classification` or `segmentation`."""
-        return str(self.card["kind"])
+    def kind(self) -> TaskType:
+        """The kind of the task that it was fine-tuned on."""
+        return task_type(self.card["kind"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the task calls its classes; () where the card does not say."""
+        return tuple(self.card["task"].get("classes") or ())
 
     @property
     def channels(self) -> int:
@@ -78,14 +83,13 @@ class FineTunedModel:
         return float(ranges[0][0]), float(ranges[1][0]), float(ranges[2][0])
 
     @torch.no_grad()
-    def probabilities(self, crops: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Stored values int16 (B, C, D, H, W) on the network's device -> (B,) or (B, D, H, W) float32."""
+    def predictions(self, crops: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Stored values int16 (B, C, D, H, W) on the network's device -> what `TaskType.predict` makes of its logits."""
         low, high = self.window
         x = crops.float().sub_(low).div_(high - low).clamp_(0, 1)
         with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             logits: Tensor = self.network(x)
-        found = torch.sigmoid(logits.float())
-        return found[:, 0] if found.dim() == 5 else found
+        return self.kind.predict(logits)
 
 
 def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
@@ -108,7 +112,8 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
             f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(InputNorm))}"
         )
     encoder.feeding = told["feeding"]
-    network = build_network(card["kind"], encoder, card["skips"])
+    classes = card["task"].get("classes") or ()
+    network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:
         network.load_state_dict(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:

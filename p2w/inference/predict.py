@@ -137,7 +137,7 @@ def mask_of(
     batch: int,
     dtype: torch.dtype | None,
 ) -> NDArray[np.uint8]:
-    """0 and 1 on the canonical grid [z,y,x]."""
+    """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x]."""
     windows = windows_of(subject, fitted, overlap)
     device = next(fitted.network.parameters()).device
     levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
@@ -145,7 +145,7 @@ def mask_of(
 
     def predict(places: list[CropBox]) -> NDArray[np.float32]:
         stack = torch.from_numpy(np.stack([subject.crop(place) for place in places]))
-        found = fitted.probabilities(stack.to(device), dtype).cpu().numpy()
+        found: NDArray[np.float32] = fitted.predictions(stack.to(device), dtype).cpu().numpy()
         progress.step(f"{len(windows):,} windows in all")
         progress.tick()
         return found
@@ -153,14 +153,14 @@ def mask_of(
     mask = np.zeros(windows.shape, np.uint8)
     with progress:
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
-            mask[z] = image > threshold
+            mask[z] = fitted.kind.to_mask(image, threshold)
     return mask
 
 
 def scores_of(
     subject: InferenceInput, fitted: FineTunedModel, table: Path, batch: int, dtype: torch.dtype | None
 ) -> tuple[str, int]:
-    """CSV x,y,z,probability, one row a candidate of this scan in the table's order, and how many.
+    """CSV x,y,z and the kind's columns, a row for each candidate of this scan in the table's order; and how many.
 
     Raises UserError for a candidate outside the scan, or none in it.
     """
@@ -184,14 +184,16 @@ def scores_of(
         raise UserError(f"{table}: names no candidate of {subject.name}")
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("x", "y", "z", "probability"))
+    rows.writerow(("x", "y", "z", *fitted.kind.columns(fitted.classes)))
     for start in range(0, len(world), batch):
         some = world[start : start + batch]
         centres = [crops.to_voxel(subject.grid, np.array(at[::-1])) for at in some]
         places = [CropBox.round(one, fitted.size, subject.grid, fitted.spacing_mm) for one in centres]
         stack = torch.from_numpy(np.stack([subject.crop(place) for place in places])).to(device)
-        found = fitted.probabilities(stack, dtype).cpu().tolist()
-        rows.writerows((*at, f"{value:.6f}") for at, value in zip(some, found, strict=True))
+        found = fitted.predictions(stack, dtype).cpu().tolist()
+        rows.writerows(
+            (*at, *(f"{value:.6f}" for value in values)) for at, values in zip(some, found, strict=True)
+        )
     return text.getvalue(), len(world)
 
 
@@ -277,7 +279,7 @@ def main(argv: list[str]) -> int:
     _check(options, fitted)
     subject = read_input(options.scan, fitted)
     dtype = choose_precision(options.precision, world.device).apply().dtype
-    if fitted.kind == "classification":
+    if not fitted.kind.per_voxel:
         assert options.candidates is not None
         table, count = scores_of(subject, fitted, options.candidates, options.batch, dtype)
         _publish_text(options.out, table)
@@ -302,7 +304,7 @@ def main(argv: list[str]) -> int:
 def _check(options: PredictOptions, fitted: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
     name = options.out.name.lower()
-    if fitted.kind == "classification":
+    if not fitted.kind.per_voxel:
         if options.candidates is None or not name.endswith(".csv"):
             raise UserError(
                 f"{fitted.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"

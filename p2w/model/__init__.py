@@ -1,7 +1,9 @@
-"""Encoders by name. A new network is one file here, one line in ENCODERS, one test file."""
+"""Encoders by name. A new network is one file here and one line in ENCODERS: see docs/add_a_backbone.md."""
 
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from p2w.errors import UserError
 from p2w.model.dense_vnet import DenseVNet
@@ -15,7 +17,8 @@ from p2w.model.vit3d import ViT3d
 __all__ = ["ENCODERS", "Encoder", "Network", "Output", "build_encoder"]
 
 
-ENCODERS: dict[str, Callable[[int, int], Encoder]] = {  # (width, in_channels) -> encoder
+# (width, in_channels, and as keywords with a default whatever settings are the network's own) -> encoder
+ENCODERS: dict[str, Callable[..., Encoder]] = {
     "unet3d": UNet3dEncoder,
     "resencl": ResEncL,
     "vit3d": ViT3d,
@@ -32,9 +35,38 @@ ENCODERS: dict[str, Callable[[int, int], Encoder]] = {  # (width, in_channels) -
 
 
 def build_encoder(name: str, width: int, in_channels: int = 1) -> Encoder:
-    """Make the encoder `name`. Raises UserError when the table has no such network."""
-    if name not in ENCODERS:
+    """Make the encoder `name`, or `name:setting=value,setting=value` with settings of its own, such as "vit3d:depth=6".
+
+    Raises UserError when the table has no such network, or the network no such setting.
+    """
+    base, _, settings = name.partition(":")
+    if base not in ENCODERS:
         raise UserError(f"model.name={name}: unknown; one of {', '.join(sorted(ENCODERS))}")
     if width < 1 or in_channels < 1:
         raise UserError(f"model.width={width}, input channels {in_channels}: both must be at least 1")
-    return ENCODERS[name](width, in_channels)
+    factory = ENCODERS[base]
+    return factory(width, in_channels, **_own_settings(name, factory, settings))
+
+
+def factory_class(name: str) -> Any:
+    """The class, or the function, behind a line of ENCODERS."""
+    factory = ENCODERS[name]
+    return factory.func if isinstance(factory, functools.partial) else factory
+
+
+def _own_settings(name: str, factory: Callable[..., Encoder], text: str) -> dict[str, Any]:
+    """`setting=value,…` as keyword arguments of `factory`, each of the type of its default."""
+    parameters = inspect.signature(factory).parameters.values()
+    known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    found: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        setting, _, value = pair.partition("=")
+        if setting not in known:
+            has = f"its settings are {', '.join(known)}" if known else "it has no settings of its own"
+            raise UserError(f"model.name={name}: no setting {setting!r}; {has}")
+        try:
+            found[setting] = type(known[setting])(value)
+        except ValueError as error:
+            kind = type(known[setting]).__name__
+            raise UserError(f"model.name={name}: {setting} is {value!r}, must be of type {kind}") from error
+    return found

@@ -1,8 +1,6 @@
 """Decoders, from an encoder's features back to a volume, and the heads of target tasks.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
-
-Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
 import itertools
@@ -10,7 +8,6 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from p2w.model.dense_vnet import DenseVNet, DenseVNetHead
 from p2w.model.encoder import Encoder, Network, normalise_input
 from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder, UpBlock
 
@@ -18,13 +15,14 @@ WIDEST = 256  # channels of a general decoder's level: the paper's decoder has 2
 
 
 def build_decoder(encoder: Encoder, skips: bool, out_channels: int = 1) -> nn.Module:
-    """The paper's decoder where the encoder has its four levels, the dense V-Net's own head, else a `GeneralDecoder`.
+    """The encoder's own decoder where it has one; the paper's where it has the paper's four levels; else a `GeneralDecoder`.
 
     `skips` joins the encoder's features at every level. The decoder maps features, fine to coarse, to logits
     (B, out_channels, D, H, W) at the size of the encoder's input, whose edges are multiples of its last stride.
     """
-    if isinstance(encoder, DenseVNet):
-        return DenseVNetHead(encoder.channels, skips, out_channels)
+    own = encoder.build_decoder(skips, out_channels)
+    if own is not None:
+        return own
     if encoder.strides == (1, 2, 4, 8) and not encoder.slice_strides:
         return UNet3dDecoder(encoder.channels, encoder.strides, skips, out_channels)
     return GeneralDecoder(encoder.channels, encoder.strides, skips, out_channels, encoder.slice_strides)
@@ -97,28 +95,29 @@ class EncoderDecoder(Network):
         return torch.sigmoid(self.decoder(self.encoder(x)).float())
 
 
-HIDDEN = 1024  # units between pooled features and the answer (FACTS 4, Models Genesis' protocol)
+HIDDEN = 1024  # units between pooled features and logits, as in Models Genesis' protocol (docs/paper.md)
 
 
 class Classifier(Network):
-    """Encoder, global average pool of its coarsest features, 1024 units with ReLU, one logit."""
+    """Encoder, global average pool of its coarsest features, 1024 units with ReLU, logits: one, or `outputs` of them."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, outputs: int = 1) -> None:
         super().__init__()
         self.encoder = encoder
         encoder.only_pooled()
         self.head = nn.Sequential(
-            nn.Linear(encoder.channels[-1], HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1)
+            nn.Linear(encoder.channels[-1], HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, outputs)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) in [0, 1] -> logits (B,), float32 whatever the AMP dtype."""
+        """(B, C, D, H, W) in [0, 1] -> logits (B,) of one output, else (B, outputs); float32 whatever the AMP dtype."""
         features = self.encoder.pooled(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
-        return self.head(features).float()[:, 0]
+        logits: Tensor = self.head(features).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits
 
 
 class Segmenter(Network):
-    """Encoder and decoder, one logit a voxel."""
+    """Encoder and decoder, as many logits a voxel as the decoder has output channels."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -126,7 +125,7 @@ class Segmenter(Network):
         self.decoder = decoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) in [0, 1] -> logits (B, 1, D, H, W), float32 whatever the AMP dtype."""
+        """(B, C, D, H, W) in [0, 1] -> logits (B, out_channels, D, H, W), float32 whatever the AMP dtype."""
         return self.decoder(
             self.encoder(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
         ).float()

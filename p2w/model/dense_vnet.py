@@ -1,4 +1,4 @@
-"""NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path (FACTS 5).
+"""NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path.
 
 The input is averaged to half its size beside a 5x5x5 stride-2 convolution; stacks of 5, 10 and 10 convolutions growing by
 4, 8 and 16 follow, each with a skip convolution (12, 24, 24 channels) and, but for the last, one of stride 2 downwards (24).
@@ -67,6 +67,7 @@ class DenseVNet(Encoder):
     )
     norms_input = tuple(f"image_bn.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
     beside_pooled = tuple(f"blocks.{i}.skip." for i in range(len(STACKS)))
+    only_skips = True
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()
@@ -87,6 +88,10 @@ class DenseVNet(Encoder):
         self.strides = (2, 4, 8, 8)
         initialise(self)
 
+    def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module:
+        """Its own head. Raises UserError without skips."""
+        return DenseVNetHead(self.channels, skips, out_channels)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, D, H, W), edges divisible by 8 -> list of features, fine to coarse."""
         image = self.image_bn(average_same(x))
@@ -105,6 +110,7 @@ class DenseVNetHead(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], skips: bool = True, out_channels: int = 1) -> None:
         super().__init__()
+        self.skips = skips
         if not skips:
             raise UserError(
                 "dense_vnet: its head is made of skips; pass --pretext.skips, or take another network"

@@ -3,6 +3,7 @@
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -49,6 +50,20 @@ def _positive_z(x: Tensor) -> Tensor:
 Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry a sample along its first axis
 
 
+@dataclass(frozen=True)
+class PublishedFormat:
+    """A file of others that holds this network's weights under the network's own names, maybe after renaming."""
+
+    title: str
+    """What people call it."""
+    known_by: str
+    """The name of a tensor (without `module.`) that such a file has and no other network's file."""
+    head: tuple[str, ...] = ()
+    """Prefixes of the tensors that are a decoder or a classifier, which a target task replaces."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """(regular expression, replacement) pairs, applied one after the other: the file's names -> the network's."""
+
+
 class Encoder(nn.Module):
     """`forward((B, C, D, H, W)) -> list of features, fine to coarse`, described by `channels` and `strides`.
 
@@ -71,6 +86,14 @@ class Encoder(nn.Module):
     """Which memory layout is the faster one for it, where the settings leave that open."""
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
+    only_skips: bool = False
+    """Whether its decoder is made of skips, so that there is none without."""
+    published: tuple[PublishedFormat, ...] = ()
+    """Files in which others publish weights for it."""
+
+    def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module | None:
+        """A decoder of its own, as `p2w.model.decoder.build_decoder` describes it; None: a general one fits."""
+        return None
 
     @property
     def divisor(self) -> tuple[int, int, int]:

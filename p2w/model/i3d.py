@@ -1,4 +1,4 @@
-"""I3D (Carreira and Zisserman 2017): Inception-v1 inflated to three dimensions; the first axis, time, is z here (FACTS 5).
+"""I3D (Carreira and Zisserman 2017): Inception-v1 inflated to three dimensions; the first axis, time, is z here.
 
 Parameter names are those of the public torch weights (`Mixed_3b.b0.conv3d.weight`). Padding is TensorFlow's "SAME"
 throughout, batch norm has eps 1e-3.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from p2w.model.conv import SameConv3d, initialise, pad_same, scale_channels
-from p2w.model.encoder import Encoder, InputNorm
+from p2w.model.encoder import Encoder, InputNorm, PublishedFormat
 from p2w.model.norm import BatchNorm3d
 
 # One line a mixed block: 1x1x1 | 1x1x1 -> 3x3x3 | 1x1x1 -> 3x3x3 | max-pool -> 1x1x1
@@ -66,11 +66,12 @@ class I3D(Encoder):
     """Features of 1a, 2c, 3c, 4f, 5c: at width 32 channels (64, 192, 480, 832, 1024), row and column strides 2 to 32.
 
     Slices shrink later: strides (2, 2, 2, 4, 8). A 32 x 64 x 64 part becomes 1024 x 4 x 2 x 2. Published weights have 3
-    input channels; `feed` repeats a grey one, and weights summed over them do the same with one.
+    input channels; `normalise_input` repeats a grey one, and weights summed over them do the same with one.
     """
 
     feeding: InputNorm = "symmetric"
     input_convs = ("Conv3d_1a_7x7.conv3d.weight",)
+    published = (PublishedFormat("I3D", known_by="Conv3d_1a_7x7.conv3d.weight", head=("logits.",)),)
 
     def __init__(self, width: int = 32, in_channels: int = 1) -> None:
         super().__init__()

@@ -57,13 +57,15 @@ class ViT3d(Encoder):
     """`width` 32 is a ViT-S: 12 blocks of 384 channels in 6 heads, 21 M parameters; others scale.
 
     There `channels` are (16, 32, 64, 384) and `strides` (1, 2, 4, 8): a 32 x 64 x 64 part becomes 256 tokens, and these
-    384 x 4 x 8 x 8.
+    384 x 4 x 8 x 8. `depth` is the number of blocks (`--model.name vit3d:depth=6`).
     """
 
     input_convs = ("stem.0.conv1.weight",)
 
-    def __init__(self, width: int = 32, in_channels: int = 1) -> None:
+    def __init__(self, width: int = 32, in_channels: int = 1, *, depth: int = DEPTH) -> None:
         super().__init__()
+        if depth < 1:
+            raise UserError(f"model.name=vit3d:depth={depth}: must be at least 1")
         fine = max(1, width // 2)
         self.channels = (fine, 2 * fine, 4 * fine, 12 * width)
         self.strides = (1, 2, 4, PATCH)
@@ -79,7 +81,7 @@ class ViT3d(Encoder):
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
             BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
         )
-        self.blocks = nn.ModuleList(TransformerBlock(12 * width) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(TransformerBlock(12 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(12 * width)
         for module in self.modules():
             if isinstance(module, nn.Linear):

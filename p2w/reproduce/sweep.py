@@ -24,12 +24,12 @@ from p2w.errors import UserError
 from p2w.files import FileLock
 from p2w.finetune import results
 from p2w.finetune.run_manifest import task_fingerprint
+from p2w.finetune.task_types import task_type
 from p2w.log import read_metrics
 from p2w.progress import Progress, say
 from p2w.reproduce import paper_numbers
 from p2w.resources import usable_cores
 from p2w.tasks.reader import open_target
-from p2w.tasks.task import SEGMENTATION
 from p2w.train.checkpoint import Checkpoints
 from p2w.world import variables
 
@@ -235,7 +235,7 @@ def table2(
     pretrained = list(jobs)
     for task, target in common.tasks.items():
         for parts, before in zip(paper_numbers.TABLE2, pretrained, strict=True):
-            decoder = "pretrained" if parts.skips and target.kind == SEGMENTATION else ""
+            decoder = "pretrained" if parts.skips and task_type(target.kind).per_voxel else ""
             jobs += common.jobs(
                 task,
                 str(before.folder),

@@ -11,6 +11,7 @@ from statistics import fmean
 
 from p2w.errors import UserError
 from p2w.finetune.results import FineTuningResult, TrialResult
+from p2w.finetune.task_types import task_type
 from p2w.report.markup import several
 from p2w.reproduce import paper_numbers
 from p2w.reproduce.table import BEST, EQUIVALENT, Cell, Claim, Column, Number, Table
@@ -211,8 +212,8 @@ def by_fraction(
 
 
 def metric_of(task: str, transfers: Sequence[FineTuningResult], asked: Mapping[str, str]) -> str:
-    """The metric that a task is compared on: asked for, else the paper's, else AUC or IoU by the kind of task."""
-    usual = "auc" if transfers and transfers[0].kind == "classification" else "iou"
+    """The metric that a task is compared on: asked for, else the paper's, else what its kind of task compares."""
+    usual = task_type(transfers[0].kind).compared if transfers else "iou"
     metric = asked.get(task, asked.get("", paper_numbers.COMPARED.get(task, usual)))
     there = sorted({name for one in transfers for trial in one.trials for name in trial.metrics})
     if there and metric not in there:

@@ -13,7 +13,7 @@ from p2w.shards.build import default_workers, result_of_worker
 from p2w.shards.build_folder import JobShare
 from p2w.shards.workers import worker_pool
 from p2w.tasks.sample_writer import TargetFolder, TargetSettings, cut_case, merge_cases
-from p2w.tasks.task import SEGMENTATION, Case, Cases, Split, Task
+from p2w.tasks.task import SAMPLE_KINDS, Case, Cases, Split, Task
 
 RECORD_HEAD = 4096  # bytes beside the voxels, at most
 
@@ -121,7 +121,7 @@ def _known_samples(cases: list[Case]) -> int:
 
 def record_bytes(task: Task, size: tuple[int, int, int]) -> int:
     """Of one sample."""
-    channels = len(task.channel_names) + (task.kind == SEGMENTATION)
+    channels = len(task.channel_names) + SAMPLE_KINDS[task.kind].masks
     return 2 * channels * math.prod(size) + RECORD_HEAD
 
 
@@ -159,7 +159,7 @@ def _dry_run(task: Task, cases: Cases, mine: list[Case], split: Split, job: Prep
     total = sum(len(case.marks) for case in mine)
     if total:
         positive = sum(mark.label == 1 for case in mine for mark in case.marks)
-        classes = f", {positive:,} positive" if positive or task.kind != SEGMENTATION else ""
+        classes = f", {positive:,} positive" if positive or not SAMPLE_KINDS[task.kind].masks else ""
         say(f"samples        {total:,}{classes}; {total * one / 2**30:.2f} GiB into {job.out}")
     else:
         say("samples        as many as the masks give; they are read when cutting")

@@ -22,7 +22,7 @@ from p2w.files import type_mismatch
 from p2w.shards.manifest import Manifest, read_manifest
 from p2w.stream.local import LocalSet
 from p2w.tasks import splits
-from p2w.tasks.task import CLASSIFICATION, SAMPLE_SCHEMA, SEGMENTATION, SPLITS, TASK_META
+from p2w.tasks.task import SAMPLE_KINDS, SAMPLE_SCHEMA, SPLITS, TASK_META
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TargetSet:
     of: list[str]  # what the sample is of
     split: NDArray[np.str_]  # "train" | "val" | "test"; of a set with folds: where fold 0 is tested on
     fold: NDArray[np.int16]  # -1: no folds
-    label: NDArray[np.int8]  # -1 for segmentation
+    label: NDArray[np.int8]  # -1: there is a mask instead
     first_voxel: NDArray[np.int32]  # (n, 3) z, y, x of the crop in the canonical scan
     centre_mm: NDArray[np.float64]  # (n, 3) world z, y, x of the voxel at size // 2
     spacing_mm: NDArray[np.float32]  # (n, 3) z, y, x of the crop's voxels
@@ -54,7 +54,7 @@ class TargetSet:
 
     @property
     def kind(self) -> str:
-        """`classification` or `segmentation`."""
+        """The kind of the task: a name in `p2w.tasks.task.SAMPLE_KINDS`."""
         return str(self.meta["kind"])
 
     @property
@@ -105,7 +105,7 @@ class TargetSet:
         return np.flatnonzero(self.splits(fold) == split).astype(np.int64)
 
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
-        """Voxels int16 (B, C, D, H, W), and labels float32 (B,) or masks uint8 (B, 1, D, H, W) of 0 and 1.
+        """Voxels int16 (B, C, D, H, W), and masks uint8 (B, 1, D, H, W) where the kind has them, else labels float32 (B,).
 
         On the CPU, memory of their own. Every record's checksum is compared with the manifest's.
 
@@ -116,9 +116,9 @@ class TargetSet:
         records = torch.empty((len(chosen), *self._records.shape), dtype=torch.int16)
         for place, row in enumerate(chosen):
             self._records.read_into(row, records[place])
-        if self.kind == CLASSIFICATION:
-            return records, torch.from_numpy(self.label[chosen].astype(np.float32))
-        return records[:, :-1].contiguous(), records[:, -1:].to(torch.uint8)
+        if SAMPLE_KINDS[self.kind].masks:
+            return records[:, :-1].contiguous(), records[:, -1:].to(torch.uint8)
+        return records, torch.from_numpy(self.label[chosen].astype(np.float32))
 
 
 def open_target(path: str | os.PathLike[str]) -> TargetSet:
@@ -158,13 +158,15 @@ def _check(manifest: Manifest) -> None:
     meta, table = manifest.meta, manifest.table
     if said := type_mismatch(meta, TASK_META, "its metadata"):
         raise UserError(f"{manifest.root}: its manifest makes no sense ({said}): prepare the set again")
-    masks = 1 if meta["kind"] == SEGMENTATION else 0
-    shape = [meta["channels"] + masks, *meta["size_zyx"]]
-    labels = {-1} if masks else {0, 1}
+    if meta["kind"] not in SAMPLE_KINDS:
+        raise UserError(
+            f"{manifest.root}: its manifest makes no sense (its kind is {meta['kind']!r}): prepare the set again"
+        )
+    kind = SAMPLE_KINDS[meta["kind"]]
+    shape = [meta["channels"] + kind.masks, *meta["size_zyx"]]
+    labels = set(kind.labels)
     wrong = None
-    if meta["kind"] not in (CLASSIFICATION, SEGMENTATION):
-        wrong = f"its kind is {meta['kind']!r}"
-    elif meta["shape"] != shape:
+    if meta["shape"] != shape:
         wrong = f"its records are {meta['shape']}, its channels and size make {shape}"
     elif len(meta["window"]) != 2 or not meta["window"][0] < meta["window"][1]:
         wrong = f"its window is {meta['window']}"

@@ -24,8 +24,8 @@ from p2w.shards.writer import ShardFile, open_shard
 from p2w.tasks import splits
 from p2w.tasks.task import (
     SAMPLE_COLUMNS,
+    SAMPLE_KINDS,
     SAMPLE_SCHEMA,
-    SEGMENTATION,
     SPLITS,
     TASK_FILE_META,
     Case,
@@ -160,7 +160,7 @@ def _row(number: int, case: Case, sample: Sample, task: Task) -> dict[str, Any]:
         "patient": case.patient,
         "of": sample.of,
         "label": sample.label,
-        "foreground": _single(sample.record[-1].mean()) if task.kind == SEGMENTATION else 0.0,
+        "foreground": _single(sample.record[-1].mean()) if SAMPLE_KINDS[task.kind].masks else 0.0,
     }
     for axis, first, centre, spacing in zip(
         "zyx", sample.first_voxel, sample.centre_mm, sample.spacing_mm, strict=True
@@ -207,7 +207,7 @@ def merge_cases(task: Task, cases: Cases, split: Split, folder: TargetFolder) ->
         "kind": task.kind,
         "format": form,
         "dtype": "int16",
-        "shape": [channels + (task.kind == SEGMENTATION), *folder.settings.size],
+        "shape": [channels + SAMPLE_KINDS[task.kind].masks, *folder.settings.size],
         "channels": channels,
         "channel_names": list(task.channel_names),
         "size_zyx": list(folder.settings.size),

@@ -4,7 +4,7 @@ A task finds cases, splits them by patient and cuts samples.
 
 A task is a frozen dataclass whose fields are its options on the command line; it travels to worker processes.
 
-A record is one int16 array [c,z,y,x]: the channels of the crop and, for segmentation, its mask (0 or 1) as the last.
+A record is one int16 array [c,z,y,x]: the channels of the crop and, where the kind has one, its mask (0 or 1) as the last.
 Shards, manifest and folder are those of pretraining (`p2w.shards.writer`, `p2w.shards.manifest`), so a set opens with
 stock webdataset and pyarrow, and every record is read in place and carries its checksum.
 """
@@ -20,7 +20,24 @@ from numpy.typing import NDArray
 from p2w.ct.discover import ScanSource
 from p2w.shards.manifest_schema import ManifestSchema
 
+
+@dataclass(frozen=True)
+class SampleKind:
+    """What the samples of a kind of task hold: the data side of its class in `p2w.finetune.task_types`."""
+
+    name: str
+    """As manifests, run folders and cards write it."""
+    masks: bool
+    """Whether the last layer of a record is a mask; otherwise the label is what is learned."""
+    labels: tuple[int, ...]
+    """The labels that a sample may have, as int8; -1 stands for no label."""
+
+
 CLASSIFICATION, SEGMENTATION = "classification", "segmentation"
+SAMPLE_KINDS = {
+    CLASSIFICATION: SampleKind(CLASSIFICATION, masks=False, labels=(0, 1)),
+    SEGMENTATION: SampleKind(SEGMENTATION, masks=True, labels=(-1,)),
+}
 SPLITS = ("train", "val", "test")
 WINDOW_HU = (-1000, 1000)
 
@@ -33,7 +50,7 @@ SAMPLE_COLUMNS = pa.schema(
         ),  # train | val | test; of a set with folds: the split where fold 0 is tested on
         ("fold", pa.int16()),  # in which fold the sample is tested on; -1: the set has no folds
         ("patient", pa.string()),
-        ("label", pa.int8()),  # 0 or 1; -1 for segmentation
+        ("label", pa.int8()),  # one of `SampleKind.labels`; -1: there is a mask instead
         ("shard", pa.string()),
         ("offset", pa.int64()),  # byte of the shard at which the record starts
         ("nbytes", pa.int64()),
@@ -52,7 +69,7 @@ SAMPLE_COLUMNS = pa.schema(
         ("spacing_z", pa.float32()),  # mm of the crop's voxels
         ("spacing_y", pa.float32()),
         ("spacing_x", pa.float32()),
-        ("foreground", pa.float32()),  # share of the voxels in the mask; 0 for classification
+        ("foreground", pa.float32()),  # share of the voxels in the mask; 0 where there is none
     ]
 )
 TASK_FILE_META = {"role": str, "file": str, "nbytes": int, "checksum": str}
@@ -132,11 +149,11 @@ class Cases:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record int16 [c,z,y,x]: channels, and the mask last for segmentation; and where it was cut, z, y, x."""
+    """One record int16 [c,z,y,x], the channels and maybe a mask as the last; and where it was cut, z, y, x."""
 
     record: NDArray[np.int16]
     of: str
-    label: int  # -1 for segmentation
+    label: int  # -1: there is a mask instead
     first_voxel: Triple
     centre_mm: Triple
     spacing_mm: Triple
@@ -177,11 +194,11 @@ class Task(Protocol):
 
     @property
     def kind(self) -> str:
-        """`classification` or `segmentation`."""
+        """The kind of the task: a name in `SAMPLE_KINDS`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What 0 and 1 mean."""
+        """What the labels 0, 1, … mean, or the values of a mask."""
 
     @property
     def channel_names(self) -> tuple[str, ...]:

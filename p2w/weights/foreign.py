@@ -1,16 +1,17 @@
-"""Published weights of others in torch, safetensors or TensorFlow files, recognised by their names and brought to ours.
+"""Weights that others published, in torch, safetensors or TensorFlow files: recognised by their names and brought to ours.
 
 Models Genesis   {"state_dict": {"module.down_tr64.ops.0.conv1.weight": …}}
 MedicalNet       {"state_dict": {"module.layer3.22.conv3.weight": …}}
 I3D              {"Mixed_3b.b0.conv3d.weight": …}
-dense V-Net      model.ckpt-3000.index and .data-00000-of-00001, a TensorFlow checkpoint (`p2w.weights.foreign`)
+dense V-Net      model.ckpt-3000.index and .data-00000-of-00001, a TensorFlow checkpoint (`p2w.weights.tf_bundle`)
 
-Models Genesis' parameter names <-> ours. Theirs are flat (`down_tr64…`, `up_tr256…`, `out_tr…`), ours say which half.
+A format whose tensors need at most other names is declared in the encoder's own file (`Encoder.published`, as I3D's is); one
+that takes more has a function in READERS here. docs/add_a_backbone.md is the recipe.
 
-NiftyNet's names for the variables of its dense V-Net -> ours.
+Models Genesis' names are flat (`down_tr64…`, `up_tr256…`, `out_tr…`); ours say which half of the network a tensor is of.
 
-The names are those that NiftyNet 0.6.0 itself makes (its graph was built and its variables listed): layers of one kind are
-numbered where they stand side by side, and a `ConvolutionalLayer` holds `conv_` and `bn_`.
+The names of the dense V-Net's variables are those that NiftyNet 0.6.0 itself makes (its graph was built and its variables
+listed): layers of one kind are numbered where they stand side by side, and a `ConvolutionalLayer` holds `conv_` and `bn_`.
 
     DenseVNet/batch_norm/                                                   image_bn
     DenseVNet/conv_bn/                                                      initial
@@ -26,6 +27,7 @@ Kernels are stored (A, R, S, in, out): its configuration turns volumes to anteri
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from p2w.errors import UserError
+from p2w.model import ENCODERS, build_encoder, factory_class
 from p2w.model.conv import PUBLISHED_WIDTH, scale_channels
+from p2w.model.encoder import PublishedFormat
 from p2w.model.resnet3d import BASIC, BLOCKS
 from p2w.weights.tf_bundle import Bundle, prefix_of
 
@@ -145,16 +149,10 @@ def _turned(value: Tensor) -> Tensor:
     return value.permute(4, 3, 2, 0, 1).flip(3, 4).contiguous() if value.ndim == 5 else value
 
 
-KNOWN = "Models Genesis, MedicalNet, I3D, NiftyNet's dense V-Net, or a run or file of p2w"
-CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}  # FACTS 1, 4
+CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}
 UNREADABLE = (  # what torch and safetensors make of files that are none
     SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
 )  # fmt: skip
-FIRST = {  # the first convolution and its published number of outputs
-    "unet3d": ("down_tr64.ops.0.conv1.weight", 32),
-    "i3d": ("Conv3d_1a_7x7.conv3d.weight", 64),
-    "dense_vnet": ("initial.conv.weight", 24),
-} | {f"resnet{depth}": ("conv1.weight", 64) for depth in BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -185,16 +183,46 @@ def read_published(path: Path) -> PublishedWeights:
         return PublishedWeights("NiftyNet", "dense_vnet", state, tuple(head), notes=(note,))
     whole = _file(path)
     tensors = _tensors(whole, path)
-    for recognise in (_genesis, _medicalnet, _i3d):
+    for recognise in READERS.values():
         if found := recognise(tensors, whole, path):
             return found
+    for network, format in _declared():
+        if format.known_by in tensors:
+            return _renamed(tensors, network, format)
     some = ", ".join(list(tensors)[:3])
-    raise UserError(f"{path}: weights of an unknown network ({some}, …); known are {KNOWN}")
+    raise UserError(f"{path}: weights of an unknown network ({some}, …); known are {_known()}")
+
+
+def _declared() -> list[tuple[str, PublishedFormat]]:
+    """The formats that encoders declare in their own files, with the network's name in ENCODERS."""
+    return [(name, format) for name in ENCODERS for format in getattr(factory_class(name), "published", ())]
+
+
+def _renamed(tensors: State, network: str, format: PublishedFormat) -> PublishedWeights:
+    """The tensors under the network's names."""
+    state: State = {}
+    for key, value in tensors.items():
+        name = key
+        for pattern, replacement in format.rename:
+            name = re.sub(pattern, replacement, name)
+        state[name] = value
+    head = tuple(name for name in state if name.startswith(format.head)) if format.head else ()
+    encoder = {name: value for name, value in state.items() if name not in head}
+    return PublishedWeights(format.title, network, encoder, head)
+
+
+def _known() -> str:
+    """All that can be read, as the end of a sentence."""
+    declared = dict.fromkeys(format.title for _, format in _declared())
+    return ", ".join([*READERS, *declared, "NiftyNet's dense V-Net"]) + ", or a run or file of p2w"
 
 
 def widths(found: PublishedWeights) -> list[int]:
     """Widths at which the network's first convolution has as many outputs as the file's; published weights have 32."""
-    name, published = FIRST[found.network]
+    with torch.device("meta"):
+        encoder = build_encoder(found.network, PUBLISHED_WIDTH)
+    name = encoder.input_convs[0]
+    published = encoder.state_dict()[name].shape[0]
     outputs = found.state[name].shape[0] if name in found.state else 0
     return [w for w in range(1, 4 * PUBLISHED_WIDTH + 1) if scale_channels(published, w) == outputs]
 
@@ -205,7 +233,7 @@ def _file(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name {KNOWN}") from error
+        raise UserError(f"{path}: {error.strerror or error}; name {_known()}") from error
     try:
         if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
             return dict(load_file(path))
@@ -215,12 +243,12 @@ def _file(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: is not read, since reading it would run {called[1]}; where you trust it, save its state_dict alone"
             ) from error
-        raise UserError(f"{path}: no file of tensors; name {KNOWN}") from error
+        raise UserError(f"{path}: no file of tensors; name {_known()}") from error
     except UNREADABLE as error:
         why = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path}: cannot be read as weights ({why}); name {KNOWN}") from error
+        raise UserError(f"{path}: cannot be read as weights ({why}); name {_known()}") from error
     if not isinstance(whole, dict):
-        raise UserError(f"{path}: holds a {type(whole).__name__}, not tensors by name; name {KNOWN}")
+        raise UserError(f"{path}: holds a {type(whole).__name__}, not tensors by name; name {_known()}")
     return whole
 
 
@@ -231,7 +259,7 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
         raise UserError(f"{path}: its state_dict is a {type(inside).__name__}, not tensors by name")
     tensors = {str(k).removeprefix("module."): v for k, v in inside.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise UserError(f"{path}: holds no tensors; name {KNOWN}")
+        raise UserError(f"{path}: holds no tensors; name {_known()}")
     if any(v.layout != torch.strided or v.is_quantized for v in tensors.values()):
         raise UserError(f"{path}: holds sparse or quantized tensors; save it dense, in float")
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -276,9 +304,8 @@ def _medicalnet(tensors: State, whole: dict[str, Any], path: Path) -> PublishedW
     return PublishedWeights("MedicalNet", f"resnet{depth}", state, head)
 
 
-def _i3d(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """I3D, with its classifier or without."""
-    if "Conv3d_1a_7x7.conv3d.weight" not in tensors:
-        return None
-    head = tuple(k for k in tensors if k.startswith("logits."))
-    return PublishedWeights("I3D", "i3d", {k: v for k, v in tensors.items() if k not in head}, head)
+READERS: dict[str, Callable[[State, dict[str, Any], Path], PublishedWeights | None]] = {
+    # title of a format that takes more than renaming -> (tensors, all that the file holds, path) -> its weights, or None
+    "Models Genesis": _genesis,
+    "MedicalNet": _medicalnet,
+}

@@ -11,10 +11,9 @@ import torch
 from devices import CPU_AND_GPU, on_gpu, settle
 from target_sets import write_target_set
 
-from p2w.finetune.init import build_network
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.samples import Samples
-from p2w.finetune.task_types import TASK_TYPES
+from p2w.finetune.task_types import TASK_TYPES, task_type
 from p2w.finetune.trainer import FineTuner
 from p2w.inference.finetuned_model import FineTunedModel
 from p2w.inference.predict import mask_of, read_input
@@ -52,7 +51,7 @@ def samples(target, split, device, held=math.inf):
 
 def tuner(kind, device, amp="fp32", recipe=SMALL):
     torch.manual_seed(0)
-    network = build_network(kind, build_encoder("unet3d", 2), True)
+    network = task_type(kind).network(build_encoder("unet3d", 2))
     world = World(0, 1, 0, 1, "here", device, "test")
     return FineTuner(network, TASK_TYPES[kind], recipe, choose_precision(amp, device), world, 0)
 
@@ -131,7 +130,7 @@ def test_a_mask_predicted_on_a_device_is_that_of_the_cpu(trained, tmp_path, devi
     }  # fmt: skip
     masks = []
     for where, precision in ((CPU, None), (device, dtype)):
-        network = build_network("segmentation", build_encoder("unet3d", 2), True).eval()
+        network = task_type("segmentation").network(build_encoder("unet3d", 2)).eval()
         network.load_state_dict(trained)
         fitted = FineTunedModel(None, network.to(where), card)
         subject = read_input([tmp_path / "scan.nii.gz"], fitted)

@@ -9,10 +9,9 @@ import torch
 from target_sets import write_target_set
 
 from p2w.errors import UserError
-from p2w.finetune.init import build_network
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.samples import Samples
-from p2w.finetune.task_types import TASK_TYPES
+from p2w.finetune.task_types import TASK_TYPES, task_type
 from p2w.finetune.trainer import FineTuner, StopRequested
 from p2w.model import build_encoder
 from p2w.model.conv import for_optimizer
@@ -32,7 +31,7 @@ def sets(tmp_path_factory):
 
 def tuner(recipe=SMALL, **more):
     torch.manual_seed(0)
-    network = build_network("classification", build_encoder("unet3d", 2), True)
+    network = task_type("classification").network(build_encoder("unet3d", 2))
     world = World(0, 1, 0, 1, "here", torch.device("cpu"), "test")
     return FineTuner(
         network, TASK_TYPES["classification"], recipe, Precision("fp32", None, ""), world, 0, **more
@@ -136,7 +135,7 @@ def test_a_gpu_gets_the_same_samples_and_a_fused_adam(tmp_path, held):
     places = [[3, 0, 5], [1], [2, 4]]
     for (x, target), (right, label) in zip(there.batches(places), here.batches(places), strict=True):
         assert x.is_cuda and torch.equal(x.cpu(), right) and torch.equal(target.cpu(), label)
-    network = build_network("classification", build_encoder("unet3d", 2), True)
+    network = task_type("classification").network(build_encoder("unet3d", 2))
     world = World(0, 1, 0, 1, "here", device, "test")
     one = FineTuner(network, TASK_TYPES["classification"], SMALL, Precision("fp32", None, ""), world, 0)
     assert one.optimizer.param_groups[0]["fused"]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from p2w.errors import UserError
-from p2w.finetune.init import build_network
+from p2w.finetune.task_types import task_type
 from p2w.inference import predict
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 from p2w.inference.predict import mask_of, read_input
@@ -98,7 +98,7 @@ def saved(folder, kind, seed=0):
     """A trial as it is left, with random weights."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    network = build_network(kind, build_encoder("unet3d", 2), True)
+    network = task_type(kind).network(build_encoder("unet3d", 2))
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"p2w": json.dumps(card(kind))})
     (folder / "result.json").write_text(json.dumps({"state": "finished", "best_val_loss": 1.0 - seed}))
