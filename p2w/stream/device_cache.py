@@ -42,7 +42,7 @@ class DeviceCache:
         gib = 1 << 30
         refusal = (
             f"data.cache_on_device: {len(self.ids):,} sub-scans take {need / gib:.1f} GiB of {device}, which has "
-            f"{free / gib:.1f} GiB free and needs {reserve / gib:.1f} for the network; pass --data.no-on-device"
+            f"{free / gib:.1f} GiB free and needs {reserve / gib:.1f} for the network; pass --data.no-cache-on-device"
         )
         if need + reserve > free:
             raise UserError(refusal)

@@ -113,7 +113,7 @@ def test_a_set_that_does_not_fit_is_one_line(tmp_path):
     shards = open_set(os.fspath(tmp_path))
     for more in ({"reserve": 1 << 60}, {"sharers": free_bytes(CPU) // shards.nbytes}):
         with pytest.raises(
-            UserError, match=r"data\.on_device: 15 sub-scans take .* free .*--data\.no-on-device"
+            UserError, match=r"data\.cache_on_device: 15 sub-scans take .* free .*--data\.no-cache-on-device"
         ) as error:
             DeviceCache(shards, "train", CPU, **more)
         assert "\n" not in str(error.value)
