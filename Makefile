@@ -1,5 +1,6 @@
 # make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
-# make test    install and run every test
+# make test    install and run every test: ten minutes on two free cores
+# make quick   the tests that start no processes: a minute; what to run after every change
 # make lint    style and types
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
 # make bench-peers   what users would take instead, in an environment of its own (2 GB), beside ours in the same runs
@@ -21,7 +22,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo test lint bench bench-peers gpu-rehearsal soak evidence methods targets clean
+.PHONY: help install demo quick test lint bench bench-peers gpu-rehearsal soak evidence methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -50,8 +51,13 @@ demo: $(VENV)/.installed
 	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards"
 	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
+# Three workers for two cores: a test that waits for a process leaves its core to another.
+PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+quick: $(VENV)/.tools
+	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm' --timeout 60
+
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --numprocesses 3
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

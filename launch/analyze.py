@@ -12,7 +12,6 @@ interrupted, at any number of ranks; the numbers do not depend on it.
 """
 
 import math
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +22,9 @@ from p2w.analysis.feature_sources import AnalysedRun, name_of, parse_against
 from p2w.analysis.measure import AnalysisSettings
 from p2w.analyze import Analysis, analyze
 from p2w.config import Amp
-from p2w.errors import UserError, exits
+from p2w.errors import UserError, exits, refuse_old_options
 from p2w.log import Log
-from p2w.rank_errors import leave, refuse
+from p2w.rank_errors import run_on_ranks
 from p2w.shards.manifest import data_fingerprint, shard_places
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import open_set
@@ -56,13 +55,15 @@ class Args:
 
 
 def parse(argv: list[str], speaks: bool = True) -> Args:
-    """Command line -> arguments. One process a node `speaks`."""
+    """Command line -> arguments; one process a node `speaks`. Raises UserError."""
+    refuse_old_options(argv, {"--amp": "--precision"})
     prog = "torchrun launch/analyze.py"
     return tyro.cli(Args, args=argv, prog=prog, description=__doc__, console_outputs=speaks)
 
 
-def build(args: Args, world: World) -> Analysis:
+def build(argv: list[str], world: World) -> Analysis:
     """Everything that can be refused before a process group starts. Raises UserError."""
+    args = parse(argv, speaks=world.speaks)
     args.settings.check()
     precision = choose_precision(args.precision, world.device).apply()
     run = AnalysedRun.open(args.run)
@@ -131,23 +132,17 @@ def show(summary: dict[str, Any], run: Path) -> None:
     )
 
 
+def work(analysis: Analysis, world: World) -> int:
+    """Analyse and print; the exit code."""
+    summary = analyze(replace(analysis, world=world))
+    if world.is_main:
+        show(summary, analysis.run.path)
+    return 0
+
+
 def main() -> int:
     """Parse, build, run."""
-    world = World.from_env()
-    try:
-        args = parse(sys.argv[1:], speaks=world.speaks)
-        analysis = build(args, world)
-    except (UserError, SystemExit) as error:
-        return refuse(world, error)
-    try:
-        world = World.start()
-        summary = analyze(replace(analysis, world=world))
-        if world.is_main:
-            show(summary, args.run)
-    except Exception as error:
-        leave(world, error)
-    world.close()
-    return 0
+    return run_on_ranks(build, work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from p2w.errors import UserError, exits
+from p2w.errors import UserError, exits, refuse_old_options
 from p2w.finetune import run_manifest
 from p2w.finetune.init import init_leak, resolve_init
 from p2w.finetune.recipe import FineTuneRecipe, check_recipe, recipe_of
@@ -37,7 +37,7 @@ from p2w.finetune.run_manifest import (
 from p2w.finetune.trainer import StopRequested
 from p2w.finetune.trials import FineTuning, check_crop_size, check_data, run_trials
 from p2w.log import Log
-from p2w.rank_errors import leave, refuse
+from p2w.rank_errors import run_on_ranks
 from p2w.tasks.reader import TargetSet, open_target
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.preflight import check_rank_consistency
@@ -89,6 +89,10 @@ class Args:
 
 def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
     """Command line -> arguments and the set they name; the recipe's defaults are those of its task. Raises UserError."""
+
+    refuse_old_options(
+        argv, {"--recipe.amp": "--recipe.precision", "--recipe.held-gib": "--recipe.cache-gib"}
+    )
 
     def read(recipe: FineTuneRecipe) -> Args:
         return tyro.cli(
@@ -194,32 +198,29 @@ def _stop_check(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable
     return stop_requested
 
 
-def main() -> int:
-    """Parse, build, run."""
-    world = World.from_env()
-    try:
-        job = build(sys.argv[1:], world)
-    except (UserError, SystemExit) as error:
-        return refuse(world, error)
+def alone(job: Job, world: World) -> int | None:
+    """--dry-run, and --workers, whose processes share the trials: the exit code; else None."""
     if job.args.dry_run:
         if world.is_main:
             show_fine_tuning_plan(job.transfer, job.tree, job.precision, world)
-        world.leave(0)
-    try:
-        if job.args.workers > 1:
-            announce(job.transfer, job.tree, world)
-            code = run_manifest.run_workers(sys.argv, job.args.workers)
-            if not code:
-                show_results(job.args.run)
-        else:
-            world = World.start(max(World.WAIT_S, 120 * job.args.hang_minutes))
-            code = work(job, world)
-    except Exception as error:
-        leave(world, error)
-    del job
-    world.close()
-    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
-    world.leave(code)
+        return 0
+    if job.args.workers == 1:
+        return None
+    announce(job.transfer, job.tree, world)
+    code = run_manifest.run_workers(sys.argv, job.args.workers)
+    if not code:
+        show_results(job.args.run)
+    return code
+
+
+def main() -> int:
+    """Parse, build, run."""
+    return run_on_ranks(
+        build,
+        work,
+        alone=alone,
+        start=lambda job: World.start(max(World.WAIT_S, 120 * job.args.hang_minutes)),
+    )
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ named.
 """
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from p2w.errors import UserError, exits
+from p2w.errors import UserError, exits, refuse_old_options
 from p2w.files import write_atomic
 from p2w.reproduce import paper_numbers, sweep
 from p2w.reproduce.sweep import Sweep, SweepJob, SweepSlots
@@ -44,8 +45,8 @@ class Common:
     """Of sets that have folds (ECC, BMS), those to test on; default all, each a command of its own."""
     width: int | None = None
     """Width of the network; default its own."""
-    transfer_args: str = ""
-    """Further arguments of launch/finetune.py: --transfer-args='--recipe.max-epochs 30'."""
+    finetune_args: str = ""
+    """Further arguments of launch/finetune.py: --finetune-args='--recipe.max-epochs 30'."""
     jobs: int = 1
     """Commands side by side."""
     threads: int = 0
@@ -64,7 +65,7 @@ class Common:
             raise UserError(f"{wrong} {least[wrong]}: must be at least 1")
         if min(self.threads, self.gpus) < 0:
             raise UserError("--threads, --gpus: must be 0 or more")
-        more = tuple(shlex.split(self.transfer_args))
+        more = tuple(shlex.split(self.finetune_args))
         shares = numbers_by_task(self.fraction, "--fraction")
         launch = LAUNCH.relative_to(Path.cwd()) if LAUNCH.is_relative_to(Path.cwd()) else LAUNCH
         return sweep.FineTuningPlan(
@@ -176,6 +177,7 @@ def work(jobs: list[SweepJob], args: Table1 | Table2 | Fig3) -> int:
 
 def main() -> int:
     """Parse, build, run."""
+    refuse_old_options(sys.argv[1:], {"--transfer-args": "--finetune-args"})
     args = tyro.cli(Args, prog="python launch/sweep.py", description=__doc__)
     jobs = args.plan()
     if args.array:

@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 
 class UserError(ValueError):
@@ -14,6 +14,14 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """A UserError that every rank raises together, with the same words: one of them says it for all."""
+
+
+def refuse_old_options(argv: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Raise UserError where `argv` holds an option that has another name now; `renamed` maps old names to new ones."""
+    for argument in argv:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option in renamed:
+            raise UserError(f"{option}: is named {renamed[option]} now; pass that")
 
 
 def exits(main: Callable[[], int | None]) -> Callable[[], None]:

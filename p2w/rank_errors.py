@@ -1,4 +1,6 @@
-"""How a command that runs on several ranks ends after an error: which rank says it, what the others do, the exit codes.
+"""The main of a command that torchrun may start on several ranks, and how it ends after an error.
+
+An error decides which rank says it, what the others do, and the exit code.
 
 Every rank writes its error where torchrun looks for it, so torchrun's report ends with that line whichever rank it names.
 On the terminal one rank says what several know: local rank 0 of a node what is refused before the ranks have met, rank 0
@@ -6,19 +8,54 @@ what they found out together. Exit code 2: bad input; 1: anything else.
 """
 
 import contextlib
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from p2w.errors import SharedError, UserError
 from p2w.world import World
+
+Job = TypeVar("Job")
 
 SPEAKER_S = 5.0  # at most, to wait for the rank that says it for all
 HEARD_S = 2.0  # at most, for rank 0 to wait until the others know that it has said it
 POLL_S = 0.02
 REPORTED, HEARD = "error reported", "error heard"  # keys of the ranks' store; the second counts ranks
+
+
+def run_on_ranks(
+    build: Callable[[list[str], World], Job],
+    work: Callable[[Job, World], int],
+    *,
+    alone: Callable[[Job, World], int | None] = lambda job, world: None,
+    start: Callable[[Job], World] = lambda job: World.start(),
+) -> int:
+    """The main of such a command. It ends the process, or returns or raises for `p2w.errors.exits` to do so.
+
+    `build` makes a job of the command line and refuses, before the ranks meet, what can be refused by then. `alone` does
+    what needs no other rank, --dry-run for one, and returns the exit code, or None: then the ranks meet (`start`) and
+    `work` does the job, with the exit code as its result.
+    """
+    world = World.from_env()
+    try:
+        job = build(sys.argv[1:], world)
+    except (UserError, SystemExit) as error:
+        return refuse(world, error)
+    code = alone(job, world)
+    if code is None:
+        try:
+            world = start(job)
+            code = work(job, world)
+        except Exception as error:
+            leave(world, error)
+        del job  # what it holds of torch is freed before the process group ends
+        world.close()
+    sys.stdout.flush()
+    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
+    world.leave(code)
 
 
 def refuse(world: World, error: UserError | SystemExit) -> int:

@@ -1,4 +1,4 @@
-"""What the tests share: a small data set written by the package's own writers, and real processes to train on it."""
+"""What the tests share: their order, a small data set written by the package's own writers, and processes to train on it."""
 
 import os
 import subprocess
@@ -8,14 +8,45 @@ import pytest
 from ct_sets import write_structured_set
 from processes import REPO, kill_group
 
-LONG = ("slurm", "launch", "preprocess")
+PROCESSES = (
+    "slurm",
+    "launch",
+    "bench",
+    "preprocess",
+)  # folders whose every test starts processes; in this order
+LONGEST = (
+    "bench/test_gpu_day.py",
+    "slurm/test_pretrain.py",
+    "launch/test_same_result.py",
+    "preprocess/test_prepare_target.py",
+    "launch/test_analyze.py",
+    "launch/test_train.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders of long files begin: the short ones then fill up both workers to the end."""
-    folders = [item.path.parent.name for item in items]
-    order = {folder: (*LONG, folder).index(folder) for folder in folders}
-    items.sort(key=lambda item: order[item.path.parent.name])
+    """Files with quick tests come first, so that what is broken is said soon; then those of slow tests, the longest first.
+
+    Workers take whole files in this order (`--dist loadfile --no-loadscope-reorder`): they come to the long files together,
+    and the shortest of those keep all workers busy up to the end.
+    """
+    quick = set()
+    for item in items:
+        if item.path.parent.name in PROCESSES:
+            item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("slow"):
+            quick.add(item.path)
+
+    def rank(item: pytest.Item) -> tuple[bool, int, int]:
+        folder = item.path.parent.name
+        name = f"{folder}/{item.path.name}"
+        return (
+            item.path not in quick,
+            LONGEST.index(name) if name in LONGEST else len(LONGEST),
+            PROCESSES.index(folder) if folder in PROCESSES else len(PROCESSES),
+        )
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,7 @@
 """Starting and ending real processes, for the tests of the trainer."""
 
+import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import subprocess
@@ -9,6 +11,13 @@ from pathlib import Path
 import psutil
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def ranks_context() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has done the slow imports, and no computing: two ranks import torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["p2w.model", "p2w.train.form_choice", "p2w.train.run_dir"])
+    return context
 
 
 def torchrun(ranks: int, *args: object, restarts: int = 0) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launch.train import parse
+from launch.train import RENAMED, parse
 from p2w import config as settings
 from p2w.config import MAY_CHANGE, Config, check_config, config_to_json, flatten, read_config
 from p2w.errors import UserError
@@ -23,7 +23,7 @@ def changed(name: str, value) -> Config:
 
 
 def test_overrides_reach_the_dataclass():
-    argv = "demo --max-steps 7 --optim.lr 5e-4 --pretext.size 8 16 24 --train.precision fp32"
+    argv = "demo --train.steps 7 --optim.lr 5e-4 --pretext.size 8 16 24 --train.precision fp32"
     argv += " --pretext.skips --train.no-channels-last"
     args, recipe = parse(argv.split())
     assert recipe == "demo"
@@ -33,6 +33,15 @@ def test_overrides_reach_the_dataclass():
     assert args.config.train.precision == "fp32"
     assert args.config.pretext.skips and not args.config.train.channels_last
     assert args.config.model.width == 8  # untouched: the recipe's
+
+
+def test_an_option_of_an_earlier_version_is_refused_with_its_new_name():
+    for old, new in RENAMED.items():
+        assert new[2:].replace("-", "_").replace(".no_", ".") in flatten(Config())
+        with pytest.raises(UserError, match=f"^{old}: is named {new} now; pass that$"):
+            parse(["demo", f"{old}=7"])
+        with pytest.raises(UserError, match=old):
+            parse([old.replace("on-", "on_", 1), "7"])
 
 
 def test_without_a_recipe_it_is_the_paper_in_runs_paper():

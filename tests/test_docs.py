@@ -1,5 +1,6 @@
-"""What the pages tell users to type is taken by the command line."""
+"""What the pages tell users to type is taken by the command line; files, links and imports are as they say."""
 
+import importlib
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from launch.train import parse
 from p2w import config as settings
 from p2w.config import Config
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 OPTION = re.compile(
     r"(--[a-z_]+\.[a-z-]+)((?: [^\s`-][^\s`]*)*)`"
 )  # the last of an inline code: `… --group.name VALUE …`
@@ -32,3 +33,59 @@ def test_an_option_in_the_docs_is_taken(page, flag, values):
     stands_for_any = not values and not isinstance(SETTINGS[name], bool)
     if not stands_for_any and not any(value.isupper() for value in values):
         parse([flag, *values])
+
+
+BLOCKS = re.findall(r"```\n(.*?)```", (REPO / "README.md").read_text().partition("## The tree")[2], re.DOTALL)
+
+
+def test_every_file_of_the_tree_is_there():
+    """A line begins with a folder, below `p2w/` and `bench/` with one inside them, or goes on in the folder above it."""
+    top, room, missing = "", "", []
+    for line in BLOCKS[0].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent == 0:
+            top, room = line.split("/")[0], ""
+        elif indent == 2:
+            room = line.split("/")[0].strip() if re.match(r"  \w+/", line) else ""
+        folder = REPO / top / room
+        missing += [
+            f"{top}/{room}: {name}"
+            for name in re.findall(r"(?<![\w/.])[\w/]+\.(?:py|sbatch|md|sh)\b", line)
+            if not any((where / name).is_file() for where in (folder, REPO / top, REPO))
+        ]
+    assert missing == []
+
+
+def test_every_room_of_the_package_is_in_the_tree():
+    rooms = {path.parent.name for path in (REPO / "p2w").glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"^  (\w+)/", BLOCKS[0], re.MULTILINE))
+
+
+def test_the_picture_of_the_imports_is_their_table():
+    """Where one whole room may import another, it stands above it. Modules of a room that may do more are left out."""
+    table = importlib.import_module("test_imports").MAY
+    rows = {name: number for number, line in enumerate(BLOCKS[1].splitlines()) for name in line.split()}
+    assert {path.parent.name for path in (REPO / "p2w").glob("*/__init__.py")} <= set(rows)
+    names = {f"p2w.{name}": row for name, row in rows.items()} | {
+        name: rows[name] for name in ("launch", "preprocess")
+    }
+    for room, below in table.items():
+        if room in names:
+            wrong = [one for one in below if one != room and one in names and names[one] <= names[room]]
+            assert wrong == [], f"{room} may import {wrong}, which does not stand below it"
+
+
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for file, anchor in LINK.findall(page.read_text()):
+        if "://" in file:
+            continue
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page.name} links to {file}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in slugs, f"{page.name} links to {file}#{anchor}"

@@ -44,6 +44,7 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_into_a_pipe_that_is_not_read_to_its_end_is_quiet(command):
     """The reader has gone before the first byte comes, which is the hardest case of `| head`."""

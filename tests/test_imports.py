@@ -124,6 +124,7 @@ def test_only_world_reads_the_environment(path):
         assert not reads, f"{path}:{node.lineno} reads the environment; p2w.world does"
 
 
+@pytest.mark.slow
 def test_help_waits_for_nothing_that_only_a_run_needs():
     """Every rank imports launch/train.py; drawing, statistics, TensorBoard, Triton and streaming come in when used."""
     heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset", "SimpleITK"}

@@ -9,6 +9,8 @@ import zipfile
 import pytest
 from processes import REPO
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):

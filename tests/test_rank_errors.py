@@ -28,6 +28,7 @@ def test_a_process_that_is_alone_says_what_is_refused_whatever_gpu_it_was_given(
     assert not world(3, 4, 3).speaks
 
 
+@pytest.mark.slow
 def test_a_refused_job_of_a_sweeps_second_slot_is_not_silent():
     command = [
         sys.executable,
@@ -77,6 +78,7 @@ except SharedError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["together", "late", "gone"])
 def test_what_all_ranks_know_rank_0_says_and_the_others_leave_with_it(how, tmp_path):
     """Late: rank 0 is the last to find out. Gone: it dies, and the store with it, before it has said anything."""

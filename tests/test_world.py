@@ -1,12 +1,12 @@
 """Ranks over gloo in real processes, and one process without a group."""
 
 import atexit
-import multiprocessing
 import os
 import socket
 
 import pytest
 import torch
+from processes import ranks_context
 
 from p2w.errors import UserError
 from p2w.world import World
@@ -31,11 +31,12 @@ def one_rank(rank, size, port, answers):
     world.close()
 
 
+@pytest.mark.slow
 def test_two_ranks_agree():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = ranks_context()
     answers = context.Queue()
     ranks = [context.Process(target=one_rank, args=(rank, 2, port, answers)) for rank in range(2)]
     try:
@@ -80,6 +81,7 @@ def test_a_device_there_is_not_is_refused(monkeypatch, asked):
         World.from_env()
 
 
+@pytest.mark.slow
 def test_leaving_flushes_and_finalises_nothing(capfd):
     """What is printed arrives; what would be done at the interpreter's end is not."""
     pid = os.fork()

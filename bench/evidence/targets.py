@@ -71,7 +71,7 @@ def sweep(
     """Fine-tune: launch/sweep.py with this size's settings. Folds of a task: the first, as a sample of all."""
     command = [
         sys.executable, "launch/sweep.py", what, "--out", out, "--width", WIDTH, "--folds", 0,
-        "--jobs", usable_cores(), f"--transfer-args={recipe}",
+        "--jobs", usable_cores(), f"--finetune-args={recipe}",
         "--tasks", *(f"{task}={folder / 'targets' / task}" for task in tasks), *more,
     ]  # fmt: skip
     call(command)
@@ -94,7 +94,7 @@ def start_job(folder: Path, name: str) -> Job:
 
 def length(steps: int) -> list[str]:
     """Of a pretraining, which is looked at when it is over."""
-    last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "look-every"))
+    last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "probe-every"))
     return f"{' '.join(last)} --optim.lr {RATE:g}".split()
 
 

@@ -108,7 +108,7 @@ class Whole(Way):
         ).split()
         flags += [
             f"{flag}=1000000"
-            for flag in ("--max-steps", "--train.validate-every", "--train.checkpoint-every")
+            for flag in ("--train.steps", "--train.validate-every", "--train.checkpoint-every")
         ]
         flags += ["--train.checkpoint-minutes", str(self.save_s / 60)]
         return [*flags, "--shards", str(self.set), "--run-dir", str(self.run)]

@@ -76,7 +76,7 @@ class Run:
     def argv(self, form: str = "", steps: int = STEPS, run: Path | None = None) -> list[str]:
         """The command's arguments: the same in every life, but for settings that may change."""
         own = ["--shards", str(self.sets / (form or self.plan.form)), "--run-dir", str(run or self.run)]
-        own += ["--max-steps", str(steps), "--train.checkpoint-every", str(EVERY)]
+        own += ["--train.steps", str(steps), "--train.checkpoint-every", str(EVERY)]
         return [*FLAGS, *own, "--data.reader-threads", str(self.readers)]
 
     def start(self, rng: random.Random, by_torchrun: bool) -> Life:

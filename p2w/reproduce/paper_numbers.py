@@ -1,4 +1,4 @@
-"""The paper's own numbers, in percent, as printed (FACTS: Tables 1 and 2, Fig. 3), and what each task is compared on.
+"""The paper's own numbers, in percent, as printed (docs/paper.md, 2 and 3), and what each task is compared on.
 
 Every mean and standard deviation is of ten trials. The trials themselves are not published, so differences within these
 tables can be judged by Welch's test from the numbers alone; the paper used a paired t-test.

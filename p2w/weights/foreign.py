@@ -20,7 +20,7 @@ listed): layers of one kind are numbered where they stand side by side, and a `C
     DenseVNet/dense_feature_stack_block[_I]/conv_bn_relu_1/                 blocks.I.down
     DenseVNet/conv/                                                         head (as many classes as it was trained on)
 
-Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
+Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior. Ours are
 (out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
 """
 
@@ -266,7 +266,7 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """Models Genesis; its arrays are x, y, z [C], so kernels are turned, but not those of a file that we exported."""
+    """Models Genesis; its arrays are x, y, z, so kernels are turned, but not those of a file that we exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
     ours = "p2w" in whole

@@ -6,7 +6,7 @@ FOLDER/
     adaptation_plan.json  config.json   the plan again, and the network: nnU-Net asks for them in a folder on Hugging Face
     card.json  README.md   ours: how the input was made, and how nnU-Net is brought to make it so
 
-The keys are FACTS 7's; nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
+What the file holds: docs/paper.md, 7. nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
 nnunetv2/training/nnUNetTrainer/pretraining/pretrainedTrainer.py of its git master.
 
 nnU-Net's parameter names of ResEncL <-> ours.

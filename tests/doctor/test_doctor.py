@@ -37,6 +37,7 @@ def only(rows) -> CheckResult:
     return row
 
 
+@pytest.mark.slow
 def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_set):
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "p2w", "doctor", "demo", "--shards", str(tiny_set), "--ranks", "2"]
@@ -69,6 +70,7 @@ def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_s
     assert os.listdir(tmp_path) == []  # it changes nothing
 
 
+@pytest.mark.slow
 def test_a_broken_set_is_a_problem_and_exit_code_1(tmp_path, tiny_set):
     broken = shutil.copytree(tiny_set, tmp_path / "set")
     next(broken.glob("*.tar")).unlink()

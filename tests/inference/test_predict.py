@@ -222,6 +222,7 @@ def test_refusals(tmp_path, voxels):
             predict.main([str(word) for word in argv])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_slices():
     def peak(depth):
         windows = Windows((depth, 64, 64), (8, 32, 32), (1.0, 1.0, 1.0), 0.5)

@@ -65,6 +65,7 @@ def launch(
     return part, target
 
 
+@pytest.mark.slow
 @compiled
 @broken
 def test_all_of_this_in_the_interpreter():
@@ -169,6 +170,7 @@ def test_strided_wholes():
     np.testing.assert_allclose(part, resize_batch(whole, boxes, (2, 2, 2)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @compiled
 def test_compiles_for_ampere_and_hopper_without_one_and_spills_nothing(tmp_path):
     run = subprocess.run(

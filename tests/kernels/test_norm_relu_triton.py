@@ -106,6 +106,7 @@ def interpreter_is_broken():
     return new and importlib.util.find_spec("triton") is not None and version("triton").startswith("3.6.")
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(interpreter_is_broken(), reason="triton 3.6's interpreter and NumPy 2.4 or later")
 def test_all_of_this_in_the_interpreter():
@@ -345,6 +346,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @compiled
 def test_compiles_for_cards_without_one_and_spills_nothing(tmp_path):
     run = subprocess.run(

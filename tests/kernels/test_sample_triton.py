@@ -22,6 +22,7 @@ KEYS = [SampleKeys(5, -3, IDS), SampleKeys(2**63 + 1, 7, IDS), SampleKeys(0, 0, 
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
+@pytest.mark.slow
 @compiled
 @broken
 def test_all_of_this_in_the_interpreter():
@@ -76,6 +77,7 @@ def test_a_triton_without_a_driver_is_a_reason_in_one_line():
     assert name == "torch" and "does not work here" in reason and "\n" not in reason
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="a process of its own, whether Triton interprets or not")
 @pytest.mark.parametrize("source, words", [
     ("raise ImportError('libcuda is from another planet\\nsecond line')", "libcuda is from another planet"),
@@ -102,6 +104,7 @@ def test_a_broken_triton_is_a_reason_in_one_line(tmp_path, source, words):
     assert name == "torch" and "plain torch" in reason and re.search(words, reason)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @gpu
 def test_without_a_c_compiler_torch_is_used_on_the_gpu(tmp_path):

@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent.parent
 
 TINY = """
 --data.batch 4 --data.reader-threads 1 --pretext.size 8 16 16 --model.width 2 --train.precision fp32 --optim.lr 1e-2
---optim.schedule plateau --optim.plateau-patience 0 --max-steps 30 --train.validate-every 6
+--optim.schedule plateau --optim.plateau-patience 0 --train.steps 30 --train.validate-every 6
 --train.checkpoint-every 4 --train.checkpoint-minutes 0 --train.log-every 1 --train.probe-every 5
 """.split()  # noqa: SIM905
 

@@ -14,7 +14,7 @@ from ct_sets import write_structured_set
 from launch_runs import REPO, TINY, metrics, wait_for
 from safetensors.torch import load_file
 
-from launch.analyze import build, parse
+from launch.analyze import build
 from p2w import config as settings
 from p2w import pretext as p2w_pretext
 from p2w.analysis import plots
@@ -37,7 +37,7 @@ SCRIPT = "launch/analyze.py"
 def trained(forge, tiny_set, tmp_path_factory):
     """A run with checkpoints at 3, 6, 9, 12; step 3 was not validated. Copy it, do not change it."""
     folder = tmp_path_factory.mktemp("trained")
-    argv = [*TINY, "--max-steps", "12", "--train.checkpoint-every", "3", "--train.keep", "9"]
+    argv = [*TINY, "--train.steps", "12", "--train.checkpoint-every", "3", "--train.keep", "9"]
     codes, _, err = forge.run(folder, "demo", *argv, "--shards", tiny_set, "--run-dir", folder / "run")
     assert codes == [0], err
     return folder / "run"
@@ -229,7 +229,7 @@ def test_bad_input_is_refused_before_anything_starts(trained, tmp_path, case):
     before = sorted(trained.rglob("*"))
     words = [word.format(tmp=tmp_path, run=trained) for word in argv]
     with pytest.raises(UserError, match=re.escape(says.format(tmp=tmp_path, run=trained))) as refused:
-        build(parse(["--run-dir", str(trained), *words]), World.from_env())
+        build(["--run-dir", str(trained), *words], World.from_env())
     assert len(str(refused.value).splitlines()) == 1
     assert sorted(trained.rglob("*")) == before
 

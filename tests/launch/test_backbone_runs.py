@@ -22,7 +22,7 @@ def test_two_ranks_train_it_and_it_leaves_as_a_file(forge, tiny_set, tmp_path, e
         run,
         *TINY,
         *network,
-        "--max-steps",
+        "--train.steps",
         6,
         ranks=2,
         draws=True,

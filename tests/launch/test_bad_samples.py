@@ -8,11 +8,11 @@ from launch_runs import TINY, metrics, status, weights
 from p2w.shards.manifest import open_manifest
 
 SKIP = (
-    "--on-bad-sample",
+    "--data.on-bad-sample",
     "skip",
     "--data.max-bad-share",
     "0.1",
-    "--max-steps",
+    "--train.steps",
     "9",
     "--train.validate-every",
     "9",
@@ -56,7 +56,7 @@ def test_skip_is_the_same_over_restarts_and_counts_the_same_at_any_world_size(fo
     assert counts[1] == counts[2] == counts[4]
     assert counts[1][-1][1] >= 3 and counts[1][5][1:] == (2, 2 / 24)  # two an epoch of six steps
     codes, _, err = forge.run(
-        tmp_path / "again", *common, "--run-dir", tmp_path / "again/run", "--max-steps", 5, ranks=2
+        tmp_path / "again", *common, "--run-dir", tmp_path / "again/run", "--train.steps", 5, ranks=2
     )
     assert codes == [0, 0], err
     codes, _, err = forge.run(tmp_path / "again", *common, "--run-dir", tmp_path / "again/run", ranks=2)
@@ -96,7 +96,15 @@ def test_the_default_stops_and_names_shard_key_and_command(forge, damaged_set, t
 def test_a_set_that_misses_a_shard_is_refused_before_the_process_group(forge, tiny_set, tmp_path):
     shutil.copytree(tiny_set, tmp_path / "set")
     (tmp_path / "set" / "1.2.826.0003.tar").unlink()
-    options = [*TINY, "--shards", tmp_path / "set", "--run-dir", tmp_path / "run", "--on-bad-sample", "skip"]
+    options = [
+        *TINY,
+        "--shards",
+        tmp_path / "set",
+        "--run-dir",
+        tmp_path / "run",
+        "--data.on-bad-sample",
+        "skip",
+    ]
     forge.torchrun(tmp_path, *options, ranks=2)
     assert forge.wait() != [0]
     err = (tmp_path / "err.txt").read_text()

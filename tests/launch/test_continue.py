@@ -128,7 +128,7 @@ def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
 def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp_path):
     """Rank 0 waits for rank 1 inside a collective, where Python's own handlers do not run."""
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--max-steps", 100_000, "--shards", tiny_set, "--run-dir", run)
+    argv = ("demo", *TINY, "--train.steps", 100_000, "--shards", tiny_set, "--run-dir", run)
     pids = forge.start(tmp_path, *argv, ranks=2)
     first_checkpoint(run)
     os.kill(pids[1], signal.SIGSTOP)
@@ -157,7 +157,7 @@ def test_four_ranks_continue_bit_identically(forge, tiny_set, tmp_path):
     argv = [
         "demo",
         *TINY,
-        "--max-steps",
+        "--train.steps",
         8,
         "--train.validate-every",
         100,
@@ -185,7 +185,7 @@ def test_a_finished_run_repeated_changes_nothing(forge, tiny_set, whole):
 def test_checkpoints_of_which_none_can_be_read_do_not_begin_the_run_again(forge, tiny_set, tmp_path):
     """A disk that fails for a while must not cost a week: the curves and what there is stay, a person decides."""
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--max-steps", 8, "--shards", tiny_set, "--run-dir", run)
+    argv = ("demo", *TINY, "--train.steps", 8, "--shards", tiny_set, "--run-dir", run)
     assert forge.run(tmp_path, *argv)[0] == [0]
     damaged = sorted((run / "checkpoints").glob("step-*/state.pt"))
     assert len(damaged) > 1

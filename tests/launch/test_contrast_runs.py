@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import p2w
 
-SIZES = """--max-steps 8 --train.checkpoint-every 3 --train.validate-every 8 --contrast.queue 20 --contrast.bank 32
+SIZES = """--train.steps 8 --train.checkpoint-every 3 --train.validate-every 8 --contrast.queue 20 --contrast.bank 32
 --contrast.momentum 0.9""".split()  # noqa: SIM905
 
 

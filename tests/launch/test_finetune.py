@@ -134,7 +134,7 @@ def test_a_run_is_a_start_and_a_leak_is_refused(forge, balls, tiny_set, tmp_path
     argv = (
         "demo",
         *TINY,
-        "--max-steps",
+        "--train.steps",
         6,
         "--train.probe-every",
         0,

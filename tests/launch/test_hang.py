@@ -79,7 +79,7 @@ def test_a_rank_that_waits_for_its_data_is_named(forge, tiny_set, tmp_path, rank
 def test_a_long_look_is_no_hang(forge, tiny_set, tmp_path):
     """Each of four batches takes 1.3 of the 3.6 s that a hang takes."""
     codes, _, err = forge.run(
-        tmp_path, *argv(tiny_set, tmp_path / "run"), "--train.hang-minutes", "0.06", "--max-steps", 1,
+        tmp_path, *argv(tiny_set, tmp_path / "run"), "--train.hang-minutes", "0.06", "--train.steps", 1,
         "--data.batch", 2, ranks=2, spies=(("dawdle", 1.3),),
     )  # fmt: skip
     assert codes == [0, 0] and "hangs" not in err, err

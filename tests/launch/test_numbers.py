@@ -8,7 +8,7 @@ from launch_runs import TINY, status
 
 def test_a_bad_loss_on_one_rank_is_named_and_leaves_no_trace(forge, tiny_set, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--max-steps", 8, "--shards", tiny_set, "--run-dir", run)
+    argv = ("demo", *TINY, "--train.steps", 8, "--shards", tiny_set, "--run-dir", run)
     spies = (("poison", 5, 1, str(tmp_path / "state")),)
     codes, _, err = forge.run(tmp_path, *argv, ranks=2, spies=spies)
     assert codes == [0, 0] and status(run)["state"] == "finished", err

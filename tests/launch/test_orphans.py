@@ -21,7 +21,7 @@ FAST = [
 
 def test_ranks_without_their_torchrun_save_and_leave(forge, tiny_set, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", "--shards", tiny_set, "--run-dir", run, "--max-steps", 100_000, *FAST)
+    argv = ("demo", "--shards", tiny_set, "--run-dir", run, "--train.steps", 100_000, *FAST)
     agent = forge.torchrun(tmp_path, *argv, ranks=2)
     wait_for(
         lambda: (run / "metrics.jsonl").exists() and '"step": 20,' in (run / "metrics.jsonl").read_text(),

@@ -23,7 +23,7 @@ def test_a_proxy_trains_on_two_ranks_and_continues_where_it_stopped(forge, tiny_
             "--pretext.name",
             name,
             *NAMES[name].split(),
-            "--max-steps",
+            "--train.steps",
             steps,
         ]
         argv += ["--shards", tiny_set, "--run-dir", tmp_path / folder]

@@ -22,7 +22,7 @@ def test_another_version_on_a_rank_is_refused_and_named_once(forge, tiny_set, tm
 
 
 def test_a_slow_rank_and_wrong_clocks_change_nothing(forge, tiny_set, tmp_path):
-    argv = ("demo", *TINY, "--max-steps", 12, "--shards", tiny_set, "--run-dir")
+    argv = ("demo", *TINY, "--train.steps", 12, "--shards", tiny_set, "--run-dir")
     assert forge.run(tmp_path, *argv, tmp_path / "calm", ranks=2)[0] == [0, 0]
     spies = (("lag", 1, 0.1), ("skew_clock", 1, 3600.0), ("skew_clock", 0, -86400.0))
     codes, _, err = forge.run(tmp_path, *argv, tmp_path / "run", ranks=2, spies=spies)
@@ -33,7 +33,7 @@ def test_a_slow_rank_and_wrong_clocks_change_nothing(forge, tiny_set, tmp_path):
 
 def test_more_ranks_than_shards(forge, tmp_path):
     shards = write_structured_set(tmp_path / "set", train=1, val=1, per=8)
-    argv = ("demo", *TINY, "--max-steps", 6, "--shards", shards, "--run-dir", tmp_path / "run")
+    argv = ("demo", *TINY, "--train.steps", 6, "--shards", shards, "--run-dir", tmp_path / "run")
     codes, _, err = forge.run(tmp_path, *argv, ranks=4)
     assert codes == [0] * 4, err
 

@@ -20,7 +20,9 @@ CHAIN = ((1, 0), (2, 2), (5, 0), (8, 2))  # killed at the step after so many, wi
 
 
 def command(shards, run, readers):
-    sizes = f"--data.batch 8 --max-steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY}"
+    sizes = (
+        f"--data.batch 8 --train.steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY}"
+    )
     return [
         "demo", *TINY, *sizes.split(), "--data.reader-threads", readers, "--shards", shards, "--run-dir", run,
     ]  # fmt: skip
@@ -96,7 +98,7 @@ def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
     """The setting may come and go while a run continues: same samples, same parts, same weights."""
     run = tmp_path / "run"
     for steps, setting in ((4, ["--data.cache-on-device"]), (6, []), (STEPS, ["--data.cache-on-device"])):
-        argv = [*command(tiny_set, run, 1), "--max-steps", steps, *setting]
+        argv = [*command(tiny_set, run, 1), "--train.steps", steps, *setting]
         codes, _, err = forge.run(tmp_path, *argv, ranks=ranks)
         assert codes == [0] * ranks, err
     assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
@@ -104,7 +106,7 @@ def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
 
 def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
     """On sight of the folder that is being written: what is there stays sound, and the run ends as if nothing had been."""
-    sizes = "--model.width 8 --max-steps 10 --train.checkpoint-every 1 --train.validate-every 100".split()  # noqa: SIM905
+    sizes = "--model.width 8 --train.steps 10 --train.checkpoint-every 1 --train.validate-every 100".split()  # noqa: SIM905
     argv = ["demo", *TINY, *sizes, "--shards", tiny_set, "--run-dir"]
     run = tmp_path / "run"
     folder, newest, hit = run / "checkpoints", -1, 0

@@ -9,7 +9,7 @@ import pytest
 from ct_sets import write_structured_set
 from launch_runs import TINY, metrics, status, weights
 
-SHORT = [*TINY, "--max-steps", "6", "--train.validate-every", "3", "--train.checkpoint-every", "3"]
+SHORT = [*TINY, "--train.steps", "6", "--train.validate-every", "3", "--train.checkpoint-every", "3"]
 
 
 def finished(result, ranks=1):
@@ -198,7 +198,7 @@ def test_early_stop_and_plateau_and_repeating_it(forge, tiny_set, tmp_path):
         1e-9,
         "--train.early-stop",
         2,
-        "--max-steps",
+        "--train.steps",
         60,
         "--train.validate-every",
         2,
@@ -238,9 +238,9 @@ def test_another_command_on_the_folder_is_refused(forge, tiny_set, tiny_arrow_se
 
 def test_a_longer_run_continues_the_shorter_one(forge, tiny_set, tmp_path):
     argv = ["demo", *SHORT, "--shards", tiny_set]
-    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--max-steps", 6))
-    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--max-steps", 9))
-    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "one", "--max-steps", 9))
+    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--train.steps", 6))
+    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--train.steps", 9))
+    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "one", "--train.steps", 9))
     assert weights(tmp_path / "one", 9) == weights(tmp_path / "two", 9)
 
 
@@ -255,10 +255,10 @@ def test_a_full_disk_does_not_end_the_run(forge, tiny_set, tmp_path):
         argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", disk / "run"]
         finished(forge.run(tmp_path, *argv))
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 65536))
-        codes, _, err = forge.run(tmp_path, *argv, "--max-steps", 12, draws=True)
+        codes, _, err = forge.run(tmp_path, *argv, "--train.steps", 12, draws=True)
         assert codes == [2] and "step 12: could not be saved" in err and "Traceback" not in err
         (disk / "ballast").unlink()
-        finished(forge.run(tmp_path, *argv, "--max-steps", 12))
+        finished(forge.run(tmp_path, *argv, "--train.steps", 12))
         assert status(disk / "run") == {"state": "finished", "step": 12, "why": ""}
         lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines if "train/loss" in line] == list(range(1, 13))

@@ -9,6 +9,8 @@ from processes import REPO
 
 from tests.pretext.contrast_ranks import NAMES, STEPS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

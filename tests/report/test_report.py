@@ -283,6 +283,7 @@ def slices(arrays, whole, scale, plane, at):
         yield kind, cut[plane]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])
 def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane):
@@ -311,6 +312,7 @@ def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane):
     assert wide / high == pytest.approx(89.6 / 160)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_under_its_own_policy_the_page_runs_and_says_nothing_on_the_console(tmp_path):
     path = report.write_report(write_run(tmp_path / "run", key=EVIL))

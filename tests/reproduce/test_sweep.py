@@ -18,6 +18,8 @@ from p2w.errors import UserError
 from p2w.reproduce import paper_numbers
 from p2w.reproduce import sweep as reproduce_sweep
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
@@ -267,7 +269,7 @@ def test_the_command_prints_and_writes_an_array(tmp_path, monkeypatch, capsys):
     assert len(lines) == 6 and all(line.startswith("python launch/finetune.py --task ") for line in lines)
     assert f"sbatch --array=1-6 slurm/finetune.sbatch {lists}" in capsys.readouterr().out
     assert len((tmp_path / "jobs-pretraining.txt").read_text().splitlines()) == 6
-    monkeypatch.setattr(sys, "argv", [*base, "--dry-run", "--transfer-args=--recipe.lr 1"])
+    monkeypatch.setattr(sys, "argv", [*base, "--dry-run", "--finetune-args=--recipe.lr 1"])
     assert command() == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 13 and said[-1] == "# 12 commands, 0 done" and said[6].endswith("--recipe.lr 1")

@@ -78,6 +78,7 @@ def test_files_are_what_they_were(runs):
     assert len(rows) == 30 and rows[5]["values"] == "97.0 98.0 99.0 96.0"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles(runs):
     write_transfer(Path("runs/ncc/evil"), label=EVIL, auc=OURS[:3])

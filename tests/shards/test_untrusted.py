@@ -202,6 +202,7 @@ def test_dicom_sequences_without_end(tmp_path):
     assert "sequences more than 100 deep" in why and "\n" not in why
 
 
+@pytest.mark.slow
 def test_packed_dicom_of_other_sizes_than_its_header_is_not_given_the_memory(tmp_path):
     """5 kB had GDCM take 3 GB for the size that JPEG 2000 carries itself."""
     for path in dicom(tmp_path / "ct", ct((3, 24, 20)), "1.2.3", compressor="JPEG2000"):
@@ -262,6 +263,7 @@ def test_settings_and_records_of_another_form(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_fuzzer_finds_nothing(tmp_path):
     """bench/fuzz.py has the whole; here every kind gets a few."""
     command = [sys.executable, "bench/fuzz.py", "--seconds", "10", "--out", str(tmp_path / "fuzz.json")]

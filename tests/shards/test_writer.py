@@ -142,6 +142,7 @@ def test_tar_json_is_plain_json(tmp_path):
         assert json.load(tar.extractfile(members[1]))["spacing_z"] == 1.25
 
 
+@pytest.mark.slow
 def test_reading_a_manifest_starts_no_thread_that_could_abort_python_at_its_end(tmp_path):
     """Arrow's pool held the file's bytes when Python ended: one exit in six was 134 in place of the command's own code."""
     data_set(tmp_path, "tar")

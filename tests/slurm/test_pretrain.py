@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.t
 
 STEPS = 100  # each of which sleeps a while, see site/sitecustomize.py
 SMALL = [
-    "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--max-steps={STEPS}",
+    "demo", "--data.batch=4", "--model.width=4", "--pretext.size", "8", "16", "16", f"--train.steps={STEPS}",
     "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",
     "--train.checkpoint-minutes=0", "--train.probe-every=0",
 ]  # fmt: skip

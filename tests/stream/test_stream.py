@@ -247,6 +247,7 @@ def test_early_stop_leaves_no_thread(tmp_path):
     assert not readers_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "raise ValueError('mine')", "sys.exit(3)", "del stream"])
 def test_the_interpreter_exits_with_batches_open(tmp_path, end):
     write_set(tmp_path)

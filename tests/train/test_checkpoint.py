@@ -288,6 +288,7 @@ def killed_in_a_save(checkpoints, snapshot, at):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 3], ids=["a new step", "one saved again"])
 def test_killed_at_every_touch_of_the_disk(saved, tmp_path, step):
     """Whatever the moment: sound ones are there, `latest` and `best` name one of them, and the next save sweeps up."""

@@ -1,13 +1,13 @@
 """The fastest form that computes the same is taken, by all ranks, and taken again when the run goes on."""
 
 import json
-import multiprocessing
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ranks_context
 from torch import nn
 
 from p2w.model import build_encoder
@@ -248,8 +248,9 @@ def one_rank(folder, rank):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_same_forms(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = ranks_context()
     ranks = [context.Process(target=one_rank, args=(tmp_path, rank)) for rank in range(2)]
     try:
         for process in ranks:

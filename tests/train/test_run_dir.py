@@ -1,11 +1,11 @@
 """A run is its folder: continued by its own command, refused to any other, held by one process."""
 
 import json
-import multiprocessing
 import time
 from dataclasses import replace
 
 import pytest
+from processes import ranks_context
 
 from p2w.config import Config, config_to_json
 from p2w.errors import UserError
@@ -70,8 +70,9 @@ def hold(path, started):
     time.sleep(30)  # not an Event: a process killed inside one leaves it locked
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = ranks_context()
     started = context.Event()
     first = context.Process(target=hold, args=(tmp_path / "run", started))
     first.start()

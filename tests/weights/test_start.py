@@ -217,6 +217,7 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
+@pytest.mark.slow
 def test_a_pickle_that_would_run_code_is_one_line_and_exit_code_2(tmp_path):
     path, mark = tmp_path / "evil.pth", tmp_path / "ran"
     medicalnet(path, extra=Evil(mark))

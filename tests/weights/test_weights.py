@@ -157,6 +157,7 @@ def test_weights_of_another_network_are_refused_and_told(trained_run, tmp_path):
         p2w.load(broken)
 
 
+@pytest.mark.slow
 def test_the_command_from_the_shell(trained_run, tmp_path):
     command = [sys.executable, "-m", "p2w", "export", str(trained_run), "--to", "safetensors"]
     done = subprocess.run(
