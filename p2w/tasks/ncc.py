@@ -1,4 +1,4 @@
-"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates (FACTS: Models Genesis' protocol)."""
+"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates, by Models Genesis' protocol (docs/paper.md)."""
 
 import os
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Ncc:
     train_subsets: str = "0-4"
     """LUNA16 subsets to train on."""
     val_subsets: str = "5-6"
-    """To validate on."""
+    """Subsets to validate on."""
     test_subsets: str = "7-9"
-    """To test on."""
+    """Subsets to test on."""
     max_negatives: int = 0
     """Negative candidates kept of each scan, drawn by --seed; 0: all of them (V1: 551,065 candidates take 144 GB)."""
     seed: int = 0
@@ -46,7 +46,7 @@ class Ncc:
             raise UserError(f"--max-negatives {self.max_negatives}: 1 or more a scan, or 0 for all")
 
     def find(self, source: str, out: str) -> Cases:
-        """One case a scan that has candidates; those of other scans are counted."""
+        """One case for each scan that has candidates; candidates of other scans are counted."""
         found, absent = find_luna(source, sorted(self._split_of()), "--source")
         path = self._table(source)
         marks = self._marks(path)
@@ -69,7 +69,7 @@ class Ncc:
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """By LUNA16's subset; LUNA16 has one scan a patient."""
+        """Split by LUNA16's subsets; LUNA16 has one scan a patient."""
         rule = f"LUNA16 subsets: train {self.train_subsets}, val {self.val_subsets}, test {self.test_subsets}"
         return Split(rule, of={case.patient: case.split for case in cases})
 

@@ -20,7 +20,7 @@ RECORD_HEAD = 4096  # bytes beside the voxels, at most
 
 @dataclass(frozen=True)
 class PreparationJob:
-    """What to make, and how."""
+    """What is prepared from which folder, and how."""
 
     source: str
     out: str
@@ -115,12 +115,12 @@ def _name_left_out(case: Case, left_out: list[str]) -> None:
 
 
 def _known_samples(cases: list[Case]) -> int:
-    """As many as tables name; one a case at least."""
+    """The number of samples as far as it is known before cutting: what tables name, and at least one for each case."""
     return sum(max(1, len(case.marks)) for case in cases)
 
 
 def record_bytes(task: Task, size: tuple[int, int, int]) -> int:
-    """Of one sample."""
+    """Bytes of one sample in a shard, at most."""
     channels = len(task.channel_names) + SAMPLE_KINDS[task.kind].masks
     return 2 * channels * math.prod(size) + RECORD_HEAD
 

@@ -45,7 +45,7 @@ class Toy(Encoder):
 
     def __init__(self, width=32, in_channels=1, *, depth: int = 1, slope: float = 0.1):
         super().__init__()
-        fine = scale_channels(16, width)
+        fine = scale_channels(32, width)
         self.channels, self.strides, self.in_channels = (fine, 2 * fine), (1, 4), in_channels
         self.first = Conv3d(in_channels, fine, 3, padding=1)
         self.norm = BatchNorm3d(fine)
