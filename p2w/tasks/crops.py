@@ -183,25 +183,25 @@ def _triple(values: NDArray) -> tuple[float, float, float]:
 def crop_candidates(
     voxels: NDArray,
     grid: Grid,
-    marks: Iterable[CandidatePoint],
+    candidates: Iterable[CandidatePoint],
     size: tuple[int, int, int],
     spacing_mm: Sequence[float] | None,
     in_voxels: bool = False,
 ) -> Iterator[Sample | LeftOut]:
     """One crop around each candidate; candidates outside the scan are left out."""
-    for mark in marks:
-        given = np.array(mark.xyz[::-1])
+    for candidate in candidates:
+        given = np.array(candidate.xyz[::-1])
         centre = given if in_voxels else to_voxel(grid, given)
         if ((centre < -0.5) | (centre > np.array(voxels.shape) - 0.5)).any() or np.abs(
             centre
         ).max() > INT16.max:
-            at = ", ".join(f"{value:.6g}" for value in mark.xyz)
+            at = ", ".join(f"{value:.6g}" for value in candidate.xyz)
             where = ", ".join(f"{value:.1f}" for value in centre[::-1])
             size_xyz = " x ".join(map(str, voxels.shape[::-1]))
-            yield LeftOut(f"{mark.of}: ({at}) is voxel ({where}), outside the scan of {size_xyz}")
+            yield LeftOut(f"{candidate.of}: ({at}) is voxel ({where}), outside the scan of {size_xyz}")
             continue
         crop_box = CropBox.around(centre, size, grid, spacing_mm)
-        yield make_sample([crop_hu(voxels, crop_box)], crop_box, grid, mark.of, mark.label)
+        yield make_sample([crop_hu(voxels, crop_box)], crop_box, grid, candidate.of, candidate.label)
 
 
 HALF = 0.5  # a voxel belongs to the mask when more than this of it does

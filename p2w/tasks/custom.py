@@ -163,7 +163,7 @@ class Custom(TileSettings):
             scan = read_scan(case.source("ct"))
             files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
             return CutSamples(
-                files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, self.spacing)
+                files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, self.spacing)
             )
         channels, grid, shape, said = self._image(case)
         mask, file = source_files.read_mask(

@@ -64,4 +64,6 @@ class Ecc:
         scan = read_scan(case.source("ct"))
         files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
         spacing = [mm / n for mm, n in zip(self.patch_mm, size, strict=True)]
-        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, spacing))
+        return CutSamples(
+            files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, spacing)
+        )

@@ -49,22 +49,24 @@ class Ncc:
         """One case for each scan that has candidates; candidates of other scans are counted."""
         found, absent = find_luna(source, sorted(self._split_of()), "--source")
         path = self._table(source)
-        marks = self._marks(path)
+        candidates = self._candidates(path)
         cases = Cases(bad=list(found.bad), tables={os.path.basename(path): source_files.file_checksum(path)})
         split_of = self._split_of()
         cases.left_out += [(f"subset{n}", f"is not there, to {split_of[n]} on") for n in absent]
         for scan in found.sources:
-            own = marks.pop(os.path.splitext(os.path.basename(scan.files[0]))[0], None)
+            own = candidates.pop(os.path.splitext(os.path.basename(scan.files[0]))[0], None)
             if own is None:
                 cases.left_out.append((scan.name, f"has no candidate in {os.path.basename(path)}"))
                 continue
             split = split_of[scan.subset]
             kept = tuple(self._thin(scan.uid, own))
-            cases.cases.append(Case(scan.uid, scan.name, scan.uid, (("ct", scan),), marks=kept, split=split))
-        if marks:
-            many = sum(map(len, marks.values()))
+            cases.cases.append(
+                Case(scan.uid, scan.name, scan.uid, (("ct", scan),), candidates=kept, split=split)
+            )
+        if candidates:
+            many = sum(map(len, candidates.values()))
             cases.left_out.append(
-                (os.path.basename(path), f"{many:,} candidates of {len(marks)} scans that are not there")
+                (os.path.basename(path), f"{many:,} candidates of {len(candidates)} scans that are not there")
             )
         return cases
 
@@ -77,7 +79,7 @@ class Ncc:
         """A crop of the scan's own voxels round each candidate."""
         scan = read_scan(case.source("ct"))
         files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
-        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, None))
+        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, None))
 
     def _split_of(self) -> dict[int, str]:
         """Subset -> split. Raises UserError when one is in two."""
@@ -102,7 +104,7 @@ class Ncc:
         wanted = " or ".join(TABLES.values()) if self.candidates == "auto" else TABLES[self.candidates]
         raise UserError(f"{source}: no {wanted} there: put LUNA16's table beside its subsets")
 
-    def _marks(self, path: str) -> dict[str, list[CandidatePoint]]:
+    def _candidates(self, path: str) -> dict[str, list[CandidatePoint]]:
         """Candidates of every scan, by uid."""
         found: dict[str, list[CandidatePoint]] = {}
         for line, (uid, x, y, z, text) in source_files.read_csv(path, COLUMNS):
@@ -118,10 +120,10 @@ class Ncc:
             raise UserError(f"{path}: has no candidate")
         return found
 
-    def _thin(self, uid: str, marks: Sequence[CandidatePoint]) -> list[CandidatePoint]:
+    def _thin(self, uid: str, candidates: Sequence[CandidatePoint]) -> list[CandidatePoint]:
         """All positives, and as many negatives as are asked for, in the table's order."""
         if not self.max_negatives:
-            return list(marks)
-        negatives = [mark.of for mark in marks if mark.label == 0]
+            return list(candidates)
+        negatives = [candidate.of for candidate in candidates if candidate.label == 0]
         kept = set(splits.shuffled_names(negatives, self.seed, uid)[: self.max_negatives])
-        return [mark for mark in marks if mark.label == 1 or mark.of in kept]
+        return [candidate for candidate in candidates if candidate.label == 1 or candidate.of in kept]

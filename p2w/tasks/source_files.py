@@ -187,7 +187,7 @@ class Series:
     patient: str
     fold: int
     split: str
-    marks: list[CandidatePoint] = field(default_factory=list)
+    candidates: list[CandidatePoint] = field(default_factory=list)
 
 
 def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
@@ -202,9 +202,11 @@ def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
         if scan is None:
             cases.bad.append((series, f"is not below {source}, but in line {said.line} of the table"))
             continue
-        marks = tuple(said.marks)
+        candidates = tuple(said.candidates)
         files = (("ct", scan),)
-        cases.cases.append(Case(scan.uid, scan.name, said.patient, files, (), marks, said.split, said.fold))
+        cases.cases.append(
+            Case(scan.uid, scan.name, said.patient, files, (), candidates, said.split, said.fold)
+        )
     unlisted = len(found.sources) - len(cases.cases)
     if unlisted:
         cases.left_out.append((source, f"{unlisted} scans that the table does not name"))
@@ -242,7 +244,7 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
                             f"{before[2]} in another: a patient has one")  # fmt: skip
         mm = [parse_number(path, line, axis, text) for axis, text in zip("xyz", (x, y, z), strict=True)]
         xyz: Triple = (-mm[0], -mm[1], mm[2]) if ras else (mm[0], mm[1], mm[2])
-        said.marks.append(
+        said.candidates.append(
             CandidatePoint(f"{os.path.basename(path)}:{line}", xyz, parse_label(path, line, label))
         )
     if not listed:

@@ -121,7 +121,7 @@ class Case:
     patient: str
     files: tuple[tuple[str, ScanSource], ...]  # (role, image); the uid is that of the first image
     notes: tuple[tuple[str, str], ...] = ()  # (role, path) of other files, such as readers' XML
-    marks: tuple[CandidatePoint, ...] = ()
+    candidates: tuple[CandidatePoint, ...] = ()
     split: str = ""  # where the source itself says so
     fold: int = -1
 
