@@ -28,8 +28,8 @@ from p2w.finetune import run_manifest
 from p2w.finetune.init import init_leak, resolve_init
 from p2w.finetune.recipe import FineTuneRecipe, check_recipe, recipe_of
 from p2w.finetune.run_manifest import (
-    announce,
     check_run_manifest,
+    kept_settings,
     show_fine_tuning_plan,
     show_results,
     write_run_manifest,
@@ -156,14 +156,14 @@ def build(argv: list[str], world: World) -> Job:
 def work(job: Job, world: World) -> int:
     """The trials that this process, with its ranks, does. Returns the exit code."""
     args, log = job.args, Log(job.args.run, world.is_main, 0)
-    given = write_run_manifest(job.tree) | {
+    given = kept_settings(job.tree) | {
         "--trials": args.trials,
         "--trial": list(args.trial),
         "weights": job.weights,
     }
     check_rank_consistency(world, given, job.precision, job.tree["task"]["fingerprint"], "--recipe.precision")
     if world.is_main:
-        announce(job.fine_tuning, job.tree, world)
+        write_run_manifest(job.fine_tuning, job.tree, world)
     log.line(job.leak)
     world.barrier()
     indices = sorted(set(args.trial)) or list(range(args.trials))
@@ -207,7 +207,7 @@ def main() -> int:
         world.leave(0)
     try:
         if job.args.workers > 1:
-            announce(job.fine_tuning, job.tree, world)
+            write_run_manifest(job.fine_tuning, job.tree, world)
             code = run_manifest.run_workers(sys.argv, job.args.workers)
             if not code:
                 show_results(job.args.run)

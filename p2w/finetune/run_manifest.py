@@ -22,13 +22,12 @@ from p2w.errors import UserError
 from p2w.files import hold_lock, write_atomic
 from p2w.finetune import recipe as recipes
 from p2w.finetune import results
+from p2w.finetune.results import RUN_MANIFEST
 from p2w.finetune.samples import epoch_batches
 from p2w.finetune.trials import FineTuning
 from p2w.resources import usable_cores
 from p2w.train.optim import Precision
 from p2w.world import World, variables
-
-RUN_MANIFEST = "transfer.json"
 
 
 def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
         return now
     try:
         before = json.loads(path.read_text())
-        same = [write_run_manifest(tree) for tree in (before, now)]
+        same = [kept_settings(tree) for tree in (before, now)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name another folder with --run-dir") from error
     differing = [name for name in same[1] if same[0].get(name) != same[1][name]]
@@ -87,7 +86,7 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
     return now
 
 
-def write_run_manifest(tree: dict[str, Any]) -> dict[str, Any]:
+def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run keeps, flat."""
     flat = {
         f"recipe.{k}": v
@@ -99,7 +98,7 @@ def write_run_manifest(tree: dict[str, Any]) -> dict[str, Any]:
     return flat | {"init": tree["init"]["source"], "label": tree["init"]["label"]}
 
 
-def announce(fine_tuning: FineTuning, tree: dict[str, Any], world: World) -> None:
+def write_run_manifest(fine_tuning: FineTuning, tree: dict[str, Any], world: World) -> None:
     """Rank 0 makes the folder and writes transfer.json, unless it is there. Raises UserError where it cannot.
 
     Under a lock: the tasks of a job array all begin at once.

@@ -43,19 +43,19 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
     """
     if run is None:
         return "no pretraining: no test scan can have been seen"
-    return _told(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
+    return _checked(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
 
 
 def check_shards(
     target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
 ) -> str:
     """As `check_run`, for weights named `of` of which the data alone is known: `shards` and, maybe, `fingerprint`."""
-    return _told(
+    return _checked(
         target, of, lambda: _open_first(Path(of), data, data.get("fingerprint"), of), allow_leak, fold
     )
 
 
-def _told(
+def _checked(
     target: TargetSet,
     of: str,
     find: Callable[[], tuple[dict[str, Any], str]],
