@@ -28,8 +28,8 @@ from p2w.finetune import run_manifest
 from p2w.finetune.init import init_leak, resolve_init
 from p2w.finetune.recipe import FineTuneRecipe, check_recipe, recipe_of
 from p2w.finetune.run_manifest import (
-    announce,
     check_run_manifest,
+    kept_settings,
     show_fine_tuning_plan,
     show_results,
     write_run_manifest,
@@ -63,7 +63,7 @@ class Args:
     network: str | None = None
     """Which encoder; default unet3d, or that of the file."""
     width: int | None = None
-    """Its width; default the published one, or that of the file."""
+    """Width of the encoder; default the published one, or that of the file."""
     trials: int = 10
     """How many trials; trial k has seed recipe.seed + k."""
     trial: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Args:
     fraction: float = 1.0
     """Share of the training patients."""
     decoder: Literal["scratch", "pretrained"] = "scratch"
-    """Segmentation: a new decoder with skips, or the one that was pretrained with the encoder."""
+    """Where the task has a decoder: a new one with skips, or the one that was pretrained with the encoder."""
     fold: int | None = None
     """Which fold is tested on, of a set that has folds; default 0."""
     workers: int = 1
@@ -79,7 +79,7 @@ class Args:
     allow_leak: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on although the starting point was pretrained on scans that are tested on."""
     hang_minutes: float = 10.0
-    """Several ranks: end with the name of the one that hangs when none gets further for this long."""
+    """Minutes without progress of any rank after which the command ends and names the rank that hangs."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print what would be done, then stop."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -115,7 +115,7 @@ def _defaults(recipe: FineTuneRecipe) -> Any:
 
 
 def label_of(init: str) -> str:
-    """What a starting point is called where no label was given."""
+    """The label of a starting point where none was given."""
     if init == "random":
         return "Scratch"
     name = Path(init.partition("@")[0])
@@ -125,10 +125,10 @@ def label_of(init: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line comes to. `leak`: one line on what pretraining has seen; `weights`: a checksum."""
+    """All that the command line asks for, checked. `leak`: one line on what pretraining has seen; `weights`: a checksum."""
 
     args: Args
-    transfer: FineTuning
+    fine_tuning: FineTuning
     tree: dict[str, Any]
     precision: Precision
     leak: str
@@ -144,30 +144,30 @@ def build(argv: list[str], world: World) -> Job:
     if args.workers < 1 or (args.workers > 1 and world.size > 1):
         raise UserError(f"--workers {args.workers}: at least 1, and more than one without torchrun only")
     fold = 0 if args.fold is None and source.folds else args.fold
-    transfer = FineTuning(
+    fine_tuning = FineTuning(
         source, resolve_init(args.init), args.label or label_of(args.init), args.network, args.width, args.trials,
         args.fraction, args.decoder == "pretrained", fold, args.recipe, args.run,
     )  # fmt: skip
     precision = choose_precision(args.recipe.precision, world.device).apply()
-    check_data(transfer, world.size)
-    said = init_leak(transfer.origin, source, args.allow_leak, fold)
-    network, _ = transfer.build(0)
-    check_crop_size(transfer, network.encoder)
+    check_data(fine_tuning, world.size)
+    said = init_leak(fine_tuning.init, source, args.allow_leak, fold)
+    network, _ = fine_tuning.build(0)
+    check_crop_size(fine_tuning, network.encoder)
     weights = weights_checksum(network)
-    return Job(args, transfer, check_run_manifest(transfer) | {"leak": said}, precision, said, weights)
+    return Job(args, fine_tuning, check_run_manifest(fine_tuning) | {"leak": said}, precision, said, weights)
 
 
 def work(job: Job, world: World) -> int:
     """The trials that this process, with its ranks, does. Returns the exit code."""
     args, log = job.args, Log(job.args.run, world.is_main, 0)
-    given = write_run_manifest(job.tree) | {
+    given = kept_settings(job.tree) | {
         "--trials": args.trials,
         "--trial": list(args.trial),
         "weights": job.weights,
     }
     check_rank_consistency(world, given, job.precision, job.tree["task"]["fingerprint"], "--recipe.precision")
     if world.is_main:
-        announce(job.transfer, job.tree, world)
+        write_run_manifest(job.fine_tuning, job.tree, world)
     log.line(job.leak)
     world.barrier()
     indices = sorted(set(args.trial)) or list(range(args.trials))
@@ -176,7 +176,7 @@ def work(job: Job, world: World) -> int:
     watching: contextlib.AbstractContextManager[Any] = watchdog if several else contextlib.nullcontext()
     with watching, StopRequest(speaks=False, last_words=several) as stop:
         try:
-            run_trials(job.transfer, indices, world, job.precision, _stop_check(stop, world, watchdog))
+            run_trials(job.fine_tuning, indices, world, job.precision, _stop_check(stop, world, watchdog))
         except StopRequested:
             log.line(f"{stop.name or 'another rank'}: told to stop; the same command continues")
             return STOPPED
@@ -202,11 +202,11 @@ def alone(job: Job, world: World) -> int | None:
     """--dry-run, and --workers, whose processes share the trials: the exit code; else None."""
     if job.args.dry_run:
         if world.is_main:
-            show_fine_tuning_plan(job.transfer, job.tree, job.precision, world)
+            show_fine_tuning_plan(job.fine_tuning, job.tree, job.precision, world)
         return 0
     if job.args.workers == 1:
         return None
-    announce(job.transfer, job.tree, world)
+    write_run_manifest(job.fine_tuning, job.tree, world)
     code = run_manifest.run_workers(sys.argv, job.args.workers)
     if not code:
         show_results(job.args.run)

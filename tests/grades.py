@@ -93,8 +93,8 @@ class BallTask:
         for name, path in source_files.files_below(source, out).items():
             patient, grade = re.fullmatch(r"(\w+)_g(\d)\.nii\.gz", os.path.basename(name)).groups()
             scan = source_files.as_source(name, path)
-            mark = CandidatePoint(name, (8.0, 8.0, 4.0), int(grade))
-            cases.cases.append(Case(scan.uid, name, patient, (("ct", scan),), marks=(mark,)))
+            candidate = CandidatePoint(name, (8.0, 8.0, 4.0), int(grade))
+            cases.cases.append(Case(scan.uid, name, patient, (("ct", scan),), candidates=(candidate,)))
         return cases
 
     def split(self, cases):
@@ -106,5 +106,5 @@ class BallTask:
         scan = read_scan(case.source("ct"))
         files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
         return CutSamples(
-            files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, None, in_voxels=True)
+            files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, None, in_voxels=True)
         )

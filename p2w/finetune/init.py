@@ -24,15 +24,15 @@ class InitRecord:
 
     source: str
     step: int | None = None
-    run: Path | None = None  # of ours
+    run: Path | None = None  # the run that it is a checkpoint of; None for other files
     val_loss: float | None = None
-    val_mse: float | None = None  # the same where the proxy's loss is that of a reconstruction
+    val_mse: float | None = None  # the same, where the pretext is a reconstruction
     pretext: str | None = None
     volume_fraction: tuple[float, float] | None = None
     skips: bool | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON writes it."""
+        """The record as JSON writes it."""
         return {name: value for name, value in asdict(self).items() if name != "run"}
 
 
@@ -67,11 +67,11 @@ def _of_run(run: Path, step: int | None) -> InitRecord:
     for one in read_metrics(run):
         if one["step"] == trained.step:
             told |= one
-    return _origin(trained, told.get("val/loss"), told.get("val/mse"))
+    return _record(trained, told.get("val/loss"), told.get("val/mse"))
 
 
 def _of_card(where: str, card: dict[str, Any]) -> InitRecord:
-    """What the card of an exported file says; one that says nothing is still a starting point."""
+    """The record of an exported file, from its card. A file whose card says nothing is still a starting point."""
     try:
         training, pretext = card["training"], card["training"]["config"]["pretext"]
         loss = training["figures"].get("val/loss")
@@ -90,8 +90,8 @@ def _of_card(where: str, card: dict[str, Any]) -> InitRecord:
         return InitRecord(where)
 
 
-def _origin(trained: Trained, loss: float | None, mse: float | None) -> InitRecord:
-    """`mse`: of the reconstruction, where the loss has further terms."""
+def _record(trained: Trained, loss: float | None, mse: float | None) -> InitRecord:
+    """The record of a checkpoint. `mse` is the error of the reconstruction, where the loss has further terms."""
     pretext = trained.config.pretext
     mse = (loss if mse is None else mse) if build_pretext(trained.config).reconstructs else None
     source = str(trained.folder)
@@ -125,11 +125,11 @@ def network_of(
     return network
 
 
-def init_leak(origin: InitRecord, target: TargetSet, allow: bool, fold: int | None) -> str:
+def init_leak(init: InitRecord, target: TargetSet, allow: bool, fold: int | None) -> str:
     """One line on whether pretraining has seen scans that are tested on. Raises UserError when it has, unless allowed."""
-    if origin.source == RANDOM or origin.run is not None:
-        return check_run(target, origin.run, allow, fold)
-    data = load_start(origin.source).pretrained_on
+    if init.source == RANDOM or init.run is not None:
+        return check_run(target, init.run, allow, fold)
+    data = load_start(init.source).pretrained_on
     if "shards" not in data:
         return f"not checked whether pretraining saw test scans: weights of others ({data.get('what', 'data unknown')})"
-    return check_shards(target, origin.source, data, allow, fold)
+    return check_shards(target, init.source, data, allow, fold)

@@ -1,4 +1,4 @@
-"""How a target task is fine-tuned: every setting, and a table of what is published for the five tasks (docs/paper.md, 4)."""
+"""How a target task is fine-tuned: every setting, and what is published for the five tasks (see docs/paper.md)."""
 
 import dataclasses
 from dataclasses import dataclass, replace
@@ -10,12 +10,15 @@ from p2w.errors import UserError
 
 @dataclass(frozen=True)
 class FineTuneRecipe:
-    """Settings of a trial. [C] is Models Genesis' protocol, which the paper follows; [?] is not published: our choice."""
+    """Settings of a trial.
+
+    [C] marks Models Genesis' protocol, which the paper follows, and [?] our choice of what is not published.
+    """
 
     batch: int = 16
     """Samples a step, over all ranks together [C: by task]. An epoch is cut into batches of equal size, to within one."""
     epoch_steps: int = 20
-    """An epoch has at least so many steps: a small training set is gone through as often as it takes [?]. Sets of the
+    """An epoch has at least this many steps; a small training set is repeated as often as that takes [?]. Sets of the
     paper's size have more; with a step or two an epoch, a trial would end before batch norm knows the set."""
     patience: int = 30
     """Epochs without a lower validation loss before a trial stops [C: by task]."""
@@ -29,9 +32,9 @@ class FineTuneRecipe:
     min_delta: float = 1e-4
     """By how much a validation loss must be lower to count as improvement for the rate [C]."""
     min_lr: float = 1e-6
-    """The rate falls no lower [C]."""
+    """The learning rate falls no lower than this [C]."""
     max_epochs: int = 1000
-    """A trial ends here if not before [?]."""
+    """Epochs after which a trial ends in any case [?]."""
     precision: Amp = "fp32"
     """Precision of the network's arithmetic; auto takes bf16 where the device computes in it [?]."""
     freeze: bool = False
@@ -102,7 +105,7 @@ def current_names(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_recipe(recipe: FineTuneRecipe) -> dict[str, object]:
-    """As JSON writes it."""
+    """The settings by name, as JSON writes them."""
     return dataclasses.asdict(recipe)
 
 
@@ -139,7 +142,7 @@ class Plateau:
         return self.idle >= self.recipe.patience
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """All that `load_state_dict` needs, as plain numbers."""
         return {name: value for name, value in vars(self).items() if name != "recipe"}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

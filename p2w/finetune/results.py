@@ -41,7 +41,7 @@ TRIAL = {"trial": int, "seed": int, "state": str}
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One finished fine-tuning: its metrics on the test cases, in [0, 1], by name."""
+    """One finished trial: its metrics on the test cases, in [0, 1], by name."""
 
     index: int
     seed: int
@@ -76,7 +76,7 @@ class FineTuningResult:
 
     @property
     def test_set(self) -> str:
-        """What it was judged on: target set, and the fold where there are folds."""
+        """The name of what it was tested on: target set, and fold where there are folds."""
         if self.folds:
             return f"{self.fingerprint} folds {', '.join(map(str, self.folds))}"
         return self.fingerprint + ("" if self.fold is None else f" fold {self.fold}")
@@ -99,10 +99,10 @@ def find_fine_tunings(folders: Iterable[Path]) -> list[Path]:
             raise UserError(f"{top}: no such folder; name folders that launch/finetune.py wrote")
         before = len(found)
         already = False
-        for place, inside, files in os.walk(top):
+        for folder, inside, files in os.walk(top):
             if RUN_MANIFEST in files:
-                already |= Path(place).resolve() in found
-                found.setdefault(Path(place).resolve(), Path(place))
+                already |= Path(folder).resolve() in found
+                found.setdefault(Path(folder).resolve(), Path(folder))
                 inside.clear()
             inside[:] = sorted(name for name in inside if not name.startswith("."))
         if len(found) == before and not already:
@@ -113,7 +113,7 @@ def find_fine_tunings(folders: Iterable[Path]) -> list[Path]:
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[FineTuningResult], list[str]]:
-    """Every transfer at or below `folders`, and one line for each thing that is unfinished or damaged and so left out."""
+    """Every run of fine-tuning at or below `folders`, and one line for each that is damaged or has unfinished trials."""
     read_ones, problems = [], []
     for folder in find_fine_tunings(folders):
         try:
@@ -127,7 +127,7 @@ def collect(folders: Iterable[Path]) -> tuple[list[FineTuningResult], list[str]]
 
 
 def read_fine_tuning(folder: Path) -> FineTuningResult:
-    """One transfer. Raises UserError in one line when its transfer.json is missing or damaged."""
+    """Read one run of fine-tuning. Raises UserError in one line when its transfer.json is missing or damaged."""
     path = folder / RUN_MANIFEST
     tree = _parse(path, SETTINGS | {"init": INIT})
     init, task = tree["init"], tree["task"]
@@ -160,7 +160,7 @@ def read_fine_tuning(folder: Path) -> FineTuningResult:
 
 
 def _kept(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Without what does not touch the outcome, and without what is no plain value."""
+    """The settings of a recipe that decide the outcome, as far as they are plain values."""
     plain = {
         name: value for name, value in current_names(recipe).items() if isinstance(value, str | int | float)
     }
@@ -168,18 +168,18 @@ def _kept(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trials(folder: Path, planned: int) -> tuple[list[TrialResult], list[str]]:
-    """Finished trials by index, and what is said of the others."""
+    """The finished trials by index, and one line for each problem with the others."""
     numbers = [re.fullmatch(r"trial-(\d+)", path.name) for path in folder.glob("trial-*")]
     there = {int(name[1]): folder / name[0] for name in numbers if name}
     trials, problems, unfinished = [], [], [index for index in range(planned) if index not in there]
-    for index, place in sorted(there.items()):
+    for index, own in sorted(there.items()):
         try:
-            trial = _trial(place / RESULT, index)
+            trial = _trial(own / RESULT, index)
         except UserError as error:
             problems.append(str(error))
             continue
         if index >= planned:
-            problems.append(f"{place}: beyond the {planned} trials of {RUN_MANIFEST}; left out")
+            problems.append(f"{own}: beyond the {planned} trials of {RUN_MANIFEST}; left out")
         elif trial is None:
             unfinished.append(index)
         else:
@@ -195,7 +195,7 @@ def _trials(folder: Path, planned: int) -> tuple[list[TrialResult], list[str]]:
 
 
 def _trial(path: Path, index: int) -> TrialResult | None:
-    """One trial; None while it is unfinished. Raises UserError when its file is damaged."""
+    """Read one trial; None while it is unfinished. Raises UserError when its file is damaged."""
     if not path.exists():
         return None
     tree = _parse(path, TRIAL)

@@ -22,37 +22,36 @@ from p2w.errors import UserError
 from p2w.files import hold_lock, write_atomic
 from p2w.finetune import recipe as recipes
 from p2w.finetune import results
+from p2w.finetune.results import RUN_MANIFEST
 from p2w.finetune.samples import epoch_batches
 from p2w.finetune.trials import FineTuning
 from p2w.resources import usable_cores
 from p2w.train.optim import Precision
 from p2w.world import World, variables
 
-RUN_MANIFEST = "transfer.json"
 
-
-def plain_fine_tuning(transfer: FineTuning) -> dict[str, Any]:
-    """What transfer.json says of a run."""
-    start = transfer.start()
-    origin = {"label": transfer.label, **transfer.origin.plain(), "data": start.pretrained_on}
+def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
+    """What transfer.json says of a run, as plain values."""
+    start = fine_tuning.start()
+    init = {"label": fine_tuning.label, **fine_tuning.init.plain(), "data": start.pretrained_on}
     return {
         "task": {
-            "name": str(transfer.source.meta["task"]),
-            "kind": transfer.kind.name,
-            "folds": transfer.source.folds,
-            "fingerprint": task_fingerprint(transfer.source.meta),
-            "where": str(transfer.source.where),
+            "name": str(fine_tuning.source.meta["task"]),
+            "kind": fine_tuning.kind.name,
+            "folds": fine_tuning.source.folds,
+            "fingerprint": task_fingerprint(fine_tuning.source.meta),
+            "where": str(fine_tuning.source.where),
         },
-        "init": origin,
+        "init": init,
         "network": start.network,
         "width": start.width,
         "feeding": start.encoder.feeding,
-        "fraction": transfer.fraction,
-        "decoder": "pretrained" if transfer.pretrained_decoder else "scratch",
-        "fold": transfer.fold,
-        "trials": transfer.trials,
-        "recipe": recipes.plain_recipe(transfer.recipe),
-        "samples": {split: len(rows) for split, rows in transfer.rows.items()},
+        "fraction": fine_tuning.fraction,
+        "decoder": "pretrained" if fine_tuning.pretrained_decoder else "scratch",
+        "fold": fine_tuning.fold,
+        "trials": fine_tuning.trials,
+        "recipe": recipes.plain_recipe(fine_tuning.recipe),
+        "samples": {split: len(rows) for split, rows in fine_tuning.rows.items()},
     }
 
 
@@ -62,19 +61,20 @@ def task_fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_run_manifest(transfer: FineTuning) -> dict[str, Any]:
+def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
     """What transfer.json will say. Raises UserError when the folder holds another run's."""
-    now = plain_fine_tuning(transfer)
-    path = transfer.folder / RUN_MANIFEST
+    now = plain_fine_tuning(fine_tuning)
+    path = fine_tuning.folder / RUN_MANIFEST
     if not path.exists():
-        if (transfer.folder / "config.json").exists() or (transfer.folder / "checkpoints").exists():
+        if (fine_tuning.folder / "config.json").exists() or (fine_tuning.folder / "checkpoints").exists():
             raise UserError(
-                f"{transfer.folder}: is a run of launch/train.py; a fine-tuning gets its own folder: name it with --run-dir"
+                f"{fine_tuning.folder}: is a run of launch/train.py; a fine-tuning gets its own folder: "
+                "name it with --run-dir"
             )
         return now
     try:
         before = json.loads(path.read_text())
-        same = [write_run_manifest(tree) for tree in (before, now)]
+        same = [kept_settings(tree) for tree in (before, now)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name another folder with --run-dir") from error
     differing = [name for name in same[1] if same[0].get(name) != same[1][name]]
@@ -86,7 +86,7 @@ def check_run_manifest(transfer: FineTuning) -> dict[str, Any]:
     return now
 
 
-def write_run_manifest(tree: dict[str, Any]) -> dict[str, Any]:
+def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run keeps, flat."""
     flat = {
         f"recipe.{k}": v
@@ -98,18 +98,18 @@ def write_run_manifest(tree: dict[str, Any]) -> dict[str, Any]:
     return flat | {"init": tree["init"]["source"], "label": tree["init"]["label"]}
 
 
-def announce(transfer: FineTuning, tree: dict[str, Any], world: World) -> None:
+def write_run_manifest(fine_tuning: FineTuning, tree: dict[str, Any], world: World) -> None:
     """Rank 0 makes the folder and writes transfer.json, unless it is there. Raises UserError where it cannot.
 
     Under a lock: the tasks of a job array all begin at once.
     """
-    path = transfer.folder / RUN_MANIFEST
+    path = fine_tuning.folder / RUN_MANIFEST
     command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
     try:
-        transfer.folder.mkdir(parents=True, exist_ok=True)
-        with hold_lock(str(transfer.folder / ".lock"), "transfer"):
+        fine_tuning.folder.mkdir(parents=True, exist_ok=True)
+        with hold_lock(str(fine_tuning.folder / ".lock"), "transfer"):
             before = json.loads(path.read_text()) if path.exists() else {"trials": 0}
-            if before["trials"] < transfer.trials:
+            if before["trials"] < fine_tuning.trials:
                 write_atomic(path, json.dumps(tree | {"started": command}, indent=2))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a folder you may write with --run-dir") from error
@@ -134,8 +134,8 @@ def run_workers(argv: list[str], workers: int) -> int:
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)  # the terminal tells all
     try:
         for worker in range(workers):
-            place = {"LOCAL_RANK": str(worker % devices)} if devices else {}
-            children.append(subprocess.Popen(command, env=variables(OMP_NUM_THREADS=str(threads), **place)))
+            device = {"LOCAL_RANK": str(worker % devices)} if devices else {}
+            children.append(subprocess.Popen(command, env=variables(OMP_NUM_THREADS=str(threads), **device)))
         return max(abs(child.wait()) for child in children)
     finally:
         for number, handler in before.items():
@@ -157,25 +157,26 @@ def _without_workers(argv: list[str]) -> list[str]:
 
 
 def show_fine_tuning_plan(
-    transfer: FineTuning, tree: dict[str, Any], precision: Precision, world: World
+    fine_tuning: FineTuning, tree: dict[str, Any], precision: Precision, world: World
 ) -> None:
-    """What would be done."""
-    network, start = transfer.build(0)
+    """Print what the command would do."""
+    recipe = fine_tuning.recipe
+    network, start = fine_tuning.build(0)
     millions = [sum(one.numel() for one in part.parameters()) / 1e6 for part in (network, network.encoder)]
-    counts = [len(transfer.training_rows(index)) for index in range(transfer.trials)]
-    steps = len(epoch_batches(counts[0], transfer.recipe.batch, transfer.recipe.epoch_steps, 0, 0))
-    seeds = f"{transfer.seed(0)} to {transfer.seed(transfer.trials - 1)}"
+    counts = [len(fine_tuning.training_rows(index)) for index in range(fine_tuning.trials)]
+    steps = len(epoch_batches(counts[0], recipe.batch, recipe.epoch_steps, 0, 0))
+    seeds = f"{fine_tuning.seed(0)} to {fine_tuning.seed(fine_tuning.trials - 1)}"
     lines = {
         "task": f"{tree['task']['name']} ({tree['task']['kind']}), {tree['task']['where']}",
-        "samples": ", ".join(f"{len(rows):,} {split}" for split, rows in transfer.rows.items()),
-        "fraction": f"{transfer.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial",
-        "start": f"{transfer.label}: {start.source}",
+        "samples": ", ".join(f"{len(rows):,} {split}" for split, rows in fine_tuning.rows.items()),
+        "fraction": f"{fine_tuning.fraction:g} of the training patients: {min(counts):,} to {max(counts):,} samples a trial",
+        "start": f"{fine_tuning.label}: {start.source}",
         "leak": tree["leak"],
         "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
         "decoder": tree["decoder"],
-        "an epoch": f"{steps} steps of up to {transfer.recipe.batch} samples, at most {transfer.recipe.max_epochs:,} epochs",
+        "an epoch": f"{steps} steps of up to {recipe.batch} samples, at most {recipe.max_epochs:,} epochs",
         "processes": f"{world.describe()}; {precision.name} ({precision.reason})",
-        "trials": f"{transfer.trials}, seeds {seeds} -> {transfer.folder}",
+        "trials": f"{fine_tuning.trials}, seeds {seeds} -> {fine_tuning.folder}",
         "recipe": "  ".join(
             f"{name} {value}" for name, value in recipes.current_names(tree["recipe"]).items()
         ),
@@ -184,7 +185,7 @@ def show_fine_tuning_plan(
 
 
 def show_results(run: Path) -> None:
-    """What the folder holds so far: mean and standard deviation over finished trials."""
+    """Print mean and standard deviation of each metric over the trials that are finished so far."""
     found = results.read_fine_tuning(run)
     names = list(dict.fromkeys(name for trial in found.trials for name in trial.metrics))
     for name in names:

@@ -39,17 +39,17 @@ def data_fraction(
         return rows
     names = sorted({patients[row] for row in rows})
     names.sort(key=lambda name: hashlib.sha256(f"{seed}:subset:{name}".encode()).digest())
-    rank = {name: place for place, name in enumerate(names)}
-    places = np.array([rank[patients[row]] for row in rows])
+    rank = {name: position for position, name in enumerate(names)}
+    positions = np.array([rank[patients[row]] for row in rows])
     count = math.ceil(round(fraction * len(names), 9))
     if labels is not None:
-        first = [places[labels[rows] == which].min(initial=len(names) - 1) for which in needed]
-        count = max([count, *(int(place) + 1 for place in first)])
-    return rows[places < count]
+        first = [positions[labels[rows] == which].min(initial=len(names) - 1) for which in needed]
+        count = max([count, *(int(position) + 1 for position in first)])
+    return rows[positions < count]
 
 
 def fixed_batches(count: int, batch: int) -> list[int]:
-    """Where an epoch of `count` samples is cut: ends of ceil(count / batch) batches whose sizes differ by one at most.
+    """The ends of the batches of an epoch of `count` samples: ceil(count / batch) batches whose sizes differ by one at most.
 
     Every sample is seen once an epoch, and none in a small last batch, whose statistics batch norm would take for the set's.
     """
@@ -62,64 +62,64 @@ def epoch_batches(count: int, batch: int, least: int, seed: int, epoch: int) -> 
     ends = fixed_batches(count, batch)
     found = []
     for time in range(max(1, math.ceil(least / len(ends)))):
-        places = np.random.default_rng((seed, epoch, time)).permutation(count)
-        found += [places[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        positions = np.random.default_rng((seed, epoch, time)).permutation(count)
+        found += [positions[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return found
 
 
 CHUNK = 64  # samples read at a time
-Places = Sequence[int] | NDArray[np.int64]
+Positions = Sequence[int] | NDArray[np.int64]
 
 
 class SampleSet(Protocol):
-    """What is asked of a set; `p2w.tasks.reader.TargetSet` is one."""
+    """What `Samples` needs of a data set; `p2w.tasks.reader.TargetSet` has it."""
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Of which `window` is used: stored values that become 0 and 1."""
+        """The set's metadata. Its `window` is used: the stored values that become 0 and 1."""
 
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Voxels int16 (B, C, D, H, W) and targets of these rows."""
 
 
 class Samples:
-    """Rows of a set. A sample is named by its place among them.
+    """Rows of a set. A sample is named by its position among them.
 
-    Voxels lie on the device as int16 and targets as read, where the split takes at most `held_bytes`; otherwise every batch
+    Voxels lie on the device as int16 and targets as read, where the split takes at most `cache_bytes`; otherwise every batch
     is read from the shards, one batch ahead.
     """
 
     def __init__(
-        self, source: SampleSet, rows: NDArray[np.int64], device: torch.device, held_bytes: float
+        self, source: SampleSet, rows: NDArray[np.int64], device: torch.device, cache_bytes: float
     ) -> None:
         self.source, self.rows, self.device = source, rows, device
         low, high = source.meta["window"]
         self.low, self.scale = float(low), 1 / float(high - low)
-        self.held: tuple[Tensor, Tensor] | None = None
-        if len(rows) and self._sample_bytes() * len(rows) <= held_bytes:
-            self.held = self._hold()
+        self.cached: tuple[Tensor, Tensor] | None = None
+        if len(rows) and self._sample_bytes() * len(rows) <= cache_bytes:
+            self.cached = self._read_all()
 
     def __len__(self) -> int:
         """Samples."""
         return len(self.rows)
 
-    def batches(self, places: Sequence[Places]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each list of places: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
-        if not len(places):
+    def batches(self, positions: Sequence[Positions]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each list of positions: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
+        if not len(positions):
             return
-        if self.held is not None:
-            voxels, targets = self.held
-            every = torch.from_numpy(np.concatenate([np.asarray(some, np.int64) for some in places]))
+        if self.cached is not None:
+            voxels, targets = self.cached
+            every = torch.from_numpy(np.concatenate([np.asarray(some, np.int64) for some in positions]))
             every = self._pinned(every).to(self.device, non_blocking=True)  # one copy for all batches
-            for at in every.split([len(some) for some in places]):
+            for at in every.split([len(some) for some in positions]):
                 yield self._unit(voxels[at]), targets[at]
             return
         with ThreadPoolExecutor(1, "p2w-samples", self._own_device) as reader:
-            ahead = reader.submit(self._read, places[0])
-            for number in range(1, len(places) + 1):
+            ahead = reader.submit(self._read, positions[0])
+            for number in range(1, len(positions) + 1):
                 voxels, targets = ahead.result()
-                if number < len(places):
-                    ahead = reader.submit(self._read, places[number])
+                if number < len(positions):
+                    ahead = reader.submit(self._read, positions[number])
                 x, target = (part.to(self.device, non_blocking=True) for part in (voxels, targets))
                 yield self._unit(x), target
 
@@ -127,9 +127,9 @@ class Samples:
         """Stored int16 -> float32 in [0, 1] (clipped to the window and scaled)."""
         return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
 
-    def _read(self, places: Places) -> tuple[Tensor, Tensor]:
-        """Voxels and targets of these places; for a GPU in pinned memory, from which they are copied beside its work."""
-        voxels, targets = self.source.read(self.rows[np.asarray(places, np.int64)])
+    def _read(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Voxels and targets of these positions; for a GPU in pinned memory, from which they are copied beside its work."""
+        voxels, targets = self.source.read(self.rows[np.asarray(positions, np.int64)])
         return self._pinned(voxels), self._pinned(targets)
 
     def _pinned(self, part: Tensor) -> Tensor:
@@ -144,18 +144,18 @@ class Samples:
         voxels, targets = self.source.read(self.rows[:1])
         return voxels.nbytes + targets.nbytes
 
-    def _hold(self) -> tuple[Tensor, Tensor]:
-        """All of them, read a chunk at a time into memory that was asked for once."""
-        held: tuple[Tensor, Tensor] | None = None
+    def _read_all(self) -> tuple[Tensor, Tensor]:
+        """Read all samples, a chunk at a time, into memory that is allocated once."""
+        cached: tuple[Tensor, Tensor] | None = None
         for start in range(0, len(self.rows), CHUNK):
             parts = self.source.read(self.rows[start : start + CHUNK])
-            if held is None:
+            if cached is None:
                 voxels, targets = (
                     torch.empty((len(self.rows), *part.shape[1:]), dtype=part.dtype, device=self.device)
                     for part in parts
                 )
-                held = voxels, targets
-            for whole, part in zip(held, parts, strict=True):
+                cached = voxels, targets
+            for whole, part in zip(cached, parts, strict=True):
                 whole[start : start + len(part)] = part.to(self.device)
-        assert held is not None
-        return held
+        assert cached is not None
+        return cached

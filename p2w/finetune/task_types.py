@@ -118,7 +118,7 @@ def _ratio(above: Floats, below: Floats) -> Floats:
 
 
 def _pooled(table: Floats, patients: Sequence[str]) -> Floats:
-    """One row a patient, in the order of their first samples."""
+    """The sums over each patient's rows, patients in the order of their first samples."""
     owner = _numbers(patients)
     pooled = np.zeros((owner.max() + 1, *table.shape[1:]))
     np.add.at(pooled, owner, table)
@@ -218,11 +218,11 @@ class Classification(TaskType):
         return torch.stack((logits.double(), target.double()), 1)
 
     def loss_of(self, records: Tensor) -> float:
-        """Mean over samples."""
+        """Mean cross-entropy over the samples."""
         return float(binary_cross_entropy_with_logits(records[:, 0], records[:, 1]))
 
     def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """By logits, which order as probabilities do and never tie where those round to 1."""
+        """AUC from logits: they order samples as probabilities do, and do not tie where probabilities round to 1."""
         return classification(records[:, 0].numpy(), records[:, 1].numpy(), patients)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
@@ -270,7 +270,7 @@ class Segmentation(TaskType):
         return float(soft_dice(records[:, :3].sum(0)))
 
     def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """From the counts of voxels."""
+        """IoU and Dice from the counts of voxels."""
         return segmentation(self._counts(records), patients)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:

@@ -1,7 +1,7 @@
-"""Fine-tuning: epochs of steps, a validation after each, halving on a plateau, the best weights kept (docs/paper.md, 4).
+"""Fine-tuning: epochs of steps, a validation after each, the rate halved on a plateau, the best weights kept.
 
-Position is the epoch: what a trial continues from is (epoch, weights, optimizer, plateau, best weights), and the order of
-an epoch's samples is a function of (seed, epoch). So a trial that was interrupted ends, on the CPU, with the same bits.
+A trial continues from whole epochs: its state is (epoch, weights, optimizer, plateau, best weights), and the order of an
+epoch's samples is a function of (seed, epoch). So a trial that was interrupted ends, on the CPU, with the same bits.
 """
 
 import math
@@ -33,7 +33,7 @@ class StopRequested(Exception):
 
 @dataclass
 class EpochResult:
-    """What an epoch brought; losses over the whole split."""
+    """The result of an epoch; losses are means over the whole split."""
 
     number: int
     train_loss: float
@@ -141,13 +141,13 @@ class FineTuner:
         every = range(len(samples))
         together = self.recipe.batch * size
         share = [every[start:][:together][rank::size] for start in range(0, len(samples), together)]
-        batches_of = samples.batches([places for places in share if len(places)])
+        batches_of = samples.batches([positions for positions in share if len(positions)])
         found = []
-        for number, places in enumerate(share):
+        for number, positions in enumerate(share):
             self._leave_if_stopped(
                 number
             )  # which all ranks ask together, also one that has none of the last samples
-            if not len(places):
+            if not len(positions):
                 continue
             x, target = next(batches_of)
             with self._autocast():
@@ -162,7 +162,7 @@ class FineTuner:
         )
 
     def _leave_if_stopped(self, number: int) -> None:
-        """Raise Told, on all ranks, when any was told to stop; asked at every batch, agreed at every few on GPUs."""
+        """Raise StopRequested on all ranks when any was told to stop; several GPUs vote on it at every few batches."""
         stop_requested = self.stop_requested()
         if number % self.vote_every == 0 and self.world.any(stop_requested):
             raise StopRequested

@@ -38,7 +38,7 @@ RESULT, MODEL, PREDICTIONS = "result.json", "model.safetensors", "predictions.np
 
 
 def folder_of(run: Path, index: int) -> Path:
-    """Where trial `index` of a run lies."""
+    """The folder of trial `index` of a run."""
     return run / f"trial-{index:02d}"
 
 
@@ -77,7 +77,7 @@ class TrialLock:
 
 @dataclass
 class TrialRun:
-    """What one trial is made of, on every rank. `card` is what the weights' file says of itself."""
+    """One trial on one rank. `card` is written into the file of its weights."""
 
     index: int
     seed: int
@@ -127,7 +127,7 @@ class TrialRun:
         return result
 
     def _resume(self) -> None:
-        """From the last checkpoint; every rank reads it, rank 0 says what was wrong with one that is passed over."""
+        """Load the last checkpoint that is whole; rank 0 says what is wrong with any that is not."""
         snapshot = self.checkpoints.load_latest()
         epoch = torch.tensor([0 if snapshot is None else snapshot.step])
         if (self.world.gather(epoch) != epoch).any():
@@ -173,7 +173,7 @@ class TrialRun:
         )
 
     def _save(self) -> None:
-        """Rank 0 writes what the trial continues from; a disk that takes no more is a warning."""
+        """Rank 0 writes a checkpoint. A full disk is a warning, and the trial goes on."""
         if not self.world.is_main:
             return
         weights, state = self.tuner.state_dict()
@@ -203,5 +203,5 @@ class TrialRun:
 
 
 def _numbers(interval: tuple[float, float]) -> list[float | None]:
-    """JSON knows no NaN."""
+    """An interval as JSON writes it, with null for NaN."""
     return [None if math.isnan(value) else value for value in interval]

@@ -1,10 +1,10 @@
-"""A starting point fine-tuned on a target task, in trials: what is fixed for all of them, and one after the other.
+"""Fine-tuning of a starting point on a target task: what its trials have in common, and running them one after the other.
 
 RUN/
     transfer.json   what is run: task, starting point, network, fraction, recipe
     trial-00/ …     see trial.py
 
-Processes share the trials of a folder: each takes the next one that is neither finished nor held by another.
+Processes share the trials of a folder: each takes the next trial that is neither finished nor locked by another process.
 """
 
 import math
@@ -37,10 +37,10 @@ StopCheck = Callable[[], bool]
 
 @dataclass(frozen=True)
 class FineTuning:
-    """All that the trials of a run have in common."""
+    """All that the trials of a run have in common: data, starting point, network, fraction, recipe."""
 
     source: TargetSet
-    origin: InitRecord
+    init: InitRecord
     label: str
     network: str | None
     width: int | None
@@ -50,20 +50,23 @@ class FineTuning:
     fold: int | None
     recipe: FineTuneRecipe
     folder: Path
-    held: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
+    cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def kind(self) -> TaskType:
-        """Of the task."""
+        """The kind of the task."""
         return task_type(self.source.kind)
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
-        """Row numbers by split; train is whole. Raises UserError for a fold that there is not."""
+        """Row numbers by split; "train" has all training samples, whatever the fraction.
+
+        Raises UserError for a fold that there is not.
+        """
         return {split: self.source.rows(split, self.fold) for split in ("train", "val", "test")}
 
     def seed(self, index: int) -> int:
-        """Of a trial."""
+        """The seed of a trial."""
         return self.recipe.seed + index
 
     def training_rows(self, index: int) -> Rows:
@@ -76,7 +79,7 @@ class FineTuning:
 
     def start(self) -> StartingPoint:
         """The encoder with its values, read anew; a random one draws from torch's generator."""
-        return load_start(self.origin.source, self.network, self.width, self.source.channels)
+        return load_start(self.init.source, self.network, self.width, self.source.channels)
 
     def build(self, index: int) -> tuple[Network, StartingPoint]:
         """The network as a trial begins. What is new behind the encoder is the same for every starting point."""
@@ -88,16 +91,16 @@ class FineTuning:
         return network_of(self.kind, start, classes, self.pretrained_decoder), start
 
     def samples(self, split: str, rows: Rows, world: World) -> Samples:
-        """Decoded once for all trials of this process that see the same rows."""
-        if split not in self.held or not np.array_equal(self.held[split].rows, rows):
-            self.held.pop(split, None)  # before others take its place in memory
-            self.held[split] = Samples(self.source, rows, world.device, self.recipe.cache_gib * 2**30)
-        return self.held[split]
+        """The samples of a split, decoded once for all trials of this process that see the same rows."""
+        if split not in self.cached or not np.array_equal(self.cached[split].rows, rows):
+            self.cached.pop(split, None)  # frees the memory before the next samples need it
+            self.cached[split] = Samples(self.source, rows, world.device, self.recipe.cache_gib * 2**30)
+        return self.cached[split]
 
 
-def check_data(transfer: FineTuning, ranks: int) -> None:
-    """Everything about data that can be refused before anything is trained. Raises UserError."""
-    where, rows = transfer.source.where, transfer.rows
+def check_data(fine_tuning: FineTuning, ranks: int) -> None:
+    """Raise UserError for whatever in the data can be refused before anything is trained."""
+    where, rows = fine_tuning.source.where, fine_tuning.rows
     for split, found in rows.items():
         if not len(found):
             raise UserError(
@@ -105,15 +108,15 @@ def check_data(transfer: FineTuning, ranks: int) -> None:
                 "or name another --fold"
             )
     for split in ("train", "test"):
-        if said := transfer.kind.problem_of(transfer.source.label[rows[split]]):
+        if said := fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]]):
             raise UserError(f"{where}: the samples to {split} {said}")
-    if transfer.pretrained_decoder and not transfer.kind.per_voxel:
-        task, kind = transfer.source.meta["task"], transfer.kind.name
+    if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
+        task, kind = fine_tuning.source.meta["task"], fine_tuning.kind.name
         raise UserError(f"--decoder pretrained: {task} is {kind}, which has no decoder; leave it out")
     smallest = min(len(rows["val"]), len(rows["test"]))
-    for index in range(transfer.trials):
-        count = len(transfer.training_rows(index))
-        smallest = min(smallest, count // len(fixed_batches(count, transfer.recipe.batch)))
+    for index in range(fine_tuning.trials):
+        count = len(fine_tuning.training_rows(index))
+        smallest = min(smallest, count // len(fixed_batches(count, fine_tuning.recipe.batch)))
     if ranks > smallest:
         raise UserError(
             f"{ranks} ranks: a batch or a split has {smallest} sample(s), and every rank needs one; start at most "
@@ -121,75 +124,76 @@ def check_data(transfer: FineTuning, ranks: int) -> None:
         )
 
 
-def check_crop_size(transfer: FineTuning, encoder: Encoder) -> None:
-    """Raise UserError where the samples of the set are of no size that the network takes."""
-    size, by = transfer.source.size_zyx, encoder.divisor
+def check_crop_size(fine_tuning: FineTuning, encoder: Encoder) -> None:
+    """Raise UserError when the network cannot take samples of the set's size."""
+    size, by = fine_tuning.source.size_zyx, encoder.divisor
     fits = [max(stride, round(edge / stride) * stride) for edge, stride in zip(size, by, strict=True)]
     least = encoder.least_voxels
     while math.prod(edge // stride for edge, stride in zip(fits, by, strict=True)) < least:
         fits[2] += by[2]
     if tuple(fits) != tuple(size):
         raise UserError(
-            f"{transfer.source.where}: samples of {size} voxels (z, y, x), and the network takes multiples of {by}; prepare "
-            f"the set with --size {' '.join(map(str, fits))}, or name another --network"
+            f"{fine_tuning.source.where}: samples of {size} voxels (z, y, x), and the network takes multiples of {by}; "
+            f"prepare the set with --size {' '.join(map(str, fits))}, or name another --network"
         )
 
 
 def run_trials(
-    transfer: FineTuning, indices: list[int], world: World, precision: Precision, stop_requested: StopCheck
+    fine_tuning: FineTuning, indices: list[int], world: World, precision: Precision, stop_requested: StopCheck
 ) -> dict[int, str]:
-    """The trials that are not finished, one after the other; every rank calls it. Index -> finished, already, or busy.
+    """Run the trials that are not finished, one after the other, on every rank. Returns index -> finished, already, or busy:
+    another process has it.
 
     Raises StopRequested on all ranks when told to stop.
     """
     outcome: dict[int, str] = {}
     for index in indices:
-        place = TrialLock(folder_of(transfer.folder, index))
+        lock = TrialLock(folder_of(fine_tuning.folder, index))
         state = 0
         if world.is_main:
-            state = 2 if is_finished(place.folder) else 0 if place.take() else 1
-            if state == 0 and is_finished(place.folder):  # another process has just done it
+            state = 2 if is_finished(lock.folder) else 0 if lock.take() else 1
+            if state == 0 and is_finished(lock.folder):  # another process has just done it
                 state = 2
         state = int(world.sum(torch.tensor([state]))[0])
         try:
             if state == 0:
-                result = one_trial(transfer, index, world, precision, stop_requested).run()
-                _report(transfer, index, result, world)
+                result = one_trial(fine_tuning, index, world, precision, stop_requested).run()
+                _report(fine_tuning, index, result, world)
         finally:
-            place.release()
+            lock.release()
         outcome[index] = ("finished", "busy", "already")[state]
     return outcome
 
 
 def one_trial(
-    transfer: FineTuning, index: int, world: World, precision: Precision, stop_requested: StopCheck
+    fine_tuning: FineTuning, index: int, world: World, precision: Precision, stop_requested: StopCheck
 ) -> TrialRun:
     """Build a trial on this rank."""
-    folder, seed = folder_of(transfer.folder, index), transfer.seed(index)
-    log = Log(folder, world.is_main, transfer.recipe.max_epochs)
-    network, start = transfer.build(index)
-    rows = transfer.rows | {"train": transfer.training_rows(index)}
-    train, val, test = (transfer.samples(split, rows[split], world) for split in ("train", "val", "test"))
-    tuner = FineTuner(network, transfer.kind, transfer.recipe, precision, world, seed, stop_requested)
+    folder, seed = folder_of(fine_tuning.folder, index), fine_tuning.seed(index)
+    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs)
+    network, start = fine_tuning.build(index)
+    rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
+    train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
+    tuner = FineTuner(network, fine_tuning.kind, fine_tuning.recipe, precision, world, seed, stop_requested)
     if world.is_main:
         log.line(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
         )
     return TrialRun(
-        index, seed, folder, tuner, transfer.kind, train, val, test,
-        [transfer.source.key[row] for row in rows["test"]],
-        [transfer.source.patient[row] for row in rows["test"]],
-        trial_card(transfer, index, network, start), log, world,
+        index, seed, folder, tuner, fine_tuning.kind, train, val, test,
+        [fine_tuning.source.key[row] for row in rows["test"]],
+        [fine_tuning.source.patient[row] for row in rows["test"]],
+        trial_card(fine_tuning, index, network, start), log, world,
     )  # fmt: skip
 
 
-def trial_card(transfer: FineTuning, index: int, network: Network, start: StartingPoint) -> dict[str, Any]:
-    """What the weights' file says of itself: all that `p2w predict` needs."""
-    meta = transfer.source.meta
+def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: StartingPoint) -> dict[str, Any]:
+    """The card in the file of a trial's weights: all that `p2w predict` needs to know."""
+    meta = fine_tuning.source.meta
     return {
         "p2w": __version__,
         "holds": "fine-tuned",
-        "kind": transfer.kind.name,
+        "kind": fine_tuning.kind.name,
         "encoder": {
             "name": start.network,
             "width": start.width,
@@ -201,14 +205,14 @@ def trial_card(transfer: FineTuning, index: int, network: Network, start: Starti
             key: meta.get(key)
             for key in ("task", "channels", "channel_names", "size_zyx", "window", "spacing_mm", "classes", "settings")
         },
-        "init": transfer.label,
+        "init": fine_tuning.label,
         "trial": index,
-        "seed": transfer.seed(index),
+        "seed": fine_tuning.seed(index),
     }  # fmt: skip
 
 
-def _report(transfer: FineTuning, index: int, result: dict[str, Any], world: World) -> None:
-    """One line a trial."""
+def _report(fine_tuning: FineTuning, index: int, result: dict[str, Any], world: World) -> None:
+    """Log one line on a finished trial."""
     said = "  ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if "_" not in name)
     text = f"trial {index}  {result['epochs']} epochs in {result['seconds']:.0f} s  {said}"
-    Log(transfer.folder, world.is_main, 0).line(text)
+    Log(fine_tuning.folder, world.is_main, 0).line(text)

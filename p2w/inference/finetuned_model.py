@@ -1,4 +1,4 @@
-"""A fine-tuned network read back from a trial, and what it wants to be shown."""
+"""A fine-tuned network read back from a trial, and what its input must be."""
 
 import json
 import math
@@ -47,12 +47,12 @@ class FineTunedModel:
 
     @property
     def channels(self) -> int:
-        """Images it takes."""
+        """How many images it takes."""
         return int(self.card["task"]["channels"])
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Voxels z, y, x of a crop."""
+        """Voxels z, y, x of a crop that it takes."""
         z, y, x = self.card["task"]["size_zyx"]
         return z, y, x
 
@@ -93,7 +93,7 @@ class FineTunedModel:
 
 
 def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
-    """Of a run of launch/finetune.py the trial with the lowest validation loss; or of a trial, or its model.safetensors.
+    """Load a trial, its model.safetensors, or of a run of launch/finetune.py the trial with the lowest validation loss.
 
     Raises UserError where there is none, or it is damaged.
     """
@@ -123,7 +123,7 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
 
 
 def _best(run: Path) -> Path:
-    """The trial that validated best."""
+    """The trial with the lowest validation loss."""
     found: list[tuple[float, Path]] = []
     for path in sorted(run.glob(f"trial-*/{RESULT}")):
         try:

@@ -1,4 +1,4 @@
-"""Predictions of a fine-tuned network on whole scans: how a scan is read and shown to it, masks, scores, a preview."""
+"""Predictions of a fine-tuned network on whole scans: reading a scan, masks, tables of candidates, a preview."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ SCORED = (("x", "coordX"), ("y", "coordY"), ("z", "coordZ"), ("series", "seriesu
 
 @dataclass(frozen=True)
 class InferenceInput:
-    """`cuts` one a channel; `grid` canonical, `stored_grid` as the first image's file has it."""
+    """A scan that was read: a function in `cuts` for each channel, a canonical `grid`, and that of the first file."""
 
     name: str
     uid: str
@@ -59,9 +59,9 @@ class InferenceInput:
     grid: Grid
     stored_grid: Grid
 
-    def crop(self, place: CropBox) -> NDArray[np.int16]:
-        """(C, D, H, W)."""
-        return np.stack([cut(place) for cut in self.cuts])
+    def crop(self, crop_box: CropBox) -> NDArray[np.int16]:
+        """Cut a crop (C, D, H, W) of all channels, in stored values."""
+        return np.stack([cut(crop_box) for cut in self.cuts])
 
     def stored(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A canonical volume in the order of the file."""
@@ -70,12 +70,8 @@ class InferenceInput:
         to_canonical(out, order, flips)[...] = mask
         return out
 
-    def shown(self) -> NDArray[Any]:
-        """What a preview is drawn over."""
-        return self.voxels
 
-
-def read_input(paths: Sequence[Path], fitted: FineTunedModel) -> InferenceInput:
+def read_input(paths: Sequence[Path], model: FineTunedModel) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
     sources = [_source(path) for path in paths]
     cuts: list[Cut] = []
@@ -83,7 +79,7 @@ def read_input(paths: Sequence[Path], fitted: FineTunedModel) -> InferenceInput:
     first: NDArray[Any] | None = None
     for path, source in zip(paths, sources, strict=True):
         try:
-            voxels, grid, cut = _channel(source, fitted)
+            voxels, grid, cut = _channel(source, model)
         except (BadScan, OSError) as error:
             raise UserError(f"{path}: {error}") from error
         cuts.append(cut)
@@ -108,44 +104,44 @@ def _source(path: Path) -> ScanSource:
     return found.sources[0]
 
 
-def _channel(source: ScanSource, fitted: FineTunedModel) -> tuple[NDArray[Any], Grid, Cut]:
-    """Voxels, grid and crops in stored values, as the task's data was prepared."""
-    if fitted.in_hu:
+def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], Grid, Cut]:
+    """Read one channel: its voxels, its grid, and a function that cuts crops as the task's data was prepared."""
+    if model.in_hu:
         scan = read_scan(source)
-        return scan.voxels, scan.grid, lambda place: crops.crop_hu(scan.voxels, place)
+        return scan.voxels, scan.grid, lambda crop_box: crops.crop_hu(scan.voxels, crop_box)
     image = read_image(source)
     low, high = intensity_range("image", image)
-    return image.values, image.grid, lambda place: crop_in_range(image.values, place, low, high)
+    return image.values, image.grid, lambda crop_box: crop_in_range(image.values, crop_box, low, high)
 
 
-def windows_of(subject: InferenceInput, fitted: FineTunedModel, overlap: float) -> Windows:
+def windows_of(scan: InferenceInput, model: FineTunedModel, overlap: float) -> Windows:
     """The windows of a scan, at the spacing that the network was trained at."""
-    z, y, x = (int(n) for n in subject.voxels.shape)
+    z, y, x = (int(n) for n in scan.voxels.shape)
     step = (1.0, 1.0, 1.0)
-    if fitted.spacing_mm is not None:
-        ratio = np.array(fitted.spacing_mm) / crops.spacing_zyx(subject.grid)
+    if model.spacing_mm is not None:
+        ratio = np.array(model.spacing_mm) / crops.spacing_zyx(scan.grid)
         near = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
         step = (float(near[0]), float(near[1]), float(near[2]))
-    return Windows((z, y, x), fitted.size, step, overlap)
+    return Windows((z, y, x), model.size, step, overlap)
 
 
 def mask_of(
-    subject: InferenceInput,
-    fitted: FineTunedModel,
+    scan: InferenceInput,
+    model: FineTunedModel,
     overlap: float,
     threshold: float,
     batch: int,
     dtype: torch.dtype | None,
 ) -> NDArray[np.uint8]:
     """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x]."""
-    windows = windows_of(subject, fitted, overlap)
-    device = next(fitted.network.parameters()).device
+    windows = windows_of(scan, model, overlap)
+    device = next(model.network.parameters()).device
     levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
     progress = Progress(levels * math.ceil(across / batch), "batches of windows")
 
-    def predict(places: list[CropBox]) -> NDArray[np.float32]:
-        stack = torch.from_numpy(np.stack([subject.crop(place) for place in places]))
-        found: NDArray[np.float32] = fitted.predictions(stack.to(device), dtype).cpu().numpy()
+    def predict(crop_boxes: list[CropBox]) -> NDArray[np.float32]:
+        stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes]))
+        found: NDArray[np.float32] = model.predictions(stack.to(device), dtype).cpu().numpy()
         progress.step(f"{len(windows):,} windows in all")
         progress.tick()
         return found
@@ -153,44 +149,44 @@ def mask_of(
     mask = np.zeros(windows.shape, np.uint8)
     with progress:
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
-            mask[z] = fitted.kind.to_mask(image, threshold)
+            mask[z] = model.kind.to_mask(image, threshold)
     return mask
 
 
 def scores_of(
-    subject: InferenceInput, fitted: FineTunedModel, table: Path, batch: int, dtype: torch.dtype | None
+    scan: InferenceInput, model: FineTunedModel, table: Path, batch: int, dtype: torch.dtype | None
 ) -> tuple[str, int]:
     """CSV x,y,z and the kind's columns, a row for each candidate of this scan in the table's order; and how many.
 
     Raises UserError for a candidate outside the scan, or none in it.
     """
-    device = next(fitted.network.parameters()).device
+    device = next(model.network.parameters()).device
     world: list[tuple[float, float, float]] = []
     for line, (x, y, z, series) in source_files.read_csv(str(table), SCORED):
-        if series and series not in (subject.uid, source_files.file_stem(subject.name), subject.name):
+        if series and series not in (scan.uid, source_files.file_stem(scan.name), scan.name):
             continue
         at = [
             source_files.parse_number(str(table), line, name, text)
             for name, text in zip("xyz", (x, y, z), strict=True)
         ]
-        voxel = crops.to_voxel(subject.grid, np.array(at[::-1]))
-        if ((voxel < -0.5) | (voxel > np.array(subject.voxels.shape) - 0.5)).any():
+        voxel = crops.to_voxel(scan.grid, np.array(at[::-1]))
+        if ((voxel < -0.5) | (voxel > np.array(scan.voxels.shape) - 0.5)).any():
             where = ", ".join(f"{value:.1f}" for value in voxel[::-1])
             raise UserError(
-                f"{table}, line {line}: voxel ({where}) is outside {subject.name}; x, y, z are LPS mm"
+                f"{table}, line {line}: voxel ({where}) is outside {scan.name}; x, y, z are LPS mm"
             )
         world.append((at[0], at[1], at[2]))
     if not world:
-        raise UserError(f"{table}: names no candidate of {subject.name}")
+        raise UserError(f"{table}: names no candidate of {scan.name}")
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("x", "y", "z", *fitted.kind.columns(fitted.classes)))
+    rows.writerow(("x", "y", "z", *model.kind.columns(model.classes)))
     for start in range(0, len(world), batch):
         some = world[start : start + batch]
-        centres = [crops.to_voxel(subject.grid, np.array(at[::-1])) for at in some]
-        places = [CropBox.round(one, fitted.size, subject.grid, fitted.spacing_mm) for one in centres]
-        stack = torch.from_numpy(np.stack([subject.crop(place) for place in places])).to(device)
-        found = fitted.predictions(stack, dtype).cpu().tolist()
+        centres = [crops.to_voxel(scan.grid, np.array(at[::-1])) for at in some]
+        crop_boxes = [CropBox.around(one, model.size, scan.grid, model.spacing_mm) for one in centres]
+        stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes])).to(device)
+        found = model.predictions(stack, dtype).cpu().tolist()
         rows.writerows(
             (*at, *(f"{value:.6f}" for value in values)) for at, values in zip(some, found, strict=True)
         )
@@ -235,7 +231,7 @@ def draw_preview(path: Path, voxels: NDArray[Any], mask: NDArray[np.uint8], grid
 
 
 def _middle(mask: NDArray[np.uint8]) -> tuple[int, int, int]:
-    """z with most of the mask; y and x in the middle of what is there."""
+    """The z with most of the mask, and y and x in the middle of the mask there."""
     areas = mask.sum((1, 2), dtype=np.int64)
     if not areas.any():
         return mask.shape[0] // 2, mask.shape[1] // 2, mask.shape[2] // 2
@@ -249,7 +245,7 @@ MASKS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What to look at, and where the answer goes."""
+    """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
     """Run of launch/finetune.py, a trial of it, or its model.safetensors."""
@@ -258,7 +254,7 @@ class PredictOptions:
     out: Path
     """The mask (.nii.gz, .mha, …), or the table (.csv)."""
     candidates: Path | None = None
-    """Table of places to classify."""
+    """Table of candidates to classify."""
     preview: Path | None = None
     """Also draw the mask's outline over three slices of the scan: a PNG."""
     overlap: float = 0.5
@@ -275,55 +271,55 @@ def main(argv: list[str]) -> int:
     """Parse, read, predict, write."""
     options = tyro.cli(PredictOptions, args=argv, prog="p2w predict", description=USAGE)
     world = World.from_env()
-    fitted = load_finetuned(options.run, world.device)
-    _check(options, fitted)
-    subject = read_input(options.scan, fitted)
+    model = load_finetuned(options.run, world.device)
+    _check(options, model)
+    scan = read_input(options.scan, model)
     dtype = choose_precision(options.precision, world.device).apply().dtype
-    if not fitted.kind.per_voxel:
+    if not model.kind.per_voxel:
         assert options.candidates is not None
-        table, count = scores_of(subject, fitted, options.candidates, options.batch, dtype)
+        table, count = scores_of(scan, model, options.candidates, options.batch, dtype)
         _publish_text(options.out, table)
         print(f"{options.out}: {count} candidates")
         return 0
-    mask = mask_of(subject, fitted, options.overlap, options.threshold, options.batch, dtype)
-    write_mask(options.out, subject.stored(mask), subject.stored_grid)
-    millilitres = int(mask.sum()) * float(np.prod(subject.grid.spacing)) / 1000
-    print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {fitted.file}")
+    mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype)
+    write_mask(options.out, scan.stored(mask), scan.stored_grid)
+    millilitres = int(mask.sum()) * float(np.prod(scan.grid.spacing)) / 1000
+    print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {model.file}")
     if options.preview is not None:
         draw_preview(
             options.preview,
-            subject.shown(),
+            scan.voxels,
             mask,
-            subject.grid,
-            f"{subject.name}, {fitted.card['task']['task']}",
+            scan.grid,
+            f"{scan.name}, {model.card['task']['task']}",
         )
         print(f"{options.preview}: drawn")
     return 0
 
 
-def _check(options: PredictOptions, fitted: FineTunedModel) -> None:
+def _check(options: PredictOptions, model: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
     name = options.out.name.lower()
-    if not fitted.kind.per_voxel:
+    if not model.kind.per_voxel:
         if options.candidates is None or not name.endswith(".csv"):
             raise UserError(
-                f"{fitted.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
+                f"{model.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
             )
         if options.preview is not None:
-            raise UserError(f"--preview {options.preview}: {fitted.file} makes no mask to draw; leave it out")
+            raise UserError(f"--preview {options.preview}: {model.file} makes no mask to draw; leave it out")
     elif options.candidates is not None or not name.endswith(MASKS):
         raise UserError(
-            f"{fitted.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
+            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
         )
     if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
         raise UserError(
             f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
             "and 1; at least 1"
         )
-    if len(options.scan) != fitted.channels:
-        names = fitted.card["task"].get("channel_names") or []
+    if len(options.scan) != model.channels:
+        names = model.card["task"].get("channel_names") or []
         raise UserError(
-            f"--scan names {len(options.scan)} image(s), the network takes {fitted.channels}: {', '.join(names)}"
+            f"--scan names {len(options.scan)} image(s), the network takes {model.channels}: {', '.join(names)}"
         )
     for flag, path in (("--out", options.out), ("--preview", options.preview)):
         if path is not None and not path.parent.is_dir():

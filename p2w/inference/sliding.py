@@ -1,7 +1,7 @@
 """A network of small crops over a whole scan: overlapping windows, Gaussian weights, finished slices as soon as they are.
 
 Windows lie on a grid of their own, `Windows.step` voxels of the scan apart: that of the scan itself, or of the spacing that
-the network was trained at. What is held in memory is one window's height of slices, not the volume. All z, y, x.
+the network was trained at. Memory holds as many slices as a window is high, not the volume. All sizes are z, y, x.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 Triple = tuple[int, int, int]
 SIGMA = 1 / 8  # of a window's edge: how fast its weight falls towards the rim
 LEAST = 1e-3  # weight of a window's corner voxel along an axis, so that none has no weight
-# Crops, each with its place in a batch, to probabilities (B, D, H, W)
+# A batch of crops to probabilities (B, D, H, W)
 Predict = Callable[[list[CropBox]], Floats]
 
 
@@ -31,7 +31,7 @@ class Windows:
 
     @property
     def extent(self) -> Triple:
-        """Voxels of the windows' grid that the scan takes."""
+        """The size of the scan in voxels of the windows' grid."""
         counts = [max(1, round(n / step)) for n, step in zip(self.shape, self.step, strict=True)]
         return counts[0], counts[1], counts[2]
 
@@ -51,10 +51,10 @@ class Windows:
         return [round(i * (extent - size) / (count - 1)) for i in range(count)]
 
     def __len__(self) -> int:
-        """How many windows."""
+        """The number of windows."""
         return int(np.prod([len(self.starts(axis)) for axis in range(3)]))
 
-    def place(self, start: Triple) -> CropBox:
+    def crop_box(self, start: Triple) -> CropBox:
         """A window as a crop of the scan, as the samples of a target set are cut."""
         step = np.array(self.step)
         first = self.first + np.array(start) * step
@@ -62,7 +62,7 @@ class Windows:
 
 
 def weight(size: int) -> Floats:
-    """Of a window's voxels along an axis, 1 in the middle."""
+    """The weights of a window's voxels along an axis, 1 in the middle."""
     at = (np.arange(size) - (size - 1) / 2) / (SIGMA * size)
     return np.maximum(np.exp(-(at**2) / 2), LEAST).astype(np.float32)
 
@@ -83,7 +83,7 @@ def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
     for z, following in zip(z_starts, [*z_starts[1:], depth], strict=True):
         for begin in range(0, len(across), batch):
             some = across[begin : begin + batch]
-            found = predict([windows.place((z, y, x)) for y, x in some])
+            found = predict([windows.crop_box((z, y, x)) for y, x in some])
             for (y, x), probability in zip(some, found, strict=True):
                 into, source = _overlap((0, y, x), (windows.size[0], height, width), windows.size)
                 buffer[into] += (probability * kernel)[source]
@@ -106,7 +106,7 @@ def _summed(starts: list[int], own: Floats, extent: int) -> Floats:
 def _overlap(
     start: Iterable[int], extent: Iterable[int], size: Iterable[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a window lies in an array of `extent`, and which part of it does."""
+    """The slices where an array of `extent` and a window overlap: those of the array, and those of the window."""
     edges = [
         (max(0, at), min(whole, at + own), at) for at, whole, own in zip(start, extent, size, strict=True)
     ]
@@ -136,7 +136,7 @@ def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
 
 
 def _along(image: Floats, at: NDArray[np.float64], axis: int) -> Floats:
-    """Values at fractional places along an axis."""
+    """Values at fractional positions along an axis."""
     left = np.minimum(at.astype(int), max(0, image.shape[axis] - 2))
     right = np.minimum(left + 1, image.shape[axis] - 1)
     share = (at - left).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))

@@ -65,8 +65,17 @@ def _own_settings(name: str, factory: Callable[..., Encoder], text: str) -> dict
             has = f"its settings are {', '.join(known)}" if known else "it has no settings of its own"
             raise UserError(f"model.name={name}: no setting {setting!r}; {has}")
         try:
-            found[setting] = type(known[setting])(value)
+            found[setting] = _value(known[setting], value)
         except ValueError as error:
             kind = type(known[setting]).__name__
             raise UserError(f"model.name={name}: {setting} is {value!r}, must be of type {kind}") from error
     return found
+
+
+def _value(default: Any, text: str) -> Any:
+    """The text as a value of the default's type. Raises ValueError."""
+    if isinstance(default, bool):
+        if text not in ("True", "False"):
+            raise ValueError(text)
+        return text == "True"
+    return type(default)(text)

@@ -1,6 +1,6 @@
 """The 3D convolution of every network here: torch's, except where torch's is known to be wrong or to do too much.
 
-TensorFlow's padding, which I3D and dense V-Net need, and channels at a fraction of the published widths.
+It also has TensorFlow's padding, which I3D and dense V-Net need, and scales channels from the published widths.
 """
 
 import torch

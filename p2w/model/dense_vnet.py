@@ -55,7 +55,7 @@ class DenseStack(nn.Module):
 class DenseVNet(Encoder):
     """At width 32 channels are (13, 24, 24, 184), strides (2, 4, 8, 8). Without NiftyNet's dropout and spatial prior.
 
-    Its published weights were trained on HU that nothing normalised [C: no normalisation in their configuration].
+    Its published weights were trained on HU that nothing normalised (their configuration has no normalisation).
     """
 
     feeding: InputNorm = "hu"
@@ -89,7 +89,7 @@ class DenseVNet(Encoder):
         initialise(self)
 
     def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module:
-        """Its own head. Raises UserError without skips."""
+        """NiftyNet's head. Raises UserError without skips."""
         return DenseVNetHead(self.channels, skips, out_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -105,7 +105,7 @@ class DenseVNet(Encoder):
 class DenseVNetHead(nn.Module):
     """Skips resized to half the input's size, joined, one 3x3x3 convolution, resized to full: the way to a mask.
 
-    There is none without skips: UserError says so.
+    Raises UserError without skips, because skips are all that it reads.
     """
 
     def __init__(self, channels: tuple[int, ...], skips: bool = True, out_channels: int = 1) -> None:

@@ -21,7 +21,7 @@ def normalise_input(x: Tensor, feeding: InputNorm, channels: int) -> Tensor:
 
     A pure function: statistics are per sample and channel. One grey channel is repeated for a network of several; any
     other mismatch raises UserError. "positive-z" treats every voxel alike, also those at 0 (MedicalNet's own code puts
-    noise there in its own code, which would make the result random); a channel without spread becomes 0.
+    noise there, which would make the result random); a channel without spread becomes 0.
     """
     if x.shape[1] != channels and x.shape[1] != 1:
         raise UserError(
@@ -77,13 +77,13 @@ class Encoder(nn.Module):
     least_voxels: int = 1
     """How many voxels the coarsest features need: instance norm takes two."""
     feeding: InputNorm = "unit"
-    """What `p2w.model.encoder.normalise_input` makes of a batch in [0, 1] for it."""
+    """The input that it was trained on: what `normalise_input` makes of a batch in [0, 1]."""
     input_convs: tuple[str, ...] = ()
     """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
     channels_last: bool = True
-    """Which memory layout is the faster one for it, where the settings leave that open."""
+    """Whether channels-last memory is the faster layout for it, where the settings leave that open."""
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
     only_skips: bool = False
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
     @property
     def divisor(self) -> tuple[int, int, int]:
-        """What the edges (D, H, W) of an input are multiples of."""
+        """The numbers that the edges (D, H, W) of an input must be multiples of."""
         return ((self.slice_strides or self.strides)[-1], self.strides[-1], self.strides[-1])
 
     def only_pooled(self) -> None:
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 class Network(nn.Module):
     """What a pretext builds: any module that keeps the encoder as `.encoder`.
 
-    `forward(input, *beside) -> Output`. Called with the input alone it runs as well: that is how it is checked and drawn.
+    `forward(input, *extra_inputs) -> Output`. It also runs with the input alone, which is how it is checked and drawn.
     """
 
     encoder: Encoder

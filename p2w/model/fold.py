@@ -2,7 +2,7 @@
 
 ConvTranspose3d(kernel 2, stride 2) and then Conv3d(kernel 3, padding 1) are linear. Together they are one
 ConvTranspose3d(kernel 4, stride 2, padding 1), whose weights follow from theirs: along an axis, the up-sampling puts voxel i
-to places 2i + a (a = 0, 1), and tap k of the convolution takes place p to output p + 1 - k; so voxel i goes to output
+to voxels 2i + a (a = 0, 1), and tap k of the convolution takes voxel p to output p + 1 - k; so voxel i goes to output
 2i - 1 + (a + 2 - k). The up-sampling's bias is not the same everywhere in the output, because the convolution pads with
 zeros; a channel of ones, which ends at the same edges, carries it.
 
@@ -28,11 +28,11 @@ class FoldCost:
     """FLOPs of one forward pass, a multiply and an add counted as two; a backward pass has twice as many."""
 
     plain: int
-    """Of a sample: up-sampling and convolution one after the other."""
+    """For a sample, with up-sampling and convolution one after the other."""
     folded: int
-    """Of a sample, by the folded weights."""
+    """For a sample, with the folded weights."""
     fold: int
-    """Of folding the weights, however many samples there are."""
+    """For folding the weights, however many samples there are."""
 
     def saves(self, samples: int) -> bool:
         """Whether the folded form, with the folding itself, has less arithmetic."""
@@ -64,7 +64,7 @@ def fold_weights(up: Tensor, bias: Tensor | None, conv: Tensor) -> Tensor:
     taps = conv.flip(2, 3, 4).permute(1, 0, 2, 3, 4).reshape(middle, -1)
     pairs = rows.permute(0, 2, 3, 4, 1).reshape(-1, middle) @ taps
     folded = pairs.view(len(rows), 2, 2, 2, out, 3, 3, 3).permute(0, 4, 1, 2, 3, 5, 6, 7)
-    for axis in range(3):  # the next axis' (2, …, 3) becomes 4: the taps of place a begin at a
+    for axis in range(3):  # the next axis' (2, …, 3) becomes 4: the taps of offset a begin at a
         behind = (0, 0) * (2 - axis)
         first, second = folded.unbind(2)
         folded = functional.pad(first, (*behind, 0, 1)) + functional.pad(second, (*behind, 1, 0))

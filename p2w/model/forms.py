@@ -24,7 +24,7 @@ class Formed(nn.Module):
         """Names of the forms that can run on `device`, "plain" first.
 
         `dtype` is that of the network's arithmetic under autocast (None: float32 without autocast), `samples` how many
-        samples pass at a time. Whether a form pays there is not asked here.
+        samples pass at a time. Whether a form is faster there is for the caller to measure.
         """
         raise NotImplementedError
 

@@ -47,7 +47,7 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
         self.relu = relu
 
     def extra_repr(self) -> str:
-        """What tells two norms apart."""
+        """The settings that torch's own text does not show."""
         more = f", relu={self.relu}" + ", over all ranks" * self.over_ranks
         return super().extra_repr() + more
 
@@ -61,7 +61,7 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
         return tuple(form for form in self.possible_forms() if form != FUSED or can)
 
     def formed(self, x: Tensor) -> Tensor:
-        """All of it depends on the form."""
+        """The whole of `forward`, since all of it depends on the form."""
         return self(x)
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -245,7 +245,7 @@ class _NormOverRanks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Of the input, by sums over all ranks; of weight and bias by this rank's samples: DDP adds those up."""
+        """The input's gradient takes sums over all ranks; weight and bias get this rank's own, and DDP adds those up."""
         x, weight, centre, scale, count = ctx.saved_tensors
         axes, channels = _axes(x), x.shape[1]
         wide = gradients[0].to(centre.dtype)
@@ -264,7 +264,7 @@ class _NormOverRanks(torch.autograd.Function):
 
 
 def _axes(x: Tensor) -> list[int]:
-    """All axes but the channels'."""
+    """All axes but that of the channels."""
     return [0, *range(2, x.ndim)]
 
 

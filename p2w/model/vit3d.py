@@ -112,7 +112,7 @@ class ViT3d(Encoder):
 
 
 def positions(grid: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    """(d * h * w, channels) float32: for each axis a third of the channels, sines and cosines of the place in patches.
+    """(d * h * w, channels) float32: for each axis a third of the channels, sines and cosines of the position in patches.
 
     `channels` is a multiple of 6. Wavelengths grow from 2 pi patches to 2 pi * PERIOD.
     """

@@ -1,4 +1,4 @@
-"""BMS: where is the brain tumour? BraTS' patients in four modalities; labels 1, 2, 4 are the tumour (docs/paper.md, 4).
+"""BMS: where is the brain tumour? BraTS' patients in four modalities; labels 1, 2 and 4 are the whole tumour.
 
 Each channel is scaled by its patient's own smallest and largest value to 0 … 32,767, so that int16 holds it; the window
 says so. The paper's crop of 100 x 100 x 50 voxels (x, y, z) of 1 mm is a setting in mm; where it lies is not published.
@@ -66,15 +66,15 @@ class Bms:
             )
         if not all(1 <= mm <= 1000 for mm in self.crop_mm):
             raise UserError(f"--crop-mm {' '.join(map(str, self.crop_mm))}: mm z y x, each from 1 to 1000")
-        self._round(self.size).check()
+        self._around(self.size).check()
         check_folds(self.folds, self.val_fraction)
 
-    def _round(self, size: tuple[int, int, int]) -> AroundObjects:
+    def _around(self, size: tuple[int, int, int]) -> AroundObjects:
         spacing = [mm / n for mm, n in zip(self.crop_mm, size, strict=True)]
         return AroundObjects(size, spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
-        """One case a patient that has a segmentation and all channels asked for."""
+        """One case for each patient that has a segmentation and all channels asked for."""
         files = source_files.files_below(source, out)
         found: dict[str, dict[str, str]] = {}
         for name in files:
@@ -101,7 +101,7 @@ class Bms:
         return split_by_folds(cases, self.folds, self.val_fraction, self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
-        """Crops round the tumour."""
+        """Crops around the tumour."""
         images = [read_image(case.source(role)) for role in self.channels]
         first = images[0]
         for role, image in zip(self.channels, images, strict=True):
@@ -118,12 +118,12 @@ class Bms:
         ]
         scales = [intensity_range(role, image) for role, image in zip(self.channels, images, strict=True)]
 
-        def channels(place: CropBox) -> list[NDArray[np.int16]]:
+        def channels(crop_box: CropBox) -> list[NDArray[np.int16]]:
             return [
-                crop_in_range(image.values, place, *own) for image, own in zip(images, scales, strict=True)
+                crop_in_range(image.values, crop_box, *own) for image, own in zip(images, scales, strict=True)
             ]
 
-        how = self._round(size)
+        how = self._around(size)
         return CutSamples(
             files, crops_around_objects(channels, mask, first.grid, how, case.patient, "tumour")
         )
@@ -137,7 +137,7 @@ def intensity_range(role: str, image: ImageVolume) -> tuple[float, float]:
     return low, high
 
 
-def crop_in_range(values: NDArray, place: CropBox, low: float, high: float) -> NDArray[np.int16]:
+def crop_in_range(values: NDArray, crop_box: CropBox, low: float, high: float) -> NDArray[np.int16]:
     """A crop as int16 0 … 32,767, low at 0 and high at the top; low beyond the image."""
-    crop = place.cut(values, low).astype(np.float64)
+    crop = crop_box.cut(values, low).astype(np.float64)
     return np.rint(np.clip((crop - low) / (high - low), 0, 1) * TOP).astype(np.int16)

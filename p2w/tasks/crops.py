@@ -1,7 +1,7 @@
-"""Crops of images: their geometry, crops of CT in HU, and crops with masks as tiles or round objects.
+"""Crops of images: their geometry, crops of CT in HU, and crops with masks, as tiles or around objects.
 
 Everything is z, y, x in the canonical (LPS) order of `p2w.ct.scan`, world in mm. A crop's axes are the scan's own,
-oblique ones too. Its voxel at `size // 2` lies on the place asked for, rounded to a voxel where voxels stay as they are.
+oblique ones too. Its voxel at `size // 2` lies on the point asked for, rounded to a voxel where voxels stay as they are.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def to_world(grid: Grid, voxel: Floats) -> Floats:
 
 
 def spacing_zyx(grid: Grid) -> Floats:
-    """mm of a voxel."""
+    """The edges of a voxel in mm, z, y, x."""
     return np.array(grid.spacing[::-1], float)
 
 
@@ -53,10 +53,10 @@ class CropBox:
     size: tuple[int, int, int]
 
     @classmethod
-    def round(
+    def around(
         cls, centre: Floats, size: tuple[int, int, int], grid: Grid, spacing_mm: Sequence[float] | None
     ) -> "CropBox":
-        """A crop of `size` round a voxel; `spacing_mm` z, y, x of its voxels, None: those of the scan."""
+        """A crop of `size` around a voxel; `spacing_mm` z, y, x of its voxels, None: those of the scan."""
         half = np.array(size) // 2
         if spacing_mm is None:
             return cls(np.rint(np.asarray(centre, float)) - half, np.ones(3), size)
@@ -71,7 +71,7 @@ class CropBox:
     def cut(self, image: NDArray, outside: float) -> NDArray:
         """The crop, `outside` where the image ends; linear between voxels: float32 then, else of the image's type."""
         if (self.step == 1).all() and (self.first == np.rint(self.first)).all():
-            return _whole(image, self.first.astype(int), self.size, outside)
+            return _copy_voxels(image, self.first.astype(int), self.size, outside)
         last = self.first + (np.array(self.size) - 0.5) * self.step
         low = np.maximum(np.floor(self.first - self.step / 2).astype(int), 0)
         high = np.minimum(np.ceil(last).astype(int) + 1, image.shape)
@@ -80,7 +80,7 @@ class CropBox:
         box = image[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].astype(np.float32)
         out = box
         for axis in range(3):  # the axes are the scan's: one at a time, memory stays small
-            out = _line(out, axis, self.first[axis] - low[axis], self.step[axis], self.size[axis])
+            out = _resample_axis(out, axis, self.first[axis] - low[axis], self.step[axis], self.size[axis])
         inside = self.inside(image.shape)
         return out if inside is None else np.where(inside, out, np.float32(outside))
 
@@ -95,8 +95,10 @@ class CropBox:
         return axes[0][:, None, None] & axes[1][None, :, None] & axes[2][None, None, :]
 
 
-def _whole(image: NDArray, first: NDArray[np.intp], size: tuple[int, int, int], outside: float) -> NDArray:
-    """Voxels as they are."""
+def _copy_voxels(
+    image: NDArray, first: NDArray[np.intp], size: tuple[int, int, int], outside: float
+) -> NDArray:
+    """A crop of voxels as they are, `outside` where the image ends."""
     out = np.full(size, outside, image.dtype)
     low = np.maximum(first, 0)
     high = np.minimum(first + np.array(size), image.shape)
@@ -107,8 +109,8 @@ def _whole(image: NDArray, first: NDArray[np.intp], size: tuple[int, int, int], 
     return out
 
 
-def _line(box: NDArray, axis: int, first: float, step: float, size: int) -> NDArray:
-    """Linear along one axis: the values at first + i * step, held at the ends.
+def _resample_axis(box: NDArray, axis: int, first: float, step: float, size: int) -> NDArray:
+    """Resample one axis linearly at the points first + i * step; beyond the ends, the end values.
 
     A step of more than a voxel takes the mean over points spread evenly over the step, so that fine texture does not
     alias.
@@ -132,7 +134,7 @@ def tile_starts(
 ) -> list[Floats]:
     """Centres of crops that cover the voxels from `low` to below `high`, the cover centred on them.
 
-    `step` as in Place; `stride` in sizes of a crop: 1 = no overlap.
+    `step` as in CropBox; `stride` in sizes of a crop: 1 = no overlap.
     """
     centres = []
     for axis in range(3):
@@ -152,20 +154,25 @@ def file_record(role: str, name: str, nbytes: int, checksum: int) -> dict[str, A
     return {"role": role, "file": name, "nbytes": nbytes, "checksum": f"crc32c:{checksum:08x}"}
 
 
-def crop_hu(voxels: NDArray, place: CropBox) -> NDArray[np.int16]:
+def crop_hu(voxels: NDArray, crop_box: CropBox) -> NDArray[np.int16]:
     """A crop, rounded to whole HU and clipped to the window; air where the scan ends."""
-    crop = place.cut(voxels, AIR)
+    crop = crop_box.cut(voxels, AIR)
     return np.clip(np.rint(crop), *WINDOW_HU).astype(np.int16)
 
 
 def make_sample(
-    channels: Sequence[NDArray], place: CropBox, grid: Grid, of: str, label: int, mask: NDArray | None = None
+    channels: Sequence[NDArray],
+    crop_box: CropBox,
+    grid: Grid,
+    of: str,
+    label: int,
+    mask: NDArray | None = None,
 ) -> Sample:
-    """One record from crops int16 [z,y,x] and a mask of 0 and 1."""
+    """Make one sample from crops int16 [z,y,x] and a mask of 0 and 1."""
     layers = [*channels] if mask is None else [*channels, mask.astype(np.int16)]
-    spacing = place.step * spacing_zyx(grid)
-    centre = to_world(grid, place.centre)
-    return Sample(np.stack(layers), of, label, _triple(place.first), _triple(centre), _triple(spacing))
+    spacing = crop_box.step * spacing_zyx(grid)
+    centre = to_world(grid, crop_box.centre)
+    return Sample(np.stack(layers), of, label, _triple(crop_box.first), _triple(centre), _triple(spacing))
 
 
 def _triple(values: NDArray) -> tuple[float, float, float]:
@@ -176,29 +183,29 @@ def _triple(values: NDArray) -> tuple[float, float, float]:
 def crop_candidates(
     voxels: NDArray,
     grid: Grid,
-    marks: Iterable[CandidatePoint],
+    candidates: Iterable[CandidatePoint],
     size: tuple[int, int, int],
     spacing_mm: Sequence[float] | None,
     in_voxels: bool = False,
 ) -> Iterator[Sample | LeftOut]:
-    """One crop round each mark; marks outside the scan are left out."""
-    for mark in marks:
-        given = np.array(mark.xyz[::-1])
+    """One crop around each candidate; candidates outside the scan are left out."""
+    for candidate in candidates:
+        given = np.array(candidate.xyz[::-1])
         centre = given if in_voxels else to_voxel(grid, given)
         if ((centre < -0.5) | (centre > np.array(voxels.shape) - 0.5)).any() or np.abs(
             centre
         ).max() > INT16.max:
-            at = ", ".join(f"{value:.6g}" for value in mark.xyz)
+            at = ", ".join(f"{value:.6g}" for value in candidate.xyz)
             where = ", ".join(f"{value:.1f}" for value in centre[::-1])
             size_xyz = " x ".join(map(str, voxels.shape[::-1]))
-            yield LeftOut(f"{mark.of}: ({at}) is voxel ({where}), outside the scan of {size_xyz}")
+            yield LeftOut(f"{candidate.of}: ({at}) is voxel ({where}), outside the scan of {size_xyz}")
             continue
-        place = CropBox.round(centre, size, grid, spacing_mm)
-        yield make_sample([crop_hu(voxels, place)], place, grid, mark.of, mark.label)
+        crop_box = CropBox.around(centre, size, grid, spacing_mm)
+        yield make_sample([crop_hu(voxels, crop_box)], crop_box, grid, candidate.of, candidate.label)
 
 
 HALF = 0.5  # a voxel belongs to the mask when more than this of it does
-Channels = Callable[[CropBox], Sequence[NDArray]]  # crops int16 [z,y,x] of a place
+Channels = Callable[[CropBox], Sequence[NDArray]]  # where a crop lies -> its channels, int16 [z,y,x]
 
 
 @dataclass(frozen=True)
@@ -244,10 +251,10 @@ def crops_in_tiles(
     step = np.ones(3) if how.spacing is None else np.array(how.spacing) / spacing_zyx(grid)
     kept = []
     for number, centre in enumerate(tile_starts(low, high, size, step, how.stride)):
-        place = CropBox.round(centre, size, grid, how.spacing)
-        piece = place.cut(mask, 0) > HALF
+        crop_box = CropBox.around(centre, size, grid, how.spacing)
+        piece = crop_box.cut(mask, 0) > HALF
         if piece.any() and piece.mean() >= how.min_foreground:
-            kept.append((number, place, piece))
+            kept.append((number, crop_box, piece))
     if how.max_tiles and len(kept) > how.max_tiles:
         order = np.argsort(
             [seeded_uniforms(how.seed, uid, str(number)) for number, *_ in kept], kind="stable"
@@ -255,13 +262,13 @@ def crops_in_tiles(
         kept = [kept[i] for i in sorted(order[: how.max_tiles])]
     if not kept:
         yield LeftOut(f"{uid}: no tile has {how.min_foreground:.0%} foreground")
-    for number, place, piece in kept:
-        yield make_sample(channels(place), place, grid, f"tile {number}", -1, piece)
+    for number, crop_box, piece in kept:
+        yield make_sample(channels(crop_box), crop_box, grid, f"tile {number}", -1, piece)
 
 
 @dataclass(frozen=True)
 class AroundObjects:
-    """Crops round one object: their voxels, how many, and how far off its middle."""
+    """How crops around one object are cut: their voxels, how many, and how far off its middle."""
 
     size: tuple[int, int, int]
     spacing: Sequence[float] | None  # mm of a sample's voxels, None: the scan's own
@@ -288,7 +295,7 @@ def crops_around_objects(
     of: str,
     everything: NDArray | None = None,
 ) -> Iterator[Sample | LeftOut]:
-    """Crops round the middle of the mask's bounding box, each moved by chance, a function of seed and `name`.
+    """Crops around the middle of the mask's bounding box, each moved by chance, a function of seed and `name`.
 
     Without moving, a network learns that what it looks for is in the middle. `of`: what the samples are of.
     `everything`: a mask of which this one is a part, where a sample is to show other parts of it too.
@@ -301,12 +308,12 @@ def crops_around_objects(
     step = np.ones(3) if how.spacing is None else np.array(how.spacing) / spacing_zyx(grid)
     for crop in range(how.crops):
         move = np.array([seeded_uniforms(how.seed, name, f"{crop} {axis}") - 0.5 for axis in "zyx"])
-        place = CropBox.round(
+        crop_box = CropBox.around(
             centre + move * how.jitter * np.array(how.size) * step, how.size, grid, how.spacing
         )
-        piece = place.cut(mask if everything is None else everything, 0) > HALF
+        piece = crop_box.cut(mask if everything is None else everything, 0) > HALF
         if piece.any():
-            yield make_sample(channels(place), place, grid, of, -1, piece)
+            yield make_sample(channels(crop_box), crop_box, grid, of, -1, piece)
         else:
             yield LeftOut(f"{of}: too small to fill a voxel of the sample")
 

@@ -51,7 +51,7 @@ class Custom(TileSettings):
 
     @property
     def kind(self) -> str:
-        """Classification with a table, segmentation without."""
+        """With a table of candidates, classification; without, segmentation."""
         return CLASSIFICATION if self.table else SEGMENTATION
 
     @property
@@ -61,7 +61,7 @@ class Custom(TileSettings):
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        """One."""
+        """One channel, CT or another modality."""
         return ("ct" if self.values == "hu" else "image",)
 
     @property
@@ -80,14 +80,14 @@ class Custom(TileSettings):
             raise UserError("--folds and --split-table: choose one")
         if self.table and self.values != "hu":
             raise UserError("--table goes with CT: --values hu")
-        self._round(self.size).check()
+        self._around(self.size).check()
         try:
             if self.patient and re.compile(self.patient).groups < 1:
                 raise UserError(f"--patient {self.patient!r}: has no group (…) that would be the patient")
         except re.error as error:
             raise UserError(f"--patient {self.patient!r}: is no regular expression ({error})") from error
 
-    def _round(self, size: tuple[int, int, int]) -> AroundObjects:
+    def _around(self, size: tuple[int, int, int]) -> AroundObjects:
         return AroundObjects(size, self.spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
@@ -120,7 +120,7 @@ class Custom(TileSettings):
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """As the table of candidates says, else as --split-table, --folds or --fractions do."""
+        """Split as the table of candidates says, else as --split-table, --folds or --fractions do."""
         if any(case.split for case in cases):
             if not all(case.split for case in cases):
                 raise UserError(f"{self.table}: some patients have a split and others have none")
@@ -142,7 +142,7 @@ class Custom(TileSettings):
         return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
 
     def _told(self, cases: list[Case]) -> Split:
-        """As --split-table says."""
+        """Split as --split-table says."""
         of: dict[str, str] = {}
         for line, (patient, split) in source_files.read_csv(
             self.split_table, (("patient", "case"), ("split",))
@@ -158,12 +158,12 @@ class Custom(TileSettings):
         return Split(f"as {os.path.basename(self.split_table)} ({crc}) says", of)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
-        """Crops with masks, or round candidates."""
+        """Crops with masks, or crops around candidates."""
         if self.table:
             scan = read_scan(case.source("ct"))
             files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
             return CutSamples(
-                files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, self.spacing)
+                files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, self.spacing)
             )
         channels, grid, shape, said = self._image(case)
         mask, file = source_files.read_mask(
@@ -173,20 +173,20 @@ class Custom(TileSettings):
         if self.around == "tiles":
             return CutSamples(files, crops_in_tiles(channels, mask, grid, size, self, case.uid))
         return CutSamples(
-            files, crops_around_objects(channels, mask, grid, self._round(size), case.uid, "object")
+            files, crops_around_objects(channels, mask, grid, self._around(size), case.uid, "object")
         )
 
     def _image(self, case: Case) -> tuple[Channels, Grid, tuple[int, ...], dict[str, Any]]:
-        """Crops of the image by place, its grid, its shape, and what its file is."""
+        """A function that cuts the image's channels, its grid, its shape, and what its file is."""
         if self.values == "hu":
             scan = read_scan(case.source("image"))
             told = crops.file_record("image", case.name, scan.nbytes, scan.checksum)
-            return lambda place: [crops.crop_hu(scan.voxels, place)], scan.grid, scan.voxels.shape, told
+            return lambda crop_box: [crops.crop_hu(scan.voxels, crop_box)], scan.grid, scan.voxels.shape, told
         image = read_image(case.source("image"))
         low, high = intensity_range("image", image)
         told = crops.file_record("image", case.name, image.nbytes, image.checksum)
         return (
-            lambda place: [crop_in_range(image.values, place, low, high)],
+            lambda crop_box: [crop_in_range(image.values, crop_box, low, high)],
             image.grid,
             image.values.shape,
             told,

@@ -1,4 +1,6 @@
-"""ECC: is a candidate an embolus? CTPA scans of any format and a table of candidates (20 mm patches to 64^3: docs/paper.md).
+"""ECC: is a candidate an embolus? CTPA scans of any format and a table of candidates.
+
+A sample is a patch of 20 mm, resized to 64^3 voxels (docs/paper.md).
 
 The paper's data is not public; CAD-PE, FUMPE and RSNA-PE can be brought into the table's form.
 """
@@ -54,12 +56,14 @@ class Ecc:
         return source_files.cases_of(source, out, table, self.coordinates == "ras")
 
     def split(self, cases: list[Case]) -> Split:
-        """The table's folds, or dealt by chance."""
+        """The table's folds; without them patients are dealt to folds by chance."""
         return split_by_table_folds(cases, self.folds, self.val_fraction, self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
-        """A patch round each candidate, resized."""
+        """A patch around each candidate, resized."""
         scan = read_scan(case.source("ct"))
         files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
         spacing = [mm / n for mm, n in zip(self.patch_mm, size, strict=True)]
-        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, spacing))
+        return CutSamples(
+            files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, spacing)
+        )

@@ -1,4 +1,4 @@
-"""LCS: where is the liver? LiTS' volumes and segmentations; labels 1 (liver) and 2 (tumour) are liver (docs/paper.md, 4)."""
+"""LCS: where is the liver? LiTS' volumes and segmentations; labels 1 (liver) and 2 (tumour) are liver."""
 
 import os
 import re
@@ -22,9 +22,9 @@ class Lcs(TileSettings):
     train: str = "0-99"
     """Numbers of the volumes to train on."""
     val: str = "100-114"
-    """To validate on."""
+    """Numbers of the volumes to validate on."""
     test: str = "115-129"
-    """To test on."""
+    """Numbers of the volumes to test on."""
 
     name: ClassVar[str] = "lcs"
     kind: ClassVar[str] = SEGMENTATION
@@ -73,7 +73,7 @@ class Lcs(TileSettings):
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """By number; LiTS has one volume a patient."""
+        """Split by the volumes' numbers; LiTS has one volume a patient."""
         rule = f"LiTS' numbers: train {self.train}, val {self.val}, test {self.test}"
         return Split(rule, of={case.patient: case.split for case in cases}, seed=self.seed)
 
@@ -88,7 +88,7 @@ class Lcs(TileSettings):
             crops.file_record("mask", case.source("mask").name, file.nbytes, file.checksum),
         ]
         samples = crops_in_tiles(
-            lambda place: [crops.crop_hu(scan.voxels, place)], mask, scan.grid, size, self, case.uid
+            lambda crop_box: [crops.crop_hu(scan.voxels, crop_box)], mask, scan.grid, size, self, case.uid
         )
         return CutSamples(files, samples)
 

@@ -1,6 +1,6 @@
 """Whether pretraining has seen what a target task is tested on.
 
-    check(target, open_manifest("shards").meta)          # raises UserError naming the first test scan seen
+    check_leak(target, open_manifest("shards").meta)     # raises UserError naming the first test scan seen
     check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
 
 A scan is the same when its uid is, or when its file is, byte for byte (size and checksum).
@@ -33,28 +33,29 @@ def check_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None = N
 
 
 def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fold: int | None = None) -> str:
-    """The same for the set that a run folder was trained on; None: nothing was pretrained. What was found, in one line.
+    """Compare `target` with the set that a run was trained on, and say in one line what was found.
 
-    With `allow_leak` the line tells of a leak, and of what could not be checked, instead of an error.
+    `run` None means that nothing was pretrained. With `allow_leak` the line tells of a leak, or of what could not be
+    checked, in place of an error.
 
     Raises:
         UserError: a leak, or, where the run's data set cannot be reached any more, that it cannot be ruled out.
     """
     if run is None:
         return "no pretraining: no test scan can have been seen"
-    return _told(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
+    return _checked(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
 
 
 def check_shards(
     target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
 ) -> str:
-    """The same for weights `of` which it is known only what `data` they come from: `shards` and, maybe, `fingerprint`."""
-    return _told(
+    """As `check_run`, for weights named `of` of which the data alone is known: `shards` and, maybe, `fingerprint`."""
+    return _checked(
         target, of, lambda: _open_first(Path(of), data, data.get("fingerprint"), of), allow_leak, fold
     )
 
 
-def _told(
+def _checked(
     target: TargetSet,
     of: str,
     find: Callable[[], tuple[dict[str, Any], str]],
@@ -92,11 +93,11 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
 
 
 def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
-    """The first of the places where the set may lie that holds it. Raises UserError for the likeliest where none does."""
+    """Open the set at the first possible location that holds it. Raises the first one's UserError where none does."""
     refused: UserError | None = None
-    for place in shard_places(near, start):
+    for location in shard_places(near, start):
         try:
-            return _open(place, data, of)
+            return _open(location, data, of)
         except UserError as error:
             refused = refused or error
     assert refused is not None
@@ -117,7 +118,7 @@ def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
 
 
 def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:
-    """What to say of the first test scan that pretraining trains on; None when there is none."""
+    """One line on the first test scan that pretraining trains on; None when there is none."""
     form = {"split": {"train_scans": [str]}, "sources": [{"uid": str, "nbytes": int, "checksum": str}]}
     if said := type_mismatch(pretrain, form, "the manifest of the pretraining set"):
         raise UserError(f"{said}: it does not say which scans it trains on: cut the set again")
@@ -137,7 +138,7 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
 
 
 def _tested(target: TargetSet, fold: int | None) -> set[str]:
-    """Uids of the scans tested on."""
+    """The uids of the scans that are tested on."""
     scans: dict[str, list[str]] = target.meta["split"]["scans"]
     if not target.folds:
         return set(scans["test"])

@@ -40,7 +40,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Readings:
-    """All of a series."""
+    """All readings of a series, and how many readers there were."""
 
     series: str
     readers: int
@@ -61,7 +61,7 @@ def series_of(path: str) -> str | None:
 
 
 def _tag(node: ET.Element) -> str:
-    """Without its namespace."""
+    """The name of an element without its namespace."""
     return str(node.tag).rpartition("}")[2]
 
 
@@ -100,7 +100,7 @@ def _outline(roi: ET.Element) -> Outline:
 
 
 def interior(points: NDArray[np.int64], shape: tuple[int, int]) -> Bools:
-    """What an outline encloses, (rows, columns), the outline itself left out; all of it where it encloses nothing.
+    """The pixels (rows, columns) inside an outline, without the outline itself; the outline, where nothing is inside.
 
     Raises BadScan for points outside the slice.
     """

@@ -1,4 +1,4 @@
-"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates (docs/paper.md, 4: Models Genesis' protocol)."""
+"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates, by Models Genesis' protocol (docs/paper.md)."""
 
 import os
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Ncc:
     train_subsets: str = "0-4"
     """LUNA16 subsets to train on."""
     val_subsets: str = "5-6"
-    """To validate on."""
+    """Subsets to validate on."""
     test_subsets: str = "7-9"
-    """To test on."""
+    """Subsets to test on."""
     max_negatives: int = 0
     """Negative candidates kept of each scan, drawn by --seed; 0: all of them (V1: 551,065 candidates take 144 GB)."""
     seed: int = 0
@@ -46,30 +46,32 @@ class Ncc:
             raise UserError(f"--max-negatives {self.max_negatives}: 1 or more a scan, or 0 for all")
 
     def find(self, source: str, out: str) -> Cases:
-        """One case a scan that has candidates; those of other scans are counted."""
+        """One case for each scan that has candidates; candidates of other scans are counted."""
         found, absent = find_luna(source, sorted(self._split_of()), "--source")
         path = self._table(source)
-        marks = self._marks(path)
+        candidates = self._candidates(path)
         cases = Cases(bad=list(found.bad), tables={os.path.basename(path): source_files.file_checksum(path)})
         split_of = self._split_of()
         cases.left_out += [(f"subset{n}", f"is not there, to {split_of[n]} on") for n in absent]
         for scan in found.sources:
-            own = marks.pop(os.path.splitext(os.path.basename(scan.files[0]))[0], None)
+            own = candidates.pop(os.path.splitext(os.path.basename(scan.files[0]))[0], None)
             if own is None:
                 cases.left_out.append((scan.name, f"has no candidate in {os.path.basename(path)}"))
                 continue
             split = split_of[scan.subset]
             kept = tuple(self._thin(scan.uid, own))
-            cases.cases.append(Case(scan.uid, scan.name, scan.uid, (("ct", scan),), marks=kept, split=split))
-        if marks:
-            many = sum(map(len, marks.values()))
+            cases.cases.append(
+                Case(scan.uid, scan.name, scan.uid, (("ct", scan),), candidates=kept, split=split)
+            )
+        if candidates:
+            many = sum(map(len, candidates.values()))
             cases.left_out.append(
-                (os.path.basename(path), f"{many:,} candidates of {len(marks)} scans that are not there")
+                (os.path.basename(path), f"{many:,} candidates of {len(candidates)} scans that are not there")
             )
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """By LUNA16's subset; LUNA16 has one scan a patient."""
+        """Split by LUNA16's subsets; LUNA16 has one scan a patient."""
         rule = f"LUNA16 subsets: train {self.train_subsets}, val {self.val_subsets}, test {self.test_subsets}"
         return Split(rule, of={case.patient: case.split for case in cases})
 
@@ -77,7 +79,7 @@ class Ncc:
         """A crop of the scan's own voxels round each candidate."""
         scan = read_scan(case.source("ct"))
         files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
-        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.marks, size, None))
+        return CutSamples(files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, None))
 
     def _split_of(self) -> dict[int, str]:
         """Subset -> split. Raises UserError when one is in two."""
@@ -102,7 +104,7 @@ class Ncc:
         wanted = " or ".join(TABLES.values()) if self.candidates == "auto" else TABLES[self.candidates]
         raise UserError(f"{source}: no {wanted} there: put LUNA16's table beside its subsets")
 
-    def _marks(self, path: str) -> dict[str, list[CandidatePoint]]:
+    def _candidates(self, path: str) -> dict[str, list[CandidatePoint]]:
         """Candidates of every scan, by uid."""
         found: dict[str, list[CandidatePoint]] = {}
         for line, (uid, x, y, z, text) in source_files.read_csv(path, COLUMNS):
@@ -118,10 +120,10 @@ class Ncc:
             raise UserError(f"{path}: has no candidate")
         return found
 
-    def _thin(self, uid: str, marks: Sequence[CandidatePoint]) -> list[CandidatePoint]:
+    def _thin(self, uid: str, candidates: Sequence[CandidatePoint]) -> list[CandidatePoint]:
         """All positives, and as many negatives as are asked for, in the table's order."""
         if not self.max_negatives:
-            return list(marks)
-        negatives = [mark.of for mark in marks if mark.label == 0]
+            return list(candidates)
+        negatives = [candidate.of for candidate in candidates if candidate.label == 0]
         kept = set(splits.shuffled_names(negatives, self.seed, uid)[: self.max_negatives])
-        return [mark for mark in marks if mark.label == 1 or mark.of in kept]
+        return [candidate for candidate in candidates if candidate.label == 1 or candidate.of in kept]

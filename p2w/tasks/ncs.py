@@ -1,4 +1,4 @@
-"""NCS: which voxels are nodule? LIDC-IDRI's CT series and its readers' outlines (1 mm isotropic, by case: docs/paper.md).
+"""NCS: which voxels are nodule? LIDC-IDRI's CT series and the outlines of its readers, at 1 mm (docs/paper.md).
 
 How the paper chose and cut nodules is not published: here a voxel is nodule when half of all readers of the series
 outlined it, and each nodule gives one crop of 1 mm voxels, moved off its middle by chance.
@@ -61,13 +61,13 @@ class Ncs:
             raise UserError(f"--consensus {self.consensus:g}: a share of the readers, above 0 and up to 1")
         if not all(0.01 <= mm <= 100 for mm in self.spacing):
             raise UserError(f"--spacing {' '.join(map(str, self.spacing))}: mm z y x, each from 0.01 to 100")
-        self._round(self.size).check()
+        self._around(self.size).check()
         if min(self.cases) < 0 or not self.cases[0]:
             raise UserError(
                 f"--cases {' '.join(map(str, self.cases))}: train, val and test, train at least 1"
             )
 
-    def _round(self, size: tuple[int, int, int]) -> AroundObjects:
+    def _around(self, size: tuple[int, int, int]) -> AroundObjects:
         return AroundObjects(size, self.spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
@@ -108,7 +108,7 @@ class Ncs:
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """By patient, in the paper's numbers of cases or their proportions."""
+        """Split by patient, in the paper's numbers of cases or their proportions."""
         weight: dict[str, int] = {}
         for case in cases:
             weight[case.patient] = weight.get(case.patient, 0) + 1
@@ -119,7 +119,7 @@ class Ncs:
         return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
 
     def _unseen(self, cases: list[Case], weight: dict[str, int]) -> Split:
-        """The same, tested on patients alone that pretraining has not, as far as there are."""
+        """The same split, but tested only on patients that were not pretrained on, as far as there are enough."""
         scans = {one["uid"] for one in open_manifest(self.pretrained_on).meta["sources"]}
         seen = {case.patient for case in cases if case.uid in scans}
         wanted, test = round(len(cases) * self.cases[2] / sum(self.cases)), list[str]()
@@ -152,8 +152,8 @@ class Ncs:
         own = np.zeros_like(stored)
         everything, mask = (to_canonical(array, order, flips) for array in (stored, own))
 
-        def channels(place: CropBox) -> list[NDArray[np.int16]]:
-            return [crops.crop_hu(scan.voxels, place)]
+        def channels(crop_box: CropBox) -> list[NDArray[np.int16]]:
+            return [crops.crop_hu(scan.voxels, crop_box)]
 
         nodules = self._nodules(case, readings, stored.shape)
         for _, slices in nodules:
@@ -168,7 +168,7 @@ class Ncs:
                 own[z] = pixels
             name = f"{case.uid} {number}"
             yield from crops_around_objects(
-                channels, mask, scan.grid, self._round(size), name, of, everything
+                channels, mask, scan.grid, self._around(size), name, of, everything
             )
             for z in slices:
                 own[z] = 0
@@ -176,7 +176,7 @@ class Ncs:
     def _nodules(
         self, case: Case, readings: lidc_readings.Readings, shape: tuple[int, ...]
     ) -> list[tuple[int, dict[int, lidc_readings.Bools]]]:
-        """Of each nodule: how many readers outlined it, and the pixels agreed on by stored slice."""
+        """For each nodule: how many readers outlined it, and by stored slice the pixels that they agree on."""
         index: dict[str, int] = {}
         z_mm = []
         for z, path in enumerate(case.source("ct").files):

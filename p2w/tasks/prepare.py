@@ -20,7 +20,7 @@ RECORD_HEAD = 4096  # bytes beside the voxels, at most
 
 @dataclass(frozen=True)
 class PreparationJob:
-    """What to make, and how."""
+    """What is prepared from which folder, and how."""
 
     source: str
     out: str
@@ -115,12 +115,12 @@ def _name_left_out(case: Case, left_out: list[str]) -> None:
 
 
 def _known_samples(cases: list[Case]) -> int:
-    """As many as tables name; one a case at least."""
-    return sum(max(1, len(case.marks)) for case in cases)
+    """The number of samples as far as it is known before cutting: what tables name, and at least one for each case."""
+    return sum(max(1, len(case.candidates)) for case in cases)
 
 
 def record_bytes(task: Task, size: tuple[int, int, int]) -> int:
-    """Of one sample."""
+    """Bytes of one sample in a shard, at most."""
     channels = len(task.channel_names) + SAMPLE_KINDS[task.kind].masks
     return 2 * channels * math.prod(size) + RECORD_HEAD
 
@@ -156,9 +156,9 @@ def _dry_run(task: Task, cases: Cases, mine: list[Case], split: Split, job: Prep
     one = record_bytes(task, job.size)
     depth, height, width = job.size
     say(f"sample         {depth} x {height} x {width} voxels (z, y, x), {one / 2**20:.2f} MiB")
-    total = sum(len(case.marks) for case in mine)
+    total = sum(len(case.candidates) for case in mine)
     if total:
-        positive = sum(mark.label == 1 for case in mine for mark in case.marks)
+        positive = sum(candidate.label == 1 for case in mine for candidate in case.candidates)
         classes = f", {positive:,} positive" if positive or not SAMPLE_KINDS[task.kind].masks else ""
         say(f"samples        {total:,}{classes}; {total * one / 2**30:.2f} GiB into {job.out}")
     else:
@@ -180,8 +180,12 @@ def _counts(cases: list[Case], split: Split) -> dict[str, str]:
         own = found.get(name, [])
         if not own and split.folds and name in ("train", "val", "test"):
             continue
-        marks = [mark for case in own for mark in case.marks]
-        many = f", {len(marks):,} marks, {sum(m.label == 1 for m in marks):,} positive" if marks else ""
+        candidates = [candidate for case in own for candidate in case.candidates]
+        many = (
+            f", {len(candidates):,} marks, {sum(m.label == 1 for m in candidates):,} positive"
+            if candidates
+            else ""
+        )
         told[name] = f"{len(own):,} cases of {len({case.patient for case in own}):,} patients{many}"
     return told
 

@@ -59,12 +59,12 @@ class TargetSet:
 
     @property
     def channels(self) -> int:
-        """Of the network's input."""
+        """How many channels the network's input has."""
         return int(self.meta["channels"])
 
     @property
     def size_zyx(self) -> tuple[int, int, int]:
-        """Voxels of a sample, which is the network's input."""
+        """Voxels (z, y, x) of a sample, and so of the network's input."""
         depth, height, width = self.meta["size_zyx"]
         return depth, height, width
 
@@ -114,8 +114,8 @@ class TargetSet:
         """
         chosen = [int(row) for row in rows]
         records = torch.empty((len(chosen), *self._records.shape), dtype=torch.int16)
-        for place, row in enumerate(chosen):
-            self._records.read_into(row, records[place])
+        for position, row in enumerate(chosen):
+            self._records.read_into(row, records[position])
         if SAMPLE_KINDS[self.kind].masks:
             return records[:, :-1].contiguous(), records[:, -1:].to(torch.uint8)
         return records, torch.from_numpy(self.label[chosen].astype(np.float32))

@@ -63,7 +63,7 @@ class TargetSettings:
     tables: dict[str, str]  # tables that name samples, by the checksum of each
 
     def plain(self) -> dict[str, Any]:
-        """As JSON writes it."""
+        """The settings as JSON writes them."""
         told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
         options = {f"option {name}": value for name, value in self.options.items()}
         return json.loads(
@@ -72,19 +72,19 @@ class TargetSettings:
 
 
 class TargetFolder(BuildFolder[TargetSettings]):
-    """Paths and small files."""
+    """The build folder of a target set: its paths and small files."""
 
     form = (NAMED | {"bad": str}, NAMED | FINISHED)
     columns = pa.schema([SAMPLE_COLUMNS.field(name) for name in ROW])
 
     def nbytes(self, source: Case) -> int:
-        """Of all files of a case."""
+        """The size of all files of a case."""
         images = [path for _, one in source.files for path in source_files(one)]
         return sum(os.path.getsize(path) for path in [*images, *(path for _, path in source.notes)])
 
 
 def cut_case(case: Case, task: Task, folder: TargetFolder, share: JobShare) -> dict[str, Any]:
-    """Read, cut, write; the record of it stands in the folder when this returns.
+    """Read a case, cut its samples, write its shard; its record is in the folder when this returns.
 
     A bad case is a record too. Raises UserError when the folder cannot be written (a full disk).
     """
@@ -96,7 +96,7 @@ def cut_case(case: Case, task: Task, folder: TargetFolder, share: JobShare) -> d
             record |= _write(_read(case, task, folder), case, task, folder, aside)
         except BadScan as error:
             record |= {"bad": str(error)}
-        if not record.get("shard"):  # of a time when the case was another
+        if not record.get("shard"):  # an older one, from before the case changed
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(folder.shard(case.uid))
         write_published(folder.sidecar(case.uid), canonical_json(record), os.path.join(aside, "record.json"))
@@ -108,7 +108,7 @@ def cut_case(case: Case, task: Task, folder: TargetFolder, share: JobShare) -> d
 
 
 def _read(case: Case, task: Task, folder: TargetFolder) -> CutSamples:
-    """Whatever a reader stumbles over in a file is a property of that file."""
+    """Cut a case; whatever goes wrong in reading a file makes the case a bad one, and the others go on."""
     try:
         return task.cut(case, folder.settings.size)
     except OSError as error:
@@ -170,7 +170,7 @@ def _row(number: int, case: Case, sample: Sample, task: Task) -> dict[str, Any]:
 
 
 def _single(value: float) -> float:
-    """As the manifest's float32 will hold it, so that shard, record and manifest agree to the bit."""
+    """The value as the manifest's float32 holds it, so that shard, record and manifest agree to the bit."""
     return float(np.float32(value))
 
 
@@ -186,7 +186,7 @@ def merge_cases(task: Task, cases: Cases, split: Split, folder: TargetFolder) ->
     bad.sort(key=lambda entry: entry["where"])
     form = folder.settings.format
     patients = {case.patient for case, record in good if record["rows"]}
-    of, fold_of = _places(split, patients)
+    of, fold_of = _split_and_fold(split, patients)
     rows = [
         row
         | {"split": of[case.patient], "fold": fold_of.get(case.patient, -1), "shard": f"{case.uid}.{form}"}
@@ -244,7 +244,7 @@ def merge_cases(task: Task, cases: Cases, split: Split, folder: TargetFolder) ->
     return meta
 
 
-def _places(split: Split, patients: set[str]) -> tuple[dict[str, str], dict[str, int]]:
+def _split_and_fold(split: Split, patients: set[str]) -> tuple[dict[str, str], dict[str, int]]:
     """Split (of fold 0, where there are folds) and fold of every patient that has samples."""
     if not split.folds:
         return {patient: split.of[patient] for patient in patients}, {}
@@ -275,5 +275,5 @@ def _spacing(rows: list[dict[str, Any]]) -> list[list[float]] | None:
 
 
 def _shard_list(rows: list[dict[str, Any]], split: str) -> bytes:
-    """For stock WebDataset users."""
+    """The list of a split's shards, for users of stock WebDataset."""
     return "".join(f"{name}\n" for name in sorted({r["shard"] for r in rows if r["split"] == split})).encode()

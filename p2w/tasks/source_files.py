@@ -54,7 +54,7 @@ def _column(path: str, head: list[str], names: Sequence[str]) -> int:
 
 
 def parse_number(path: str, line: int, name: str, text: str) -> float:
-    """A finite number. Raises UserError."""
+    """The text as a finite number. Raises UserError."""
     try:
         value = float(text)
     except ValueError:
@@ -65,7 +65,7 @@ def parse_number(path: str, line: int, name: str, text: str) -> float:
 
 
 def parse_label(path: str, line: int, text: str) -> int:
-    """0 or 1. Raises UserError."""
+    """The label 0 or 1. Raises UserError."""
     if text not in ("0", "1", "0.0", "1.0"):
         raise UserError(f"{path}, line {line}: class {text!r}: 0 or 1")
     return int(text[0])
@@ -99,7 +99,7 @@ def file_stem(name: str) -> str:
 
 
 def matching(pattern: str, names: Iterable[str]) -> dict[str, str]:
-    """What the `*` of a pattern stands for -> name; the pattern is of the path below the folder, or its end.
+    """Names that match a pattern, by what its `*` stands for. The pattern is that of a path below the folder, or of its end.
 
     Raises UserError for a pattern without exactly one `*`, and where two names match with one text.
     """
@@ -153,7 +153,7 @@ def read_mask(
 
 
 def apart(one: Grid, other: Grid) -> str | None:
-    """How two grids differ, None when they are the same to a tenth of a voxel."""
+    """How two grids differ, as the end of a sentence; None when they are the same to a tenth of a voxel."""
     if one.size != other.size:
         sizes = [" x ".join(map(str, grid.size)) for grid in (other, one)]
         return f"is of {sizes[0]} voxels (x, y, z), its image of {sizes[1]}"
@@ -165,7 +165,7 @@ def apart(one: Grid, other: Grid) -> str | None:
 
 
 def _laid_over(mask: NDArray, of: Grid, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Nearest neighbour on another grid, 0 beyond the mask."""
+    """The mask resampled to another grid by nearest neighbour, 0 beyond the mask."""
     to, start = crops.affine(grid)
     origin = crops.to_voxel(of, start)
     matrix = np.stack([crops.to_voxel(of, start + to[:, axis]) - origin for axis in range(3)], axis=1)
@@ -187,7 +187,7 @@ class Series:
     patient: str
     fold: int
     split: str
-    marks: list[CandidatePoint] = field(default_factory=list)
+    candidates: list[CandidatePoint] = field(default_factory=list)
 
 
 def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
@@ -202,9 +202,11 @@ def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
         if scan is None:
             cases.bad.append((series, f"is not below {source}, but in line {said.line} of the table"))
             continue
-        marks = tuple(said.marks)
+        candidates = tuple(said.candidates)
         files = (("ct", scan),)
-        cases.cases.append(Case(scan.uid, scan.name, said.patient, files, (), marks, said.split, said.fold))
+        cases.cases.append(
+            Case(scan.uid, scan.name, said.patient, files, (), candidates, said.split, said.fold)
+        )
     unlisted = len(found.sources) - len(cases.cases)
     if unlisted:
         cases.left_out.append((source, f"{unlisted} scans that the table does not name"))
@@ -212,7 +214,7 @@ def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
 
 
 def _names(found: ScanListing) -> dict[str, ScanSource]:
-    """By all that a table may call a scan: uid, name below the folder, and bare name where it is the only one."""
+    """Scans by every name that a table may use: uid, path below the folder, and file name where only one scan has it."""
     names: dict[str, list[ScanSource]] = {}
     for scan in found.sources:
         stem = file_stem(scan.name)
@@ -225,7 +227,7 @@ def _names(found: ScanListing) -> dict[str, ScanSource]:
 def read_table(path: str, ras: bool) -> dict[str, Series]:
     """Series -> its candidates, world mm in LPS. Raises UserError where a series or patient is in two folds or splits."""
     listed: dict[str, Series] = {}
-    place: dict[str, tuple[int, str, int]] = {}
+    split_of: dict[str, tuple[int, str, int]] = {}
     for line, (series, x, y, z, label, patient, fold, split) in read_csv(path, COLUMNS):
         if not series:
             raise UserError(f"{path}, line {line}: no series")
@@ -236,13 +238,13 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
             raise UserError(
                 f"{path}, line {line}: series {series} is of patient {own}, in line {said.line} of another"
             )
-        before = place.setdefault(own, (*at, line))
+        before = split_of.setdefault(own, (*at, line))
         if before[:2] != at:
             raise UserError(f"{path}, line {line}: patient {own} is in fold or split {fold or split}, in line "
                             f"{before[2]} in another: a patient has one")  # fmt: skip
         mm = [parse_number(path, line, axis, text) for axis, text in zip("xyz", (x, y, z), strict=True)]
         xyz: Triple = (-mm[0], -mm[1], mm[2]) if ras else (mm[0], mm[1], mm[2])
-        said.marks.append(
+        said.candidates.append(
             CandidatePoint(f"{os.path.basename(path)}:{line}", xyz, parse_label(path, line, label))
         )
     if not listed:

@@ -1,6 +1,6 @@
 """Who is trained on, validated and tested on: by patient, and a function of seed and patients alone. No torch.
 
-Chance is a hash of seed and patient, so a patient's place does not depend on the order or the number of the others'
+Chance is a hash of seed and patient, so a patient's split does not depend on the order or the number of the others'
 files.
 """
 

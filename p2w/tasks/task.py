@@ -26,7 +26,7 @@ class SampleKind:
     """What the samples of a kind of task hold: the data side of its class in `p2w.finetune.task_types`."""
 
     name: str
-    """As manifests, run folders and cards write it."""
+    """The name in manifests, run folders and cards."""
     masks: bool
     """Whether the last layer of a record is a mask; otherwise the label is what is learned."""
     labels: tuple[int, ...]
@@ -105,7 +105,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class CandidatePoint:
-    """A place that a table names, x, y, z; `of` says which row it is."""
+    """A point (x, y, z) that a table names; `of` says which row it is."""
 
     of: str
     xyz: Triple
@@ -119,9 +119,9 @@ class Case:
     uid: str
     name: str  # what the user sees
     patient: str
-    files: tuple[tuple[str, ScanSource], ...]  # role -> image; the first is that whose uid this is
-    notes: tuple[tuple[str, str], ...] = ()  # role -> path of other files: readers' XML
-    marks: tuple[CandidatePoint, ...] = ()
+    files: tuple[tuple[str, ScanSource], ...]  # (role, image); the uid is that of the first image
+    notes: tuple[tuple[str, str], ...] = ()  # (role, path) of other files, such as readers' XML
+    candidates: tuple[CandidatePoint, ...] = ()
     split: str = ""  # where the source itself says so
     fold: int = -1
 
@@ -140,7 +140,7 @@ class Cases:
     tables: dict[str, str] = field(default_factory=dict)  # name -> checksum
 
     def sort(self) -> "Cases":
-        """In an order that depends on nothing else."""
+        """Bring them into an order that depends on nothing but their names."""
         self.cases.sort(key=lambda case: case.uid)
         self.bad.sort()
         self.left_out.sort()
@@ -176,7 +176,7 @@ class CutSamples:
 
 @dataclass(frozen=True)
 class Split:
-    """Who is tested on: a split for every patient, or, with folds, a fold."""
+    """The split of every patient, or, with folds, the fold that the patient is tested in."""
 
     rule: str
     of: dict[str, str] = field(default_factory=dict)  # patient -> train | val | test
@@ -215,7 +215,7 @@ class Task(Protocol):
         """All cases below a folder. Raises UserError when there are none, or a table cannot be read."""
 
     def split(self, cases: list[Case]) -> Split:
-        """By patient; a function of the cases and the options. Raises UserError where it cannot be done."""
+        """Divide the cases by patient, as a function of cases and options alone. Raises UserError where it cannot."""
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> "CutSamples":
         """Read a case; its samples come one by one. Raises BadScan for a case that cannot be used."""

@@ -212,7 +212,7 @@ def _renamed(tensors: State, network: str, format: PublishedFormat) -> Published
 
 
 def _known() -> str:
-    """All that can be read, as the end of a sentence."""
+    """The names of all formats that can be read, as the end of a sentence."""
     declared = dict.fromkeys(format.title for _, format in _declared())
     return ", ".join([*READERS, *declared, "NiftyNet's dense V-Net"]) + ", or a run or file of p2w"
 
@@ -228,7 +228,7 @@ def widths(found: PublishedWeights) -> list[int]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    """What a torch or safetensors file holds; only plain types and tensors, never code."""
+    """Read a torch or safetensors file, which may hold plain types and tensors, but no code."""
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -266,7 +266,7 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """Models Genesis; its arrays are x, y, z, so kernels are turned, but not those of a file that we exported."""
+    """Models Genesis. Its arrays are x, y, z, so kernels are transposed, but not those of a file that p2w exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
     ours = "p2w" in whole
@@ -286,7 +286,7 @@ def _zyx(value: Tensor) -> Tensor:
 
 
 def _medicalnet(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """MedicalNet's ResNets: the depth shows in the number of blocks, and in whether these have a third convolution."""
+    """MedicalNet's ResNets. The depth shows in the number of blocks, and in whether these have a third convolution."""
     if "conv1.weight" not in tensors or "layer4.0.conv1.weight" not in tensors:
         return None
     names = [re.match(r"layer([1-4])\.(\d+)\.", k) for k in tensors]

@@ -1,4 +1,4 @@
-"""Where a target task starts from: `--init random`, a run of ours, or weights that others published.
+"""Where a target task starts: `--init random`, a run of p2w, or weights that others published.
 
 --init random                     a fresh network
 --init runs/paper                 a run, a checkpoint, an exported file or a hub folder
@@ -7,9 +7,8 @@
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
 
-Tensors of a file into an encoder, with a report: what matched, what was adapted, what is missing, what is left over.
-
-`p2w inspect` says which weights a file holds, and how many of their tensors fit.
+Tensors of a file are loaded into an encoder with a report: what matched, what was adapted, what is missing, what is left
+over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
 from dataclasses import dataclass, field
@@ -45,12 +44,12 @@ class LoadReport:
     """Which format, network and width."""
     matched: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
-    """Fitted to another number of input channels."""
+    """Tensors that were fitted to another number of input channels."""
     missing: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
-    """Of the file's own decoder or classifier, which a target task replaces."""
+    """Tensors of the file's own decoder or classifier, which a target task replaces."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -59,7 +58,7 @@ class LoadReport:
         return not (self.missing or self.misshapen or self.unexpected)
 
     def table(self) -> str:
-        """A line for each kind that there is, with its number and first names."""
+        """The report as text, a line for each group of tensors: how many, and the first names."""
         rows = [f"{self.what}"]
         for kind in ("matched", "adapted", "missing", "misshapen", "unexpected", "head"):
             names: tuple[str, ...] = getattr(self, kind)
@@ -147,12 +146,12 @@ class StartingPoint:
     network: str
     width: int
     decoder_state: dict[str, Tensor] | None
-    """Of the decoder trained with it, under the names of `build_decoder`'s; None when there is none."""
+    """The decoder that was trained with it, under the names of `p2w.model.decoder.build_decoder`'s; None without one."""
     report: LoadReport
     source: str
-    """Where the values were read, or "random"."""
+    """The file or folder that the values were read from, or "random"."""
     pretrained_on: dict[str, str]
-    """What is known of the data: `fingerprint` and `shards` of a set of ours, `what` of others'; empty when nothing is."""
+    """What is known of the data: `fingerprint` and `shards` of a set of p2w, `what` of other data; empty when nothing is."""
 
 
 def load_start(
@@ -172,7 +171,7 @@ def load_start(
 def examine_weights(
     init: str, network: str | None = None, width: int | None = None, in_channels: int = 1
 ) -> StartingPoint:
-    """As `load_start`, but a report of a part is returned, not refused."""
+    """As `load_start`, but weights that fit only in part are returned with their report, not refused."""
     if init == RANDOM:
         network, width = network or "unet3d", PUBLISHED_WIDTH if width is None else width
         encoder = build_encoder(network, width, in_channels)
@@ -227,27 +226,27 @@ def _is_ours(path: Path) -> bool:
 
 
 def _from_ours(
-    held: load.LoadedWeights, network: str | None, width: int | None, in_channels: int
+    weights: load.LoadedWeights, network: str | None, width: int | None, in_channels: int
 ) -> StartingPoint:
-    _same(held.where, network, held.name)
-    if width is not None and width != held.width:
+    _same(weights.where, network, weights.name)
+    if width is not None and width != weights.width:
         raise UserError(
-            f"{held.where}: {held.name} of width {held.width}, not {width}; leave the width to the file"
+            f"{weights.where}: {weights.name} of width {weights.width}, not {width}; leave the width to the file"
         )
-    encoder = build_encoder(held.name, held.width, in_channels)
-    encoder.feeding = held.feeding
+    encoder = build_encoder(weights.name, weights.width, in_channels)
+    encoder.feeding = weights.feeding
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     head = []
-    for key, value in held.state.items():
+    for key, value in weights.state.items():
         part, _, name = key.partition(".")
         if part in parts:
             parts[part][name] = value
         else:
             head.append(key)
-    what = f"p2w: {held.name}, width {held.width}"
+    what = f"p2w: {weights.name}, width {weights.width}"
     report = load_state(encoder, parts["encoder"], what, tuple(head))
     return StartingPoint(
-        encoder, held.name, held.width, parts["decoder"] or None, report, held.where, held.data
+        encoder, weights.name, weights.width, parts["decoder"] or None, report, weights.where, weights.data
     )
 
 
@@ -260,7 +259,7 @@ def _same(where: str, asked: str | None, found: str) -> None:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What to look at."""
+    """The options of `p2w inspect`."""
 
     init: tyro.conf.Positional[str]
     """A run, a checkpoint, a hub folder, or a file of weights, as `--init` takes it."""
@@ -269,7 +268,7 @@ class InspectOptions:
     width: int | None = None
     """Refuse weights of another width."""
     in_channels: int = 1
-    """Of the volumes that the network will see."""
+    """Channels of the volumes that the network will see."""
 
 
 def main_inspect(argv: list[str]) -> int:

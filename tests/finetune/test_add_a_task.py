@@ -62,7 +62,7 @@ def test_from_scans_to_predictions(ball, tmp_path, monkeypatch, capsys):
 
     table = tmp_path / "candidates.csv"
     table.write_text("x,y,z\n8,8,4\n3,3,3\n")
-    scan = str(scans / "p00_g0.nii.gz")
+    scan = str(scans / "p09_g0.nii.gz")
     argv = [str(run), "--scan", scan, "--out", str(out), "--candidates", str(table)]
     assert predict.main(argv) == 0
     with open(out) as file:
@@ -70,7 +70,9 @@ def test_from_scans_to_predictions(ball, tmp_path, monkeypatch, capsys):
     assert len(rows) == 2 and rows[0].keys() == {"x", "y", "z", "faint", "grey", "bright"}
     for row in rows:
         assert sum(float(row[name]) for name in BallTask.classes) == pytest.approx(1, abs=1e-5)
-    assert rows[0]["faint"] != rows[1]["faint"]
+    kept = np.load(run / "trial-00" / "predictions.npz")
+    tested = kept["probability"][kept["patient"].tolist().index("p09")]
+    assert [float(rows[0][name]) for name in BallTask.classes] == pytest.approx(tested.tolist(), abs=1e-5)
 
 
 def test_what_the_kind_refuses_is_refused_before_training(ball, tmp_path):

@@ -14,7 +14,7 @@ from p2w.finetune.init import resolve_init
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.run_manifest import plain_fine_tuning
 from p2w.finetune.samples import Samples
-from p2w.finetune.trials import FineTuning
+from p2w.finetune.trials import FineTuning, trial_card
 from p2w.model import build_encoder
 from p2w.model.decoder import build_decoder
 from p2w.tasks.reader import open_target
@@ -79,6 +79,23 @@ def test_a_pretrained_decoder_keeps_its_skips(balls, exported, tmp_path):
         transfer_of(balls, "random", tmp_path, pretrained_decoder=True).build(0)
 
 
+def test_a_decoder_made_of_skips_is_taken_too(balls, tmp_path):
+    """Dense V-Net's: there is none without skips that could be tried first."""
+    torch.manual_seed(5)
+    encoder = build_encoder("dense_vnet", 2)
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state |= {f"decoder.{k}": v for k, v in build_decoder(encoder, True).state_dict().items()}
+    save_file(
+        state,
+        tmp_path / "pre.safetensors",
+        {"p2w": json.dumps({"encoder": {"name": "dense_vnet", "width": 2}})},
+    )
+    tuning = transfer_of(balls, tmp_path / "pre.safetensors", tmp_path, pretrained_decoder=True)
+    network, start = tuning.build(0)
+    assert all((network.state_dict()[k] == v).all() for k, v in state.items())
+    assert trial_card(tuning, 0, network, start)["skips"] is True
+
+
 def test_what_is_known_of_the_pretraining(balls, exported, tmp_path):
     told = plain_fine_tuning(transfer_of(balls, exported[0], tmp_path))
     assert told["init"]["step"] == 7 and told["init"]["val_mse"] == 0.5 and told["init"]["skips"] is False
@@ -94,7 +111,7 @@ def test_what_is_known_of_the_pretraining(balls, exported, tmp_path):
 def test_samples_are_the_sets_own_in_unit_range(balls, held):
     rows = balls.rows("train")
     samples = Samples(balls, rows, torch.device("cpu"), held)
-    assert (samples.held is None) == (held == 0) and len(samples) == 24
+    assert (samples.cached is None) == (held == 0) and len(samples) == 24
     places = [[3, 1], np.array([23]), range(4, 6)]
     for some, (x, target) in zip(places, samples.batches(places), strict=True):
         voxels, masks = balls.read(rows[list(some)])

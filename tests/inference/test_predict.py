@@ -120,6 +120,17 @@ def test_from_a_run_to_a_file_and_a_picture(tmp_path, voxels, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mask.nii.gz", "mask.png", "run", "scan.mha"]
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_network_whose_decoder_is_made_of_skips_is_read_back(tmp_path, skips):
+    """Cards written before said that dense V-Net's decoder has none."""
+    network = task_type("segmentation").network(build_encoder("dense_vnet", 2))
+    told = card() | {"skips": skips}
+    told["encoder"]["name"] = "dense_vnet"
+    save_file(network.state_dict(), tmp_path / "model.safetensors", {"p2w": json.dumps(told)})
+    read = load_finetuned(tmp_path, torch.device("cpu"))
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in read.network.state_dict().items())
+
+
 def test_candidates_get_the_probability_of_their_crop(tmp_path, voxels):
     path, table, out = tmp_path / "scan.mha", tmp_path / "candidates.csv", tmp_path / "scored.csv"
     image = image_of(voxels, direction=(-1, 0, 0, 0, 1, 0, 0, 0, 1))

@@ -22,7 +22,7 @@ def naive(windows: Windows) -> np.ndarray:
     for z in windows.starts(0):
         for y in windows.starts(1):
             for x in windows.starts(2):
-                answer = own(windows.place((z, y, x)))
+                answer = own(windows.crop_box((z, y, x)))
                 for at in np.ndindex(*windows.size):
                     voxel = (z + at[0], y + at[1], x + at[2])
                     if all(0 <= v < n for v, n in zip(voxel, windows.extent, strict=True)):

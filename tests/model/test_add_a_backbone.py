@@ -43,15 +43,15 @@ class Toy(Encoder):
         PublishedFormat("ToyNet", known_by="stem.weight", head=("fc.",), rename=((r"^stem\.", "first."),)),
     )
 
-    def __init__(self, width=32, in_channels=1, *, depth: int = 1, slope: float = 0.1):
+    def __init__(self, width=32, in_channels=1, *, depth: int = 1, slope: float = 0.1, bias: bool = True):
         super().__init__()
-        fine = scale_channels(16, width)
+        fine = scale_channels(32, width)
         self.channels, self.strides, self.in_channels = (fine, 2 * fine), (1, 4), in_channels
         self.first = Conv3d(in_channels, fine, 3, padding=1)
         self.norm = BatchNorm3d(fine)
         self.act = nn.LeakyReLU(slope)
         self.deep = nn.Sequential(*(Conv3d(fine, fine, 3, padding=1) for _ in range(depth)))
-        self.down = Conv3d(fine, 2 * fine, 4, stride=4)
+        self.down = Conv3d(fine, 2 * fine, 4, stride=4, bias=bias)
 
     def build_decoder(self, skips, out_channels=1):
         return ToyDecoder(self.channels, self.strides, skips, out_channels)
@@ -110,8 +110,9 @@ def test_its_published_weights_are_a_starting_point(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("toy:deep=2", "no setting 'deep'; its settings are depth, slope"),
+        ("toy:deep=2", "no setting 'deep'; its settings are depth, slope, bias"),
         ("toy:depth=two", "depth is 'two', must be of type int"),
+        ("toy:bias=0", "bias is '0', must be of type bool"),
         ("unet3d:depth=2", "no setting 'depth'; it has no settings of its own"),
         ("vit3d:depth=0", "at least 1"),
         ("toi", "unknown; one of "),
@@ -124,4 +125,5 @@ def test_a_setting_that_it_does_not_have_is_refused(name, said):
 
 def test_settings_of_our_own():
     blocks = build_encoder("vit3d:depth=2", 1).blocks
+    assert build_encoder("toy:bias=False", 4).down.bias is None
     assert len(blocks) == 2 and len(build_encoder("toy_deep", 4).deep) == 3

@@ -39,7 +39,7 @@ def test_a_world_place_is_the_voxel_that_simpleitk_finds(tmp_path, turn):
         at = tuple(np.rint(voxel).astype(int))
         assert np.allclose(voxel, at, atol=1e-3) and read.values[at] == image[index]
         assert np.allclose(crops.to_world(read.grid, voxel), world[::-1], atol=1e-3)
-        place = CropBox.round(voxel, (4, 6, 6), read.grid, None)
+        place = CropBox.around(voxel, (4, 6, 6), read.grid, None)
         assert place.cut(read.values, -1)[2, 3, 3] == image[index]
 
 
