@@ -1,4 +1,4 @@
-"""How a target task is fine-tuned: every setting, and a table of what is published for the five tasks (docs/paper.md, 4)."""
+"""How a target task is fine-tuned: every setting, and a literal table of what is published for the five tasks (FACTS 4)."""
 
 import dataclasses
 from dataclasses import dataclass, replace

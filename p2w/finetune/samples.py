@@ -119,7 +119,7 @@ class Samples:
                 yield self._unit(x), target
 
     def _unit(self, voxels: Tensor) -> Tensor:
-        """Stored int16 -> float32 in [0, 1] (docs/paper.md, 1: clip to the window, scale)."""
+        """Stored int16 -> float32 in [0, 1] (FACTS 1: clip to the window, scale)."""
         return voxels.float().sub_(self.low).mul_(self.scale).clamp_(0, 1)
 
     def _read(self, places: Places) -> tuple[Tensor, Tensor]:

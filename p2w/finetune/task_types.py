@@ -3,7 +3,7 @@
 A kind is picked by the set's `meta["kind"]`; the loop knows neither.
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 
-Segmentation, all of the test set's voxels *pooled* unless the name says otherwise (docs/paper.md, 3, "Which IoU"):
+Segmentation, all of the test set's voxels *pooled* unless the name says otherwise (FACTS 3, "Which IoU"):
 
     iou            foreground: intersection / union of mask and probability > 0.5      (compared for LCS, BMS)
     mean_iou       mean of background and foreground IoU, averaged over thresholds 0.50, 0.55 … 0.95   (compared for NCS)
@@ -123,7 +123,7 @@ def _numbers(patients: Sequence[str]) -> NDArray[np.intp]:
     return np.array([known.setdefault(patient, len(known)) for patient in patients], np.intp)
 
 
-SMOOTH = 1.0  # of soft Dice (docs/paper.md, 4)
+SMOOTH = 1.0  # of soft Dice (FACTS 4)
 
 
 class TaskType(Protocol):
@@ -221,7 +221,7 @@ def _soft(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def soft_dice(sums: Tensor) -> Tensor:
-    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of sums (3,) over all voxels of a batch (docs/paper.md, 4)."""
+    """1 - (2 sum(p m) + 1) / (sum p + sum m + 1) of sums (3,) over all voxels of a batch (FACTS 4)."""
     return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + sums[2] + SMOOTH)
 
 

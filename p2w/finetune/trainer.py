@@ -1,4 +1,4 @@
-"""Fine-tuning: epochs of steps, a validation after each, halving on a plateau, the best weights kept (docs/paper.md, 4).
+"""Fine-tuning: epochs of steps, a validation after each, the rate halved on a plateau, the best weights kept (FACTS 4).
 
 Position is the epoch: what a trial continues from is (epoch, weights, optimizer, plateau, best weights), and the order of
 an epoch's samples is a function of (seed, epoch). So a trial that was interrupted ends, on the CPU, with the same bits.

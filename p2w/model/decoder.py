@@ -97,7 +97,7 @@ class EncoderDecoder(Network):
         return torch.sigmoid(self.decoder(self.encoder(x)).float())
 
 
-HIDDEN = 1024  # units between pooled features and the answer (docs/paper.md, 4, Models Genesis' protocol)
+HIDDEN = 1024  # units between pooled features and the answer (FACTS 4, Models Genesis' protocol)
 
 
 class Classifier(Network):

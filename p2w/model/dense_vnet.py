@@ -1,4 +1,4 @@
-"""NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path (docs/paper.md, 5).
+"""NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path (FACTS 5).
 
 The input is averaged to half its size beside a 5x5x5 stride-2 convolution; stacks of 5, 10 and 10 convolutions growing by
 4, 8 and 16 follow, each with a skip convolution (12, 24, 24 channels) and, but for the last, one of stride 2 downwards (24).

@@ -20,7 +20,7 @@ def normalise_input(x: Tensor, feeding: InputNorm, channels: int) -> Tensor:
 
     A pure function: statistics are per sample and channel. One grey channel is repeated for a network of several; any
     other mismatch raises UserError. "positive-z" treats every voxel alike, also those at 0 (MedicalNet's own code puts
-    noise there in its own code, which would make the result random); a channel without spread becomes 0.
+    noise there [C], which would make the result random); a channel without spread becomes 0.
     """
     if x.shape[1] != channels and x.shape[1] != 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""I3D (Carreira and Zisserman 2017): Inception-v1 inflated to three dimensions; axis time is z here (docs/paper.md, 5).
+"""I3D (Carreira and Zisserman 2017): Inception-v1 inflated to three dimensions; the first axis, time, is z here (FACTS 5).
 
 Parameter names are those of the public torch weights (`Mixed_3b.b0.conv3d.weight`). Padding is TensorFlow's "SAME"
 throughout, batch norm has eps 1e-3.

@@ -1,4 +1,4 @@
-"""nnU-Net's residual encoder, ResEncL (Isensee et al. 2024, "nnU-Net Revisited"; docs/paper.md, 7): the way into nnU-Net.
+"""nnU-Net's residual encoder, ResEncL (Isensee et al. 2024, "nnU-Net Revisited"; FACTS 7): the way into nnU-Net.
 
 Six stages of residual blocks, each of which halves the edges but the first. Parameter names are those of nnU-Net's
 `ResidualEncoderUNet.encoder`, each once (`p2w.weights.nnunet` says them twice, as nnU-Net does). Strides are 2 along

@@ -1,4 +1,4 @@
-"""MedicalNet's 3D ResNets (Chen et al. 2019), dilated so that the deepest features keep stride 8 (docs/paper.md, 5).
+"""MedicalNet's 3D ResNets (Chen et al. 2019), dilated so that the deepest features keep stride 8 (FACTS 5).
 
 Stem 7x7x7 stride 2, max-pool 3 stride 2; `layer2` halves once more, `layer3` and `layer4` dilate by 2 and 4 instead.
 Parameter names are those of the published weights (`layer3.22.conv3.weight`).

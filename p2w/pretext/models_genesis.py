@@ -1,4 +1,4 @@
-"""Models Genesis: restore a cube that was deformed in four ways (Zhou et al. 2019, 2021; docs/paper.md, 5).
+"""Models Genesis: restore a cube from a version of it that was deformed in four ways (Zhou et al. 2019, 2021; FACTS 5).
 
 Input: a cube of the scan at native voxels, flipped, shuffled in small blocks, sent through a random intensity curve, painted
 over. Target: the cube, flipped alike. Loss: mean squared error. Its network is the U-Net with skips: recipe `genesis`.
@@ -35,7 +35,7 @@ def local_shuffle(
 ) -> Tensor:
     """Volumes (B, 1, d, h, w), shuffled in `count` blocks each, from the streams of parts `part` and `part` + 1.
 
-    Edges are uniform from 1 to a tenth of the volume's, places uniform over all inside it (docs/paper.md, 5).
+    Edges are uniform from 1 to a tenth of the volume's, places uniform over all inside it (Models Genesis, FACTS 5).
     Where `chosen` (B,) bool says no, the volume stays as it is; None: all are shuffled.
     """
     if rng.backend(volumes.device)[0] == "triton":
@@ -120,10 +120,10 @@ def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tens
 
 
 CUBE, COINS, SHUFFLE, CURVE, BLOCKS, NOISE = 0, 1, 2, 4, 5, 6  # which stream draws what; shuffling takes two
-FLIPS = 3  # at most, each tried only if the one before was made
-PAINTED = 5  # blocks at most, each tried only if the one before was made
-AGAIN = 0.95  # probability of another block
-MARGIN = 3  # voxels between a painted block and the border
+FLIPS = 3  # at most, each tried only if the one before was made [C]
+PAINTED = 5  # blocks at most, each tried only if the one before was made [C]
+AGAIN = 0.95  # probability of another block [C]
+MARGIN = 3  # voxels between a painted block and the border [C]
 
 
 class ModelsGenesis:

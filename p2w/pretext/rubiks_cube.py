@@ -1,12 +1,12 @@
 """Rubik's cube+ (Zhu et al. 2020) and Rubik's cube++ (Tao et al. 2020): a volume cut into cubes that are moved and turned.
 
-Rubik's cube+: order, orientation and masking of eight cubes (Zhu et al. 2020; docs/paper.md, 5).
+Rubik's cube+: order, orientation and masking of eight cubes (Zhu et al. 2020; FACTS 5).
 
 Input: eight cubes of the whole in one of K orders, each turned or not by 180° about two axes, each masked or not. Asked: the
 order, two turns and the mask of every cube. The encoder sees each cube by itself (Siamese); only the order is read from the
 features of all eight.
 
-Rubik's cube++: restore a volume whose cubes were permuted and turned (Tao et al. 2020; docs/paper.md, 5).
+Rubik's cube++: restore a volume whose cubes were permuted and turned (Tao et al. 2020; FACTS 5).
 
 Input: the whole as a grid of cubes in random order, each turned by 180° or not about two axes. Target: the whole. Loss: mean
 squared error, plus `rubik.adversary` times the loss of a critic that tells restored volumes from real ones; its gradient

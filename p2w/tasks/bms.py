@@ -1,4 +1,4 @@
-"""BMS: where is the brain tumour? BraTS' patients in four modalities; labels 1, 2, 4 are the tumour (docs/paper.md, 4).
+"""BMS: where is the brain tumour? BraTS' patients in four modalities; labels 1, 2 and 4 are the whole tumour (FACTS).
 
 Each channel is scaled by its patient's own smallest and largest value to 0 … 32,767, so that int16 holds it; the window
 says so. The paper's crop of 100 x 100 x 50 voxels (x, y, z) of 1 mm is a setting in mm; where it lies is not published.

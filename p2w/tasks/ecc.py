@@ -1,4 +1,4 @@
-"""ECC: is a candidate an embolus? CTPA scans of any format and a table of candidates (20 mm patches to 64^3: docs/paper.md).
+"""ECC: is a candidate an embolus? CTPA scans of any format and a table of candidates (FACTS: 20 mm patches to 64^3).
 
 The paper's data is not public; CAD-PE, FUMPE and RSNA-PE can be brought into the table's form.
 """

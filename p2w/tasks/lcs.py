@@ -1,4 +1,4 @@
-"""LCS: where is the liver? LiTS' volumes and segmentations; labels 1 (liver) and 2 (tumour) are liver (docs/paper.md, 4)."""
+"""LCS: where is the liver? LiTS' volumes and segmentations; labels 1 (liver) and 2 (tumour) are liver (FACTS)."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates (docs/paper.md, 4: Models Genesis' protocol)."""
+"""NCC: is a candidate a nodule? LUNA16's scans and its table of candidates (FACTS: Models Genesis' protocol)."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""NCS: which voxels are nodule? LIDC-IDRI's CT series and its readers' outlines (1 mm isotropic, by case: docs/paper.md).
+"""NCS: which voxels are nodule? LIDC-IDRI's CT series and the outlines of its readers (FACTS: 1 mm isotropic, by case).
 
 How the paper chose and cut nodules is not published: here a voxel is nodule when half of all readers of the series
 outlined it, and each nodule gives one crop of 1 mm voxels, moved off its middle by chance.

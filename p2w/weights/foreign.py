@@ -19,7 +19,7 @@ numbered where they stand side by side, and a `ConvolutionalLayer` holds `conv_`
     DenseVNet/dense_feature_stack_block[_I]/conv_bn_relu_1/                 blocks.I.down
     DenseVNet/conv/                                                         head (as many classes as it was trained on)
 
-Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior. Ours are
+Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
 (out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
 """
 
@@ -146,7 +146,7 @@ def _turned(value: Tensor) -> Tensor:
 
 
 KNOWN = "Models Genesis, MedicalNet, I3D, NiftyNet's dense V-Net, or a run or file of p2w"
-CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}  # docs/paper.md, 1
+CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}  # FACTS 1, 4
 UNREADABLE = (  # what torch and safetensors make of files that are none
     SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
 )  # fmt: skip
@@ -238,7 +238,7 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """Models Genesis; its arrays are x, y, z, so kernels are turned, but not those of a file that we exported."""
+    """Models Genesis; its arrays are x, y, z [C], so kernels are turned, but not those of a file that we exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
     ours = "p2w" in whole

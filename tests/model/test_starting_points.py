@@ -28,7 +28,7 @@ def count(module):
 
 
 def test_medicalnet_101_is_the_published_network():
-    """docs/paper.md, 5: 2048 channels at stride 8, keys as published. Names and shapes equal MONAI 1.6.1's (once)."""
+    """FACTS 5: 2048 channels at stride 8, keys as published. Names and shapes of all depths equal MONAI 1.6.1's (once)."""
     encoder = meta("resnet101")
     state = encoder.state_dict()
     assert (
@@ -73,7 +73,7 @@ def test_i3d_is_the_published_network():
 
 
 def test_dense_vnet_has_the_published_channels():
-    """docs/paper.md, 5. Its features are checked against NiftyNet's own in tests/weights/test_tf_bundle.py."""
+    """FACTS 5. Its features are checked against NiftyNet's own in tests/weights/test_tf_bundle.py."""
     encoder = meta("dense_vnet")
     state = encoder.state_dict()
     assert state["initial.conv.weight"].shape == (24, 1, 5, 5, 5)

@@ -1,4 +1,4 @@
-"""The way into nnU-Net: the file's keys and no others, plain types, the same bits; nnU-Net's own code where installed."""
+"""The way into nnU-Net: FACTS 7's keys and no others, plain types, the same bits; nnU-Net's own code where installed."""
 
 import json
 

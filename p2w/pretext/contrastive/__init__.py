@@ -9,7 +9,7 @@
     amdim      cells of one part's features against the whole of another part's           cells.Cells
 
 Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
-What the paper sets its method against (docs/paper.md, 5); temperature 0.7 is its contrastive loss's (docs/paper.md, 2).
+FACTS: paper, section 1 (what its method replaces); temperature 0.7, section 3.
 """
 
 from p2w.pretext.contrastive.contrastive_pretext import ContrastivePretext

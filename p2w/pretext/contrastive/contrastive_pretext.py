@@ -1,6 +1,6 @@
 """The pretext of the family: two parts of a whole shall be alike, and unlike those of other wholes.
 
-Parts2Whole and a contrastive loss in one framework: what the paper names as its future (its conclusion; docs/paper.md, 6).
+Parts2Whole and a contrastive loss in one framework: what the paper names as its future (its conclusion; FACTS 6).
 
 The encoder sees two parts of each whole in one pass. Each is to reconstruct the whole, and the bottlenecks of the two are
 to be alike and unlike those of other wholes: mean squared error + `contrast.weight` x InfoNCE, negatives of all ranks.
