@@ -16,8 +16,6 @@ from typing import NoReturn, TypeVar
 from p2w.errors import SharedError, UserError
 from p2w.world import World
 
-Job = TypeVar("Job")
-
 SPEAKER_S = 5.0  # longest wait for the rank that prints the message
 HEARD_S = 2.0  # longest wait of rank 0 until the others know that it has printed the message
 POLL_S = 0.02
@@ -25,38 +23,6 @@ REPORTED, HEARD = (
     "error reported",
     "error heard",
 )  # keys in the store of the process group; HEARD counts ranks
-
-
-def run_on_ranks(
-    build: Callable[[list[str], World], Job],
-    work: Callable[[Job, World], int],
-    *,
-    alone: Callable[[Job, World], int | None] = lambda job, world: None,
-    start: Callable[[Job], World] = lambda job: World.start(),
-) -> int:
-    """The main of such a command. It ends the process, or returns or raises for `p2w.errors.exits` to do so.
-
-    `build` makes a job of the command line and refuses, before the ranks meet, what can be refused by then. `alone` does
-    what needs no other rank, --dry-run for one, and returns the exit code, or None: then the ranks meet (`start`) and
-    `work` does the job, with the exit code as its result.
-    """
-    world = World.from_env()
-    try:
-        job = build(sys.argv[1:], world)
-    except (UserError, SystemExit) as error:
-        return refuse(world, error)
-    code = alone(job, world)
-    if code is None:
-        try:
-            world = start(job)
-            code = work(job, world)
-        except Exception as error:
-            leave(world, error)
-        del job  # what it holds of torch is freed before the process group ends
-        world.close()
-    sys.stdout.flush()
-    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
-    world.leave(code)
 
 
 def refuse(world: World, error: UserError | SystemExit) -> int:
@@ -138,3 +104,38 @@ def _wait_until(happened: Callable[[], bool], seconds: float) -> None:
     thread = threading.Thread(target=poll, name="p2w-report", daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+Job = TypeVar("Job")
+
+
+def run_on_ranks(
+    build: Callable[[list[str], World], Job],
+    work: Callable[[Job, World], int],
+    *,
+    alone: Callable[[Job, World], int | None] = lambda job, world: None,
+    start: Callable[[Job], World] = lambda job: World.start(),
+) -> int:
+    """The main of such a command. It ends the process, or returns or raises for `p2w.errors.exits` to do so.
+
+    `build` makes a job of the command line and refuses, before the ranks meet, what can be refused by then. `alone` does
+    what needs no other rank, --dry-run for one, and returns the exit code, or None: then the ranks meet (`start`) and
+    `work` does the job, with the exit code as its result.
+    """
+    world = World.from_env()
+    try:
+        job = build(sys.argv[1:], world)
+    except (UserError, SystemExit) as error:
+        return refuse(world, error)
+    code = alone(job, world)
+    if code is None:
+        try:
+            world = start(job)
+            code = work(job, world)
+        except Exception as error:
+            leave(world, error)
+        del job  # what it holds of torch is freed before the process group ends
+        world.close()
+    sys.stdout.flush()
+    # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
+    world.leave(code)
