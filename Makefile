@@ -54,7 +54,7 @@ demo: $(VENV)/.installed
 # Three workers for two cores: a test that waits for a process leaves its core to another.
 PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 quick: $(VENV)/.tools
-	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm' --timeout 60
+	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm'
 
 test: $(VENV)/.tools
 	$(PYTEST) --numprocesses 3

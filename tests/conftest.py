@@ -19,6 +19,7 @@ LONGEST = (
     "slurm/test_pretrain.py",
     "launch/test_same_result.py",
     "preprocess/test_prepare_target.py",
+    "kernels/test_interpreted.py",
     "launch/test_analyze.py",
     "launch/test_train.py",
 )

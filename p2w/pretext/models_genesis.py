@@ -120,10 +120,10 @@ def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tens
 
 
 CUBE, COINS, SHUFFLE, CURVE, BLOCKS, NOISE = 0, 1, 2, 4, 5, 6  # which stream draws what; shuffling takes two
-FLIPS = 3  # at most, each tried only if the one before was made
-PAINTED = 5  # blocks at most, each tried only if the one before was made
-AGAIN = 0.95  # probability of another block
-MARGIN = 3  # voxels between a painted block and the border
+FLIPS = 3  # at most, each tried only if the one before was made [C]
+PAINTED = 5  # blocks at most, each tried only if the one before was made [C]
+AGAIN = 0.95  # probability of another block [C]
+MARGIN = 3  # voxels between a painted block and the border [C]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ listed): layers of one kind are numbered where they stand side by side, and a `C
     DenseVNet/dense_feature_stack_block[_I]/conv_bn_relu_1/                 blocks.I.down
     DenseVNet/conv/                                                         head (as many classes as it was trained on)
 
-Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior. Ours are
+Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
 (out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
 """
 

@@ -1,6 +1,7 @@
 """t-SNE keeps neighbours together, whatever the scale and offset of the features."""
 
 import numpy as np
+import pytest
 
 from p2w.analysis.features import tsne
 
@@ -10,6 +11,7 @@ def neighbours_of_one_kind(places, kinds):
     return (kinds[far.argmin(1)] == kinds).mean()
 
 
+@pytest.mark.slow
 def test_clusters_stay_clusters_also_when_they_differ_in_the_sixth_digit():
     rng = np.random.default_rng(0)
     kinds = np.repeat(np.arange(4), 30)

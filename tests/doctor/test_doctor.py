@@ -120,6 +120,7 @@ def test_a_run_folder_of_other_settings(case):
     assert "train.seed was 0, now 5" in rows["run folder"].found
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_one_that_cannot_be_written(case, tmp_path):
     assert only(machine.disk(case)).status == "ok"
     wide = replace(case, config=replace(case.config, model=replace(case.config.model, width=4096)))
@@ -145,6 +146,7 @@ def test_memory_against_need_and_control_groups(case, tmp_path):
     assert resources.free_memory(proc, groups) == 4_000_000
 
 
+@pytest.mark.slow
 def test_limits_and_clock(case, tmp_path):
     low = tmp_path / "max_map_count"
     low.write_text("4096\n")

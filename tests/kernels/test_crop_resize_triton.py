@@ -1,14 +1,13 @@
 """The GPU kernel: its arithmetic in Triton's interpreter, its compilation for cards, and, on one, itself.
 
-Triton decides when it is imported whether kernels are interpreted, so the tests marked `interpreted` run in a
-process of their own, started by test_all_of_this_in_the_interpreter. By hand:
+Triton decides when it is imported whether kernels are interpreted, so the tests marked `interpreted` run in a process
+of their own, see test_interpreted.py. By hand:
 `TRITON_INTERPRET=1 python -m pytest tests/kernels/test_crop_resize_triton.py`.
 """
 
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -36,9 +35,6 @@ def interpreter_is_broken():
     return triton < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
 
 
-broken = pytest.mark.skipif(
-    interpreter_is_broken(), reason="the interpreter of triton 3.6 does not work with NumPy 2.4 and later"
-)
 interpreted = pytest.mark.skipif(
     not INTERPRETING or interpreter_is_broken(), reason="runs in the interpreter's own process"
 )
@@ -63,21 +59,6 @@ def launch(
         whole, boxes, part, target if with_target else None, window_hu=window_hu, antialias=antialias
     )
     return part, target
-
-
-@pytest.mark.slow
-@compiled
-@broken
-def test_all_of_this_in_the_interpreter():
-    """Every interpreted test must have run and passed in a process that interprets."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        check=False, capture_output=True, text=True, timeout=230,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) == 20, run.stdout
 
 
 @interpreted

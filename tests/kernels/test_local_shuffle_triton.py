@@ -1,7 +1,7 @@
 """Shuffling in small blocks on a GPU: the torch path's bits in Triton's interpreter, compiled for cards, and on one.
 
 Triton decides when it is imported whether kernels are interpreted, so the tests marked `interpreted` run in a process of
-their own, started by test_all_of_this_in_the_interpreter. By hand:
+their own, see test_interpreted.py. By hand:
 `TRITON_INTERPRET=1 python -m pytest tests/kernels/test_local_shuffle_triton.py`.
 """
 
@@ -9,9 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,26 +23,6 @@ compiled = pytest.mark.skipif(
     INTERPRETING or importlib.util.find_spec("triton") is None, reason="needs triton, not interpreting"
 )
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def interpreter_is_broken():
-    """Triton 3.6 makes Python numbers of arrays with one element, which NumPy refuses from 2.4 on."""
-    new = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
-    return new and importlib.util.find_spec("triton") is not None and version("triton").startswith("3.6.")
-
-
-@pytest.mark.slow
-@compiled
-@pytest.mark.skipif(interpreter_is_broken(), reason="triton 3.6's interpreter and NumPy 2.4 or later")
-def test_all_of_this_in_the_interpreter():
-    """Every interpreted test must have run and passed in a process that interprets."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        check=False, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "3 passed" in run.stdout, run.stdout
 
 
 @interpreted

@@ -1,6 +1,6 @@
 """Uniforms and boxes as GPU kernels: their arithmetic in Triton's interpreter, and, on a card, themselves.
 
-As in test_crop_resize_triton.py, interpreted tests run in a process of their own.
+As in test_crop_resize_triton.py, interpreted tests run in a process of their own, see test_interpreted.py.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_crop_resize_triton import INTERPRETING, broken, compiled, gpu, interpreted
+from test_crop_resize_triton import INTERPRETING, gpu, interpreted
 
 from p2w import rng
 from p2w.geometry import sample_boxes
@@ -20,20 +20,6 @@ from p2w.rng import SampleKeys, try_triton, uniforms
 IDS = torch.cat([torch.arange(-3, 4) * 2**50, torch.arange(34)])  # one more than a block of boxes, and some
 KEYS = [SampleKeys(5, -3, IDS), SampleKeys(2**63 + 1, 7, IDS), SampleKeys(0, 0, IDS[::2])]
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-
-
-@pytest.mark.slow
-@compiled
-@broken
-def test_all_of_this_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        check=False, capture_output=True, text=True, timeout=230,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) == 7, run.stdout
 
 
 @interpreted

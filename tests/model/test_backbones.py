@@ -20,7 +20,12 @@ TINY = {"unet3d": (2, (8, 16, 16)), "resencl": (1, (32, 32, 64)), "vit3d": (1, (
 OTHERS = (2, (16, 32, 32))
 SAME_CODE = {"resnet18", "resnet34", "resnet101", "resnet152", "resnet200"}
 ONLY_WITH_SKIPS = {"dense_vnet"}
-NAMES = sorted(set(ENCODERS) - SAME_CODE)
+NAMES = [
+    name
+    if name == "unet3d"
+    else pytest.param(name, marks=pytest.mark.slow)  # the paper's alone is tried by `make quick`
+    for name in sorted(set(ENCODERS) - SAME_CODE)
+]
 
 
 def tiny(encoder: str, pretext: str = "parts2whole", **settings) -> Config:

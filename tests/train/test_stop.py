@@ -41,6 +41,7 @@ def waiting(seconds):
     return process
 
 
+@pytest.mark.slow
 def test_a_burst_of_signals_still_saves():
     """scancel signals torchrun and its workers, and torchrun then signals the workers again: that is one request."""
     process = waiting(0.5)
@@ -57,6 +58,7 @@ def test_a_burst_of_signals_still_saves():
     assert process.communicate(timeout=20)[0] == "asked\nsaved\n" and process.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
@@ -74,6 +76,7 @@ def test_a_second_one_after_a_while_leaves_at_once(first, second, code):
     assert process.communicate(timeout=20)[0] == "" and process.returncode == code
 
 
+@pytest.mark.slow
 def test_slurms_warning_repeated_is_no_second_signal():
     """Nor is the SIGTERM at the time limit after it: the run is saving by then."""
     process = waiting(2 * StopRequest.BURST_S + 1)

@@ -217,6 +217,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @CPU_AND_GPU
 def test_a_process_group_of_one_trains_as_a_process_without_a_group(tmp_path, device):
     """NCCL for a GPU's tensors beside gloo for the host's, as `World.start` sets them up, under torchrun."""
@@ -233,6 +234,7 @@ def test_a_process_group_of_one_trains_as_a_process_without_a_group(tmp_path, de
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-5 if device.type == "cpu" else 1e-2)
 
 
+@pytest.mark.slow
 @NEEDS_GPU
 def test_a_run_by_the_launcher_says_what_it_chose(tiny_set, tmp_path):
     """launch/train.py under torchrun with every choice left to it: it finishes, and continues from its checkpoint."""
