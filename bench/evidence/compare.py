@@ -33,7 +33,7 @@ def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     world, shards, began = World.from_env(), open_set(where), time.monotonic()
     ids = shards.ids("val")
-    subject = run.subject("", step, world, choose_precision("fp32", world.device))
+    subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
     view = dataclasses.replace(PretextConfig(), size=run.config.pretext.size)
     features = subject.load()
     seen = {
@@ -51,6 +51,7 @@ def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the run of the command line, and write the result into its folder."""
     place, where = sys.argv[1:3]
     untrained = place.endswith("@0")
     path = Path(place.removesuffix("@0"))

@@ -89,6 +89,7 @@ def shortcuts_job(folder: Path, data: str) -> Job:
 
 
 def main() -> None:
+    """Train, analyse and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

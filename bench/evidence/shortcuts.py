@@ -97,7 +97,7 @@ def course(
     mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
     for step in run.checkpoints.steps():
-        subject = run.subject("", step, world, choose_precision("fp32", world.device))
+        subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
         features = extract(subject.load(), subject.view, FEW, shards, ids, world).astype(np.float64)
         told = auc(*pair_cosines(features))
         centred = contrast(features - features.mean((0, 1)))
@@ -117,9 +117,9 @@ def subjects(folder: Path, data: str, step: int, world: World) -> list[FeatureSo
     parts, other = (AnalysedRun.open(folder / "runs" / f"{data}-{name}") for name in ("parts", "autoencoder"))
     view = parts.config.pretext
     found = [baseline(name, view) for name in ("histogram", "pixels")]
-    found.append(parts.subject("random", None, world, precision))
-    found.append(other.subject("autoencoder", step, world, precision))
-    found.append(parts.subject(f"{data}-parts", step, world, precision))
+    found.append(parts.feature_source("random", None, world, precision))
+    found.append(other.feature_source("autoencoder", step, world, precision))
+    found.append(parts.feature_source(f"{data}-parts", step, world, precision))
     return [dataclasses.replace(one, view=view) for one in found]
 
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import frozen
+import linear_probe
 import methods
 import targets_page
 from jobs import REPO, Job, work
@@ -149,9 +149,9 @@ def features(folder: Path) -> None:
     sets = [(task, open_target(folder / "targets" / task)) for task in ("ncc", "ecc")]
     rows = []
     for label, start in starts.items():
-        encoder = frozen.encoder_of(start)
-        told = (f"{auc:.3f}" for _, one in sets for auc in frozen.told(encoder, one))
-        rows.append([label, *told, f"{frozen.rank(encoder, sets[0][1]):.1f}"])
+        encoder = linear_probe.encoder_of(start)
+        told = (f"{auc:.3f}" for _, one in sets for auc in linear_probe.level_aucs(encoder, one))
+        rows.append([label, *told, f"{linear_probe.feature_rank(encoder, sets[0][1]):.1f}"])
     head = ("", *(f"{task.upper()}, level {level}" for task, _ in sets for level in (1, 2, 3, 4)), "rank")
     targets_page.put("frozen", table(head, rows))
 
@@ -177,6 +177,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
+    """Run the chosen stages and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

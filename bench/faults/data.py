@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from faults.lives import ENV, REPO
+from faults.launched_run import ENV, REPO
 from faults.runs import Run, hold, wait_for
 
 

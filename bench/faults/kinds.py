@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.data import damage_shard, other_set, shard_gone
-from faults.lives import send
+from faults.launched_run import send
 from faults.runs import Run, Wrong, wait_for
 
 Inject = Callable[[Run, random.Random], str]
@@ -28,7 +28,7 @@ class Kind:
 
     inject: Inject
     promise: int
-    only: str = ""  # "torchrun" or "forked": the lives that it needs; "disk": a run on a small disk
+    only: str = ""  # "torchrun" or "forked": the start that it needs; "disk": a run on a small disk
     phase: str = "live"
     least: int = 1  # ranks
 

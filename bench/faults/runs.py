@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from faults.lives import Forge, Forked, Life, Torchrun
+from faults.launched_run import Forge, Forked, LaunchedRun, Torchrun
 
 STEPS, EVERY = 120, 6
 FLAGS = """
@@ -67,7 +67,7 @@ class Run:
         self.folder = root / f"run-{plan.number:03d}"
         self.disk = self.folder / "disk"  # where --run-dir lies; a small tmpfs for some runs
         self.run = self.disk / "run"
-        self.life: Life | None = None
+        self.life: LaunchedRun | None = None
         self.readers = 1
         self.calm: list[dict] | None = None  # metrics of the calm run
         self.beside = 1  # see Soak.again
@@ -79,7 +79,7 @@ class Run:
         own += ["--max-steps", str(steps), "--train.checkpoint-every", str(EVERY)]
         return [*FLAGS, *own, "--data.reader-threads", str(self.readers)]
 
-    def start(self, rng: random.Random, by_torchrun: bool) -> Life:
+    def start(self, rng: random.Random, by_torchrun: bool) -> LaunchedRun:
         """Type the command (again)."""
         self.readers = rng.choice((0, 1, 2))
         if by_torchrun and not self.plan.poison:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
-from faults.lives import Forge
+from faults.launched_run import Forge
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone

@@ -20,7 +20,7 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train.optim import choose_precision
-from p2w.train.preflight import wrong_convolution, wrong_crop
+from p2w.train.preflight import convolution_error, crop_resize_error
 
 STEPS = 20 if CUDA else 4  # of each precision
 HALF = 6 if CUDA else 2  # steps before a resume, and after it
@@ -92,14 +92,14 @@ def selfcheck() -> None:
 
         def convolutions(amp: str = amp) -> None:
             began = time.perf_counter()
-            wrong = wrong_convolution(model, choose_precision(amp, DEVICE), shape, DEVICE)
+            wrong = convolution_error(model, choose_precision(amp, DEVICE), shape, DEVICE)
             say(f"convolutions in {amp}", found=wrong or "sound", seconds=time.perf_counter() - began)
             if wrong:
                 failures.append(amp)
 
         attempt(f"convolutions in {amp}", convolutions)
     began = time.perf_counter()
-    wrong = wrong_crop(config.pretext, DEVICE)
+    wrong = crop_resize_error(config.pretext, DEVICE)
     say("crop-resize", found=wrong or "sound", seconds=time.perf_counter() - began)
     if wrong:
         failures.append("crop-resize")

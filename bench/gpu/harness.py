@@ -21,7 +21,6 @@ from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
 from p2w.pretext import build_pretext_and_network
-from p2w.pretrain import _choose_forms
 from p2w.recipes import named
 from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
@@ -30,10 +29,10 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.form_choice import choose_run_forms
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision, choose_precision
-from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 RECIPE = "paper" if CUDA else "demo"
@@ -135,7 +134,7 @@ class Run:
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
         self.log = Kept(self.folder, self.config.train.steps)
         if setup.forms is None:
-            _choose_forms(self.config, self.model, RunDir(self.folder), world, precision, self.log)
+            choose_run_forms(self.config, self.model, self.folder, world, precision, self.log)
         else:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
@@ -154,9 +153,9 @@ class Run:
             self.batches = self.stream.batches(*divmod(self.trainer.step, self.stream.steps_per_epoch))
         losses = []
         for _ in range(count):
-            before = self.trainer._window.loss.clone()
-            self.trainer._one(next(self.batches))
-            after = self.trainer._window.loss
+            before = self.trainer.window.loss.clone()
+            self.trainer.train_step(next(self.batches))
+            after = self.trainer.window.loss
             losses.append(after.clone() - before.to(after.device))
         return losses
 
@@ -169,7 +168,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this moment and wait until it is on the disk."""
         self.trainer.save()
-        self.trainer.saver.wait()
+        self.trainer.checkpointer.wait()
 
     def close(self) -> None:
         """End the readers."""

@@ -1,4 +1,4 @@
-"""Precision, optimizer and schedule: what was chosen and why stands beside each choice."""
+"""Precision, optimizer and learning-rate schedule; each choice carries its reason for the log."""
 
 import importlib.util
 import math
@@ -15,10 +15,10 @@ from p2w.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic of the network: `dtype` under autocast (None: float32); `reason` for the log.
+    """Arithmetic of the network: `dtype` for autocast (None: float32), and the `reason` of the choice for the log.
 
-    On a GPU, fp32 is IEEE float32. In tf32, matrix products and convolutions of float32 round their inputs to 10 bits; so
-    they do beside bf16 and fp16, in what autocast leaves in float32.
+    On a GPU, fp32 is IEEE float32. With tf32, matrix products and convolutions of float32 tensors round their inputs to 10
+    bits of mantissa. With bf16 and fp16, tf32 applies to what autocast leaves in float32.
     """
 
     name: str
@@ -31,24 +31,24 @@ class Precision:
         return "ieee" if self.name == "fp32" else "tf32"
 
     def apply(self) -> "Precision":
-        """Have this process compute so from here on; returns itself."""
+        """Set this process's float32 mode on the GPU; returns itself."""
         set_float32(self.float32)
         return self
 
 
 def set_float32(how: str) -> None:
-    """Matrix products and convolutions of float32 tensors on a GPU in "ieee" or "tf32", set and not left to torch's default.
+    """Set "ieee" or "tf32" for matrix products and convolutions of float32 tensors on a GPU.
 
-    PyTorch's own default is tf32 in convolutions and ieee in matrix products.
+    PyTorch's defaults differ: tf32 for convolutions, ieee for matrix products.
     """
     torch.backends.cudnn.conv.fp32_precision = how  # type: ignore[attr-defined]  # torch's stub lacks it
     torch.backends.cuda.matmul.fp32_precision = how
 
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
-    """`auto` takes bf16 where the device computes in it, else fp32. Raises UserError for what it cannot do.
+    """The precision for `train.precision`; `auto` is bf16 on a device that computes in it, else fp32.
 
-    What is chosen holds for the process once it is applied (`Precision.apply`).
+    It takes effect with `Precision.apply`. Raises UserError for a precision that the device lacks.
     """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -72,23 +72,23 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer and one phrase that says whose it is. Raises UserError when apex is asked for and is not there."""
+    """The optimizer, and text for the log on its implementation. Raises UserError when apex is asked for and missing."""
     if config.fused == "apex":
         return _apex(config, model), "NVIDIA apex, fused"
     fused = config.fused == "torch"
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     parameters = list(model.parameters())
-    whose = "torch, fused" if fused else "torch"
+    implementation = "torch, fused" if fused else "torch"
     if config.name == "sgd":
-        return _sgd(parameters, config.betas[0], common), whose
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=config.betas, **common), whose
+        return _sgd(parameters, config.betas[0], common), implementation
+    optimizer_class = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return optimizer_class(parameters, betas=config.betas, **common), implementation
 
 
 def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]) -> torch.optim.Optimizer:
-    """SGD that starts with averages of zero, which gives the same first step bit for bit as torch's own beginning.
+    """SGD whose momentum buffers start at zero; the first step is the same, bit for bit, as with torch's own start.
 
-    Torch's fused SGD makes its averages at the first step, and leaves them unwritten when that step is skipped.
+    Torch's fused SGD allocates the buffers at the first step, and leaves them uninitialised when that step is skipped.
     """
     optimizer = torch.optim.SGD(parameters, momentum=momentum, **common)
     if common["fused"] and momentum:
@@ -99,18 +99,18 @@ def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up what `optimizer_state` gave, on whatever device and by whichever of torch's ways this optimizer computes.
+    """Load what `optimizer_state` returned, on any device and for any of torch's implementations of this optimizer.
 
-    Only the averages and counts are taken: rate, betas and the like are this run's own.
+    Only averages and step counts are loaded; learning rate, betas and the like stay those of this run.
     """
     own = optimizer.state_dict()["param_groups"]
-    saved = [group["params"] for group in state["param_groups"]]  # which torch compares with its own
+    saved = [group["params"] for group in state["param_groups"]]  # torch compares them with its own
     groups = [group | {"params": params} for group, params in zip(own, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state as a checkpoint holds it: with plain numbers where a CUDA graph has tensors."""
+    """The state for a checkpoint, with plain numbers where a CUDA graph needs tensors."""
     state = optimizer.state_dict()
     groups = [dict(group) for group in state["param_groups"]]
     for group in groups:
@@ -120,12 +120,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """NVIDIA apex's fused optimizer. PyPI's `apex` is a web toolkit of that name, and is told apart by its folders."""
+    """NVIDIA apex's fused optimizer. The `apex` on PyPI is another package, which lacks the folder `optimizers`."""
     remedy = "build NVIDIA's from source (github.com/NVIDIA/apex), or pass --optim.fused torch"
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise UserError(f"optim.fused=apex: apex is not installed; {remedy}")
-    folders = [Path(place) for place in spec.submodule_search_locations or []]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     if not any((folder / "optimizers").is_dir() for folder in folders):
         raise UserError(
             f"optim.fused=apex: the apex at {spec.origin} is PyPI's web toolkit, not NVIDIA's; {remedy}"
@@ -147,20 +147,20 @@ def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Schedule:
-    """Learning rate as a function of the step and, for `plateau`, of the validations seen so far.
+    """Learning rate as a function of the step and, for `plateau`, of the validation losses so far.
 
-    A pure function rather than torch's chained schedulers, so that a resumed run computes the very same rate.
+    A pure function rather than torch's chained schedulers, so that a resumed run computes the same rate.
     """
 
-    FLOOR = 0.01
-    MIN_DELTA = 1e-4  # a validation must be better by this share of the best to count
+    FLOOR = 0.01  # last rate of `cosine`, as a share of `lr`
+    MIN_DELTA = 1e-4  # a validation counts as better only by at least this share of the best
 
     def __init__(self, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         self.factor, self.best, self.bad = 1.0, math.inf, 0
 
     def rate(self, step: int) -> float:
-        """The rate for optimizer step `step` (0 is the first)."""
+        """The learning rate of optimizer step `step`; 0 is the first."""
         config = self.config
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
@@ -172,7 +172,7 @@ class Schedule:
         return config.lr * self.factor
 
     def observe(self, validation: float) -> None:
-        """Take a validation into account: `bad` counts how many in a row have brought nothing."""
+        """Add a validation loss; `bad` counts how many in a row were no improvement."""
         if validation < self.best * (1 - self.MIN_DELTA):
             self.best, self.bad = validation, 0
         else:
@@ -182,9 +182,9 @@ class Schedule:
                 self.factor *= 0.5
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """The state as plain numbers."""
         return {"factor": self.factor, "best": self.best, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         self.factor, self.best, self.bad = state["factor"], state["best"], int(state["bad"])

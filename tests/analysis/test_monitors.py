@@ -131,7 +131,7 @@ def test_a_look_that_is_too_dear_is_complained_of_once(look, tmp_path, capsys, m
         shares = [dict(taken(step)).get("speed/looking_share") for step in range(0, 400, 40)]
     said = capsys.readouterr().err
     assert shares[0] is None and all(0.2 < share < 0.6 for share in shares[2:])
-    assert said.count("warning: looks take") == 1 and "--train.probe-every" in said
+    assert said.count("warning: probing takes") == 1 and "--train.probe-every" in said
     assert "step 80  parts of one image " in said and ", AUC " in said and ", contrast " in said
 
 

@@ -101,7 +101,7 @@ def test_a_run_that_noted_no_data_set_has_a_card_without_spacing(trained_run, tm
     del starts["starts"][-1]["data_set"]
     (run / "run.json").write_text(json.dumps(starts))
     export.main([str(run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
-    assert "did not note its scans' spacing" in (tmp_path / "out" / "README.md").read_text()
+    assert "did not record the spacing of its scans" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_more_input_channels_come_back(tmp_path):

@@ -1,4 +1,4 @@
-"""One life of a run: the ranks of launch/train.py, through torchrun as users start it or forked (0.1 s instead of ten)."""
+"""One start of a run: the ranks of launch/train.py, through torchrun as users start it, or forked (0.1 s, not 10 s)."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def alive(pid: int) -> bool:
 
 
 class Torchrun:
-    """torchrun and its ranks."""
+    """A run that torchrun started, and its ranks."""
 
     def __init__(
         self, folder: Path, argv: list[str], ranks: int, restarts: int, script: str = "launch/train.py"
@@ -54,7 +54,7 @@ class Torchrun:
         return self.process.pid
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks there are just now."""
+        """Process ids of the current ranks."""
         try:
             found = [
                 one.pid for one in psutil.Process(self.process.pid).children() if self.script in one.cmdline()
@@ -83,7 +83,7 @@ class Forge:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, REPO / "bench" / "faults" / "trapped.py"],
+            [sys.executable, REPO / "bench" / "faults" / "fault_hooks.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=REPO, env={**os.environ, **ENV},
             start_new_session=True,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Forge:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        """No more lives."""
+        """End the forge."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(20)
@@ -155,4 +155,4 @@ class Forked:
             self.codes()
 
 
-Life = Torchrun | Forked
+LaunchedRun = Torchrun | Forked

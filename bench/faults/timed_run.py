@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from faults.lives import Torchrun
+from faults.launched_run import Torchrun
 from faults.runs import noted
 
 STUCK_S = 90.0  # without a new step; a start takes ten to thirty seconds
