@@ -94,7 +94,7 @@ def start_job(folder: Path, name: str) -> Job:
 
 def length(steps: int) -> list[str]:
     """Of a pretraining, which is looked at when it is over."""
-    last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "look-every"))
+    last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "probe-every"))
     return f"{' '.join(last)} --optim.lr {RATE:g}".split()
 
 

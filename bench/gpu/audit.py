@@ -113,7 +113,7 @@ def audit(name: str) -> list[str]:
             with Watch() as sampling:
                 views = pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as passing, torch.autocast("cuda", torch.bfloat16):
-                output = model(views.input, *views.beside)
+                output = model(views.input, *views.extra_inputs)
             with Watch() as losing:
                 loss, extras = pretext.loss(output, views)
         except Exception as error:

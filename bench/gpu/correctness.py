@@ -112,7 +112,7 @@ def precisions() -> None:
     for amp in PRECISIONS:
 
         def one(amp: str = amp) -> None:
-            run = Run(Setup(amp=amp), shards)
+            run = Run(Setup(precision=amp), shards)
             try:
                 losses = [float(loss) for loss in run.steps(STEPS)]
             finally:

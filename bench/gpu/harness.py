@@ -73,10 +73,15 @@ def recipe_of(name: str) -> Config:
 def config_of(setup: Setup) -> Config:
     """The configuration of a set-up."""
     config = recipe_of(setup.recipe)
-    train = {"amp": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
+    train = {
+        "precision": setup.precision,
+        "compile": setup.compiled,
+        "cuda_graph": setup.graph,
+        "log_every": 10**6,
+    }
     return replace(
         config,
-        data=replace(config.data, batch=setup.batch, readers=4 if CUDA else 1),
+        data=replace(config.data, batch=setup.batch, reader_threads=4 if CUDA else 1),
         train=replace(config.train, **train, deterministic=setup.deterministic),
     )
 
@@ -127,7 +132,7 @@ class Run:
         self, setup: Setup, shards: ShardSet, *, held: bool = False, folder: Path | None = None
     ) -> None:
         self.setup, self.config, world = setup, config_of(setup), world_of(setup)
-        precision = choose_precision(setup.amp, DEVICE).apply()
+        precision = choose_precision(setup.precision, DEVICE).apply()
         torch.manual_seed(self.config.train.seed)
         self.pretext, self.model = build_pretext_and_network(self.config)
         self.model.to(DEVICE).to(memory_format=torch.channels_last_3d)

@@ -56,7 +56,7 @@ FORMS: dict[str, Setup] = {
     "norm fused, up-sampling folded": Setup(forms=BOTH),
     "layers plain, CUDA graph": Setup(graph="on"),
     "norm fused, up-sampling folded, CUDA graph": Setup(forms=BOTH, graph="on"),
-    "layers plain, fp16": Setup(amp="fp16"),
+    "layers plain, fp16": Setup(precision="fp16"),
     "up-sampling folded, compiled": Setup(forms=FOLDED_FORMS, compiled=True),
 }
 COMPILING_S = 60.0  # torch.compile of this network, forward and backward
@@ -80,7 +80,7 @@ def step() -> None:
     shards = structured_set()
     attempt("plain loop", plain_loop)
     for name, setup in FORMS.items():
-        if not CUDA and (setup.graph == "on" or setup.amp == "fp16" or setup.compiled):
+        if not CUDA and (setup.graph == "on" or setup.precision == "fp16" or setup.compiled):
             needs_card(f"step: {name}")
             continue
 

@@ -140,7 +140,7 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
             p2w.load(path)
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):
         export.main([str(trained_run), "--to", "safetensors", "--step", "5"])
-    with pytest.raises(UserError, match=r"no folder of ours"):
+    with pytest.raises(UserError, match=r"no folder that p2w export wrote"):
         export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path)])
 
 
