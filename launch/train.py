@@ -134,7 +134,7 @@ def prepare(argv: list[str], world: World) -> tuple[Args, str, ShardSet, Precisi
         )
     with torch.device("meta"):
         build_pretext_and_network(config)
-    RunDir(args.folder).check_can_continue(config, data_fingerprint(shards.meta))
+    RunDir(args.folder).agrees(config, data_fingerprint(shards.meta))
     return args, recipe, shards, precision
 
 

@@ -114,7 +114,7 @@ def plan(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
 def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
     """Whether the command may continue what the run folder holds."""
     try:
-        RunDir(case.run).check_can_continue(case.config, data_fingerprint(found.meta))
+        RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
     except UserError as error:
         yield refused("run folder", error)
         return

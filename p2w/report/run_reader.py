@@ -92,7 +92,7 @@ def read_run(run: Path) -> RunFacts:
 
 
 def defaults() -> dict[str, Any]:
-    """Default values of all settings, as JSON types."""
+    """Every setting there is with its default, as JSON spells them."""
     flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(Config())))
     return flat
 

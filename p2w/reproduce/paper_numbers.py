@@ -1,4 +1,4 @@
-"""The paper's numbers in percent, as printed in its Tables 1 and 2 and Fig. 3, and the metric of each task.
+"""The paper's own numbers, in percent, as printed (docs/paper.md, 2 and 3), and what each task is compared on.
 
 Every mean and standard deviation is over ten trials. The trials are not published, so differences within these tables
 can only be tested with Welch's test; the paper used a paired t-test.

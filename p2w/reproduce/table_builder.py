@@ -212,11 +212,11 @@ def by_fraction(
     return list(results), there[0]
 
 
-def metric_of(task: str, results: Sequence[FineTuningResult], asked: Mapping[str, str]) -> str:
-    """The metric of a task: the one asked for, else the paper's, else AUC or IoU by the kind of task."""
-    usual = "auc" if results and results[0].kind == "classification" else "iou"
+def metric_of(task: str, transfers: Sequence[FineTuningResult], asked: Mapping[str, str]) -> str:
+    """The metric that a task is compared on: asked for, else the paper's, else AUC or IoU by the kind of task."""
+    usual = "auc" if transfers and transfers[0].kind == "classification" else "iou"
     metric = asked.get(task, asked.get("", paper_numbers.COMPARED.get(task, usual)))
-    there = sorted({name for one in results for trial in one.trials for name in trial.metrics})
+    there = sorted({name for one in transfers for trial in one.trials for name in trial.metrics})
     if there and metric not in there:
         raise UserError(
             f"task {task}: no metric {metric}, its trials have {', '.join(there)}; choose one: --metric {task}={there[0]}"

@@ -72,23 +72,23 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer, and text for the log on its implementation. Raises UserError when apex is asked for and missing."""
+    """The optimizer and one phrase that says whose it is. Raises UserError when apex is asked for and is not there."""
     if config.fused == "apex":
         return _apex(config, model), "NVIDIA apex, fused"
     fused = config.fused == "torch"
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     parameters = list(model.parameters())
-    implementation = "torch, fused" if fused else "torch"
+    whose = "torch, fused" if fused else "torch"
     if config.name == "sgd":
-        return _sgd(parameters, config.betas[0], common), implementation
-    optimizer_class = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return optimizer_class(parameters, betas=config.betas, **common), implementation
+        return _sgd(parameters, config.betas[0], common), whose
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=config.betas, **common), whose
 
 
 def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]) -> torch.optim.Optimizer:
-    """SGD whose momentum buffers start at zero; the first step is the same, bit for bit, as with torch's own start.
+    """SGD that starts with averages of zero, which gives the same first step bit for bit as torch's own beginning.
 
-    Torch's fused SGD allocates the buffers at the first step, and leaves them uninitialised when that step is skipped.
+    Torch's fused SGD makes its averages at the first step, and leaves them unwritten when that step is skipped.
     """
     optimizer = torch.optim.SGD(parameters, momentum=momentum, **common)
     if common["fused"] and momentum:
@@ -99,12 +99,12 @@ def _sgd(parameters: list[nn.Parameter], momentum: float, common: dict[str, Any]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` returned, on any device and for any of torch's implementations of this optimizer.
+    """Take up what `optimizer_state` gave, on whatever device and by whichever of torch's ways this optimizer computes.
 
-    Only averages and step counts are loaded; learning rate, betas and the like stay those of this run.
+    Only the averages and counts are taken: rate, betas and the like are this run's own.
     """
     own = optimizer.state_dict()["param_groups"]
-    saved = [group["params"] for group in state["param_groups"]]  # torch compares them with its own
+    saved = [group["params"] for group in state["param_groups"]]  # which torch compares with its own
     groups = [group | {"params": params} for group, params in zip(own, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
@@ -120,12 +120,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _apex(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """NVIDIA apex's fused optimizer. The `apex` on PyPI is another package, which lacks the folder `optimizers`."""
+    """NVIDIA apex's fused optimizer. PyPI's `apex` is a web toolkit of that name, and is told apart by its folders."""
     remedy = "build NVIDIA's from source (github.com/NVIDIA/apex), or pass --optim.fused torch"
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise UserError(f"optim.fused=apex: apex is not installed; {remedy}")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    folders = [Path(place) for place in spec.submodule_search_locations or []]
     if not any((folder / "optimizers").is_dir() for folder in folders):
         raise UserError(
             f"optim.fused=apex: the apex at {spec.origin} is PyPI's web toolkit, not NVIDIA's; {remedy}"

@@ -6,7 +6,7 @@ FOLDER/
     adaptation_plan.json  config.json   the plan again, and the network, which nnU-Net needs in a folder on Hugging Face
     card.json  README.md   p2w's own: how the input was made, and how to make the same input in nnU-Net
 
-nnU-Net reads the keys of the plan in nnunetv2/experiment_planning/like_nnssl.py and
+What the file holds: docs/paper.md, 7. nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
 nnunetv2/training/nnUNetTrainer/pretraining/pretrainedTrainer.py of its git master.
 
 Parameter names of ResEncL: nnU-Net's convolution module has its layers by name (`conv`, `norm`) and in a list
