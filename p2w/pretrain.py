@@ -13,7 +13,7 @@ from p2w import config as settings
 from p2w import report
 from p2w.analysis import plots
 from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
-from p2w.analysis.qualitative import ImageMonitor
+from p2w.analysis.qualitative import Pictures
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
 from p2w.files import write_atomic
@@ -25,7 +25,7 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.form_choice import RECORD, FormChoice, choose_run_forms
+from p2w.train.form_choice import RECORD, Choice, choose_run_forms
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.train.preflight import check_numerics, check_rank_consistency
@@ -99,7 +99,7 @@ def _run(
 def _build(
     config: Config, shards: ShardSet, folder: RunDir, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
-) -> tuple[FormChoice, Trainer, Validation | None, Monitors, ImageMonitor]:  # fmt: skip
+) -> tuple[Choice, Trainer, Validation | None, Monitors, Pictures]:  # fmt: skip
     """How layers are computed, the trainer, its validation where scans are set aside, and the looks between its steps."""
     torch.manual_seed(config.train.seed)
     pretext, model = build_pretext_and_network(config)
@@ -136,7 +136,7 @@ def _build(
 
     aside = len(shards.ids("val"))
     split = "val" if aside else "train"
-    pictures = ImageMonitor(pretext, model, shards, split, world.device, log)
+    pictures = Pictures(pretext, model, shards, split, world.device, log)
     similarity = SimilarityMonitor(config, model.encoder, shards, split, world, log, leave_if_stopped)
     looks = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
     if not aside:
@@ -164,7 +164,7 @@ def _fit(
     trainer: Trainer,
     validation: Validation | None,
     looks: Monitors,
-    pictures: ImageMonitor,
+    pictures: Pictures,
     folder: RunDir,
     log: Log,
 ) -> Outcome:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CANDIDATES, SHOWN = 24, 4
 
 
-class ImageMonitor:
+class Pictures:
     """Draws four wholes with high contrast, as the pretext shows them, in TensorBoard. Rank 0 only; yields no numbers."""
 
     def __init__(

@@ -63,7 +63,7 @@ LayerKind = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class FormChoice:
+class Choice:
     """`forms` is {module name: form} for every module that has several; `line` is for the log; `record` for kernels.json."""
 
     forms: dict[str, str]
@@ -93,7 +93,7 @@ def read_form_record(run: Path, warn: Warn) -> dict[str, Any] | None:
 
 def choose_run_forms(
     config: Config, model: nn.Module, run: Path, world: World, precision: Precision, log: Log
-) -> FormChoice:
+) -> Choice:
     """Set every layer of `model` to the form that is fastest here, or that this run used so far. A collective.
 
     The rule follows from the configuration. On a CPU, layers keep PyTorch's usual form, so that a run gives the same bits
@@ -116,7 +116,7 @@ def choose_run_forms(
 def choose_forms(
     model: nn.Module, shape: Shape, precision: Precision, world: World, warn: Warn, *,
     rule: Rule, recorded: dict[str, Any] | None = None, timer: Timer | None = None,
-) -> FormChoice:  # fmt: skip
+) -> Choice:  # fmt: skip
     """Choose the form of every module of `model` that has several. A collective: all ranks choose the same forms.
 
     `shape` (B, C, D, H, W) is this rank's network input of one pass. `rule` "measure" times the forms on a GPU and counts
@@ -151,7 +151,7 @@ def choose_forms(
     else:
         forms, how = dict.fromkeys(calls, PLAIN), "as asked for"
     line = f"forms           {_counted(calls, forms)}, {how}{f' ({why_again})' if why_again else ''}"
-    return FormChoice(forms, line, {**facts, "forms": forms, "ms": table})
+    return Choice(forms, line, {**facts, "forms": forms, "ms": table})
 
 
 def layer_kind(one: LayerCall) -> LayerKind:

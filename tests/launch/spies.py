@@ -17,7 +17,7 @@ import torch
 from p2w import pretrain, report
 from p2w.analysis import plots
 from p2w.analysis.monitors import VALIDATION_SEED, SimilarityMonitor, Validation
-from p2w.analysis.qualitative import ImageMonitor
+from p2w.analysis.qualitative import Pictures
 from p2w.finetune.samples import Samples
 from p2w.finetune.trials import FineTuning
 from p2w.log import Log
@@ -64,7 +64,7 @@ def begin_elsewhere(rank: int, which: int) -> None:
 
 def draw_nothing(rank: int) -> None:
     """Neither pictures nor report.html: most of what a tiny run takes."""
-    Log.picture = ImageMonitor.figure = lambda self, *_: None
+    Log.picture = Pictures.figure = lambda self, *_: None
     plots.save_figure = pretrain._summary = report.write_report = lambda *_: None
 
 
