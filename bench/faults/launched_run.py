@@ -65,7 +65,7 @@ class Torchrun:
         return sorted(found)
 
     def running(self) -> bool:
-        """Whether torchrun or a rank it left behind is there."""
+        """Whether torchrun or one of its ranks still runs."""
         return self.process.poll() is None or any(map(alive, self.seen))
 
     def codes(self) -> list[int]:
@@ -79,7 +79,7 @@ class Torchrun:
 
 
 class Forge:
-    """The process that forks ranks; one life at a time."""
+    """The process that forks ranks, for one run at a time."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -89,13 +89,13 @@ class Forge:
         )  # fmt: skip
 
     def ask(self, request: dict) -> None:
-        """Hand it a line."""
+        """Send it a line."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
 
     def answer(self, seconds: float | None = None) -> list[int] | None:
-        """Its next line; None when none comes in time. Lines are far apart, so nothing is left in Python's buffer."""
+        """Its next line; None after the time-out. Lines are far apart, so Python's buffer is empty afterwards."""
         assert self.process.stdout
         if seconds is not None and not select.select([self.process.stdout], [], [], seconds)[0]:
             return None
@@ -136,7 +136,7 @@ class Forked:
         return self._pids
 
     def running(self) -> bool:
-        """Whether a rank is there."""
+        """Whether a rank still runs."""
         if self._codes is None:
             self._codes = self.forge.answer(0)
         return self._codes is None

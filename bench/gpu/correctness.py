@@ -1,4 +1,4 @@
-"""Is what runs on the card right? Tests, self-check, precisions, resuming, the set on the device.
+"""Are the results on this GPU correct? Tests, self-check, precisions, resuming, the data set in device memory.
 
     python3 bench/gpu/correctness.py tests selfcheck precisions resume held
 
@@ -106,7 +106,7 @@ def selfcheck() -> None:
 
 
 def precisions() -> None:
-    """The losses of the first steps in each precision, beside those in float32 of the same steps."""
+    """Losses of the first steps in each precision, compared with float32."""
     shards = structured_set()
     reference: list[float] = []
     for amp in PRECISIONS:
@@ -146,7 +146,7 @@ RESUMES = {
 
 
 def resume() -> None:
-    """A run that was saved and taken up by another trainer, against two that were not: bit-equal where told to be."""
+    """A run that was saved and resumed by another trainer, compared with two uninterrupted ones."""
     shards = structured_set()
     for name, setup in RESUMES.items():
 
@@ -177,7 +177,7 @@ def resume() -> None:
 
 
 def held() -> None:
-    """Two epochs out of the device's memory are those that are streamed, bit for bit, behind a computation that lags."""
+    """Two epochs from device memory equal the streamed ones, bit for bit, while the GPU is behind the host."""
     shards = structured_set()
     place = DeviceCache(shards, "train", DEVICE)
     streams = [

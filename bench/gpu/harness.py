@@ -49,7 +49,7 @@ SCANS, EACH = (16, 10) if CUDA else (8, 4)  # of the set that stages train on, a
 
 @dataclass(frozen=True)
 class Setup:
-    """What differs from a recipe. `forms` of layers, by kind; None: those that a run chooses, by measuring on a GPU."""
+    """What differs from a recipe. `forms` are those of layers, by kind; None: chosen as in a run, by measuring on a GPU."""
 
     precision: str = "auto"
     batch: int = BATCH
@@ -61,7 +61,7 @@ class Setup:
 
 
 def recipe_of(name: str) -> Config:
-    """A recipe's configuration; in a rehearsal of a smaller network."""
+    """A recipe's configuration, with a smaller network in a rehearsal."""
     config = named(name)
     if CUDA:
         return config
@@ -87,14 +87,14 @@ def config_of(setup: Setup) -> Config:
 
 
 def world_of(setup: Setup) -> World:
-    """This process as a run of this set-up starts it, with torch's switches put back where an earlier one had set them."""
+    """Start this process as a run with this set-up does, after a reset of torch's switches from an earlier set-up."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
     return World.start(deterministic=setup.deterministic)
 
 
 class Unavailable(Exception):
-    """A form of layers that no layer here has on this device."""
+    """No layer of the network has the form on this device."""
 
 
 def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, samples: int) -> None:
@@ -114,8 +114,8 @@ def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, sa
     set_forms(model, taken)
 
 
-class Kept(Log):
-    """A log that keeps its lines in `said` and writes none of them."""
+class CollectingLog(Log):
+    """A log that collects its lines in `said` and writes none of them."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         super().__init__(folder, False, steps)
@@ -126,7 +126,7 @@ class Kept(Log):
 
 
 class Run:
-    """A trainer and its data; `steps` takes some. `log.said` is what it has said. Close it: its readers are threads."""
+    """A trainer and its data. `log.said` has the lines of its log. It must be closed, because its readers are threads."""
 
     def __init__(
         self, setup: Setup, shards: ShardSet, *, held: bool = False, folder: Path | None = None
@@ -137,7 +137,7 @@ class Run:
         self.pretext, self.model = build_pretext_and_network(self.config)
         self.model.to(DEVICE).to(memory_format=torch.channels_last_3d)
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
-        self.log = Kept(self.folder, self.config.train.steps)
+        self.log = CollectingLog(self.folder, self.config.train.steps)
         if setup.forms is None:
             choose_run_forms(self.config, self.model, self.folder, world, precision, self.log)
         else:
@@ -182,7 +182,7 @@ class Run:
 
 
 def rate(run: Run, steps: int, rounds: int = 3 if CUDA else 1) -> dict[str, Any]:
-    """Samples a second of some rounds of `steps` steps, after the first ones, which warm up."""
+    """Samples a second in rounds of `steps` steps, after some steps of warm-up."""
     began = time.perf_counter()
     run.steps(WARM_UP_STEPS + 3 if CUDA else 1)  # a CUDA graph is captured meanwhile
     _wait()
@@ -211,14 +211,14 @@ def _wait() -> None:
 
 
 def network_of(recipe: str = RECIPE) -> tuple[Config, nn.Module]:
-    """The network of a recipe on the device, in the layout a run trains it in."""
+    """The network of a recipe on the device, in the memory format of a run."""
     config = recipe_of(recipe)
     _, model = build_pretext_and_network(config)
     return config, model.to(DEVICE).to(memory_format=torch.channels_last_3d)
 
 
 def structured_set() -> ShardSet:
-    """A data set with something to see in it, in DAY/structured: ramps, balls and noise; written at the first use.
+    """A data set with structure, in DAY/structured: ramps, balls and noise; written at the first use.
 
     Stages need one before the phantoms are made. SCANS scans of EACH sub-scans of WHOLE voxels, one scan in eight set
     aside; torch, NumPy, pyarrow and the shard writer alone.
@@ -271,7 +271,7 @@ def _volume(seed: int) -> Any:
 
 
 def batches_of(stream: Stream, count: int) -> list[Batch]:
-    """The next `count` batches, copied out of the stream's buffers by a GPU that lags behind: copies must wait for it."""
+    """Copies of the next `count` batches, made by a GPU that is behind the host, for which the stream must wait."""
     found = []
     for batch in stream.batches():
         if CUDA:
