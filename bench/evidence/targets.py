@@ -93,7 +93,7 @@ def start_job(folder: Path, name: str) -> Job:
 
 
 def length(steps: int) -> list[str]:
-    """Options of a pretraining that is validated only at its end."""
+    """Of a pretraining, which is looked at when it is over."""
     last = (f"--train.{what} {steps}" for what in ("steps", "validate-every", "probe-every"))
     return f"{' '.join(last)} --optim.lr {RATE:g}".split()
 

@@ -48,39 +48,39 @@ def own_scale(facts: RunFacts) -> str:
 
 def whole_edges_mm(facts: RunFacts) -> list[float]:
     """Edges z, y, x in mm of a typical whole, from run.json; empty when unknown."""
-    kept = child(facts.last_start, "data_set")
-    rows = kept.get("spacing_mm")
+    data_facts = child(facts.last_start, "data_set")
+    rows = data_facts.get("spacing_mm")
     middle = floats(rows[1]) if isinstance(rows, list) and len(rows) == 3 else []
-    edges = [n * mm for n, mm in zip(floats(kept.get("shape")), middle, strict=False)]
+    edges = [n * mm for n, mm in zip(floats(data_facts.get("shape")), middle, strict=False)]
     return edges if len(edges) == 3 and all(0 < edge < math.inf for edge in edges) else []
 
 
 def data_set(facts: RunFacts) -> Markup | None:
     """The data set of the newest start."""
     start = facts.last_start
-    kept = child(start, "data_set")
+    data_facts = child(start, "data_set")
     rows: list[tuple[object, object]] = [
         ("shards", start.get("shards", "")),
         ("fingerprint", start.get("data", "")),
     ]
     for split, title in (("train", "to train"), ("val", "to validate")):
-        counts = child(kept, split)
+        counts = child(data_facts, split)
         if counts:
             of = several(int(number(counts.get("scans", 0)) or 0), "scan")
             rows.append((title, f"{number(counts.get('sub_scans')):,.0f} sub-scans of {of}"))
-    shape, window = floats(kept.get("shape")), floats(kept.get("window_hu"))
+    shape, window = floats(data_facts.get("shape")), floats(data_facts.get("window_hu"))
     if shape:
         rows.append(("sub-scan", TIMES.join(f"{edge:.0f}" for edge in shape) + " voxels (z y x)"))
     if window:
         rows.append(("window", " to ".join(f"{hu:g}" for hu in window) + " HU"))
-    rows += [(axis, text) for axis, text in _spacings(kept) if text]
-    rows += [(f"tiling: {name}", value) for name, value in sorted(child(kept, "tiling").items())]
-    rows += [("format", kept["format"])] if kept.get("format") else []
+    rows += [(axis, text) for axis, text in _spacings(data_facts) if text]
+    rows += [(f"tiling: {name}", value) for name, value in sorted(child(data_facts, "tiling").items())]
+    rows += [("format", data_facts["format"])] if data_facts.get("format") else []
     return table((), [row for row in rows if row[1] != ""]) if start else None
 
 
-def _spacings(kept: dict[str, object]) -> list[tuple[str, str]]:
-    rows = kept.get("spacing_mm")
+def _spacings(data_facts: dict[str, object]) -> list[tuple[str, str]]:
+    rows = data_facts.get("spacing_mm")
     low, middle, high = map(floats, rows) if isinstance(rows, list) and len(rows) == 3 else ([], [], [])
     if not len(low) == len(middle) == len(high) == 3:
         return []

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, beside the paper's Table 1.
+TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, with the paper's Table 1.
 
     p2w table1 runs/table1                          prints it; writes runs/table1/tables/table1.csv, .tex, .json, tables.html
     p2w table1 runs/a runs/b --out tables --fraction 0.1 --against Scratch
     p2w table1 runs/table1 --metric ncs=iou         another metric: auc, iou, mean_iou, dice
 
-RUNS are folders that launch/finetune.py wrote, or any folders above them. A run stands in the row of its label; `random` is
+RUNS are folders that launch/finetune.py wrote, or any folders above them. A run is in the row of its label; `random` is
 the paper's Scratch. Cells without enough trials are shown as such.
 """
 
-TABLE2_USAGE = """`p2w table2 RUNS`: the scale of the parts, and skip connections, beside the paper's Table 2.
+TABLE2_USAGE = """`p2w table2 RUNS`: the scale of the parts, and skip connections, with the paper's Table 2.
 
     p2w table2 runs/table2                          prints it; writes runs/table2/tables/table2.csv, .tex, .json, tables.html
     p2w table2 runs/table2 --fraction ncc=0.45 ncs=0.1
 
-A run stands in the row of the parts that its network was pretrained with. `w/ skips`: pretrained with skip connections,
+A run is in the row of the parts that its network was pretrained with. `w/ skips`: pretrained with skip connections,
 encoder and decoder fine-tuned; else the decoder starts at random. NCC with 45 %, NCS with 10 % of the training data, unless
 --fraction says otherwise. Networks that started at random have a row of their own.
 """
 
-FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? Beside the paper's Fig. 3.
+FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? With the paper's Fig. 3.
 
     p2w fig3 runs/fig3                  prints r; writes runs/fig3/tables/fig3.png, .pdf, .csv, .json, tables.html
     p2w fig3 runs/fig3 --fraction ncc=0.45 ncs=0.1
@@ -233,11 +233,11 @@ def draw_fig3(found: Figure3) -> "Figure":
 
 def _label_panel(axis: "Axes", panel: Panel) -> None:
     """Set the title and labels, and write the paper's r in its own colour."""
-    said = "no correlation" if panel.r is None else f"Pearson r = {panel.r:.2f}"
+    correlation = "no correlation" if panel.r is None else f"Pearson r = {panel.r:.2f}"
     if panel.low is not None and panel.high is not None:
-        said += f" [{panel.low:.2f}, {panel.high:.2f}]"
+        correlation += f" [{panel.low:.2f}, {panel.high:.2f}]"
     axis.set_title(
-        f"{panel.title}, {100 * panel.fraction:g} % of the training data\n{said}, n = {len(panel.points)}",
+        f"{panel.title}, {100 * panel.fraction:g} % of the training data\n{correlation}, n = {len(panel.points)}",
         fontsize=10,
     )
     axis.set(xlabel="1 \u2212 validation MSE of the pretraining", ylabel=f"{panel.metric_title} (%)")

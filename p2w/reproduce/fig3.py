@@ -129,7 +129,7 @@ def _panel(task: str, results: Sequence[FineTuningResult], share: float, metric:
         raise UserError(
             f"task {task}: two target sets, {' and '.join(sorted(sets)[:2])}; name the folders of one of them"
         )
-    for one in sorted(results, key=lambda transfer: transfer.step or 0):
+    for one in sorted(results, key=lambda result: result.step or 0):
         assert one.step is not None and one.val_mse is not None
         checkpoint = (pretraining(one), one.step)
         if checkpoint in seen:

@@ -338,30 +338,30 @@ def _marked(
 
 def notes(columns: Sequence[Column], choice: TableChoice, cells: Sequence[Cell]) -> list[str]:
     """Footnotes on how to read the numbers."""
-    said = ["Percent, mean ± standard deviation of the trials; the paper's numbers are of ten."]
+    lines = ["Percent, mean ± standard deviation of the trials; the paper's numbers are of ten."]
     family = "Holm's correction over the comparisons of a column" if choice.correct else "each p by itself"
     tests = sorted({one.test for one in cells if one.test})
     how = "; ".join(tests) if tests else "paired t-test where seeds agree, else Welch's"
-    said.append(
+    lines.append(
         f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p ≥ 0.05, {how}; {family}), "
         "which does not prove that they are equal."
     )
     if any(one.paper_mark for one in cells):
-        said.append(
+        lines.append(
             "The paper's trials are not published: marks on its numbers are by Welch's test from means and deviations."
         )
     for column in columns:
         if column.task in paper_numbers.INFERRED and column.metric == paper_numbers.COMPARED[column.task]:
-            said.append(
+            lines.append(
                 f"{column.title} is compared on {METRIC_IN_FULL.get(column.metric, column.metric)}: "
                 f"{paper_numbers.INFERRED[column.task]}, the paper says IoU; --metric {column.task}=NAME changes it."
             )
     short = [one for one in cells if one.planned and one.n < one.planned]
     if short:
-        said.append(
+        lines.append(
             f"Fewer trials than planned in {several(len(short), 'cell')}: numbers are of those that are finished."
         )
-    return said
+    return lines
 
 
 METRIC_IN_FULL = {

@@ -1,4 +1,4 @@
-"""The replay behind bench/goodput.py, against the formula for faults that come at random, and by hand."""
+"""The replay of bench/goodput.py, against the formula for random faults, and by hand."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Saving beside the training: the copy is of its step, one save at a time, failures are told and survived."""
+"""Asynchronous checkpoints: a copy is of its own step, one save at a time, failures are reported and the run goes on."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ class Slow(Checkpoints):
         return path
 
 
-def owing(snapshot):
+def evaluated(snapshot):
     snapshot.state["owed"] = False
     return snapshot
 
@@ -71,21 +71,21 @@ def test_the_copy_is_of_its_step_whatever_the_steps_after_do(tmp_path):
 def test_one_at_a_time_and_the_wait_is_counted(tmp_path):
     slow = Slow(tmp_path)
     checkpointer = AsyncCheckpointer(slow, TrainConfig(), pytest.fail)
-    checkpointer.save(owing(snapshot(1)))
+    checkpointer.save(evaluated(snapshot(1)))
     assert checkpointer.stall_s < 0.2 and checkpointer.durable == (-1, False) and slow.steps() == []
     threading.Timer(0.3, slow.go.set).start()
-    checkpointer.save(owing(snapshot(2)))  # waits for the first
+    checkpointer.save(evaluated(snapshot(2)))  # waits for the first
     assert checkpointer.stall_s > 0.2 and checkpointer.durable == (1, False)
     checkpointer.wait()
     assert checkpointer.durable == (2, False) and slow.steps() == [1, 2] and slow.most == 1
 
 
-def test_a_failure_is_told_at_the_next_step_and_the_next_try_works(tmp_path):
+def test_a_failure_is_reported_at_the_next_step_and_the_next_save_works(tmp_path):
     said = []
     blocked = tmp_path / "file"
     blocked.write_text("where a folder should be")
     checkpointer = AsyncCheckpointer(Checkpoints(blocked / "checkpoints"), TrainConfig(), said.append)
-    checkpointer.save(owing(snapshot(1)))
+    checkpointer.save(evaluated(snapshot(1)))
     deadline = time.monotonic() + 20
     while not said and time.monotonic() < deadline:
         checkpointer.poll()
@@ -94,7 +94,7 @@ def test_a_failure_is_told_at_the_next_step_and_the_next_try_works(tmp_path):
     )
     assert checkpointer.durable == (-1, False)
     blocked.unlink()
-    checkpointer.save(owing(snapshot(2)))
+    checkpointer.save(evaluated(snapshot(2)))
     checkpointer.wait()
     assert checkpointer.durable == (2, False) and len(said) == 1
 
@@ -105,7 +105,7 @@ def test_what_is_no_full_disk_is_raised_where_the_loop_sees_it(tmp_path):
             raise ZeroDivisionError
 
     checkpointer = AsyncCheckpointer(Broken(tmp_path), TrainConfig(), pytest.fail)
-    checkpointer.save(owing(snapshot(1)))
+    checkpointer.save(evaluated(snapshot(1)))
     with pytest.raises(ZeroDivisionError):
         checkpointer.wait()
 
@@ -121,7 +121,7 @@ def test_the_clock_saves_too(tmp_path):
     )
     time.sleep(0.25)
     assert checkpointer.should_save(3, None) and not checkpointer.should_save(0, None)
-    checkpointer.save(owing(snapshot(3)))
+    checkpointer.save(evaluated(snapshot(3)))
     assert not checkpointer.should_save(4, None)
     checkpointer.wait()
     never = AsyncCheckpointer(Checkpoints(tmp_path), TrainConfig(checkpoint_minutes=0), print)
@@ -133,7 +133,7 @@ def test_the_best_so_far_may_still_be_on_its_way(tmp_path):
     slow = Slow(tmp_path)
     checkpointer = AsyncCheckpointer(slow, TrainConfig(checkpoint_every=100), pytest.fail)
     assert checkpointer.should_save(1, 0.5)
-    checkpointer.save(owing(snapshot(1, validation=0.5)))
+    checkpointer.save(evaluated(snapshot(1, validation=0.5)))
     assert not checkpointer.should_save(2, 0.6) and checkpointer.should_save(2, 0.4)
     slow.go.set()
     checkpointer.wait()

@@ -1,4 +1,4 @@
-"""The arithmetic of both forms of the up-samplings: counted by hand, by torch, and told on the dry run's page."""
+"""FLOPs of both forms of the up-samplings: counted by hand, by torch, and as --dry-run prints them."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The forecast against sums done by hand."""
+"""The throughput forecast against values computed by hand."""
 
 import pytest
 

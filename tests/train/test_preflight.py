@@ -1,4 +1,4 @@
-"""A sound machine passes, and what computes wrongly is found and named; what was found sound is remembered."""
+"""Preflight checks: a correct machine passes, a wrong result is found and named, and a passed check is cached."""
 
 import threading
 from collections import Counter

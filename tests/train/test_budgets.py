@@ -1,4 +1,4 @@
-"""Skipped steps, as they are counted when each is read at once, and when the newest is not read yet (on a GPU)."""
+"""Counts of skipped steps, when each norm is read at once, and when the newest is not read yet (on a GPU)."""
 
 import json
 

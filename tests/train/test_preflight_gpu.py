@@ -1,4 +1,4 @@
-"""The self-check at a start, on a GPU: a sound card passes, what computes wrongly is found and named."""
+"""Preflight checks on a GPU: a correct GPU passes, and a wrong result is found and named."""
 
 import pytest
 import torch
