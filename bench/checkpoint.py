@@ -44,7 +44,7 @@ class Training:
         self.device, self.at = device, 0
         self.part, self.whole = (torch.rand(batch, 1, *size, device=device) for _ in range(2))
         self.checkpoints = Checkpoints(folder, keep=2)
-        self.saver = AsyncCheckpointer(self.checkpoints, TrainConfig(), print)
+        self.checkpointer = AsyncCheckpointer(self.checkpoints, TrainConfig(), print)
 
     def step(self) -> None:
         self.at += 1
@@ -68,17 +68,17 @@ class Training:
         if way == "the loop writes":
             self.checkpoints.save(self.snapshot())
         elif way == "written beside":
-            self.saver.save(self.snapshot())
+            self.checkpointer.save(self.snapshot())
         stall = time.perf_counter() - stalled
         beside, writing = [], 0.0
         for _ in range(steps - 1):
             one = time.perf_counter()
             self.step()
-            if way != "written beside" or self.saver._thread is not None:
+            if way != "written beside" or self.checkpointer._thread is not None:
                 beside.append(time.perf_counter() - one)
-            self.saver.poll()
-            writing = writing or (0.0 if self.saver._thread else time.perf_counter() - stalled)
-        self.saver.wait()
+            self.checkpointer.poll()
+            writing = writing or (0.0 if self.checkpointer._thread else time.perf_counter() - stalled)
+        self.checkpointer.wait()
         return {
             "seconds": time.perf_counter() - began, "stall": stall, "beside": median(beside or [0.0]),
             "writing": writing or time.perf_counter() - stalled,
@@ -104,6 +104,7 @@ def lock_held(training: Training) -> float:
 
 
 def main() -> None:
+    """Measure the stall and the slow-down of steps, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -171,6 +171,7 @@ def interleave(ways: Ways, rounds: int) -> dict[tuple[str, str], list[tuple[floa
 
 
 def main() -> None:
+    """Time all ways to crop and resize, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

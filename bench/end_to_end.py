@@ -27,17 +27,16 @@ from p2w.log import Log
 from p2w.pretext import build_pretext_and_network
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
-from p2w.pretrain import _choose_forms
 from p2w.recipes import named
 from p2w.resources import usable_cores
 from p2w.rng import SampleKeys
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.form_choice import choose_run_forms
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
-from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 WAYS = ("wholes from shards", "wholes in memory", "parts and wholes in memory")
@@ -91,7 +90,7 @@ class Way:
             shards, "train", config.data.batch, readers=config.data.reader_threads, device=world.device
         )
         log = Said(folder, config.train.steps)
-        choice = _choose_forms(config, model, RunDir(folder), world, precision, log)
+        choice = choose_run_forms(config, model, folder, world, precision, log)
         choice.write(folder)  # the other ways take the same forms
         checkpoints = Checkpoints(folder / "checkpoints", 1, print)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
@@ -101,12 +100,12 @@ class Way:
             world.device.type == "cuda"
         ):  # a CUDA graph is captured, timed and taken or not before anything is measured
             for _ in range(WARM_UP_STEPS + 1):
-                self.trainer._train_step(next(self.batches))
+                self.trainer.train_step(next(self.batches))
 
     def __call__(self) -> float:
         began, busy = time.perf_counter(), time.process_time()
         for _ in range(self.steps):
-            self.trainer._train_step(next(self.batches))  # the loop's own step: views, update, accounts
+            self.trainer.train_step(next(self.batches))  # the loop's own step: views, update, accounts
         if self.trainer.world.device.type == "cuda":
             torch.cuda.synchronize()
         self.cpu_s.append((time.process_time() - busy) / self.samples)
@@ -123,6 +122,7 @@ def shards_in(folder: str, count: int) -> str:
 
 
 def main() -> None:
+    """Time real steps and steps on data in memory in turns, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -104,6 +104,7 @@ def in_form(module: Formed, form: str) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> None:
+    """Time every network in both layouts and all forms, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,14 +2,14 @@
 
     python bench/goodput.py                      # 8 minutes each, then bench/results/goodput.json
     python bench/goodput.py --minutes 2 --out /tmp/goodput.json
-    python bench/goodput.py --replay-only        # the pieces as measured before, other epochs and intervals
+    python bench/goodput.py --replay-only        # the costs as measured before, other epochs and intervals
 
 Goodput is the time that the steps kept would take alone / the time that passed. Both ways train the same network on the same
 sub-scans with the same steps, and the same seeded Poisson schedule kills a random rank of either.
 
 A restart does not get shorter when a run is made small, so a day cannot be squeezed into minutes and its goodput read off.
-Instead: real runs, whose faults come every --fault-s seconds, give the pieces (a step, a stall, a restart, what is lost),
-and a replay of a schedule with these pieces must give the goodput that the same real run had. Then the replay is asked for
+Instead: real runs, whose faults come every --fault-s seconds, give the costs (a step, a stall, a restart, what is lost),
+and a replay of a schedule with these costs must give the goodput that the same real run had. Then the replay is asked for
 one fault in ten minutes, and for epochs and checkpoint intervals as long as they are with the paper's network.
 """
 
@@ -32,7 +32,7 @@ import tyro
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-from faults.clocked import Plain, Way, Whole  # noqa: E402
+from faults.timed_run import Plain, Way, Whole  # noqa: E402
 from soak import prepare  # noqa: E402
 
 from p2w.config import TrainConfig  # noqa: E402
@@ -63,7 +63,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class MeasuredCosts:
     """What a way costs, in seconds but for `every`."""
 
     step_s: float
@@ -81,25 +81,25 @@ def schedule(mean_s: float, until_s: float, seed: int) -> list[float]:
     return times
 
 
-def replay(kills: list[float], until_s: float, pieces: Pieces) -> dict[str, float]:
+def replay(kills: list[float], until_s: float, costs: MeasuredCosts) -> dict[str, float]:
     """A run with these kills: its goodput, the steps lost a fault, and how many kills met a save in progress."""
-    block, begins = pieces.every * pieces.step_s + pieces.stall_s, 0.0
+    block, begins = costs.every * costs.step_s + costs.stall_s, 0.0
     kept = lost = met = 0.0
     for kill in [*kills, until_s]:
         if kill < begins:  # killed while it starts: it starts again
-            begins = kill + pieces.restart_s
+            begins = kill + costs.restart_s
             continue
         blocks, rest = divmod(kill - begins, block)
-        done = min(pieces.every, rest / pieces.step_s)
+        done = min(costs.every, rest / costs.step_s)
         if kill == until_s:
-            kept += blocks * pieces.every + done
+            kept += blocks * costs.every + done
             break
-        met += rest > pieces.every * pieces.step_s
-        if blocks and rest < pieces.lag_s:  # the last save is not durable yet
-            blocks, done = blocks - 1, done + pieces.every
-        kept, lost, begins = kept + blocks * pieces.every, lost + done, kill + pieces.restart_s
+        met += rest > costs.every * costs.step_s
+        if blocks and rest < costs.lag_s:  # the last save is not durable yet
+            blocks, done = blocks - 1, done + costs.every
+        kept, lost, begins = kept + blocks * costs.every, lost + done, kill + costs.restart_s
     return {
-        "goodput": round(kept * pieces.step_s / until_s, 4),
+        "goodput": round(kept * costs.step_s / until_s, 4),
         "lost_steps_a_fault": round(lost / max(1, len(kills)), 1),
         "kills_within_a_save": met,
     }
@@ -140,8 +140,8 @@ def measure(way: Way, options: Options) -> dict:
         "stall_s_a_save": round(way.stall_s(), 4),
         "starts_that_stuck": stuck,
     }
-    pieces = Pieces(step_s, way.every(step_s), way.stall_s(), way.lag_s, statistics.fmean(restart))
-    found["replay_of_this_run"] = replay(hit, until, pieces)
+    costs = MeasuredCosts(step_s, way.every(step_s), way.stall_s(), way.lag_s, statistics.fmean(restart))
+    found["replay_of_this_run"] = replay(hit, until, costs)
     return found
 
 
@@ -153,7 +153,7 @@ def paper_size(folder: Path, rounds: int = 5) -> dict[str, float]:
         parameter.grad = torch.rand_like(parameter)
     optimizer.step()
     checkpoints = Checkpoints(folder / "paper-size", keep=1)
-    saver, times = AsyncCheckpointer(checkpoints, TrainConfig(), print), dict[str, list[float]]()
+    checkpointer, times = AsyncCheckpointer(checkpoints, TrainConfig(), print), dict[str, list[float]]()
 
     def clock(name: str, work: Callable[[], object]) -> None:
         began = time.monotonic()
@@ -163,8 +163,8 @@ def paper_size(folder: Path, rounds: int = 5) -> dict[str, float]:
     for step in range(1, rounds + 1):
         state = {"optimizer": optimizer.state_dict(), "owed": False}
         snapshot, plain = Snapshot(step, network.state_dict(), state, None), folder / "snapshot.pt"
-        clock("p2w stands still", lambda snapshot=snapshot: saver.save(snapshot))
-        clock("p2w writes beside", saver.wait)
+        clock("p2w stands still", lambda snapshot=snapshot: checkpointer.save(snapshot))
+        clock("p2w writes beside", checkpointer.wait)
         both = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
         clock("plain stands still", lambda both=both, plain=plain: torch.save(both, plain))
         clock("p2w loads", checkpoints.load_latest)
@@ -190,8 +190,8 @@ def table(found: dict) -> list[dict]:
     def run(way: str, minutes: float) -> dict[str, float]:
         restart = found["p2w"]["restart_s"]["mean"] + size[f"{way} loads"]
         lag = size["p2w writes beside"] if way == "p2w" else 0.0
-        pieces = Pieces(step_s, 60 * minutes / step_s, size[f"{way} stands still"], lag, restart)
-        return replay(kills, weeks, pieces)
+        costs = MeasuredCosts(step_s, 60 * minutes / step_s, size[f"{way} stands still"], lag, restart)
+        return replay(kills, weeks, costs)
 
     for epoch in EPOCHS_MIN:
         plain = run("plain", epoch)
@@ -209,6 +209,7 @@ def table(found: dict) -> list[dict]:
 
 
 def main() -> None:
+    """Run both ways under faults, replay longer schedules, and write the result."""
     options = tyro.cli(Options, description=__doc__)
     if options.replay_only:
         found = json.loads(options.out.read_text())

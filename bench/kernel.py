@@ -202,6 +202,7 @@ def step_ms() -> float:
 
 
 def main() -> None:
+    """Check and time the kernel on this GPU, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

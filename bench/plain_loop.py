@@ -38,6 +38,7 @@ class Wholes(Dataset):
 
 
 def main() -> None:
+    """Train as the tutorial does, from the newest snapshot on."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""How fast at 1 to 1,024 GPUs? A forecast from pieces, checked with one and with two processes on this machine.
+"""How fast at 1 to 1,024 GPUs? A forecast from rates, checked with one and with two processes on this machine.
 
-    python bench/scaling.py              # measures the pieces here, checks, prints the forecast: two minutes on two cores
+    python bench/scaling.py              # measures the rates here, checks, prints the forecast: two minutes on two cores
     python bench/scaling.py --rounds 9
 
 Pieces: a step of one sample and a step of two, so what a sample costs and what a step costs, in one process, and in two
@@ -36,8 +36,8 @@ from p2w.train.estimate import (
     ThroughputForecast,
     forecast_throughput,
     known_device,
-    link_rates,
     run_cost,
+    sustained_rates,
 )
 from p2w.train.optim import build_optimizer, choose_precision
 from p2w.world import World
@@ -132,13 +132,14 @@ def table(flops: int, parameters: int) -> list[tuple[ThroughputForecast, Through
         "sample_bytes": 2 << 20,
         "per_node": PER_NODE,
     }
-    low, high = link_rates(card[1])
+    low, high = sustained_rates(card[1])
     return [
         tuple(forecast_throughput(p, ranks=n, batch=A_GPU * n, **sizes) for p in (low, high)) for n in GPUS
     ]  # type: ignore
 
 
 def main() -> None:
+    """Measure the rates of this machine, check the forecast and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +195,7 @@ def main() -> None:
     more = {
         "one_process": one,
         "two_processes": two,
-        "pieces": {ranks: vars(pieces) for ranks, pieces in alone.items()},
+        "pieces": {ranks: vars(rates) for ranks, rates in alone.items()},
     }
     question = "samples/s at any number of ranks: forecast against measurement"
     show(save(args.out, question, f"python bench/scaling.py --rounds {args.rounds}", rows, goals, **more))

@@ -187,6 +187,7 @@ def peak_memory(scratch: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time the writing of shards with one and more workers, and write the result."""
     options = tyro.cli(Options, description=__doc__)
     quiet_itk(1)
     with tempfile.TemporaryDirectory() as name:

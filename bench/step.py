@@ -31,7 +31,7 @@ from p2w.model.norm import FLAT, FUSED
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 from p2w.train.form_choice import choose_forms
 from p2w.train.optim import Precision
-from p2w.train.preflight import wrong_convolution
+from p2w.train.preflight import convolution_error
 from p2w.world import World
 
 PEAK_SAMPLES = {(32, 64, 64): 680, (64, 128, 128): 85}  # half the roofline of an H200; goals there
@@ -165,6 +165,7 @@ def ways(device: torch.device, compiled: bool) -> list[Way]:
 
 
 def main() -> None:
+    """Time a step in all variants, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,7 +185,7 @@ def main() -> None:
     check = ""
     for layout in (torch.contiguous_format, torch.channels_last_3d):  # those that are timed
         model = network().to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        said = wrong_convolution(model, Precision("bf16", torch.bfloat16, ""), shape, device)
+        said = convolution_error(model, Precision("bf16", torch.bfloat16, ""), shape, device)
         print(f"bf16 against float32, {layout}: {said or 'every convolution within rounding'}")
         check = check or said
     steps = {str(way): Step(way, args.batch, size, device) for way in ways(device, args.compile)}

@@ -239,6 +239,7 @@ def goals(rates: dict[str, list[float]]) -> list[Goal]:
 
 
 def main(options: Options) -> None:
+    """Time all readers in turns, and write the result."""
     torch.set_num_threads(1)
     folder = options.folder or tempfile.mkdtemp()
     os.makedirs(folder, exist_ok=True)

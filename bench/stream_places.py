@@ -203,6 +203,7 @@ def memory(folder: str, options: Options) -> list[float]:
 
 
 def main(options: Options) -> None:
+    """Time reading from disk and over HTTP, measure memory over epochs, and write the result."""
     torch.set_num_threads(1)
     folder = options.folder or tempfile.mkdtemp()
     try:

@@ -119,6 +119,7 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Write bench/results/table.md from all results."""
     found = results(sys.argv[1:])
     draw(found, Console())
     if not sys.argv[1:]:

@@ -174,7 +174,7 @@ def work(job: Job, world: World) -> int:
     several = world.size > 1
     watchdog = Watchdog(world, 60 * args.hang_minutes)
     watching: contextlib.AbstractContextManager[Any] = watchdog if several else contextlib.nullcontext()
-    with watching, StopRequest(speaks=False, last_words=several) as stop:
+    with watching, StopRequest(speaks=False, ignore_after_error=several) as stop:
         try:
             run_trials(job.fine_tuning, indices, world, job.precision, _stop_check(stop, world, watchdog))
         except StopRequested:
@@ -193,7 +193,7 @@ def _stop_check(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable
         nonlocal calls
         calls += 1
         watchdog.at(calls, "computing")
-        return stop.asked or world.orphaned()
+        return stop.requested or world.orphaned()
 
     return stop_requested
 

@@ -23,7 +23,7 @@ import torch
 from p2w import report
 from p2w.analysis import plots, qualitative, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
-from p2w.analysis.measure import SETS, AnalysisSettings, Cache, Key, Measure
+from p2w.analysis.measure import PART_SETS, AnalysisSettings, Cache, Key, Measure
 from p2w.analysis.monitors import Validation
 from p2w.errors import UserError
 from p2w.files import write_atomic
@@ -70,17 +70,17 @@ def analyze(a: Analysis) -> dict[str, Any]:
         world,
         Cache(a.run.path, world),
     )
-    own = a.run.subject(a.label, a.step, world, a.precision)
+    own = a.run.feature_source(a.label, a.step, world, a.precision)
     subjects = [*a.against, own]
     steps = a.run.checkpoints.steps() if a.checkpoints else []
-    course = [a.run.subject(f"step {step}", step, world, a.precision) for step in steps]
+    course = [a.run.feature_source(f"step {step}", step, world, a.precision) for step in steps]
     a.log.line(
         f"{a.run.path}: step {a.step} on {len(ids)} wholes of {a.shards.where} ({a.split}); {world.describe()}"
     )
     measure.fill(
-        [(subject, name) for subject in subjects for name in SETS] + [(one, "parts") for one in course]
+        [(subject, name) for subject in subjects for name in PART_SETS] + [(one, "parts") for one in course]
     )
-    subjects = _finite(measure, subjects, SETS, a.log)
+    subjects = _finite(measure, subjects, PART_SETS, a.log)
     course = _finite(measure, course, ("parts",), a.log)
     if not subjects:
         raise UserError(
@@ -167,7 +167,7 @@ def _write(
         a.log.line(f"{subject.label}: pairs, retrieval, t-SNE")
         numbers, pairs[subject.label] = measure.numbers(subject)
         networks[subject.label] = {"kind": subject.kind, "step": subject.step, **numbers}
-        places[subject.label] = measure.places(subject)
+        places[subject.label] = measure.tsne_points(subject)
     kinds, scale = measure.scatter()
     drawn = {
         "tsne": plots.tsne_figure(places, kinds, scale),
@@ -189,7 +189,7 @@ def _write(
         if build_pretext(a.run.config).reconstructs:
             grown = qualitative.reconstructions(a.run, a.step, a.shards, a.split, a.world, a.precision)
             qualitative.save_arrays(grown, a.run.path / "analysis" / "reconstructions.npz")
-            drawn["reconstruction_scales"] = plots.growing_figure(
+            drawn["reconstruction_scales"] = plots.reconstruction_figure(
                 grown["whole"], grown["part"], grown["output"], grown["scale"]
             )
     for name, figure in drawn.items():

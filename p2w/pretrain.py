@@ -18,8 +18,6 @@ from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
-from p2w.model import Network
-from p2w.model.forms import set_forms
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network
 from p2w.shards.manifest import data_fingerprint
@@ -27,7 +25,7 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
-from p2w.train.form_choice import RECORD, Choice, Rule, choose_forms, read_record
+from p2w.train.form_choice import RECORD, Choice, choose_run_forms
 from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.train.preflight import check_numerics, check_rank_consistency
@@ -90,7 +88,7 @@ def _run(
     finally:
         if world.is_main:
             with log.tolerate("status.json"):
-                folder.status(outcome.state, outcome.step, outcome.why)
+                folder.write_status(outcome.state, outcome.step, outcome.why)
             with log.tolerate("report.html"):
                 log.line(f"report          {report.write_report(folder.path)}")
             folder.close()
@@ -118,7 +116,7 @@ def _build(
     held = _held(config, shards, world, precision) if config.data.cache_on_device else None
     stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
     precision = check_numerics(config, precision, model, world, log.warn).apply()
-    choice = _choose_forms(config, model, folder, world, precision, log)
+    choice = choose_run_forms(config, model, folder.path, world, precision, log)
     checkpoints = Checkpoints(
         folder.path / "checkpoints", config.train.keep, log.warn, config.train.keep_every
     )
@@ -145,27 +143,6 @@ def _build(
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
     return choice, trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
-
-
-def _choose_forms(
-    config: Config, model: Network, folder: RunDir, world: World, precision: Precision, log: Log
-) -> Choice:
-    """Have every layer compute in the form that is fastest here, or in the one of the run so far; all ranks alike.
-
-    On a CPU layers keep PyTorch's usual form: there a run must give the same bits as any other of the same settings.
-    """
-    rule: Rule = "measure"
-    if config.train.kernels == "plain" or world.device.type == "cpu":
-        rule = "plain"
-    elif config.train.deterministic:
-        rule = "count"
-    shape = (config.data.batch // world.size // config.optim.accumulate, 1, *config.pretext.size)
-    recorded = read_record(folder.path, log.warn) if world.is_main else None
-    choice = choose_forms(model, shape, precision, world, log.warn, rule=rule, recorded=recorded)
-    set_forms(model, choice.forms)
-    if world.device.type != "cpu":
-        log.line(choice.line)
-    return choice
 
 
 def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> DeviceCache:
@@ -216,8 +193,8 @@ def _fit(
         )
     if world.is_main:
         with log.tolerate("status.json"):
-            folder.status("running", trainer.step)
-            folder.note(from_step=trainer.step, redone=max(0, before - trainer.step))
+            folder.write_status("running", trainer.step)
+            folder.add_to_start(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
         outcome = trainer.fit(validate, looks)
     if not world.is_main:

@@ -1,4 +1,4 @@
-"""What a run's features tell apart, as it stands after its last step: the same parts for every run.
+"""Separability of a run's features after its last step, on the same parts for every run.
 
     python bench/evidence/compare.py RUN SHARDS            # writes RUN/compared.json; RUN@0 the network it began as
 
@@ -29,11 +29,11 @@ WHOLE = PartSet("whole", 0, 1, ((1.0, 1.0),))
 
 
 def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
-    """AUC against all negatives, against other scans' same tile and when intensities change; retrieval; what can be read."""
+    """AUC against all negatives, against the same tile of other scans, and changed intensities; retrieval; regressions."""
     torch.set_num_threads(1)
     world, shards, began = World.from_env(), open_set(where), time.monotonic()
     ids = shards.ids("val")
-    subject = run.subject("", step, world, choose_precision("fp32", world.device))
+    subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
     view = dataclasses.replace(PretextConfig(), size=run.config.pretext.size)
     features = subject.load()
     seen = {
@@ -51,6 +51,7 @@ def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the run of the command line, and write the result into its folder."""
     place, where = sys.argv[1:3]
     untrained = place.endswith("@0")
     path = Path(place.removesuffix("@0"))

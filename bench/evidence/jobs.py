@@ -1,4 +1,4 @@
-"""Commands that leave a file behind when they are done: run as many at a time as there are cores, and none twice."""
+"""Runs commands that write a file when they are done, one for each core at a time; finished ones are skipped."""
 
 import json
 import os
@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One command and the file that says it is done."""
+    """A command, and the file that it writes at its end."""
 
     name: str
     command: Sequence[object]
@@ -24,14 +24,14 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to do."""
+        """Whether the file exists."""
         if self.done.name == "status.json" and self.done.exists():
             return bool(json.loads(self.done.read_text())["state"] == "finished")
         return self.done.exists()
 
 
 def work(jobs: list[Job], folder: Path) -> None:
-    """Run the jobs that are not done, as many at a time as there are cores, with the last word of each every minute."""
+    """Run the unfinished jobs, one for each core at a time, and print the last line of each every minute."""
     waiting = [job for job in jobs if not job.finished]
     running: dict[Job, subprocess.Popen[bytes]] = {}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "COLUMNS": "200"}

@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of docs/methods.md anew, and leaves the words between them alone (see page.py)."""
+"""Updates the tables and pictures of docs/methods.md, and leaves the text between them as it is (see page.py)."""
 
 import json
 import statistics
@@ -42,7 +42,7 @@ def write(
 
 
 def _draw_run(run: Path, place: Path) -> None:
-    """What it saw and made, where that was drawn."""
+    """Copy the run's picture of inputs and outputs, if it has one."""
     for figure in ("reconstruction.png", "views.png"):
         if (source := run / "figures" / figure).exists():
             draw(source, place / f"{run.name.removesuffix('-seed0')}.png")
@@ -60,7 +60,7 @@ def draw(source: Path, target: Path) -> None:
 def _found(
     folder: Path, name: str, folder_of: Callable[[Path, str, int], Path], file: str
 ) -> list[dict[str, Any]]:
-    """What was measured of each seed, with the fine-tunings of its weights."""
+    """The measurements of each seed, with the fine-tunings from its weights."""
     found = []
     for seed in range(99):
         run = folder_of(folder, name, seed)

@@ -1,4 +1,4 @@
-"""Writes the numbers and figures of docs/evidence.md anew, and leaves the words between them alone.
+"""Updates the numbers and figures of docs/evidence.md, and leaves the text between them as it is.
 
 What a command may write stands between `<!-- NAME -->` and `<!-- /NAME -->`; the words around were written by people who had
 read the numbers.
@@ -62,24 +62,24 @@ def fill(text: str, name: str, block: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [list(head), *map(list, rows)]
     lines.insert(1, ["---"] + ["--:"] * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def title(label: str) -> str:
-    """A subject's name for a reader."""
+    """The name of a feature source on the page."""
     return TITLES.get(label, "**Parts2Whole**")
 
 
 def order(found: dict[str, Any]) -> list[str]:
-    """Subjects, Parts2Whole last."""
+    """The feature sources, Parts2Whole last."""
     return [*[name for name in TITLES if name in found], *[name for name in found if name.endswith("-parts")]]
 
 
 def networks(summary: dict[str, Any], cues: dict[str, Any]) -> str:
-    """Separability, contrastive loss and retrieval of every subject."""
+    """Separability, contrastive loss and retrieval of every feature source."""
     rows, found = [], summary["networks"]
     for label in order(found):
         pairs, hits = found[label]["similarity"], found[label]["retrieval"]
@@ -105,7 +105,7 @@ def networks(summary: dict[str, Any], cues: dict[str, Any]) -> str:
 
 
 def shortcuts(cues: dict[str, Any]) -> str:
-    """Separability when a cue is taken away, and what can be read of a part's place."""
+    """Separability without one cue after another, and how well a part's position can be predicted."""
     columns = {
         "plain": "plain", "standardised": "standardised", "gamma": "random gamma", "centred": "mean feature removed",
         "against_one_scan": "vs same scan", "against_one_tile": "vs same tile of other scans",
@@ -159,7 +159,7 @@ def correlation(loss: list[float], mse: list[float]) -> tuple[str, str, str]:
 
 
 def times(runs: Path, data: str, summary: dict[str, Any], cues: dict[str, Any]) -> str:
-    """How long it took, on what."""
+    """Times and machine."""
     parts = []
     for name in ("parts", "autoencoder"):
         seen = read_metrics(runs / f"{data}-{name}")

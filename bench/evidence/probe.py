@@ -1,4 +1,4 @@
-"""Do intensities alone tell whose part it is? The shortcut, and whether transformed parts close it.
+"""Do intensities alone identify a part's whole? Measures this shortcut, with and without transformed parts.
 
     python bench/evidence/probe.py --shards demo/shards
     python bench/evidence/probe.py --shards demo/shards --run runs/plain \\
@@ -44,7 +44,7 @@ FRACTION = (1 / 16, 1 / 4)
 def parts_of(
     shards: ShardSet, split: str, view: PretextConfig, strength: float, count: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Part by part, of all wholes: (W, 1, d, h, w) as it is, and transformed."""
+    """For each part number, the parts (W, 1, d, h, w) of all wholes, unchanged and transformed."""
     ids = shards.ids(split)
     voxels, _ = read_sub_scans(shards, ids)
     keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids))
@@ -59,7 +59,7 @@ def parts_of(
 
 
 def read_features(features: Features, parts: list[Tensor]) -> Array:
-    """(W, P, C), sixteen parts at a time."""
+    """Features (W, P, C), computed sixteen parts at a time."""
     rows = [torch.cat([features(some) for some in part.split(16)]) for part in parts]
     return torch.stack(rows, 1).double().numpy()
 
@@ -88,7 +88,7 @@ def probes(features: Array) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Numbers of every subject, printed as they come."""
+    """The numbers of every feature source, each printed when it is ready."""
     torch.set_num_threads(1)
     shards, world = open_set(args.shards), World.from_env()
     if args.run:
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Parse, measure, write."""
+    """Parse the command line, measure, write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

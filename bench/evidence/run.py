@@ -1,4 +1,4 @@
-"""Does reconstruction alone make contrastive features? Trains, analyses and writes docs/evidence.md anew.
+"""Does reconstruction alone make contrastive features? Trains, analyses and updates docs/evidence.md.
 
     make evidence                                          # phantom; with P2W_REAL_DATA=FOLDER the real scans too
     python bench/evidence/run.py --folder evidence --real ../shared/data
@@ -83,12 +83,13 @@ def analysis_job(folder: Path, data: str) -> Job:
 
 
 def shortcuts_job(folder: Path, data: str) -> Job:
-    """Ask what the features of all of them read."""
+    """Measure which cues the features of each network use."""
     command = ["bench/evidence/shortcuts.py", folder, data, STEPS[data]]
     return Job(f"{data}-shortcuts", command, folder / "runs" / f"{data}-shortcuts.json")
 
 
 def main() -> None:
+    """Train, analyse and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What do the features read? Separability of parts when one cue after another is taken away.
+"""Which cues do features use? Separability of parts without one cue after another.
 
     python bench/evidence/shortcuts.py FOLDER DATA STEP      # as run.py does
 
@@ -45,7 +45,7 @@ def standardised(parts: Tensor, mean: float = 0.35, deviation: float = 0.25) -> 
 
 
 class RandomGamma:
-    """Every part's intensities to a power of its own, log-uniform in [1/2, 2]: the same draws for every subject."""
+    """Every part's intensities to a random power, log-uniform in [1/2, 2], the same for every feature source."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[], Features]] = {
 
 
 def changed(features: Features, change: Features) -> Features:
-    """Features of parts that were changed before."""
+    """The features after a change of the parts."""
     return lambda parts: features(change(parts))
 
 
@@ -93,11 +93,11 @@ def measure(folder: Path, data: str, step: int) -> None:
 def course(
     run: AnalysedRun, shards: ShardSet, ids: NDArray[np.int64], world: World
 ) -> dict[str, list[float]]:
-    """Of every checkpoint: validation MSE, contrastive loss, the same with the mean feature removed, and 1 - AUC."""
+    """For every checkpoint: validation MSE, contrastive loss, the same after subtracting the mean feature, and 1 - AUC."""
     mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
     for step in run.checkpoints.steps():
-        subject = run.subject("", step, world, choose_precision("fp32", world.device))
+        subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
         features = extract(subject.load(), subject.view, FEW, shards, ids, world).astype(np.float64)
         told = auc(*pair_cosines(features))
         centred = contrast(features - features.mean((0, 1)))
@@ -112,19 +112,19 @@ def contrast(features: Array) -> float:
 
 
 def subjects(folder: Path, data: str, step: int, world: World) -> list[FeatureSource]:
-    """Those of the analysis, labelled as there."""
+    """The feature sources of the analysis, with the same labels."""
     precision = choose_precision("fp32", world.device)
     parts, other = (AnalysedRun.open(folder / "runs" / f"{data}-{name}") for name in ("parts", "autoencoder"))
     view = parts.config.pretext
     found = [baseline(name, view) for name in ("histogram", "pixels")]
-    found.append(parts.subject("random", None, world, precision))
-    found.append(other.subject("autoencoder", step, world, precision))
-    found.append(parts.subject(f"{data}-parts", step, world, precision))
+    found.append(parts.feature_source("random", None, world, precision))
+    found.append(other.feature_source("autoencoder", step, world, precision))
+    found.append(parts.feature_source(f"{data}-parts", step, world, precision))
     return [dataclasses.replace(one, view=view) for one in found]
 
 
 def numbers(seen: dict[str, Array], shards: ShardSet, ids: NDArray[np.int64]) -> dict[str, Any]:
-    """AUC by what was changed and by kind of negative pair; how well place and size of a part can be read."""
+    """AUC by change and by kind of negative pair; how well position and size of a part can be predicted."""
     keys = [shards.key(int(one)).split("/") for one in ids]
     scan, tile = (np.unique([key[k] for key in keys], return_inverse=True)[1] for k in (0, 1))
     features = seen["plain"]

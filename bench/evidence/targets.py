@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import frozen
+import linear_probe
 import methods
 import targets_page
 from jobs import REPO, Job, work
@@ -78,7 +78,7 @@ def sweep(
 
 
 def call(command: Iterable[object]) -> None:
-    """Run a command of this repository; its failure is ours."""
+    """Run a command of this repository; exits if it fails."""
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     if code := subprocess.run([*map(str, command)], cwd=REPO, env=env, check=False).returncode:
         sys.exit(code)
@@ -99,7 +99,7 @@ def length(steps: int) -> list[str]:
 
 
 def table1(folder: Path) -> None:
-    """Starting points on every task there is."""
+    """Starting points on every task."""
     jobs = {label: start_job(folder, name) for label, name in TABLE1.items()}
     work([*jobs.values()], folder)
     starts = ["Scratch=random", *(f"{label}={job.done.parent}" for label, job in jobs.items())]
@@ -109,18 +109,18 @@ def table1(folder: Path) -> None:
 
 
 def tasks_of(folder: Path) -> list[str]:
-    """Those that are cut."""
+    """The tasks whose target sets exist."""
     return [task for task in CUT if (folder / "targets" / task / "manifest.parquet").exists()]
 
 
 def collected(out: Path, fraction: float) -> Table:
-    """Of the runs in a folder."""
+    """The results of the runs in a folder."""
     call([sys.executable, "-m", "p2w", "table1", out, "--fraction", fraction, "--against", "Scratch"])
     return load_table(out / "tables" / "table1.json")
 
 
 def control(folder: Path) -> None:
-    """What there is to gain: all labels, and a tenth from encoders that have learned from all labels of a task."""
+    """The possible gain: all labels, and a tenth of them from encoders that were trained on all labels of a task."""
     tasks, full, out = tasks_of(folder), folder / "full", folder / "control"
     sweep(
         folder, full, "table1", tasks, "--trials", 2, "--fraction", 1, "--inits", "Scratch=random",
@@ -143,21 +143,21 @@ def table2(folder: Path) -> None:
 
 
 def features(folder: Path) -> None:
-    """What the starting points tell before they are fine-tuned, on the two tasks that tell candidates apart."""
+    """Linear probes of the starting points, without fine-tuning, on the two tasks that classify candidates."""
     starts: dict[str, Path | str] = {"Scratch": "random"}
     starts |= {label: folder / "starts" / name for label, name in TABLE1.items()}
     sets = [(task, open_target(folder / "targets" / task)) for task in ("ncc", "ecc")]
     rows = []
     for label, start in starts.items():
-        encoder = frozen.encoder_of(start)
-        told = (f"{auc:.3f}" for _, one in sets for auc in frozen.told(encoder, one))
-        rows.append([label, *told, f"{frozen.rank(encoder, sets[0][1]):.1f}"])
+        encoder = linear_probe.encoder_of(start)
+        told = (f"{auc:.3f}" for _, one in sets for auc in linear_probe.level_aucs(encoder, one))
+        rows.append([label, *told, f"{linear_probe.feature_rank(encoder, sets[0][1]):.1f}"])
     head = ("", *(f"{task.upper()}, level {level}" for task, _ in sets for level in (1, 2, 3, 4)), "rank")
     targets_page.put("frozen", table(head, rows))
 
 
 def contest(folder: Path) -> None:
-    """The runs of methods.py, as far as there are any: three trials of each seed."""
+    """The runs of methods.py that exist: three trials of each seed."""
     for names, steps in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
         asked = [(name, seed, steps) for seed in range(methods.SEEDS) for name in names]
         runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
@@ -177,6 +177,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
+    """Run the chosen stages and write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/targets.md; the words between them were written by people who had read the numbers."""
+"""Updates the tables of docs/targets.md, and leaves the text between them as it is."""
 
 from jobs import REPO
 from page import fill, table
@@ -46,7 +46,7 @@ def put(block: str, text: str) -> None:
 
 
 def shown(cell: Cell) -> str:
-    """`**91.2 ± 0.3**`, the best in bold; fewer trials than planned are said."""
+    """`**91.2 ± 0.3**`, the best in bold, with a note if trials are missing."""
     if cell.mean is None:
         return "-"
     text = f"{cell.mean:.2f} ± {cell.sd or 0:.2f}"

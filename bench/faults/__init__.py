@@ -1,1 +1,1 @@
-"""The parts of bench/soak.py: lives of launch/train.py, the faults put into them, and what must hold after each."""
+"""The parts of bench/soak.py: starts of launch/train.py, the faults injected into them, and the checks after each."""

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from faults.lives import ENV, REPO
+from faults.launched_run import ENV, REPO
 from faults.runs import Run, hold, wait_for
 
 
 def refused(run: Run, life, *said: str) -> str:
-    """The life must end by itself with code 2, name all of `said`, and show no traceback; returns its last words."""
+    """Check that the run exits with code 2, without a traceback, and names all of `said`; returns its last lines."""
     before = len(run.said())
     wait_for(lambda: not life.running(), "the refusal")
     codes, text = life.codes(), run.said()[before:]
@@ -28,7 +28,7 @@ def refused(run: Run, life, *said: str) -> str:
 
 
 def repair(run: Run, text: str, path: Path, sound: Path) -> None:
-    """Type what the error names, with the folder of the scans; the shard must be what it was, byte for byte."""
+    """Run the command in the error message, with the folder of the scans; the shard must be the same bytes as before."""
     found = re.search(r"p2w (verify \S+ --repair --luna) FOLDER", text)
     hold(found is not None, f"the error names no command that repairs:\n{text}")
     command = [sys.executable, "-m", "p2w", *shlex.split(found[1]), str(run.sets / "luna"), "--workers", "1"]
@@ -41,14 +41,14 @@ def repair(run: Run, text: str, path: Path, sound: Path) -> None:
 
 
 def put_aside(path: Path) -> Path:
-    """A copy to compare with; a soak that is ended puts it back at its next start."""
+    """A copy for comparison, which the next start restores if the soak is ended."""
     sound = path.with_name(f"{path.name}.sound")
     shutil.copyfile(path, sound)
     return sound
 
 
 def shard_gone(run: Run, rng: random.Random) -> str:
-    """A shard is missing or short when the command is repeated: refused at once, named; then it is cut again."""
+    """A shard is missing or truncated when the command is repeated: the run must name it; then it is cut again."""
     path = rng.choice(sorted((run.sets / run.plan.form).glob(f"*.{run.plan.form}")))
     sound = put_aside(path)
     if rng.random() < 0.5:
@@ -60,7 +60,7 @@ def shard_gone(run: Run, rng: random.Random) -> str:
 
 
 def damage_shard(run: Run, rng: random.Random) -> str:
-    """A bit of a sub-scan is another: the run must stop when it meets it, naming shard and key; then it is repaired."""
+    """One bit of a sub-scan is flipped: the run must stop when it reads it and name shard and key; then it is repaired."""
     folder = run.sets / run.plan.form
     rows = [row for row in pq.read_table(folder / "manifest.parquet").to_pylist() if row["split"] == "train"]
     row = rng.choice(rows)
@@ -76,7 +76,7 @@ def damage_shard(run: Run, rng: random.Random) -> str:
 
 
 def other_set(run: Run, rng: random.Random) -> str:
-    """One rank is started with another data set: refused, and the rank named; then the command is typed as it was."""
+    """One rank is started with another data set: the run must refuse and name the rank; then the right command is run."""
     odd = rng.randrange(run.plan.ranks)
     life = run.fork(argvs={str(odd): run.argv("arrow" if run.plan.form == "tar" else "tar")})
     wait_for(lambda: not life.running(), "the refusal")

@@ -1,4 +1,4 @@
-"""Every kind of fault: which promise of issue 4 it tries, and how it is put into a run.
+"""Every kind of fault: the promise that it tests, and how it is injected into a run.
 
 `live` faults hit a run that trains; `down` faults hit its folder or data while no process is there. A fault returns what it
 promises: "killed" (at most one checkpoint interval is lost, and the steps beside a checkpoint that was still being written),
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.data import damage_shard, other_set, shard_gone
-from faults.lives import send
+from faults.launched_run import send
 from faults.runs import Run, Wrong, wait_for
 
 Inject = Callable[[Run, random.Random], str]
@@ -24,11 +24,11 @@ Inject = Callable[[Run, random.Random], str]
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table."""
+    """A kind of fault in the table KINDS."""
 
     inject: Inject
     promise: int
-    only: str = ""  # "torchrun" or "forked": the lives that it needs; "disk": a run on a small disk
+    only: str = ""  # "torchrun" or "forked": the start that it needs; "disk": a run on a small disk
     phase: str = "live"
     least: int = 1  # ranks
 
@@ -40,13 +40,13 @@ def kill_rank(run: Run, rng: random.Random) -> str:
 
 
 def crash_rank(run: Run, rng: random.Random) -> str:
-    """What a bad pointer, a bus error or an abort does."""
+    """The signal of a bad pointer, a bus error or an abort."""
     send(rng.choice((signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)), [rng.choice(run.life.ranks())])
     return "killed"
 
 
 def kill_all(run: Run, rng: random.Random) -> str:
-    """A power cut, as far as processes go."""
+    """SIGKILL of all processes, as in a power cut."""
     run.life.kill()
     return "killed"
 
@@ -87,7 +87,7 @@ def rank_raises(run: Run, rng: random.Random) -> str:
 
 
 def hung_rank(run: Run, rng: random.Random) -> str:
-    """SIGSTOP of one rank, for good: the others find it, name it and end. Without torchrun, rank 0 holds the store."""
+    """SIGSTOP of one rank for ever: the others must name it and exit. Without torchrun, rank 0 holds the store."""
     ranks, before = run.life.ranks(), len(run.said())
     odd = rng.randrange(len(ranks))
     names = (f"hangs: rank {odd} on ", *(["hangs: no answer from the rendezvous store"] if odd == 0 else []))
@@ -99,7 +99,7 @@ def hung_rank(run: Run, rng: random.Random) -> str:
 
 
 def told(number: signal.Signals, whom: str) -> Inject:
-    """A signal to one rank, to torchrun, or as scancel does: to all, and again as torchrun forwards it."""
+    """A stop signal to one rank, to torchrun, or as by scancel: to all, and again when torchrun forwards it."""
 
     def inject(run: Run, rng: random.Random) -> str:
         ranks = run.life.ranks()
@@ -129,7 +129,7 @@ def clock_jumps(run: Run, rng: random.Random) -> str:
 
 
 def disk_full(run: Run, rng: random.Random) -> str:
-    """No room for a checkpoint, for some seconds; then room again."""
+    """A full disk for some seconds."""
     ballast = run.disk / "ballast"
     room = rng.choice((0, 4096, 65536, 500_000))
     with contextlib.suppress(OSError):  # the run writes too, and may have taken the last of it
@@ -145,7 +145,7 @@ def disk_full(run: Run, rng: random.Random) -> str:
 
 
 def newest(run: Run) -> Path:
-    """The folder of the newest checkpoint that is not half there already."""
+    """The folder of the newest complete checkpoint."""
     return max(path.parent for path in (run.run / "checkpoints").glob("step-*/meta.json"))
 
 
@@ -155,7 +155,7 @@ def some_file(run: Run, rng: random.Random) -> Path:
 
 
 def checkpoint_cut(run: Run, rng: random.Random) -> str:
-    """The newest checkpoint is cut short."""
+    """Truncate the newest checkpoint."""
     path = some_file(run, rng)
     os.truncate(path, rng.randrange(path.stat().st_size))
     return "damaged"
@@ -171,21 +171,21 @@ def flip(path: Path, at: int) -> None:
 
 
 def checkpoint_flipped(run: Run, rng: random.Random) -> str:
-    """One bit of the newest checkpoint is another."""
+    """Flip one bit of the newest checkpoint."""
     path = some_file(run, rng)
     flip(path, rng.randrange(path.stat().st_size))
     return "damaged"
 
 
 def checkpoint_half(run: Run, rng: random.Random) -> str:
-    """Files of the newest checkpoint are missing, or all are."""
+    """Delete some or all files of the newest checkpoint."""
     for path in sorted(newest(run).iterdir())[rng.randrange(3) :]:
         path.unlink()
     return "damaged"
 
 
 def metrics_torn(run: Run, rng: random.Random) -> str:
-    """A crash came within a line of metrics.jsonl, or left bytes that are no text."""
+    """End metrics.jsonl within a line, or with bytes that are no text."""
     half = f'{{"step": {run.step() + 1}, "time": 1795'.encode()
     with open(run.run / "metrics.jsonl", "ab") as file:
         file.write(rng.choice((half[: rng.randrange(1, len(half))], rng.randbytes(7))))
@@ -193,7 +193,7 @@ def metrics_torn(run: Run, rng: random.Random) -> str:
 
 
 def other_ranks(run: Run, rng: random.Random) -> str:
-    """The run is continued by another number of ranks."""
+    """Continue the run with another number of ranks."""
     run.plan.ranks = rng.choice([ranks for ranks in (1, 2, 4) if ranks != run.plan.ranks])
     return "killed"
 

@@ -1,4 +1,4 @@
-"""One run under faults: the command that is repeated, what its folder says, and the calm run it must equal."""
+"""One run under faults: the command that is repeated, the content of its folder, and its uninterrupted reference run."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from faults.lives import Forge, Forked, Life, Torchrun
+from faults.launched_run import Forge, Forked, LaunchedRun, Torchrun
 
 STEPS, EVERY = 120, 6
 FLAGS = """
@@ -19,7 +19,7 @@ LIFE_S = 150.0
 
 
 class Wrong(AssertionError):
-    """A promise that was not kept."""
+    """A promise that the run has broken."""
 
 
 def hold(true: bool, what: str) -> None:
@@ -29,7 +29,7 @@ def hold(true: bool, what: str) -> None:
 
 
 def wait_for(happened: Callable[[], bool], what: str, seconds: float = LIFE_S, every: float = 0.01) -> None:
-    """Poll until it happened."""
+    """Poll until it has happened."""
     deadline = time.monotonic() + seconds
     while not happened():
         hold(time.monotonic() < deadline, f"{what} did not come in {seconds:.0f} s")
@@ -37,14 +37,14 @@ def wait_for(happened: Callable[[], bool], what: str, seconds: float = LIFE_S, e
 
 
 def noted(run: Path) -> list[dict]:
-    """What run.json notes of each start."""
+    """The starts in run.json."""
     path = run / "run.json"
     return json.loads(path.read_text())["starts"] if path.exists() else []
 
 
 @dataclass
 class Plan:
-    """What a run is, and which ranks did which of its steps; survives an end of the soak."""
+    """The settings of a run, and which ranks did which of its steps; stored, so that a later soak continues it."""
 
     number: int
     form: str = "tar"
@@ -54,33 +54,33 @@ class Plan:
     segments: list[tuple[int, int]] = field(default_factory=list)  # (first step, ranks)
 
     def name(self) -> str:
-        """The calm run that this one must equal."""
+        """The folder of the uninterrupted run that this one must equal."""
         parts = [f"{first}x{ranks}" for first, ranks in self.segments]
         return "-".join([*parts, *(f"nan{step}" for step in self.poison)])
 
 
 class Run:
-    """A folder, and at most one life in it."""
+    """A run folder, and at most one start that runs in it."""
 
     def __init__(self, plan: Plan, root: Path, sets: Path, forge: Forge) -> None:
         self.plan, self.root, self.sets, self.forge = plan, root, sets, forge
         self.folder = root / f"run-{plan.number:03d}"
         self.disk = self.folder / "disk"  # where --run-dir lies; a small tmpfs for some runs
         self.run = self.disk / "run"
-        self.life: Life | None = None
+        self.life: LaunchedRun | None = None
         self.readers = 1
         self.calm: list[dict] | None = None  # metrics of the calm run
         self.beside = 1  # see Soak.again
         self.gaps = False  # a full disk has kept steps out of metrics.jsonl
 
     def argv(self, form: str = "", steps: int = STEPS, run: Path | None = None) -> list[str]:
-        """The command's arguments: the same in every life, but for settings that may change."""
+        """The command's arguments: the same in every start, except for settings that may change."""
         own = ["--shards", str(self.sets / (form or self.plan.form)), "--run-dir", str(run or self.run)]
         own += ["--train.steps", str(steps), "--train.checkpoint-every", str(EVERY)]
         return [*FLAGS, *own, "--data.reader-threads", str(self.readers)]
 
-    def start(self, rng: random.Random, by_torchrun: bool) -> Life:
-        """Type the command (again)."""
+    def start(self, rng: random.Random, by_torchrun: bool) -> LaunchedRun:
+        """Run the command (again)."""
         self.readers = rng.choice((0, 1, 2))
         if by_torchrun and not self.plan.poison:
             self.life = Torchrun(self.folder, self.argv(), self.plan.ranks, rng.choice((0, 3)))
@@ -89,7 +89,7 @@ class Run:
         return self.life
 
     def fork(self, **more) -> Forked:
-        """A life by the forge."""
+        """A start by the forge."""
         return Forked(self.forge, self.folder, self.argv(), self.plan.ranks, self.plan.poison, **more)
 
     def said(self) -> str:
@@ -98,7 +98,7 @@ class Run:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def records(self) -> list[dict]:
-        """What metrics.jsonl says of training, without what depends on the clock; a torn last line is left out."""
+        """Records of metrics.jsonl without values that depend on the clock, and without an incomplete last line."""
         path, kept = self.run / "metrics.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
@@ -120,27 +120,27 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def starts(self) -> int:
-        """How often ranks have taken hold of the folder."""
+        """The number of starts in run.json."""
         return len(noted(self.run))
 
     def resumed(self, before: int) -> int | None:
-        """The step that the start after `before` starts took up; None until it has."""
+        """The step at which start number `before` + 1 continued; None until it has."""
         starts = noted(self.run)
         return starts[-1].get("from_step") if len(starts) > before else None
 
     def writing(self) -> int | None:
-        """The step whose checkpoint is being written, or was when all ended."""
+        """The step of the checkpoint that is being written, or was when the processes ended."""
         names = [path.name for path in (self.run / "checkpoints").glob(".step-*[0-9].tmp")]
         return max((int(name.removeprefix(".step-").removesuffix(".tmp")) for name in names), default=None)
 
     def took_up(self, step: int) -> None:
-        """Note which ranks do the steps from `step` on."""
+        """Record which ranks do the steps from `step` on."""
         self.plan.segments = [(first, ranks) for first, ranks in self.plan.segments if first < step]
         if not self.plan.segments or self.plan.segments[-1][1] != self.plan.ranks:
             self.plan.segments.append((step, self.plan.ranks))
 
     def check(self, calm: list[dict] | None) -> None:
-        """Each step once, in order; and, number by number, what the calm run says of them."""
+        """Check that each step is logged once, in order, with the same numbers as in the uninterrupted run."""
         records = self.records()
         steps = [record["step"] for record in records]
         if not self.gaps:
@@ -155,11 +155,11 @@ class Run:
                 )
 
     def weights(self) -> bytes:
-        """The last checkpoint's weights as they lie on the disk."""
+        """The bytes of the last checkpoint's weights."""
         return (self.run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
 
     def save(self) -> None:
-        """Leave a note for a later start of the soak."""
+        """Write plan.json for a later start of the soak."""
         (self.folder / "plan.json").write_text(json.dumps(asdict(self.plan)))
 
 

@@ -1,4 +1,4 @@
-"""Draws faults, puts them into one run after another, types the command again, and checks what must hold."""
+"""Draws faults, injects them into one run after another, repeats the command, and checks the promises."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
-from faults.lives import Forge
+from faults.launched_run import Forge
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
@@ -20,7 +20,7 @@ MEANWHILE = 0.45  # how often the folder or the data suffers too before the comm
 
 
 class Soak:
-    """One run after another; `faults.jsonl` and each run's plan.json remember where it stands."""
+    """Does one run after another; its state is in `faults.jsonl` and each run's plan.json."""
 
     def __init__(
         self, folder: Path, faults: int, minutes: float, torchrun: float, seed: int, kinds: tuple[str, ...]
@@ -36,7 +36,7 @@ class Soak:
         self.began, self.first = time.monotonic(), len(self.done)
 
     def go(self) -> None:
-        """Until there were enough faults, or the time is up, and the run under way has ended."""
+        """Run until there were enough faults, or the time is over, and the current run has ended."""
         while self.run is not None or (len(self.done) < self.faults and time.monotonic() < self.until):
             run = self.run = self.run or self.open()
             try:
@@ -58,13 +58,13 @@ class Soak:
                     break  # something else is broken
 
     def close(self) -> None:
-        """End what runs; a later start of the soak goes on with it."""
+        """End all processes; a later start of the soak continues."""
         if self.run and self.run.life:
             self.run.life.kill()
         self.forge.close()
 
     def note(self, **entry) -> None:
-        """Remember a fault, the end of a run, or what went wrong."""
+        """Record a fault, the end of a run, or an error."""
         self.log.append(entry)
         with open(self.folder / "faults.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -81,7 +81,7 @@ class Soak:
         )
 
     def open(self) -> Run:
-        """The run that was under way, or a new one; every fourth on a small disk, every fourth with NaN gradients."""
+        """The unfinished run, or a new one; every fourth on a small disk, every fourth with NaN gradients."""
         number = max((entry["run"] for entry in self.log), default=-1)
         number += not (self.folder / f"run-{number:03d}" / "plan.json").exists()
         if (path := self.folder / f"run-{number:03d}" / "plan.json").exists():
@@ -101,7 +101,7 @@ class Soak:
         return run
 
     def clear(self, run: Run, keep: bool = False) -> None:
-        """Drop a run that is over, or set it aside."""
+        """Delete a finished run, or move it to DIR/kept."""
         if run.life:
             run.life.kill()
         if keep:
@@ -116,7 +116,7 @@ class Soak:
         shutil.rmtree(run.folder, ignore_errors=True)
 
     def draw(self, phase: str, run: Run) -> str | None:
-        """A kind that fits this life; the ones had least come first."""
+        """A kind of fault that fits this start, one of those that were rarest so far."""
         had = Counter(entry["kind"] for entry in self.done)
         fits = {"", "torchrun" if run.life and run.life.agent else "forked"}
         fits |= {"disk"} if run.plan.small_disk else set()
@@ -132,12 +132,12 @@ class Soak:
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
 
     def begin(self, run: Run) -> None:
-        """Type the command, by torchrun for its share."""
+        """Run the command, by torchrun for a share of the starts."""
         by = Counter(entry["by"] for entry in self.done)
         run.start(self.rng, by["torchrun"] <= self.torchrun * by.total())
 
     def turn(self, run: Run) -> None:
-        """One fault in the run that is under way, and what becomes of it; or the run's end."""
+        """Inject one fault into the current run and check what follows; or let the run end."""
         if run.life is None:
             run.calm = calm(run)[0] if len(run.plan.segments) == 1 else None
             before = run.starts()
@@ -184,7 +184,7 @@ class Soak:
         return alive and run.step() < STEPS - NEAR_END
 
     def again(self, run: Run, before: int, began: float, promise: str) -> tuple[int, float | None, list[str]]:
-        """Type the command whenever it has ended, until the run trains again.
+        """Repeat the command each time it ends, until the run trains again.
 
         Returns the steps lost, after how many seconds all ranks were gone (None: torchrun stayed), and the faults that
         folder or data suffered meanwhile.
@@ -213,7 +213,7 @@ class Soak:
         return reached - resumed, left, more
 
     def finish(self, run: Run) -> None:
-        """Left alone, the run ends, and equals the calm one."""
+        """Without further faults, the run must finish and equal the uninterrupted one."""
         wait_for(lambda: not run.life.running(), "the end of the run")
         hold(run.status() == {"state": "finished", "step": STEPS, "why": ""}, f"ended as {run.status()}")
         records, weights = calm(run)

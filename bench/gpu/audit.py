@@ -1,4 +1,4 @@
-"""What would a GPU be asked for? Every proxy task under fake CUDA tensors: no card, but a torch that was built for CUDA.
+"""Which operations would run on a GPU? Every proxy task with fake CUDA tensors: needs no GPU, but a CUDA build of torch.
 
     python bench/gpu/audit.py                      all tasks
     python bench/gpu/audit.py parts2whole mae      some
@@ -47,7 +47,7 @@ VIEWS = (
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and notes where one takes a number to the host or copies between devices and waits."""
+    """Counts operations, and records those for which the host waits: a number read, or a copy between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Watch(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Where in this project the newest call was made."""
+    """File and line of the newest call in this project."""
     inside = str(REPO / "p2w")
     frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(inside)]
     return " < ".join(
@@ -88,7 +88,7 @@ def _place() -> str:
 
 
 def audit(name: str) -> list[str]:
-    """Print what one task asks for; the places where the host waits, or the error."""
+    """Print the operations of one task, and the lines where the host waits, or the error."""
     config = named("paper")
     config = replace(
         config, pretext=replace(config.pretext, name=name), data=replace(config.data, batch=WHOLES[0]),
@@ -113,7 +113,7 @@ def audit(name: str) -> list[str]:
             with Watch() as sampling:
                 views = pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as passing, torch.autocast("cuda", torch.bfloat16):
-                output = model(views.input, *views.beside)
+                output = model(views.input, *views.extra_inputs)
             with Watch() as losing:
                 loss, extras = pretext.loss(output, views)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Is what runs on the card right? Tests, self-check, precisions, resuming, the set on the device.
+"""Are the results on this GPU correct? Tests, self-check, precisions, resuming, the data set in device memory.
 
     python3 bench/gpu/correctness.py tests selfcheck precisions resume held
 
@@ -20,7 +20,7 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train.optim import choose_precision
-from p2w.train.preflight import wrong_convolution, wrong_crop
+from p2w.train.preflight import convolution_error, crop_resize_error
 
 STEPS = 20 if CUDA else 4  # of each precision
 HALF = 6 if CUDA else 2  # steps before a resume, and after it
@@ -92,27 +92,27 @@ def selfcheck() -> None:
 
         def convolutions(amp: str = amp) -> None:
             began = time.perf_counter()
-            wrong = wrong_convolution(model, choose_precision(amp, DEVICE), shape, DEVICE)
+            wrong = convolution_error(model, choose_precision(amp, DEVICE), shape, DEVICE)
             say(f"convolutions in {amp}", found=wrong or "sound", seconds=time.perf_counter() - began)
             if wrong:
                 failures.append(amp)
 
         attempt(f"convolutions in {amp}", convolutions)
     began = time.perf_counter()
-    wrong = wrong_crop(config.pretext, DEVICE)
+    wrong = crop_resize_error(config.pretext, DEVICE)
     say("crop-resize", found=wrong or "sound", seconds=time.perf_counter() - began)
     if wrong:
         failures.append("crop-resize")
 
 
 def precisions() -> None:
-    """The losses of the first steps in each precision, beside those in float32 of the same steps."""
+    """Losses of the first steps in each precision, compared with float32."""
     shards = structured_set()
     reference: list[float] = []
     for amp in PRECISIONS:
 
         def one(amp: str = amp) -> None:
-            run = Run(Setup(amp=amp), shards)
+            run = Run(Setup(precision=amp), shards)
             try:
                 losses = [float(loss) for loss in run.steps(STEPS)]
             finally:
@@ -146,7 +146,7 @@ RESUMES = {
 
 
 def resume() -> None:
-    """A run that was saved and taken up by another trainer, against two that were not: bit-equal where told to be."""
+    """A run that was saved and resumed by another trainer, compared with two uninterrupted ones."""
     shards = structured_set()
     for name, setup in RESUMES.items():
 
@@ -177,7 +177,7 @@ def resume() -> None:
 
 
 def held() -> None:
-    """Two epochs out of the device's memory are those that are streamed, bit for bit, behind a computation that lags."""
+    """Two epochs from device memory equal the streamed ones, bit for bit, while the GPU is behind the host."""
     shards = structured_set()
     place = DeviceCache(shards, "train", DEVICE)
     streams = [

@@ -1,4 +1,4 @@
-"""Run the stages of the GPU day, each with a time limit of its own; `day.sh` sets the machine up and starts this.
+"""Run the stages of the GPU day, each with its own time limit; `day.sh` prepares the machine and starts this.
 
     python3 bench/gpu/day.py 1           stages of the first call; OUT and DAY are folders (rows.py), LIMIT seconds in all
     python3 bench/gpu/day.py 2           stages of the second call, after it what the first had no time for
@@ -25,13 +25,13 @@ HERE = "bench/gpu"
 MOST_FILES = 8  # that come back from the machine
 TAIL = 12  # lines of a stage's log on the terminal
 GRACE_S = 8.0  # between SIGTERM and SIGKILL of a stage that is too slow
-LEAVING_S = 6.0  # kept for the end
+LEAVING_S = 6.0  # reserved for the end
 REHEARSED = 10.0  # a rehearsal's stages may take so many times their limit: the machine may be slow and busy
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process: `limit_s` seconds at most, not begun with fewer than `least_s`. Worth 1 is needed most."""
+    """One process of at most `limit_s` s, skipped if less than `least_s` are left. Worth 1 is the most important."""
 
     name: str
     command: tuple[str, ...]
@@ -100,14 +100,14 @@ class Call:
         self.rows, self.log = out / f"rows-{number}.jsonl", out / f"log-{number}.txt"
 
     def environment(self, stage: str, ends: float, **more: str) -> dict[str, str]:
-        """What a stage is told; see rows.py."""
-        told = {
+        """Environment variables of a stage; see rows.py."""
+        variables = {
             "OUT": str(self.out), "ROWS": self.rows.name, "DAY": str(self.day), "STAGE": stage,
             "STAGE_ENDS": str(ends), "TOY": "1" if self.toy else "0", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         # One thread: two that wait for each other on busy cores take many times as long.
-        told |= {"P2W_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if self.toy else {}
-        return os.environ | told | more
+        variables |= {"P2W_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if self.toy else {}
+        return os.environ | variables | more
 
     def say(self, **row: object) -> None:
         """Add a row of the driver's own."""
@@ -115,7 +115,7 @@ class Call:
             file.write(json.dumps(row) + "\n")
 
     def background(self) -> subprocess.Popen[bytes] | None:
-        """Have the data sets made beside the stages, in a session of its own: it outlives this call."""
+        """Start to make the data sets in parallel, in a session of its own: this process may end before it."""
         note = self.day / "background" / "pid"
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(note.read_text()), 0)
@@ -211,7 +211,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def pack(out: Path) -> None:
-    """Put what is more than MOST_FILES files into one archive, the smallest first; folders too."""
+    """Move files beyond MOST_FILES, smallest first, and folders into one archive."""
     kept = sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: -path.stat().st_size)
     own = [path for path in kept if path.name.startswith(("rows-", "log-"))]
     others = [path for path in kept if path not in own]

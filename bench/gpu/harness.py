@@ -21,7 +21,6 @@ from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
 from p2w.pretext import build_pretext_and_network
-from p2w.pretrain import _choose_forms
 from p2w.recipes import named
 from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
@@ -30,10 +29,10 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
+from p2w.train.form_choice import choose_run_forms
 from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision, choose_precision
-from p2w.train.run_dir import RunDir
 from p2w.world import World
 
 RECIPE = "paper" if CUDA else "demo"
@@ -50,9 +49,9 @@ SCANS, EACH = (16, 10) if CUDA else (8, 4)  # of the set that stages train on, a
 
 @dataclass(frozen=True)
 class Setup:
-    """What differs from a recipe. `forms` of layers, by kind; None: those that a run chooses, by measuring on a GPU."""
+    """What differs from a recipe. `forms` are those of layers, by kind; None: chosen as in a run, by measuring on a GPU."""
 
-    amp: str = "auto"
+    precision: str = "auto"
     batch: int = BATCH
     recipe: str = RECIPE
     compiled: bool = False
@@ -62,7 +61,7 @@ class Setup:
 
 
 def recipe_of(name: str) -> Config:
-    """A recipe's configuration; in a rehearsal of a smaller network."""
+    """A recipe's configuration, with a smaller network in a rehearsal."""
     config = named(name)
     if CUDA:
         return config
@@ -74,7 +73,7 @@ def recipe_of(name: str) -> Config:
 def config_of(setup: Setup) -> Config:
     """The configuration of a set-up."""
     config = recipe_of(setup.recipe)
-    train = {"precision": setup.amp, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
+    train = {"precision": setup.precision, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
     return replace(
         config,
         data=replace(config.data, batch=setup.batch, reader_threads=4 if CUDA else 1),
@@ -83,14 +82,14 @@ def config_of(setup: Setup) -> Config:
 
 
 def world_of(setup: Setup) -> World:
-    """This process as a run of this set-up starts it, with torch's switches put back where an earlier one had set them."""
+    """Start this process as a run with this set-up does, after a reset of torch's switches from an earlier set-up."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False
     return World.start(deterministic=setup.deterministic)
 
 
 class Unavailable(Exception):
-    """A form of layers that no layer here has on this device."""
+    """No layer of the network has the form on this device."""
 
 
 def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, samples: int) -> None:
@@ -110,8 +109,8 @@ def take_forms(model: nn.Module, forms: dict[str, str], precision: Precision, sa
     set_forms(model, taken)
 
 
-class Kept(Log):
-    """A log that keeps its lines in `said` and writes none of them."""
+class CollectingLog(Log):
+    """A log that collects its lines in `said` and writes none of them."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         super().__init__(folder, False, steps)
@@ -122,20 +121,20 @@ class Kept(Log):
 
 
 class Run:
-    """A trainer and its data; `steps` takes some. `log.said` is what it has said. Close it: its readers are threads."""
+    """A trainer and its data. `log.said` has the lines of its log. It must be closed, because its readers are threads."""
 
     def __init__(
         self, setup: Setup, shards: ShardSet, *, held: bool = False, folder: Path | None = None
     ) -> None:
         self.setup, self.config, world = setup, config_of(setup), world_of(setup)
-        precision = choose_precision(setup.amp, DEVICE).apply()
+        precision = choose_precision(setup.precision, DEVICE).apply()
         torch.manual_seed(self.config.train.seed)
         self.pretext, self.model = build_pretext_and_network(self.config)
         self.model.to(DEVICE).to(memory_format=torch.channels_last_3d)
         self.folder = folder or Path(tempfile.mkdtemp(dir=DAY))
-        self.log = Kept(self.folder, self.config.train.steps)
+        self.log = CollectingLog(self.folder, self.config.train.steps)
         if setup.forms is None:
-            _choose_forms(self.config, self.model, RunDir(self.folder), world, precision, self.log)
+            choose_run_forms(self.config, self.model, self.folder, world, precision, self.log)
         else:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
@@ -154,9 +153,9 @@ class Run:
             self.batches = self.stream.batches(*divmod(self.trainer.step, self.stream.steps_per_epoch))
         losses = []
         for _ in range(count):
-            before = self.trainer._window.loss.clone()
-            self.trainer._one(next(self.batches))
-            after = self.trainer._window.loss
+            before = self.trainer.window.loss.clone()
+            self.trainer.train_step(next(self.batches))
+            after = self.trainer.window.loss
             losses.append(after.clone() - before.to(after.device))
         return losses
 
@@ -169,7 +168,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this moment and wait until it is on the disk."""
         self.trainer.save()
-        self.trainer.saver.wait()
+        self.trainer.checkpointer.wait()
 
     def close(self) -> None:
         """End the readers."""
@@ -178,7 +177,7 @@ class Run:
 
 
 def rate(run: Run, steps: int, rounds: int = 3 if CUDA else 1) -> dict[str, Any]:
-    """Samples a second of some rounds of `steps` steps, after the first ones, which warm up."""
+    """Samples a second in rounds of `steps` steps, after some steps of warm-up."""
     began = time.perf_counter()
     run.steps(WARM_UP_STEPS + 3 if CUDA else 1)  # a CUDA graph is captured meanwhile
     _wait()
@@ -207,14 +206,14 @@ def _wait() -> None:
 
 
 def network_of(recipe: str = RECIPE) -> tuple[Config, nn.Module]:
-    """The network of a recipe on the device, in the layout a run trains it in."""
+    """The network of a recipe on the device, in the memory format of a run."""
     config = recipe_of(recipe)
     _, model = build_pretext_and_network(config)
     return config, model.to(DEVICE).to(memory_format=torch.channels_last_3d)
 
 
 def structured_set() -> ShardSet:
-    """A data set with something to see in it, in DAY/structured: ramps, balls and noise; written at the first use.
+    """A data set with structure, in DAY/structured: ramps, balls and noise; written at the first use.
 
     Stages need one before the phantoms are made. SCANS scans of EACH sub-scans of WHOLE voxels, one scan in eight set
     aside; torch, NumPy, pyarrow and the shard writer alone.
@@ -267,7 +266,7 @@ def _volume(seed: int) -> Any:
 
 
 def batches_of(stream: Stream, count: int) -> list[Batch]:
-    """The next `count` batches, copied out of the stream's buffers by a GPU that lags behind: copies must wait for it."""
+    """Copies of the next `count` batches, made by a GPU that is behind the host, for which the stream must wait."""
     found = []
     for batch in stream.batches():
         if CUDA:

@@ -1,4 +1,4 @@
-"""What single layers of the paper's network take on the card, beside what the card can do at most.
+"""Times of single layers of the paper's network on this GPU, compared with the GPU's limits.
 
     python3 bench/gpu/layers.py ceilings norms upsampling convolutions_bf16 convolutions_fp16
 

@@ -1,4 +1,4 @@
-"""What machine this is, and what it lacks: the first stage of the GPU day.
+"""Describes the machine and what it lacks: the first stage of the GPU day.
 
 Rows: card, driver, versions, processors, memory; packages that the project needs and that are not there. It also writes
 the small data set that later stages train on.
@@ -43,7 +43,7 @@ def card() -> None:
 
 
 def packages() -> None:
-    """What is missing; the stages that need it say so again."""
+    """List what is missing; the stages that need it report it again."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     without = [name for name in USEFUL if importlib.util.find_spec(name) is None]
     say("packages", missing=missing, without=without)
@@ -51,7 +51,7 @@ def packages() -> None:
 
 
 def data() -> None:
-    """The small set that later stages train on."""
+    """Write the small data set for later stages."""
     from harness import structured_set  # noqa: PLC0415  (needs packages that may be missing: a part of its own)
 
     shards = structured_set()
@@ -66,7 +66,7 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout; empty where it travelled without its history."""
+    """The commit of the checkout; empty without a git history."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False).stdout.strip()

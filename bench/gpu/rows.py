@@ -1,4 +1,4 @@
-"""What all stages of the GPU day share: rows of results, a clock, timing, and the sizes of a card or of a rehearsal.
+"""Shared by all stages of the GPU day: rows of results, the remaining time, timing, and sizes for a GPU or a rehearsal.
 
 A stage is a Python script that `day.py` starts with these variables set; all have defaults, so that a stage can be
 started by hand as well. Torch and the standard library alone.
@@ -50,7 +50,7 @@ def say(what: str, **fields: Any) -> None:
 
 
 def needs_card(what: str) -> None:
-    """Write that a part has no counterpart on a CPU."""
+    """Write that a part is skipped on a CPU."""
     say(what, skipped="needs a card")
 
 
@@ -84,13 +84,13 @@ def attempt(what: str, body: Callable[[], None], needs_s: float = 0.0) -> bool:
 
 
 def synchronize() -> None:
-    """Wait for the GPU; on a CPU there is nothing to wait for."""
+    """Wait for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def milliseconds(body: Callable[[], Any], rounds: int = 10) -> float:
-    """Median time of `body` on the device, after three calls that do not count; on a CPU one call, after one."""
+    """Median time of `body` on the device after three calls of warm-up; on a CPU, one call after one."""
     if not CUDA:
         body()
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Does pretraining on this card bring anything? Phantoms, a run that is stopped and continued, fine-tuning against scratch.
+"""Does pretraining on this GPU help? Phantoms, a run that is stopped and continued, fine-tuning compared with scratch.
 
     python3 bench/gpu/science.py data             in the background: made on the machine's cores, nothing of it on the card
-    python3 bench/gpu/science.py pretrain         recipe `paper`, told to stop by SIGTERM, then the same command again
+    python3 bench/gpu/science.py pretrain         recipe `paper`, stopped by SIGTERM, then the same command again
     python3 bench/gpu/science.py finetune         nodule classification from that run and from scratch, then the table
 
 The commands are those that users type; each takes its share of the time that the stage has (STAGE_ENDS). Repeated, they go
@@ -25,7 +25,7 @@ PYTHON = sys.executable
 SHARDS, NCC, RUNS = DAY / "shards", DAY / "ncc", DAY / "runs"
 PRETRAINED = RUNS / "p2w"
 STARTS = (("Scratch", "random"), ("Parts2Whole", str(PRETRAINED)))
-STOPPED = 143  # exit code of launch/finetune.py that was told to stop
+STOPPED = 143  # exit code of launch/finetune.py after SIGTERM
 SAVING_S = 20.0  # between SIGTERM and the end: the step under way, a checkpoint, the report
 WORKERS = str(min(10, max(1, (os.cpu_count() or 2) - 4))) if CUDA else "2"
 
@@ -61,7 +61,7 @@ def run(command: list[str], seconds: float = float("inf")) -> int:
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
-    """Tell a process to stop, as a scheduler does; its exit code."""
+    """Send a process SIGTERM, as a scheduler does; returns its exit code."""
     process.send_signal(signal.SIGTERM)
     try:
         return process.wait(SAVING_S)
@@ -71,7 +71,7 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def data() -> None:
-    """Phantoms and their shards, then the target task's. A step that is complete is passed over."""
+    """Make phantoms and their shards, then those of the target task; finished steps are skipped."""
     source, targets = DAY / "LUNA16", DAY / "targets"
     steps = {
         "phantoms": ["-m", "p2w.phantom", "--out", str(source), "--scans", *SCANS],
@@ -95,7 +95,7 @@ def data() -> None:
 
 
 def ready(name: str, share: float) -> None:
-    """Wait until `data` has made something. Raises RuntimeError where it is not there within this share of the time."""
+    """Wait for a file or folder of `data`. Raises RuntimeError if it is missing after this share of the time."""
     began, limit = time.time(), seconds_left() * share
     while not (DAY / f"{name}.ok").exists():
         if time.time() - began > limit:
@@ -111,12 +111,12 @@ def records() -> list[dict[str, Any]]:
 
 
 def status() -> dict[str, Any]:
-    """How the newest start of the run has ended."""
+    """The content of the run's status.json."""
     return json.loads((PRETRAINED / "status.json").read_text())
 
 
 def pretrain() -> None:
-    """Train, be told to stop, continue by the same command; what was learned."""
+    """Train, stop by SIGTERM, continue with the same command; report the results."""
     ready("shards", 0.5)
     command = ["launch/train.py", *TRAIN, "--shards", str(SHARDS), "--run-dir", str(PRETRAINED)]
     whole = seconds_left() - SAVING_S

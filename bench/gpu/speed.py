@@ -1,4 +1,4 @@
-"""How fast is a step on the card, in each form that a run may take, and where does its time go?
+"""How fast is a step on this GPU, in each form that a run may use, and what takes its time?
 
     python3 bench/gpu/speed.py step profile start batches
 
@@ -56,7 +56,7 @@ FORMS: dict[str, Setup] = {
     "norm fused, up-sampling folded": Setup(forms=BOTH),
     "layers plain, CUDA graph": Setup(graph="on"),
     "norm fused, up-sampling folded, CUDA graph": Setup(forms=BOTH, graph="on"),
-    "layers plain, fp16": Setup(amp="fp16"),
+    "layers plain, fp16": Setup(precision="fp16"),
     "up-sampling folded, compiled": Setup(forms=FOLDED_FORMS, compiled=True),
 }
 COMPILING_S = 60.0  # torch.compile of this network, forward and backward
@@ -64,7 +64,7 @@ SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def plain_loop() -> None:
-    """The loop that p2w is to beat: contiguous, eager, unfused Adam, fp16 autocast with a scaler (float32 on a CPU)."""
+    """The baseline loop: contiguous, eager, unfused Adam, fp16 autocast with a scaler (float32 on a CPU)."""
     config = recipe_of(RECIPE)
     way = Way("fp16") if CUDA else Way()
     step = Step(way, BATCH, config.pretext.size, DEVICE, config.model.width)
@@ -76,11 +76,11 @@ def plain_loop() -> None:
 
 
 def step() -> None:
-    """The plain loop at the beginning and at the end; between them every form, each in a trainer of its own."""
+    """Time every form, each in its own trainer; the plain loop before and after them."""
     shards = structured_set()
     attempt("plain loop", plain_loop)
     for name, setup in FORMS.items():
-        if not CUDA and (setup.graph == "on" or setup.amp == "fp16" or setup.compiled):
+        if not CUDA and (setup.graph == "on" or setup.precision == "fp16" or setup.compiled):
             needs_card(f"step: {name}")
             continue
 
@@ -103,7 +103,7 @@ def step() -> None:
 
 
 def profile() -> None:
-    """Of three steps: the GPU's busy share, kernels and host's waits a step, and which kernels take the time."""
+    """Profile three steps: the GPU's busy share, kernels and host waits a step, and the slowest kernels."""
     shards = structured_set()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if CUDA:

@@ -1,4 +1,4 @@
-"""What the GPU day has found, as one result: rows and goals in bench/results/gpu_day.json, a section of table.md.
+"""Collects the results of the GPU day: rows and goals in bench/results/gpu_day.json, and a section of table.md.
 
     python bench/gpu/table.py OUT-OF-1 OUT-OF-2      folders that bench/gpu/day.sh wrote to; then `python bench/table.py`
 
@@ -32,7 +32,7 @@ Found = list[dict[str, Any]]
 
 
 def read(folders: Iterable[Path]) -> tuple[Found, dict[str, Any]]:
-    """All rows, equal ones once, and the results of the benches that stages ran, by name."""
+    """All rows without duplicates, and the results of the benches that stages ran, by name."""
     rows: dict[str, dict[str, Any]] = {}
     results: dict[str, Any] = {}
     for folder in folders:
@@ -54,7 +54,7 @@ def of(found: Found, what: str, **fields: Any) -> Found:
 
 
 def correct(found: Found) -> Iterator[Goal]:
-    """Goals of what must be right."""
+    """Goals on correctness."""
     for row in of(found, "tests marked gpu"):
         yield Goal(
             f"tests on the card that fail, of {row['passed'] + row['failed']} run", row["failed"], 0, False
@@ -120,7 +120,7 @@ def rates(found: Found, results: dict[str, Any], card: str) -> tuple[list[Row], 
 
 
 def _batch(found: Found) -> int:
-    """The batch that forms are compared at."""
+    """The batch size at which forms are compared."""
     floors = of(found, "step", floor=True)
     return int(floors[0]["batch"]) if floors else 16
 
@@ -225,7 +225,7 @@ def science(found: Found, card: str) -> tuple[list[Row], list[Goal]]:
 
 
 def skipped(found: Found) -> list[str]:
-    """What was not measured and why, each once."""
+    """What was not measured and why, without duplicates."""
     said = []
     for row in found:
         if row["what"] == "stage" and row["state"] == "skipped":

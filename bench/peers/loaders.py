@@ -232,6 +232,7 @@ def answer(peer: Peer, word: str, workers: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Build the loader of the command line and answer requests for epochs."""
     name, folder, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
     out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr  # what libraries print is not an answer

@@ -1,1 +1,1 @@
-"""Looks at what was learned: reconstructions, similarity of parts, figures."""
+"""Analysis of what a network has learned: features, similarity of parts, reconstructions, figures."""

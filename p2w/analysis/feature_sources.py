@@ -1,4 +1,4 @@
-"""What is analysed: a run's network at a checkpoint, the same freshly initialised, or features without a network.
+"""Sources of features to analyse: a run's network at a checkpoint or freshly initialised, or features without a network.
 
 On the command line: `random`, `histogram`, `pixels`, or a run folder as RUN, RUN@STEP, LABEL=RUN, LABEL=RUN@STEP.
 """
@@ -26,7 +26,11 @@ from p2w.world import World
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Something with features. `identity` is what they follow from, as plain values; `load` makes it on the device."""
+    """Something that computes features of parts.
+
+    `view` says how a part is cut; `identity` holds, as plain values, everything the features depend on; `load` loads the
+    network on the device and returns the function from parts to features.
+    """
 
     label: str
     kind: str  # run | random | histogram | pixels
@@ -38,14 +42,14 @@ class FeatureSource:
 
 @dataclass(frozen=True)
 class AnalysedRun:
-    """A finished or unfinished run folder, read only."""
+    """A run folder, finished or not; it is only read."""
 
     path: Path
     config: Config
 
     @staticmethod
     def open(path: Path) -> "AnalysedRun":
-        """Raises UserError where there is no run, or no whole checkpoint in it."""
+        """Open a run folder. Raises UserError when it is no run, or has no finished checkpoint."""
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path}: no config.json there, so it is no run folder; name one that launch/train.py has written"
@@ -57,18 +61,18 @@ class AnalysedRun:
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """Its checkpoints."""
+        """The run's checkpoints."""
         return Checkpoints(self.path / "checkpoints")
 
     def step(self, asked: int | None = None) -> int:
-        """The checkpoint to look at: the one asked for, else the best by validation, else the newest."""
+        """The step of the checkpoint to analyse: `asked`, else the best by validation, else the newest."""
         steps, best = self.checkpoints.steps(), self.checkpoints.best()
         if asked is not None and asked not in steps:
             raise UserError(f"{self.path}: no checkpoint of step {asked}; there are {_few(steps)}")
         return asked if asked is not None else best if best in steps else steps[-1]
 
     def network(self, step: int | None, world: World) -> Network:
-        """The network at `step`, or freshly initialised as its training began; in evaluation mode, on the device."""
+        """The network at `step`, or as initialised before training (None); in evaluation mode, on the device."""
         torch.manual_seed(self.config.train.seed)
         _, model = build_pretext_and_network(self.config)
         if step is not None:
@@ -77,7 +81,7 @@ class AnalysedRun:
                 model.load_state_dict(weights)
             except RuntimeError as error:
                 raise UserError(
-                    f"{self.checkpoints.path(step)}: holds another network than {self.path / 'config.json'} says; "
+                    f"{self.checkpoints.path(step)}: contains another network than {self.path / 'config.json'} says; "
                     "copy the run folder again"
                 ) from error
         model.to(world.device).eval()
@@ -85,11 +89,13 @@ class AnalysedRun:
             model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
         return model
 
-    def subject(self, label: str, step: int | None, world: World, precision: Precision) -> FeatureSource:
-        """Its features: global average pool of the encoder's coarsest level, with the stored batch-norm statistics.
+    def feature_source(
+        self, label: str, step: int | None, world: World, precision: Precision
+    ) -> FeatureSource:
+        """The features at `step`: global average pool of the encoder's coarsest level, with stored batch-norm statistics.
 
-        Freshly initialised (step None) these are mean 0 and variance 1, as nothing was seen yet: nothing is
-        recalibrated, so it is the network that training starts from, in the mode in which all are looked at.
+        Freshly initialised (`step` None), the statistics are mean 0 and variance 1. They are not recalibrated: this is the
+        network that training starts from, in the same mode as all the others.
         """
         config = self.config
 
@@ -112,7 +118,7 @@ class AnalysedRun:
         return FeatureSource(label, "random" if step is None else "run", step, config.pretext, identity, load)
 
     def _weights(self, step: int) -> int:
-        """Checksum of the weights as the checkpoint notes it. Raises UserError for a note that is broken."""
+        """Checksum of the weights from the checkpoint's meta.json. Raises UserError when it cannot be read."""
         path = self.checkpoints.path(step) / "meta.json"
         try:
             return int(json.loads(path.read_text())["crc32c"]["model.safetensors"])
@@ -123,28 +129,28 @@ class AnalysedRun:
 
 
 def baseline(name: str, view: PretextConfig) -> FeatureSource:
-    """Features without a network, of parts as the run's network sees them."""
+    """Features without a network, of parts cut as for the run's network."""
     return FeatureSource(name, name, None, view, (name, dataclasses.asdict(view)), lambda: BASELINES[name])
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The arithmetic asked for, as in training."""
+    """The autocast context of a precision, as in training."""
     return torch.autocast(device.type, precision.dtype or torch.bfloat16, enabled=precision.dtype is not None)
 
 
 def parse_against(against: str, run: AnalysedRun, world: World, precision: Precision) -> list[FeatureSource]:
-    """The subjects named in a comma-separated list. Raises UserError for what is none, or a label met twice."""
+    """The sources named in a comma-separated list. Raises UserError for an unknown one, or for a label used twice."""
     found: list[FeatureSource] = []
     for word in filter(None, (word.strip() for word in against.split(","))):
         if word == "random":
-            found.append(run.subject("random", None, world, precision))
+            found.append(run.feature_source("random", None, world, precision))
         elif word in BASELINES:
             found.append(baseline(word, run.config.pretext))
         else:
             label, path, step = _named(word)
             other = AnalysedRun.open(path)
-            found.append(other.subject(label or name_of(path), other.step(step), world, precision))
-    labels = [subject.label for subject in found]
+            found.append(other.feature_source(label or name_of(path), other.step(step), world, precision))
+    labels = [source.label for source in found]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(
             f"--against {against}: two are called {twice[0]}; name one of them as LABEL={twice[0]}"
@@ -153,19 +159,22 @@ def parse_against(against: str, run: AnalysedRun, world: World, precision: Preci
 
 
 def _named(word: str) -> tuple[str, Path, int | None]:
-    """`LABEL=RUN@STEP` -> label, folder, step; "" and None where left out. The first reading whose folder is there holds."""
+    """`LABEL=RUN@STEP` -> label, folder, step; "" and None where left out.
+
+    Folders may contain `=` and `@`: of all ways to read the word, the first whose folder exists is used.
+    """
     label, named, rest = word.partition("=")
     readings: list[tuple[str, Path, int | None]] = []
-    for said, place in (("", word), *([(label, rest)] if named else [])):
-        path, at, step = place.rpartition("@")
-        readings.append((said, Path(place), None))
+    for name, folder in (("", word), *([(label, rest)] if named else [])):
+        path, at, step = folder.rpartition("@")
+        readings.append((name, Path(folder), None))
         if at and step.isascii() and step.isdecimal():
-            readings.append((said, Path(path), int(step)))
+            readings.append((name, Path(path), int(step)))
     return next((reading for reading in readings if reading[1].is_dir()), readings[-1])
 
 
 def name_of(path: Path) -> str:
-    """What a person calls a run: the folder's name, and its parent's where that alone says little."""
+    """The name of a run: the folder's name, with its parent's if the folder is called `run` or `runs`."""
     whole = path.resolve()
     return f"{whole.parent.name}/{whole.name}" if whole.name in ("run", "runs") else whole.name
 

@@ -1,9 +1,7 @@
-"""Features of many parts of every whole, by anything that maps parts to features, shared by the ranks.
+"""Features of many parts of every whole, computed by all ranks together; and their t-SNE (paper, Fig. 2a).
 
-Part p of whole k is a function of (seed, k, p) alone, and the parts of one whole meet the network in batches of their own:
-features are the same for any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the network's input.
-
-t-SNE (van der Maaten and Hinton 2008) puts them on a plane, as in the paper's Fig. 2a.
+Part p of whole k is a function of (seed, k, p) alone, and a batch has parts of one whole only, so features are the same for
+any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the network's input.
 """
 
 import itertools
@@ -30,7 +28,10 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PartSet:
-    """Which parts of every whole: of each range of volume fractions `each`, numbered from `first`, uniform within it."""
+    """Which parts to cut from every whole: `each` of every range of volume `fractions`, uniform within the range.
+
+    Parts are numbered from `first`; the number is part of the random key.
+    """
 
     name: str
     first: int
@@ -41,15 +42,15 @@ class PartSet:
 
     @property
     def count(self) -> int:
-        """Parts of one whole, P."""
+        """Number of parts of one whole, P."""
         return self.each * len(self.fractions)
 
     def boxes(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> Tensor:
-        """(W, P, 6) float32, see p2w.geometry; fraction by fraction."""
+        """Boxes (W, P, 6) float32 of the wholes `ids` of `shape` (z, y, x), range by range; see p2w.geometry."""
         keys = SampleKeys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids))
         numbered = [
-            (self.first + place * self.each + part, fraction)
-            for place, fraction in enumerate(self.fractions)
+            (self.first + index * self.each + part, fraction)
+            for index, fraction in enumerate(self.fractions)
             for part in range(self.each)
         ]
         each = [
@@ -76,11 +77,10 @@ def extract(
     features: Features, view: PretextConfig, part_set: PartSet, shards: ShardSet, ids: NDArray[np.int64],
     world: World, *, batch: int = 16, tick: Callable[[int], None] = lambda parts: None,
 ) -> Array:  # fmt: skip
-    """Features (W, P, C) float32 of the wholes `ids`, in that order, on every rank; each rank does a stretch of them.
+    """Features (W, P, C) float32 of the wholes `ids`, in that order, on every rank; each rank computes a range of them.
 
-    `view` says how a part reaches the network: its size, window and antialiasing. `tick` is told, whole by whole, how many
-    parts are done.
-    Raises DataError for a sub-scan that cannot be read.
+    `view` gives the size, window and antialiasing of the network's input. `tick` is called after each whole with its number
+    of parts. Raises DataError for a sub-scan that cannot be read.
     """
     share = -(-len(ids) // world.size)
     mine = ids[world.rank * share : (world.rank + 1) * share]
@@ -95,19 +95,19 @@ def extract(
                 torch.cat([features(cut_parts(whole, some, view)) for some in boxes[row].split(batch)])
             )
             tick(part_set.count)
-    return _together(rows, share, part_set.count, len(ids), world)
+    return _gather_rows(rows, share, part_set.count, len(ids), world)
 
 
 def cut_parts(whole: Tensor, boxes: Tensor, view: PretextConfig) -> Tensor:
-    """Parts (B, 1, d, h, w) in [0, 1]: boxes (B, 6) of one whole, int16 HU (D, H, W)."""
+    """Parts (B, 1, d, h, w) in [0, 1], cut by boxes (B, 6) from one whole (D, H, W) int16 in HU."""
     repeated = whole.expand(len(boxes), *whole.shape)
     return geometry.crop_resize(
         repeated, boxes, view.size, window_hu=view.window_hu, antialias=view.antialias
     )
 
 
-def _together(rows: Sequence[Tensor], share: int, parts: int, count: int, world: World) -> Array:
-    """All ranks' rows (P, C) -> (W, P, C). A rank may have fewer than its share, or none, and not know C."""
+def _gather_rows(rows: Sequence[Tensor], share: int, parts: int, count: int, world: World) -> Array:
+    """All ranks' rows (P, C) as (W, P, C). A rank may have fewer rows than its share, or none and so not know C."""
     channels = torch.tensor([rows[0].shape[1] if rows else 0])
     widest = int(world.gather(channels).max())
     stacked = torch.zeros((share, parts, widest), device=world.device)
@@ -117,37 +117,37 @@ def _together(rows: Sequence[Tensor], share: int, parts: int, count: int, world:
 
 
 def histogram(parts: Tensor, bins: int = 64) -> Tensor:
-    """Intensity histogram (B, bins) of parts in [0, 1], as shares of the voxels: knows intensities, not where they are."""
+    """Intensity histogram (B, bins) of parts in [0, 1], as shares of the voxels; it does not depend on their positions."""
     count = len(parts)
-    place = (parts.flatten(1) * bins).long().clamp_(0, bins - 1)
-    place += torch.arange(count, device=parts.device)[:, None] * bins
-    counts = torch.bincount(place.flatten(), minlength=count * bins)
+    index = (parts.flatten(1) * bins).long().clamp_(0, bins - 1)
+    index += torch.arange(count, device=parts.device)[:, None] * bins
+    counts = torch.bincount(index.flatten(), minlength=count * bins)
     return counts.view(count, bins).float() / parts[0].numel()
 
 
 def pixels(parts: Tensor, size: tuple[int, int, int] = (4, 8, 8)) -> Tensor:
-    """Parts averaged down to `size`, flattened: knows what lies where, and nothing more."""
+    """Parts averaged down to `size` and flattened, (B, voxels)."""
     return torch.nn.functional.adaptive_avg_pool3d(parts, size).flatten(1)
 
 
-# Features without a network. Where they tell parts apart as well as a network does, the network may have learned no more.
+# Features without a network. If they separate parts as well as a network does, the network may have learned no more.
 BASELINES: dict[str, Features] = {"histogram": histogram, "pixels": pixels}
 
 PERPLEXITY = 30.0
 
 
 def tsne(features: NDArray[np.floating], seed: int) -> NDArray[np.float64]:
-    """Features (N, C) -> places (N, 2), by Euclidean distance.
+    """Features (N, C) -> points (N, 2), by Euclidean distance (van der Maaten and Hinton 2008).
 
-    Centred and brought to one overall scale first: the features of a network that never learned differ in the sixth digit,
-    which float32 distances would lose. t-SNE itself does not depend on the scale.
+    Features are first centred and divided by their standard deviation: those of an untrained network differ only in the
+    sixth digit, which float32 distances would lose. t-SNE itself does not depend on the scale.
     """
     from sklearn.manifold import TSNE  # noqa: PLC0415  (2 s of imports)
 
     wide = features.astype(np.float64)
     wide -= wide.mean(0)
     spread = wide.std()
-    if len(wide) < 3 or spread == 0:  # all in one point
+    if len(wide) < 3 or spread == 0:  # all features are equal
         return np.zeros((len(wide), 2))
     perplexity = min(PERPLEXITY, (len(wide) - 1) / 3)
     model = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)

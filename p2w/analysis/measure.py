@@ -1,9 +1,8 @@
-"""Measurements of the paper's Fig. 2: its protocol as settings, the cache of what is computed, and the numbers.
+"""Measurements of the paper's Fig. 2: its protocol as settings, the numbers, and a cache of what was computed.
 
-What an analysis has computed once, so that an interrupted one continues: RUN/analysis/cache/NAME-KEY.npz.
-
-The key is a hash of all that the numbers follow from (weights, settings, data). Files are written whole or not at all, and
-never changed; the folder may be deleted.
+RUN/analysis/cache/NAME-KEY.npz holds computed arrays, so that an interrupted analysis continues. The key is a hash of
+everything that they depend on (weights, settings, data). Files are written atomically and never changed; the folder may
+be deleted.
 """
 
 import contextlib
@@ -33,13 +32,13 @@ from p2w.progress import Progress
 from p2w.stream.local import ShardSet
 from p2w.world import World
 
-SMALLEST = 1 / 16  # the smallest part that is shown and measured [P]
-GROWING = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # scales of the reconstructions
+SMALLEST = 1 / 16  # scale of the smallest part [P]
+RECONSTRUCTION_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # scales of the reconstructions
 
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Sizes of the analysis. Marked [P]: the paper's; the others are our choice."""
+    """Sizes of the analysis. Values marked [P] are the paper's; the others are our choice."""
 
     parts: int = 16
     """Parts of each whole, from which pairs and contrastive tests are drawn."""
@@ -52,7 +51,7 @@ class AnalysisSettings:
     temperature: float = TEMPERATURE
     """t of the contrastive loss [P]."""
     scales: int = 8
-    """Ranges of part scale, from 1/16 to 1 and equally wide in log, in which separability is measured."""
+    """Number of ranges of part scale, from 1/16 to 1 and equally wide in log, in which separability is measured."""
     scale_parts: int = 6
     """Parts of each whole in each of these ranges; all their pairs are taken."""
     scatter_wholes: int = 10
@@ -69,7 +68,7 @@ class AnalysisSettings:
     """Another seed cuts other parts and draws other pairs."""
 
     def check(self) -> "AnalysisSettings":
-        """Raises UserError for numbers that make no sense."""
+        """Return itself. Raises UserError for values out of range."""
         least = {"parts": 2, "scale_parts": 2, "max_wholes": 0, "seed": 0}
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < least.get(name, 1):
@@ -93,7 +92,7 @@ class AnalysisSettings:
         return trained if trained[0] < 1 else PretextConfig().volume_fraction  # an autoencoder saw no parts
 
     def part_sets(self, pretext: PretextConfig) -> dict[str, PartSet]:
-        """What is cut. The first thousand parts are left to validation and to what training itself looks at."""
+        """The part sets. They do not use the first thousand part numbers, which are those of validation and monitors."""
         common = (pretext.aspect_range, self.seed)
         bins = log_bins(SMALLEST, self.scales)
         sets = (
@@ -105,18 +104,18 @@ class AnalysisSettings:
         return {one.name: one for one in sets}
 
     def wholes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those that are analysed: all, or `max_wholes` evenly spread."""
+        """The wholes to analyse: all `ids`, or `max_wholes` of them, evenly spaced."""
         count = min(len(ids), self.max_wholes or len(ids))
         return ids[np.linspace(0, len(ids) - 1, count).astype(int)]
 
     def scattered(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those that t-SNE shows, one of each of `scatter_wholes` stretches: of different scans where there are as many."""
+        """The wholes that t-SNE shows, one of each of `scatter_wholes` ranges of `ids`, so that scans differ if possible."""
         stretches = np.array_split(ids, min(self.scatter_wholes, len(ids)))
         rng = np.random.default_rng([self.seed, 10])
         return np.array([rng.choice(stretch) for stretch in stretches], np.int64)
 
 
-Key = tuple[str, tuple[Any, ...]]  # name, and the plain values that the array follows from
+Key = tuple[str, tuple[Any, ...]]  # name, and the plain values that the array depends on
 
 
 class Cache:
@@ -126,11 +125,11 @@ class Cache:
         self.folder, self.world = run / "analysis" / "cache", world
 
     def has(self, key: Key) -> bool:
-        """Whether every rank sees it; a collective."""
+        """Whether every rank sees the file of this key; a collective."""
         return not self.world.any(not self.path(key).is_file())
 
     def read(self, key: Key) -> NDArray[Any]:
-        """Raises UserError when it is gone or damaged (zip keeps a checksum)."""
+        """The array of this key. Raises UserError when the file is missing or damaged (zip files have checksums)."""
         path = self.path(key)
         try:
             with np.load(path) as saved:
@@ -139,13 +138,13 @@ class Cache:
             raise UserError(f"{path}: cannot be read ({error}); delete it and repeat the command") from error
 
     def write(self, key: Key, value: NDArray[Any]) -> None:
-        """Rank 0 writes, the others wait; a collective. Raises UserError when the disk takes no more."""
+        """Rank 0 writes, the others wait; a collective. Raises UserError when it cannot be written."""
         if self.world.is_main:
-            self.keep(key, value)
+            self.write_alone(key, value)
         self.world.barrier()
 
-    def keep(self, key: Key, value: NDArray[Any]) -> None:
-        """The same for what rank 0 makes alone."""
+    def write_alone(self, key: Key, value: NDArray[Any]) -> None:
+        """As `write`, called on rank 0 alone."""
         packed, path = io.BytesIO(), self.path(key)
         np.savez(packed, value=value)
         try:
@@ -155,19 +154,19 @@ class Cache:
             raise UserError(f"{path}: {error.strerror}; make room, then repeat the command") from error
 
     def path(self, key: Key) -> Path:
-        """Where it is kept."""
-        name, follows = key
-        digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:20]
+        """The file of this key."""
+        name, values = key
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:20]
         return self.folder / f"{name}-{digest}.npz"
 
 
-SETS = ("parts", "scales", "whole", "scatter")  # what every network is shown
-Tick = Callable[[str, int], None]  # of whom, how many
+PART_SETS = ("parts", "scales", "whole", "scatter")  # of which every source's features are computed
+Tick = Callable[[str, int], None]  # called with the source's label and the number that is done
 
 
 @dataclass
 class Measure:
-    """One analysis: the same wholes, parts, pairs and tests for every subject."""
+    """One analysis: the same wholes, parts, pairs and tests for every source."""
 
     settings: AnalysisSettings
     sets: dict[str, PartSet]
@@ -178,71 +177,71 @@ class Measure:
     cache: Cache
 
     def wholes(self, name: str) -> NDArray[np.int64]:
-        """Ids whose parts of this set are cut."""
+        """Ids of the wholes of which the part set `name` is cut."""
         return self.settings.scattered(self.ids) if name == "scatter" else self.ids
 
-    def key(self, subject: FeatureSource, name: str) -> Key:
-        """What these features follow from."""
+    def key(self, source: FeatureSource, name: str) -> Key:
+        """Cache key of a source's features of a part set."""
         ids = self.wholes(name).tolist()
-        return name, (subject.identity, repr(self.sets[name]), self.settings.batch, self.data, ids)
+        return name, (source.identity, repr(self.sets[name]), self.settings.batch, self.data, ids)
 
-    def features(self, subject: FeatureSource, name: str) -> Array:
-        """(W, P, C), once `fill` has made them."""
-        return self.cache.read(self.key(subject, name))
+    def features(self, source: FeatureSource, name: str) -> Array:
+        """Features (W, P, C) from the cache, after `fill`."""
+        return self.cache.read(self.key(source, name))
 
     def fill(self, jobs: Sequence[tuple[FeatureSource, str]]) -> None:
-        """Features of all jobs (subject, part set) into the cache, with progress over those that are not there yet."""
+        """Compute the features of all jobs (source, part set) that are not in the cache, with a progress bar."""
         missing = [job for job in jobs if not self.cache.has(self.key(*job))]
         share = [-(-len(self.wholes(name)) // self.world.size) * self.sets[name].count for _, name in missing]
-        subject, features = None, None
-        with self._progress(sum(share), "parts looked at") as tick:
-            for subject_of, name in missing:
-                if subject_of is not subject:
+        source, features = None, None
+        with self._progress(sum(share), "parts encoded") as tick:
+            for source_of, name in missing:
+                if source_of is not source:
                     features = None  # one network at a time
-                    subject, features = subject_of, subject_of.load()
+                    source, features = source_of, source_of.load()
                 assert features is not None
-                self._fill_one(subject_of, name, features, tick)
+                self._fill_one(source_of, name, features, tick)
 
-    def _fill_one(self, subject: FeatureSource, name: str, features: Features, tick: Tick) -> None:
+    def _fill_one(self, source: FeatureSource, name: str, features: Features, tick: Tick) -> None:
         found = extract(
-            features, subject.view, self.sets[name], self.shards, self.wholes(name), self.world,
-            batch=self.settings.batch, tick=lambda parts: tick(subject.label, parts),
+            features, source.view, self.sets[name], self.shards, self.wholes(name), self.world,
+            batch=self.settings.batch, tick=lambda parts: tick(source.label, parts),
         )  # fmt: skip
-        self.cache.write(self.key(subject, name), found)
+        self.cache.write(self.key(source, name), found)
 
-    def contrast_key(self, subject: FeatureSource) -> Key:
-        """What its contrastive losses follow from."""
+    def contrast_key(self, source: FeatureSource) -> Key:
+        """Cache key of a source's contrastive losses."""
         s = self.settings
-        return "contrast", (self.key(subject, "parts"), s.tests, s.negatives, s.temperature, s.seed)
+        return "contrast", (self.key(source, "parts"), s.tests, s.negatives, s.temperature, s.seed)
 
-    def contrast(self, subjects: Sequence[FeatureSource]) -> None:
-        """Contrastive losses (W,) of every subject into the cache; each rank tests a stretch of the wholes."""
-        missing = [subject for subject in subjects if not self.cache.has(self.contrast_key(subject))]
+    def contrast(self, sources: Sequence[FeatureSource]) -> None:
+        """Compute every source's contrastive losses (W,) that are not in the cache; each rank tests a range of wholes."""
+        missing = [source for source in sources if not self.cache.has(self.contrast_key(source))]
         count, world = len(self.ids), self.world
         share = -(-count // world.size)
         mine = range(min(world.rank * share, count), min((world.rank + 1) * share, count))
-        with self._progress(len(mine) * len(missing), "wholes tested by contrast") as tick:
-            for subject in missing:
+        with self._progress(len(mine) * len(missing), "contrastive tests of wholes") as tick:
+            for source in missing:
                 losses = torch.zeros(count, dtype=torch.float64)
-                losses[mine.start : mine.stop] = self._contrast_of(subject, mine, tick)
-                self.cache.write(self.contrast_key(subject), world.sum(losses).numpy())
+                losses[mine.start : mine.stop] = self._contrast_of(source, mine, tick)
+                self.cache.write(self.contrast_key(source), world.sum(losses).numpy())
 
-    def _contrast_of(self, subject: FeatureSource, mine: range, tick: Tick) -> torch.Tensor:
+    def _contrast_of(self, source: FeatureSource, mine: range, tick: Tick) -> torch.Tensor:
         s = self.settings
         return similarity.contrastive_losses(
-            torch.from_numpy(self.features(subject, "parts")).to(self.world.device),
+            torch.from_numpy(self.features(source, "parts")).to(self.world.device),
             tests=s.tests, negatives=s.negatives, temperature=s.temperature, seed=s.seed, wholes=mine,
-            tick=lambda: tick(subject.label, 1),
+            tick=lambda: tick(source.label, 1),
         )  # fmt: skip
 
-    def contrastive_loss(self, subject: FeatureSource) -> float:
-        """Mean over tests and wholes, once `contrast` has made them."""
-        return float(self.cache.read(self.contrast_key(subject)).mean())
+    def contrastive_loss(self, source: FeatureSource) -> float:
+        """Mean over tests and wholes, from the cache, after `contrast`."""
+        return float(self.cache.read(self.contrast_key(source)).mean())
 
-    def numbers(self, subject: FeatureSource) -> tuple[dict[str, Any], tuple[Floats, Floats]]:
-        """Separability, by scale too, and retrieval; and the cosines of positive and negative pairs (W, N)."""
+    def numbers(self, source: FeatureSource) -> tuple[dict[str, Any], tuple[Floats, Floats]]:
+        """Separability (over all scales and by scale) and retrieval; and cosines (W, N) of positive and negative pairs."""
         s = self.settings
-        parts, wholes, scales = (self.features(subject, name) for name in ("parts", "whole", "scales"))
+        parts, wholes, scales = (self.features(source, name) for name in ("parts", "whole", "scales"))
         pairs = cosines(parts, draw_pairs(len(parts), s.parts, s.pairs, s.seed))
         all_of_them = s.scale_parts * (s.scale_parts - 1) // 2
         drawn = draw_pairs(len(scales), s.scale_parts, all_of_them, s.seed)
@@ -259,39 +258,39 @@ class Measure:
                 **similarity.retrieval_scores(similarity.among_wholes(own, gallery), len(gallery)),
                 "another_part": similarity.retrieval_scores(similarity.among_parts(own), len(gallery)),
             },
-            "contrastive_loss": self.contrastive_loss(subject),
+            "contrastive_loss": self.contrastive_loss(source),
         }
         return found, pairs
 
     def scatter(self) -> tuple[NDArray[np.int64], Floats]:
-        """Of the points of t-SNE, parts first: which whole (N,), and scale (N,)."""
+        """The number of the whole (N,) and the scale (N,) of each point of t-SNE; parts first, then wholes."""
         ids = self.wholes("scatter")
         scale = self.sets["scatter"].scale(ids, self.shards.shape)
-        kinds = np.arange(len(ids))
-        return np.append(kinds.repeat(scale.shape[1]), kinds), np.append(scale.ravel(), np.ones(len(ids)))
+        whole = np.arange(len(ids))
+        return np.append(whole.repeat(scale.shape[1]), whole), np.append(scale.ravel(), np.ones(len(ids)))
 
-    def places(self, subject: FeatureSource) -> Floats:
-        """Those points (N, 2); rank 0 keeps them, t-SNE takes a while."""
-        key = "tsne", (self.key(subject, "scatter"), self.settings.seed)
+    def tsne_points(self, source: FeatureSource) -> Floats:
+        """The points (N, 2) of t-SNE, cached by rank 0, because t-SNE takes long."""
+        key = "tsne", (self.key(source, "scatter"), self.settings.seed)
         if not self.cache.path(key).is_file():
-            parts, whole = self.features(subject, "scatter"), self.features(subject, "whole")
+            parts, whole = self.features(source, "scatter"), self.features(source, "whole")
             whole = whole[np.searchsorted(self.ids, self.wholes("scatter")), 0]
-            self.cache.keep(
+            self.cache.write_alone(
                 key, tsne(np.concatenate((parts.reshape(-1, parts.shape[2]), whole)), self.settings.seed)
             )
         return self.cache.read(key)
 
     @contextlib.contextmanager
     def _progress(self, total: int, what: str) -> Iterator[Tick]:
-        """Rank 0 shows how many of its own share are done, the rate and the time left."""
+        """Rank 0 shows a progress bar of its own share: number done, rate, time left."""
         if not self.world.is_main or not total:
             yield lambda note, count: None
             return
-        with Progress(total, what) as shown:
+        with Progress(total, what) as bar:
 
             def tick(note: str, count: int) -> None:
                 for _ in range(count):
-                    shown.step(note)
-                shown.tick()
+                    bar.step(note)
+                bar.tick()
 
             yield tick

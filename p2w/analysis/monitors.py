@@ -1,9 +1,10 @@
 """Monitors of a training run: validation loss on fixed parts, similarity and contrast of features, reconstructions.
 
-Parts of the validation wholes are keyed by (VALIDATION_SEED, epoch 0, id): the same at every step, rank count and run.
+Parts of the validation volumes are keyed by (VALIDATION_SEED, epoch 0, id): they are the same at every step, for every
+number of ranks and in every run.
 
-A look costs as much as half a training step. It sees the same parts of the same few validation wholes at every step, rank
-count and run, and parts of the paper's scale whatever the run trains on: runs of any setting compare.
+Probing the features takes as long as half a training step. It uses the same few validation volumes every time, and parts
+of the paper's scale whatever the run trains on, so that runs with any settings can be compared.
 """
 
 import io
@@ -33,17 +34,15 @@ VALIDATION_SEED = 0x9A275
 
 
 def validation_keys(batch: Batch) -> SampleKeys:
-    """The keys of a validation batch's parts, for ever the same."""
+    """The random keys of a validation batch's parts; they never change."""
     return SampleKeys(VALIDATION_SEED, 0, batch.ids)
 
 
 class Validation:
-    """`val/loss` over every validation whole, each once, and `val/…` of the loss's further scalars.
+    """Yields `val/loss`, the mean over all validation volumes, and `val/NAME` for the loss's further scalars.
 
-    At step 0, of reconstructions, also `val/loss_mean_image`.
-
-    The mean image is the voxel-wise mean of the validation targets themselves: the answer with the lowest mean squared
-    error among those that ignore their input, so a network that beats it has looked.
+    At step 0 of a pretext that reconstructs, also `val/loss_mean_image`: the loss of the mean image, the voxel-wise mean of
+    the validation targets. It is the best output that ignores the input, so a network below it does use its input.
     """
 
     def __init__(
@@ -52,19 +51,19 @@ class Validation:
         self.pretext, self.model, self.stream, self.world = pretext, model, stream, world
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Yield (name, mean over the wholes of what the pretext's loss says), the same on all ranks."""
+        """Yield (name, mean over the volumes), the same on all ranks."""
         totals: Tensor | None = None  # weights, losses, further scalars
         names: list[str] = []
         for views, weight in self._views():
             output = self.model(views.input, *views.extra_inputs)
             each = [self._loss_of_one(output, views, index) for index in range(len(weight))]
             names = list(each[0][1])
-            told = torch.stack([torch.stack((loss, *extras.values())).double() for loss, extras in each])
-            sums = torch.cat((weight.sum()[None], weight @ told))
+            values = torch.stack([torch.stack((loss, *extras.values())).double() for loss, extras in each])
+            sums = torch.cat((weight.sum()[None], weight @ values))
             totals = sums if totals is None else totals + sums
-        assert totals is not None, "a split to validate holds a whole at least"
-        count, *values = self.world.sum(totals).tolist()
-        for name, value in zip(("loss", *names), values, strict=True):
+        assert totals is not None, "a validation split has at least one sub-scan"
+        count, *means = self.world.sum(totals).tolist()
+        for name, value in zip(("loss", *names), means, strict=True):
             yield f"val/{name}", value / count
         if step == 0 and self.pretext.reconstructs:
             yield "val/loss_mean_image", self._mean_image_loss()
@@ -92,44 +91,43 @@ class Validation:
 
 WHOLES, PARTS = 32, 3
 FRACTION = (1 / 16, 1 / 4)  # a part's volume as a share of its whole (paper, section 3)
-SHARE = 0.02  # of the time that looks should take at most
-SETTLE_S = 60.0  # before that, the share says little
+MAX_SHARE = 0.02  # of the run's time that probing should take
+WARM_UP_S = 60.0  # no warning before that: the share is not yet meaningful
 
 MonitorView = Callable[[int], Iterable[tuple[str, float]]]
 
 
 class SimilarityMonitor:
-    """How alike parts are, of one image and of two, on a fixed subset of the wholes; and the contrastive loss among them.
+    """Similarity of parts of one volume and of two, on a fixed subset of the volumes, and their contrastive loss.
 
-    Yields `similarity/positive`, `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: always told apart),
-    `/rank` (of the parts' features) and `contrast/loss` (paper, Fig. 2c, its 5,000 negatives drawn from the parts of the
-    subset's other wholes).
-    Every rank keeps the voxels of its share of the subset: 64 MiB over all ranks.
+    Yields `similarity/positive` and `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: all pairs
+    separated), `/rank` (effective rank of the parts' features) and `contrast/loss` (paper, Fig. 2c, with its 5,000 negatives
+    drawn from the parts of the subset's other volumes).
+    Every rank has the voxels of its share of the subset in memory: 64 MiB over all ranks.
     """
 
     def __init__(
         self, config: Config, encoder: Encoder, shards: ShardSet, split: str, world: World, log: Log,
-        between: Callable[[], None] = lambda: None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Read this rank's share. `between` is called before each batch, and may raise to break a look off."""
+        """Read this rank's share. `before_batch` is called before each batch, and may raise to interrupt."""
         self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
-        self.between = between
-        self.rows = max(1, config.data.batch // world.size)  # as many as validation passes at a time
+        self.before_batch = before_batch
+        self.rows = max(1, config.data.batch // world.size)  # the batch size of validation
         ids = spread_ids(shards.ids(split), WHOLES)
         own = np.array_split(ids, world.size)[world.rank]
-        mine = (
-            own if len(own) else ids[:1]
-        )  # more ranks than wholes: has a share in the work, not in the numbers
+        # With more ranks than volumes, a rank without any computes one that does not count: collectives need all ranks.
+        mine = own if len(own) else ids[:1]
         steps = -(-len(ids) // (world.size * self.rows))
-        place = torch.arange(steps * self.rows)
+        row = torch.arange(steps * self.rows)
         voxels, good = read_sub_scans(shards, mine)
-        self.order = place.clamp(max=len(mine) - 1)
-        self.real = ((place < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
+        self.order = row.clamp(max=len(mine) - 1)
+        self.real = ((row < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
         self.ids, self.voxels = torch.from_numpy(mine).to(world.device), voxels.to(world.device)
         self.pairs: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Yield (name, value), the same on all ranks; nothing for a network that is lost or a single whole."""
+        """Yield (name, value), the same on all ranks; nothing if features are not finite or there is only one volume."""
         features = self._features()
         self.pairs = None
         if len(features) < 2 or not features.isfinite().all():
@@ -143,7 +141,7 @@ class SimilarityMonitor:
         yield "contrast/loss", float(contrastive_losses(features, tests=tests, seed=VALIDATION_SEED).mean())
 
     def save(self, step: int) -> None:
-        """Rank 0: keep the cosines of the last look in `RUN/figures`."""
+        """Rank 0: write the cosines of the last call into `RUN/figures`."""
         if self.pairs is None or not self.world.is_main:
             return
         packed = io.BytesIO()
@@ -152,21 +150,21 @@ class SimilarityMonitor:
             write_atomic(similarity_file(self.log.run, step), packed.getvalue())
 
     def _features(self) -> Tensor:
-        """(wholes, PARTS, channels) float64 on the CPU, over all ranks by id."""
+        """Features (W, PARTS, C) float64 on the CPU of the volumes of all ranks, in the order of their ids."""
         rows = torch.cat([self._pooled(index) for index in self.order.split(self.rows)])
         ids = self.ids[self.order.to(self.ids.device)]
         features, numbers, real = (self.world.gather(part).cpu() for part in (rows, ids, self.real.float()))
-        kept = real > 0
-        return features[kept][numbers[kept].argsort()].double()
+        valid = real > 0
+        return features[valid][numbers[valid].argsort()].double()
 
     def _pooled(self, index: Tensor) -> Tensor:
-        """Features (rows, PARTS, channels) of the parts of some of the wholes."""
-        self.between()
+        """Features (rows, PARTS, C) of the parts of some of the volumes."""
+        self.before_batch()
         config, index = self.config, index.to(self.ids.device)
         voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index])
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
         each = []
-        for part in range(1, 1 + PARTS):  # part 0 is the one validation reconstructs
+        for part in range(1, 1 + PARTS):  # part 0 is the one that validation uses
             boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.aspect_range)
             views = geometry.crop_resize(
                 voxels, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
@@ -176,9 +174,9 @@ class SimilarityMonitor:
 
 
 class Monitors:
-    """Takes all looks, says what was seen in one line, and keeps account of the time: `speed/looking_share`.
+    """Calls all monitors, logs a summary line, and measures their share of the time, `speed/looking_share`.
 
-    The interval between looks is a setting and not adapted to the clock: what is logged depends on the step alone.
+    Their interval is a setting and does not adapt to the clock, so that what is logged depends on the step alone.
     """
 
     def __init__(self, similarity: SimilarityMonitor, *others: MonitorView, every: int, log: Log) -> None:
@@ -187,46 +185,46 @@ class Monitors:
         self._since, self._spent, self._warned = 0.0, 0.0, False
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Yield (name, value) of all of them."""
+        """Yield (name, value) of all monitors."""
         began = time.monotonic()
-        values = dict(value for look in self.all for value in look(step))
+        values = dict(value for monitor in self.all for value in monitor(step))
         yield from values.items()
         if "contrast/loss" in values:
             self.log.line(f"step {step}  {summary_line(values)}")
-        if self._since:  # the first look of a start brings imports and warm-up
+        if self._since:  # the first call of a start is not counted: it includes imports and warm-up
             self._spent += time.monotonic() - began
             share = self._spent / (time.monotonic() - self._since)
             yield "speed/looking_share", share
-            self._complain(share)
+            self._warn_once(share)
         else:
             self._since = time.monotonic()
 
-    def _complain(self, share: float) -> None:
-        """Say once that looks are too dear, and what would help."""
-        settled = self.every and time.monotonic() - self._since > SETTLE_S
-        if settled and share > SHARE and not self._warned:
+    def _warn_once(self, share: float) -> None:
+        """Warn once when probing takes too much of the time, with the interval that would do."""
+        warm = self.every and time.monotonic() - self._since > WARM_UP_S
+        if warm and share > MAX_SHARE and not self._warned:
             self._warned = True
-            enough = math.ceil(self.every * share / SHARE)
+            enough = math.ceil(self.every * share / MAX_SHARE)
             self.log.warn(
-                f"looks take {share:.1%} of the time; --train.probe-every {enough} would take {SHARE:.0%}"
+                f"probing takes {share:.1%} of the time; --train.probe-every {enough} would take {MAX_SHARE:.0%}"
             )
 
 
 def summary_line(values: dict[str, float]) -> str:
-    """A look in words."""
-    one, two, told = (values[f"similarity/{name}"] for name in ("positive", "negative", "auc"))
-    return f"parts of one image {one:.3f}, of two {two:.3f}, AUC {told:.3f}, contrast {values['contrast/loss']:.3f}"
+    """The monitors' values as one line of text."""
+    one, two, area = (values[f"similarity/{name}"] for name in ("positive", "negative", "auc"))
+    return f"parts of one image {one:.3f}, of two {two:.3f}, AUC {area:.3f}, contrast {values['contrast/loss']:.3f}"
 
 
 def spread_ids(ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most `most` of the ids, evenly spread: over the scans, since the rows of a manifest stand scan by scan."""
+    """At most `most` ids, evenly spaced; this spreads over scans, because a manifest's rows are sorted by scan."""
     return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
 
 
 def read_sub_scans(shards: ShardSet, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Voxels (N, D, H, W) int16 of a few sub-scans, and which of them could be read; the others are zero.
+    """Voxels (N, D, H, W) int16 of a few sub-scans, and (N,) which of them could be read; the others are zero.
 
-    Raises DataError for one that is damaged, unless the set's policy is to go on without.
+    Raises DataError for a damaged one if `on_bad` of the set is "stop".
     """
     voxels, good = np.zeros((len(ids), *shards.shape), np.int16), np.ones(len(ids), np.bool_)
     with shards.reader(ids) as reader:

@@ -24,7 +24,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's colour-b
 
 
 def new_figure(**settings: Any) -> "Figure":
-    """An empty figure. Matplotlib comes in here: half a second that --help and ranks other than 0 are spared."""
+    """An empty figure. Matplotlib is imported here, because it takes half a second that --help and other ranks save."""
     import matplotlib  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -43,10 +43,10 @@ def middle_slices(columns: dict[str, Tensor]) -> "Figure":
         stack = volumes[:rows, 0].float().cpu().numpy()
         planes = (stack[:, stack.shape[1] // 2], stack[:, ::-1, stack.shape[2] // 2])
         for axis, stacked, view in zip(axes[2 * pair :], planes, ("axial", "coronal"), strict=False):
-            # A column is one image: 24 axes took a second to draw. Blank voxels part the rows.
+            # A column is one image, because 24 axes take a second to draw. Blank voxels separate the rows.
             gap = max(1, stacked.shape[1] // 24)
             column = np.pad(stacked, ((0, 0), (0, gap), (0, 0)), constant_values=np.nan)
-            # Sub-scan voxels are about 2.5 times as thick as wide in a chest CT; square panels show both planes alike.
+            # In a chest CT, voxels are about 2.5 times as thick as wide; panels are square for both planes.
             axis.imshow(
                 column.reshape(-1, column.shape[2])[:-gap],
                 cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
@@ -57,7 +57,7 @@ def middle_slices(columns: dict[str, Tensor]) -> "Figure":
 
 
 def image_strip(columns: dict[str, Tensor]) -> NDArray[np.uint8]:
-    """The same without words: grey pixels (rows, columns) of square panels, for a look that must cost next to nothing."""
+    """As `middle_slices` without text: grey pixels (rows, columns) of square panels, which are fast to draw."""
     edge = max(128, *(volumes.shape[-1] for volumes in columns.values()))
     drawn = []
     for volumes in columns.values():
@@ -69,11 +69,9 @@ def image_strip(columns: dict[str, Tensor]) -> NDArray[np.uint8]:
 
 
 def loss_curve(run: Path) -> "Figure":
-    """Training and validation loss over steps; of a reconstruction also the best constant answer, as a line."""
+    """Training and validation loss over steps; for a reconstruction, the best constant output as a line."""
     records = read_metrics(run)
-    kind = (
-        "mse" if any("val/mse" in record for record in records) else "loss"
-    )  # where that is one term of several
+    kind = "mse" if any("val/mse" in record for record in records) else "loss"  # mse: one term of several
     figure = new_figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, colour, label, style in (
@@ -87,7 +85,7 @@ def loss_curve(run: Path) -> "Figure":
             )
     floor = [record["val/loss_mean_image"] for record in records if "val/loss_mean_image" in record]
     if floor:
-        axis.axhline(floor[0], color=ORANGE, linestyle="--", label="always answering the mean image")
+        axis.axhline(floor[0], color=ORANGE, linestyle="--", label="always the mean image")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("mean squared error (1 = 2000 HU)²" if floor else "loss of the pretext")
     axis.set_yscale("log")
@@ -103,7 +101,7 @@ def similarity_histogram(run: Path, steps: tuple[int, ...]) -> "Figure":
     for step in steps:
         with np.load(similarity_file(run, step)) as saved:
             pairs[step] = (saved["positive"], saved["negative"])
-    # One axis for all: at the start every pair is alike to a few millionths, and an axis of its own would hide that.
+    # One axis for all: before training all cosines agree to a few millionths, which an axis of its own would hide.
     low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
     bins = np.linspace(min(low, 0.99), 1, 41)
     figure = new_figure(figsize=(4.6 * len(steps), 3.4), layout="constrained")
@@ -157,15 +155,18 @@ def _grid(count: int, width: float, height: float, **settings: Any) -> tuple["Fi
     return figure, list(axes[:count])
 
 
-def tsne_figure(places: dict[str, Floats], kinds: NDArray[np.int64], scale: Floats) -> "Figure":
-    """Fig. 2a: a panel a network. `places` (N, 2) each; `kinds` (N,) number the whole, `scale` (N,) is 1 for wholes."""
-    figure, axes = _grid(len(places), 4.4, 4.6)
-    colours = np.array(TOL)[kinds % len(TOL)]
-    for axis, (label, place) in zip(axes, places.items(), strict=True):
+def tsne_figure(points: dict[str, Floats], wholes: NDArray[np.int64], scale: Floats) -> "Figure":
+    """Fig. 2a: one panel for each network, {label: points (N, 2)}.
+
+    `wholes` (N,) is the number of the whole of each point, `scale` (N,) that of the part, 1 for wholes.
+    """
+    figure, axes = _grid(len(points), 4.4, 4.6)
+    colours = np.array(TOL)[wholes % len(TOL)]
+    for axis, (label, point) in zip(axes, points.items(), strict=True):
         for whole, marker, edge in ((False, "o", "none"), (True, "D", "black")):
             some = (scale == 1) == whole
             axis.scatter(
-                place[some, 0], place[some, 1], c=colours[some], s=70 if whole else 4 + 36 * scale[some],
+                point[some, 0], point[some, 1], c=colours[some], s=70 if whole else 4 + 36 * scale[some],
                 marker=marker, edgecolors=edge, linewidths=1.2, alpha=1 if whole else 0.55, zorder=2 + whole,
             )  # fmt: skip
         axis.set(title=label, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
@@ -190,7 +191,7 @@ def tsne_figure(places: dict[str, Floats], kinds: NDArray[np.int64], scale: Floa
 def similarity_figure(
     pairs: dict[str, tuple[Floats, Floats]], numbers: dict[str, dict[str, float]]
 ) -> "Figure":
-    """Fig. 2b: cosines of positive and negative pairs, a panel a network, one axis for all."""
+    """Fig. 2b: histograms of the cosines of positive and negative pairs, one panel for each network, one common axis."""
     low = min(float(min(positive.min(), negative.min())) for positive, negative in pairs.values())
     bins = np.linspace(min(low, 0.99), 1, 61)
     figure, axes = _grid(len(pairs), 4.2, 3.4, sharex=True)
@@ -202,7 +203,7 @@ def similarity_figure(
             share = np.full(values.size, 1 / values.size)
             axis.hist(values.ravel(), bins, weights=share, color=colour, alpha=0.6, label=name)
         found, low = numbers[label], min(float(positive.min()), float(negative.min()))
-        if low > bins[-2]:  # one bar, in which everything lies
+        if low > bins[-2]:  # all values are in one bar
             axis.text(
                 0.5, 0.5, f"all within {1 - low:.0e} of 1", transform=axis.transAxes, ha="center", fontsize=9
             )
@@ -216,18 +217,18 @@ def similarity_figure(
 def scale_figure(
     curves: dict[str, dict[str, list[float]]], trained: tuple[float, float], own: str
 ) -> "Figure":
-    """AUC and d' of pairs of parts of about one scale, against that scale; in grey the scales that `own` was trained on."""
+    """AUC and d' of pairs of parts by scale; grey marks the scales that the network `own` was trained on."""
     figure, (left, right) = _grid(2, 5, 3.6)
-    said = f"scales that {own} was trained on"
+    note = f"scales that {own} was trained on"
     for index, (label, curve) in enumerate(curves.items()):
         style = {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         left.plot(curve["scale"], curve["auc"], label=label, **style)
         right.plot(curve["scale"], curve["d_prime"], label=label, **style)
     for axis, name in ((left, "AUC"), (right, "d'")):
         if trained[0] < trained[1]:
-            axis.axvspan(*trained, color=GREY, alpha=0.15, linewidth=0, label=said)
+            axis.axvspan(*trained, color=GREY, alpha=0.15, linewidth=0, label=note)
         else:
-            axis.axvline(trained[0], color=GREY, linewidth=3, alpha=0.5, label=said)
+            axis.axvline(trained[0], color=GREY, linewidth=3, alpha=0.5, label=note)
         axis.set_xscale("log", base=2)
         axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
         axis.set(
@@ -243,7 +244,7 @@ def scale_figure(
 def contrastive_figure(
     steps: Sequence[int], loss: Sequence[float], mse: Sequence[float], found: Correlation
 ) -> "Figure":
-    """Fig. 2c: contrastive loss, never trained, beside validation MSE over checkpoints; and one against the other."""
+    """Fig. 2c: contrastive loss (not trained) and validation MSE over checkpoints, and one against the other."""
     figure, (left, right) = _grid(2, 5.2, 3.6)
     twin = left.twinx()
     for axis, values, colour, style, name in (
@@ -270,7 +271,7 @@ def contrastive_figure(
 
 @dataclass(frozen=True)
 class ImageTile:
-    """One picture of a mosaic: the middle axial slice of `volume` (d, h, w), 0..255; framed where there is a colour."""
+    """One image of a mosaic: the middle axial slice of `volume` (d, h, w), 0..255, with a frame if `colour` is set."""
 
     volume: NDArray[np.uint8]
     title: str = ""
@@ -278,7 +279,7 @@ class ImageTile:
 
 
 def _mosaic(rows: Sequence[Sequence[ImageTile | None]], title: str = "") -> "Figure":
-    """Tiles of one size in a grid, on one axis: half a hundred axes would take seconds to draw."""
+    """Tiles of one size in a grid, on a single axis, because fifty axes would take seconds to draw."""
     height, width = next(tile for row in rows for tile in row if tile is not None).volume.shape[1:]
     head, gap, columns = 2 * height // 7, max(1, width // 16), max(map(len, rows))
     size = (columns * (width + gap), len(rows) * (height + head))
@@ -308,10 +309,10 @@ def _mosaic(rows: Sequence[Sequence[ImageTile | None]], title: str = "") -> "Fig
     return figure
 
 
-def growing_figure(
+def reconstruction_figure(
     whole: NDArray[np.uint8], part: NDArray[np.uint8], output: NDArray[np.uint8], scale: Sequence[float]
 ) -> "Figure":
-    """Parts of growing scale above, what is reconstructed from each below, the whole at the right.
+    """Parts of growing scale in the upper row, their reconstructions in the lower row, the whole at the right.
 
     `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), 0..255.
     """
@@ -332,9 +333,9 @@ def growing_figure(
 
 
 def neighbours_figure(rows: Sequence[dict[str, Any]], label: str) -> "Figure":
-    """Query, its whole, and the wholes most like it, a row a query.
+    """One row for each query: the query, its own whole, and the most similar wholes.
 
-    A row has `query` and `own` (d, h, w) uint8, `rank` of its own whole, and `hits`: (volume, cosine, whether it is that).
+    A row has `query` and `own` (d, h, w) uint8, `rank` of its own whole, and `hits`: (volume, cosine, is its own).
     """
     tiles: list[list[ImageTile | None]] = []
     for row in rows:
@@ -342,10 +343,8 @@ def neighbours_figure(rows: Sequence[dict[str, Any]], label: str) -> "Figure":
             ImageTile(row["query"], "query: a part"),
             ImageTile(row["own"], f"its whole: rank {row['rank']}"),
         ]
-        for place, (volume, cosine, own) in enumerate(row["hits"], 1):
-            verdict = "its whole" if own else "another"
-            line.append(
-                ImageTile(volume, f"{place}: {verdict}\ncosine {cosine:.4f}", BLUE if own else ORANGE)
-            )
+        for rank, (volume, cosine, own) in enumerate(row["hits"], 1):
+            name = "its whole" if own else "another"
+            line.append(ImageTile(volume, f"{rank}: {name}\ncosine {cosine:.4f}", BLUE if own else ORANGE))
         tiles.append(line)
     return _mosaic(tiles, f"{label}: nearest wholes by cosine similarity (middle axial slices)")

@@ -1,4 +1,4 @@
-"""Pictures with voxels in them: part, reconstruction and whole; parts of growing scale; a part's nearest wholes."""
+"""Images of examples: part, reconstruction and whole; reconstructions by scale of the part; a part's nearest wholes."""
 
 import io
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from p2w import geometry
 from p2w.analysis import plots, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
 from p2w.analysis.features import PartSet, cut_parts
-from p2w.analysis.measure import GROWING, Measure
+from p2w.analysis.measure import RECONSTRUCTION_SCALES, Measure
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
 from p2w.errors import UserError
 from p2w.files import write_atomic
@@ -33,43 +33,43 @@ CANDIDATES, SHOWN = 24, 4
 
 
 class Pictures:
-    """Shows rank 0 in TensorBoard what becomes of four wholes with much to see. Yields no numbers."""
+    """Draws four wholes with high contrast, as the pretext shows them, in TensorBoard. Rank 0 only; yields no numbers."""
 
     def __init__(
         self, pretext: Pretext, model: nn.Module, shards: ShardSet, split: str, device: torch.device, log: Log
     ) -> None:
         self.pretext, self.model, self.log = pretext, model, log
         if log.speaks:
-            voxels, ids = telling_wholes(shards, split)
+            voxels, ids = high_contrast_wholes(shards, split)
             self.keys = [shards.key(int(row)) for row in ids]
             self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.shape
             self.views = pretext.sample(voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device)))
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Show plain pixels, which matplotlib's titles would make ten times as dear; other ranks have nothing to do."""
+        """Draw pixels only, because a figure with titles by matplotlib takes ten times as long."""
         if self.log.speaks:
             columns = self._columns()
             self.log.picture(f"{', '.join(columns)}; each axial, coronal", plots.image_strip(columns), step)
         return ()
 
     def figure(self) -> "Figure":
-        """The network as it stands, in evaluation mode."""
+        """The figure of the current network, which must be in evaluation mode."""
         return plots.middle_slices(self._columns())
 
     def _columns(self) -> dict[str, Tensor]:
-        """Titles and volumes; the answer, where it is a volume, stands before what was asked."""
-        shown = self.pretext.image_columns(self.views)
+        """{title: volumes}; a reconstruction comes before the last column, which is its target."""
+        columns = self.pretext.image_columns(self.views)
         if not self.pretext.reconstructs:
-            return shown
-        *given, asked = shown
-        answer = {"reconstruction": self.model(self.views.input)}
-        return {title: shown[title] for title in given} | answer | {asked: shown[asked]}
+            return columns
+        *inputs, target = columns
+        output = {"reconstruction": self.model(self.views.input)}
+        return {title: columns[title] for title in inputs} | output | {target: columns[target]}
 
     def volumes(self) -> bytes:
-        """What was reconstructed as an npz file, for the slider of report.html; analysis/reconstructions.npz is alike.
+        """The reconstructions as an npz file, for the slider of report.html; analysis/reconstructions.npz has this form too.
 
         `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w), uint8, 0..255 for 0..1; `keys` (W,); `extent_mm`
-        (W, 3), edges z y x of the whole; `scale` (S,), here one NaN: each part has the volume that training gave it.
+        (W, 3), edges z, y, x of the whole; `scale` (S,), here one NaN, because parts have the scales of training.
         """
         views, packed = self.views, io.BytesIO()
         part, output = grey(views.input)[:, None], grey(self.model(views.input))[:, None]
@@ -81,12 +81,12 @@ class Pictures:
 
 
 def grey(volumes: Tensor) -> NDArray[np.uint8]:
-    """(B, 1, d, h, w) in [0, 1] -> (B, d, h, w)."""
+    """Volumes (B, 1, d, h, w) in [0, 1] as (B, d, h, w) uint8."""
     return (volumes[:, 0].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
-def telling_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
-    """Voxels (4, D, H, W) int16 and ids (4,): of evenly spread wholes, those with the largest standard deviation."""
+def high_contrast_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
+    """Voxels (4, D, H, W) int16 and ids (4,) of the wholes with the largest standard deviation, among evenly spaced ones."""
     ids = spread_ids(shards.ids(split), CANDIDATES)
     voxels, good = read_sub_scans(shards, ids)
     if not good.any():
@@ -106,18 +106,19 @@ Grey = NDArray[np.uint8]
 def reconstructions(
     run: AnalysedRun, step: int, shards: ShardSet, split: str, world: World, precision: Precision
 ) -> dict[str, Any]:
-    """Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,);
-    `extent_mm` (W, 3), edges z y x of the whole.
+    """Reconstructions from parts of growing scale, by the network at `step`.
 
-    A part grows round its place: the draws that put and shape it are the same at all scales.
+    Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,);
+    `extent_mm` (W, 3), edges z, y, x of the whole. The random numbers for a part's position and shape are the same at all
+    scales.
     """
     view, model = run.config.pretext, run.network(step, world)
-    voxels, ids = telling_wholes(shards, split)
+    voxels, ids = high_contrast_wholes(shards, split)
     keys = SampleKeys(VALIDATION_SEED, 0, ids)
     boxes = torch.stack(
         [
             geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.aspect_range)
-            for scale in GROWING
+            for scale in RECONSTRUCTION_SCALES
         ],
         1,
     ).to(world.device)
@@ -128,50 +129,48 @@ def reconstructions(
             output = model(part)
         parts.append(grey(part))
         outputs.append(grey(output))
-    shown, made = np.stack(parts), np.stack(outputs)
+    part_stack, output_stack = np.stack(parts), np.stack(outputs)
     return {
-        "whole": shown[:, -1], "part": shown, "output": made, "scale": np.array(GROWING),
+        "whole": part_stack[:, -1], "part": part_stack, "output": output_stack, "scale": np.array(RECONSTRUCTION_SCALES),
         "keys": np.array([shards.key(int(row)) for row in ids]),
         "extent_mm": shards.spacing_mm[ids.numpy()] * shards.shape,
     }  # fmt: skip
 
 
 def save_arrays(arrays: dict[str, Any], path: Path) -> None:
-    """Write them as a compressed npz, whole or not at all."""
+    """Write arrays as a compressed npz, atomically."""
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     write_atomic(path, packed.getvalue())
 
 
-def nearest(measure: Measure, subject: FeatureSource) -> list[dict[str, Any]]:
-    """For `plots.neighbours_figure`: parts of a few wholes, and the wholes most like them by the subject's features."""
-    parts, wholes = (torch.from_numpy(measure.features(subject, name)) for name in ("parts", "whole"))
+def nearest(measure: Measure, source: FeatureSource) -> list[dict[str, Any]]:
+    """Rows for `plots.neighbours_figure`: parts of a few wholes, and the wholes most similar by the source's features."""
+    parts, wholes = (torch.from_numpy(measure.features(source, name)) for name in ("parts", "whole"))
     gallery = similarity.l2_normalise_features(wholes[:, 0])
-    asked = np.searchsorted(measure.ids, measure.wholes("scatter")[:QUERIES])
+    queries = np.searchsorted(measure.ids, measure.wholes("scatter")[:QUERIES])
     rows = []
-    for own in asked:
+    for own in queries:
         similar = gallery @ similarity.l2_normalise_features(parts[own, 0])
         first = similar.argsort(descending=True, stable=True)[:HITS].tolist()
         rows.append(
             {
-                "query": _picture(measure, subject, "parts", own),
-                "own": _picture(measure, subject, "whole", own),
+                "query": _picture(measure, source, "parts", own),
+                "own": _picture(measure, source, "whole", own),
                 "rank": int(similarity.retrieval_ranks(parts[:, 0], wholes[:, 0])[own]),
-                "hits": [
-                    (_picture(measure, subject, "whole", i), float(similar[i]), i == own) for i in first
-                ],
+                "hits": [(_picture(measure, source, "whole", i), float(similar[i]), i == own) for i in first],
             }
         )
     return rows
 
 
-def _picture(measure: Measure, subject: FeatureSource, name: str, index: int) -> Grey:
-    """The first part (d, h, w) of a set, of the whole at this place."""
+def _picture(measure: Measure, source: FeatureSource, name: str, index: int) -> Grey:
+    """The first part (d, h, w) of a part set, of the whole at `index` of `measure.ids`."""
     voxels = torch.empty(measure.shards.shape, dtype=torch.int16)
     measure.shards.read_into(int(measure.ids[index]), voxels)
     part_set: PartSet = measure.sets[name]
     return grey(
         cut_parts(
-            voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], subject.view
+            voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], source.view
         )
     )[0]

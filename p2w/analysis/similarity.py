@@ -1,24 +1,20 @@
-"""How alike parts are: cosine similarity, separability of positive and negative pairs, nearest neighbours.
+"""Similarity of parts: separability of positive and negative pairs, contrastive loss, retrieval.
 
-A positive pair is two parts of one whole, a negative pair two parts of different wholes. Separability is the area under
-the ROC curve (0.5: none, 1: all).
+Features are (W, P, C) = wholes, parts of each, channels. A positive pair is two parts of one whole, a negative pair two
+parts of different wholes. Separability is the area under the ROC curve of their cosines (0.5: none, 1: complete). Pairs
+and tests are drawn first, as index arrays from an explicit seed.
 
-Features are (W, P, C) = wholes, parts of each, channels. A positive pair is two parts of one whole; a negative pair is a
-part of it and a part of another. Draws come first, as index arrays from an explicit seed, and are then only looked up.
-
-The contrastive loss that nobody trained (paper, Fig. 2c): does it fall while only reconstruction is trained?
-
-Features are (W, P, C) = wholes, parts of each, channels. A test of a whole takes one of its parts, another of them as the
-positive, and K parts of other wholes as negatives; with cosines s and temperature t its loss is
+Contrastive loss (paper, Fig. 2c): it is measured while only reconstruction is trained. A test of a whole takes one of its
+parts as anchor, another as positive, and K parts of other wholes as negatives; with cosines s and temperature t, its loss is
 
     -log( exp(s+ / t) / (exp(s+ / t) + sum_k exp(s-_k / t)) )
 
-The paper takes K = 5,000, 100 tests of every whole and t = 0.7. Negatives are drawn from the pool of all (W - 1) P parts of
+The paper uses K = 5,000, 100 tests of every whole and t = 0.7. Negatives are drawn from the pool of all (W - 1) P parts of
 other wholes, uniformly and with replacement, so that K may exceed the pool and the expectation is the same for any pool.
 
-A query is a part; the gallery has one entry a whole: the whole itself (scale 1), or another part of each. The rank of a
-query is the place of its own whole by cosine similarity, ties against it: a network that answers the same for all
-gets the last place, not a lucky one.
+Retrieval: the query is a part, and the gallery has one entry for each whole, the whole itself (scale 1) or another part of
+it. The rank of a query is the rank of its own whole by cosine similarity. Ties count against it, so that a network with the
+same features for all inputs gets the last rank.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,13 +28,16 @@ from torch import Tensor
 
 from p2w.errors import UserError
 
-Array = NDArray[np.float64]
+Features = NDArray[np.floating]  # float32 or float64
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+TINY = 1e-12  # smallest norm to divide by: a feature vector of zeros has cosine 0 with everything
 
 
-def pair_cosines(features: Array) -> tuple[Array, Array]:
-    """Cosines of all pairs of parts of one whole, and of all pairs of parts of two wholes.
+def pair_cosines(features: Floats) -> tuple[Floats, Floats]:
+    """Cosines of all positive and of all negative pairs, two 1D arrays, from features (W, P, C).
 
-    `features` is (wholes, parts, channels); a feature of zeros has cosine 0 with all others.
+    A feature vector of zeros has cosine 0 with all others.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=2, keepdims=True), 1e-12)
     wholes, parts, channels = unit.shape
@@ -49,20 +48,20 @@ def pair_cosines(features: Array) -> tuple[Array, Array]:
     return cosines[same], cosines[~same]
 
 
-def auc(positive: Array, negative: Array) -> float:
+def auc(positive: Floats, negative: Floats) -> float:
     """Area under the ROC curve: probability that a positive pair is more similar than a negative one, ties half."""
     order = np.sort(
         negative
-    )  # ranks are counted here: importing scikit-learn for it would take seconds of every start
+    )  # computed here, because importing scikit-learn would add seconds to every start
     below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
     return float(below.sum() / (2 * len(positive) * len(negative)))
 
 
-def effective_rank(features: Array) -> float:
-    """Over how many directions features (n, channels) spread: from 1 to the number of channels; nan where all are one.
+def effective_rank(features: Floats) -> float:
+    """Effective rank of features (N, C): from 1 to C; NaN when all features are equal.
 
-    The exponential of the entropy of the singular values' shares (Roy, Vetterli 2007), of the features less their mean.
-    Needs no labels, and says what the reconstruction does not: how much of its input an encoder keeps (docs/targets.md).
+    The exponential of the entropy of the singular values' shares (Roy and Vetterli 2007), after the mean is subtracted. It
+    needs no labels, and shows how much of its input an encoder represents, which the loss does not (docs/targets.md).
     """
     values = np.linalg.svd(features - features.mean(0), compute_uv=False)
     shares = values[values > 0] / values.sum()
@@ -70,16 +69,10 @@ def effective_rank(features: Array) -> float:
 
 
 def similarity_file(run: Path, step: int) -> Path:
-    """Where the cosines of `step` are kept."""
+    """The file in RUN/figures with the cosines at `step`; creates the folder."""
     folder = run / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"similarity-{step:08d}.npz"
-
-
-Features = NDArray[np.floating]  # as they come, float32 or float64
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-TINY = 1e-12  # a feature of zeros has cosine 0 with everything
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def draw_pairs(wholes: int, parts: int, count: int, seed: int) -> Pairs:
 
 
 def check_enough(wholes: int, parts: int) -> None:
-    """Raise UserError where there is nothing to compare."""
+    """Raise UserError for fewer than two wholes or two parts of each."""
     if wholes < 2:
         raise UserError(f"{wholes} whole(s): parts of different wholes are compared, which takes at least 2")
     if parts < 2:
@@ -133,7 +126,7 @@ def cosines(features: Features, pairs: Pairs) -> tuple[Floats, Floats]:
 
 
 def l2_normalise_rows(features: Features) -> Floats:
-    """Features (..., C) at length 1, float64."""
+    """Features (..., C) divided by their L2 norm, float64."""
     wide = features.astype(np.float64)
     return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), TINY)
 
@@ -145,7 +138,7 @@ def d_prime(positive: Floats, negative: Floats) -> float:
 
 
 def separability(positive: Floats, negative: Floats) -> dict[str, float]:
-    """AUC, d' and the two mean cosines of a set of pairs of each kind, any shape."""
+    """AUC, d' and mean cosines, from cosines of positive and negative pairs of any shape."""
     alike, apart = positive.ravel(), negative.ravel()
     return {
         "auc": auc(alike, apart),
@@ -158,12 +151,12 @@ def separability(positive: Floats, negative: Floats) -> dict[str, float]:
 
 TEMPERATURE, NEGATIVES, TESTS = 0.7, 5000, 100
 DRAWN = "uniformly from the parts of all other wholes, with replacement"
-BLOCK = 1 << 25  # similarities held at once: 128 MiB in float32
+BLOCK = 1 << 25  # similarities in memory at a time: 128 MiB in float32
 
 
 @dataclass(frozen=True)
 class Tests:
-    """T tests of one whole: `anchor` and `positive` (T,) are parts of it, `negatives` (T, K) rows of the pool (W * P)."""
+    """T tests of one whole: `anchor` and `positive` (T,) are its parts, `negatives` (T, K) are rows of the pool (W * P)."""
 
     anchor: NDArray[np.int64]
     positive: NDArray[np.int64]
@@ -171,7 +164,7 @@ class Tests:
 
 
 def draw_tests(wholes: int, parts: int, whole: int, tests: int, negatives: int, seed: int) -> Tests:
-    """The tests of `whole`: a function of these numbers alone, not of who computes them."""
+    """The tests of `whole`; they depend on these numbers alone, not on the rank that computes them."""
     rng = np.random.default_rng([seed, whole])
     anchor = rng.integers(0, parts, tests)
     positive = rng.integers(0, parts - 1, tests)
@@ -187,10 +180,9 @@ def contrastive_losses(
 ) -> Tensor:  # fmt: skip
     """Mean loss over the tests of each of `wholes` (default: all), float64 on the CPU, in that order.
 
-    Computed on the device of `features` in their floating type; sums in float64. Similarities are products of blocks of the
-    pool with all of it, of bounded size and at fixed places, and a test's negatives are picked from its anchor's row. So
-    a whole's value is the same bits whichever others are asked for, and ranks can share the work in contiguous
-    stretches. `tick` is called after each whole.
+    Computed on the device of `features` (W, P, C) in their dtype; sums in float64. Similarities are computed in fixed blocks
+    of bounded size, and a test's negatives are picked from its anchor's row. So a whole's value has the same bits whichever
+    other wholes are asked for, and ranks can divide the work into contiguous ranges. `tick` is called after each whole.
     Raises UserError for fewer than two wholes, or two parts of each.
     """
     count, parts, channels = features.shape
@@ -218,30 +210,30 @@ def contrastive_losses(
 
 
 def _losses(similar: Tensor, positive: NDArray[np.int64], negatives: NDArray[np.int64]) -> Tensor:
-    """Sum () float64 of the losses of tests with one anchor: `similar` (W * P,) are its similarities / temperature."""
-    alike = similar[torch.from_numpy(positive).to(similar.device)]
-    apart = similar.take(torch.from_numpy(negatives).to(similar.device))
-    top = torch.maximum(apart.amax(1), alike)  # below t = 0.011, exp(1 / t) is more than float32 holds
-    against = (apart - top[:, None]).exp().sum(1, dtype=torch.float64)
-    above = (alike - top).double()
-    return ((above.exp() + against).log() - above).sum()
+    """Sum () float64 of the losses of tests with one anchor; `similar` (W * P,) are its similarities / temperature."""
+    of_positive = similar[torch.from_numpy(positive).to(similar.device)]
+    of_negatives = similar.take(torch.from_numpy(negatives).to(similar.device))
+    top = torch.maximum(of_negatives.amax(1), of_positive)  # below t = 0.011, exp(1 / t) overflows float32
+    sum_negatives = (of_negatives - top[:, None]).exp().sum(1, dtype=torch.float64)
+    shifted = (of_positive - top).double()
+    return ((shifted.exp() + sum_negatives).log() - shifted).sum()
 
 
-ROUNDING = 1e-12  # of a float64 cosine
+ROUNDING = 1e-12  # error of a float64 cosine
 
 
 @torch.no_grad()
 def retrieval_ranks(queries: Tensor, gallery: Tensor) -> Tensor:
     """Rank (N,) int64, from 1, of entry i of `gallery` (N, C) for query i of `queries` (N, C).
 
-    In float64: features of a network that never learned are alike to six digits, and equal ones must tie.
+    In float64, because an untrained network's features agree to six digits, and equal ones must tie.
     """
     similar = l2_normalise_features(queries) @ l2_normalise_features(gallery).T
     return (similar >= similar.diagonal()[:, None] - ROUNDING).sum(1)
 
 
 def l2_normalise_features(features: Tensor) -> Tensor:
-    """Features (..., C) at length 1, float64."""
+    """Features (..., C) divided by their L2 norm, float64."""
     return torch.nn.functional.normalize(features.double(), dim=-1, eps=TINY)
 
 
@@ -260,7 +252,7 @@ def among_parts(parts: Tensor) -> Tensor:
 
 
 def retrieval_scores(ranks: Tensor, gallery: int) -> dict[str, float]:
-    """Share of ranks that are 1 and at most 5, mean of 1 / rank; and what drawing the order by lot would give."""
+    """Top-1 and top-5 accuracy and mean reciprocal rank, and their values by chance, from ranks of any shape."""
     found = ranks.double()
     return {
         "top1": float((found <= 1).double().mean()),

@@ -96,7 +96,7 @@ class TrialRun:
     def run(self) -> dict[str, Any]:
         """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, when told to stop."""
         began = time.monotonic()
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, say=self.log.warn)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, warn=self.log.warn)
         self._resume()
         self._train()
         self.tuner.take_best()

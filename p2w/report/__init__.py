@@ -2,10 +2,10 @@
 
     p2w report runs/paper runs/ours        writes runs/paper/report.html and runs/ours/report.html
 
-Training writes it at its end, and so does the analysis of the run. It holds what was run and how it stands, curves,
-reconstructions to leaf through, the figures and numbers of the analysis, data set, hardware and interruptions; what is not
-there is left out, or named with the command that makes it. `#whole=1&scale=0&plane=coronal&slice=7` behind the page's
-address chooses what its slider shows.
+Training writes it at its end, and so does the analysis of the run. The page shows the state of the run, curves,
+reconstructions with a slider, the figures and numbers of the analysis, data set, hardware, interruptions and settings.
+What is missing is left out, or listed with the command that makes it. `#whole=1&scale=0&plane=coronal&slice=7` after the
+page's address selects what the slider shows.
 """
 
 import sys
@@ -31,18 +31,18 @@ class ReportOptions:
 
 
 def write_report(run: Path) -> Path:
-    """Write `RUN/report.html` and return its path; a reader sees the old page or the new one.
+    """Write `RUN/report.html` atomically and return its path.
 
     Raises UserError when `run` is no run folder, OSError when the page cannot be written.
     """
     path = run / NAME
-    # A run folder is untrusted: JSON can spell halves of characters that UTF-8 cannot.
+    # A run folder is untrusted: its JSON may contain lone surrogates, which UTF-8 cannot encode.
     write_atomic(path, page.render_report(run_reader.read_run(run)).encode("utf-8", "replace"))
     return path
 
 
 def main(argv: list[str]) -> int:
-    """The command; each folder is done before the next, so that one that is no run costs only those behind it."""
+    """The command. Pages are written one by one: a folder that is no run ends it, after the pages of those before."""
     options = tyro.cli(ReportOptions, args=argv, prog="p2w report", description=__doc__)
     if not options.runs:
         raise UserError("p2w report: no run folder named; p2w report RUN [RUN ...]")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             path = write_report(run)
         except OSError as error:
             raise UserError(
-                f"{run / NAME}: not written ({error.strerror}); make room or mend its rights"
+                f"{run / NAME}: not written ({error.strerror}); make room, or change the folder's permissions"
             ) from error
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB", file=sys.stdout, flush=True)
     return 0

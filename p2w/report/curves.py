@@ -1,4 +1,4 @@
-"""Curves over steps and time as inline SVG: sharp at any size, in the page's own font, and dark where the page is."""
+"""Curves over steps and time as inline SVG, in the page's font and in its colours, light or dark."""
 
 import io
 import math
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Stand-ins for colours that the page's style sets for light and dark (Okabe and Ito's, safe for the colour-blind).
+# Placeholders for colours that the page's style sheet sets, for light and dark (Okabe and Ito's colour-blind safe palette).
 INK, BLUE, ORANGE, GREY = "#010101", "#010102", "#010103", "#010104"
 VARIABLES = {INK: "currentColor", BLUE: "var(--blue)", ORANGE: "var(--orange)", GREY: "var(--grey)"}
 DRAWN = {
     "step", "time", "train/loss", "val/loss", "val/loss_mean_image", "train/lr", "train/grad_norm",
     "similarity/auc", "similarity/positive", "similarity/negative", "speed/samples_per_s", "speed/waiting_share",
 }  # fmt: skip
-OTHERS = 6  # curves of metrics that this page does not know by name
-POINTS = 400  # of one curve; more are averaged, a few hundred pixels show no more
+OTHERS = 6  # most curves of metrics that are not in CHARTS
+POINTS = 400  # most points of a curve; more are averaged, because a chart is a few hundred pixels wide
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -34,11 +34,11 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }  # fmt: skip
 
-Draw = Callable[["Axes", RunFacts], bool]  # False when there is nothing to draw
+Draw = Callable[["Axes", RunFacts], bool]  # returns False when there is nothing to draw
 
 
 def charts(facts: RunFacts) -> list[Markup]:
-    """Every curve there is something to draw of, each as a figure with its caption."""
+    """All charts that have data, each as a figure with its caption."""
     known = [_chart(name, draw, caption, facts) for name, (draw, caption) in CHARTS.items()]
     names = sorted({name for record in facts.records for name in record})
     more = [name for name in names if name not in DRAWN and not _is_contrastive(name)][:OTHERS]
@@ -67,20 +67,20 @@ def _chart(name: str, draw: Draw, caption: str, facts: RunFacts) -> Markup | Non
 
 
 def _inline(svg: str, label: str) -> Markup:
-    """Matplotlib's file as an element of a page: no prologue, no ids that several charts share, the page's colours."""
+    """Matplotlib's SVG file as an element of the page: without prologue and ids, and with the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{safe(label)}">'
     svg = re.sub(r"<svg [^>]*>", lambda _: opening, svg, count=1)
-    for stand_in, colour in VARIABLES.items():
-        svg = svg.replace(stand_in, colour)
+    for placeholder, colour in VARIABLES.items():
+        svg = svg.replace(placeholder, colour)
     return Markup(svg)
 
 
 def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """At most POINTS means of neighbouring points; values that are not finite are left out."""
+    """Points averaged to at most POINTS; values that are not finite are left out."""
     keep = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if len(keep) > POINTS:
         keep = [tuple(block.mean(0)) for block in np.array_split(np.array(keep), POINTS)]
@@ -88,7 +88,7 @@ def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
 
 
 def _line(axes: "Axes", facts: RunFacts, name: str, label: str, style: str = "-", **how: Any) -> bool:
-    """One metric over steps."""
+    """Draw a metric over steps."""
     steps, values = _thin(*facts.series(name))
     if steps:
         axes.plot(steps, values, style, label=label, **how)
@@ -108,7 +108,7 @@ def _loss(axes: "Axes", facts: RunFacts) -> bool:
 
 
 def _log(axes: "Axes") -> None:
-    """A logarithmic axis where every value can stand on it, with plain numbers."""
+    """A logarithmic y axis with plain numbers, if all values are positive."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
 
     values = [value for line in axes.lines for value in np.ravel(line.get_ydata())]
@@ -172,7 +172,7 @@ def _gradient(axes: "Axes", facts: RunFacts) -> bool:
 
 
 def _hours(facts: RunFacts, name: str) -> tuple[list[float], list[float], str, float, float]:
-    """Time and values of a metric, unit, its seconds, and when the run began."""
+    """Times and values of a metric, the unit of time, its seconds, and when the run began (seconds since 1970)."""
     points = [
         (r["time"], r[name]) for r in facts.records if name in r and math.isfinite(r.get("time", math.nan))
     ]
@@ -184,7 +184,7 @@ def _hours(facts: RunFacts, name: str) -> tuple[list[float], list[float], str, f
 
 
 def _over_time(axes: "Axes", facts: RunFacts, name: str, factor: float = 1.0) -> bool:
-    """One metric over wall-clock time, with a line where the run was started again."""
+    """Draw a metric over wall-clock time, with a vertical line at each restart."""
     times, values, unit, seconds, began = _hours(facts, name)
     for label, start in zip(("started again", *[""] * len(facts.starts)), facts.clocks()[1:], strict=False):
         axes.axvline((start - began) / seconds, color=ORANGE, linestyle=":", label=label)
@@ -210,7 +210,7 @@ def _waiting(axes: "Axes", facts: RunFacts) -> bool:
 
 
 def _plain(axes: "Axes", facts: RunFacts, name: str) -> bool:
-    """A metric that this page knows nothing of; one value is no curve."""
+    """Draw a metric that is not in CHARTS, if it has two values or more."""
     axes.set_ylabel(name[:40])
     return len(facts.series(name)[0]) > 1 and _line(axes, facts, name, "", "o-", color=BLUE)
 
@@ -218,22 +218,25 @@ def _plain(axes: "Axes", facts: RunFacts, name: str) -> bool:
 CHARTS: dict[str, tuple[Draw, str]] = {
     "loss": (
         _loss,
-        "Loss. Below the dashed line, the network does better than any answer that ignores its input.",
+        "Loss. Below the dashed line, the network does better than any output that ignores the input.",
     ),
     "separability": (
         _separability,
-        "Separability: the chance that two parts of one image are more alike than two of two.",
+        "Separability: how likely two parts of one image are more similar than parts of two.",
     ),
-    "cosines": (_cosines, "Similarity of features. The gap between the lines is what tells images apart."),
+    "cosines": (
+        _cosines,
+        "Similarity of features. The larger the gap between the lines, the better features separate images.",
+    ),
     "contrastive": (
         _contrastive,
-        "Contrastive loss, measured and never trained. The paper sees it fall with the MSE.",
+        "Contrastive loss, measured but not trained. In the paper it falls together with the MSE.",
     ),
     "rate": (_rate, "Learning rate."),
     "gradient": (
         _gradient,
         "Gradient norm, over all weights. A step whose gradient is not finite changes nothing.",
     ),
-    "throughput": (_throughput, "Throughput, validation left out."),
+    "throughput": (_throughput, "Throughput, without validation."),
     "waiting": (_waiting, "Time that rank 0 waited for data."),
 }

@@ -1,4 +1,4 @@
-"""HTML from text that nobody vouches for: whatever is not `Markup` is escaped."""
+"""HTML from untrusted text: everything that is not `Markup` is escaped."""
 
 import html
 import math
@@ -14,7 +14,7 @@ class Markup(str):
 
 
 def safe(value: object) -> Markup:
-    """HTML of any value."""
+    """A value as HTML; escaped unless it is Markup."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
@@ -28,12 +28,12 @@ def tag(name: str, /, *inside: object, **attributes: object) -> Markup:
 
 
 def join_markup(parts: Iterable[object]) -> Markup:
-    """One after the other."""
+    """The parts one after the other."""
     return Markup("\n".join(map(safe, parts)))
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> Markup:
-    """A table that scrolls by itself on a narrow screen; without `head`, the first column names the row."""
+    """A table that scrolls on a narrow screen; without `head`, the first column has the titles of the rows."""
     body = [
         tag("tr", *(tag("th" if not head and not at else "td", cell) for at, cell in enumerate(row)))
         for row in rows
@@ -43,7 +43,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = 
 
 
 def figure(value: float, digits: int = 4) -> str:
-    """A number for a person; a dash when there is none."""
+    """A number as text; a dash for NaN."""
     if math.isnan(value):
         return DASH
     if value and (abs(value) < 10**-digits or abs(value) >= 1e6):

@@ -1,7 +1,7 @@
-"""The report's page: sections from facts, one function each, and the volumes that its slider shows.
+"""The report's page: its layout, its pictures, and the volumes for its slider.
 
 A volume is its uint8 voxels in C order (z, y, x), each row as differences from the voxel to its left (modulo 256), then
-zlib, then base64. Browsers undo zlib themselves (DecompressionStream), and differences pack a CT a third smaller.
+zlib, then base64. Browsers decompress zlib (DecompressionStream), and with differences a CT is a third smaller.
 """
 
 import base64
@@ -24,32 +24,30 @@ from p2w.report import curves, results_section, run_section
 from p2w.report.markup import Markup, join_markup, safe, several, tag
 from p2w.report.run_reader import RunFacts
 
-LIMIT = 9 << 20  # characters of volumes in a page; the rest of it takes a few MB at most
-LARGEST = 4 << 30  # bytes an npz may unpack to: one that claims more is not ours
-SLICE_TO_PIXEL = (
-    2.5  # thickness of a slice over the width of a pixel in a chest CT, where the run does not know
-)
+LIMIT = 9 << 20  # characters of volumes in a page; the rest of the page takes a few MB at most
+LARGEST = 4 << 30  # bytes of an unpacked npz; ours are smaller
+SLICE_TO_PIXEL = 2.5  # slice thickness over pixel width of a chest CT, for a run without a recorded spacing
 
 Volume = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """`whole` (W, d, h, w); `part`, `output` (W, S, d, h, w), uint8; `scale` (S,), NaN where it is a part's own."""
+    """`whole` (W, d, h, w); `part`, `output` (W, S, d, h, w), uint8; `scale` (S,), NaN for scales as in training."""
 
     whole: Volume
     part: Volume
     output: Volume
     scale: NDArray[np.float64]
     keys: list[str]
-    extent: NDArray[np.float64]  # (W, 3): edges z y x of each whole, in units of its own
+    extent: NDArray[np.float64]  # (W, 3): edges z, y, x of each whole, in any unit
     source: str
 
 
 def find_volumes(run: Path, problems: list[str], edges: Sequence[float] = ()) -> Volumes | None:
-    """Those of the analysis, else those of the end of training, else none. Adds to `problems` what cannot be read.
+    """The volumes of the analysis, else of the end of training, else None. Files that cannot be read go to `problems`.
 
-    `edges` (z, y, x) are the proportions of wholes whose file does not tell them.
+    `edges` (z, y, x) are the proportions of wholes for a file that lacks them.
     """
     for name in ("analysis/reconstructions.npz", "figures/reconstruction.npz"):
         if (run / name).exists():
@@ -65,11 +63,11 @@ def find_volumes(run: Path, problems: list[str], edges: Sequence[float] = ()) ->
 
 
 def _read(path: Path, name: str, edges: Sequence[float]) -> Volumes:
-    """Raises ValueError when the arrays do not fit together."""
+    """Read an npz. Raises ValueError when the shapes or types of its arrays are wrong."""
     with zipfile.ZipFile(path) as listing:
         size = sum(member.file_size for member in listing.infolist())
     if size > LARGEST:
-        raise ValueError(f"it says that it unpacks to {size:,} bytes")
+        raise ValueError(f"it would unpack to {size:,} bytes")
     with np.load(path, allow_pickle=False) as file:
         saved = {key: np.asarray(file[key]) for key in file.files}
     whole, part, output = saved["whole"], saved["part"], saved["output"]
@@ -93,15 +91,15 @@ def _read(path: Path, name: str, edges: Sequence[float]) -> Volumes:
 
 
 def pack_volume(volume: Volume) -> str:
-    """One volume (d, h, w) as text, see above."""
+    """A volume (d, h, w) uint8 as text, encoded as this module's docstring says."""
     steps = np.diff(volume, axis=2, prepend=np.uint8(0))  # uint8 wraps round
     return base64.b64encode(zlib.compress(steps.tobytes(), 6)).decode()
 
 
 def payload(volumes: Volumes, limit: int = LIMIT) -> dict[str, Any]:
-    """What the page's script reads: as many wholes as fit into `limit` characters, at least one.
+    """Data for the page's script: as many wholes as fit into `limit` characters, at least one.
 
-    Of a single whole that does not fit, scales are left out, the last one being kept.
+    If a single whole does not fit, scales are left out, but not the last one.
     """
     scales, shown = list(range(len(volumes.scale))), 0
     data: dict[str, Any] = {"whole": [], "part": [], "output": []}
@@ -130,33 +128,33 @@ def payload(volumes: Volumes, limit: int = LIMIT) -> dict[str, Any]:
 
 
 def script_json(data: object) -> str:
-    """JSON that cannot end the script element it stands in, nor open a comment there."""
+    """JSON that can neither end the script element that contains it nor open a comment in it."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 HERE = Path(__file__).parent
 GOOD, OPEN = {"finished", "stopped early"}, {"running", "told to stop"}
-PICTURES = {  # figures/NAME.png -> how to read it
+PICTURES = {  # figures/NAME.png -> caption
     "tsne": "t-SNE of features, one panel a network. Circles are parts, diamonds wholes; colour is the whole, size the "
-    "part's scale. Clusters by colour mean that parts of one image lie together.",
+    "part's scale. Clusters of one colour mean that parts of one image are close together.",
     "similarity_networks": "Cosine similarity of pairs of parts, by network. The less the two histograms overlap, the "
-    "better the features tell images apart.",
-    "separability_by_scale": "Separability against the scale of the parts. In grey, the scales that training showed; "
-    "what lies beyond is generalisation.",
-    "contrastive": "Contrastive loss beside validation MSE over the checkpoints. Only the MSE is trained; that both fall "
-    "together is the paper's claim.",
+    "better the features separate images.",
+    "separability_by_scale": "Separability by the scale of the parts. Grey marks the scales of training; the rest is "
+    "generalisation.",
+    "contrastive": "Contrastive loss and validation MSE over the checkpoints. Only the MSE is trained; the paper claims "
+    "that both fall together.",
     "reconstruction_scales": "Fixed wholes, reconstructed from parts of growing scale.",
     "retrieval": "Nearest neighbours: whether a part finds the whole it was cut from among all wholes.",
     "similarity": "Cosine similarity of pairs of parts before and after training, on validation wholes.",
-    "reconstruction": "Middle slices of four fixed wholes: what the network saw, what it made of it, what was there.",
+    "reconstruction": "Middle slices of four fixed wholes: the network's input, its output, the target.",
 }
-REDRAWN = {"loss"}  # the curves above show it
+REDRAWN = {"loss"}  # the page draws this curve itself
 LARGEST_PICTURE, ALL_PICTURES = 3 << 20, 5 << 20  # bytes
 
 
 def render_report(facts: RunFacts) -> str:
-    """The whole page as text."""
+    """The page as text."""
     spacing = run_section.whole_edges_mm(facts)
     found = find_volumes(facts.run, facts.problems, spacing)
     script = (HERE / "slider.js").read_text()
@@ -183,7 +181,7 @@ def render_report(facts: RunFacts) -> str:
 
 
 def _document(title: str, body: Markup, script: str) -> str:
-    """Head and foot. The policy lets this script run and nothing be fetched, whatever the run folder holds."""
+    """The HTML document. Its policy allows this script alone and no requests, whatever the run folder contains."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"""<!DOCTYPE html>
@@ -207,7 +205,7 @@ def _document(title: str, body: Markup, script: str) -> str:
 
 
 def _section(title: str, inside: Markup | None) -> Markup:
-    """A titled section; nothing when there is nothing in it."""
+    """A section with a title; empty when `inside` is empty."""
     return tag("section", tag("h2", title), inside) if inside else Markup("")
 
 
@@ -217,7 +215,7 @@ def _charts(facts: RunFacts) -> Markup | None:
 
 
 def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
-    """Part, reconstruction and whole, with what chooses among them."""
+    """Part, reconstruction and whole, with controls for whole, scale, plane and slice."""
     if found is None:
         return Markup("")
     data = payload(found)
@@ -239,7 +237,7 @@ def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
     )  # fmt: skip
     holder = Markup(
         f'<script type="application/json" id="volumes">{script_json(data)}</script>'
-        "<noscript><p>Leafing through volumes needs JavaScript; nothing else on this page does.</p></noscript>"
+        "<noscript><p>The slider needs JavaScript; nothing else on this page does.</p></noscript>"
     )
     return _section("Reconstructions", join_markup((viewer, tag("p", text, class_="note"), holder)))
 
@@ -273,7 +271,7 @@ def _select(name: str, options: list[str]) -> Markup:
 
 
 def _pictures(facts: RunFacts) -> Markup | None:
-    """The PNGs of RUN/figures, those with a caption first; what is too large or no PNG is named instead."""
+    """The PNGs of RUN/figures, those with a caption first; one that is too large or no PNG is listed instead."""
     folder = facts.run / "figures"
     files = {path.stem: path for path in sorted(folder.glob("*.png")) if path.stem not in REDRAWN}
     order = [name for name in PICTURES if name in files] + [name for name in files if name not in PICTURES]
@@ -296,7 +294,7 @@ def _pictures(facts: RunFacts) -> Markup | None:
 
 
 def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
-    """What could be here, and the command that makes it; and what could not be read."""
+    """What is missing, with the command that makes it, and files that could not be read."""
     lines: list[object] = []
     analyze = tag("code", f"torchrun launch/analyze.py --run-dir {run_section.quoted(facts.run)}")
     if not facts.summary:
@@ -313,6 +311,6 @@ def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
         )
     if found is None:
         end = "training leaves them in figures/reconstruction.npz when it ends; "
-        lines.append(tag("li", "Reconstructions to leaf through: ", end, "those of growing scale: ", analyze))
+        lines.append(tag("li", "Reconstructions for the slider: ", end, "those of growing scale: ", analyze))
     lines += [tag("li", problem) for problem in dict.fromkeys(facts.problems)]
     return tag("ul", *lines) if lines else None

@@ -1,4 +1,4 @@
-"""What came out: headline numbers of training, and the tables of the analysis."""
+"""Results in the report: headline numbers of training, and the tables of the analysis."""
 
 import math
 from statistics import fmean, median
@@ -9,7 +9,7 @@ from p2w.report.run_reader import RunFacts, child, ends, floats, number
 
 
 def headline_tiles(facts: RunFacts) -> Markup:
-    """The numbers a reader asks for first; those that nobody logged are left out."""
+    """The most important numbers; those that were not logged are left out."""
     found = (
         _validation(facts),
         _separability(facts),
@@ -33,7 +33,7 @@ def _validation(facts: RunFacts) -> Tile | None:
     if not losses:
         return None
     floors = facts.series("val/loss_mean_image")[1]
-    # NaN is smaller than nothing and would be taken for the best.
+    # Comparisons with NaN are false, so it must sort after all numbers.
     best = min(range(len(losses)), key=lambda at: (math.isnan(losses[at]), losses[at]))
     more = [f"always the mean image: {figure(floors[0])}"] if floors else []
     more += [f"best {figure(losses[best])} at step {steps[best]:.0f}"] if best < len(losses) - 1 else []
@@ -48,7 +48,7 @@ def _separability(facts: RunFacts) -> Tile | None:
     return (
         "AUC of parts, first → last",
         f"{figure(first, 3)} → {figure(last, 3)}",
-        "0.5: parts do not tell images apart",
+        "0.5: no separation of images",
     )
 
 
@@ -85,7 +85,7 @@ def _waiting(facts: RunFacts) -> Tile | None:
 
 
 def _stall(facts: RunFacts) -> Tile | None:
-    """How long training stood still for checkpoints, where that is logged."""
+    """How long training waited for checkpoints, if that is logged."""
     names = {name for record in facts.records for name in record if "checkpoint" in name and "stall" in name}
     values = [value for name in names for value in facts.series(name)[1] if math.isfinite(value)]
     if not values:
@@ -130,7 +130,7 @@ def analysis(facts: RunFacts) -> Markup | None:
 
 
 def _networks(networks: dict[str, dict[str, object]]) -> Markup:
-    """One row a network."""
+    """The table with one row for each network."""
     extra = sorted(
         key
         for key in {key for network in networks.values() for key in child(network, "retrieval")}
@@ -170,7 +170,7 @@ def _networks(networks: dict[str, dict[str, object]]) -> Markup:
     return join_markup((table(head, rows), tag("p", note, class_="note")))
 
 
-HIDDEN = {"gallery", "n_queries"}  # sizes, the same for all
+HIDDEN = {"gallery", "n_queries"}  # sizes, which are the same for all networks
 SIMILARITY = (("auc", 3), ("d_prime", 2), ("positive_mean", 3), ("negative_mean", 3))
 
 
@@ -179,7 +179,7 @@ def _title(key: str) -> str:
 
 
 def _correlation(over: dict[str, object]) -> Markup | None:
-    """One sentence on the loss that is trained and the one that is not."""
+    """A sentence on the correlation of validation MSE and contrastive loss."""
     r = number(over.get("pearson_r"))
     if math.isnan(r):
         return None

@@ -1,4 +1,4 @@
-"""What a run folder says of itself, read so that a missing, torn or foreign file costs its own facts and no others."""
+"""Reads a run folder for the report; a missing, truncated or foreign file only loses its own information."""
 
 import json
 import math
@@ -22,7 +22,7 @@ Record = dict[str, float]
 
 @dataclass
 class RunFacts:
-    """A run as its files tell it. `problems` names files that could not be read, one line each."""
+    """The content of a run's files. `problems` has one line for each file that could not be read."""
 
     run: Path
     config: dict[str, Any] = field(default_factory=dict)  # "data.batch" -> 16
@@ -38,12 +38,12 @@ class RunFacts:
         return [step for step, _ in points], [value for _, value in points]
 
     def loss(self, of: str) -> str:
-        """The metric that shows how well "train" or "val" goes: mean squared error, where it is one term of several."""
+        """The metric to show for `of`, "train" or "val": the mean squared error, if it is one term of several."""
         return f"{of}/mse" if self.series("val/mse")[0] else f"{of}/loss"
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `stopped early`, `told to stop`, `failed`; `killed` when nobody holds a running run."""
+        """`running`, `finished`, `stopped early`, `told to stop`, `failed`; or `killed` if its lock is free."""
         state = str(self.status.get("state", "unknown"))
         return "killed" if state == "running" and not is_held(self.run / ".lock") else state
 
@@ -53,22 +53,22 @@ class RunFacts:
         return self.starts[-1] if self.starts else {}
 
     def clocks(self) -> list[float]:
-        """When the run was started and started again, seconds since 1970."""
+        """The times of all starts, in seconds since 1970."""
         return [clock for clock in map(_clock, self.starts) if not math.isnan(clock)]
 
     def training_seconds(self) -> float:
-        """From each start to the last line it logged before the next one; NaN when that cannot be told."""
+        """Seconds from each start to its last logged line, summed; NaN when unknown."""
         began = self.clocks()
         total = 0.0
         for first, following in pairwise([*began, math.inf]):
-            # A record is as fine as milliseconds, a start as seconds.
+            # Times of records have milliseconds, times of starts only seconds.
             within = [r["time"] for r in self.records if first <= r.get("time", -1) < following]
             total += max(within, default=first) - first
         return total or math.nan
 
 
 def read_run(run: Path) -> RunFacts:
-    """Everything that can be read. Raises UserError when the folder is none of a run."""
+    """Read everything that can be read. Raises UserError when the folder has no run."""
     if not any((run / name).exists() for name in MARKERS):
         found = "holds no run (no config.json, status.json, run.json or metrics.jsonl)"
         raise UserError(f"{run}: {found if run.is_dir() else 'no such folder'}; name a run folder")
@@ -97,7 +97,7 @@ def defaults() -> dict[str, Any]:
 
 
 def number(value: object) -> float:
-    """A JSON value as a float; NaN when it is none."""
+    """A JSON value as a float; NaN when it is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -107,7 +107,7 @@ def number(value: object) -> float:
 
 
 def floats(values: object) -> list[float]:
-    """A JSON list as floats; empty when it is none."""
+    """A JSON list as floats; empty when it is no list."""
     return [number(value) for value in values] if isinstance(values, list) else []
 
 
@@ -124,13 +124,13 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _numbers(record: dict[str, Any]) -> Record:
-    """A record's numbers; a value of another type is left out."""
+    """The numbers of a record; other values are left out."""
     kept = {name: number(value) for name, value in record.items() if type(value) in (int, float)}
     return {**kept, "step": float(int(record["step"]))}
 
 
 def _object(facts: RunFacts, name: str) -> dict[str, Any]:
-    """A JSON file that holds an object; empty, with a problem noted, when it does not."""
+    """The object in a JSON file; empty, and a line in `problems`, when it cannot be read."""
     path = facts.run / name
     if not path.exists():
         return {}
@@ -151,7 +151,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _clock(start: dict[str, Any]) -> float:
-    """When a start was, in seconds since 1970; NaN when it does not say."""
+    """The time of a start, in seconds since 1970; NaN when unknown."""
     try:
         return datetime.strptime(str(start["time"]), "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except (KeyError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""What was run, on what data and machine, how often it was started, and the commands that do it again."""
+"""The run in the report: state, data set, hardware, starts, settings, and the commands that repeat it."""
 
 import math
 import shlex
@@ -10,16 +10,16 @@ from p2w.report.run_reader import RunFacts, child, defaults, floats, number
 
 
 def quoted(path: Path) -> str:
-    """A path as a shell takes it."""
+    """A path quoted for a shell."""
     return shlex.quote(str(path))
 
 
 def header(facts: RunFacts, good: set[str], running: set[str]) -> Markup:
-    """Name, state, and one line on what it is."""
+    """The page's head: name, state, and one line on pretext, network and size."""
     state, start = facts.state, facts.last_start
     kind = "good" if state in good else "open" if state in running else "bad"
     why = facts.status.get("why") or {
-        "killed": "its process is gone and left no word; the same command continues it"
+        "killed": "its process is gone without a message; the same command continues it"
     }.get(state)
     size = TIMES.join(f"{edge:.0f}" for edge in floats(facts.config.get("pretext.size")))
     weights = number(start.get("parameters"))
@@ -39,7 +39,7 @@ def header(facts: RunFacts, good: set[str], running: set[str]) -> Markup:
 
 
 def own_scale(facts: RunFacts) -> str:
-    """The name of a part that has the volume training gave it."""
+    """Text for the scale of a part as in training."""
     low_high = floats(facts.config.get("pretext.volume_fraction"))
     return (
         f"as in training ({low_high[0]:.3g} to {low_high[1]:.3g})" if len(low_high) == 2 else "as in training"
@@ -47,40 +47,40 @@ def own_scale(facts: RunFacts) -> str:
 
 
 def whole_edges_mm(facts: RunFacts) -> list[float]:
-    """Edges z, y, x of a typical whole, from what run.json keeps of the data set; empty when it does not."""
-    kept = child(facts.last_start, "data_set")
-    rows = kept.get("spacing_mm")
+    """Edges z, y, x in mm of a typical whole, from run.json; empty when unknown."""
+    data_facts = child(facts.last_start, "data_set")
+    rows = data_facts.get("spacing_mm")
     middle = floats(rows[1]) if isinstance(rows, list) and len(rows) == 3 else []
-    edges = [n * mm for n, mm in zip(floats(kept.get("shape")), middle, strict=False)]
+    edges = [n * mm for n, mm in zip(floats(data_facts.get("shape")), middle, strict=False)]
     return edges if len(edges) == 3 and all(0 < edge < math.inf for edge in edges) else []
 
 
 def data_set(facts: RunFacts) -> Markup | None:
-    """The set of the newest start, as its manifest told it then."""
+    """The data set of the newest start."""
     start = facts.last_start
-    kept = child(start, "data_set")
+    data_facts = child(start, "data_set")
     rows: list[tuple[object, object]] = [
         ("shards", start.get("shards", "")),
         ("fingerprint", start.get("data", "")),
     ]
     for split, title in (("train", "to train"), ("val", "to validate")):
-        counts = child(kept, split)
+        counts = child(data_facts, split)
         if counts:
             of = several(int(number(counts.get("scans", 0)) or 0), "scan")
             rows.append((title, f"{number(counts.get('sub_scans')):,.0f} sub-scans of {of}"))
-    shape, window = floats(kept.get("shape")), floats(kept.get("window_hu"))
+    shape, window = floats(data_facts.get("shape")), floats(data_facts.get("window_hu"))
     if shape:
         rows.append(("sub-scan", TIMES.join(f"{edge:.0f}" for edge in shape) + " voxels (z y x)"))
     if window:
         rows.append(("window", " to ".join(f"{hu:g}" for hu in window) + " HU"))
-    rows += [(axis, text) for axis, text in _spacings(kept) if text]
-    rows += [(f"tiling: {name}", value) for name, value in sorted(child(kept, "tiling").items())]
-    rows += [("format", kept["format"])] if kept.get("format") else []
+    rows += [(axis, text) for axis, text in _spacings(data_facts) if text]
+    rows += [(f"tiling: {name}", value) for name, value in sorted(child(data_facts, "tiling").items())]
+    rows += [("format", data_facts["format"])] if data_facts.get("format") else []
     return table((), [row for row in rows if row[1] != ""]) if start else None
 
 
-def _spacings(kept: dict[str, object]) -> list[tuple[str, str]]:
-    rows = kept.get("spacing_mm")
+def _spacings(data_facts: dict[str, object]) -> list[tuple[str, str]]:
+    rows = data_facts.get("spacing_mm")
     low, middle, high = map(floats, rows) if isinstance(rows, list) and len(rows) == 3 else ([], [], [])
     if not len(low) == len(middle) == len(high) == 3:
         return []
@@ -99,14 +99,14 @@ MACHINE = {
 
 
 def hardware(facts: RunFacts) -> Markup | None:
-    """The newest start's machine."""
+    """The machine of the newest start."""
     start = facts.last_start
     rows = [(title, start[name]) for name, title in MACHINE.items() if start.get(name) not in (None, "")]
     return table((), rows) if rows else None
 
 
 def starts(facts: RunFacts) -> Markup | None:
-    """Every start, what it cost, and the steps whose gradient was of no use."""
+    """All starts with the steps that were repeated, and the number of non-finite gradients."""
     if not facts.starts:
         return None
     rows = []
@@ -146,7 +146,7 @@ def starts(facts: RunFacts) -> Markup | None:
 
 
 def settings(facts: RunFacts) -> Markup | None:
-    """Those that differ from their default, then all of them."""
+    """The settings that differ from their default, then all settings."""
     if not facts.config:
         return None
     usual = defaults()
@@ -163,14 +163,14 @@ def settings(facts: RunFacts) -> Markup | None:
 
 
 def _spelled(value: object) -> str:
-    """A value as the command line takes it."""
+    """A value as on the command line."""
     if isinstance(value, list):
         return " ".join(map(_spelled, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def commands(facts: RunFacts) -> Markup:
-    """What continues the run and what does it again."""
+    """The commands that continue the run and that repeat it."""
     start, run = facts.last_start, quoted(facts.run)
     launcher = _launcher(start)
     shards = shlex.quote(str(start.get("shards", "shards")))

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, beside the paper's Table 1.
+TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, with the paper's Table 1.
 
     p2w table1 runs/table1                          prints it; writes runs/table1/tables/table1.csv, .tex, .json, tables.html
     p2w table1 runs/a runs/b --out tables --fraction 0.1 --against Scratch
     p2w table1 runs/table1 --metric ncs=iou         another metric: auc, iou, mean_iou, dice
 
-RUNS are folders that launch/finetune.py wrote, or any folders above them. A run stands in the row of its label; `random` is
+RUNS are folders that launch/finetune.py wrote, or any folders above them. A run is in the row of its label; `random` is
 the paper's Scratch. Cells without enough trials are shown as such.
 """
 
-TABLE2_USAGE = """`p2w table2 RUNS`: the scale of the parts, and skip connections, beside the paper's Table 2.
+TABLE2_USAGE = """`p2w table2 RUNS`: the scale of the parts, and skip connections, with the paper's Table 2.
 
     p2w table2 runs/table2                          prints it; writes runs/table2/tables/table2.csv, .tex, .json, tables.html
     p2w table2 runs/table2 --fraction ncc=0.45 ncs=0.1
 
-A run stands in the row of the parts that its network was pretrained with. `w/ skips`: pretrained with skip connections,
+A run is in the row of the parts that its network was pretrained with. `w/ skips`: pretrained with skip connections,
 encoder and decoder fine-tuned; else the decoder starts at random. NCC with 45 %, NCS with 10 % of the training data, unless
 --fraction says otherwise. Networks that started at random have a row of their own.
 """
 
-FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? Beside the paper's Fig. 3.
+FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? With the paper's Fig. 3.
 
     p2w fig3 runs/fig3                  prints r; writes runs/fig3/tables/fig3.png, .pdf, .csv, .json, tables.html
     p2w fig3 runs/fig3 --fraction ncc=0.45 ncs=0.1
@@ -57,31 +57,31 @@ the training data, unless --fraction says otherwise.
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Command line of a table."""
+    """Command line of `p2w table1`, `table2` and `fig3`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS [RUNS ...]")]
     """Folders that launch/finetune.py wrote, or folders above them."""
     out: Path | None = None
-    """Where files are written; default FIRST/tables."""
+    """Where files are written; default is `tables` in the first of RUNS."""
     metric: tuple[str, ...] = ()
-    """What is compared: NAME for all tasks, or TASK=NAME …; default what the paper compares, else AUC or IoU."""
+    """Metric to compare: NAME for all tasks, or TASK=NAME …; default is the paper's, else AUC or IoU."""
     fraction: tuple[str, ...] = ()
-    """Runs with this share of the training data: VALUE for all tasks, or TASK=VALUE …; default the paper's, else the only
-    one there is."""
+    """Share of the training data of the runs to use: VALUE for all tasks, or TASK=VALUE …; default is the paper's, else the
+    only one among the runs."""
     ours: str = ""
     """The row that is tested against the others; default Parts2Whole, in Table 2 its own range [1/16,1/4]."""
     against: str = ""
-    """The row that it is tested against; default the best of the others, task by task."""
+    """The row to test it against; default is the best of the others for each task."""
     correction: Annotated[str, tyro.conf.arg(metavar="{holm,none}")] = "holm"
-    """Over the comparisons with the best of a column: Holm's, or none, as in the paper."""
+    """Correction for the comparisons with the best of a column: Holm's, or none, as in the paper."""
 
     @property
     def folder(self) -> Path:
-        """Where files go."""
+        """The folder to write to."""
         return self.out or self.runs[0] / "tables"
 
     def choice(self, ours: str) -> TableChoice:
-        """What was chosen, checked. Raises UserError."""
+        """The options as a TableChoice, with `ours` as the default row. Raises UserError for wrong values."""
         if self.correction not in ("holm", "none"):
             raise UserError(f"--correction {self.correction}: must be holm or none")
         metric, fraction = chosen(self.metric, "--metric"), numbers_by_task(self.fraction, "--fraction")
@@ -89,7 +89,7 @@ class TableOptions:
 
 
 def parse_table_options(argv: list[str], name: str, description: str) -> TableOptions:
-    """Command line -> options. Raises UserError."""
+    """Parse the command line. Raises UserError when no folder is named."""
     options = tyro.cli(TableOptions, args=argv, prog=f"p2w {name}", description=description)
     if not options.runs:
         raise UserError(f"p2w {name}: no folder named; p2w {name} RUNS [RUNS ...]")
@@ -97,13 +97,13 @@ def parse_table_options(argv: list[str], name: str, description: str) -> TableOp
 
 
 def read_results(options: TableOptions) -> list[FineTuningResult]:
-    """The transfers, with what is left out or doubtful said on stderr. Raises UserError when nothing is left."""
-    transfers, problems = collect(options.runs)
+    """Read the runs; problems are printed on stderr. Raises UserError when no run can be read."""
+    results, problems = collect(options.runs)
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr, flush=True)
-    if not transfers:
-        raise UserError(f"{options.runs[0]}: no transfer can be read, see above; repeat its command")
-    return transfers
+    if not results:
+        raise UserError(f"{options.runs[0]}: no fine-tuning can be read, see above; repeat its command")
+    return results
 
 
 def write_table(table: Table, options: TableOptions) -> None:
@@ -114,7 +114,7 @@ def write_table(table: Table, options: TableOptions) -> None:
 
 
 def save_files(folder: Path, files: dict[str, str | bytes]) -> None:
-    """Write files and the page anew; say where they are. Raises UserError when the folder cannot be written."""
+    """Write files and the page of all tables, and print their paths. Raises UserError when they cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -143,20 +143,20 @@ SAME = {
 
 
 def row_of_init(one: FineTuningResult) -> str:
-    """The paper's row of a label, however it is spelled; the label itself where the paper has none."""
+    """The paper's row for a label, in any spelling; the label itself when the paper has no such row."""
     plain = re.sub(r"[^a-z0-9]", "", one.label.lower())
     known = {re.sub(r"[^a-z0-9]", "", row.lower()): row for row in paper_numbers.TABLE1}
     return SAME.get(plain) or known.get(plain) or one.label
 
 
 def main_table1(argv: list[str]) -> int:
-    """Collect, print, write."""
+    """The command `p2w table1`."""
     options = parse_table_options(argv, "table1", TABLE1_USAGE or "")
-    transfers = read_results(options)
+    results = read_results(options)
     choice = options.choice(paper_numbers.OURS)
     title = "Table 1: starting points on the target tasks"
     table = build_table(
-        "table1", title, transfers, row_of_init, paper_numbers.TABLE1, {}, tuple(paper_numbers.TASKS), choice
+        "table1", title, results, row_of_init, paper_numbers.TABLE1, {}, tuple(paper_numbers.TASKS), choice
     )
     write_table(table, options)
     return 0
@@ -166,31 +166,31 @@ PUBLISHED = {parts.label: cells for parts, cells in paper_numbers.TABLE2.items()
 
 
 def row_of_parts(one: FineTuningResult) -> str | None:
-    """The row of what a network was pretrained with; None where that is not known."""
+    """The row of the parts that a network was pretrained with; None when unknown."""
     if one.volume_fraction is None:
         return "Scratch" if one.source == "random" else None
     low, high = one.volume_fraction
-    for parts in paper_numbers.TABLE2:  # as printed, whatever the last digit of the setting is
+    for parts in paper_numbers.TABLE2:  # the exact fraction, whatever the last digit of the setting is
         if math.isclose(low, parts.low, rel_tol=0.01) and math.isclose(high, parts.high, rel_tol=0.01):
             low, high = parts.low, parts.high
     return paper_numbers.Parts(low, high, skips(one)).label
 
 
 def skips(one: FineTuningResult) -> bool:
-    """Whether it was pretrained with skip connections; where that is not known, whether its decoder is fine-tuned too."""
+    """Whether it was pretrained with skip connections; when unknown, whether the pretrained decoder was used."""
     return one.decoder == "pretrained" if one.skips is None else one.skips
 
 
 def main_table2(argv: list[str]) -> int:
-    """Collect, print, write."""
+    """The command `p2w table2`."""
     options = parse_table_options(argv, "table2", TABLE2_USAGE or "")
-    transfers = read_results(options)
+    results = read_results(options)
     choice = options.choice(paper_numbers.Parts(1 / 16, 1 / 4).label)
     title = "Table 2: scale of the parts, and skip connections"
     table = build_table(
         "table2",
         title,
-        transfers,
+        results,
         row_of_parts,
         PUBLISHED,
         paper_numbers.FRACTIONS,
@@ -202,7 +202,7 @@ def main_table2(argv: list[str]) -> int:
 
 
 def draw_fig3(found: Figure3) -> "Figure":
-    """A panel a task: checkpoints by step in colour, bars of one standard deviation, the line of least squares."""
+    """A panel for each task: checkpoints, their step by colour, error bars of one standard deviation, a regression line."""
     import numpy as np  # noqa: PLC0415
 
     count = len(found.panels)
@@ -225,19 +225,19 @@ def draw_fig3(found: Figure3) -> "Figure":
             x, y, c=[point.step for point in panel.points], cmap="cividis", vmin=min(steps), vmax=max(steps),
             edgecolors="black", linewidths=0.4, s=34, zorder=3,
         )  # fmt: skip
-        _words(axis, panel)
+        _label_panel(axis, panel)
     if dots is not None:
         figure.colorbar(dots, ax=list(axes[:count]), label="optimizer step of the checkpoint")
     return figure
 
 
-def _words(axis: "Axes", panel: Panel) -> None:
-    """Title, labels, and the paper's r in its own colour."""
-    said = "no correlation" if panel.r is None else f"Pearson r = {panel.r:.2f}"
+def _label_panel(axis: "Axes", panel: Panel) -> None:
+    """Set the title and labels, and write the paper's r in its own colour."""
+    correlation = "no correlation" if panel.r is None else f"Pearson r = {panel.r:.2f}"
     if panel.low is not None and panel.high is not None:
-        said += f" [{panel.low:.2f}, {panel.high:.2f}]"
+        correlation += f" [{panel.low:.2f}, {panel.high:.2f}]"
     axis.set_title(
-        f"{panel.title}, {100 * panel.fraction:g} % of the training data\n{said}, n = {len(panel.points)}",
+        f"{panel.title}, {100 * panel.fraction:g} % of the training data\n{correlation}, n = {len(panel.points)}",
         fontsize=10,
     )
     axis.set(xlabel="1 \u2212 validation MSE of the pretraining", ylabel=f"{panel.metric_title} (%)")
@@ -249,7 +249,7 @@ def _words(axis: "Axes", panel: Panel) -> None:
 
 
 def main_fig3(argv: list[str]) -> int:
-    """Collect, draw, write."""
+    """The command `p2w fig3`."""
     options = parse_table_options(argv, "fig3", FIG3_USAGE or "")
     found = build_fig3(read_results(options), options.choice(paper_numbers.OURS))
     figure, files = draw_fig3(found), dict[str, str | bytes]()

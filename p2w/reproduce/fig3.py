@@ -1,4 +1,4 @@
-"""Fig. 3 as plain values: does a checkpoint that reconstructs better transfer better?"""
+"""The values of Fig. 3: does a checkpoint that reconstructs better also score better after fine-tuning?"""
 
 import csv
 import dataclasses
@@ -59,7 +59,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure3:
-    """Panels, and notes for the foot."""
+    """The panels of Fig. 3 and its footnotes."""
 
     name: str
     title: str
@@ -67,18 +67,18 @@ class Figure3:
     notes: list[str]
 
 
-def build_fig3(transfers: Sequence[FineTuningResult], choice: TableChoice) -> Figure3:
-    """Of transfers whose checkpoint and validation MSE are known.
+def build_fig3(results: Sequence[FineTuningResult], choice: TableChoice) -> Figure3:
+    """Fig. 3 from the results whose checkpoint and validation MSE are known.
 
     Raises UserError when there are none, two of one checkpoint, or two target sets of one task.
     """
-    usable = [one for one in transfers if one.step is not None and one.val_mse is not None]
+    usable = [one for one in results if one.step is not None and one.val_mse is not None]
     if not usable:
         raise UserError(
             "fig3: no run says the step and validation MSE of its pretraining; fine-tune checkpoints of a run, "
             "--init RUN@STEP"
         )
-    panels, notes = [], _notes(len(transfers) - len(usable), usable)
+    panels, notes = [], _notes(len(results) - len(usable), usable)
     for task in sorted({one.task for one in usable}, key=_order):
         some = [one for one in usable if one.task == task]
         share = choice.fraction.get(task, choice.fraction.get("", paper_numbers.FRACTIONS.get(task, 1.0)))
@@ -98,7 +98,7 @@ def build_fig3(transfers: Sequence[FineTuningResult], choice: TableChoice) -> Fi
 
 
 def pretraining(one: FineTuningResult) -> str:
-    """The run that a checkpoint is of, from RUN/checkpoints/step-… or RUN@STEP; else all that is known."""
+    """The run of a checkpoint, from RUN/checkpoints/step-… or RUN@STEP; else its source as it is."""
     return re.sub(r"(/checkpoints/step-\d+|@\d+)$", "", one.source)
 
 
@@ -110,7 +110,7 @@ def _order(task: str) -> tuple[int, str]:
 def _notes(unknown: int, usable: Sequence[FineTuningResult]) -> list[str]:
     notes = [
         "A point is the mean of the fine-tunings of one checkpoint, its bar their standard deviation. Checkpoints of one "
-        "training are no independent draws: the interval of r is too narrow."
+        "training are not independent: the interval of r is too narrow."
     ]
     runs = sorted({pretraining(one) for one in usable})
     if len(runs) > 1:
@@ -120,23 +120,23 @@ def _notes(unknown: int, usable: Sequence[FineTuningResult]) -> list[str]:
     return notes
 
 
-def _panel(task: str, transfers: Sequence[FineTuningResult], share: float, metric: str) -> Panel:
-    """Points of one task."""
+def _panel(task: str, results: Sequence[FineTuningResult], share: float, metric: str) -> Panel:
+    """The panel of one task."""
     points: list[Point] = []
     seen: dict[tuple[str, int], Path] = {}
-    sets = {one.test_set for one in transfers}
+    sets = {one.test_set for one in results}
     if len(sets) > 1:
         raise UserError(
             f"task {task}: two target sets, {' and '.join(sorted(sets)[:2])}; name the folders of one of them"
         )
-    for one in sorted(transfers, key=lambda transfer: transfer.step or 0):
+    for one in sorted(results, key=lambda result: result.step or 0):
         assert one.step is not None and one.val_mse is not None
-        place = (pretraining(one), one.step)
-        if place in seen:
+        checkpoint = (pretraining(one), one.step)
+        if checkpoint in seen:
             raise UserError(
-                f"task {task}, checkpoint {one.step}: two runs, {seen[place]} and {one.folder}; name the folders of one"
+                f"task {task}, checkpoint {one.step}: two runs, {seen[checkpoint]} and {one.folder}; name the folders of one"
             )
-        seen[place] = one.folder
+        seen[checkpoint] = one.folder
         scores = summarise(values(percent(one.metric(metric))))
         if scores.n:
             counts = scores.n, one.planned
@@ -150,7 +150,7 @@ def _panel(task: str, transfers: Sequence[FineTuningResult], share: float, metri
 
 
 def fig3_sentence(panel: Panel) -> str:
-    """The correlation in words."""
+    """The correlation of a panel as a sentence."""
     head = f"{panel.title} {panel.metric_title}, {100 * panel.fraction:g} % of the data"
     count = several(len(panel.points), "checkpoint")
     printed = "" if panel.paper_r is None else f"; the paper has {panel.paper_r:.2f}"
@@ -161,7 +161,7 @@ def fig3_sentence(panel: Panel) -> str:
 
 
 def fig3_to_json(figure: Figure3) -> str:
-    """As `load` reads it."""
+    """JSON that `load_fig3` reads."""
     return json.dumps(dataclasses.asdict(figure), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -175,7 +175,7 @@ FORM = {"name": str, "title": str, "panels": [PANEL], "notes": [str]}
 
 
 def load_fig3(path: Path) -> Figure3:
-    """What `to_json` wrote. Raises UserError in one line when it is damaged."""
+    """Read what `fig3_to_json` wrote. Raises UserError when it is missing or damaged."""
     try:
         tree = parse_json(path.read_bytes(), FORM)
         panels = [
@@ -190,7 +190,7 @@ def load_fig3(path: Path) -> Figure3:
 
 
 def fig3_csv(figure: Figure3) -> str:
-    """One line a checkpoint."""
+    """CSV with one line for each checkpoint."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("task", "metric", "fraction", *(each.name for each in dataclasses.fields(Point))))

@@ -1,7 +1,7 @@
 """The paper's own numbers, in percent, as printed (docs/paper.md, 2 and 3), and what each task is compared on.
 
-Every mean and standard deviation is of ten trials. The trials themselves are not published, so differences within these
-tables can be judged by Welch's test from the numbers alone; the paper used a paired t-test.
+Every mean and standard deviation is over ten trials. The trials are not published, so differences within these tables
+can only be tested with Welch's test; the paper used a paired t-test.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ METRICS = {
     "mean_iou": "mean IoU",
     "dice": "Dice",
 }
-# What the paper's number of a task is. The paper says AUC and IoU, and that LCS is binarised at 0.5. That NCS is the mean of
-# background and foreground IoU over thresholds 0.50 … 0.95 is inferred from the scale of its numbers, and that BMS is
+# The metric of the paper's number for each task. The paper says AUC and IoU, and that LCS is binarised at 0.5. For NCS, the
+# mean of background and foreground IoU over thresholds 0.50 … 0.95 is inferred from the scale of its numbers; for BMS,
 # foreground IoU at 0.5 is our choice.
 COMPARED = {"ncc": "auc", "ncs": "mean_iou", "lcs": "iou", "ecc": "auc", "bms": "iou"}
 INFERRED = {"ncs": "inferred", "bms": "our choice"}
-MAY_COMPARE = {  # metrics that the paper's number of a task may be read as; beside others it is not shown
+MAY_COMPARE = {  # possible metrics of the paper's number for a task; with any other metric it is not shown
     "ncc": ("auc",),
     "ncs": ("mean_iou", "iou"),
     "lcs": ("iou",),
@@ -48,7 +48,7 @@ TABLE1: dict[str, dict[str, Summary]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What a column of Table 2 was pretrained with: volume of a part as a share of its whole, and skip connections."""
+    """The pretraining of a column of Table 2: volume of a part as a share of its whole, and skip connections."""
 
     low: float
     high: float
@@ -56,12 +56,12 @@ class Parts:
 
     @property
     def label(self) -> str:
-        """As the paper writes it: `[1/16,1/4]`."""
+        """The label in the paper, e.g. `[1/16,1/4]`."""
         return f"[{fraction(self.low)},{fraction(self.high)}]" + (" w/ skips" if self.skips else "")
 
 
 def fraction(value: float) -> str:
-    """0.0625 -> `1/16`; a number that is no 1/n as a decimal."""
+    """0.0625 -> `1/16`; a number other than 1/n as a decimal."""
     n = round(1 / value)
     return ("1" if n == 1 else f"1/{n}") if abs(value * n - 1) < 1e-6 else f"{value:.3g}"
 

@@ -1,4 +1,4 @@
-"""A table for the terminal, a spreadsheet and a paper, and tables.html: all tables and figures on one page."""
+"""Renders tables for the terminal, as CSV and as LaTeX, and tables.html with all tables and figures."""
 
 import base64
 import csv
@@ -19,26 +19,26 @@ DASH = "\u2013"
 
 
 def amount(mean: Number, sd: Number) -> str:
-    """`98.67±0.23`; without a deviation the mean alone, without a mean a dash."""
+    """`98.67±0.23`; the mean alone without a deviation, a dash without a mean."""
     if mean is None:
         return DASH
     return f"{mean:.2f}" + ("" if sd is None else f"±{sd:.2f}")
 
 
 def probability(p: Number) -> str:
-    """`p = 0.012`, `p < 0.001`; a dash where there is none."""
+    """`p = 0.012` or `p < 0.001`; a dash for None."""
     if p is None:
         return DASH
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def sizes(claim: Claim) -> str:
-    """`10 pairs`, or the trials of both: `10 and 7`."""
+    """The sample sizes: `10 pairs`, or `10 and 7` trials."""
     return f"{claim.pairs[0]} pairs" if len(claim.pairs) == 1 else " and ".join(map(str, claim.pairs))
 
 
 def claim_sentence(claim: Claim, table: Table) -> str:
-    """One comparison in words."""
+    """A comparison as a sentence."""
     title = next((column.title for column in table.columns if column.task == claim.task), claim.task)
     where = "" if claim.source == "here" else "the paper's numbers: "
     why = f", {claim.why}" if claim.why else ""
@@ -50,7 +50,7 @@ def claim_sentence(claim: Claim, table: Table) -> str:
 
 
 def terminal(table: Table) -> None:
-    """Print it: the paper's number below each of ours, claims and notes under it."""
+    """Print the table, with the paper's number below each of ours, then claims and notes."""
     from rich.cells import cell_len  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table as Rich  # noqa: PLC0415
@@ -88,7 +88,7 @@ def terminal(table: Table) -> None:
 
 
 def table_csv(table: Table) -> str:
-    """One line a cell, with every number unrounded; lists of trials are joined by blanks."""
+    """CSV with one line for each cell and unrounded numbers; lists of trials are joined by spaces."""
     file = io.StringIO()
     names = [
         "table",
@@ -115,14 +115,14 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX takes it; two hyphens stay two, characters that no pdflatex knows become question marks."""
+    """Text escaped for LaTeX; two hyphens stay two, and characters that pdflatex lacks become question marks."""
     pieces = ("".join(SPECIAL.get(letter, letter) for letter in piece) for piece in text.split("--"))
     made = "-{}-".join(pieces)
     return re.sub(r"[^\x20-\x7e\u00a0-\u017f]", "?", made)
 
 
 def latex(table: Table) -> str:
-    """A `table` for booktabs: ours above, the paper's below, notes under it. Input it from a document of yours."""
+    """A LaTeX `table` for booktabs, to be included in a document: our rows, the paper's rows, notes."""
     width, caption = len(table.columns) + 1, table.title.partition(": ")[2].capitalize() or table.title
     head = " & ".join(["", *(tex(column.head) for column in table.columns)])
     blocks = [rf"\multicolumn{{{width}}}{{l}}{{\emph{{Here}}}} \\"]
@@ -180,7 +180,7 @@ td, th { white-space: nowrap; } td.wide { white-space: normal; overflow-wrap: an
 
 
 def render_tables(folder: Path) -> tuple[str, list[str]]:
-    """The page of what lies in `folder`, and one line for each file that is damaged and so not on it."""
+    """The page of the tables and figures in `folder`, and one line for each damaged file, which is left out."""
     sections, problems = [], []
     for name in (*TABLES, "fig3"):
         path = folder / f"{name}.json"
@@ -190,13 +190,13 @@ def render_tables(folder: Path) -> tuple[str, list[str]]:
             sections.append(_figure(path) if name == "fig3" else _section(load_table(path)))
         except UserError as error:
             problems.append(str(error))
-    head = tag("header", tag("h1", "Target tasks"), tag("p", "Beside the numbers of the paper, in percent."))
+    head = tag("header", tag("h1", "Target tasks"), tag("p", "With the numbers of the paper, in percent."))
     foot = tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note")
     return _document(join_markup((head, *sections, foot))), problems
 
 
 def _document(body: Markup) -> str:
-    """Head and foot; the policy lets nothing run and nothing be fetched, whatever the files hold."""
+    """The HTML document. Its policy allows no scripts and no requests, whatever the files contain."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -218,7 +218,7 @@ def _document(body: Markup) -> str:
 
 
 def _section(one: Table) -> Markup:
-    """A table, what is claimed of ours, notes, and what lies behind each number."""
+    """A table, the claims, notes, and the trials of each number."""
     head = ("", *(column.head for column in one.columns))
     rows = [(row, *(_cell(one.cell(row, column.task)) for column in one.columns)) for row in one.rows]
     titles = {column.task: column.title for column in one.columns}
@@ -240,7 +240,7 @@ def _section(one: Table) -> Markup:
 
 
 def _claims(one: Table) -> Markup:
-    """What is claimed of ours, a row a task; the paper's numbers below ours."""
+    """The claims, one row for each task; the paper's numbers below ours."""
     titles = {column.task: column.title for column in one.columns}
     rows = [
         (
@@ -266,7 +266,7 @@ def _cell(one: Cell) -> Markup:
 
 
 def _figure(path: Path) -> Markup:
-    """Fig. 3 with its picture, which lies beside its numbers."""
+    """Fig. 3 from its JSON file and the PNG next to it."""
     figure = fig3.load_fig3(path)
     try:
         data = path.with_suffix(".png").read_bytes()

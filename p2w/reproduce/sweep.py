@@ -1,9 +1,9 @@
-"""Sweeps: which commands make Table 1, Table 2 and Fig. 3, and running them, several at a time.
+"""Sweeps: the commands for Table 1, Table 2 and Fig. 3, and how to run them, several at a time.
 
-FOLDER/logs/NAME.txt     what a job said
-    FOLDER/logs/NAME.lock    held by its process, however this one ended: no second sweep starts it beside
+    FOLDER/logs/NAME.txt     output of a job
+    FOLDER/logs/NAME.lock    locked by the job's process, so that no second sweep starts it, even if the first one was killed
 
-Told to stop, every job is told once and leaves. One that fails is named, and the others go on.
+A stop signal is passed on once to every job, and each of them exits. A job that fails is reported, and the others go on.
 """
 
 import json
@@ -36,7 +36,7 @@ from p2w.world import variables
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A command that fills `folder`: `units` trials of a fine-tuning, or one pretraining."""
+    """A command that fills `folder` with `units` trials of a fine-tuning, or with one pretraining."""
 
     name: str
     folder: Path
@@ -44,11 +44,11 @@ class SweepJob:
     units: int
     pretrains: bool = False
     needs: str = ""  # name of the job whose result it starts from
-    test_set: str = ""  # of a fine-tuning: what it is judged on, as `results.FineTuningResult` says it
+    test_set: str = ""  # of a fine-tuning, as in `results.FineTuningResult`
     fraction: float = 1.0
 
     def count(self) -> int:
-        """Units that are finished. Raises UserError where the folder holds a fine-tuning on other data."""
+        """Finished units. Raises UserError when the folder has a fine-tuning on other data."""
         if self.pretrains:
             return int(self._state() in ("finished", "stopped early"))
         try:
@@ -64,12 +64,12 @@ class SweepJob:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all units are finished."""
         return self.count() == self.units
 
     @property
     def line(self) -> str:
-        """As a shell takes it."""
+        """The command quoted for a shell."""
         return shlex.join(self.command)
 
     def _state(self) -> str:
@@ -81,7 +81,7 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepTask:
-    """A target set: its folder, the task's own name, and what decides how it is fine-tuned."""
+    """A target set: folder, name of the task, its kind, number of folds, and the set's fingerprint."""
 
     folder: Path
     task: str
@@ -92,22 +92,22 @@ class SweepTask:
 
 @dataclass(frozen=True)
 class FineTuningPlan:
-    """What all fine-tunings of a sweep have in common."""
+    """The options that all fine-tunings of a sweep share."""
 
-    launch: Path  # where finetune.py and train.py lie
-    tasks: Mapping[str, SweepTask]  # by the name they have in this sweep
+    launch: Path  # folder of finetune.py and train.py
+    tasks: Mapping[str, SweepTask]  # by their name in this sweep
     out: Path
     trials: int
     fraction: Mapping[str, float]  # by task, "" for all
     width: int | None = None
     more: tuple[str, ...] = ()  # further arguments of launch/finetune.py
-    folds: tuple[int, ...] = ()  # of sets that have folds: those to test on; () all
+    folds: tuple[int, ...] = ()  # folds to test on, for sets with folds; () is all
 
     def jobs(
         self, task: str, init: str, label: str, usual: Mapping[str, float], network: str = "", decoder: str = "",
         needs: str = "",
     ) -> list[SweepJob]:  # fmt: skip
-        """One command of launch/finetune.py for each fold; `usual` is the share of the training data by task."""
+        """One command of launch/finetune.py for each fold; `usual` is the default share of the training data by task."""
         target = self.tasks[task]
         chosen = sorted(set(self.folds)) or list(range(target.folds))
         if target.folds and not set(chosen) <= set(range(target.folds)):
@@ -116,8 +116,8 @@ class FineTuningPlan:
             )
         folds: list[int] | list[None] = chosen if target.folds else [None]
         share = usual.get(target.task, 1.0)
-        asked = (self.fraction.get(name) for name in (task, target.task, ""))
-        share = next((one for one in asked if one is not None), share)
+        given = (self.fraction.get(name) for name in (task, target.task, ""))
+        share = next((one for one in given if one is not None), share)
         return [self._job(task, init, label, share, network, decoder, needs, fold) for fold in folds]
 
     def _job(
@@ -156,7 +156,7 @@ class SweepInit:
 
 
 def parse_inits(texts: Sequence[str]) -> list[SweepInit]:
-    """Rows from the command line; `random` alone is Scratch. Raises UserError."""
+    """Parse `--inits`; `random` alone has the label Scratch. Raises UserError."""
     found = []
     for text in texts:
         label, equals, rest = text.partition("=")
@@ -172,7 +172,7 @@ def parse_inits(texts: Sequence[str]) -> list[SweepInit]:
 
 
 def parse_tasks(texts: Sequence[str]) -> dict[str, SweepTask]:
-    """`NAME=DIR`, or `DIR` whose last part is the name. Raises UserError for a folder that is no target set."""
+    """Parse `--tasks`: NAME=DIR, or DIR, whose last part is then the name. Raises UserError for what is no target set."""
     found = {}
     for text in texts:
         name, equals, where = text.partition("=")
@@ -197,7 +197,7 @@ def parse_tasks(texts: Sequence[str]) -> dict[str, SweepTask]:
 
 
 def slug(label: str) -> str:
-    """A label as the name of a folder: `[1/16,1/4]` -> `1of16-1of4`."""
+    """A folder name for a label: `[1/16,1/4]` -> `1of16-1of4`."""
     plain = re.sub(r"[^a-z0-9.]+", "-", label.lower().replace("w/", "").replace("/", "of")).strip("-.")
     return plain or "run"
 
@@ -222,7 +222,7 @@ def table1(common: FineTuningPlan, rows: Sequence[SweepInit]) -> list[SweepJob]:
 def table2(
     common: FineTuningPlan, shards: str, recipe: str, ranks: int, more: Sequence[str]
 ) -> list[SweepJob]:
-    """Six pretrainings, then each on every task; `w/ skips` fine-tunes the decoder too, where there is one."""
+    """Six pretrainings, then each on every task; `w/ skips` fine-tunes the decoder too, if the task has one."""
     jobs = []
     for parts in paper_numbers.TABLE2:
         run = common.out / "pretrained" / slug(parts.label)
@@ -274,13 +274,13 @@ def validated_steps(run: Path) -> list[int]:
 
 
 def spread_steps(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of `steps`, ascending: those nearest to evenly spaced places from the first to the last."""
+    """At most `count` of `steps`, ascending: those nearest to evenly spaced steps from the first to the last."""
     if len(steps) <= count:
         return list(steps)
     there = np.array(steps)
     left = np.ones(len(there), bool)
-    for place in np.linspace(there[0], there[-1], count):
-        left[np.argmin(np.where(left, np.abs(there - place), np.inf))] = False
+    for step in np.linspace(there[0], there[-1], count):
+        left[np.argmin(np.where(left, np.abs(there - step), np.inf))] = False
     return [int(step) for step in there[~left]]
 
 
@@ -291,22 +291,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class SweepSlots:
-    """How much runs side by side: jobs, threads a job (0: its share of the cores), GPUs to go round (0: not chosen)."""
+    """Parallel jobs, threads of each job (0: its share of the cores), and GPUs to distribute jobs over (0: not set)."""
 
     jobs: int = 1
     threads: int = 0
     gpus: int = 0
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Of the job in a slot."""
+        """Environment variables of the job in a slot."""
         cores = usable_cores()
-        place = {"LOCAL_RANK": str(slot % self.gpus)} if self.gpus else {}
-        return variables(OMP_NUM_THREADS=str(self.threads or max(1, cores // self.jobs)), **place)
+        device = {"LOCAL_RANK": str(slot % self.gpus)} if self.gpus else {}
+        return variables(OMP_NUM_THREADS=str(self.threads or max(1, cores // self.jobs)), **device)
 
 
 @dataclass
 class RunningJob:
-    """A job's process, its slot, and how much of it was done when last counted."""
+    """A job's process, its slot, and its finished units at the last count."""
 
     job: SweepJob
     process: subprocess.Popen[bytes]
@@ -315,18 +315,18 @@ class RunningJob:
 
 
 class Sweep:
-    """The jobs of one stage."""
+    """Runs the jobs of one stage."""
 
     def __init__(self, jobs: Sequence[SweepJob], folder: Path, machine: SweepSlots) -> None:
         self.waiting = [job for job in jobs if not job.done]
         self.logs, self.machine = folder / "logs", machine
         self.running: list[RunningJob] = []
         self.failed: list[str] = []
-        self.stopped = 0  # the number of the signal
-        self._said_busy: set[str] = set()
+        self.stopped = 0  # the number of the stop signal
+        self._reported_busy: set[str] = set()
 
     def run(self, what: str) -> list[str]:
-        """Until nothing is left; names of the jobs that failed. Leaves by SystemExit when told to stop."""
+        """Run all jobs and return the names of those that failed. Raises SystemExit after a stop signal."""
         if not self.waiting:
             return []
         try:
@@ -345,7 +345,7 @@ class Sweep:
                         counted = time.monotonic()
                         for one in self.running:
                             self._count(one, progress)
-                    self._end(progress)
+                    self._reap(progress)
                     progress.tick()
         finally:
             for number, handler in before.items():
@@ -362,31 +362,31 @@ class Sweep:
                 one.process.terminate()
 
     def _start(self) -> None:
-        """Fill the free slots. A job that another process holds is left for later."""
+        """Start jobs in free slots. A job that another process has locked waits."""
         for job in list(self.waiting):
             free = set(range(self.machine.jobs)) - {one.slot for one in self.running}
             if not free or self.stopped:
                 return
-            lock = self._take(job)
+            lock = self._lock(job)
             if lock is None:
-                if job.name not in self._said_busy:
-                    self._said_busy.add(job.name)
-                    say(f"{job.name}: another process does it; waits for that")
+                if job.name not in self._reported_busy:
+                    self._reported_busy.add(job.name)
+                    say(f"{job.name}: another process runs it; waits for that")
                 continue
             try:
                 self.waiting.remove(job)
                 if not job.done:
                     slot = min(free)
-                    self.running.append(RunningJob(job, self._begin(job, slot, lock), slot, job.count()))
+                    self.running.append(RunningJob(job, self._launch(job, slot, lock), slot, job.count()))
             finally:
                 lock.release()
 
-    def _take(self, job: SweepJob) -> FileLock | None:
+    def _lock(self, job: SweepJob) -> FileLock | None:
         lock = FileLock(self.logs / f"{job.name}.lock")
         return lock if lock.acquire() else None
 
-    def _begin(self, job: SweepJob, slot: int, lock: FileLock) -> subprocess.Popen[bytes]:
-        """Its process, in a session of its own, so that a Ctrl-C reaches it once; it inherits the lock."""
+    def _launch(self, job: SweepJob, slot: int, lock: FileLock) -> subprocess.Popen[bytes]:
+        """Start a job in a session of its own, so that it does not get the terminal's Ctrl-C too; it inherits the lock."""
         program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
         command = [*program[job.command[0]], *job.command[1:]]
         with open(self.logs / f"{job.name}.txt", "ab") as log:
@@ -401,8 +401,8 @@ class Sweep:
             progress.step(one.job.name)
         one.seen = max(one.seen, now)
 
-    def _end(self, progress: Progress) -> None:
-        """Take leave of processes that ended."""
+    def _reap(self, progress: Progress) -> None:
+        """Remove the processes that ended, and report those that failed."""
         for one in [one for one in self.running if one.process.poll() is not None]:
             self.running.remove(one)
             self._count(one, progress)
@@ -412,5 +412,5 @@ class Sweep:
             log = self.logs / f"{one.job.name}.txt"
             last = log.read_bytes()[-2000:].decode(errors="replace").strip().splitlines()[-1:]
             code = one.process.returncode
-            told = f"ended with code {code}" if code else "ended, but is not finished"
-            say(f"{one.job.name}: {told}: {last[0] if last else 'it said nothing'}; see {log}")
+            outcome = f"ended with code {code}" if code else "ended, but is not finished"
+            say(f"{one.job.name}: {outcome}: {last[0] if last else 'no output'}; see {log}")

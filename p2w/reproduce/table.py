@@ -1,6 +1,6 @@
-"""A table as plain values, all that its renderers need; written as JSON and read back for the page of all tables.
+"""The values of a table, for its renderers; stored as JSON, which the page of all tables reads.
 
-Means and deviations are in percent, as the paper prints them; p-values and fractions are not. None where there is none.
+Means and deviations are in percent, as in the paper; p-values and fractions are not. None stands for a missing value.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Number = float | None
 
 @dataclass(frozen=True)
 class Column:
-    """A task: what it is compared on, and with how much of its training data."""
+    """A task: the metric to compare, and the share of its training data."""
 
     task: str
     title: str
@@ -29,16 +29,17 @@ class Column:
 
     @property
     def head(self) -> str:
-        """`NCC AUC`, with the share of the training data where it is not all."""
+        """E.g. `NCC AUC`, with the share of the training data if it is not all."""
         share = "" if self.fraction in (None, 1) else f", {100 * (self.fraction or 0):g} % of the data"
         return f"{self.title} {self.metric_title}{share}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Trials of one starting point on one task; `paper_*` what the paper has in this place.
+    """The trials of one starting point on one task; `paper_*` are the paper's values of this cell.
 
-    `p` is of the test against the best of the column, `p_used` the one that `mark` goes by; `planned` is 0 without a run.
+    `p` is of the test against the best of the column; `p_used` is p after correction, which decides `mark`; `planned` is 0
+    without a run.
     """
 
     row: str
@@ -61,7 +62,7 @@ class Cell:
 
     @property
     def missing(self) -> str:
-        """What lacks: `7 of 10`, `no run`, or nothing."""
+        """`7 of 10` for missing trials, `no run`, or nothing."""
         if self.planned == 0:
             return "no run"
         return "" if self.n == self.planned else f"{self.n} of {self.planned}"
@@ -69,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Claim:
-    """Ours against another on one task: here, and by Welch's test from the paper's means and deviations."""
+    """A test of our row against another on one task; `source` says whether from trials here or the paper's numbers."""
 
     task: str
     ours: str
@@ -87,7 +88,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and columns by name, a cell for each pair, what is claimed of ours, and notes for the foot."""
+    """Rows and columns by name, a cell for each pair, the claims for our row, and footnotes."""
 
     name: str
     title: str
@@ -103,7 +104,7 @@ class Table:
 
 
 def table_to_json(table: Table) -> str:
-    """As `load` reads it."""
+    """JSON that `load_table` reads."""
     return json.dumps(dataclasses.asdict(table), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -126,7 +127,7 @@ FORM |= {"notes": [str]}
 
 
 def load_table(path: Path) -> Table:
-    """A table that `to_json` wrote. Raises UserError in one line when it is damaged."""
+    """Read what `table_to_json` wrote. Raises UserError when it is missing or damaged."""
     try:
         tree = parse_json(path.read_bytes(), FORM)
         table = Table(

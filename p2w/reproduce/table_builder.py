@@ -1,7 +1,7 @@
-"""From fine-tunings to a table: which run stands in which cell, folds joined, and significance marks.
+"""Builds a table from fine-tunings: the run of each cell, joined folds, significance marks and claims.
 
-A trial's number is the mean over the folds of its metric, so that n is the number of trials: folds share their training
-patients and are no trials of their own. Predictions are not pooled: scores of different networks have no common scale.
+The value of a trial is the mean of its metric over the folds, and n is the number of trials: folds share training
+patients, so they are not independent trials. Predictions of folds are not pooled, because networks' scores differ in scale.
 """
 
 import math
@@ -20,7 +20,7 @@ from p2w.stats import LEVEL, Comparison, Summary, Trials, compare, holm, summari
 
 @dataclass(frozen=True)
 class Significance:
-    """What is said of one row of a column: the test against the best, its p, and the p after correction."""
+    """Mark of a row in a column, the test against the best row, its p, and the p after correction."""
 
     mark: str
     test: str = ""
@@ -29,24 +29,24 @@ class Significance:
 
 
 def known(value: float) -> Number:
-    """A number for JSON; None for one that is none."""
+    """A number for JSON; None for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def summary_of(one: Trials | Summary) -> Summary:
-    """Of trials, or of what the paper has of them."""
+    """Mean and deviation of trials, or the paper's own."""
     return one if isinstance(one, Summary) else summarise(values(one))
 
 
 def test(a: Trials | Summary, b: Trials | Summary) -> Comparison:
-    """Paired where both are trials with the same seeds; Welch's where the paper's summaries are all there is."""
+    """The test of `a` against `b`: Welch's if one is a summary of the paper, else as `compare` chooses."""
     if isinstance(a, Summary) or isinstance(b, Summary):
         return welch(summary_of(a), summary_of(b))
     return compare(a, b)
 
 
 def significance_marks(column: Mapping[str, Trials | Summary], correct: bool) -> dict[str, Significance]:
-    """Best and equivalent rows; a row with fewer than two trials is not judged, nor is one that stands alone.
+    """Marks of the best and the equivalent rows. A row with fewer than two trials has none, nor has a single row.
 
     `correct`: Holm over the comparisons with the best of this column; else each p by itself, as in the paper.
     """
@@ -57,17 +57,17 @@ def significance_marks(column: Mapping[str, Trials | Summary], correct: bool) ->
     found = {row: test(judged[best], one) for row, one in judged.items() if row != best}
     used = [one.p for one in found.values()]
     used = holm(used) if correct else used
-    said = {best: Significance(BEST)}
+    marks = {best: Significance(BEST)}
     for (row, one), p in zip(found.items(), used, strict=True):
-        told = one.method + (f" ({one.why})" if one.why else "")
-        said[row] = Significance(EQUIVALENT if p >= LEVEL else "", told, known(one.p), known(p))
-    return said
+        method = one.method + (f" ({one.why})" if one.why else "")
+        marks[row] = Significance(EQUIVALENT if p >= LEVEL else "", method, known(one.p), known(p))
+    return marks
 
 
 def claims(
     columns: Mapping[str, Mapping[str, Trials | Summary]], ours: str, against: str, source: str
 ) -> list[Claim]:
-    """Ours against the best of the others (`against` empty) or a named row, task by task; Holm over the tasks."""
+    """Tests of our row against the best of the others (`against` empty) or a named row on each task; Holm over the tasks."""
     made = []
     for task, column in columns.items():
         judged = {row: one for row, one in column.items() if summary_of(one).n > 1}
@@ -86,23 +86,25 @@ def claims(
     return [replace(claim, p_holm=known(p)) for claim, p in zip(made, adjusted, strict=True)]
 
 
-def join_folds(transfers: Sequence[FineTuningResult]) -> list[FineTuningResult]:
-    """The transfers of one task, those of several folds as one over all the folds that any of them was tested on.
+def join_folds(results: Sequence[FineTuningResult]) -> list[FineTuningResult]:
+    """The results of one task, where those of several folds become one result over all the folds of the task.
 
     A trial counts when it is finished in every one of these folds, with one seed. With one fold all stay as they are.
     """
-    folds = sorted({one.fold for one in transfers if one.fold is not None})
+    folds = sorted({one.fold for one in results if one.fold is not None})
     if len(folds) < 2:
-        return list(transfers)
+        return list(results)
     groups: dict[object, list[FineTuningResult]] = {}
-    for one in transfers:
+    for one in results:
         alike = (one.label, one.source, one.network, one.width, one.decoder, one.fraction, one.fingerprint)
         groups.setdefault((*alike, sorted(one.recipe.items())).__repr__(), []).append(one)
     return [made for group in groups.values() for made in _join(group, folds)]
 
 
 def _join(group: list[FineTuningResult], folds: list[int]) -> list[FineTuningResult]:
-    if len({one.fold for one in group}) < len(group):  # one of them twice: the table names both
+    if len({one.fold for one in group}) < len(
+        group
+    ):  # a fold twice: building the table raises, and names both
         return group
     trials = []
     for index in sorted({trial.index for one in group for trial in one.trials}):
@@ -119,9 +121,9 @@ def _join(group: list[FineTuningResult], folds: list[int]) -> list[FineTuningRes
     ]
 
 
-def not_all(title: str, transfers: Sequence[FineTuningResult]) -> str | None:
-    """What a reader must know of a column whose test set has more folds than were tested on."""
-    for one in transfers:
+def not_all(title: str, results: Sequence[FineTuningResult]) -> str | None:
+    """A note on the folds of a column: those that were not tested, or that trials are means; else None."""
+    for one in results:
         tested = one.folds or (() if one.fold is None else (one.fold,))
         if tested and len(tested) < one.of_folds:
             return f"{title}: of {one.of_folds} folds only {', '.join(map(str, tested))} tested on."
@@ -131,7 +133,7 @@ def not_all(title: str, transfers: Sequence[FineTuningResult]) -> str | None:
 
 
 def unlike(title: str, rows: dict[str, FineTuningResult]) -> str | None:
-    """A warning where the rows of a column were not fine-tuned by one recipe, or at one width of a network."""
+    """A warning if the rows of a column differ in their fine-tuning recipe, or in the width of a network; else None."""
     names = sorted({name for one in rows.values() for name in one.recipe} - {"seed"})
     found = []
     for name in names:
@@ -154,17 +156,17 @@ def unlike(title: str, rows: dict[str, FineTuningResult]) -> str | None:
     return f"Warning: {title}: rows differ by more than their starting point: {'; '.join(found[:3])}{more}."
 
 
-RowOf = Callable[[FineTuningResult], str | None]  # the row a transfer stands in, None when in none
+RowOf = Callable[[FineTuningResult], str | None]  # the row of a result; None if it belongs to none
 
 
 @dataclass(frozen=True)
 class TableChoice:
-    """What may be chosen about a table."""
+    """Options of a table."""
 
     metric: Mapping[str, str]  # by task, "" for all
     fraction: Mapping[str, float]  # by task, "" for all
     ours: str
-    against: str  # "" the best of the others
+    against: str  # "" is the best of the others
     correct: bool
 
 
@@ -180,7 +182,7 @@ def chosen(pairs: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def numbers_by_task(pairs: Sequence[str], flag: str) -> dict[str, float]:
-    """The same for shares of the training data."""
+    """As `chosen`, for shares of the training data in (0, 1]."""
     found = {}
     for task, value in chosen(pairs, flag).items():
         try:
@@ -193,22 +195,22 @@ def numbers_by_task(pairs: Sequence[str], flag: str) -> dict[str, float]:
 
 
 def by_fraction(
-    task: str, transfers: Sequence[FineTuningResult], asked: Mapping[str, float], usual: float
+    task: str, results: Sequence[FineTuningResult], asked: Mapping[str, float], usual: float
 ) -> tuple[list[FineTuningResult], float]:
-    """Transfers of one task with the share of training data asked for, else the paper's, else the only one there is."""
-    there = sorted({one.fraction for one in transfers})
+    """Results of one task with the share of training data asked for, else the paper's, else the only share there is."""
+    there = sorted({one.fraction for one in results})
     wanted = asked.get(task, asked.get("", usual))
-    kept = [one for one in transfers if abs(one.fraction - wanted) < 1e-9]
+    kept = [one for one in results if abs(one.fraction - wanted) < 1e-9]
     if kept:
         return kept, wanted
-    told = task in asked or "" in asked
-    if len(there) > 1 or told:
+    explicit = task in asked or "" in asked
+    if len(there) > 1 or explicit:
         has = ", ".join(f"{share:g}" for share in there)
         raise UserError(
             f"task {task}: no run with {wanted:g} of the training data, there are {has}; "
             f"choose one: --fraction {task}={there[0]:g}"
         )
-    return list(transfers), there[0]
+    return list(results), there[0]
 
 
 def metric_of(task: str, transfers: Sequence[FineTuningResult], asked: Mapping[str, str]) -> str:
@@ -223,10 +225,10 @@ def metric_of(task: str, transfers: Sequence[FineTuningResult], asked: Mapping[s
     return metric
 
 
-def one_a_row(task: str, transfers: Sequence[FineTuningResult], row_of: RowOf) -> dict[str, FineTuningResult]:
-    """Transfers of one task by row. Raises UserError when two stand in one, or when they are of two target sets."""
+def one_a_row(task: str, results: Sequence[FineTuningResult], row_of: RowOf) -> dict[str, FineTuningResult]:
+    """Results of one task by row. Raises UserError for two results in a row, or of two target sets."""
     found: dict[str, FineTuningResult] = {}
-    for one in transfers:
+    for one in results:
         row = row_of(one)
         if row is None:
             continue
@@ -252,7 +254,7 @@ def percent(trials: Trials) -> dict[int, tuple[int, float]]:
 
 
 def cell(row: str, task: str, trials: Trials, planned: int, folder: str, published: Summary | None) -> Cell:
-    """Without marks. `trials` in percent."""
+    """A cell without marks; `trials` are in percent."""
     own, order = summarise(values(trials)), sorted(trials)
     return Cell(
         row, task, known(own.mean), known(own.sd), own.n, planned,
@@ -264,22 +266,22 @@ def cell(row: str, task: str, trials: Trials, planned: int, folder: str, publish
 def build_table(
     name: str,
     title: str,
-    transfers: Sequence[FineTuningResult],
+    results: Sequence[FineTuningResult],
     row_of: RowOf,
     published: Mapping[str, Mapping[str, Summary]],
     usual: Mapping[str, float],
     tasks: Sequence[str],
     choice: TableChoice,
 ) -> Table:
-    """The table: rows and tasks of the paper first, then what else the runs have, in the order of their names.
+    """Build a table: first the rows and tasks of the paper, then those that only the runs have, sorted by name.
 
-    `usual` is the share of the training data by task, 1 where it has none. Raises UserError for what cannot stand in one
-    table.
+    `usual` is the default share of the training data by task, 1 if it has none. Raises UserError for results that cannot be
+    compared in one table.
     """
-    there = {one.task for one in transfers if row_of(one) is not None}
+    there = {one.task for one in results if row_of(one) is not None}
     columns, placed, runs, other = [], {}, {}, 0
     for task in [*tasks, *sorted(there - set(tasks))]:
-        some = [one for one in transfers if one.task == task and row_of(one) is not None]
+        some = [one for one in results if one.task == task and row_of(one) is not None]
         share = choice.fraction.get(task, choice.fraction.get("", usual.get(task, 1.0)))
         if some:
             kept, share = by_fraction(task, some, choice.fraction, share)
@@ -300,15 +302,17 @@ def build_table(
     extra = sorted({row for at in placed.values() for row in at} - set(published))
     rows = [*published, *extra]
     cells = _marked(rows, columns, placed, runs, shown, choice.correct)
-    told = claims(placed, choice.ours, choice.against, "here")
-    told += claims(shown, choice.ours, choice.against, "paper")
-    said = notes(columns, choice, cells)
+    tests = claims(placed, choice.ours, choice.against, "here")
+    tests += claims(shown, choice.ours, choice.against, "paper")
+    footnotes = notes(columns, choice, cells)
     for column in columns:
         own = runs[column.task]
-        said += filter(None, (not_all(column.title, [*own.values()]), unlike(column.title, own)))
+        footnotes += filter(None, (not_all(column.title, [*own.values()]), unlike(column.title, own)))
     if other:
-        said.append(f"Left out: {several(other, 'run')} with other shares of the training data (--fraction).")
-    return Table(name, title, rows, columns, cells, told, said)
+        footnotes.append(
+            f"Left out: {several(other, 'run')} with other shares of the training data (--fraction)."
+        )
+    return Table(name, title, rows, columns, cells, tests, footnotes)
 
 
 def _marked(
@@ -334,31 +338,31 @@ def _marked(
 
 
 def notes(columns: Sequence[Column], choice: TableChoice, cells: Sequence[Cell]) -> list[str]:
-    """What a reader must know to read the numbers."""
-    said = ["Percent, mean ± standard deviation of the trials; the paper's numbers beside them are of ten."]
+    """Footnotes on how to read the numbers."""
+    lines = ["Percent, mean ± standard deviation of the trials; the paper's numbers are of ten."]
     family = "Holm's correction over the comparisons of a column" if choice.correct else "each p by itself"
     tests = sorted({one.test for one in cells if one.test})
     how = "; ".join(tests) if tests else "paired t-test where seeds agree, else Welch's"
-    said.append(
+    lines.append(
         f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p ≥ 0.05, {how}; {family}), "
-        "which is no proof that they are equal."
+        "which does not prove that they are equal."
     )
     if any(one.paper_mark for one in cells):
-        said.append(
+        lines.append(
             "The paper's trials are not published: marks on its numbers are by Welch's test from means and deviations."
         )
     for column in columns:
         if column.task in paper_numbers.INFERRED and column.metric == paper_numbers.COMPARED[column.task]:
-            said.append(
+            lines.append(
                 f"{column.title} is compared on {METRIC_IN_FULL.get(column.metric, column.metric)}: "
                 f"{paper_numbers.INFERRED[column.task]}, the paper says IoU; --metric {column.task}=NAME changes it."
             )
     short = [one for one in cells if one.planned and one.n < one.planned]
     if short:
-        said.append(
+        lines.append(
             f"Fewer trials than planned in {several(len(short), 'cell')}: numbers are of those that are finished."
         )
-    return said
+    return lines
 
 
 METRIC_IN_FULL = {

@@ -1,6 +1,7 @@
-"""Budgets of a run, counted over all ranks: bad samples and non-finite steps; and sums between two logged lines.
+"""Counts over all ranks that may end a run: bad samples and non-finite steps. And the sums between two logged lines.
 
-On a GPU a step's gradient norm is read when the next step has been asked for, so that the GPU never waits for the host.
+On a GPU, a step's gradient norm is read only after the next step has been launched, so that the GPU never waits for the
+host.
 """
 
 import time
@@ -19,7 +20,7 @@ from p2w.world import World
 
 
 class BadSampleBudget:
-    """`total` since the first step, and of the running epoch. Part of a checkpoint, so restarts lose no count."""
+    """Counts bad samples: `total` since the first step, `in_epoch` in this epoch. Checkpoints contain the counts."""
 
     def __init__(self, config: DataConfig, world: World, stream: Stream) -> None:
         self.config, self.world = config, world
@@ -27,7 +28,7 @@ class BadSampleBudget:
         self.epoch = self.in_epoch = self.total = 0
 
     def count(self, batch: Batch, step: int) -> None:
-        """Account for a batch; every rank calls it at every step.
+        """Count the bad samples of a batch; every rank calls it at every step.
 
         Raises SharedError, on all ranks at the same step, past `data.max_bad_share` of the samples of an epoch.
         """
@@ -46,37 +47,40 @@ class BadSampleBudget:
             )
 
     def metrics(self) -> dict[str, float]:
-        """For the log; nothing where a bad sample stops the run."""
+        """Values for the log; empty when a bad sample stops the run."""
         if self.config.on_bad_sample == "stop":
             return {}
         return {"data/bad_samples": self.total, "data/bad_share": self.in_epoch / self.per_epoch}
 
     def state(self) -> list[int]:
-        """For a checkpoint."""
+        """The counts, for a checkpoint."""
         return [self.epoch, self.in_epoch, self.total]
 
     def load(self, state: list[int]) -> None:
-        """From a checkpoint."""
+        """Restore what `state` returned."""
         self.epoch, self.in_epoch, self.total = state
 
 
 class NonfiniteSteps:
-    """`in_a_row` up to the newest step that was read. Part of a checkpoint, so a restart forgives nothing."""
+    """Counts steps in a row that were skipped for a non-finite gradient, up to the newest step whose norm was read.
 
-    def __init__(self, most: int, world: World, key: Callable[[int], str], log: Log, lag: int = 0) -> None:
-        """`most` in a row end the run; `key` gives the name of a sub-scan's id; the newest `lag` steps are not read yet."""
-        self.most, self.world, self.key, self.log, self.lag = most, world, key, log, lag
+    Checkpoints contain the count, so a restart does not reset it.
+    """
+
+    def __init__(self, limit: int, world: World, key: Callable[[int], str], log: Log, lag: int = 0) -> None:
+        """`limit` skipped steps in a row end the run; `key` maps a sub-scan id to its name; `lag` steps stay unread."""
+        self.limit, self.world, self.key, self.log, self.lag = limit, world, key, log, lag
         self.in_a_row = 0
         self._unread: deque[tuple[StepResult, Tensor, int]] = deque()
 
     def add(self, result: StepResult, ids: Tensor, step: int) -> None:
-        """Take in a step on the sub-scans `ids` (b,), and account for the one `lag` steps before. Raises as `read_all`."""
+        """Add a step on the sub-scans `ids` (b,), and count the one `lag` steps before it. Raises as `read_all`."""
         self._unread.append((result, ids, step))
         while len(self._unread) > self.lag:
             self._count(*self._unread.popleft())
 
     def read_all(self) -> None:
-        """Account for every step so far; every rank calls it at the same steps.
+        """Count every step so far; every rank calls it at the same steps.
 
         Raises SharedError, on all ranks at the same step, when there are too many skipped steps in a row.
         """
@@ -84,7 +88,7 @@ class NonfiniteSteps:
             self._count(*self._unread.popleft())
 
     def in_a_row_now(self) -> int:
-        """Skipped steps in a row, the unread ones included. One rank may ask alone: nothing is said and nothing raised."""
+        """Skipped steps in a row, including unread steps. No collective: it neither logs nor raises."""
         count = self.in_a_row
         for result, _, _ in self._unread:
             count = 0 if result.applied else count + 1
@@ -94,50 +98,51 @@ class NonfiniteSteps:
         self.in_a_row = 0 if result.applied else self.in_a_row + 1
         if result.applied:
             return
-        who = self._culprits(result, ids, step)
+        cause = self._cause(result, ids, step)
         self.log.warn(
-            f"step {step}: gradient norm {result.grad_norm}, step skipped on all ranks ({self.in_a_row} in a row); {who}"
+            f"step {step}: gradient norm {result.grad_norm}, step skipped on all ranks ({self.in_a_row} in a row); {cause}"
         )
-        if self.in_a_row >= self.most:
+        if self.in_a_row >= self.limit:
             raise SharedError(
-                f"step {step}, rank {self.world.rank}: {self.in_a_row} steps in a row without a finite gradient; {who}; "
+                f"step {step}, rank {self.world.rank}: {self.in_a_row} steps in a row without a finite gradient; {cause}; "
                 "lower --optim.lr, or pass --train.precision fp32"
             )
 
-    def _culprits(self, result: StepResult, ids: Tensor, step: int) -> str:
-        """Whose loss was not finite, on which sub-scans. All ranks skip together, so all are here to ask each other."""
+    def _cause(self, result: StepResult, ids: Tensor, step: int) -> str:
+        """Which ranks' losses were not finite, and on which sub-scans. A collective: all ranks skip the same steps."""
         bad = self.world.gather(~torch.isfinite(result.loss).cpu().reshape(1)).tolist()
         keys = [self.key(sub_scan) for sub_scan in self.world.gather(ids.cpu()).tolist()]
         share = len(ids)
-        said = [
+        causes = [
             f"the loss of rank {rank} was not finite, on {', '.join(keys[rank * share : (rank + 1) * share])}"
             for rank in range(self.world.size)
             if bad[rank]
         ]
-        who = "; ".join(said) or "the loss of every rank was finite"
-        self.log.event(step, {"skipped": who, "grad_norm": str(result.grad_norm), "keys": keys})
-        return who
+        cause = "; ".join(causes) or "the loss of every rank was finite"
+        self.log.event(step, {"skipped": cause, "grad_norm": str(result.grad_norm), "keys": keys})
+        return cause
 
 
 class LogWindow:
-    """Sums since the last logged line."""
+    """Sums of loss, samples and time since the last logged line."""
 
     def __init__(self, wait_before: float = 0.0, stall_before: float = 0.0) -> None:
+        """`wait_before`, `stall_before`: seconds of waiting for data and for checkpoints when the window began."""
         self.loss = torch.zeros(())
         self.steps = self.samples = 0
         self.wait_before, self.stall_before = wait_before, stall_before
         self._start, self._paused = time.monotonic(), 0.0
 
     def add(self, loss: Tensor, samples: int) -> None:
-        """One step's loss (device scalar) and this rank's samples."""
+        """Add a step's loss (device scalar) and this rank's number of samples."""
         self.loss = self.loss.to(loss.device) + loss
         self.steps += 1
         self.samples += samples
 
     def pause(self, seconds: float) -> None:
-        """Leave validation out of the rate."""
+        """Do not count these seconds as training time: an evaluation took them."""
         self._paused += seconds
 
     def seconds(self) -> float:
-        """Training time so far."""
+        """Training time so far in seconds, without pauses."""
         return max(1e-9, time.monotonic() - self._start - self._paused)

@@ -1,21 +1,21 @@
-"""Checkpoints: written beside, made durable, renamed. One that is damaged is passed over for the one before.
+"""Checkpoints: written to a temporary folder, synced to disk, then renamed. Loading skips a damaged one for an older one.
 
 RUN/checkpoints/
     step-00000500/
         model.safetensors    the network's weights, named as in `encoder.…` and `decoder.…`
-        state.pt             optimizer, scaler, schedule, position: plain types and tensors
-        meta.json            step, validation, versions, CRC-32C of the two files above and of itself; written last
-    latest                   link to the newest durable one; loading trusts checksums instead
-    best.json                which of them had the lowest validation loss
+        state.pt             optimizer, scaler, schedule, counters: plain types and tensors
+        meta.json            step, validation loss, versions, CRC-32C of the two files above and of itself; written last
+    latest                   link to the newest durable checkpoint, for people; loading goes by checksums instead
+    best.json                step and value of the lowest validation loss
 
-Names that begin with a dot are being written or thrown away; the next save sweeps up what a crash left of them.
+Names that begin with a dot are being written or deleted; the next save removes those that a crash left behind.
 
-`AsyncCheckpointer`: the loop stands still for a copy on the CPU; a thread writes that copy to the disk.
+`AsyncCheckpointer` copies the state to CPU memory, for which the loop waits; a thread writes the copy to disk.
 
-One save at a time: the next waits for the one before, which is how a slow disk makes itself felt. What is lost by a kill is
-at most one interval and the steps done while its last checkpoint was being written.
+There is one save at a time: the next one waits for it, so a slow disk slows the run down. A kill loses at most the steps
+of one interval and those done while the last checkpoint was being written.
 
-What torch, safetensors and crc32c do to the bytes, they do without Python's lock (bench/checkpoint.py), so steps go on.
+torch, safetensors and crc32c work on the bytes without holding Python's lock (bench/checkpoint.py), so steps go on.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ UNSEALED = '"seal": "00000000"'
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a run continues from."""
+    """Everything that a run continues from: weights, training state, and the validation loss if this step has one."""
 
     step: int
     model: dict[str, Tensor]
@@ -61,15 +61,15 @@ class Checkpoints:
     """The folder of a run's checkpoints. Only rank 0 saves; every rank may load."""
 
     def __init__(
-        self, folder: Path, keep: int = 3, say: Callable[[str], None] = print, keep_every: int = 0
+        self, folder: Path, keep: int = 3, warn: Callable[[str], None] = print, keep_every: int = 0
     ) -> None:
-        self.folder, self.keep, self.say, self.keep_every = folder, keep, say, keep_every
+        self.folder, self.keep, self.warn, self.keep_every = folder, keep, warn, keep_every
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
-        return [step for step in self._begun() if (self.path(step) / "meta.json").is_file()]
+        return [step for step in self._all_steps() if (self.path(step) / "meta.json").is_file()]
 
-    def _begun(self) -> list[int]:
+    def _all_steps(self) -> list[int]:
         """Steps of all folders named as checkpoints, oldest first."""
         names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.glob("step-*/")]
         return sorted(int(name[1]) for name in names if name)
@@ -79,32 +79,36 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Write one durably, then drop those no longer kept. Raises UserError when the disk takes no more."""
-        final, beside = self.path(snapshot.step), self.folder / f".step-{snapshot.step:08d}.tmp"
+        """Write one durably, then delete old ones. Raises UserError when it cannot be written, e.g. on a full disk."""
+        final, temporary = self.path(snapshot.step), self.folder / f".step-{snapshot.step:08d}.tmp"
         try:
             for left in self.folder.glob(".*.tmp"):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-            beside.mkdir(parents=True)
-            save_file({k: v.contiguous() for k, v in snapshot.model.items()}, beside / FILES[0])
-            torch.save(snapshot.state, beside / FILES[1])
+            temporary.mkdir(parents=True)
+            save_file({k: v.contiguous() for k, v in snapshot.model.items()}, temporary / FILES[0])
+            torch.save(snapshot.state, temporary / FILES[1])
             meta = {
                 "step": snapshot.step,
                 "validation": snapshot.validation,
                 "p2w": __version__,
                 "torch": torch.__version__,
-                "crc32c": {name: _checksum(beside / name) for name in FILES},
+                "crc32c": {name: _checksum(temporary / name) for name in FILES},
             }
-            (beside / "meta.json").write_bytes(seal(meta))
-            log = self.folder.parent / "metrics.jsonl"  # whose lines of these steps nobody will write again
+            (temporary / "meta.json").write_bytes(seal(meta))
+            log = self.folder.parent / "metrics.jsonl"  # its lines up to this step will not be written again
             for path in (
-                *(beside / name for name in (*FILES, "meta.json", ".")),
+                *(temporary / name for name in (*FILES, "meta.json", ".")),
                 *([log] if log.is_file() else []),
             ):
                 _sync(path)
-            self._publish(beside, snapshot.step)
+            self._publish(temporary, snapshot.step)
             self._mark_best(snapshot)
-        except (OSError, SafetensorError, RuntimeError) as error:  # what each writer makes of a full disk
-            shutil.rmtree(beside, ignore_errors=True)
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # each writer raises another one for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(
                 f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); make room, then repeat the command"
             ) from error
@@ -112,72 +116,72 @@ class Checkpoints:
         return final
 
     def _free(self) -> str:
-        """Room on the disk, in words; a file server that is gone does not tell."""
+        """Free space on the disk as text; a lost file server gives no answer."""
         try:
             return f"{shutil.disk_usage(self.folder.parent).free >> 20:,} MiB free"
         except OSError as error:
             return f"free space unknown: {error.strerror}"
 
-    def _publish(self, beside: Path, step: int) -> None:
-        """Give a durable folder its name. One of that name was damaged, or still owed its validation."""
+    def _publish(self, temporary: Path, step: int) -> None:
+        """Rename a durable folder to its final name. It replaces one that is damaged, or was saved before validation."""
         final = self.path(step)
         if final.exists():
-            if self._linked() == step:
-                self._link(max((other for other in self.steps() if other < step), default=None))
-            self._discard(final)
-        os.replace(beside, final)
+            if self._read_latest() == step:
+                self._link_latest(max((other for other in self.steps() if other < step), default=None))
+            self._delete(final)
+        os.replace(temporary, final)
         _sync(self.folder)
-        self._link(step)
+        self._link_latest(step)
 
-    def _linked(self) -> int | None:
-        """The step that `latest` names."""
+    def _read_latest(self) -> int | None:
+        """The step that the link `latest` names; None without such a link."""
         with contextlib.suppress(OSError, ValueError):
             return int(os.readlink(self.folder / "latest").removeprefix("step-"))
         return None
 
-    def _link(self, step: int | None) -> None:
-        """Have `latest` name this step, or nothing. A file system without links, or a full one, has no `latest`."""
-        link, beside = self.folder / "latest", self.folder / ".latest.tmp"
+    def _link_latest(self, step: int | None) -> None:
+        """Point `latest` at this step, or remove it (None). Where no link can be made there is no `latest`."""
+        link, temporary = self.folder / "latest", self.folder / ".latest.tmp"
         try:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             if step is None:
                 link.unlink(missing_ok=True)
             else:
-                os.symlink(self.path(step).name, beside)
-                os.replace(beside, link)
+                os.symlink(self.path(step).name, temporary)
+                os.replace(temporary, link)
             _sync(self.folder)
         except OSError:
             with contextlib.suppress(OSError):
                 link.unlink(missing_ok=True)
 
-    def _discard(self, folder: Path) -> None:
-        """Remove a checkpoint: first its name, so that a crash leaves nothing that looks like one."""
-        aside = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    def _delete(self, folder: Path) -> None:
+        """Delete a checkpoint. It is renamed first, so that a crash leaves no incomplete folder under its name."""
+        renamed = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.replace(folder, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
     def continue_from(self, snapshot: Snapshot | None) -> None:
-        """Rank 0, before training goes on from `snapshot` (None: from nothing): set right `latest` and `best.json`.
+        """Rank 0, before training continues from `snapshot` (None: from step 0): correct `latest` and `best.json`.
 
-        What is beyond was damaged, or will be done and judged again; and a kill may have come before they were written.
+        Later checkpoints are damaged or will be written again, and a kill may have come before these two were written.
         """
         step = None if snapshot is None else snapshot.step
-        with contextlib.suppress(OSError):  # a folder that cannot be written says so at the first save
-            if self.folder.is_dir() and self._linked() != step:
-                self._link(step)
+        with contextlib.suppress(OSError):  # the first save reports a folder that cannot be written
+            if self.folder.is_dir() and self._read_latest() != step:
+                self._link_latest(step)
             if (best := self.best()) is not None and best > (-1 if step is None else step):
                 (self.folder / "best.json").unlink()
             if snapshot is not None:
                 self._mark_best(snapshot)
 
     def load_latest(self) -> Snapshot | None:
-        """The newest sound checkpoint, or None when there is none; a damaged one is named and passed over."""
-        for step in reversed(self._begun()):
+        """The newest intact checkpoint, or None when there is none; warns of each damaged one that it skips."""
+        for step in reversed(self._all_steps()):
             try:
                 return self.load(step)
             except UserError as error:
-                self.say(f"{error}; taking the one before")
+                self.warn(f"{error}; taking the one before")
         return None
 
     def load(self, step: int) -> Snapshot:
@@ -206,11 +210,11 @@ class Checkpoints:
             pickle.UnpicklingError,
         ) as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{folder}: not a whole checkpoint ({why})") from error
+            raise UserError(f"{folder}: not a complete checkpoint ({why})") from error
         return Snapshot(step, model, state, validation)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss, if one was marked."""
+        """Step of the checkpoint with the lowest validation loss; None when `best.json` names none."""
         found = self._best()
         return found and found[0]
 
@@ -235,22 +239,22 @@ class Checkpoints:
             write_atomic(path, json.dumps({"step": snapshot.step, "validation": snapshot.validation}))
 
     def _prune(self, newest: int) -> None:
-        """Drop old ones. What is beyond `newest` was damaged and passed over: it does not count as kept."""
+        """Delete old ones. Those after `newest` are damaged ones that loading skipped: `keep` does not count them."""
         best = self.best()
         for step in [step for step in self.steps() if step <= newest][: -self.keep]:
             if step != best and not (self.keep_every and step % self.keep_every == 0):
                 with contextlib.suppress(OSError):
-                    self._discard(self.path(step))
+                    self._delete(self.path(step))
 
 
 def seal(meta: dict[str, Any]) -> bytes:
-    """`meta.json` with its own CRC-32C, taken while zeros stand in the place of it."""
+    """The bytes of `meta.json` with their own CRC-32C in `seal`, computed while `seal` is zeros."""
     text = json.dumps({**meta, "seal": "00000000"}, indent=2)
     return text.replace(UNSEALED, f'"seal": "{crc32c.crc32c(text.encode()):08x}"').encode()
 
 
 def _unseal(path: Path) -> dict[str, Any]:
-    """Read a `meta.json`. Raises UserError when it is not as it was written; ValueError, LookupError, TypeError likewise."""
+    """Read a `meta.json`. Raises UserError, ValueError, LookupError or TypeError when it is not as it was written."""
     text = path.read_bytes().decode()
     meta = json.loads(text)
     found = str(meta["seal"])
@@ -277,43 +281,44 @@ def _sync(path: Path) -> None:
 
 
 class AsyncCheckpointer:
-    """Writes snapshots of rank 0. `kept` is what the newest durable checkpoint holds: its step, and what it owes.
+    """Writes rank 0's snapshots in a thread.
 
-    `stall_s` adds up the seconds for which `save` and `wait` have kept the loop.
+    `durable` is (step, evaluation pending) of the newest durable checkpoint. `stall_s` sums the seconds for which the loop
+    has waited in `save` and `wait`.
     """
 
-    LEAVING_S = 20.0  # after an error; torchrun kills 30 s after it has asked
+    LEAVING_S = 20.0  # longest wait after an error; torchrun kills 30 s after its SIGTERM
 
     def __init__(self, checkpoints: Checkpoints, settings: TrainConfig, warn: Callable[[str], None]) -> None:
         self.checkpoints, self.settings, self.warn = checkpoints, settings, warn
-        self.kept = (-1, False)
+        self.durable = (-1, False)
         self.stall_s = 0.0
-        self._tried = time.monotonic()
-        # Of the copies, by their place in a snapshot: asked for once, and page-locked where a GPU writes it.
+        self._last_save = time.monotonic()
+        # Memory of the copies by key path in the snapshot, allocated once; page-locked for tensors of a GPU.
         self._memory: dict[tuple[Any, ...], tuple[tuple[Any, ...], Tensor]] = {}
         self._writing: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copy a snapshot as it is now, and have it written; waits while the one before is being written."""
+        """Copy a snapshot and start to write it; waits first until the save before has ended."""
         self.wait()
-        began = self._tried = time.monotonic()
-        self._writing = self._copied(snapshot)
-        # A daemon: a process that must leave at once does not wait for a disk.
+        began = self._last_save = time.monotonic()
+        self._writing = self._copy_snapshot(snapshot)
+        # A daemon thread, so that a process that must exit at once does not wait for the disk.
         self._thread = threading.Thread(
-            target=self._write, args=(self._writing,), name="p2w-saver", daemon=True
+            target=self._write, args=(self._writing,), name="p2w-checkpoint", daemon=True
         )
         self._thread.start()
         self.stall_s += time.monotonic() - began
 
     def poll(self) -> None:
-        """Take note of a save that has ended since; warns when it failed, and the run goes on."""
+        """Finish a save whose thread has ended; warns when it failed, and the run goes on."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the save under way is durable or has failed, or `seconds` are over."""
+        """Wait until the running save is durable or has failed, at most `seconds`."""
         if self._thread is None:
             return
         began = time.monotonic()
@@ -329,48 +334,48 @@ class AsyncCheckpointer:
         elif error is not None:
             raise error
         elif snapshot is not None:
-            self.kept = (snapshot.step, snapshot.state["owed"])
+            self.durable = (snapshot.step, snapshot.state["owed"])
 
-    def due(self, step: int, validation: float | None) -> bool:
-        """Whether a run saves after this step: at an interval, late by the clock, or because it is the best so far."""
+    def should_save(self, step: int, validation: float | None) -> bool:
+        """Whether to save after this step: an interval of steps or minutes is over, or its validation loss is the lowest."""
         settings = self.settings
         regular = (settings.checkpoint_every, settings.keep_every)
         if step > 0 and any(every and step % every == 0 for every in regular):
             return True
-        late = 0 < settings.checkpoint_minutes * 60 <= time.monotonic() - self._tried
+        late = 0 < settings.checkpoint_minutes * 60 <= time.monotonic() - self._last_save
         return step > 0 and (late or self._would_be_best(validation))
 
     def _would_be_best(self, validation: float | None) -> bool:
-        """As Checkpoints.would_be_best, the one that is being written included."""
-        coming = self._writing.validation if self._writing is not None else None
-        if validation is not None and coming is not None and coming <= validation:
+        """As Checkpoints.would_be_best, including the checkpoint that is being written."""
+        pending = self._writing.validation if self._writing is not None else None
+        if validation is not None and pending is not None and pending <= validation:
             return False
         return self.checkpoints.would_be_best(validation)
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
             self.checkpoints.save(snapshot)
-        except BaseException as error:  # the loop raises it, or warns
+        except BaseException as error:  # `wait` raises it, or warns of it, in the loop's thread
             self._error = error
 
-    def _copied(self, snapshot: Snapshot) -> Snapshot:
-        """The same in memory of its own. A GPU's copies are queued one behind another and waited for once."""
-        model = self._still(snapshot.model, ("model",))
-        state = self._still(snapshot.state, ("state",))
+    def _copy_snapshot(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot in separate CPU memory. All copies from a GPU are queued, and then waited for once."""
+        model = self._copy(snapshot.model, ("model",))
+        state = self._copy(snapshot.state, ("state",))
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return replace(snapshot, model=model, state=state)
 
-    def _still(self, value: Any, place: tuple[Any, ...]) -> Any:
-        """Plain types as they are; tensors copied, in the same layout, to the memory kept for this place."""
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """Copy tensors, with their strides, into the memory of this key path; other values are returned as they are."""
         if isinstance(value, Tensor):
             like = (value.shape, value.stride(), value.dtype)
-            if place not in self._memory or self._memory[place][0] != like:
+            if path not in self._memory or self._memory[path][0] != like:
                 memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-                self._memory[place] = (like, memory)
-            return self._memory[place][1].copy_(value.detach(), non_blocking=True)
+                self._memory[path] = (like, memory)
+            return self._memory[path][1].copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            return {key: self._still(item, (*place, key)) for key, item in value.items()}
+            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._still(item, (*place, at)) for at, item in enumerate(value))
+            return type(value)(self._copy(item, (*path, index)) for index, item in enumerate(value))
         return value

@@ -1,8 +1,8 @@
-"""A whole training step as one CUDA graph: the host launches once instead of some hundred times, and the GPU never waits.
+"""A training step as one CUDA graph: one launch by the host instead of hundreds, so that the GPU does not wait for it.
 
-The first steps run as usual, which lets libraries set themselves up. Then the step is captured and, unless it was asked for
-whatever it brings, compared with the usual way on the weights as they are, which are put back afterwards: it must be faster,
-and two replays must give the same bits.
+The first steps run eagerly, while libraries initialise. Then the step is captured. Unless the graph is forced, it is
+compared with eager steps, and state is restored afterwards: the graph is used only if it is faster and two replays give
+the same bits.
 """
 
 import time
@@ -16,46 +16,52 @@ from p2w.pretext.protocol import Views
 
 Outputs = tuple[Tensor, dict[str, Tensor], Tensor]  # loss, further scalars, gradient norm; all on the device
 WARM_UP_STEPS = 3
-ROUNDS = 5  # steps of each way that are timed
+ROUNDS = 5  # steps that are timed, for the graph and for eager steps
 
 
 class StepGraph:
-    """Called with views, it takes one step: as it is at first, later by a replay of its capture."""
+    """Called with views, it takes one step: eagerly at first, later by a replay of the captured graph."""
 
     def __init__(
         self,
-        whole: Callable[[Views], Outputs],
+        device_step: Callable[[Views], Outputs],
         state: Callable[[], list[Tensor]],
         say: Callable[[str], None],
         forced: bool,
         exact: bool = False,
     ) -> None:
-        """`whole` takes a step without waiting for the device; `state` lists every tensor that it changes.
+        """`device_step` takes a step without waiting for the device; `state` lists every tensor that it changes.
 
         `forced`: use the graph whatever it brings. `exact`: only where it gives the very bits of the usual step, so that a
         resumed run, whose first steps are usual ones, ends with the same bits.
         """
-        self.whole, self.state, self.say, self.forced, self.exact = whole, state, say, forced, exact
+        self.device_step, self.state, self.say, self.forced, self.exact = (
+            device_step,
+            state,
+            say,
+            forced,
+            exact,
+        )
         self.calls, self.refused = 0, False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Views | None = None
         self._outputs: Outputs | None = None
 
     def __call__(self, views: Views) -> Outputs:
-        """One step on `views`, whose shapes are those of every step."""
+        """One step on `views`, whose shapes must be the same at every step."""
         self.calls += 1
         if self.calls > WARM_UP_STEPS and self._graph is None and not self.refused:
             self._decide(views)
         if self._graph is None or self._inputs is None or self._outputs is None:
-            return self.whole(views)
+            return self.device_step(views)
         copy_all(tensors_of(self._inputs), tensors_of(views))
         self._graph.replay()
         loss, extras, norm = self._outputs
         return loss.clone(), {name: value.clone() for name, value in extras.items()}, norm
 
     def _decide(self, views: Views) -> None:
-        """Capture the step, and keep the capture or refuse it for good."""
-        inputs = like(views)
+        """Capture the step, then use the graph from now on or refuse it for good."""
+        inputs = clone_views(views)
         state = self.state()
         before = [tensor.detach().clone() for tensor in state]
         try:
@@ -65,7 +71,7 @@ class StepGraph:
             copy_all(state, before)
             return
         after, times = [], []
-        for step in (lambda: self.whole(inputs), graph.replay, graph.replay):
+        for step in (lambda: self.device_step(inputs), graph.replay, graph.replay):
             torch.manual_seed(0)
             times.append(_seconds(step))
             after.append([tensor.detach().clone() for tensor in state])
@@ -85,16 +91,16 @@ class StepGraph:
 
     def _refuse(self, why: str) -> None:
         self.refused = True
-        torch.cuda.empty_cache()  # what the capture took
+        torch.cuda.empty_cache()  # memory of the capture
         self.say(f"CUDA graph: off; {why}")
 
     def _capture(self, inputs: Views) -> tuple[torch.cuda.CUDAGraph, Outputs]:
-        """Record the step, which does not run meanwhile. Raises RuntimeError for what cannot be recorded."""
+        """Record the step without running it. Raises RuntimeError when an operation cannot be captured."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Reader threads go on allocating and copying meanwhile: only this thread's calls are held to the rules.
+        # Reader threads allocate and copy in the meantime, so the rules of a capture apply to this thread alone.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = self.whole(inputs)
+            outputs = self.device_step(inputs)
         return graph, outputs
 
 
@@ -104,7 +110,7 @@ def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def _seconds(step: Callable[[], object]) -> float:
-    """Of one step, the mean of some after one that does not count."""
+    """Mean seconds of a step, over ROUNDS steps after one step of warm-up."""
     step()
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -115,13 +121,13 @@ def _seconds(step: Callable[[], object]) -> float:
 
 
 def tensors_of(views: Views) -> list[Tensor]:
-    """All tensors of views, in a fixed order."""
+    """All tensors of the views, in a fixed order."""
     mask = () if views.mask is None else (views.mask,)
     return [views.input, views.target, *mask, *views.extra_inputs]
 
 
-def like(views: Views) -> Views:
-    """A copy in memory of its own; tensors that are one stay one."""
+def clone_views(views: Views) -> Views:
+    """A copy in separate memory; fields that share one tensor share its copy."""
     copies = {id(tensor): tensor.clone() for tensor in tensors_of(views)}
     return replace(
         views,
@@ -134,7 +140,7 @@ def like(views: Views) -> Views:
 
 @torch.no_grad()
 def copy_all(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Copy all tensors, in one launch for all of a type: given mixed types, torch makes a launch of each."""
+    """Copy `source` into `into`, with one launch for each dtype: for mixed dtypes torch would launch one for each tensor."""
     for kind in dict.fromkeys(tensor.dtype for tensor in into):
         chosen = [at for at, tensor in enumerate(into) if tensor.dtype == kind]
         torch._foreach_copy_([into[at] for at in chosen], [source[at] for at in chosen])

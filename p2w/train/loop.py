@@ -1,8 +1,8 @@
-"""The loop: batch -> views -> step, with checkpoints, evaluators and a log. It knows no method by name.
+"""The training loop: batch -> views -> step, with checkpoints, evaluation and a log. It knows no pretext by name.
 
-Position is (epoch, step of the epoch), both derived from the number of steps done; with the weights, the optimizer and
-the schedule it is all a run continues from. Torch's own random numbers are reseeded from (seed, step, rank) at every
-step, so a pretext or layer that draws from them repeats exactly after a resume.
+The position in the data is (epoch, step of the epoch), and both follow from the number of steps done. With the weights,
+the optimizer and the schedule, that is all a run continues from. Torch's random state is seeded from (seed, step, rank)
+at every step, so a pretext or layer that uses it repeats exactly after a resume.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,21 +31,15 @@ from p2w.train.stop import EvaluationInterrupted, StopRequest
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
-Validate = Callable[[int], Iterable[tuple[str, float]]]
-VOTE_S = 0.25  # between two times that ranks ask each other whether one was told to stop
-MOST_STEPS_A_VOTE = 100
-
-
-class Evaluator(Protocol):
-    """Looks at the network between steps; every rank calls it, all see the same numbers."""
-
-    def __call__(self, step: int) -> Iterable[tuple[str, float]]:
-        """Yield (name, value) pairs for the log."""
+Evaluate = Callable[[int], Iterable[tuple[str, float]]]
+"""Measures the network at a step and yields (name, value) for the log. A collective: all ranks get the same values."""
+STOP_POLL_S = 0.25  # time between two all-reduces that ask whether any rank has a stop request
+MAX_STEPS_A_POLL = 100
 
 
 @dataclass
 class Outcome:
-    """How a call of `fit` ended: `finished`, `stopped early` or `told to stop`, at which step."""
+    """How `fit` ended (`finished`, `stopped early` or `told to stop`), at which step and why."""
 
     state: str
     step: int
@@ -53,14 +47,14 @@ class Outcome:
 
 
 class Trainer:
-    """A run in progress. Build it, `resume()`, `fit()`."""
+    """Trains a network with a pretext. Build it, then call `resume()` and `fit()`."""
 
     def __init__(
         self, config: Config, world: World, pretext: Pretext, model: nn.Module, stream: Stream,
         checkpoints: Checkpoints, log: Log, precision: Precision, watchdog: Watchdog | None = None,
         key: Callable[[int], str] = str,
     ) -> None:  # fmt: skip
-        self.watchdog = watchdog or Watchdog(world)  # which watches once it is entered
+        self.watchdog = watchdog or Watchdog(world)  # starts to watch when its `with` block is entered
         self.config, self.world, self.pretext, self.model = config, world, pretext, model
         self.stream, self.checkpoints, self.log = stream, checkpoints, log
         network: nn.Module = model
@@ -68,33 +62,32 @@ class Trainer:
             network = cast(nn.Module, torch.compile(model))
         if world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
-            # Strides of a 1x1x1 kernel in channels-last have two names for the same memory, which DDP takes for a copy.
+            # A 1x1x1 kernel in channels-last has two equivalent strides; DDP warns of a copy that it does not make.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            # Training reads no running statistics: ranks share them where they are used, see _broadcast_buffers.
-            # torch 2.13 warns that the argument has another name; 2.11 does not know that name.
+            # Training does not read running statistics: _broadcast_buffers shares them before an evaluation.
+            # torch 2.13 warns that the argument has a new name, which torch 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         groups = pretext.parameter_groups(model)
         optimizer, self.optimizer_reason = build_optimizer(config.optim, model, groups)
         schedule = Schedule(config.optim, config.train.steps)
         self.stepper = Stepper(config, pretext, network, optimizer, schedule, precision, world.device, model)
-        self.saver = AsyncCheckpointer(checkpoints, config.train, log.warn)
+        self.checkpointer = AsyncCheckpointer(checkpoints, config.train, log.warn)
         self.step = 0
-        self.evaluation_pending = True  # a look at this step: before the first one there is one
+        self.evaluation_pending = True  # an evaluation at this step is still to be done; step 0 has one
         self.validation: float | None = None
         lag = int(world.device.type == "cuda" and self.stepper.skips_on_device)
         self.skips = NonfiniteSteps(config.train.max_nonfinite, world, key, log, lag)
         self._plan_graph()
         self.bad = BadSampleBudget(config.data, world, stream)
         self._stop = StopRequest()
-        self._until_vote, self._voted, self._voted_at = 1, time.monotonic(), 0
-        self._ddp_warmed_up = (
-            world.size < 3
-        )  # see Stepper.warm_up_ddp; two ranks add the same two numbers in any order
-        self._window = LogWindow()
+        self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), 0
+        # See Stepper.warm_up_ddp. With two ranks, a sum has the same bits in any order.
+        self._ddp_warmed_up = world.size < 3
+        self.window = LogWindow()
 
     def resume(self) -> bool:
-        """Take up the newest sound checkpoint; False when there is none."""
+        """Load the newest intact checkpoint; False when there is none."""
         snapshot = self.checkpoints.load_latest()
         found = torch.tensor([-1 if snapshot is None else snapshot.step])
         if (self.world.gather(found) != found).any():
@@ -102,18 +95,17 @@ class Trainer:
                 f"{self.checkpoints.folder}: rank {self.world.rank} sees another newest checkpoint than its peers; "
                 "the run folder must be one all nodes share"
             )
-        there = self.checkpoints.steps()
-        if (
-            snapshot is None and len(there) > 1
-        ):  # one alone, damaged, costs what a kill before it would have cost
+        steps = self.checkpoints.steps()
+        # A single damaged checkpoint costs no more than a kill before it was written: the run begins again.
+        if snapshot is None and len(steps) > 1:
             raise SharedError(
-                f"{self.checkpoints.folder}: {len(there)} checkpoints and not one that can be read: look at the disk first; "
+                f"{self.checkpoints.folder}: {len(steps)} checkpoints and not one that can be read: check the disk first; "
                 "to begin this run again, move that folder away"
             )
         if self.world.is_main:
             self.checkpoints.continue_from(snapshot)
         if snapshot is None:
-            self.log.rewind(-1)  # killed before its first checkpoint, a run begins again
+            self.log.rewind(-1)  # a run that was killed before its first checkpoint begins again
             return False
         self.model.load_state_dict(snapshot.model)
         state = snapshot.state
@@ -125,25 +117,26 @@ class Trainer:
             state["skipped"],
             state.get("owed", False),
         )
-        self.saver.kept = (self.step, self.evaluation_pending)
+        self.checkpointer.durable = (self.step, self.evaluation_pending)
         self.bad.load(state.get("bad_samples", self.bad.state()))
         self.log.rewind(self.step, looked=not self.evaluation_pending)
         return True
 
-    def fit(self, validate: Validate, look: Validate = lambda step: ()) -> Outcome:
-        """Train to the last step, to early stopping, or until told to stop. Leaves a checkpoint of where it ended.
+    def fit(self, validate: Evaluate, probe: Evaluate = lambda step: ()) -> Outcome:
+        """Train until the last step, early stopping or a stop request. Saves a checkpoint of where it ended.
 
-        `look` is called every `train.probe_every` steps, except where `validate` is due, which may hold it.
+        `validate` is called every `train.validate_every` steps and at the last one; `probe` every `train.probe_every`
+        steps, except where `validate` is called, which may include it.
         """
-        with StopRequest(self.log.speaks, last_words=self.world.size > 1) as self._stop:
+        with StopRequest(self.log.speaks, ignore_after_error=self.world.size > 1) as self._stop:
             try:
-                outcome = self._train(validate, look)
+                outcome = self._train(validate, probe)
                 self.watchdog.at(self.step, "saving")
-                self.saver.wait()
+                self.checkpointer.wait()
                 if self._unsaved():
                     self.save()
             finally:
-                self.saver.wait(AsyncCheckpointer.LEAVING_S if sys.exc_info()[0] else None)
+                self.checkpointer.wait(AsyncCheckpointer.LEAVING_S if sys.exc_info()[0] else None)
             if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
                     f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
@@ -151,7 +144,7 @@ class Trainer:
                 )
         return outcome
 
-    def _train(self, validate: Validate, look: Validate) -> Outcome:
+    def _train(self, validate: Evaluate, probe: Evaluate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
         stopping = False
@@ -159,48 +152,48 @@ class Trainer:
             if self.evaluation_pending or stopping or self.step >= settings.steps:
                 self.skips.read_all()
             if self.evaluation_pending and not stopping:
-                stopping = not self._validate(validate if self._validation_due() else look)
+                stopping = not self._evaluate(validate if self._validation_due() else probe)
             if stopping and (self.evaluation_pending or self.step < settings.steps):
                 gone = "torchrun is gone" if self.world.orphaned() else "a signal to another rank"
                 return Outcome("told to stop", self.step, self._stop.name or gone)
-            self.saver.poll()
-            if self._unsaved() and self.saver.due(self.step, self.validation):
+            self.checkpointer.poll()
+            if self._unsaved() and self.checkpointer.should_save(self.step, self.validation):
                 self.save()
             if self.step >= settings.steps:
                 return Outcome("finished", self.step)
             if 0 < settings.early_stop <= schedule.bad:
                 return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
             self.watchdog.at(self.step, "reading data")
-            self._train_step(next(batches))
-            stopping = self._vote()
+            self.train_step(next(batches))
+            stopping = self._poll_stop_request()
 
     def stop_requested(self) -> bool:
-        """Whether any rank was told to stop; all ranks ask together and get the same answer."""
+        """Whether any rank has a stop request. A collective: all ranks get the same answer."""
         self.watchdog.count()
-        return self.world.any(self._stop.asked or self.world.orphaned())
+        return self.world.any(self._stop.requested or self.world.orphaned())
 
-    def _vote(self) -> bool:
-        """`told`, asked between steps as often as every VOTE_S seconds: a sum over ranks at each step would cost steps.
+    def _poll_stop_request(self) -> bool:
+        """`stop_requested` between steps, at most every STOP_POLL_S seconds: an all-reduce at every step takes too long.
 
-        All ranks count the same steps to the next vote, since each vote brings them the mean of their seconds a step.
+        Each poll also averages the ranks' seconds a step, so that all ranks count the same steps to the next poll.
         """
         if self.world.size == 1:
-            return self._stop.asked or self.world.orphaned()
-        self._until_vote -= 1
-        if self._until_vote > 0:
+            return self._stop.requested or self.world.orphaned()
+        self._steps_to_poll -= 1
+        if self._steps_to_poll > 0:
             return False
         now = time.monotonic()
-        pace = (now - self._voted) / max(1, self.step - self._voted_at)
-        asked = float(self._stop.asked or self.world.orphaned())
-        asked, pace = self.world.sum(
-            torch.tensor([asked, pace / self.world.size], dtype=torch.float64)
+        pace = (now - self._polled_at) / max(1, self.step - self._polled_step)
+        requests = float(self._stop.requested or self.world.orphaned())
+        requests, pace = self.world.sum(
+            torch.tensor([requests, pace / self.world.size], dtype=torch.float64)
         ).tolist()
-        self._until_vote = max(1, min(MOST_STEPS_A_VOTE, int(VOTE_S / max(pace, 1e-9))))
-        self._voted, self._voted_at = now, self.step
-        return asked > 0
+        self._steps_to_poll = max(1, min(MAX_STEPS_A_POLL, int(STOP_POLL_S / max(pace, 1e-9))))
+        self._polled_at, self._polled_step = now, self.step
+        return requests > 0
 
     def _plan_graph(self) -> None:
-        """Have steps run as a CUDA graph where that is possible. Raises UserError where one is asked for in vain."""
+        """Let steps run as a CUDA graph where that is possible. Raises UserError for `train.cuda_graph=on` where not."""
         wanted = self.config.train.cuda_graph
         if wanted == "off":
             return
@@ -223,11 +216,11 @@ class Trainer:
             self.stepper.use_graph(self.log.line, wanted == "on", exact=self.config.train.deterministic)
 
     def _unsaved(self) -> bool:
-        """Whether the newest durable checkpoint holds less than this moment. Rank 0 knows."""
-        return self.saver.kept != (self.step, self.evaluation_pending)
+        """Whether the newest durable checkpoint is older than the current state; rank 0's answer counts."""
+        return self.checkpointer.durable != (self.step, self.evaluation_pending)
 
     def save(self) -> None:
-        """Rank 0 has a checkpoint of this moment written; `saver.wait()` makes sure of it."""
+        """Rank 0 starts to write a checkpoint of the current state; `checkpointer.wait()` waits until it is on disk."""
         if not self.world.is_main:
             return
         self.watchdog.at(self.step, "saving")
@@ -238,12 +231,12 @@ class Trainer:
             "skipped": self.skips.in_a_row_now(),
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
-            "owed": self.evaluation_pending,  # told to stop, a run leaves without the look that is due
+            "owed": self.evaluation_pending,  # a run that must stop leaves before this step's evaluation
         }
-        self.saver.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
+        self.checkpointer.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
 
-    def _train_step(self, batch: Batch) -> None:
-        """One step: from wholes to updated weights."""
+    def train_step(self, batch: Batch) -> None:
+        """One step, from the voxels of a batch to updated weights and the log."""
         if not self._ddp_warmed_up:
             self.stepper.warm_up_ddp(self._views(batch))
             self._ddp_warmed_up = True
@@ -256,21 +249,21 @@ class Trainer:
         self.validation = None
         self.bad.count(batch, self.step)
         self.skips.add(result, batch.ids, self.step)
-        self._account(result, len(batch.ids))
+        self._log_step(result, len(batch.ids))
 
     def _validation_due(self) -> bool:
-        """Whether the look at this step is a validation."""
+        """Whether the evaluation at this step is a validation."""
         return self.step % self.config.train.validate_every == 0 or self.step == self.config.train.steps
 
     def _views(self, batch: Batch) -> Views:
-        """What this rank's wholes become at this step, whenever it is asked for."""
+        """The network's inputs and targets from this rank's batch, the same for every call at this step."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
         keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids)
         return self.pretext.sample(batch.voxels, keys, self.step)
 
-    def _account(self, result: StepResult, samples: int) -> None:
-        """Add a step to the window, and log the window where a line is due."""
-        window = self._window
+    def _log_step(self, result: StepResult, samples: int) -> None:
+        """Add a step to the window; every `train.log_every` steps, log the window's means and begin a new one."""
+        window = self.window
         window.add(result.loss, samples)
         every = self.config.train.log_every
         if self.step % every and self.step != self.config.train.steps:
@@ -285,46 +278,45 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "speed/samples_per_s": rate,
             "speed/waiting_share": wait,
-            "speed/checkpoint_stall_s": self.saver.stall_s - window.stall_before,
+            "speed/checkpoint_stall_s": self.checkpointer.stall_s - window.stall_before,
             **self.bad.metrics(),
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
         self.log.progress(self.step, loss, rate, wait)
-        self._window = LogWindow(self.stream.wait_seconds, self.saver.stall_s)
+        self.window = LogWindow(self.stream.wait_seconds, self.checkpointer.stall_s)
 
-    def _validate(self, validate: Validate) -> bool:
-        """Run the evaluators, log what they yield, and let the schedule know the loss. False: told to stop meanwhile."""
+    def _evaluate(self, evaluate: Evaluate) -> bool:
+        """Log what `evaluate` yields and give the schedule the validation loss. False when a stop request interrupted it."""
         before = time.monotonic()
         self.watchdog.at(self.step, "validating")
         self._broadcast_buffers()
         self.model.eval()
         values: dict[str, float] = {}
         with contextlib.suppress(EvaluationInterrupted), torch.no_grad(), self.stepper.autocast():
-            values = dict(validate(self.step))
+            values = dict(evaluate(self.step))
             self.evaluation_pending = False
         self.model.train()
-        self._window.pause(time.monotonic() - before)
+        self.window.pause(time.monotonic() - before)
         if not values:
             return not self.evaluation_pending
         self.log.metrics(self.step, values)
         self.validation = values.get("val/loss")
-        due = self.step > 0 and self.step % self.config.train.validate_every == 0
-        if (
-            self.validation is not None and due
-        ):  # the last step's extra look would tell a run made longer from a long one
+        # The extra validation at the last step does not count: a run made longer later would else differ from a long one.
+        regular = self.step > 0 and self.step % self.config.train.validate_every == 0
+        if self.validation is not None and regular:
             self.stepper.schedule.observe(self.validation)
         return True
 
     def _broadcast_buffers(self) -> None:
-        """Give every rank rank 0's batch-norm statistics: the ones a checkpoint holds, so all validate one network."""
+        """Give every rank rank 0's batch-norm statistics, which checkpoints contain: all ranks evaluate one network."""
         if self.world.size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
 
 def _mix(*numbers: int) -> int:
-    """Numbers -> a 63-bit seed that differs for every combination met in practice."""
+    """A 63-bit seed from numbers; in practice it differs for every combination."""
     value = 0x9E3779B97F4A7C15
     for number in numbers:
         value = ((value ^ number) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 64)

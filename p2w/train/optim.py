@@ -1,4 +1,4 @@
-"""Precision, optimizer and schedule: what was chosen and why stands beside each choice."""
+"""Precision, optimizer and learning-rate schedule; each choice carries its reason for the log."""
 
 import importlib.util
 import math
@@ -17,10 +17,10 @@ from p2w.pretext.protocol import ParameterGroup
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic of the network: `dtype` under autocast (None: float32); `reason` for the log.
+    """Arithmetic of the network: `dtype` for autocast (None: float32), and the `reason` of the choice for the log.
 
-    On a GPU, fp32 is IEEE float32. In tf32, matrix products and convolutions of float32 round their inputs to 10 bits; so
-    they do beside bf16 and fp16, in what autocast leaves in float32.
+    On a GPU, fp32 is IEEE float32. With tf32, matrix products and convolutions of float32 tensors round their inputs to 10
+    bits of mantissa. With bf16 and fp16, tf32 applies to what autocast leaves in float32.
     """
 
     name: str
@@ -33,24 +33,24 @@ class Precision:
         return "ieee" if self.name == "fp32" else "tf32"
 
     def apply(self) -> "Precision":
-        """Have this process compute so from here on; returns itself."""
+        """Set this process's float32 mode on the GPU; returns itself."""
         set_float32(self.float32)
         return self
 
 
 def set_float32(how: str) -> None:
-    """Matrix products and convolutions of float32 tensors on a GPU in "ieee" or "tf32", set and not left to torch's default.
+    """Set "ieee" or "tf32" for matrix products and convolutions of float32 tensors on a GPU.
 
-    PyTorch's own default is tf32 in convolutions and ieee in matrix products.
+    PyTorch's defaults differ: tf32 for convolutions, ieee for matrix products.
     """
     torch.backends.cudnn.conv.fp32_precision = how  # type: ignore[attr-defined]  # torch's stub lacks it
     torch.backends.cuda.matmul.fp32_precision = how
 
 
 def choose_precision(amp: str, device: torch.device) -> Precision:
-    """`auto` takes bf16 where the device computes in it, else fp32. Raises UserError for what it cannot do.
+    """The precision for `train.precision`; `auto` is bf16 on a device that computes in it, else fp32.
 
-    What is chosen holds for the process once it is applied (`Precision.apply`).
+    It takes effect with `Precision.apply`. Raises UserError for a precision that the device lacks.
     """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -142,7 +142,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state as a checkpoint holds it: with plain numbers where a CUDA graph has tensors."""
+    """The state for a checkpoint, with plain numbers where a CUDA graph needs tensors."""
     state = optimizer.state_dict()
     groups = [dict(group) for group in state["param_groups"]]
     for group in groups:
@@ -178,20 +178,20 @@ def _apex(config: OptimConfig, parameters: list[dict[str, Any]]) -> torch.optim.
 
 
 class Schedule:
-    """Learning rate as a function of the step and, for `plateau`, of the validations seen so far.
+    """Learning rate as a function of the step and, for `plateau`, of the validation losses so far.
 
-    A pure function rather than torch's chained schedulers, so that a resumed run computes the very same rate.
+    A pure function rather than torch's chained schedulers, so that a resumed run computes the same rate.
     """
 
-    FLOOR = 0.01
-    MIN_DELTA = 1e-4  # a validation must be better by this share of the best to count
+    FLOOR = 0.01  # last rate of `cosine`, as a share of `lr`
+    MIN_DELTA = 1e-4  # a validation counts as better only by at least this share of the best
 
     def __init__(self, config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         self.factor, self.best, self.bad = 1.0, math.inf, 0
 
     def rate(self, step: int) -> float:
-        """The rate for optimizer step `step` (0 is the first)."""
+        """The learning rate of optimizer step `step`; 0 is the first."""
         config = self.config
         if step < config.warmup_steps:
             return config.lr * (step + 1) / config.warmup_steps
@@ -203,7 +203,7 @@ class Schedule:
         return config.lr * self.factor
 
     def observe(self, validation: float) -> None:
-        """Take a validation into account: `bad` counts how many in a row have brought nothing."""
+        """Add a validation loss; `bad` counts how many in a row were no improvement."""
         if validation < self.best * (1 - self.MIN_DELTA):
             self.best, self.bad = validation, 0
         else:
@@ -213,9 +213,9 @@ class Schedule:
                 self.factor *= 0.5
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """The state as plain numbers."""
         return {"factor": self.factor, "best": self.best, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         self.factor, self.best, self.bad = state["factor"], state["best"], int(state["bad"])

@@ -1,9 +1,9 @@
 """Checks before the first step: all ranks run the same program on the same data, and this machine computes correctly.
 
-- Convolutions in bf16: oneDNN 3.12 returns garbage for some shapes (see p2w.model.conv), some cuDNN 9 are wrong or slow.
-- Crop-resize, whose kernel is compiled for the card it meets.
-Both are compared with arithmetic that is not in doubt: convolutions at the sizes of this run, crop-resize on a small whole.
-That every convolution was found right is remembered from one start to the next (`p2w.train.verdicts`).
+- Convolutions in the run's precision, against float32, at the sizes of this run: oneDNN 3.12 returns garbage for some
+  shapes in bf16 (see p2w.model.conv), and some versions of cuDNN 9 are wrong or slow. A passed check is cached for the
+  next start (`p2w.train.check_cache`).
+- Crop-resize, against float64, on a small volume: its kernel is compiled on the machine of the run.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -23,31 +23,31 @@ from p2w import __version__, geometry
 from p2w import rng as p2w_rng
 from p2w.config import Config, PretextConfig
 from p2w.errors import SharedError, UserError
-from p2w.train.layer_probe import (
-    Draw,
-    Meeting,
+from p2w.train.check_cache import CheckKey, machine_key, passed_before, record_pass
+from p2w.train.isolated_layer import (
+    LayerCall,
+    RandomTensors,
     Shape,
     backward_scale,
-    few,
+    distinct_samples,
     float32_arithmetic,
     forward_backward,
     in_channels_last,
-    litter,
-    meet,
+    poison_free_memory,
     run_arithmetic,
+    trace_layers,
 )
 from p2w.train.optim import Precision
-from p2w.train.verdicts import Facts, is_remembered, machine_facts, remember
 from p2w.world import World
 
 
 def check_rank_consistency(
     world: World, given: dict[str, Any], precision: Precision, data: str, amp: str
 ) -> None:
-    """Raise SharedError, on all ranks, when ranks differ: it names what, and where.
+    """Raise SharedError, on all ranks, when ranks differ; its message names the rank and the settings that differ.
 
-    `given` are settings by what the user calls them, plain values; `data` is the fingerprint of the set that this rank has
-    opened, `amp` the option that chooses the precision.
+    `given` are this rank's settings, {option: plain value}; `data` is the fingerprint of the data set that it has opened;
+    `amp` is the name of the option that chooses the precision.
     """
     if world.store is None:
         return
@@ -57,15 +57,15 @@ def check_rank_consistency(
     world.store.set(f"facts/{world.rank}", json.dumps(mine))
     if world.is_main:
         everyone = [json.loads(world.store.get(f"facts/{rank}")) for rank in range(world.size)]
-        world.store.set("verdict", _verdict(everyone, amp))
+        world.store.set("verdict", _first_difference(everyone, amp))
     verdict = world.store.get("verdict").decode()
-    world.barrier()  # without torchrun the store ends with rank 0: not before all have read it
+    world.barrier()  # without torchrun the store ends with rank 0, which must wait until all have read it
     if verdict:
         raise SharedError(verdict)
 
 
-def _verdict(everyone: list[dict[str, Any]], amp: str) -> str:
-    """What differs from rank 0, one line; empty when all agree."""
+def _first_difference(everyone: list[dict[str, Any]], amp: str) -> str:
+    """One line on the first rank that differs from rank 0; empty when all agree."""
     first = everyone[0]
     for rank, other in enumerate(everyone):
         differing = [name for name in first if name != "host" and other.get(name) != first[name]]
@@ -81,30 +81,31 @@ def _verdict(everyone: list[dict[str, Any]], amp: str) -> str:
 
 
 CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
-WITHIN = 0.02  # of the largest value; rounding to bf16 left 0.004 at most in all sizes tried, wrong kernels 1 to infinity
-CROP_WITHIN = 1e-4  # of the window, float32 against float64
+# Share of the largest value. Rounding to bf16 gave at most 0.004 at all sizes tried, wrong kernels 1 to infinity.
+CONVOLUTION_TOLERANCE = 0.02
+CROP_TOLERANCE = 1e-4  # share of the window, float32 against float64
 
 
 def check_numerics(
     config: Config, precision: Precision, model: nn.Module, world: World, warn: Callable[[str], None]
 ) -> Precision:
-    """The precision to train in, the same on all ranks. Where `auto` chose one that is wrong here, float32 takes its place.
+    """The precision to train in, the same on all ranks: `precision`, or float32 where `auto` chose one that is wrong here.
 
-    Raises UserError for what has no other way.
+    Raises UserError when crop-resize is wrong, or convolutions are wrong in a precision that the user asked for.
     """
     where = f"rank {world.rank} on {world.host}"
-    crop = wrong_crop(config.pretext, world.device)
+    crop = crop_resize_error(config.pretext, world.device)
     if world.any(bool(crop)):
         raise UserError(
-            f"{where}: {crop or 'crop-resize is sound here and wrong on another rank'}; {_remedy(world)}"
+            f"{where}: {crop or 'crop-resize is correct here and wrong on another rank'}; {_remedy(world)}"
         )
     name, why = p2w_rng.backend(world.device)
     if world.device.type == "cuda" and name != "triton":
         warn(f"parts are cut by {name}, more slowly than by the kernel: {why}")
     share = config.data.batch // world.size // config.optim.accumulate
-    # A GPU chooses its kernels by the batch too.
+    # On a GPU, the choice of kernels depends on the batch size as well.
     shape = (share if world.device.type == "cuda" else 1, 1, *config.pretext.size)
-    layer = _wrong_here(model, precision, shape, world, warn)
+    layer = _cached_convolution_error(model, precision, shape, world, warn)
     if not world.any(bool(layer)):
         return precision
     found = f"{where}: {layer or f'another rank computes wrongly in {precision.name}'}"
@@ -120,90 +121,92 @@ def _remedy(world: World) -> str:
     return "install another torch"
 
 
-def _wrong_here(
+def _cached_convolution_error(
     model: nn.Module, precision: Precision, shape: Shape, world: World, warn: Callable[[str], None]
 ) -> str:
-    """`wrong_convolution`, unless this machine was found sound before with the same versions, layers and sizes."""
+    """`convolution_error`, or "" at once when the check passed before with the same machine, versions, layers and sizes."""
     if not _differs_from_float32(precision, world.device):
         return ""
-    meetings = meet(model, shape, CONVOLUTIONS)
-    facts: Facts = {
-        **machine_facts(world),
+    calls = trace_layers(model, shape, CONVOLUTIONS)
+    key: CheckKey = {
+        **machine_key(world),
         "precision": precision.name,
         "channels_last": in_channels_last(model),
-        "layers": [repr(kind_of(one)) for one in meetings],
+        "layers": [repr(convolution_kind(one)) for one in calls],
     }
-    if is_remembered(facts, warn):
+    if passed_before(key, warn):
         return ""
-    wrong = _first_wrong(meetings, precision, world.device, in_channels_last(model))
-    if not wrong:
-        remember(facts, warn)
-    return wrong
+    error = _first_error(calls, precision, world.device, in_channels_last(model))
+    if not error:
+        record_pass(key, warn)
+    return error
 
 
-def wrong_convolution(model: nn.Module, precision: Precision, shape: Shape, device: torch.device) -> str:
-    """Compare each convolution of `model`, in the run's precision, with float32; "" or what differs and by how much.
+def convolution_error(model: nn.Module, precision: Precision, shape: Shape, device: torch.device) -> str:
+    """Compare each convolution of `model`, in the run's precision, with float32.
 
-    `shape` (B, C, D, H, W) is what the network is fed. Output and both gradients of every distinct convolution are
-    taken at the size it meets there, with memory around that holds NaN. The model itself is not touched.
+    Returns "" or one line that says what differs and by how much. `shape` (B, C, D, H, W) is the network's input. Output
+    and both gradients of every distinct convolution are compared at the size of its input in this network, with NaN in the
+    free memory. The model itself is not changed.
 
-    The precision under test computes the whole batch, by which a GPU chooses its kernels. Of a large layer only the first
-    samples are drawn and computed in float32; the batch repeats them, so that every sample's output and gradient is still
-    compared, and the weights' gradient is compared with that of the few times the number of their copies.
+    The precision under test computes the whole batch, because a GPU chooses its kernels by the batch size. For a large
+    layer, only a few samples are drawn and computed in float32, and the batch repeats them. Every sample's output and
+    gradient is still compared, and the weights' gradient with that of the few samples times the number of copies.
     """
     if not _differs_from_float32(precision, device):
         return ""
-    return _first_wrong(meet(model, shape, CONVOLUTIONS), precision, device, in_channels_last(model))
+    return _first_error(trace_layers(model, shape, CONVOLUTIONS), precision, device, in_channels_last(model))
 
 
 def _differs_from_float32(precision: Precision, device: torch.device) -> bool:
     return precision.dtype is not None or (precision.name == "tf32" and device.type == "cuda")
 
 
-def _first_wrong(
-    meetings: list[Meeting], precision: Precision, device: torch.device, channels_last: bool
+def _first_error(
+    calls: list[LayerCall], precision: Precision, device: torch.device, channels_last: bool
 ) -> str:
-    """What is wrong with the first convolution that is; each distinct one is computed once."""
-    once: dict[Any, Meeting] = {}
-    for one in meetings:
-        once.setdefault(kind_of(one), one)
+    """One line on the first convolution that is wrong, or ""; each distinct convolution is computed once."""
+    once: dict[Any, LayerCall] = {}
+    for one in calls:
+        once.setdefault(convolution_kind(one), one)
     for one in once.values():
         for what, error in _differences(one, precision, device, channels_last):
-            if not error <= WITHIN:  # NaN is not
+            if not error <= CONVOLUTION_TOLERANCE:  # also true for NaN
                 return (
                     f"{one.name}: {what} in {precision.name} differs from float32 by {error:.3g} of its largest value "
-                    f"(rounding explains {WITHIN:g}), at input {one.given} on {device.type}, torch {torch.__version__}"
+                    f"(rounding explains {CONVOLUTION_TOLERANCE:g}), at input {one.input_shape} on {device.type}, "
+                    f"torch {torch.__version__}"
                 )
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return ""
 
 
-def kind_of(one: Meeting) -> tuple[Any, ...]:
-    """What the arithmetic of a convolution depends on: type, weight's shape, how the kernel moves, shape of the input."""
+def convolution_kind(one: LayerCall) -> tuple[Any, ...]:
+    """Everything a convolution's arithmetic depends on: class, shapes of weight and input, bias, stride, padding, groups."""
     module = one.module
     how = (module.stride, module.padding, module.output_padding, module.dilation, module.groups)
-    return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, one.given)
+    return (type(module).__name__, tuple(module.weight.shape), module.bias is not None, *how, one.input_shape)
 
 
 def _differences(
-    one: Meeting, precision: Precision, device: torch.device, channels_last: bool
+    one: LayerCall, precision: Precision, device: torch.device, channels_last: bool
 ) -> Iterator[tuple[str, float]]:
     """(what, largest difference / largest value) of output and gradients in the run's precision against float32."""
-    draw, samples = Draw(precision, device, channels_last), one.given[0]
-    number = few(samples, one.given, one.out)
+    draw, samples = RandomTensors(precision, device, channels_last), one.input_shape[0]
+    number = distinct_samples(samples, one.input_shape, one.output_shape)
     copies = samples // number
-    layer = copy.deepcopy(one.module).requires_grad_()  # also of what the run keeps frozen
+    layer = copy.deepcopy(one.module).requires_grad_()  # frozen weights are checked too
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(parameter.to(draw.grid))
-    x = draw.normal((number, *one.given[1:]))
-    by = draw.normal((number, *one.out[1:])) * backward_scale(copies)
+            parameter.copy_(parameter.to(draw.value_dtype))
+    x = draw.normal((number, *one.input_shape[1:]))
+    by = draw.normal((number, *one.output_shape[1:])) * backward_scale(copies)
     with float32_arithmetic():
         output, inputs, weights = forward_backward(layer, [layer.weight], x, by)
     expected = (output, inputs, weights * copies)
     x, by = draw.repeat(x, samples), draw.repeat(by, samples)
-    litter(device, x, by)
+    poison_free_memory(device, x, by)
     with run_arithmetic(precision, device):
         found = forward_backward(layer, [layer.weight], x, by)
     for what, value, right in zip(
@@ -213,16 +216,17 @@ def _differences(
 
 
 def _difference(value: Tensor, right: Tensor) -> float:
-    """The largest difference over the largest value of `right`, which `value` may repeat; NaN where `value` holds one."""
+    """The largest difference, over the largest value of `right`; `value` may repeat `right`. NaN if `value` has a NaN."""
     pieces = value.split(len(right))
     worst = torch.stack([(piece.float() - right).abs().max() for piece in pieces]).max()
     return float(worst / right.abs().max().clamp(min=1e-30))
 
 
-def wrong_crop(config: PretextConfig, device: torch.device) -> str:
-    """Compare crop-resize on `device` with float64 of other code; "" or what differs and by how much.
+def crop_resize_error(config: PretextConfig, device: torch.device) -> str:
+    """Compare crop-resize on `device` with separate float64 code; "" or one line on what differs and by how much.
 
-    A whole of (9, 21, 18) voxels, four boxes with fractions, outputs that held NaN before; part and whole alike.
+    Four volumes of (9, 21, 18) voxels, a box with fractional edges in each, and outputs that contain NaN before. Both
+    results, part and whole, are compared.
     """
     rng, size, shape = np.random.default_rng(0), (4, 11, 7), (9, 21, 18)
     low, high = (int(edge) for edge in config.window_hu)
@@ -240,11 +244,11 @@ def wrong_crop(config: PretextConfig, device: torch.device) -> str:
     for what, found, crops in (("part", part, boxes), ("whole", whole, everything)):
         right = np.stack([_crop(v, c, size, config) for v, c in zip(voxels, crops, strict=True)])
         error = float(np.abs(found[:, 0].cpu().double().numpy() - right).max())
-        if not error <= CROP_WITHIN:
+        if not error <= CROP_TOLERANCE:
             name, why = p2w_rng.backend(device)
             return (
                 f"crop-resize by {name} ({why}) differs from float64 by {error:.3g} of the window (up to "
-                f"{CROP_WITHIN:g} is rounding), in the {what}; {_versions()}"
+                f"{CROP_TOLERANCE:g} is rounding), in the {what}; {_versions()}"
             )
     return ""
 
@@ -252,7 +256,7 @@ def wrong_crop(config: PretextConfig, device: torch.device) -> str:
 def _crop(
     voxels: NDArray[np.int16], box: NDArray[np.float32], size: Shape, config: PretextConfig
 ) -> NDArray[np.float64]:
-    """One part (d, h, w) in [0, 1], by a dense matrix for each axis, from the convention that p2w.geometry states."""
+    """One part (d, h, w) in [0, 1] by the convention that p2w.geometry states, with a dense matrix for each axis."""
     low, high = config.window_hu
     values = (voxels.astype(np.float64).clip(low, high) - low) / (high - low)
     for axis in range(3):

@@ -1,8 +1,8 @@
-"""A run is its folder: the same command on it continues it, another one is refused.
+"""The run folder. The same command continues the run in it; a command with other settings is refused.
 
 RUN/
     config.json     every setting; a run can be started from it
-    run.json        data set, machine, versions and command of each start, and where it took the run up
+    run.json        data set, machine, versions and command of each start, and the step at which it began
     status.json     running | finished | stopped early | told to stop | failed, and the step
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
 """
@@ -24,10 +24,10 @@ from p2w.stream.local import ShardSet
 
 
 def describe_data(shards: ShardSet) -> dict[str, Any]:
-    """What a reader of the run wants to know of its data set once the shards are out of reach; plain JSON types.
+    """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
-    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` (z, y, x) as
-    [smallest, median, largest].
+    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` as
+    [smallest, median, largest], each (z, y, x).
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
     for split in ("train", "val"):
@@ -41,19 +41,23 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
 
 
 class RunDir:
-    """The folder, held by rank 0 of one run at a time."""
+    """The folder of a run; rank 0 holds its lock, so that one process trains in it at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock")
 
     def agrees(self, config: Config, data: str) -> None:
-        """Check that this command may continue the folder. Raises UserError naming the first setting that differs."""
+        """Check that a run with this configuration and data fingerprint may begin or continue in the folder.
+
+        Raises UserError with the settings that differ, or for another data set, or where no folder can be made.
+        """
         path = self.path / "config.json"
         if not path.exists():
-            place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-            if not place.is_dir():
-                raise UserError(f"{self.path}: {place} is a file; name a folder with --run-dir")
+            parents = (self.path, *self.path.absolute().parents)
+            existing = next(parent for parent in parents if parent.exists())
+            if not existing.is_dir():
+                raise UserError(f"{self.path}: {existing} is a file; name a folder with --run-dir")
             return
         before, now = settings.flatten(settings.read_config(path)), settings.flatten(config)
         changed = [
@@ -74,15 +78,15 @@ class RunDir:
             )
 
     def open(self, config: Config, data: str, shards: str, machine: dict[str, Any]) -> None:
-        """Rank 0: make the folder, take its lock, note this start. Raises UserError when another process runs in it."""
+        """Rank 0: create the folder, lock it, add this start to run.json. UserError if another process trains in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            held = self._lock.acquire()
+            locked = self._lock.acquire()
         except OSError as error:
             raise UserError(
                 f"{self.path}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
-        if not held:
+        if not locked:
             raise UserError(
                 f"{self.path}: another process trains in it ({self._lock.note() or 'it left no name'}); wait for it or end "
                 "it, or name another --run-dir"
@@ -95,17 +99,17 @@ class RunDir:
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run-dir") from error
 
-    def note(self, **facts: Any) -> None:
-        """Rank 0: add to what is noted of this start."""
+    def add_to_start(self, **facts: Any) -> None:
+        """Rank 0: add entries to this start in run.json."""
         *before, start = self._starts()
         write_atomic(self.path / "run.json", json.dumps({"starts": [*before, start | facts]}, indent=2))
 
-    def status(self, state: str, step: int, why: str = "") -> None:
-        """Rank 0: say how things stand, for schedulers and people."""
+    def write_status(self, state: str, step: int, why: str = "") -> None:
+        """Rank 0: write status.json, for schedulers and people."""
         write_atomic(self.path / "status.json", json.dumps({"state": state, "step": step, "why": why}))
 
     def last_start(self) -> dict[str, Any]:
-        """What was noted of the newest start; empty where nothing was. Raises UserError for a run.json that is broken."""
+        """The newest start in run.json; empty when there is none. Raises UserError for a run.json that is broken."""
         return (self._starts() or [{}])[-1]
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""One optimizer step: accumulate, average over ranks (DDP), clip, and skip when the gradient is not finite.
+"""One optimizer step: accumulate gradients, average them over ranks (DDP), clip; skip the update if they are not finite.
 
-Nothing here waits for a GPU: whether the gradient is finite is decided on the device, as torch's loss scaler does it, and
-the host reads the answer when it asks the `StepResult` for it.
+Nothing here waits for a GPU: the device itself decides whether the gradient is finite, as with torch's GradScaler, and the
+host reads the result only when it asks the `StepResult` for it.
 """
 
 import contextlib
@@ -19,47 +19,47 @@ from p2w.train.graph import Outputs, StepGraph, copy_all
 from p2w.train.optim import Precision, Schedule
 
 
-class Copied:
-    """A scalar on its way from the device to the host: made without waiting, read when it is needed."""
+class HostScalar:
+    """A scalar that is copied from the device to the host asynchronously; `value` waits for the copy."""
 
     def __init__(self, scalar: Tensor) -> None:
-        """`scalar` () of any floating type; its memory may be used again at once."""
-        self._arrived: torch.cuda.Event | None = None
+        """Start to copy `scalar` () of any floating type; its memory may be used again at once."""
+        self._copied: torch.cuda.Event | None = None
         if scalar.is_cuda:
             self._host = torch.empty((), dtype=scalar.dtype, pin_memory=True)
             self._host.copy_(scalar.detach(), non_blocking=True)
-            self._arrived = torch.cuda.current_stream(scalar.device).record_event()
+            self._copied = torch.cuda.current_stream(scalar.device).record_event()
         else:
             self._host = scalar.detach().clone()
 
     def value(self) -> float:
-        """The number; waits until it is there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        """The number; waits until it has been copied."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return float(self._host)
 
 
 @dataclass
 class StepResult:
-    """`loss`: mean over this rank's samples, on the device. `norm`: of the gradient, on its way to the host."""
+    """`loss` () is the mean over this rank's samples, on the device; `extras` are further scalars of the pretext."""
 
     loss: Tensor
     extras: dict[str, Tensor]
-    norm: Copied
+    norm: HostScalar
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient before clipping; on a GPU, waits until the step has got so far."""
+        """Norm of the gradient of all weights before clipping; on a GPU, this waits until the step has computed it."""
         return self.norm.value()
 
     @property
     def applied(self) -> bool:
-        """False when the step was skipped, since its gradient was not finite."""
+        """False when the step was skipped because its gradient was not finite."""
         return math.isfinite(self.grad_norm)
 
 
 class Stepper:
-    """Applies `pretext.loss` to the network. Gradients are the same on all ranks, so all skip together."""
+    """Takes optimizer steps on `pretext.loss`. Gradients are the same on all ranks, so all ranks skip the same steps."""
 
     def __init__(
         self,
@@ -82,24 +82,24 @@ class Stepper:
         self.buffers = [*network.buffers(), *frozen]
         self._before = [torch.empty_like(buffer) for buffer in self.buffers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision.name == "fp16")
-        # Torch's fused optimizers look at a flag on the device, and leave everything as it is where it is set.
+        # Torch's fused optimizers read a flag on the device and change nothing where it is set.
         self.skips_on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self.graph: StepGraph | None = None
 
     def autocast(self) -> torch.autocast:
-        """The context of the network's arithmetic; off for fp32 and tf32."""
+        """The autocast context of the network; disabled for fp32 and tf32."""
         dtype = self.precision.dtype
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def use_graph(self, say: Callable[[str], None], forced: bool, exact: bool = False) -> None:
         """Replay the step as one CUDA graph from the fourth step on: where that is faster, or always if `forced`.
 
-        For a fused Adam on one CUDA device. The learning rate becomes a tensor, which a graph reads anew at each replay.
+        Only for a fused Adam on one CUDA device. The learning rate becomes a tensor, which each replay reads again.
         """
         for group in self.optimizer.param_groups:
             group["capturable"], group["lr"] = True, torch.zeros((), device=self.device)
         self.optimizer._warned_capturable_if_run_uncaptured = True
-        self.graph = StepGraph(self._whole, self._state, say, forced, exact)
+        self.graph = StepGraph(self._device_step, self._state, say, forced, exact)
 
     def step(self, views: Views, step: int) -> StepResult:
         """Forward, backward and update for this rank's share of global step `step`."""
@@ -115,16 +115,17 @@ class Stepper:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        loss, extras, norm = self.graph(views) if self.graph else self._whole(views)
-        return StepResult(loss, extras, Copied(norm))
+        loss, extras, norm = self.graph(views) if self.graph else self._device_step(views)
+        return StepResult(loss, extras, HostScalar(norm))
 
     def warm_up_ddp(self, views: Views) -> None:
-        """A throw-away pass before the first step, of a fresh start and of a resume alike.
+        """Run one forward and backward pass and discard it; done before the first step of every start.
 
-        DDP lays its buckets out anew after the first backward pass, and three ranks or more add numbers in an order
-        that depends on the place in a bucket: without this, a resumed run's first step differs in the last bits.
+        DDP rearranges its gradient buckets after the first backward pass, and with three or more ranks the order of
+        additions depends on the position in a bucket: without this, the first step after a resume would differ in the
+        last bits.
         """
-        part = views.split(self.config.optim.accumulate)[0]  # all of them at once may not fit
+        part = views.split(self.config.optim.accumulate)[0]  # the memory may be too small for more than one
         copy_all(self._before, self.buffers)
         with self.autocast():
             output = self.network(part.input, *part.extra_inputs)
@@ -132,8 +133,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         copy_all(self.buffers, self._before)
 
-    def _whole(self, views: Views) -> Outputs:
-        """All of a step that happens on the device."""
+    def _device_step(self, views: Views) -> Outputs:
+        """The part of a step that happens on the device."""
         passes = self.config.optim.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         copy_all(self._before, self.buffers)
@@ -149,7 +150,7 @@ class Stepper:
         return total, extras, self._update()
 
     def _update(self) -> Tensor:
-        """Clip and apply the gradient, or leave everything as it was; returns the norm."""
+        """Clip and apply the gradient, or skip the update if it is not finite; returns the gradient norm ()."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -166,9 +167,9 @@ class Stepper:
         return norm
 
     def _apply_unless(self, bad: Tensor) -> None:
-        """Update the weights except where `bad` (a bool on the device) holds; then nothing keeps a trace of the step.
+        """Update the weights unless `bad` (bool scalar on the device); a skipped step leaves no trace.
 
-        Batch norm has by then averaged in what was not finite, and would never lose it again.
+        The buffers are restored too: batch norm's running averages would otherwise contain NaN from then on.
         """
         optimizer: torch.optim.Optimizer | torch.optim.Adam = self.optimizer
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[union-attr]
@@ -189,22 +190,24 @@ class Stepper:
 
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
-        # Torch makes the scaler's two at its first use, and none at all where it is off.
+        # Torch creates the scaler's two tensors at its first use, and none if it is disabled.
         scaler = [getattr(self.scaler, name, None) for name in ("_scale", "_growth_tracker")]
-        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        averages = [value for state in self.optimizer.state.values() for value in state.values()]
         return [
-            value for value in (*self.parameters, *self.buffers, *kept, *scaler) if isinstance(value, Tensor)
+            value
+            for value in (*self.parameters, *self.buffers, *averages, *scaler)
+            if isinstance(value, Tensor)
         ]
 
     def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP averages gradients in the last pass only."""
+        """DDP's `no_sync` context if `skip`, so that gradients are averaged in the last pass only."""
         no_sync = getattr(self.network, "no_sync", None)
         return no_sync() if skip and no_sync is not None else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def select_all(condition: Tensor, chosen: list[Tensor], into: list[Tensor]) -> None:
-    """Where `condition` (bool, a scalar on the device) holds, `into` becomes `chosen`; without a wait, and also from NaN."""
+    """Copy `chosen` into `into` if `condition` (bool scalar on the device) holds. The host does not wait."""
     for kind in dict.fromkeys(tensor.dtype for tensor in into):
         old = [tensor for tensor, like in zip(chosen, into, strict=True) if like.dtype == kind]
         new = [tensor for tensor in into if tensor.dtype == kind]

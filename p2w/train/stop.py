@@ -13,47 +13,51 @@ from p2w.stream.stream import Batch, Stream
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) while open; restores the handlers after.
+    """Records SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) inside a `with` block; restores the handlers after it.
 
-    A SIGTERM or SIGINT later than BURST_S after a first one leaves at once, without saving, with exit code 128 + its
-    number. Sooner ones change nothing: scancel signals torchrun and its workers, torchrun then signals the workers again,
-    and all of it is one request. SIGUSR1 is never a second one: slurm/pretrain.sbatch repeats it until a run has ended.
+    A SIGTERM or SIGINT later than BURST_S after the first one ends the process at once, without saving, with exit code 128
+    + its number. Earlier ones change nothing: scancel signals torchrun and its workers, torchrun then signals the workers
+    again, and all of that is one request. SIGUSR1 never counts as a second signal, because slurm/pretrain.sbatch repeats it
+    until the run has ended.
 
-    With `last_words`, an error leaves the handlers where they are: the process says why it ends and does so by itself, and
-    the SIGTERM that torchrun sends it at once, because a peer has failed, must not cut that off.
+    With `ignore_after_error`, the handlers stay in place when the block ends with an error: the process then reports the
+    error and exits by itself, and the SIGTERM that torchrun sends because a peer has failed must not cut that short.
 
     Python runs a handler only between two of its own instructions, so a process that waits for a dead peer inside a
     collective would never see the second signal. A thread does: the interpreter writes each signal's number to a socket.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+    FORCING = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process at once
     BURST_S = 2.0
 
-    def __init__(self, speaks: bool = False, last_words: bool = False) -> None:
-        self.name, self.speaks, self.last_words = "", speaks, last_words
+    def __init__(self, speaks: bool = False, ignore_after_error: bool = False) -> None:
+        """`speaks`: this process tells the user that it will stop."""
+        self.name, self.speaks, self.ignore_after_error = "", speaks, ignore_after_error
         self._before: dict[signal.Signals, Any] = {}
 
     @property
-    def asked(self) -> bool:
-        """True once a signal came."""
+    def requested(self) -> bool:
+        """True after the first signal; `name` is then its name."""
         return bool(self.name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             return
         self.name = signal.Signals(number).name
-        if self.speaks:  # straight to the descriptor: a signal may come while Python's own stream is locked
+        if (
+            self.speaks
+        ):  # written to the file descriptor: a signal may come while Python's own stream is locked
             os.write(
                 2,
                 f"{self.name}: saves after this step, then leaves (a second Ctrl-C or SIGTERM leaves at once)\n".encode(),
             )
 
     def _watch(self, numbers: socket.socket) -> None:
-        """In a thread of its own: leave at a second signal. Ends with the socket."""
+        """Runs in a thread: ends the process at a second signal, and returns when the socket is closed."""
         first: float | None = None
         while received := numbers.recv(1):
-            if received[0] not in self.IMPATIENT:
+            if received[0] not in self.FORCING:
                 continue
             now = time.monotonic()
             first = now if first is None else first
@@ -73,7 +77,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.last_words and isinstance(error, Exception):
+        if self.ignore_after_error and isinstance(error, Exception):
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -82,19 +86,19 @@ class StopRequest:
 
 
 class EvaluationInterrupted(Exception):
-    """The run was told to stop while it was looking; the look is still owed."""
+    """A stop request came during an evaluation, which must be repeated after the restart."""
 
 
 class InterruptibleStream(Stream):
-    """A stream of which every rank asks before each batch whether any rank was told to stop: one small all-reduce.
+    """A stream that asks before each batch whether any rank has a stop request: one small all-reduce.
 
-    So all ranks must go through it together. What one rank does alone takes a plain Stream, or the shards' reader.
+    All ranks must iterate over it together. Code that runs on one rank alone uses a plain Stream, or the shards' reader.
     """
 
     stop_requested: Callable[[], bool] | None = None
 
     def batches(self, epoch: int = 0, step: int = 0) -> Generator[Batch, None, None]:
-        """As Stream.batches. Raises EvaluationInterrupted, on all ranks, once `stop_requested()` is true."""
+        """As Stream.batches. Raises EvaluationInterrupted on all ranks when `stop_requested()` is true."""
         for batch in super().batches(epoch, step):
             if self.stop_requested is not None and self.stop_requested():
                 raise EvaluationInterrupted

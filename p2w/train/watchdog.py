@@ -1,15 +1,15 @@
-"""Finds the rank that hangs. Training is in lockstep: one rank that stops stops them all, and none of them says a word.
+"""Finds the rank that hangs. Ranks train in lockstep, so one rank that stops makes all of them wait without a message.
 
-A thread of each rank writes a beat to the store that the ranks met at, and reads the beats of the others. Beats carry no
-clock time: what counts is whether one has changed, by the reader's own monotonic clock.
+A thread of each rank writes heartbeats to the rendezvous store and reads those of the others. A heartbeat contains no
+time: the reader checks, by its own monotonic clock, whether it has changed.
 
-- A rank whose beats do not come is stopped, dead, or cut off. It is named after SILENT_S, or a quarter of the time allowed.
-- When all ranks beat and none gets further within the time allowed, the one that is furthest behind is named: it reads,
+- A rank without new heartbeats is stopped, dead or cut off. It is named after SILENT_S, or a quarter of `hang_s`.
+- If all ranks send heartbeats and none makes progress for `hang_s`, the one that is furthest behind is named: it reads,
   validates or saves while the others wait for it.
-- A rank that left with an error is named after LEFT_S, should the others not have noticed by themselves.
+- A rank that exited with an error is named after LEFT_S, if the others have not noticed by themselves.
 
-Whoever finds it out says so in its beat, so all give one reason; then they end with exit code 1, for torchrun or Slurm to
-start the run again.
+The rank that finds the cause writes it into its heartbeat, so that all ranks give the same reason. Then they exit with
+code 1, and torchrun or Slurm starts the run again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 
 from p2w.world import World
 
-PLACES = (
+PHASES = (
     "starting",
     "validating",
     "saving",
@@ -34,34 +34,38 @@ PLACES = (
 BEAT_S = 1.0
 SILENT_S = 60.0
 LEFT_S = 5.0
-LAST_BEAT_S = 2.0  # at most, to tell the others that this rank leaves
-SLOW = 3.0  # times what is allowed else: the first step compiles and tries kernels out, drawing imports matplotlib
-LOWEST_SPEAKS_S = 3.0
+LAST_BEAT_S = 2.0  # longest wait for the last heartbeat, which tells the others that this rank exits
+# Factor on `hang_s` where a phase is slow: the first step compiles and tries kernels, drawing imports matplotlib.
+SLOW_FACTOR = 3.0
+EXIT_DELAY_S = 3.0  # the other ranks of a node wait so long, while the lowest one reports
 
 
 @dataclass
 class Peer:
-    """What is known of a rank: its last beat, when it last changed, and when it last got further (monotonic seconds)."""
+    """A rank as its heartbeats show it: `heard` and `moved` are when the last heartbeat and progress came (monotonic s)."""
 
     rank: int
     host: str
     heard: float
     moved: float
     tick: int = -1
-    place: tuple[int, int, int] = (0, 0, 0)  # steps done, number in PLACES, batches of it
+    progress: tuple[int, int, int] = (0, 0, 0)  # steps done, index in PHASES, batches of that phase
     pid: int = 0
-    left: str = ""  # "done", or "failed" once the rank has left
+    left: str = ""  # "done" or "failed" once the rank has exited
 
     def doing(self) -> str:
-        """Where it stands, in words."""
-        return f"{PLACES[self.place[1]]} at step {self.place[0]}"
+        """Its phase and step as text."""
+        return f"{PHASES[self.progress[1]]} at step {self.progress[0]}"
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host or 'a node that never answered'}"
 
 
 class Watchdog:
-    """Watches from `with` on. The training thread calls `at` and `count`, which cost nothing."""
+    """Watches inside its `with` block. The training thread calls `at` and `count`, which take no time.
+
+    `hang_s` is how long all ranks may be without progress.
+    """
 
     def __init__(self, world: World, hang_s: float = 600.0) -> None:
         self.world, self.hang_s = world, hang_s
@@ -71,28 +75,28 @@ class Watchdog:
         self.peers = [
             Peer(rank, world.host if rank == world.rank else "", now, now) for rank in range(world.size)
         ]
-        self._place = (0, 0, 0)
+        self._progress = (0, 0, 0)
         self._steps = 0  # done since this start
         self._tick = 0
-        self._left = self._verdict = ""
-        self._left_seen: float | None = None
+        self._left = self._reason = ""
+        self._failure_seen: float | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="p2w-watchdog", daemon=True)
-        self._origin: Any = None  # whose stub knows no `clone`
+        self._origin: Any = None  # torch's stub for it lacks `clone`
         self._store: Any = None
         self._answer_s = max(2.0, self.silent_s / 4)
-        self._talk: threading.Thread | None = None
-        self._trouble = ""
+        self._exchange_thread: threading.Thread | None = None
+        self._store_error = ""
 
     def at(self, step: int, doing: str) -> None:
-        """This rank has done `step` steps and now begins `doing`, one of PLACES."""
-        self._steps += step > self._place[0] and self._place[1] > 0
-        self._place = (step, PLACES.index(doing), 0)
+        """Record that this rank has done `step` steps and now begins the phase `doing`, one of PHASES."""
+        self._steps += step > self._progress[0] and self._progress[1] > 0
+        self._progress = (step, PHASES.index(doing), 0)
 
     def count(self) -> None:
-        """This rank got further with what it is doing: one more batch of a look, for example."""
-        step, doing, batches = self._place
-        self._place = (step, doing, batches + 1)
+        """Record progress within the phase, e.g. one more batch of a validation."""
+        step, doing, batches = self._progress
+        self._progress = (step, doing, batches + 1)
 
     def __enter__(self) -> "Watchdog":
         if self.world.size > 1:
@@ -104,118 +108,124 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The last beat tells the others that this rank leaves, and how."""
+        """Send a last heartbeat, which tells the others that this rank exits, and whether with an error."""
         self._left = "done" if kind is None else "failed"
         self._end.set()
-        self._thread.join(LAST_BEAT_S)  # the store may be gone, with the rank or the node that held it
+        self._thread.join(LAST_BEAT_S)  # the rank or node of the store may be gone
         self._store = self._origin = None
 
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._end.wait(self.beat_s):
-            trouble = self._exchange()
+            store_error = self._exchange()
             now = time.monotonic()
-            if now - last > self.silent_s / 2 and not trouble:
-                for peer in self.peers:  # this very process was stopped: it knows nothing of the others
+            if now - last > self.silent_s / 2 and not store_error:
+                for peer in self.peers:  # this process itself was stopped, so it knows nothing of the others
                     peer.heard = peer.moved = now
             last = now
-            verdict = self._verdict or self.judge(time.monotonic(), trouble)
-            if verdict:
-                self._leave(verdict, store_answers=not trouble)
+            reason = self._reason or self.find_hang(time.monotonic(), store_error)
+            if reason:
+                self._exit(reason, store_answers=not store_error)
         self._exchange()
 
     def _exchange(self) -> str:
-        """Write this rank's beat and read the others'. Returns what is wrong with the store, if anything.
+        """Write this rank's heartbeat and read the others'. Returns what is wrong with the store, or "".
 
-        In a thread that may stay behind: where the store's process is stopped, TCPStore's `check` and `clone` wait for ever,
-        whatever time-out was set (torch 2.13).
+        In a thread that may never end: if the store's process is stopped, TCPStore's `check` and `clone` wait for ever,
+        whatever time-out is set (torch 2.13).
         """
-        if self._talk is None or not self._talk.is_alive():
-            self._talk = threading.Thread(target=self._converse, name="p2w-beat", daemon=True)
-            self._talk.start()
-        self._talk.join(self._answer_s)
-        return "it does not answer" if self._talk.is_alive() else self._trouble
+        thread = self._exchange_thread
+        if thread is None or not thread.is_alive():
+            thread = threading.Thread(target=self._exchange_beats, name="p2w-beat", daemon=True)
+            self._exchange_thread = thread
+            thread.start()
+        thread.join(self._answer_s)
+        return "it does not answer" if thread.is_alive() else self._store_error
 
-    def _converse(self) -> None:
-        """One beat out, the others' in; `_trouble` says what was wrong."""
+    def _exchange_beats(self) -> None:
+        """Write this rank's heartbeat and read the others'; an error of the store goes to `_store_error`."""
         self._tick += 1
         me = self.peers[self.world.rank]
-        beat = [self._tick, self._place, os.getpid(), self.world.host, self._left, self._verdict]
-        store, self._trouble = self._store, ""
+        beat = [self._tick, self._progress, os.getpid(), self.world.host, self._left, self._reason]
+        store, self._store_error = self._store, ""
         if store is None:
-            self._take(me, json.dumps(beat))
+            self._read_beat(me, json.dumps(beat))
             return
         try:
             store.set(f"beat/{me.rank}", json.dumps(beat))
             for peer in self.peers:
                 if peer.tick < 0 and not store.check([f"beat/{peer.rank}"]):
                     continue
-                self._take(peer, store.get(f"beat/{peer.rank}").decode())
+                self._read_beat(peer, store.get(f"beat/{peer.rank}").decode())
         except RuntimeError as error:
-            self._trouble = str(error).partition("\n")[0]
+            self._store_error = str(error).partition("\n")[0]
             if self._end.is_set():
-                return  # this rank leaves: to connect anew would take up to twice the time-out (torch 2.13), for nobody
+                return  # this rank exits, and to connect again would take up to twice the time-out (torch 2.13)
             with contextlib.suppress(RuntimeError):  # after a time-out an answer may still be on the way
                 self._store = self._origin.clone() if self._origin is not None else None
 
-    def _take(self, peer: Peer, text: str) -> None:
-        """Note what a beat says and when it changed."""
-        tick, place, pid, host, left, verdict = json.loads(text)
+    def _read_beat(self, peer: Peer, text: str) -> None:
+        """Update `peer` from its heartbeat."""
+        tick, progress, pid, host, left, reason = json.loads(text)
         now = time.monotonic()
         if tick != peer.tick:
             peer.heard = now
-        if tuple(place) != peer.place:
+        if tuple(progress) != peer.progress:
             peer.moved = now
-        peer.tick, peer.place, peer.pid, peer.host, peer.left = tick, tuple(place), pid, host, left
-        self._verdict = self._verdict or verdict
+        peer.tick, peer.progress, peer.pid, peer.host, peer.left = tick, tuple(progress), pid, host, left
+        self._reason = self._reason or reason
 
-    def judge(self, now: float, trouble: str = "") -> str:
-        """One line that names what hangs; empty while all is well."""
+    def find_hang(self, now: float, store_error: str = "") -> str:
+        """One line that names what hangs at the monotonic time `now`; "" while nothing does."""
         me = self.peers[self.world.rank]
         others = [peer for peer in self.peers if peer is not me]
-        here = [peer for peer in self.peers if not peer.left]
-        if trouble:
+        running = [peer for peer in self.peers if not peer.left]
+        if store_error:
             quiet = now - max((peer.heard for peer in others), default=now)
             if quiet <= self.silent_s:
                 return ""
             return (
-                f"no answer from the rendezvous store for {quiet:.0f} s ({trouble}): the node that holds it is stopped, "
-                "dead or cut off"
+                f"no answer from the rendezvous store for {quiet:.0f} s ({store_error}): its node is stopped, dead or cut "
+                "off"
             )
-        silent = [peer for peer in here if peer is not me and now - peer.heard > self.silent_s]
+        silent = [peer for peer in running if peer is not me and now - peer.heard > self.silent_s]
         if silent:
             return "; ".join(
                 f"{p}: no sign of life for {now - p.heard:.0f} s, last heard of {p.doing()}" for p in silent
             ) + (" (stopped, dead or cut off)")
         failed = [peer for peer in others if peer.left == "failed"]
-        self._left_seen = (self._left_seen or now) if failed else None
-        if self._left_seen is not None and now - self._left_seen > LEFT_S:
+        self._failure_seen = (self._failure_seen or now) if failed else None
+        if self._failure_seen is not None and now - self._failure_seen > LEFT_S:
             return "; ".join(
-                f"{peer} has left, at step {peer.place[0]}; its own message says why" for peer in failed
+                f"{peer} has left, at step {peer.progress[0]}; its own message says why" for peer in failed
             )
-        slow = not self._steps or any(PLACES[peer.place[1]] == "drawing" for peer in here)
-        allowed = self.hang_s * (SLOW if slow else 1.0)
-        if not here or min(now - peer.moved for peer in here) <= allowed:
+        slow = not self._steps or any(PHASES[peer.progress[1]] == "drawing" for peer in running)
+        allowed = self.hang_s * (SLOW_FACTOR if slow else 1.0)
+        if not running or min(now - peer.moved for peer in running) <= allowed:
             return ""
-        behind = min(peer.place for peer in here)
+        behind = min(peer.progress for peer in running)
         return "; ".join(
-            f"{peer}: {peer.doing()} for {now - peer.moved:.0f} s" for peer in here if peer.place == behind
+            f"{peer}: {peer.doing()} for {now - peer.moved:.0f} s"
+            for peer in running
+            if peer.progress == behind
         )
 
-    def _leave(self, verdict: str, store_answers: bool) -> None:
-        """Say it, once a node; end a stopped neighbour, which torchrun would wait 30 s for; end this process."""
-        self._verdict = verdict
+    def _exit(self, reason: str, store_answers: bool) -> None:
+        """Report the reason, once for each node, and end this process.
+
+        First it ends a stopped process of the same node, for which torchrun would wait 30 s.
+        """
+        self._reason = reason
         self._exchange()
         now, me = time.monotonic(), self.peers[self.world.rank]
         near = [peer for peer in self.peers if peer.host == me.host]
         alive = [peer.rank for peer in near if not peer.left and now - peer.heard <= self.silent_s]
         if me.rank != min([me.rank, *alive]):
-            time.sleep(LOWEST_SPEAKS_S)
+            time.sleep(EXIT_DELAY_S)
             os._exit(1)
         for peer in near:
             if store_answers and peer.rank not in alive and not peer.left:
                 self.world.end_neighbour(peer.pid)
-        time.sleep(
-            2 * self.beat_s
-        )  # the others read the reason in our beat; the store may end with this process
-        self.world.abort(1, f"hangs: {verdict}; all ranks leave", at_once=True)
+        # The store may end with this process, so the others get time to read the reason in its heartbeat.
+        time.sleep(2 * self.beat_s)
+        self.world.abort(1, f"hangs: {reason}; all ranks leave", at_once=True)

@@ -1,7 +1,7 @@
-"""The way out: a trained encoder as a file that describes itself, and back.
+"""Export and load trained encoders, as files with a model card.
 
     encoder = p2w.load("runs/paper")          a run, a checkpoint, an exported file or a hub folder
     p2w export runs/paper --to safetensors    and models-genesis, nnunet, hub-folder
 
-Every file carries a card: what the network is, and what it wants to be fed.
+Every file has a card that describes the network and its input.
 """

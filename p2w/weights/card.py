@@ -1,4 +1,4 @@
-"""The model card: all that a user of the weights must know, collected by the program from the run folder."""
+"""The model card: what a user of the weights must know, collected from the run folder."""
 
 import json
 import math
@@ -25,7 +25,7 @@ LICENCE = (
 
 @dataclass(frozen=True)
 class Trained:
-    """One checkpoint of a run: where it lies, its step, and the run's settings."""
+    """One checkpoint of a run: the run folder, the step, and the run's settings."""
 
     run: Path
     step: int
@@ -38,7 +38,7 @@ class Trained:
 
 
 def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
-    """Plain JSON values. `holds` says what the file has: "encoder" or "all"."""
+    """The card as plain JSON values; `holds` is what the file contains, "encoder" or "all"."""
     config, start = trained.config, _last_start(trained.run)
     return {
         "p2w": __version__,
@@ -73,7 +73,7 @@ def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]
 
 
 def _figures(trained: Trained) -> dict[str, float]:
-    """What was measured at that step."""
+    """The metrics of validation and monitors at that step."""
     found: dict[str, float] = {}
     for record in read_metrics(trained.run):
         if record["step"] == trained.step:
@@ -86,7 +86,7 @@ def _figures(trained: Trained) -> dict[str, float]:
 
 
 def data_of(run: Path) -> dict[str, Any]:
-    """The data set of the run's last start: `shards` is a URL, or a path that does not depend on the current directory."""
+    """The data set of the run's last start: its fingerprint, and `shards`, a URL or an absolute path."""
     start = _last_start(run)
     shards = str(start["shards"])
     if "://" not in shards:
@@ -95,13 +95,13 @@ def data_of(run: Path) -> dict[str, Any]:
 
 
 def _last_start(run: Path) -> dict[str, Any]:
-    """What the folder recorded of the run's last start. Raises UserError where that names no data set."""
+    """The run's last start in run.json. Raises UserError when it names no data set."""
     try:
         start = json.loads((run / "run.json").read_text())["starts"][-1]
         return {**start, "data": start["data"], "shards": start["shards"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run}/run.json: does not tell the data set ({error}); copy the run folder again"
+            f"{run}/run.json: does not name the data set ({error}); copy the run folder again"
         ) from error
 
 
@@ -127,7 +127,7 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
 
 
 def markdown(card: dict[str, Any]) -> str:
-    """The card for people: README.md of a hub folder."""
+    """The card as README.md of a hub folder."""
     encoder, fed, training = card["encoder"], card["input"], card["training"]
     figures = "".join(f"| {name} | {value:.4f} |\n" for name, value in training["figures"].items())
     return f"""---
@@ -159,7 +159,7 @@ size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed[
 
 def _of_spacing(spacing: dict[str, Any]) -> str:
     if spacing["network"] is None:
-        return "The run did not note its scans' spacing."
+        return "The run did not record the spacing of its scans."
     return (
         f"Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
         f"network saw {spacing['network_smallest']} to {spacing['network_largest']} mm."

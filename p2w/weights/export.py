@@ -36,22 +36,22 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write, and where."""
+    """Command line of `p2w export`."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     to: Literal["safetensors", "models-genesis", "nnunet", "hub-folder"]
-    """Which format."""
+    """The format to write."""
     out: Path | None = None
-    """File or folder to write; default beside the checkpoints, RUN/export/…"""
+    """File or folder to write; default is in RUN/export."""
     step: int | None = None
-    """Which checkpoint; default the best, else the newest."""
+    """The checkpoint; default is the best by validation, else the newest."""
     what: Annotated[Literal["encoder", "all"], tyro.conf.arg(aliases=["--holds"])] = "encoder"
-    """The encoder alone, or the decoder too."""
+    """The encoder alone, or all weights with the decoder."""
 
 
 def main(argv: list[str]) -> int:
-    """Read the checkpoint, check it, write."""
+    """The command: read the checkpoint, check its tensors, write the export."""
     options = tyro.cli(ExportOptions, args=argv, prog="p2w export", description=__doc__)
     trained = find_checkpoint(options.run, options.step)
     model, form = trained.config.model, FORMATS[options.to]
@@ -66,11 +66,11 @@ def main(argv: list[str]) -> int:
         for k, v in snapshot.model.items()
         if options.what == "all" or k.startswith("encoder.")
     }
-    described = model_card(trained, encoder, options.what)
+    card = model_card(trained, encoder, options.what)
     out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        form.write(out, state, described)
+        form.write(out, state, card)
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); name another with --out") from error
     print(
@@ -79,13 +79,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _safetensors(out: Path, state: State, described: dict[str, Any]) -> None:
-    write_atomic(out, save(state, {"format": "pt", "p2w": json.dumps(described, sort_keys=True)}))
+def _safetensors(out: Path, state: State, card: dict[str, Any]) -> None:
+    write_atomic(out, save(state, {"format": "pt", "p2w": json.dumps(card, sort_keys=True)}))
 
 
-def _models_genesis(out: Path, state: State, described: dict[str, Any]) -> None:
-    """As its port saves: `module.` in front, under `state_dict`; plain types, loads with weights_only=True."""
-    network = described["encoder"]["name"]
+def _models_genesis(out: Path, state: State, card: dict[str, Any]) -> None:
+    """In the form of Models Genesis' PyTorch code: names begin with `module.`; loads with weights_only=True."""
+    network = card["encoder"]["name"]
     if network != "unet3d":
         raise UserError(
             f"{out}: Models Genesis' names are for unet3d, not {network}; export --to safetensors"
@@ -94,43 +94,43 @@ def _models_genesis(out: Path, state: State, described: dict[str, Any]) -> None:
     torch.save(
         {
             "state_dict": {f"module.{k}": v for k, v in to_genesis(state).items()},
-            "p2w": json.dumps(described),
+            "p2w": json.dumps(card),
         },
         packed,
     )
     write_atomic(out, packed.getvalue())
 
 
-def _hub_folder(out: Path, state: State, described: dict[str, Any]) -> None:
-    with _folder(out) as beside:
-        _safetensors(beside / "model.safetensors", state, described)
-        write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
-        write_atomic(beside / "README.md", markdown(described))
+def _hub_folder(out: Path, state: State, card: dict[str, Any]) -> None:
+    with _folder(out) as temporary:
+        _safetensors(temporary / "model.safetensors", state, card)
+        write_atomic(temporary / "card.json", json.dumps(card, indent=2, sort_keys=True))
+        write_atomic(temporary / "README.md", markdown(card))
 
 
-def _nnunet(out: Path, state: State, described: dict[str, Any]) -> None:
-    with _folder(out) as beside:
-        nnunet.write_nnunet(beside, state, described)
-        write_atomic(beside / "card.json", json.dumps(described, indent=2, sort_keys=True))
-        write_atomic(beside / "README.md", markdown(described) + nnunet.readme(described))
+def _nnunet(out: Path, state: State, card: dict[str, Any]) -> None:
+    with _folder(out) as temporary:
+        nnunet.write_nnunet(temporary, state, card)
+        write_atomic(temporary / "card.json", json.dumps(card, indent=2, sort_keys=True))
+        write_atomic(temporary / "README.md", markdown(card) + nnunet.readme(card))
 
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """Written beside and renamed; an older one there is replaced only when it is one of ours."""
+    """A temporary folder, renamed to `out` at the end; an existing `out` is replaced only if it is an export."""
     if out.exists() and not (out / "card.json").is_file():
-        raise UserError(f"{out}: stands there already and is no folder of ours; name another with --out")
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    yield beside
+        raise UserError(f"{out}: exists and is no folder that p2w export wrote; name another with --out")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
     shutil.rmtree(out, ignore_errors=True)
-    os.replace(beside, out)
+    os.replace(temporary, out)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way out. `takes`: the one encoder that it is for, "" for any, and `why`."""
+    """A format. `takes` is the only encoder that it supports, "" for any; `why` is the reason."""
 
     ending: str
     write: Callable[[Path, State, dict[str, Any]], None]

@@ -1,4 +1,4 @@
-"""`p2w.load`: whatever holds our weights -> the encoder, ready to be fine-tuned."""
+"""`p2w.load`: the encoder from a run, a checkpoint or an exported file, ready to be fine-tuned."""
 
 import json
 import struct
@@ -26,7 +26,7 @@ HEADER = 100_000_000  # bytes: safetensors' own limit
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What a run, a checkpoint or a file of ours holds: names are `encoder.…` and, in some, `decoder.…`."""
+    """The weights of a run, a checkpoint or an exported file; names are `encoder.…` and, in some, `decoder.…`."""
 
     name: str
     width: int
@@ -36,24 +36,24 @@ class LoadedWeights:
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
     feeding: InputNorm = "unit"
-    """Our pretraining feeds every network [0, 1]; fine-tuning, what the network was trained to see."""
+    """Range of the network's input. Our pretraining uses "unit", [0, 1]; weights from elsewhere have what they need."""
 
 
 def load(path: str | Path) -> Encoder:
     """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder.
 
-    Returned in training mode, float32 on the CPU, with `.channels` and `.strides`. Biases that a batch norm cancels are
-    frozen, the rest trains. Executes no code from the file.
-    Raises UserError when there is nothing of ours, or tensors are missing or of another shape.
+    It is in training mode, float32 on the CPU, with `.channels` and `.strides`. Biases that a batch norm cancels are frozen,
+    all other weights are trainable. Executes no code from the file.
+    Raises UserError when it is none of these, or tensors are missing or of another shape.
     """
-    held = read_weights(Path(path))
-    encoder = filled_encoder(held.name, held.width, held.state, held.where, held.in_channels)
-    encoder.feeding = held.feeding
+    weights = read_weights(Path(path))
+    encoder = filled_encoder(weights.name, weights.width, weights.state, weights.where, weights.in_channels)
+    encoder.feeding = weights.feeding
     return encoder
 
 
 def read_weights(path: Path) -> LoadedWeights:
-    """All the weights of what `load` takes. Raises UserError as it does."""
+    """All weights at a path that `load` accepts. Raises UserError as `load` does."""
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find_checkpoint(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
@@ -84,9 +84,9 @@ def read_weights(path: Path) -> LoadedWeights:
 
 
 def exported(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of weights that `p2w export` wrote as `path` or into it, and its card. Raises UserError when there is none.
+    """The exported file of weights at `path`, or in the folder `path`, and its card. Raises UserError when there is none.
 
-    nnU-Net's file has its card beside it; its folder and the file itself name the same weights.
+    For nnU-Net's format, `path` may be the folder or the file in it; the card is a file in the same folder.
     """
     if path.name == nnunet.CHECKPOINT and path.is_file():
         path = path.parent
@@ -97,7 +97,7 @@ def exported(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:
-    """The data set that a card names; empty when it names none."""
+    """Fingerprint and shards of the data set in a card; empty when it names none."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
@@ -120,7 +120,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Trained:
 def filled_encoder(
     name: str, width: int, state: dict[str, Tensor], where: str, in_channels: int = 1
 ) -> Encoder:
-    """The encoder with the tensors of `state` named `encoder.…`. Raises UserError for any that lacks or differs."""
+    """The encoder with the tensors `encoder.…` of `state`. Raises UserError for missing, unknown or misshapen ones."""
     with torch.device("meta"):
         encoder = build_encoder(name, width, in_channels)
     wanted = encoder.state_dict()
@@ -136,13 +136,13 @@ def filled_encoder(
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
-    encoder.feeding = "unit"  # what our pretraining feeds every network
+    encoder.feeding = "unit"  # the input range of our pretraining
     let_train(encoder)
     return encoder
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The card beside weights of another program's format. Raises UserError when there is none."""
+    """Read a card.json. Raises UserError when there is none."""
     try:
         card = json.loads(file.read_text())
         if not isinstance(card, dict):
@@ -155,7 +155,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """The card in a safetensors header, without reading the tensors. Raises UserError when there is none."""
+    """Read the card in a safetensors header, without the tensors. Raises UserError when there is none."""
     try:
         with open(file, "rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))

@@ -1,18 +1,17 @@
-"""A run for nnU-Net: the file that its git master takes for a self-supervised encoder, with the plan that says how.
+"""Exports a run for nnU-Net: the file that its git master reads as a pretrained encoder, with its adaptation plan.
 
 FOLDER/
     checkpoint_final.pth   {"network_weights": …, "nnssl_adaptation_plan": …}, plain types: what nnU-Net's
                            `nnUNetv2_preprocess_like_nnssl` and `nnUNetv2_plan_like_dynamic` take as -pc
-    adaptation_plan.json  config.json   the plan again, and the network: nnU-Net asks for them in a folder on Hugging Face
-    card.json  README.md   ours: how the input was made, and how nnU-Net is brought to make it so
+    adaptation_plan.json  config.json   the plan again, and the network, which nnU-Net needs in a folder on Hugging Face
+    card.json  README.md   p2w's own: how the input was made, and how to make the same input in nnU-Net
 
 What the file holds: docs/paper.md, 7. nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
 nnunetv2/training/nnUNetTrainer/pretraining/pretrainedTrainer.py of its git master.
 
-nnU-Net's parameter names of ResEncL <-> ours.
-
-nnU-Net's convolution module holds its layers by name (`conv`, `norm`) and in a list (`all_modules.0`, `.1`), so its state
-dict names each tensor twice, and is loaded strictly. Ours names each once, as safetensors wants it.
+Parameter names of ResEncL: nnU-Net's convolution module has its layers by name (`conv`, `norm`) and in a list
+(`all_modules.0`, `.1`), so its state dict has each tensor under two names and is loaded strictly. Ours has each tensor
+once, because safetensors requires that.
 """
 
 import io
@@ -31,7 +30,7 @@ LISTED = {"conv": "all_modules.0", "norm": "all_modules.1"}
 
 
 def to_nnunet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor `….conv.x` and `….norm.x` under its second name too; the two share memory.
+    """Add every tensor `….conv.x` and `….norm.x` under its second name too; the two share memory.
 
     Raises UserError for a name of another network.
     """
@@ -44,7 +43,7 @@ def to_nnunet(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_nnunet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under their first names. Raises UserError for a name that is neither a convolution's nor a norm's."""
+    """Keep each tensor under its first name. Raises UserError for a name that is no convolution's and no norm's."""
     named = {name: value for name, value in state.items() if ".all_modules." not in name}
     for name in named:
         _parts(name)
@@ -78,9 +77,9 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
     configuration = {
         "data_identifier": f"p2w_{data['fingerprint']}",
         "preprocessor_name": "DefaultPreprocessor",
-        "spacing_style": "noresample",  # parts are cut from scans as they are, and resized to one size
+        "spacing_style": "noresample",  # parts are cut from the scans without resampling, and resized to one size
         "normalization_schemes": ["CTNormalization"]
-        * encoder["in_channels"],  # with `intensities`, the very same
+        * encoder["in_channels"],  # the same as ours, with `intensities`
         "use_mask_for_norm": [False] * encoder["in_channels"],
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
@@ -115,7 +114,7 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
 
 
 def architecture(channels: list[int]) -> dict[str, Any]:
-    """Arguments of nnU-Net's ResidualEncoderUNet, save its numbers of channels in and out."""
+    """Arguments of nnU-Net's ResidualEncoderUNet, without its numbers of input and output channels."""
     stages = len(channels)
     return {
         "n_stages": stages,
@@ -143,7 +142,7 @@ def intensities(window_hu: list[float]) -> dict[str, float]:
 
 
 def write_nnunet(out: Path, state: dict[str, Tensor], card: Card) -> None:
-    """The folder's files, save our card. `state` holds `encoder.…`."""
+    """Write the folder's files except card.json and README.md; `state` has the tensors `encoder.…`."""
     packed, adaptation = io.BytesIO(), nnunet_plan(card)
     torch.save({"network_weights": to_nnunet(state), "nnssl_adaptation_plan": adaptation}, packed)
     write_atomic(out / CHECKPOINT, packed.getvalue())
@@ -152,19 +151,19 @@ def write_nnunet(out: Path, state: dict[str, Tensor], card: Card) -> None:
 
 
 def read_nnunet(file: Path) -> dict[str, Tensor]:
-    """`network_weights` of such a file, by nnU-Net's names; executes nothing. Raises UserError for another file."""
+    """Read `network_weights` of such a file, without executing code. Raises UserError for any other file."""
     try:
-        held = torch.load(file, weights_only=True, map_location="cpu")["network_weights"]
-        return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
-    except Exception as error:  # torch.load raises of many kinds for a file that is damaged or no such file
-        said = str(error).partition("\n")[0]
+        weights = torch.load(file, weights_only=True, map_location="cpu")["network_weights"]
+        return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    except Exception as error:  # torch.load raises many kinds of errors for a damaged or foreign file
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{file}: holds no nnU-Net weights ({type(error).__name__}: {said}); export the run again"
+            f"{file}: holds no nnU-Net weights ({type(error).__name__}: {reason}); export the run again"
         ) from error
 
 
 def readme(card: Card) -> str:
-    """How nnU-Net takes the folder, and what to do about its normalisation."""
+    """Text for README.md: the commands of nnU-Net, and how to set its normalisation."""
     window, fed = card["input"]["window_hu"], card["input"]
     return f"""
 ## In nnU-Net

@@ -1,9 +1,9 @@
 """Read a TensorFlow checkpoint (`NAME.index`, `NAME.data-00000-of-00001`) without TensorFlow.
 
 The index is a sorted table in LevelDB's format: blocks of entries whose keys share prefixes, each block with a masked
-CRC-32C, a footer that says where the index of blocks lies. Its values are small protobuf messages: under the empty key the
-header (number of shards, byte order), under a variable's name its dtype, shape, shard, offset, size and masked CRC-32C.
-Every length is checked before it is used: a file from anywhere is read in bounded memory, or refused in one line.
+CRC-32C, and a footer with the position of the index of blocks. Its values are small protobuf messages: the header (number
+of shards, byte order) under the empty key, and under a variable's name its dtype, shape, shard, offset, size and masked
+CRC-32C. Every length is checked before it is used, so that an untrusted file is read in bounded memory or refused.
 """
 
 import math
@@ -22,20 +22,21 @@ from p2w.errors import UserError
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48  # bytes: two handles of at most 20 bytes, padding, the magic number
 INDEX_LIMIT = 1 << 26  # bytes: an index of a million variables; larger ones are no checkpoint of a network
-VALUES = 1 << 30  # of a tensor
+MAX_VALUES = 1 << 30  # of a tensor
+# TensorFlow's numbers of dtypes; bfloat16 (14) is no NumPy dtype.
 DTYPES = {
     1: "<f4",
     2: "<f8",
     3: "<i4",
     9: "<i8",
     19: "<f2",
-}  # TensorFlow's numbers; bfloat16 (14) is no NumPy dtype
+}
 MASK = 0xA282EAD8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a variable lies: `offset` and `size` in bytes in its shard."""
+    """A variable in the index: its dtype and shape, and its `offset` and `size` in bytes in its shard."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -47,7 +48,7 @@ class Entry:
 
 
 def prefix_of(path: Path) -> Path | None:
-    """The checkpoint's name without `.index` or `.data-…`, when `path` names one of its files or itself; else None."""
+    """The checkpoint's path without `.index` or `.data-…`, if `path` is this or one of its files; else None."""
     name = path.name
     for cut in (".index", ".data-"):
         if cut in name:
@@ -58,7 +59,7 @@ def prefix_of(path: Path) -> Path | None:
 
 
 class Bundle:
-    """The variables of a checkpoint. Raises UserError for what is no checkpoint, cut short or altered."""
+    """The variables of a checkpoint. Raises UserError when it is no checkpoint, truncated or damaged."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
@@ -81,15 +82,15 @@ class Bundle:
             ) from error
 
     def tensor(self, name: str) -> Tensor:
-        """One variable, checked against its checksum."""
+        """Read a variable and verify its checksum. Raises UserError when it is damaged or of another dtype."""
         entry = self.entries[name]
         shard = self.prefix.with_name(f"{self.prefix.name}.data-{entry.shard:05d}-of-{self.shards:05d}")
         if entry.dtype not in DTYPES or entry.sliced:
             what = "stored in slices" if entry.sliced else f"of TensorFlow's dtype {entry.dtype}"
-            raise UserError(f"{shard}: {name} is {what}, which is not read; save it whole, as floats")
+            raise UserError(f"{shard}: {name} is {what}, which is not supported; save it as one float tensor")
         kind = np.dtype(DTYPES[entry.dtype])
         count = math.prod(entry.shape)
-        if not 0 <= count <= VALUES or entry.size != count * kind.itemsize:
+        if not 0 <= count <= MAX_VALUES or entry.size != count * kind.itemsize:
             raise UserError(
                 f"{shard}: {name} of shape {entry.shape} in {entry.size} bytes; the index is damaged"
             )
@@ -111,7 +112,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(data) < FOOTER or struct.unpack("<Q", data[-8:])[0] != MAGIC:
         raise ValueError("its last bytes are not a table's")
     footer = data[-FOOTER:]
-    _, at = _handle(footer, 0)  # of blocks about blocks: there are none
+    _, at = _handle(footer, 0)  # the handle of the metaindex, which is empty
     (offset, size), _ = _handle(footer, at)
     for _, handle in _block(data, offset, size):
         (offset, size), _ = _handle(handle, 0)
@@ -119,7 +120,7 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Entries of one block: each key is a number of bytes shared with the one before, and its own."""
+    """Entries of one block; a key is stored as the number of bytes shared with the key before, and the rest."""
     end = offset + size
     if end + 5 > len(data) - FOOTER or size < 4:
         raise ValueError("a block beyond the file's end")
@@ -145,14 +146,14 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
 
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Offset and size of a block, and where the next handle begins."""
+    """Offset and size of a block, and the position after this handle."""
     offset, at = _varint(data, at)
     size, at = _varint(data, at)
     return (offset, size), at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, lowest first, and where it ends."""
+    """A varint (7 bits a byte, lowest first), and the position after it."""
     value = 0
     for shift in range(0, 64, 7):
         byte = data[at]  # IndexError is a LookupError
@@ -164,7 +165,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _message(data: bytes) -> dict[int, list[int | bytes]]:
-    """Fields of a protobuf message by number; only the wire types that these messages have."""
+    """Fields of a protobuf message by number; only the wire types of these messages are supported."""
     fields: dict[int, list[int | bytes]] = {}
     at = 0
     while at < len(data):
@@ -209,6 +210,6 @@ def _entry(data: bytes) -> Entry:
 
 
 def _masked(data: bytes) -> int:
-    """The CRC-32C as tables store it: rotated, and a constant added, since a checksum of checksums is weak."""
+    """The CRC-32C as these tables store it: rotated, plus a constant."""
     crc = crc32c.crc32c(data)
     return ((crc >> 15 | crc << 17) + MASK) & 0xFFFFFFFF

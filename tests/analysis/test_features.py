@@ -1,4 +1,4 @@
-"""Features of many parts against one part at a time, cut and looked at by hand; and features without a network."""
+"""Features of many parts against one part at a time; and features without a network."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Looks: their numbers against naive float64, the subset, what they say and what they cost."""
+"""Monitors: their numbers against naive float64, the subset of volumes, the log line, and their share of the time."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def encoder():
 
 
 @pytest.fixture
-def look(tiny_set, tmp_path, encoder):
+def probe(tiny_set, tmp_path, encoder):
     def make(config=CONFIG, split="val"):
         return SimilarityMonitor(
             config, encoder, open_set(str(tiny_set)), split, HERE, Log(tmp_path, True, 1)
@@ -53,7 +53,7 @@ def naive_features(shards, encoder):
     return np.array(features)
 
 
-def test_the_numbers_of_a_look_against_loops(look, tiny_set, encoder):
+def test_the_numbers_of_a_probe_against_loops(probe, tiny_set, encoder):
     features = naive_features(open_set(str(tiny_set)), encoder)
     owner = np.arange(len(features)) // 3
     cosine = [[a @ b / math.sqrt(a @ a) / math.sqrt(b @ b) for b in features] for a in features]
@@ -61,7 +61,7 @@ def test_the_numbers_of_a_look_against_loops(look, tiny_set, encoder):
     positive = [cosine[i][j] for i, j in pairs if owner[i] == owner[j]]
     negative = [cosine[i][j] for i, j in pairs if owner[i] != owner[j]]
     with torch.no_grad():
-        seen = dict(look()(0))
+        seen = dict(probe()(0))
     assert seen["similarity/positive"] == pytest.approx(np.mean(positive), abs=1e-6)
     assert seen["similarity/negative"] == pytest.approx(np.mean(negative), abs=1e-6)
     wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
@@ -82,17 +82,17 @@ def test_the_numbers_of_a_look_against_loops(look, tiny_set, encoder):
     assert seen["contrast/loss"] == pytest.approx(np.mean(losses), abs=0.01)
 
 
-def test_a_look_is_the_same_for_any_batch_and_at_any_step(look):
+def test_a_probe_is_the_same_for_any_batch_and_at_any_step(probe):
     with torch.no_grad():
-        one, again = (dict(look()(step)) for step in (0, 7))
-        other = dict(look(Config(data=DataConfig(batch=16), pretext=CONFIG.pretext))(0))
+        one, again = (dict(probe()(step)) for step in (0, 7))
+        other = dict(probe(Config(data=DataConfig(batch=16), pretext=CONFIG.pretext))(0))
     assert one == again
     assert other == pytest.approx(one, abs=1e-3)  # a pair that moves in its last bits may pass another
 
 
-def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(look, tmp_path, encoder):
+def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(probe, tmp_path, encoder):
     """Features that are not finite: no cosine, no file for the histogram, no error; validation says that it is lost."""
-    one = look()
+    one = probe()
     names = [
         "similarity/positive",
         "similarity/negative",
@@ -123,15 +123,15 @@ def test_the_subset_is_spread_over_all_ids(n, most):
     assert np.diff(some).max(initial=0) <= 3 * math.ceil((n - 1) / (most - 1))
 
 
-def test_a_look_that_is_too_dear_is_complained_of_once(look, tmp_path, capsys, monkeypatch):
+def test_a_probe_that_takes_too_long_is_warned_of_once(probe, tmp_path, capsys, monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(monitors.time, "monotonic", lambda: 5.0 * next(clock))  # every reading is 5 s later
-    taken = Monitors(look(), every=40, log=Log(tmp_path, True, 1))
+    taken = Monitors(probe(), every=40, log=Log(tmp_path, True, 1))
     with torch.no_grad():
         shares = [dict(taken(step)).get("speed/looking_share") for step in range(0, 400, 40)]
     said = capsys.readouterr().err
     assert shares[0] is None and all(0.2 < share < 0.6 for share in shares[2:])
-    assert said.count("warning: looks take") == 1 and "--train.probe-every" in said
+    assert said.count("warning: probing takes") == 1 and "--train.probe-every" in said
     assert "step 80  parts of one image " in said and ", AUC " in said and ", contrast " in said
 
 

@@ -1,4 +1,4 @@
-"""The replay behind bench/goodput.py, against the formula for faults that come at random, and by hand."""
+"""The replay of bench/goodput.py, against the formula for random faults, and by hand."""
 
 import math
 import sys
@@ -23,16 +23,18 @@ def goodput(monkeypatch):
 def test_replay_gives_the_formula(goodput, interval_s):
     """Useful seconds a save interval I takes (mean + restart) (exp(I / mean) - 1) seconds of the clock."""
     mean, restart, year = 600.0, 12.0, 365 * 86400.0
-    pieces = goodput.Pieces(step_s=0.5, every=interval_s / 0.5, stall_s=0.0, lag_s=0.0, restart_s=restart)
-    found = goodput.replay(goodput.schedule(mean, year, seed=3), year, pieces)["goodput"]
+    costs = goodput.MeasuredCosts(
+        step_s=0.5, every=interval_s / 0.5, stall_s=0.0, lag_s=0.0, restart_s=restart
+    )
+    found = goodput.replay(goodput.schedule(mean, year, seed=3), year, costs)["goodput"]
     assert found == pytest.approx(interval_s / ((mean + restart) * math.expm1(interval_s / mean)), rel=0.02)
 
 
 def test_replay_by_hand(goodput):
     """Steps of 1 s, a save of 1 s after every 4: killed at 7 (2 steps in), at 9 (starting) and at 20 (while it saves)."""
-    pieces = goodput.Pieces(step_s=1.0, every=4, stall_s=1.0, lag_s=0.0, restart_s=6.0)
-    found = goodput.replay([7.0, 9.0, 19.5], 30.0, pieces)  # trains from 0, 15 and 25.5
+    costs = goodput.MeasuredCosts(step_s=1.0, every=4, stall_s=1.0, lag_s=0.0, restart_s=6.0)
+    found = goodput.replay([7.0, 9.0, 19.5], 30.0, costs)  # trains from 0, 15 and 25.5
     assert found == {"goodput": round(8 / 30, 4), "lost_steps_a_fault": 2.0, "kills_within_a_save": 1}
-    late = goodput.Pieces(step_s=1.0, every=4, stall_s=0.0, lag_s=1.0, restart_s=2.0)
+    late = goodput.MeasuredCosts(step_s=1.0, every=4, stall_s=0.0, lag_s=1.0, restart_s=2.0)
     found = goodput.replay([8.5], 10.0, late)  # the second save is not durable after half a second
     assert found == {"goodput": 0.4, "lost_steps_a_fault": 4.5, "kills_within_a_save": 0}

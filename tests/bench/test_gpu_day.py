@@ -1,4 +1,4 @@
-"""The GPU day, rehearsed: every stage of both calls runs at toy size on the CPU, and what they found makes a table."""
+"""A rehearsal of the GPU day: every stage of both calls runs at toy size on the CPU, and the results make a table."""
 
 import importlib.util
 import json

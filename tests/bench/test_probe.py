@@ -1,4 +1,4 @@
-"""The probes of bench/evidence/probe.py on features with a known answer: all told, and none."""
+"""The probes of bench/evidence/probe.py on features with a known answer: all separated, or none."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a goal and a bar say."""
+"""The text of goals and bars."""
 
 import sys
 from pathlib import Path

@@ -178,7 +178,7 @@ def test_what_is_gone_from_the_cache_is_made_again_and_nothing_else(forge, analy
     gone.unlink()
     times = {path: path.stat().st_mtime_ns for path in cache if path != gone}
     _, out, _ = analyze(forge, run, tmp_path, "--against", "random,histogram,pixels")
-    assert "72/72 parts looked at" in out  # 8 wholes, 9 parts each
+    assert "72/72 parts encoded" in out  # 8 wholes, 9 parts each
     assert times == {path: path.stat().st_mtime_ns for path in times} and gone.exists()
     assert sorted((run / "analysis" / "cache").iterdir()) == cache
     assert numbers(run) == before
@@ -257,7 +257,7 @@ def test_what_cannot_be_written_or_is_of_another_network_is_one_line(forge, anal
     config["model"]["width"] *= 2
     (other / "config.json").write_text(json.dumps(config))
     codes, _, err = forge.run(tmp_path, "--run-dir", other, *SMALL, "--against", "", script=SCRIPT)
-    assert codes == [2] and "holds another network than" in err and "Traceback" not in err
+    assert codes == [2] and "contains another network than" in err and "Traceback" not in err
 
 
 def test_a_folder_may_have_any_name(trained, tmp_path):

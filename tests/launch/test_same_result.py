@@ -120,7 +120,7 @@ def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
         assert forge.wait() == [-9, -9]
         hit += any(name.endswith(".tmp") for name in _names(folder))
         said = []
-        found = Checkpoints(folder, say=said.append).load_latest()
+        found = Checkpoints(folder, warn=said.append).load_latest()
         assert not said and found.step >= newest + 1
         assert (folder / "latest").resolve().name == f"step-{found.step:08d}"
         newest = found.step

@@ -13,7 +13,7 @@ from p2w.pretext import PRETEXTS, build_pretext_and_network
 from p2w.rng import SampleKeys
 from p2w.train.estimate import run_cost
 from p2w.train.optim import Precision
-from p2w.train.preflight import wrong_convolution
+from p2w.train.preflight import convolution_error
 
 # Width, and size of the input: as small as the strides allow. One depth stands for those of the same code.
 TINY = {"unet3d": (2, (8, 16, 16)), "resencl": (1, (32, 32, 64)), "vit3d": (1, (16, 16, 16))}
@@ -92,11 +92,11 @@ def test_what_a_run_asks_of_its_network(encoder):
     _, network = build_pretext_and_network(config)
     shape = (1, 1, *config.pretext.size)
     assert network.encoder.pooled(torch.rand(2, *shape[1:])).shape == (2, network.encoder.channels[-1])
-    facts = run_cost(config, lambda: build_pretext_and_network(config), share=1, bytes_per_value=4)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), samples=1, bytes_per_value=4)
     assert facts.parameters == sum(value.numel() for value in network.parameters())
     assert facts.flops_per_sample > 0 and facts.activation_bytes > 0
     bf16 = Precision("bf16", torch.bfloat16, "asked for")
-    assert wrong_convolution(network, bf16, shape, torch.device("cpu")) == ""
+    assert convolution_error(network, bf16, shape, torch.device("cpu")) == ""
 
 
 @pytest.mark.parametrize("encoder", NAMES)

@@ -13,7 +13,7 @@ from p2w.model.decoder import EncoderDecoder, GeneralDecoder, build_decoder
 from p2w.model.resnet3d import ResNet3d, ShortcutA
 from p2w.pretext.protocol import check_size
 from p2w.train.optim import Precision
-from p2w.train.preflight import wrong_convolution
+from p2w.train.preflight import convolution_error
 
 SMALL = ["unet3d", "resnet10", "resnet18", "resnet50", "i3d", "dense_vnet"]
 
@@ -129,7 +129,7 @@ def test_bf16_and_channels_last_on_a_cpu(name):
         memory_format=torch.channels_last_3d
     )
     bf16 = Precision("bf16", torch.bfloat16, "asked for")
-    assert wrong_convolution(network, bf16, (1, 1, 16, 32, 32), torch.device("cpu")) == ""
+    assert convolution_error(network, bf16, (1, 1, 16, 32, 32), torch.device("cpu")) == ""
     x = torch.rand(2, 1, 16, 32, 32).contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast("cpu", torch.bfloat16):
         out = network(x)

@@ -124,12 +124,12 @@ def test_output_is_float32_in_0_1_under_autocast():
 
 def test_plan_counts_580_gflop_forward_and_backward():
     config = Config()
-    facts = run_cost(config, lambda: build_pretext_and_network(config), share=1, bytes_per_value=2)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), samples=1, bytes_per_value=2)
     assert facts.flops_per_sample == pytest.approx(580e9, rel=0.01)
     assert facts.parameters == count(network())
     assert facts.state_bytes == 16 * facts.parameters  # weights, gradients, Adam's two averages, 4 bytes each
     sgd = Config(optim=OptimConfig(name="sgd"), pretext=PretextConfig(size=(64, 128, 128)))
-    large = run_cost(sgd, lambda: build_pretext_and_network(sgd), share=2, bytes_per_value=2)
+    large = run_cost(sgd, lambda: build_pretext_and_network(sgd), samples=2, bytes_per_value=2)
     assert large.state_bytes == 12 * facts.parameters
     assert large.flops_per_sample == pytest.approx(8 * facts.flops_per_sample, rel=1e-3)
     assert large.activation_bytes == pytest.approx(16 * facts.activation_bytes, rel=0.05)

@@ -1,4 +1,4 @@
-"""report.html against the files it is made of, against files that are torn or hostile, and in a real browser."""
+"""report.html against the files that it shows, with damaged and hostile files, and in a real browser."""
 
 import base64
 import html

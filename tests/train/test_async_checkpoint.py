@@ -1,4 +1,4 @@
-"""Saving beside the training: the copy is of its step, one save at a time, failures are told and survived."""
+"""Asynchronous checkpoints: a copy is of its own step, one save at a time, failures are reported and the run goes on."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ class Slow(Checkpoints):
         return path
 
 
-def owing(snapshot):
+def evaluated(snapshot):
     snapshot.state["owed"] = False
     return snapshot
 
@@ -52,51 +52,51 @@ def test_the_copy_is_of_its_step_whatever_the_steps_after_do(tmp_path):
         return Snapshot(at, model.state_dict(), state, None)
 
     slow, at_once = Slow(tmp_path / "slow"), Checkpoints(tmp_path / "at_once", keep=100)
-    saver = AsyncCheckpointer(slow, TrainConfig(), pytest.fail)
+    checkpointer = AsyncCheckpointer(slow, TrainConfig(), pytest.fail)
     for at in (1, 2, 3):  # the second and third copies go to the memory of the one before
         step()
         at_once.save(now(at))
-        saver.save(now(at))
+        checkpointer.save(now(at))
         step()
         slow.go.set()
-        saver.wait()
+        checkpointer.wait()
         slow.go.clear()
     for at in (1, 2, 3):
         one, other = slow.load(at), at_once.load(at)
         assert same(one.model, other.model) and same(one.state, other.state)
     assert not same(slow.load(1).model, slow.load(2).model)
-    assert saver.kept == (3, False)
+    assert checkpointer.durable == (3, False)
 
 
 def test_one_at_a_time_and_the_wait_is_counted(tmp_path):
     slow = Slow(tmp_path)
-    saver = AsyncCheckpointer(slow, TrainConfig(), pytest.fail)
-    saver.save(owing(snapshot(1)))
-    assert saver.stall_s < 0.2 and saver.kept == (-1, False) and slow.steps() == []
+    checkpointer = AsyncCheckpointer(slow, TrainConfig(), pytest.fail)
+    checkpointer.save(evaluated(snapshot(1)))
+    assert checkpointer.stall_s < 0.2 and checkpointer.durable == (-1, False) and slow.steps() == []
     threading.Timer(0.3, slow.go.set).start()
-    saver.save(owing(snapshot(2)))  # waits for the first
-    assert saver.stall_s > 0.2 and saver.kept == (1, False)
-    saver.wait()
-    assert saver.kept == (2, False) and slow.steps() == [1, 2] and slow.most == 1
+    checkpointer.save(evaluated(snapshot(2)))  # waits for the first
+    assert checkpointer.stall_s > 0.2 and checkpointer.durable == (1, False)
+    checkpointer.wait()
+    assert checkpointer.durable == (2, False) and slow.steps() == [1, 2] and slow.most == 1
 
 
-def test_a_failure_is_told_at_the_next_step_and_the_next_try_works(tmp_path):
+def test_a_failure_is_reported_at_the_next_step_and_the_next_save_works(tmp_path):
     said = []
     blocked = tmp_path / "file"
     blocked.write_text("where a folder should be")
-    saver = AsyncCheckpointer(Checkpoints(blocked / "checkpoints"), TrainConfig(), said.append)
-    saver.save(owing(snapshot(1)))
+    checkpointer = AsyncCheckpointer(Checkpoints(blocked / "checkpoints"), TrainConfig(), said.append)
+    checkpointer.save(evaluated(snapshot(1)))
     deadline = time.monotonic() + 20
     while not said and time.monotonic() < deadline:
-        saver.poll()
+        checkpointer.poll()
     assert (
         len(said) == 1 and "not saved" in said[0] and said[0].endswith("goes on with the checkpoints it has")
     )
-    assert saver.kept == (-1, False)
+    assert checkpointer.durable == (-1, False)
     blocked.unlink()
-    saver.save(owing(snapshot(2)))
-    saver.wait()
-    assert saver.kept == (2, False) and len(said) == 1
+    checkpointer.save(evaluated(snapshot(2)))
+    checkpointer.wait()
+    assert checkpointer.durable == (2, False) and len(said) == 1
 
 
 def test_what_is_no_full_disk_is_raised_where_the_loop_sees_it(tmp_path):
@@ -104,36 +104,40 @@ def test_what_is_no_full_disk_is_raised_where_the_loop_sees_it(tmp_path):
         def save(self, snapshot):
             raise ZeroDivisionError
 
-    saver = AsyncCheckpointer(Broken(tmp_path), TrainConfig(), pytest.fail)
-    saver.save(owing(snapshot(1)))
+    checkpointer = AsyncCheckpointer(Broken(tmp_path), TrainConfig(), pytest.fail)
+    checkpointer.save(evaluated(snapshot(1)))
     with pytest.raises(ZeroDivisionError):
-        saver.wait()
+        checkpointer.wait()
 
 
 def test_the_clock_saves_too(tmp_path):
-    saver = AsyncCheckpointer(
+    checkpointer = AsyncCheckpointer(
         Checkpoints(tmp_path), TrainConfig(checkpoint_every=10, checkpoint_minutes=0.2 / 60), print
     )
-    assert not saver.due(3, None) and saver.due(10, None) and not saver.due(0, None)
+    assert (
+        not checkpointer.should_save(3, None)
+        and checkpointer.should_save(10, None)
+        and not checkpointer.should_save(0, None)
+    )
     time.sleep(0.25)
-    assert saver.due(3, None) and not saver.due(0, None)
-    saver.save(owing(snapshot(3)))
-    assert not saver.due(4, None)
-    saver.wait()
+    assert checkpointer.should_save(3, None) and not checkpointer.should_save(0, None)
+    checkpointer.save(evaluated(snapshot(3)))
+    assert not checkpointer.should_save(4, None)
+    checkpointer.wait()
     never = AsyncCheckpointer(Checkpoints(tmp_path), TrainConfig(checkpoint_minutes=0), print)
-    never._tried -= 1e9
-    assert not never.due(3, None)
+    never._last_save -= 1e9
+    assert not never.should_save(3, None)
 
 
 def test_the_best_so_far_may_still_be_on_its_way(tmp_path):
     slow = Slow(tmp_path)
-    saver = AsyncCheckpointer(slow, TrainConfig(checkpoint_every=100), pytest.fail)
-    assert saver.due(1, 0.5)
-    saver.save(owing(snapshot(1, validation=0.5)))
-    assert not saver.due(2, 0.6) and saver.due(2, 0.4)
+    checkpointer = AsyncCheckpointer(slow, TrainConfig(checkpoint_every=100), pytest.fail)
+    assert checkpointer.should_save(1, 0.5)
+    checkpointer.save(evaluated(snapshot(1, validation=0.5)))
+    assert not checkpointer.should_save(2, 0.6) and checkpointer.should_save(2, 0.4)
     slow.go.set()
-    saver.wait()
-    assert not saver.due(2, 0.6) and saver.due(2, 0.4)
+    checkpointer.wait()
+    assert not checkpointer.should_save(2, 0.6) and checkpointer.should_save(2, 0.4)
 
 
 def test_a_run_saves_by_the_clock_and_what_it_keeps_for_good(trainer):  # noqa: F811
@@ -154,14 +158,14 @@ def test_a_run_saves_by_the_clock_and_what_it_keeps_for_good(trainer):  # noqa: 
 
 def test_an_error_in_the_loop_lets_the_save_under_way_finish(trainer):  # noqa: F811
     run = trainer(steps=9, validate_every=100, checkpoint_every=2)
-    account = run._account
+    log_step = run._log_step
 
     def failing(result, samples):
-        account(result, samples)
+        log_step(result, samples)
         if run.step == 3:
             raise UserError("bad sample")
 
-    run._account = failing
+    run._log_step = failing
     with pytest.raises(UserError, match="bad sample"):
         run.fit(scripted({}))
     assert run.checkpoints.load_latest().step == 2 and not list(run.checkpoints.folder.glob(".*"))

@@ -137,7 +137,9 @@ def test_a_pickle_that_would_run_code_is_refused(saved, tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     meta["crc32c"]["state.pt"] = crc32c.crc32c((folder / "state.pt").read_bytes())
     (folder / "meta.json").write_bytes(seal(meta))
-    with pytest.raises(UserError, match=r"step-00000003: not a whole checkpoint \(Weights only load failed"):
+    with pytest.raises(
+        UserError, match=r"step-00000003: not a complete checkpoint \(Weights only load failed"
+    ):
         saved.load(3)
     assert saved.load_latest().step == 2
     assert not sprung.exists()
@@ -209,7 +211,7 @@ def test_a_file_system_without_links_has_no_latest(saved, monkeypatch):
 
 
 def test_one_passed_over_does_not_push_out_what_is_saved_after_it(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1, say=lambda line: None)
+    checkpoints = Checkpoints(tmp_path, keep=1, warn=lambda line: None)
     for step in (1, 2, 9):
         checkpoints.keep = 3
         checkpoints.save(snapshot(step))
@@ -323,7 +325,7 @@ def test_a_validation_that_is_no_number_is_one_line(saved, validation):
     if validation == "gone":
         del meta["validation"]
     path.write_bytes(seal(meta))
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         saved.load(3)
 
 
@@ -336,5 +338,5 @@ def test_a_state_that_ends_early_under_a_right_checksum_is_one_line(saved):
     meta = json.loads((folder / "meta.json").read_text())
     meta["crc32c"]["state.pt"] = crc32c.crc32c((folder / "state.pt").read_bytes())
     (folder / "meta.json").write_bytes(seal(meta))
-    with pytest.raises(UserError, match=r"not a whole checkpoint \(.+\)$"):
+    with pytest.raises(UserError, match=r"not a complete checkpoint \(.+\)$"):
         saved.load(3)

@@ -1,4 +1,4 @@
-"""The arithmetic of both forms of the up-samplings: counted by hand, by torch, and told on the dry run's page."""
+"""FLOPs of both forms of the up-samplings: counted by hand, by torch, and as --dry-run prints them."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ LEVELS = {"decoder.up_tr256": (4, 8, 8), "decoder.up_tr128": (8, 16, 16), "decod
 
 @pytest.fixture(scope="module")
 def paper():
-    return run_cost(Config(), lambda: build_pretext_and_network(Config()), share=16, bytes_per_value=2)
+    return run_cost(Config(), lambda: build_pretext_and_network(Config()), samples=16, bytes_per_value=2)
 
 
 def counted(samples, forms):
@@ -78,6 +78,6 @@ def test_the_page_tells_both_and_the_forecast_takes_the_one_that_would_run(paper
 
 def test_with_skips_nothing_is_folded():
     config = Config(pretext=PretextConfig(skips=True), optim=OptimConfig(accumulate=2))
-    facts = run_cost(config, lambda: build_pretext_and_network(config), share=1, bytes_per_value=2)
+    facts = run_cost(config, lambda: build_pretext_and_network(config), samples=1, bytes_per_value=2)
     assert facts.folds == () and facts.folded_flops_per_sample == facts.flops_per_sample and facts.passes == 2
     assert facts.flops(3) == 3 * facts.flops_per_sample and "folded" not in "\n".join(facts.lines())

@@ -1,4 +1,4 @@
-"""The forecast against sums done by hand."""
+"""The throughput forecast against values computed by hand."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from p2w.train.estimate import (
     describe_scaling,
     forecast_throughput,
     known_device,
-    link_rates,
+    sustained_rates,
 )
 
 PAPER = {"flops_per_sample": 580e9, "gradient_bytes": 67e6, "sample_bytes": 2 << 20}
@@ -22,10 +22,10 @@ def test_one_rank_is_its_arithmetic():
 
 
 def test_a_ring_moves_every_byte_twice_but_for_its_own_share():
-    pieces = MachineRates(1e14, 1e9, 1e8, hop_s=0.0)
-    assert all_reduce_s(pieces, 1e9, 2, 8) == pytest.approx(1.0)
-    assert all_reduce_s(pieces, 1e9, 4, 8) == pytest.approx(1.5)
-    assert all_reduce_s(pieces, 1e9, 4, 2) == pytest.approx(15.0)  # over the slower wire between nodes
+    rates = MachineRates(1e14, 1e9, 1e8, hop_s=0.0)
+    assert all_reduce_s(rates, 1e9, 2, 8) == pytest.approx(1.0)
+    assert all_reduce_s(rates, 1e9, 4, 8) == pytest.approx(1.5)
+    assert all_reduce_s(rates, 1e9, 4, 2) == pytest.approx(15.0)  # over the slower wire between nodes
 
 
 def test_a_tree_is_taken_where_hops_cost_more_than_bytes():
@@ -48,14 +48,14 @@ def test_sums_hide_behind_the_backward_pass_but_for_the_last_bucket():
 
 
 def test_slow_reading_is_the_limit():
-    pieces = MachineRates(580e15, 1e15, 1e15, hop_s=0.0, read_bytes_per_s=2 << 20)
-    found = forecast_throughput(pieces, ranks=16, per_node=8, batch=16, **PAPER)
+    rates = MachineRates(580e15, 1e15, 1e15, hop_s=0.0, read_bytes_per_s=2 << 20)
+    found = forecast_throughput(rates, ranks=16, per_node=8, batch=16, **PAPER)
     assert found.step_s == pytest.approx(1.0) and found.limit == "reading"
 
 
 def test_known_cards():
-    name, pieces = known_device("NVIDIA H200")
-    low, high = link_rates(pieces)
+    name, rates = known_device("NVIDIA H200")
+    low, high = sustained_rates(rates)
     assert name == "H200" and known_device("AMD EPYC") is None
     rates = [
         forecast_throughput(one, ranks=1, per_node=8, batch=16, **PAPER).samples_per_s for one in (low, high)

@@ -15,8 +15,8 @@ from p2w.model.decoder import EncoderDecoder
 from p2w.model.fold import FOLDED
 from p2w.model.forms import PLAIN, Formed, forms_of, set_forms
 from p2w.model.unet3d import UNet3dDecoder, folded_by_count
-from p2w.train import layer_probe
-from p2w.train.form_choice import RECORD, choose_forms, processor_seconds, read_record
+from p2w.train import isolated_layer
+from p2w.train.form_choice import RECORD, choose_forms, read_form_record, wall_seconds
 from p2w.train.optim import Precision
 from p2w.world import World
 
@@ -68,7 +68,7 @@ def network(count=2, have=None):
 def choose(model, warned=None, **more):
     more = {
         "rule": "measure",
-        "timer": processor_seconds,
+        "timer": wall_seconds,
         "precision": FP32,
         "world": WORLD,
         "shape": SHAPE,
@@ -101,12 +101,12 @@ def test_the_fastest_form_that_computes_the_same_is_taken(precision):
 
 
 def test_of_a_large_batch_a_few_samples_are_compared_and_each_distinct_module_is_timed_once(monkeypatch):
-    monkeypatch.setattr(layer_probe, "DRAWN", 1)
+    monkeypatch.setattr(isolated_layer, "MAX_DRAWN_VALUES", 1)
     calls = []
 
     def timer(call):
         calls.append(call)
-        return processor_seconds(call)
+        return wall_seconds(call)
 
     model = nn.Sequential(*network(3), nn.AvgPool3d(2), *network(1))
     warned = []
@@ -176,22 +176,22 @@ def test_what_was_chosen_is_taken_again_on_the_same_device_and_anew_on_another(t
     model, warned = network(), []
     first = choose(model)
     first.write(tmp_path)
-    record = read_record(tmp_path, warned.append)
+    record = read_form_record(tmp_path, warned.append)
     assert record == json.loads((tmp_path / RECORD).read_text()) == first.record
     record["forms"]["0"] = "slow"  # which no measurement would take
     again = choose(model, warned, recorded=record, timer=refuse)
     assert again.forms == {"0": "slow", "1": "fast"} and again.record == record
     assert "as recorded in kernels.json" in again.line
     for change, says in (
-        ({"shape": (2, 1, 8, 8, 8)}, "(anew, input was [4, 1, 8, 8, 8], is [2, 1, 8, 8, 8])"),
-        ({"precision": BF16}, "(anew, precision was fp32, is bf16)"),
+        ({"shape": (2, 1, 8, 8, 8)}, "(chosen again: input was [4, 1, 8, 8, 8], is [2, 1, 8, 8, 8])"),
+        ({"precision": BF16}, "(chosen again: precision was fp32, is bf16)"),
     ):
         other = choose(model, recorded=record, **change)
         assert other.forms == {"0": "fast", "1": "fast"} and says in other.line
     monkeypatch.setattr(World, "machine", lambda self: {"device": "another card"})
     other = choose(model, recorded=record)
     assert other.forms == {"0": "fast", "1": "fast"} and other.record["device"] == "another card"
-    assert f"(anew, device was {record['device']}, is another card)" in other.line
+    assert f"(chosen again: device was {record['device']}, is another card)" in other.line
     assert warned == []
 
 
@@ -208,7 +208,7 @@ def test_a_recorded_form_that_is_wrong_or_missing_now_is_left_out(monkeypatch):
         again = choose(model, recorded=record)
         assert (
             again.forms == {"0": "fast", "1": "fast"}
-            and "(anew, kernels.json names other modules)" in again.line
+            and "(chosen again: kernels.json names other modules)" in again.line
         )
     model = network(1, (PLAIN, "elsewhere"))
     record = {**choose(model).record, "forms": {"0": "elsewhere"}}
@@ -220,9 +220,9 @@ def test_a_recorded_form_that_is_wrong_or_missing_now_is_left_out(monkeypatch):
 )
 def test_a_record_that_makes_no_sense_is_a_warning(tmp_path, text):
     warned = []
-    assert read_record(tmp_path, warned.append) is None and warned == []
+    assert read_form_record(tmp_path, warned.append) is None and warned == []
     (tmp_path / RECORD).write_bytes(text.encode(errors="surrogateescape"))
-    assert read_record(tmp_path, warned.append) is None
+    assert read_form_record(tmp_path, warned.append) is None
     assert len(warned) == 1 and warned[0].startswith(str(tmp_path / RECORD))
 
 

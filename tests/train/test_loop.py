@@ -1,4 +1,4 @@
-"""The loop's bookkeeping, in one process: what counts as a validation, what is kept, when a run is given up."""
+"""The training loop in one process: which evaluation is a validation, which checkpoints are kept, when a run ends."""
 
 import contextlib
 
@@ -114,7 +114,7 @@ def test_a_run_made_longer_counts_the_validations_of_one_that_was_long(trainer):
     assert longer.stepper.schedule.state_dict() == {"factor": 0.5, "best": 0.5, "bad": 1}  # of steps 4 and 8
 
 
-def test_a_damaged_last_checkpoint_is_written_anew(trainer, tmp_path):
+def test_a_damaged_last_checkpoint_is_written_again(trainer, tmp_path):
     settings = {"steps": 5, "validate_every": 100, "checkpoint_every": 2}
     trainer(**settings).fit(scripted({}))
     last = tmp_path / "checkpoints" / "step-00000005" / "model.safetensors"
@@ -126,7 +126,7 @@ def test_a_damaged_last_checkpoint_is_written_anew(trainer, tmp_path):
     assert last.read_bytes() == sound
 
 
-def test_a_look_that_was_broken_off_is_made_up_for_once(trainer):
+def test_an_interrupted_evaluation_is_repeated_once(trainer):
     """Killed after the look that was owed and before the next checkpoint: it is done and logged again, not twice."""
     losses = {0: 0.9, 2: 0.5, 4: 0.6, 6: 0.7, 8: 0.4}
     settings = {"steps": 8, "validate_every": 2, "checkpoint_every": 100}

@@ -1,4 +1,4 @@
-"""Which optimizer, which precision, which rate: chosen as asked, refused in one line, computed as by hand."""
+"""Optimizer, precision and learning rate: chosen as the settings say, refused with one line, computed as by hand."""
 
 import copy
 import importlib
@@ -46,7 +46,7 @@ def test_no_apex_is_said_in_one_line():
 
 
 @pytest.mark.parametrize("nvidia", [False, True])
-def test_the_wrong_apex_is_told_from_the_right_one(tmp_path, monkeypatch, nvidia):
+def test_the_wrong_apex_is_recognised(tmp_path, monkeypatch, nvidia):
     """PyPI's apex as it lies on disk: a Pyramid toolkit without `optimizers`; it must not even be imported."""
     package = tmp_path / "apex"
     package.mkdir()

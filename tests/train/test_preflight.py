@@ -1,4 +1,4 @@
-"""A sound machine passes, and what computes wrongly is found and named; what was found sound is remembered."""
+"""Preflight checks: a correct machine passes, a wrong result is found and named, and a passed check is cached."""
 
 import threading
 from collections import Counter
@@ -13,9 +13,9 @@ from p2w.model import build_encoder
 from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder
-from p2w.train import layer_probe, preflight, verdicts
+from p2w.train import check_cache, isolated_layer, preflight
 from p2w.train.optim import Precision
-from p2w.train.preflight import check_numerics, wrong_convolution, wrong_crop
+from p2w.train.preflight import check_numerics, convolution_error, crop_resize_error
 from p2w.world import World
 
 CPU, BF16 = torch.device("cpu"), Precision("bf16", torch.bfloat16, "asked for")
@@ -31,8 +31,8 @@ def test_a_sound_machine_passes_and_nothing_is_touched(layout):
     model = network().to(memory_format=layout)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    assert wrong_convolution(model, BF16, (2, 1, 16, 32, 32), CPU) == ""
-    assert wrong_convolution(model, Precision("fp32", None, ""), (2, 1, 16, 32, 32), CPU) == ""
+    assert convolution_error(model, BF16, (2, 1, 16, 32, 32), CPU) == ""
+    assert convolution_error(model, Precision("fp32", None, ""), (2, 1, 16, 32, 32), CPU) == ""
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
@@ -56,7 +56,7 @@ def test_a_convolution_that_is_wrong_in_bf16_is_named(monkeypatch, what):
         return torch.nn.functional.conv3d(x, weight, self.bias, padding=1)
 
     monkeypatch.setattr(Conv3d, "forward", forward)
-    told = wrong_convolution(network(), BF16, (1, 1, 32, 16, 16), CPU)
+    told = convolution_error(network(), BF16, (1, 1, 32, 16, 16), CPU)
     assert told.startswith(f"encoder.down_tr512.ops.0.conv1: {what} in bf16 differs from float32 by 0.0"), (
         told
     )
@@ -64,7 +64,7 @@ def test_a_convolution_that_is_wrong_in_bf16_is_named(monkeypatch, what):
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_a_sound_crop_passes(antialias):
-    assert wrong_crop(PretextConfig(antialias=antialias), CPU) == ""
+    assert crop_resize_error(PretextConfig(antialias=antialias), CPU) == ""
 
 
 @pytest.mark.parametrize("fault", ["half a voxel", "nothing written", "window"])
@@ -87,12 +87,12 @@ def test_a_crop_that_is_wrong_is_found(monkeypatch, fault):
         )
 
     monkeypatch.setattr(crop_resize_torch, "run", wrong)
-    assert "differs from float64 by" in wrong_crop(PretextConfig(), CPU)
+    assert "differs from float64 by" in crop_resize_error(PretextConfig(), CPU)
 
 
 def test_what_a_run_keeps_frozen_is_checked_too():
     model = network(2).requires_grad_(False)
-    assert wrong_convolution(model, BF16, (1, 1, 16, 16, 16), CPU) == ""
+    assert convolution_error(model, BF16, (1, 1, 16, 16, 16), CPU) == ""
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -116,7 +116,7 @@ class Worse(torch.autograd.Function):
 @pytest.mark.parametrize("what", ["", "output", "input's gradient", "weights' gradient"])
 def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(monkeypatch, what):
     """Of 6 samples 2 are drawn; the fault is in the last sample, or in the last filter's gradient."""
-    monkeypatch.setattr(layer_probe, "DRAWN", 1)
+    monkeypatch.setattr(isolated_layer, "MAX_DRAWN_VALUES", 1)
 
     def forward(self, x, biased=True):
         weight = self.weight
@@ -128,7 +128,7 @@ def test_of_a_large_batch_every_sample_is_compared_with_the_few_that_it_repeats(
         return Worse.apply(output, False) if wrong else output
 
     monkeypatch.setattr(Conv3d, "forward", forward)
-    told = wrong_convolution(torch.nn.Sequential(Conv3d(1, 4, 3, padding=1)), BF16, (6, 1, 8, 8, 8), CPU)
+    told = convolution_error(torch.nn.Sequential(Conv3d(1, 4, 3, padding=1)), BF16, (6, 1, 8, 8, 8), CPU)
     assert told.startswith(f"0: {what} in bf16") if what else told == "", told
 
 
@@ -149,7 +149,7 @@ def test_each_distinct_convolution_is_computed_once_and_only_the_tested_pass_may
     model = torch.nn.Sequential(
         Conv3d(1, 4, 3, padding=1), *alike, torch.nn.MaxPool3d(2), Conv3d(4, 4, 3, padding=1)
     )
-    assert wrong_convolution(model, BF16, (1, 1, 8, 8, 8), CPU) == ""
+    assert convolution_error(model, BF16, (1, 1, 8, 8, 8), CPU) == ""
     counted = {key: count for key, count in seen.items() if count}
     assert counted == {
         (8, False, False, "ieee"): 2, (8, True, True, before): 2,
@@ -189,9 +189,9 @@ def test_what_was_found_sound_is_not_computed_again_until_something_changes(chec
     assert checks() == (BF16, 0, [])
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert checks()[1] == 2 and checks()[1] == 0
-    monkeypatch.setattr(verdicts, "STEERING", ("P2W_TEST",))
+    monkeypatch.setattr(check_cache, "KERNEL_VARIABLES", ("P2W_TEST",))
     assert checks()[1] == 2
-    monkeypatch.setattr(verdicts, "_code", lambda: "changed source")
+    monkeypatch.setattr(check_cache, "_source_hash", lambda: "changed source")
     assert checks()[1] == 2
     assert checks(Precision("fp32", None, "")) == (Precision("fp32", None, ""), 0, [])
 
@@ -237,7 +237,7 @@ def test_ranks_may_remember_the_same_verdict_at_once(tmp_path, monkeypatch):
     warned = []
     threads = [
         threading.Thread(
-            target=lambda: [verdicts.remember({"rank": [1, 2]}, warned.append) for _ in range(20)]
+            target=lambda: [check_cache.record_pass({"rank": [1, 2]}, warned.append) for _ in range(20)]
         )
         for _ in range(6)
     ]
@@ -246,8 +246,8 @@ def test_ranks_may_remember_the_same_verdict_at_once(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert warned == [] and len(list((tmp_path / "p2w").iterdir())) == 1
-    assert verdicts.is_remembered({"rank": (1, 2)}, warned.append) and warned == []
-    assert not verdicts.is_remembered({"rank": [1, 3]}, warned.append)
+    assert check_cache.passed_before({"rank": (1, 2)}, warned.append) and warned == []
+    assert not check_cache.passed_before({"rank": [1, 3]}, warned.append)
 
 
 @pytest.mark.gpu
@@ -261,7 +261,7 @@ def test_on_a_gpu_the_papers_network_is_sound_and_a_layers_memory_is_enough(name
     precision = Precision(name, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name), "")
     before = torch.cuda.get_rng_state()
     torch.cuda.reset_peak_memory_stats()
-    assert wrong_convolution(model, precision, (16, 1, 32, 64, 64), device) == ""
+    assert convolution_error(model, precision, (16, 1, 32, 64, 64), device) == ""
     assert torch.cuda.max_memory_allocated() < 8 * 2**30
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert torch.backends.cudnn.benchmark and torch.backends.cudnn.conv.fp32_precision == settings

@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation is one pass, clipping is by the whole norm, a bad gradient leaves no trace."""
+"""One optimizer step: accumulation equals one pass, clipping uses the norm of all weights, skips leave no trace."""
 
 import copy
 

@@ -15,9 +15,9 @@ from p2w.train.stop import StopRequest
 def test_a_signal_sets_the_flag_and_handlers_are_restored(number):
     before = {one: signal.getsignal(one) for one in StopRequest.SIGNALS}
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.asked and stop.name == number.name
+        assert stop.requested and stop.name == number.name
     assert {one: signal.getsignal(one) for one in StopRequest.SIGNALS} == before
 
 
@@ -26,7 +26,7 @@ import sys, time
 from p2w.train.stop import StopRequest
 with StopRequest() as stop:
     print("open", flush=True)
-    while not stop.asked: time.sleep(0.01)
+    while not stop.requested: time.sleep(0.01)
     print("asked", flush=True)
     time.sleep(float(sys.argv[1]))
 print("saved", flush=True)

@@ -68,13 +68,13 @@ class Steps:
         with self.stream:
             batches = self.stream.batches(*divmod(trainer.step, self.stream.steps_per_epoch))
             for _ in range(count):
-                trainer._one(next(batches))
+                trainer.train_step(next(batches))
             settle(self.device)
         return {name: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
 
     def save(self):
         self.trainer.save()
-        self.trainer.saver.wait()
+        self.trainer.checkpointer.wait()
         return self
 
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written
     run = Steps(tiny_set, tmp_path / "run", device)
     run.take(2)
     checkpoints = Waits(tmp_path / "slow")
-    saver = AsyncCheckpointer(checkpoints, TrainConfig(), pytest.fail)
+    checkpointer = AsyncCheckpointer(checkpoints, TrainConfig(), pytest.fail)
     places: set[int] = set()
     for at in (2, 4):
         checkpoints.go.clear()
@@ -151,8 +151,8 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written
             for one in optimizer["state"].values()
         ]
         state = {"optimizer": optimizer, "owed": False}
-        saver.save(Snapshot(at, run.trainer.model.state_dict(), state, None))
-        copies = [tensor for _, tensor in saver._memory.values()]
+        checkpointer.save(Snapshot(at, run.trainer.model.state_dict(), state, None))
+        copies = [tensor for _, tensor in checkpointer._memory.values()]
         memory = {tensor.data_ptr() for tensor in copies}
         assert memory == (places or memory)
         places = memory
@@ -160,7 +160,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on_while_it_is_written
             assert sum(tensor.is_pinned() for tensor in copies) >= len(expected)
         run.take(2)  # the run goes on
         checkpoints.go.set()
-        saver.wait()
+        checkpointer.wait()
         found = checkpoints.load(at)
         assert same(found.model, expected)
         kept = found.state["optimizer"]["state"].values()

@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, written by the trainer's own writers."""
+"""A run folder as training leaves it, written by the trainer's own code."""
 
 from dataclasses import replace
 

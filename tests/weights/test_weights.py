@@ -101,7 +101,7 @@ def test_a_run_that_noted_no_data_set_has_a_card_without_spacing(trained_run, tm
     del starts["starts"][-1]["data_set"]
     (run / "run.json").write_text(json.dumps(starts))
     export.main([str(run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
-    assert "did not note its scans' spacing" in (tmp_path / "out" / "README.md").read_text()
+    assert "did not record the spacing of its scans" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_more_input_channels_come_back(tmp_path):
@@ -140,7 +140,7 @@ def test_what_is_not_ours_is_refused(trained_run, tmp_path):
             p2w.load(path)
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 10, 20"):
         export.main([str(trained_run), "--to", "safetensors", "--step", "5"])
-    with pytest.raises(UserError, match=r"no folder of ours"):
+    with pytest.raises(UserError, match=r"no folder that p2w export wrote"):
         export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""Skipped steps, as they are counted when each is read at once, and when the newest is not read yet (on a GPU)."""
+"""Counts of skipped steps, when each norm is read at once, and when the newest is not read yet (on a GPU)."""
 
 import json
 
@@ -8,12 +8,12 @@ import torch
 from p2w.errors import UserError
 from p2w.log import Log
 from p2w.train.budgets import NonfiniteSteps
-from p2w.train.step import Copied, StepResult
+from p2w.train.step import HostScalar, StepResult
 from p2w.world import World
 
 
 def result(norm: float) -> StepResult:
-    return StepResult(torch.tensor(norm), {}, Copied(torch.tensor(norm)))
+    return StepResult(torch.tensor(norm), {}, HostScalar(torch.tensor(norm)))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The self-check at a start, on a GPU: a sound card passes, what computes wrongly is found and named."""
+"""Preflight checks on a GPU: a correct GPU passes, and a wrong result is found and named."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder
 from p2w.train.optim import Precision
-from p2w.train.preflight import wrong_convolution, wrong_crop
+from p2w.train.preflight import convolution_error, crop_resize_error
 
 CUDA = torch.device("cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +31,7 @@ def test_a_sound_card_passes_and_nothing_is_touched(name, layout):
     model = network(CUDA, layout)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.cuda.get_rng_state()
-    assert wrong_convolution(model, Precision(name, DTYPES[name], ""), (4, 1, 16, 32, 32), CUDA) == ""
+    assert convolution_error(model, Precision(name, DTYPES[name], ""), (4, 1, 16, 32, 32), CUDA) == ""
     settle(CUDA)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(torch.cuda.get_rng_state(), random)
@@ -47,14 +47,14 @@ def test_a_convolution_that_is_wrong_is_named(monkeypatch, name):
         return right * 1.1 if torch.is_autocast_enabled("cuda") and x.shape[2] == 4 else right
 
     monkeypatch.setattr(Conv3d, "forward", forward)
-    said = wrong_convolution(network(CUDA), Precision(name, DTYPES[name], ""), (4, 1, 16, 32, 32), CUDA)
+    said = convolution_error(network(CUDA), Precision(name, DTYPES[name], ""), (4, 1, 16, 32, 32), CUDA)
     assert "down_tr256" in said and name in said and "cuda" in said
 
 
 @pytest.mark.parametrize("antialias", [True, False])
 @CPU_AND_GPU
 def test_crop_resize_is_sound(device, antialias):
-    assert wrong_crop(PretextConfig(antialias=antialias), device) == ""
+    assert crop_resize_error(PretextConfig(antialias=antialias), device) == ""
     settle(device)
 
 
@@ -71,4 +71,4 @@ def test_a_wrong_crop_is_named(monkeypatch, device):
         part += 0.01
 
     monkeypatch.setattr(module, "run", run)
-    assert "differs from float64 by 0.01" in wrong_crop(PretextConfig(), device)
+    assert "differs from float64 by 0.01" in crop_resize_error(PretextConfig(), device)

@@ -1,6 +1,6 @@
-"""The forge of tests/launch, with traps: files that make a rank raise or its clock jump, and steps whose target is NaN.
+"""The forge of tests/launch with fault hooks: trap files that make a rank raise or its clock jump, and NaN targets.
 
-The bulk of the soak's lives are forked here; a stated share goes through torchrun, which runs launch/train.py untouched.
+Most starts of the soak are forked here; a stated share goes through torchrun, which runs launch/train.py unchanged.
 """
 
 import os
@@ -12,11 +12,11 @@ import forge  # tests/launch/forge.py
 from p2w.train.step import Stepper
 
 JUMP_S = -3600.0
-untrapped = forge.become_rank
+forge_become_rank = forge.become_rank
 
 
-def sprung(trap: Path) -> bool:
-    """Whether the file was there; it is gone then, so that a trap goes off once."""
+def triggered(trap: Path) -> bool:
+    """Whether the trap file existed; it is deleted, so that a trap is triggered once."""
     try:
         os.unlink(trap)
     except FileNotFoundError:
@@ -25,13 +25,13 @@ def sprung(trap: Path) -> bool:
 
 
 def set_traps(folder: Path, poison: list[int], rank: int, ranks: int) -> None:
-    """Look for traps before every step of this rank."""
+    """Check for trap files before every step of this rank."""
     step_of, clock = Stepper.step, time.time
 
     def step(self, views, number, *rest, **named):
-        if sprung(folder / f"raise-{rank}"):
+        if triggered(folder / f"raise-{rank}"):
             raise RuntimeError(f"injected at step {number}: rank {rank} raises")
-        if sprung(folder / f"clock-{rank}"):
+        if triggered(folder / f"clock-{rank}"):
             time.time = lambda: clock() + JUMP_S
         if number in poison and rank == number % ranks:
             views.target.fill_(float("nan"))
@@ -41,10 +41,10 @@ def set_traps(folder: Path, poison: list[int], rank: int, ranks: int) -> None:
 
 
 def become_rank(request: dict, rank: int, port: int) -> None:
-    """Set the traps, then what the forge does."""
+    """Set the traps, then run the rank as the forge does."""
     own = request["argvs"].get(str(rank), request["argv"])
     set_traps(Path(request["traps"]), request["poison"], rank, request["ranks"])
-    untrapped({**request, "argv": own}, rank, port)
+    forge_become_rank({**request, "argv": own}, rank, port)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One life of a run: the ranks of launch/train.py, through torchrun as users start it or forked (0.1 s instead of ten)."""
+"""One start of a run: the ranks of launch/train.py, through torchrun as users start it, or forked (0.1 s, not 10 s)."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def alive(pid: int) -> bool:
 
 
 class Torchrun:
-    """torchrun and its ranks."""
+    """A run that torchrun started, and its ranks."""
 
     def __init__(
         self, folder: Path, argv: list[str], ranks: int, restarts: int, script: str = "launch/train.py"
@@ -54,7 +54,7 @@ class Torchrun:
         return self.process.pid
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks there are just now."""
+        """Process ids of the current ranks."""
         try:
             found = [
                 one.pid for one in psutil.Process(self.process.pid).children() if self.script in one.cmdline()
@@ -65,7 +65,7 @@ class Torchrun:
         return sorted(found)
 
     def running(self) -> bool:
-        """Whether torchrun or a rank it left behind is there."""
+        """Whether torchrun or one of its ranks still runs."""
         return self.process.poll() is None or any(map(alive, self.seen))
 
     def codes(self) -> list[int]:
@@ -79,30 +79,30 @@ class Torchrun:
 
 
 class Forge:
-    """The process that forks ranks; one life at a time."""
+    """The process that forks ranks, for one run at a time."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, REPO / "bench" / "faults" / "trapped.py"],
+            [sys.executable, REPO / "bench" / "faults" / "fault_hooks.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=REPO, env={**os.environ, **ENV},
             start_new_session=True,
         )  # fmt: skip
 
     def ask(self, request: dict) -> None:
-        """Hand it a line."""
+        """Send it a line."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
 
     def answer(self, seconds: float | None = None) -> list[int] | None:
-        """Its next line; None when none comes in time. Lines are far apart, so nothing is left in Python's buffer."""
+        """Its next line; None after the time-out. Lines are far apart, so Python's buffer is empty afterwards."""
         assert self.process.stdout
         if seconds is not None and not select.select([self.process.stdout], [], [], seconds)[0]:
             return None
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        """No more lives."""
+        """End the forge."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(20)
@@ -136,7 +136,7 @@ class Forked:
         return self._pids
 
     def running(self) -> bool:
-        """Whether a rank is there."""
+        """Whether a rank still runs."""
         if self._codes is None:
             self._codes = self.forge.answer(0)
         return self._codes is None
@@ -155,4 +155,4 @@ class Forked:
             self.codes()
 
 
-Life = Torchrun | Forked
+LaunchedRun = Torchrun | Forked

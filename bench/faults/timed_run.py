@@ -1,4 +1,4 @@
-"""The two ways of bench/goodput.py, watched by the clock: which step they are at, what a kill cost them."""
+"""The two trainers of bench/goodput.py, timed: the current step, and the cost of a kill."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from faults.lives import Torchrun
+from faults.launched_run import Torchrun
 from faults.runs import noted
 
 STUCK_S = 90.0  # without a new step; a start takes ten to thirty seconds
@@ -14,7 +14,7 @@ TAIL = 1 << 14
 
 
 class Way:
-    """A run under torchrun --max-restarts, killed now and then."""
+    """A run under torchrun --max-restarts whose ranks are killed."""
 
     name = ""
     lag_s = 0.0
@@ -30,21 +30,21 @@ class Way:
         self._start, self._moved = 0, 0.0
 
     def begin(self) -> None:
-        """Type the command."""
+        """Run the command."""
         self.life = Torchrun(self.folder, self.argv(), 2, 1000, self.script)
 
     def end(self) -> None:
-        """Over."""
+        """End it."""
         self.life.kill()
 
     def wait_for_a_step(self, before: int) -> None:
-        """Until the first step; the clock runs from there."""
+        """Wait until the first step, at which the time starts."""
         while not self.tail() or self.starts() <= before:
             time.sleep(0.05)
         self._start, self.reached = self.starts(), self.tail()[-1]["step"]
 
     def tail(self) -> list[dict]:
-        """The newest lines of the log of steps since the last start."""
+        """The newest lines of the log of steps."""
         path, lines = self.steps, []
         if not path.exists():
             return []
@@ -68,7 +68,7 @@ class Way:
         self._moved = now
 
     def look(self, now: float) -> int:
-        """Note where the run stands; 1 when it was stuck and had to be started by hand."""
+        """Record the run's step; returns 1 when it was stuck and had to be started by hand."""
         starts = self.starts()
         if starts > self._start and (begun := self.resumed(starts)) is not None:
             step = self.tail()[-1]["step"] if self.tail() else 0
@@ -114,22 +114,22 @@ class Whole(Way):
         return [*flags, "--shards", str(self.set), "--run-dir", str(self.run)]
 
     def starts(self) -> int:
-        """How often ranks took hold of the run."""
+        """The number of starts."""
         return len(noted(self.run))
 
     def resumed(self, starts: int) -> int | None:
-        """The step that the newest start took up, once it has."""
+        """The step at which the newest start continued, if it has."""
         return noted(self.run)[-1].get("from_step")
 
     def look(self, now: float) -> int:
-        """Stalls too."""
+        """As in Way; also records stalls."""
         for line in self.tail():
             if (stall := line.get("speed/checkpoint_stall_s", 0.0)) > 0:
                 self.stalls[line["step"]] = stall
         return super().look(now)
 
     def stall_s(self) -> float:
-        """Seconds for which a save kept the loop."""
+        """Seconds for which the loop waited for a save."""
         return sum(self.stalls.values()) / max(1, len(self.stalls))
 
     def every(self, step_s: float) -> float:
@@ -148,7 +148,7 @@ class Plain(Way):
         self.steps = self.folder / "steps.jsonl"
 
     def argv(self) -> list[str]:
-        """As the tutorial has it."""
+        """The command, as in the tutorial."""
         flags = ["--data", str(self.data), "--folder", str(self.folder), "--batch", str(self.batch)]
         return [*flags, "--epoch-steps", str(self.epoch_steps)]
 
@@ -161,11 +161,11 @@ class Plain(Way):
         return [entry[what] for entry in map(json.loads, lines) if what in entry]
 
     def starts(self) -> int:
-        """How often ranks began."""
+        """The number of starts."""
         return len(self._told("start"))
 
     def resumed(self, starts: int) -> int | None:
-        """The step that the newest start began with."""
+        """The step at which the newest start continued."""
         return self._told("start")[-1]
 
     def stall_s(self) -> float:

@@ -1,9 +1,9 @@
-"""What do an encoder's features tell of a target task before they are fine-tuned?
+"""How well do an encoder's features separate the classes of a target task, without fine-tuning? A linear probe.
 
-    python bench/evidence/frozen.py TARGETS/ncc random runs/p2w runs/autoencoder     # AUC at each level, rank of the last
+    python bench/evidence/linear_probe.py TARGETS/ncc random runs/p2w runs/autoencoder  # AUC of each level, rank
 
-A logistic regression on each level's features, their mean and maximum over space, fitted on all training samples and
-judged on the test samples. Batch norm takes the statistics of the task's own samples, as at the start of fine-tuning.
+A logistic regression on the mean and maximum over space of each level's features, fitted on all training samples and
+evaluated on the test samples. Batch norm uses the statistics of each batch, as at the start of fine-tuning.
 N = samples, C = channels.
 """
 
@@ -29,7 +29,7 @@ WIDTH, BATCH = 8, 64
 
 
 def unit(source: TargetSet, split: str) -> tuple[Tensor, NDArray[Any]]:
-    """Samples (N, 1, D, H, W) in [0, 1] and labels (N,); of a set with folds, those where fold 0 is tested on."""
+    """Samples (N, 1, D, H, W) in [0, 1] and labels (N,); for a set with folds, with fold 0 as the test set."""
     voxels, labels = source.read(source.rows(split, 0 if source.folds else None))
     low, high = source.window
     return ((voxels.float() - low) / (high - low)).clamp(0, 1), labels.numpy()
@@ -37,7 +37,7 @@ def unit(source: TargetSet, split: str) -> tuple[Tensor, NDArray[Any]]:
 
 @torch.no_grad()
 def pooled(encoder: nn.Module, x: Tensor) -> list[NDArray[np.float32]]:
-    """(N, 2 C) of every level."""
+    """Features (N, 2 C) of every level."""
     encoder.train()
     parts = [encoder(some) for some in x.split(BATCH)]
     return [
@@ -46,8 +46,8 @@ def pooled(encoder: nn.Module, x: Tensor) -> list[NDArray[np.float32]]:
     ]
 
 
-def told(encoder: nn.Module, source: TargetSet) -> list[float]:
-    """AUC on the test samples, level by level, from the finest to the bottleneck."""
+def level_aucs(encoder: nn.Module, source: TargetSet) -> list[float]:
+    """AUC on the test samples for each level, from the finest to the bottleneck."""
     (x, labels), (x_test, labels_test) = unit(source, "train"), unit(source, "test")
     found = []
     for seen, asked in zip(pooled(encoder, x), pooled(encoder, x_test), strict=True):
@@ -56,26 +56,27 @@ def told(encoder: nn.Module, source: TargetSet) -> list[float]:
     return found
 
 
-def rank(encoder: nn.Module, source: TargetSet) -> float:
+def feature_rank(encoder: nn.Module, source: TargetSet) -> float:
     """Effective rank of the bottleneck's mean features of the test samples."""
     features = pooled(encoder, unit(source, "test")[0])[-1].astype(np.float64)
     return effective_rank(features[:, : features.shape[1] // 2])
 
 
 def encoder_of(start: str | Path) -> nn.Module:
-    """`random`, with seed 0, or what a run has learned."""
+    """The encoder of a run, or for `random` one initialised with seed 0."""
     torch.manual_seed(0)
     return build_encoder("unet3d", WIDTH) if str(start) == "random" else p2w.load(start)
 
 
 def main() -> None:
+    """Print a row for each encoder of the command line."""
     source = open_target(sys.argv[1])
     for start in sys.argv[2:]:
         encoder = encoder_of(start)
         print(
             start,
-            *(f"{auc:.3f}" for auc in told(encoder, source)),
-            f"rank {rank(encoder, source):.1f}",
+            *(f"{auc:.3f}" for auc in level_aucs(encoder, source)),
+            f"rank {feature_rank(encoder, source):.1f}",
             flush=True,
         )
 
