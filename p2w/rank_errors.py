@@ -1,8 +1,8 @@
-"""How a command that runs on several ranks ends after an error: which rank says it, what the others do, the exit codes.
+"""How a command on several ranks ends after an error: which rank prints the message, what the others do, the exit codes.
 
-Every rank writes its error where torchrun looks for it, so torchrun's report ends with that line whichever rank it names.
-On the terminal one rank says what several know: local rank 0 of a node what is refused before the ranks have met, rank 0
-what they found out together. Exit code 2: bad input; 1: anything else.
+Every rank writes its error to the file that torchrun reads, so that torchrun's report ends with that line whichever rank it
+names. On the terminal only one rank prints an error that several have: local rank 0 of each node before the ranks have
+joined the process group, rank 0 for errors that all ranks raise together. Exit code 2: bad input; 1: anything else.
 """
 
 import contextlib
@@ -15,16 +15,19 @@ from typing import NoReturn
 from p2w.errors import SharedError, UserError
 from p2w.world import World
 
-SPEAKER_S = 5.0  # at most, to wait for the rank that says it for all
-HEARD_S = 2.0  # at most, for rank 0 to wait until the others know that it has said it
+SPEAKER_S = 5.0  # longest wait for the rank that prints the message
+HEARD_S = 2.0  # longest wait of rank 0 until the others know that it has printed the message
 POLL_S = 0.02
-REPORTED, HEARD = "error reported", "error heard"  # keys of the ranks' store; the second counts ranks
+REPORTED, HEARD = (
+    "error reported",
+    "error heard",
+)  # keys in the store of the process group; HEARD counts ranks
 
 
 def refuse(world: World, error: UserError | SystemExit) -> int:
-    """Before the ranks have met: raise `error` again where this process says it for its node, else return exit code 2.
+    """End before the ranks have met: raise `error` again on the rank that prints for its node, else return exit code 2.
 
-    `SystemExit` is the argument parser's, after a complaint or after `--help`.
+    `SystemExit` comes from the argument parser, after an error or after `--help`.
     """
     if isinstance(error, UserError):
         world.report_to_torchrun(f"error: {error}")
@@ -32,15 +35,15 @@ def refuse(world: World, error: UserError | SystemExit) -> int:
         raise error
     if world.speaks:
         raise error
-    # torchrun ends all ranks of a node when the first of them leaves: that is to be the one that says why.
+    # torchrun ends all ranks of a node when the first one exits: that should be the one that prints the message.
     time.sleep(SPEAKER_S)
     return 2
 
 
 def leave(world: World, error: Exception) -> NoReturn:
-    """After the ranks have met, or were to: say what is to be said and end this process, without a collective.
+    """End after the ranks have met, or failed to: print the message and end this process, without a collective.
 
-    In one process an error that is not the user's is raised again, with its traceback.
+    In a run of one process, an error other than a UserError is raised again, with its traceback.
     """
     if isinstance(error, SharedError):
         _leave_together(world, f"error: {error}")
@@ -55,7 +58,7 @@ def leave(world: World, error: Exception) -> NoReturn:
 
 
 def lost_peer_line(world: World, error: Exception) -> str:
-    """What a rank says whose collective broke off, with the cause as torch tells it, without the place in its source."""
+    """The message of a rank whose collective failed, with torch's own reason, without the position in torch's source."""
     cause = World.reason(error)
     if cause.startswith("["):
         cause = cause.partition("] ")[2] or cause
@@ -66,7 +69,7 @@ def lost_peer_line(world: World, error: Exception) -> str:
 
 
 def _leave_together(world: World, line: str) -> NoReturn:
-    """Rank 0 says what all ranks know; the others leave as soon as it has, or is gone."""
+    """Rank 0 prints the message of all ranks; the others exit as soon as it has, or when it is gone."""
     if world.store is None:
         world.abort(2, line)
     store = world.store
@@ -74,7 +77,7 @@ def _leave_together(world: World, line: str) -> NoReturn:
         world.report(line)
         with contextlib.suppress(RuntimeError):
             store.set(REPORTED, "")
-        # The store may end with this process, and a rank that still asks it would print a C++ stack.
+        # The store may end with this process, and a rank that still uses it would print a C++ stack.
         _wait_until(lambda: store.add(HEARD, 0) == world.size - 1, HEARD_S)
     else:
         world.report_to_torchrun(line)
@@ -85,10 +88,10 @@ def _leave_together(world: World, line: str) -> NoReturn:
 
 
 def _wait_until(happened: Callable[[], bool], seconds: float) -> None:
-    """Poll what the store says; return early where it is gone.
+    """Poll the store until `happened()` is true, the time is over, or the store is gone.
 
-    In a thread that may stay behind: a store whose process is stopped answers some calls never, whatever time-out was set
-    (torch 2.13).
+    Polls in a thread that may be left behind: while the store's process is stopped, some calls never return, whatever
+    time-out was set (torch 2.13).
     """
     end = time.monotonic() + seconds
 

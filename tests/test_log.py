@@ -33,7 +33,7 @@ def test_rewind_to_a_look_that_is_owed_keeps_what_the_step_itself_said(tmp_path)
     log.metrics(2, {"train/loss": 0.5})
     log.metrics(2, {"val/loss": 0.5})
     log.close()
-    Log(tmp_path, True, 10).rewind(2, looked=False)
+    Log(tmp_path, True, 10).rewind(2, evaluated=False)
     assert [set(record) - {"step", "time"} for record in read_metrics(tmp_path)] == [
         {"skipped"},
         {"train/loss"},

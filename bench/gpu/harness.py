@@ -140,7 +140,7 @@ class Run:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
             shards, "train", setup.batch, seed=self.config.data.seed, readers=self.config.data.reader_threads,
-            device=DEVICE, held=DeviceCache(shards, "train", DEVICE) if held else None,
+            device=DEVICE, cache=DeviceCache(shards, "train", DEVICE) if held else None,
         )  # fmt: skip
         checkpoints = Checkpoints(self.folder / "checkpoints", 2, print)
         self.trainer = Trainer(

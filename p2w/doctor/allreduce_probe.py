@@ -1,4 +1,4 @@
-"""One of the two ranks that `p2w doctor` starts: join, sum, check the sum, say how long it took (rank 0, JSON)."""
+"""One of the two ranks that `p2w doctor` starts: join, all-reduce, check the sum; rank 0 prints the seconds as JSON."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ NUMBERS = 1 << 23  # 32 MiB: half of the paper's gradients
 
 
 def main(timeout_s: float) -> None:
-    """Over gloo on the CPU and, where this rank has a GPU, over NCCL."""
+    """All-reduce over gloo on the CPU and, if this rank has a GPU, over NCCL."""
     world = World.start(timeout_s)
     took = {}
     for backend, device in {"gloo": "cpu", "NCCL": "cuda"}.items():

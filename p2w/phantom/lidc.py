@@ -1,4 +1,4 @@
-"""ncs: chests in LIDC-IDRI's format: one DICOM series a patient, and the XML of four readers who do not quite agree."""
+"""Phantoms of task ncs: chests in LIDC-IDRI's format, one DICOM series per patient and the XML of four readers."""
 
 import uuid
 from pathlib import Path
@@ -20,13 +20,13 @@ AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)) 
 
 
 def spacing_of(shape: Shape) -> tuple[float, float, float]:
-    """mm of a voxel, z, y, x."""
+    """Size of a voxel in mm, z, y, x."""
     z, y, x = (round(300 * share / n, 4) for share, n in zip(SPAN, shape, strict=True))
     return z, y, x
 
 
 def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """LIDC-IDRI-0001/STUDY/SERIES/000001.dcm … and readings.xml."""
+    """Write LIDC-IDRI-0001/STUDY/SERIES/000001.dcm … and readings.xml."""
     rng = np.random.default_rng([seed, number, 2])
     own = int(np.random.SeedSequence([seed, number, 102]).generate_state(1)[0])
     scan = make_scan(own, shape, spacing_of(shape))
@@ -42,7 +42,7 @@ def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
 
 
 def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
-    """One file a slice, named from the top down as scanners do."""
+    """Write one file per slice, numbered from the top down as scanners do."""
     common = {
         "0008|0060": "CT",
         "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
@@ -70,7 +70,7 @@ def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
 
 
 def _readings(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
-    """Four reading sessions; a reader misses some nodules, draws others wider or tighter."""
+    """Four reading sessions: a reader misses some nodules and draws others larger or smaller."""
     parts, _ = ndimage.label(scan.labels == Label.NODULE, np.ones((3, 3, 3)))
     fields = [_distance(parts == number, scan) for number in range(1, int(parts.max()) + 1)]
     sessions = []
@@ -102,7 +102,7 @@ def _readings(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
 
 
 def _distance(nodule: NDArray[np.bool_], scan: PhantomScan) -> tuple[tuple[int, ...], NDArray]:
-    """First voxel of a box round a nodule, and mm inside its surface there."""
+    """First voxel of a box around a nodule, and the depth in mm inside its surface there."""
     where = ndimage.find_objects(nodule.astype(np.uint8))[0]
     box = tuple(
         slice(max(0, p.start - 3), min(n, p.stop + 3)) for p, n in zip(where, nodule.shape, strict=True)
@@ -114,7 +114,7 @@ def _distance(nodule: NDArray[np.bool_], scan: PhantomScan) -> tuple[tuple[int, 
 
 
 def _roi(scan: PhantomScan, series: str, z: int, image: NDArray[np.bool_], low: tuple[int, ...]) -> str:
-    """One outline, the pixels just outside the largest piece of a slice; "" where there is none."""
+    """One outline: the pixels just outside the largest component of a slice; "" where there is none."""
     pieces, count = ndimage.label(image)
     if not count:
         return ""
@@ -134,7 +134,7 @@ def _slice(scan: PhantomScan, series: str, z: int) -> str:
 
 
 def _point(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
-    """A nodule below 3 mm: one point and no outline."""
+    """A nodule below 3 mm, marked by one point without an outline."""
     z, y, x = (int(rng.integers(n // 4, 3 * n // 4)) for n in scan.voxels.shape)
     edge = f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>"
     roi = f"<roi>{_slice(scan, series, z)}<inclusion>TRUE</inclusion>{edge}</roi>"
@@ -142,7 +142,7 @@ def _point(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
 
 
 def trace(piece: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The outer border of a connected piece that leaves the array's rim free: pixels (n, 2) row, column, clockwise."""
+    """The outer border of a connected component that does not touch the edge: pixels (n, 2) row, column, clockwise."""
     start = tuple(int(n) for n in np.argwhere(piece)[0])  # the topmost, and of these the leftmost
     chain, at, came = [start], start, 6  # as if from its left
     for _ in range(8 * piece.size):

@@ -12,7 +12,7 @@ from typing import Any
 
 from p2w.errors import UserError
 from p2w.files import parse_json, type_mismatch
-from p2w.shards.manifest import data_fingerprint, open_manifest, shard_places
+from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -94,7 +94,7 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
 def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
     """The first of the places where the set may lie that holds it. Raises UserError for the likeliest where none does."""
     refused: UserError | None = None
-    for place in shard_places(near, start):
+    for place in candidate_data_paths(near, start):
         try:
             return _open(place, data, of)
         except UserError as error:

@@ -168,7 +168,7 @@ def test_a_zraw_whose_header_does_not_say_its_size(tmp_path):
         ("padded_raw.mha", np.where(ct(SHAPE) < -1500, -2000, ct(SHAPE) + 1024), "no rescale"),
         ("scaled.nii", ((ct(SHAPE) + 1000) / 2000).astype(np.float32), "not CT values"),
         ("constant.mha", np.full(SHAPE, -1000, np.int16), "none above -200 HU"),
-        ("padding.mha", np.full(SHAPE, -3024, np.int16), "padding alone"),
+        ("padding.mha", np.full(SHAPE, -3024, np.int16), "nothing but padding"),
         ("four.nii.gz", np.stack([ct(SHAPE)] * 2), "4-D"),
         ("flat.nii.gz", ct(SHAPE)[5], "2-D"),
     ],
@@ -203,7 +203,7 @@ def test_colour_and_missing_data_and_junk(tmp_path):
         ("DimSize = 16 20 12", "DimSize = 160000 200000 120000", "truncated"),
         ("DimSize = 16 20 12", "DimSize = -16 20 12", "wrong size"),
         ("DimSize = 16 20 12", "DimSize = a b c", "header is damaged"),
-        ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "no place in space"),
+        ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "invalid orientation"),
         ("ElementSpacing", "Spacing", None),  # read as ITK reads it
     ],
 )

@@ -10,7 +10,7 @@ from stream_sets import SHAPE, write_set
 
 from p2w.errors import UserError
 from p2w.stream.device_cache import DeviceCache, free_bytes
-from p2w.stream.prefetch import CachedBy
+from p2w.stream.prefetch import CacheSchedule
 from p2w.stream.stream import Stream, open_set
 
 CPU = torch.device("cpu")
@@ -44,13 +44,13 @@ def test_same_batches_and_every_sub_scan_is_read_once(tmp_path, form, readers):
     plain = take(Stream(shards, batch=4, seed=3, readers=readers), 24)
     read = counted(shards)
     held = DeviceCache(shards, "train", CPU)
-    with Stream(shards, batch=4, seed=3, readers=readers, held=held) as stream:
+    with Stream(shards, batch=4, seed=3, readers=readers, cache=held) as stream:
         same(take(stream, 24), plain)
         same(
             take(stream, 5, 7, 2), plain[23:24] + take(Stream(shards, batch=4, seed=3), 4, 8)
         )  # and from elsewhere
     own = read[: len(read)]
-    assert held.there.all()
+    assert held.filled.all()
     # Twice only where an id ends one epoch and begins the next, closer together than the readers are ahead.
     assert set(own) >= set(shards.ids("train").tolist())
 
@@ -59,7 +59,7 @@ def test_after_the_first_epochs_nothing_is_read(tmp_path):
     write_set(tmp_path, train=(8, 8))
     shards = open_set(os.fspath(tmp_path))
     held, read = DeviceCache(shards, "train", CPU), counted(shards)
-    with Stream(shards, batch=4, readers=2, held=held) as stream:
+    with Stream(shards, batch=4, readers=2, cache=held) as stream:
         batches = stream.batches()
         fresh = [batch.fresh for batch in itertools.islice(batches, 12)]
     assert [len(rows) for rows in fresh[:4]] == [4, 4, 4, 4]
@@ -74,21 +74,21 @@ def test_each_rank_holds_what_it_meets(tmp_path, world):
     for rank in range(world):
         share = {"batch": 4, "rank": rank, "world_size": world, "readers": 1}
         held = DeviceCache(shards, "train", CPU)
-        with Stream(shards, held=held, **share) as stream, Stream(shards, **share) as plain:
+        with Stream(shards, cache=held, **share) as stream, Stream(shards, **share) as plain:
             same(take(stream, 60), take(plain, 60))
-        assert held.there.all()
+        assert held.filled.all()
 
 
 def test_a_lane_ahead_does_not_promise_to_one_behind(tmp_path):
     """A sub-scan that ends an epoch and begins the next may be read for the later batch first."""
     write_set(tmp_path)
     shards = open_set(os.fspath(tmp_path))
-    had = CachedBy(DeviceCache(shards, "train", CPU), steps=3)
-    had.add(np.array([5]), 1, 0)
-    assert had.lacks(np.array([5, 6]), 0, 2).tolist() == [True, True]
-    assert had.lacks(np.array([5, 6]), 1, 0).tolist() == [False, True]
-    had.add(np.array([5]), 0, 2)
-    assert had.lacks(np.array([5, 6]), 0, 2).tolist() == [False, True]
+    schedule = CacheSchedule(DeviceCache(shards, "train", CPU), steps=3)
+    schedule.add(np.array([5]), 1, 0)
+    assert schedule.missing(np.array([5, 6]), 0, 2).tolist() == [True, True]
+    assert schedule.missing(np.array([5, 6]), 1, 0).tolist() == [False, True]
+    schedule.add(np.array([5]), 0, 2)
+    assert schedule.missing(np.array([5, 6]), 0, 2).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("readers", [0, 2])
@@ -103,9 +103,9 @@ def test_a_damaged_sub_scan_is_stood_in_for_as_from_disk(tmp_path, readers):
     plain = take(Stream(shards, batch=4, seed=1, readers=readers), 18)
     assert sum(batch[4] for batch in plain) > 2
     held = DeviceCache(shards, "train", CPU)
-    with Stream(shards, batch=4, seed=1, readers=readers, held=held) as stream:
+    with Stream(shards, batch=4, seed=1, readers=readers, cache=held) as stream:
         same(take(stream, 18), plain)
-    assert not held.there[3] and held.there.sum() == 14
+    assert not held.filled[3] and held.filled.sum() == 14
 
 
 def test_a_set_that_does_not_fit_is_one_line(tmp_path):
@@ -113,7 +113,7 @@ def test_a_set_that_does_not_fit_is_one_line(tmp_path):
     shards = open_set(os.fspath(tmp_path))
     for more in ({"reserve": 1 << 60}, {"sharers": free_bytes(CPU) // shards.nbytes}):
         with pytest.raises(
-            UserError, match=r"data\.on_device: 15 sub-scans take .* free .*--data\.no-on-device"
+            UserError, match=r"data\.cache_on_device: 15 sub-scans take .* free .*--data\.no-cache-on-device"
         ) as error:
             DeviceCache(shards, "train", CPU, **more)
         assert "\n" not in str(error.value)
@@ -123,7 +123,7 @@ def test_batches_survive_what_the_next_one_brings(tmp_path):
     """What the device holds is not the batch: a pretext may write into its batch."""
     write_set(tmp_path, train=(8,))
     shards = open_set(os.fspath(tmp_path))
-    with Stream(shards, batch=4, held=DeviceCache(shards, "train", CPU)) as stream:
+    with Stream(shards, batch=4, cache=DeviceCache(shards, "train", CPU)) as stream:
         for batch in itertools.islice(stream.batches(), 8):
             plain = torch.empty(4, *SHAPE, dtype=torch.int16)
             for row, sub_scan in zip(plain, batch.ids.tolist(), strict=True):

@@ -69,17 +69,17 @@ def test_held_on_the_device_each_sub_scan_crosses_the_network_once(served):
     shards = open_set(url)
     plain = take(Stream(open_set(folder.as_posix()), batch=4, seed=3), 24)
     held = DeviceCache(shards, "train", torch.device("cpu"))
-    with Stream(shards, batch=4, seed=3, held=held) as stream:
+    with Stream(shards, batch=4, seed=3, cache=held) as stream:
         for batch, (epoch, step, ids, voxels) in zip(stream.batches(), plain, strict=False):
             assert (batch.epoch, batch.step, batch.ids.tolist()) == (epoch, step, ids)
             np.testing.assert_array_equal(batch.voxels.numpy(), voxels)
-    assert held.there.all() and len(asked()) <= 2 + 32 + 4 * 3  # the ring's batches may be asked for ahead
+    assert held.filled.all() and len(asked()) <= 2 + 32 + 4 * 3  # the ring's batches may be asked for ahead
 
 
 def test_more_threads_ask_side_by_side_than_a_folder_needs(served):
     folder, url, _ = served
     write_set(folder, train=(40,))
-    assert Stream(open_set(url), batch=16, readers=1).readers == stream_http.AT_ONCE
+    assert Stream(open_set(url), batch=16, readers=1).readers == stream_http.MIN_THREADS
     assert Stream(open_set(url), batch=4, readers=1).readers == 4
     assert Stream(open_set(url), batch=4, readers=0).readers == 0
     assert Stream(open_set(folder.as_posix()), batch=16, readers=1).readers == 1
@@ -192,7 +192,7 @@ def test_what_passes_is_tried_again(tmp_path, fault, caplog):
         ("hangs up", "without response"),
         ("breaks off", "bytes"),
         ("elsewhere", "the server gives 'bytes"),
-        ("packs", "the server packs what it gives"),
+        ("packs", "the server compresses its answers"),
     ],
 )
 def test_what_stays_is_one_line(tmp_path, fault, says):

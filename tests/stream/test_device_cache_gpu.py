@@ -29,13 +29,13 @@ def test_batches_out_of_the_devices_memory_are_the_streamed_ones(tmp_path, devic
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
     streamed = take(Stream(shards, batch=4, seed=3, readers=2), 15)
-    kept = Stream(shards, batch=4, seed=3, readers=2, device=device, held=held)
+    kept = Stream(shards, batch=4, seed=3, readers=2, device=device, cache=held)
     got = take(kept, 10, lag=True) + take(kept, 5, *divmod(10, kept.steps_per_epoch), lag=True)
     for one, other in zip(streamed, got, strict=True):
         assert one[:2] == other[:2] and other[3].device.type == device.type
         np.testing.assert_array_equal(one[2], other[2].cpu())
         np.testing.assert_array_equal(one[3], other[3].cpu())
-    assert sum(row[4] for row in got) == held.there.sum() <= len(held.ids)  # each was read once
+    assert sum(row[4] for row in got) == held.filled.sum() <= len(held.ids)  # each was read once
     assert sum(row[4] for row in got[10:]) <= len(held.ids) - 4 * 3
 
 
@@ -44,8 +44,8 @@ def test_what_is_held_is_the_set(tmp_path, device):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
-    take(Stream(shards, batch=5, seed=1, readers=1, device=device, held=held), 9)
-    assert held.there.all()
+    take(Stream(shards, batch=5, seed=1, readers=1, device=device, cache=held), 9)
+    assert held.filled.all()
     voxels = np.empty(shards.shape, np.int16)
     for place, sub_scan in enumerate(held.ids):
         shards.read_into(int(sub_scan), voxels)
