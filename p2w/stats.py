@@ -151,11 +151,11 @@ def delong(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, float]:
     """AUC and its variance by midranks (Sun and Xu 2014: n log n); the variance is NaN with one case of a class."""
     from scipy.stats import rankdata  # noqa: PLC0415  (a second of imports)
 
-    ours, theirs = score[positive], score[~positive]
-    m, n = len(ours), len(theirs)
+    positives, negatives = score[positive], score[~positive]
+    m, n = len(positives), len(negatives)
     ranks = rankdata(score)
-    above = (ranks[positive] - rankdata(ours)) / n  # share of negatives below each positive, ties half
-    below = 1 - (ranks[~positive] - rankdata(theirs)) / m  # share of positives above each negative
+    above = (ranks[positive] - rankdata(positives)) / n  # share of negatives below each positive, ties half
+    below = 1 - (ranks[~positive] - rankdata(negatives)) / m  # share of positives above each negative
     if min(m, n) < 2:
         return float(above.mean()), math.nan
     return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
@@ -164,13 +164,13 @@ def delong(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, float]:
 def _weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Floats], float]:
     """A function that gives the AUC from how often each case was drawn; the cases are sorted once for all resamples."""
     order = np.argsort(score, kind="stable")
-    ours = positive[order]
+    is_positive = positive[order]
     starts = np.flatnonzero(np.concatenate(([True], np.diff(score[order]) > 0)))  # of runs of equal scores
 
     def auc(weights: Floats) -> float:
         drawn = weights[order]
-        plus = np.add.reduceat(np.where(ours, drawn, 0.0), starts)
-        minus = np.add.reduceat(np.where(ours, 0.0, drawn), starts)
+        plus = np.add.reduceat(np.where(is_positive, drawn, 0.0), starts)
+        minus = np.add.reduceat(np.where(is_positive, 0.0, drawn), starts)
         pairs = plus.sum() * minus.sum()
         return float(plus @ (np.cumsum(minus) - minus / 2) / pairs) if pairs else math.nan
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem
-from p2w.world import variable, variables
+from p2w.world import World, variable, variables
 
 TORCHRUN_PORT = 29500
 JOB_PORTS = range(15_000, 30_000)  # slurm/pretrain.sbatch selects one by the job's number
 MEET_S = 30.0
 SLOW_NAME_S = 1.0
+PROBE_NUMBERS = 1 << 23  # float32, 32 MiB: half of the paper's gradients
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -141,7 +142,7 @@ def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckRe
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "p2w.doctor.allreduce_probe", str(within_s)],
+            [sys.executable, "-m", "p2w.doctor.network", str(within_s)],
             env=variables(**where, **own, RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="False"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -173,6 +174,32 @@ def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckRe
             "all-reduce",
             f"two processes over {backend}: {nbytes >> 20} MiB in {1000 * seconds:.0f} ms, the sum is right",
         )
+
+
+def probe_rank(timeout_s: float) -> None:
+    """One of the two ranks that `all_reduce` starts; rank 0 prints (seconds, bytes) of every backend as JSON.
+
+    Sums over gloo on the CPU and, if this rank has a GPU, over NCCL.
+    """
+    world = World.start(timeout_s)
+    took = {}
+    for backend, device in {"gloo": "cpu", "NCCL": "cuda"}.items():
+        if device not in ("cpu", world.device.type):
+            continue
+        for _ in range(2):  # the first one opens the connections
+            values = torch.full(
+                (PROBE_NUMBERS,), world.rank + 1.0, device=world.device if device == "cuda" else device
+            )
+            began = time.perf_counter()
+            world.sum(values)
+            right = bool((values == 3).all())  # also waits for a GPU
+            seconds = time.perf_counter() - began
+        if not right:
+            sys.exit(f"rank {world.rank}: the sum over {backend} is wrong")
+        took[backend] = (seconds, values.nbytes)
+    world.close()
+    if world.is_main:
+        print(json.dumps(took))
 
 
 COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
@@ -216,7 +243,7 @@ def cluster(case: CheckContext) -> Iterator[CheckResult]:
     )
     wait = re.search(r"KillWait\s*=\s*(\d+)", run_command("scontrol", "show", "config")[1])
     if wait:
-        found += f"; a job told to stop has {wait[1]} s to save (KillWait)"
+        found += f"; a stopped job has {wait[1]} s to save (KillWait)"
     bad = sorted(node for node, state in states.items() if state.strip("*~#!%$@^-") not in USABLE)
     if states and len(bad) == len(states):
         yield problem("Slurm", found, f"sinfo -R; scontrol update nodename={','.join(bad[:4])} state=resume")
@@ -252,3 +279,7 @@ def run_command(*command: str) -> tuple[int, str]:
             -1
         ]
     return 0, done.stdout
+
+
+if __name__ == "__main__":
+    probe_rank(float(sys.argv[1]))

@@ -109,10 +109,10 @@ def _lesions(
     white = tissue == number["white"]
     caps = white & (ventricle < rng.uniform(0.5, 4.0) + 2.5 * bumps)
     tissue[caps] = number["lesion"]
-    places = np.argwhere(white & (depth > 9) & (ventricle > 3))
-    for _ in range(int(rng.integers(3, 9)) if len(places) else 0):
+    positions = np.argwhere(white & (depth > 9) & (ventricle > 3))
+    for _ in range(int(rng.integers(3, 9)) if len(positions) else 0):
         radius = float(np.clip(rng.lognormal(np.log(4.5), 0.45), 2.0, 11.0))
-        centre = places[rng.integers(len(places))]
+        centre = positions[rng.integers(len(positions))]
         tissue[(_balls(tissue.shape, step, centre, bumps, radius, 1.5) > 0) & white] = number["lesion"]
 
 
@@ -122,10 +122,10 @@ def _tumour(
     """Paint a tumour into the tissue; returns its labels."""
     labels = np.zeros(tissue.shape, np.uint8)
     core = float(rng.uniform(5, 14))
-    places = np.argwhere((tissue == number["white"]) & (depth > core * 0.8 + 4) & (ventricle > 2))
-    if not len(places):
-        places = np.argwhere(depth > 0.6 * depth.max())
-    centre = places[rng.integers(len(places))]
+    positions = np.argwhere((tissue == number["white"]) & (depth > core * 0.8 + 4) & (ventricle > 2))
+    if not len(positions):
+        positions = np.argwhere(depth > 0.6 * depth.max())
+    centre = positions[rng.integers(len(positions))]
     bumps, wide = _field(rng, tissue.shape, 7 / step), _field(rng, tissue.shape, 11 / step)
     body = _balls(tissue.shape, step, centre, bumps, core, 0.22 * core)
     rim = float(rng.uniform(1.5, 4.0))

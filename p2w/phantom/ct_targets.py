@@ -99,11 +99,11 @@ def _candidates(
     deep = depth > max(WIDE_MM, WIDE_VOXELS * edge)
     level = float(np.median(scan.voxels[deep])) if deep.any() else 250.0
     hu = scan.voxels.astype(np.float32)
-    places = np.argwhere(deep)
+    positions = np.argwhere(deep)
     marks: list[tuple[NDArray, int]] = []
     taken: list[NDArray] = []
     for index in range(EMBOLI + OTHERS):
-        centre = _free(places, taken, step, rng)
+        centre = _free(positions, taken, step, rng)
         if centre is None:
             break
         taken.append(centre)
@@ -131,16 +131,18 @@ def _candidates(
     return np.rint(np.clip(hu, -3024, 3071)).astype(np.int16), marks
 
 
-def _free(places: NDArray, taken: list[NDArray], step: NDArray, rng: np.random.Generator) -> NDArray | None:
+def _free(
+    positions: NDArray, taken: list[NDArray], step: NDArray, rng: np.random.Generator
+) -> NDArray | None:
     """A voxel deep in a vessel, away from the scan's edge and other candidates; None when there is none."""
-    if not len(places):
+    if not len(positions):
         return None
-    low, high = places.min(0) + 2, places.max(0) - 2
+    low, high = positions.min(0) + 2, positions.max(0) - 2
     for apart in (14.0, 8.0):
-        for place in places[rng.integers(0, len(places), 80)].astype(float):
-            near = [np.linalg.norm((place - other) * step) for other in taken]
-            if (place >= low).all() and (place <= high).all() and min(near, default=99.0) > apart:
-                return place
+        for position in positions[rng.integers(0, len(positions), 80)].astype(float):
+            near = [np.linalg.norm((position - other) * step) for other in taken]
+            if (position >= low).all() and (position <= high).all() and min(near, default=99.0) > apart:
+                return position
     return None
 
 

@@ -35,13 +35,13 @@ def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
         for what in ("study", "series")
     )
     patient = f"LIDC-IDRI-{number + 1:04d}"
-    place = folder / patient / "study" / "series"
-    place.mkdir(parents=True)
-    _write_series(place, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
-    put_file(place / "readings.xml", _readings(scan, series, rng).encode())
+    series_folder = folder / patient / "study" / "series"
+    series_folder.mkdir(parents=True)
+    _write_series(series_folder, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
+    put_file(series_folder / "readings.xml", _readings(scan, series, rng).encode())
 
 
-def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
+def _write_series(series_folder: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
     """Write one file per slice, numbered from the top down as scanners do."""
     common = {
         "0008|0060": "CT",
@@ -62,11 +62,11 @@ def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
         own = {"0008|0018": f"{tags['0020|000e']}.{z + 1}", "0020|0013": str(depth - z)}
         for tag, value in (common | tags | own).items():
             image.SetMetaData(tag, value)
-        writer.SetFileName(str(place / f"{depth - z:06d}.dcm"))
+        writer.SetFileName(str(series_folder / f"{depth - z:06d}.dcm"))
         try:
             writer.Execute(image)
         except RuntimeError as error:  # what SimpleITK makes of a full disk or a folder it may not write
-            raise OSError(f"{place} cannot be written: {str(error).splitlines()[-1]}") from None
+            raise OSError(f"{series_folder} cannot be written: {str(error).splitlines()[-1]}") from None
 
 
 def _readings(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
@@ -144,16 +144,16 @@ def _point(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
 def trace(piece: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The outer border of a connected component that does not touch the edge: pixels (n, 2) row, column, clockwise."""
     start = tuple(int(n) for n in np.argwhere(piece)[0])  # the topmost, and of these the leftmost
-    chain, at, came = [start], start, 6  # as if from its left
+    chain, at, previous = [start], start, 6  # as if from its left
     for _ in range(8 * piece.size):
         for turn in range(1, 9):
-            way = (came + turn) % 8
-            step = (at[0] + AROUND[way][0], at[1] + AROUND[way][1])
+            direction = (previous + turn) % 8
+            step = (at[0] + AROUND[direction][0], at[1] + AROUND[direction][1])
             if piece[step]:
                 break
         else:
             return np.array(chain)  # a single pixel
-        at, came = step, (way + 4) % 8
+        at, previous = step, (direction + 4) % 8
         chain.append(at)
         if len(chain) > 2 and chain[-1] == chain[1] and chain[-2] == chain[0]:
             return np.array(chain[:-2])

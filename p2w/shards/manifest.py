@@ -140,10 +140,10 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
     bare = schema.remove_metadata()
-    ours = (
+    has_columns = (
         set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
     )
-    if meta.get("schema") != MANIFEST_VERSION or not ours:
+    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )

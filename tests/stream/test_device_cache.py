@@ -1,4 +1,4 @@
-"""The set in the device's memory: the same stream, read once. On a CPU the device is the CPU's own memory."""
+"""The device cache gives the same stream and reads each sub-scan once; here the device is the CPU."""
 
 import itertools
 import os
@@ -30,7 +30,7 @@ def same(one, two):
 
 
 def counted(shards):
-    """The ids that are read from now on."""
+    """A list to which every id is added that is read from now on."""
     read, whole = [], shards.read_into
     shards.read_into = lambda sub_scan, out: (read.append(sub_scan), whole(sub_scan, out))
     return read
@@ -68,7 +68,7 @@ def test_after_the_first_epochs_nothing_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_each_rank_holds_what_it_meets(tmp_path, world):
+def test_the_cache_of_each_rank_has_the_sub_scans_that_it_read(tmp_path, world):
     write_set(tmp_path)
     shards = open_set(os.fspath(tmp_path))
     for rank in range(world):
@@ -79,7 +79,7 @@ def test_each_rank_holds_what_it_meets(tmp_path, world):
         assert held.filled.all()
 
 
-def test_a_lane_ahead_does_not_promise_to_one_behind(tmp_path):
+def test_a_thread_ahead_does_not_fill_the_cache_for_one_behind(tmp_path):
     """A sub-scan that ends an epoch and begins the next may be read for the later batch first."""
     write_set(tmp_path)
     shards = open_set(os.fspath(tmp_path))
@@ -92,7 +92,7 @@ def test_a_lane_ahead_does_not_promise_to_one_behind(tmp_path):
 
 
 @pytest.mark.parametrize("readers", [0, 2])
-def test_a_damaged_sub_scan_is_stood_in_for_as_from_disk(tmp_path, readers):
+def test_a_damaged_sub_scan_gets_the_same_substitute_as_without_cache(tmp_path, readers):
     write_set(tmp_path)
     shards = open_set(os.fspath(tmp_path), on_bad="skip")
     path, at = tmp_path / shards.shard(3), int(shards.offsets[3])
@@ -119,8 +119,8 @@ def test_a_set_that_does_not_fit_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_batches_survive_what_the_next_one_brings(tmp_path):
-    """What the device holds is not the batch: a pretext may write into its batch."""
+def test_a_batch_is_not_overwritten_by_the_next_one(tmp_path):
+    """A batch is a copy of what the cache has, since a pretext may write into its batch."""
     write_set(tmp_path, train=(8,))
     shards = open_set(os.fspath(tmp_path))
     with Stream(shards, batch=4, cache=DeviceCache(shards, "train", CPU)) as stream:

@@ -1,4 +1,4 @@
-"""The set held on a device equals the streamed one while the computation lags behind, over epochs and a resume."""
+"""Batches from the device cache equal the streamed ones while the GPU lags behind, over epochs and a resume."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def take(stream, count, epoch=0, step=0, lag=False):
 
 
 @CPU_AND_GPU
-def test_batches_out_of_the_devices_memory_are_the_streamed_ones(tmp_path, device):
+def test_batches_from_the_cache_are_the_streamed_ones(tmp_path, device):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
@@ -40,7 +40,7 @@ def test_batches_out_of_the_devices_memory_are_the_streamed_ones(tmp_path, devic
 
 
 @CPU_AND_GPU
-def test_what_is_held_is_the_set(tmp_path, device):
+def test_the_filled_cache_is_the_set(tmp_path, device):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)

@@ -150,7 +150,7 @@ def test_the_number_of_buffered_sub_scans_is_bounded(served):
 
 
 def test_neighbours_come_apart(served):
-    """A batch mixes scans as a global shuffle does, and the steps of a slot are not neighbouring tiles."""
+    """A batch mixes scans as a global shuffle does, and consecutive steps of a slot are not adjacent sub-scans."""
     folder, url, _ = served
     write_set(folder, train=(40,) * 32, shape=(1, 1, 2))
     shards = open_set(url)
@@ -199,7 +199,7 @@ def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
         take(Stream(shards, batch=15), 1)
 
 
-def test_nothing_there(served):
+def test_an_empty_folder_is_refused(served):
     _, url, _ = served
     with pytest.raises(
         UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
@@ -276,7 +276,7 @@ def test_a_broken_connection_is_opened_again(tmp_path, monkeypatch, caplog):
 
 
 def test_what_arrived_before_a_failure_is_not_lost(tmp_path):
-    """A short shard is in the pipe, and curl long gone with an error, before anybody reads."""
+    """A short shard is in the pipe, and curl has ended with an error, before anything is read."""
     whole = bytes(range(256)) * 64
     (tmp_path / "a.tar").write_bytes(whole)
     handler = type("HangsUp", (_HangsUp,), {"folder": os.fspath(tmp_path), "asked": {"/a.tar": 3}})
@@ -323,7 +323,7 @@ def test_s3_through_the_aws_cli(served, monkeypatch):
 
 
 def test_substitutes_for_what_cannot_be_streamed(served, monkeypatch, capfd):
-    """A flipped byte, a shard truncated shard and a missing one: substitutes are read, the same ones for any world size."""
+    """A flipped byte, a truncated shard and a missing one: substitutes are read, the same ones for any world size."""
     monkeypatch.setattr(tar, "_PAUSE", 0.01)
     folder, url, _ = served
     wholes = write_set(folder, train=COUNTS)
@@ -352,7 +352,7 @@ def test_substitutes_for_what_cannot_be_streamed(served, monkeypatch, capfd):
 
 
 def npy_member(name, size=None, shape=SHAPE, kind=tarfile.REGTYPE, link=""):
-    """A tar member like those of a shard, and one that lies in what is named."""
+    """A tar with a member like those of a shard, in which the named fields are wrong."""
     voxels = np.zeros(shape, "<i2")
     file = io.BytesIO()
     np.save(file, voxels)
