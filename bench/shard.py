@@ -28,7 +28,7 @@ from common import RESULTS, Goal, Row, save, show
 
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.scan import quiet_itk, source_files
-from p2w.shards.build import ShardingJob, build_shards
+from p2w.shards.build import ShardingOptions, build_shards
 from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
 from p2w.shards.workers import cut_scan
 
@@ -121,7 +121,8 @@ def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
                 assert (
                     build_shards(
                         find_scans([str(scratch / f"of{count}")], str(out)),
-                        ShardingJob(str(out), workers=workers),
+                        str(out),
+                        ShardingOptions(workers=workers),
                     )
                     == 0
                 )

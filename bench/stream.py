@@ -147,7 +147,7 @@ def write(folder: str, options: Options) -> None:
 def ours(
     shards: ShardSet, options: Options, readers: int, held: DeviceCache | None = None
 ) -> Callable[[], float]:
-    stream = Stream(shards, batch=options.batch, readers=readers, held=held)
+    stream = Stream(shards, batch=options.batch, readers=readers, cache=held)
     epochs = itertools.count()
 
     def epoch() -> float:  # begins with threads not yet started: nothing has been read ahead

@@ -87,7 +87,7 @@ def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callabl
             before = from_disk()
             stream = Stream(open_set(f"{folder}/{form}"), batch=options.batch, readers=readers)
             rate = epoch(stream)
-            given.append((from_disk() - before) / (stream.plan.n * stream.plan.shards.nbytes))
+            given.append((from_disk() - before) / (stream.sampler.n * stream.sampler.shards.nbytes))
             return rate
 
         return run
@@ -159,7 +159,7 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
     streams = {
         "p2w, byte ranges": Stream(whole, batch=options.batch),
         "p2w, streamed, readers 2": Stream(front, batch=options.batch),
-        "p2w, set held in memory, from the second epoch": Stream(whole, batch=options.batch, held=held),
+        "p2w, set held in memory, from the second epoch": Stream(whole, batch=options.batch, cache=held),
     }
     epoch(streams["p2w, set held in memory, from the second epoch"])
 

@@ -25,7 +25,7 @@ from p2w.config import Amp
 from p2w.errors import UserError, exits, refuse_old_options
 from p2w.log import Log
 from p2w.rank_errors import run_on_ranks
-from p2w.shards.manifest import data_fingerprint, shard_places
+from p2w.shards.manifest import candidate_data_paths, data_fingerprint
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import open_set
 from p2w.train.optim import choose_precision
@@ -92,7 +92,7 @@ def _shards(args: Args) -> ShardSet:
     last = RunDir(args.run).last_start()
     if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
-    places = [args.shards] if args.shards else shard_places(args.run, last)
+    places = [args.shards] if args.shards else candidate_data_paths(args.run, last)
     for place in places:
         shards = open_set(place)
         if last.get("data") in (None, data_fingerprint(shards.meta)):

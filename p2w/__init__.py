@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`p2w.load` comes in when asked for: it needs torch, which offline work is spared."""
+    """Import `p2w.load` at its first use: it needs torch, which preprocessing does not."""
     if name == "load":
         return importlib.import_module("p2w.weights.load").load
     raise AttributeError(f"module 'p2w' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command `p2w`: what is done with data sets, machines and runs beside training.
+"""The command `p2w`: everything that is done with data sets, machines and runs besides training.
 
 p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 """
@@ -11,18 +11,18 @@ from p2w.errors import UserError, exits
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": (
         "p2w.inference.predict",
-        "what a fine-tuned network says of a whole scan: a mask, or scores of candidates",
+        "apply a fine-tuned network to a scan: a mask, or scores of candidates",
     ),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": (
         "p2w.weights.start:main_inspect",
-        "whose weights a file holds, and whether a network takes all of them",
+        "which network the weights in a file belong to, and whether all of them can be loaded",
     ),
     "report": ("p2w.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
-    "verify": ("p2w.shards.verify", "whether a data set is what was written; repair from the scans"),
+    "verify": ("p2w.shards.verify", "check that a data set is as it was written; repair it from the scans"),
     "doctor": (
         "p2w.doctor.command",
-        "what this machine has against what a run needs, and the remedy of each problem",
+        "check this machine against the needs of a run, with the remedy of each problem",
     ),
     "table1": (
         "p2w.reproduce.commands:main_table1",
@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def usage() -> str:
-    """What there is."""
+    """The help text: all commands with a summary of each."""
     width = max(map(len, COMMANDS), default=0)
     lines = [f"    p2w {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([(__doc__ or "").rstrip(), "", *lines])
@@ -48,7 +48,7 @@ def usage() -> str:
 
 @exits
 def main() -> int:
-    """Hand the rest of the command line to `main(argv)` of the command's module, imported when asked for."""
+    """Call `main(argv)` of the command's module, which is imported now, with the rest of the command line."""
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print(usage())

@@ -1,10 +1,10 @@
-"""One analysis of a run, as the paper's Fig. 2: built from its folder, measured by all ranks, drawn and written by rank 0.
+"""One analysis of a run, as the paper's Fig. 2: all ranks measure, rank 0 draws and writes the results.
 
 RUN/analysis/
     summary.json           every number, with settings, data and machine
     reconstructions.npz    parts of growing scale and what was reconstructed from them
-    cache/                 features; an interrupted analysis continues from here, the folder may be deleted
-RUN/report.html            drawn anew with what is above
+    cache/                 features, with which an interrupted analysis continues; may be deleted
+RUN/report.html            written again with these results
 RUN/figures/               tsne, similarity_networks, separability_by_scale, contrastive, reconstruction_scales, retrieval
 """
 
@@ -39,7 +39,7 @@ from p2w.world import World
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What is analysed, on what, and how."""
+    """The run and checkpoint to analyse, the networks to compare it with, the data and the settings."""
 
     run: AnalysedRun
     step: int
@@ -110,7 +110,7 @@ def analyze(a: Analysis) -> dict[str, Any]:
 
 
 def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
-    """As used, with what the run itself gave, and in words how negatives are drawn."""
+    """The settings as used, with those taken from the run, and how negatives are drawn, in words."""
     used = {
         "volume_fraction": a.settings.fraction(a.run.config.pretext),
         "aspect_range": measure.sets["parts"].aspect_range,
@@ -122,7 +122,7 @@ def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
 def _finite(
     measure: Measure, subjects: Sequence[FeatureSource], names: Sequence[str], log: Log
 ) -> list[FeatureSource]:
-    """Those whose features are finite; the others are named."""
+    """The networks whose features are finite; a warning names the others."""
     kept = []
     for subject in subjects:
         if all(np.isfinite(measure.features(subject, name)).all() for name in names):
@@ -133,7 +133,7 @@ def _finite(
 
 
 def _validation_mse(a: Analysis, measure: Measure, subject: FeatureSource) -> float:
-    """Of a checkpoint: as training logged it at that step, or measured now on all wholes of the split. A collective."""
+    """Validation MSE of a checkpoint: logged in training, or measured now on the whole split. All ranks call it."""
     assert subject.step is not None
     if a.split == "val":
         for record in read_metrics(a.run.path):
@@ -148,8 +148,8 @@ def _validation_mse(a: Analysis, measure: Measure, subject: FeatureSource) -> fl
         )  # fmt: skip
         model = a.run.network(subject.step, world)
         with torch.no_grad(), autocast(world.device, a.precision):
-            look = Validation(build_pretext(a.run.config), model, stream, world)
-            found = dict(look(max(1, subject.step)))  # at step 0 it would also look for the mean image
+            validation = Validation(build_pretext(a.run.config), model, stream, world)
+            found = dict(validation(max(1, subject.step)))  # at step 0 it would also compute the mean image
         measure.cache.write(key, np.array(found.get("val/mse", found["val/loss"])))
     return float(measure.cache.read(key))
 
@@ -161,7 +161,7 @@ def _write(
     course: list[FeatureSource],
     mse: list[float],
 ) -> dict[str, Any]:
-    """Rank 0: numbers of every network and over the checkpoints, and all figures."""
+    """On rank 0, compute the numbers of every network and over the checkpoints, and draw all figures."""
     networks, pairs, places = {}, {}, {}
     for subject in subjects:
         a.log.line(f"{subject.label}: pairs, retrieval, t-SNE")
@@ -198,12 +198,12 @@ def _write(
 
 
 def _correlation(found: Correlation) -> dict[str, Any]:
-    """As the summary names it."""
+    """The correlation as entries of the summary."""
     return {"pearson_r": found.r, "ci95": [found.low, found.high], "p_value": found.p_value, "n": found.n}
 
 
 def _save(path: Path, summary: dict[str, Any]) -> None:
-    """Strict JSON: what is not a number is null."""
+    """Write strict JSON, with null for NaN and infinity. Raises UserError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(_plain(summary), indent=2, allow_nan=False))
@@ -212,7 +212,7 @@ def _save(path: Path, summary: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for NaN and infinity, and lists for tuples."""
+    """The same value with null for NaN and infinity, and lists for tuples."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Bad input is the user's business: one line that says what, where, the rule and the remedy, then exit code 2."""
+"""Errors in the user's input: one line with the value, where it is, the rule and the remedy, then exit code 2."""
 
 import functools
 import os
@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class UserError(ValueError):
-    """Input that breaks a rule. The message is one line: what, where, the rule, the remedy."""
+    """Input that breaks a rule. The message is one line: the value, where it is, the rule, the remedy."""
 
 
 class SharedError(UserError):
-    """A UserError that every rank raises together, with the same words: one of them says it for all."""
+    """A UserError that all ranks raise together with the same message, which only one of them prints."""
 
 
 def refuse_old_options(argv: Sequence[str], renamed: Mapping[str, str]) -> None:
@@ -25,10 +25,10 @@ def refuse_old_options(argv: Sequence[str], renamed: Mapping[str, str]) -> None:
 
 
 def exits(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Make `main` a command: its return value is the exit code, a UserError is one line on stderr and code 2.
+    """Make `main` a command: its return value is the exit code; a UserError is one line on stderr and exit code 2.
 
-    Where the reader of stdout is gone (`| head`), the command ends without a word: code 0 after --help, else 141, which is
-    what a shell reports of a program that SIGPIPE ends.
+    When the reader of stdout has ended (`| head`), the command ends without a message: exit code 0 after --help, else 141,
+    the code that a shell reports for a program that SIGPIPE ended.
     """
 
     @functools.wraps(main)
@@ -48,7 +48,7 @@ def exits(main: Callable[[], int | None]) -> Callable[[], None]:
 
 
 def _exit_code(main: Callable[[], int | None]) -> int | str:
-    """Run `main`; the code to exit with, or a text, which `sys.exit` prints and makes 1 of."""
+    """Run `main`; the exit code, or a text, which `sys.exit` prints before it exits with code 1."""
     try:
         return main() or 0
     except UserError as error:
@@ -57,15 +57,15 @@ def _exit_code(main: Callable[[], int | None]) -> int | str:
     except KeyboardInterrupt:
         print("stopped: Ctrl-C", file=sys.stderr, flush=True)
         return 130
-    except SystemExit as end:  # the argument parser's, after --help too
+    except SystemExit as end:  # from the argument parser, after --help too
         return end.code or 0
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more: another pipe may have broken too."""
+    """Whether stdout is a pipe without a reader; the error may also come from another pipe."""
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), select.POLLOUT)
-    except (OSError, ValueError):  # stdout is closed, or no file
+    except (OSError, ValueError):  # stdout is closed, or is not a file
         return False
     return any(events & select.POLLERR for _, events in poll.poll(0))

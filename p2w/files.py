@@ -1,9 +1,9 @@
-"""Files that are whole or absent, JSON that is checked before use, locks between processes, and CRC-32C.
+"""Atomic writes, JSON whose types are checked before use, locks between processes, and CRC-32C.
 
-A form is a type (`float` takes whole numbers too, `int` takes no bool), `None`, `[form]` for a list of any length,
-`{key: form}` for an object that has these keys (and maybe others), or a tuple of forms of which one must fit.
+The expected type of JSON, a "form", is a type (`float` accepts integers too, `int` accepts no bool), `None`, `[form]` for a
+list of any length, `{key: form}` for an object with these keys (and maybe others), or a tuple of forms of which one fits.
 
-Locks are advisory and end with the process that holds them, however it ends.
+Locks are advisory and end with the process that has them, whatever ends it.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from p2w.errors import UserError
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write `path` so that a reader, or a power cut, sees the old file or the new one, never a half."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Replace `path` atomically: a reader, or a power cut, finds the complete old file or the complete new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def append(path: Path, line: str) -> None:
-    """Add a whole line to a file, or, when the disk is full, nothing: half a line would spoil the next."""
+    """Append a line to a file, or nothing when the disk is full: half a line would damage the next one. Raises OSError."""
     data = line.encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -52,14 +52,14 @@ def append(path: Path, line: str) -> None:
 
 
 def canonical_json(value: object, indent: int | None = None) -> bytes:
-    """JSON with one spelling for one value, so that equal content means equal bytes."""
+    """JSON in UTF-8 with sorted keys and fixed separators, so that equal values give equal bytes."""
     separators = (",", ":") if indent is None else (",", ": ")
     text = json.dumps(value, sort_keys=True, separators=separators, indent=indent, ensure_ascii=False)
     return text.encode() + b"\n"
 
 
 def write_published(path: str, data: bytes, temporary: str) -> None:
-    """Write `data` to `temporary`, flush it to the disk, rename it: `path` is whole or absent, never half."""
+    """Write `data` to the path `temporary`, flush it to the disk and rename it to `path`, which is complete or absent."""
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -68,10 +68,10 @@ def write_published(path: str, data: bytes, temporary: str) -> None:
 
 
 def parse_json(data: bytes | str, form: Any) -> Any:
-    """The value in `data`.
+    """Parse JSON and check it against the expected form.
 
     Raises:
-        ValueError: not JSON, NaN or infinite numbers, a key twice in one object, or not of the form; in one line.
+        ValueError: not JSON, NaN or infinite numbers, a duplicate key, or another form; the message is one line.
     """
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicate_keys, parse_constant=_refuse_nan)
@@ -83,20 +83,20 @@ def parse_json(data: bytes | str, form: Any) -> Any:
 
 
 def type_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
-    """What keeps `value` from being of the form, None when nothing does."""
+    """Why `value` does not have the expected form, in words that begin with `where`; None when it does."""
     if isinstance(form, tuple):
         found = [type_mismatch(value, one, where) for one in form]
         return None if None in found else found[-1]
     if isinstance(form, dict):
         if not isinstance(value, dict):
-            return f"{where} is no object"
+            return f"{where} is not an object"
         lacking = next((key for key in form if key not in value), None)
         if lacking is not None:
             return f"{where} lacks {lacking!r}"
         inside = ((value[key], one, f"{key!r} of {where}") for key, one in form.items())
     elif isinstance(form, list):
         if not isinstance(value, list):
-            return f"{where} is no list"
+            return f"{where} is not a list"
         inside = ((one, form[0], f"entry {index} of {where}") for index, one in enumerate(value))
     else:
         return None if _is_type(value, form) else f"{where} is {_short(value)}"
@@ -120,7 +120,7 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{_short(next(n for n in names if names.count(n) > 1))} stands twice in one object")
+        raise ValueError(f"{_short(next(n for n in names if names.count(n) > 1))} is twice in one object")
     return made
 
 
@@ -128,12 +128,15 @@ def _refuse_nan(text: str) -> float:
     raise ValueError(f"{text} is no number")
 
 
-HELD = (errno.EWOULDBLOCK, errno.EACCES)  # by another process; the second where flock is made of POSIX locks
+LOCKED = (
+    errno.EWOULDBLOCK,
+    errno.EACCES,
+)  # by another process; EACCES where flock is emulated by POSIX locks
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FileLock:
-    """The lock of one file, which is made where it is missing and left where it is.
+    """A lock on one file, which is created if it is missing and is not removed.
 
     >>> lock = FileLock(run / ".lock")
     >>> if not lock.acquire(): ...        # another process holds it
@@ -145,41 +148,41 @@ class FileLock:
         self._file: int | None = None
 
     def acquire(self, wait: bool = False) -> bool:
-        """Hold the lock; False while another process does, unless `wait`.
+        """Take the lock; False when another process has it, unless `wait`.
 
-        True where the file system has no locks, after a warning on stderr. Raises OSError where the file cannot be opened,
-        and UserError where locking fails otherwise.
+        True where the file system has no locks, after a warning on stderr. Raises OSError when the file cannot be opened,
+        and UserError when locking fails for another reason.
         """
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            held = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            acquired = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BaseException:
             os.close(file)
             raise
-        if held:
+        if acquired:
             self._file = file
         else:
             os.close(file)
-        return held
+        return acquired
 
     def release(self) -> None:
-        """Let go; nothing where it is not held."""
+        """Release the lock, if this object has it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def fileno(self) -> int:
-        """Descriptor of the held file: a child process that inherits it holds the lock, too."""
+        """Descriptor of the locked file: a child process that inherits it keeps the lock."""
         assert self._file is not None
         return self._file
 
     def write(self, text: str) -> None:
-        """Leave a note for others in the held file, such as who holds it."""
+        """Write a text into the locked file for other processes, such as who has the lock."""
         os.ftruncate(self.fileno(), 0)
         os.pwrite(self.fileno(), text.encode(), 0)
 
     def note(self) -> str:
-        """What the last holder wrote."""
+        """The text that the last process with the lock wrote; empty when there is none."""
         try:
             return Path(self.path).read_text(errors="replace")[:200]
         except OSError:
@@ -187,7 +190,7 @@ class FileLock:
 
 
 def is_held(path: str | os.PathLike[str], unknown: bool = True) -> bool:
-    """Whether a process holds the lock of this file; `unknown` where that cannot be told, False where there is no file."""
+    """Whether a process has the lock of this file; `unknown` where that cannot be determined, False without a file."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -197,18 +200,18 @@ def is_held(path: str | os.PathLike[str], unknown: bool = True) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return True if error.errno in HELD else unknown
+        return True if error.errno in LOCKED else unknown
     finally:
         os.close(file)
     return False
 
 
 def _lock(file: int, path: str, how: int) -> bool:
-    """Lock an open file; False where another process holds it."""
+    """Lock an open file; False when another process has the lock. Raises UserError when locking fails."""
     try:
         fcntl.flock(file, how)
     except OSError as error:
-        if error.errno in HELD:
+        if error.errno in LOCKED:
             return False
         if error.errno not in NO_LOCKS:
             raise UserError(
@@ -220,7 +223,7 @@ def _lock(file: int, path: str, how: int) -> bool:
 
 @functools.cache
 def _warn(folder: str, why: str) -> None:
-    """Once a folder and process."""
+    """Warn once per folder and process that a file system has no locks."""
     print(
         f"warning: {folder}: this file system has no locks ({why}), so nothing keeps a second process out: start no "
         "other one on this folder (Lustre has them when mounted with -o flock)",
@@ -231,10 +234,10 @@ def _warn(folder: str, why: str) -> None:
 
 @contextlib.contextmanager
 def hold_lock(folder: str, name: str, refusal: str | None = None) -> Iterator[None]:
-    """Hold the lock `name` of `folder` (made, and removed by the last one out).
+    """Hold the lock `name` of `folder` in the block; the folder is created, and removed by the last process to leave.
 
-    While another process holds it: wait, or raise UserError(refusal) where there is one. On a file system
-    without locks nothing is locked, and a warning says so; what is written there must be written aside and renamed.
+    While another process has it: wait, or raise UserError(refusal) if `refusal` is given. On a file system without locks
+    nothing is locked, and a warning says so; files there must be written to a temporary path and renamed.
     """
     path = os.path.join(folder, f"{name}.lock")
     for _ in range(1000):
@@ -243,14 +246,14 @@ def hold_lock(folder: str, name: str, refusal: str | None = None) -> Iterator[No
             if not _acquire(lock, folder, wait=not refusal):
                 raise UserError(refusal or "locked")
             if not os.path.exists(path) or os.fstat(lock.fileno()).st_ino != os.stat(path).st_ino:
-                continue  # the last holder removed the file between our open and our lock
+                continue  # the last process removed the file after we opened it
             try:
                 yield
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 with contextlib.suppress(OSError):
-                    os.rmdir(folder)  # succeeds for the last one out
+                    os.rmdir(folder)  # succeeds for the last process to leave
             return
         finally:
             lock.release()
@@ -258,7 +261,7 @@ def hold_lock(folder: str, name: str, refusal: str | None = None) -> Iterator[No
 
 
 def _acquire(lock: FileLock, folder: str, wait: bool) -> bool:
-    """Lock. The last one out may take the folder away between the two steps; they are repeated."""
+    """Create the folder and take the lock; repeated when the last process to leave removes the folder in between."""
     where = os.path.dirname(folder)
     for attempt in range(1000):
         try:
@@ -275,6 +278,7 @@ def _acquire(lock: FileLock, folder: str, wait: bool) -> bool:
 
 
 def _fastest() -> tuple[Callable[[Any, int], int], str]:
+    """The fastest CRC-32C that is installed, and the name of its library."""
     if importlib.util.find_spec("awscrt") is None:
         return package.crc32c, "crc32c"
     from awscrt import checksums  # noqa: PLC0415  (an extra)
@@ -282,6 +286,5 @@ def _fastest() -> tuple[Callable[[Any, int], int], str]:
     return checksums.crc32c, "awscrt"
 
 
-crc32c, LIBRARY = (
-    _fastest()
-)  # (contiguous bytes, the checksum of what came before or 0) -> checksum; and whose it is
+# crc32c(contiguous bytes, checksum of the bytes before them or 0) -> checksum; and the name of the library.
+crc32c, LIBRARY = _fastest()

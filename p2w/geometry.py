@@ -1,20 +1,21 @@
-"""Which part of a whole, and how it is cut, resized and normalised. Torch alone.
+"""Sample boxes in a sub-scan, and crop, resize and normalise them for the network.
 
-Shapes: B, D, H, W = batch, slice, row, column of the whole; d, h, w = the same of the network's input.
+A crop is called "part", the sub-scan that it is cut from "whole", as in the paper. Shapes: B, D, H, W = batch, slice, row,
+column of the whole; d, h, w = slice, row, column of the network's input.
 A box is [z0, y0, x0, z1, y1, x1] in voxel-edge coordinates: voxel i covers [i, i + 1], fractions are allowed,
 and [0, 0, 0, D, H, W] is the whole.
 
-Convention of the resize (one, for every backend): half-pixel centres, i.e. `align_corners=False`. On an axis
+Convention of the resize, the same for every backend: half-pixel centres, i.e. `align_corners=False`. On an axis
 output i looks at c = z0 + (i + 1/2) s, s = (z1 - z0) / d, and voxel v weighs max(0, 1 - |v + 1/2 - c| / r):
 r = max(1, s) when antialiasing (the triangle filter of PIL and of torch's `antialias=True`), r = 1 when not.
-Only voxels that the box touches, floor(z0) .. ceil(z1) - 1, take part, and the weights are renormalised:
-nothing outside the part leaks into it. For integer boxes this is slice + `F.interpolate(mode="trilinear")`.
+Only voxels that the box touches, floor(z0) .. ceil(z1) - 1, have a weight, and the weights are renormalised:
+voxels outside the part do not contribute to it. For integer boxes this is slice + `F.interpolate(mode="trilinear")`.
 
-Values are clipped to the HU window *before* they are interpolated. Shards hold clipped HU already; data that
-comes from elsewhere may not, and metal at 3000 HU would then bleed into its neighbours.
+Values are clipped to the HU window *before* they are interpolated. Shards have clipped HU already; other data may not, and
+metal at 3000 HU would then brighten its neighbours.
 
-Randomness is counter-based: part p of sub-scan k in epoch e is a function of (seed, e, k, p) alone, whatever
-batch, rank or restart it is met in.
+Random numbers are counter-based: part p of sub-scan k in epoch e depends on (seed, e, k, p) alone, not on batch, rank or
+restarts.
 """
 
 import math
@@ -41,18 +42,18 @@ def sample_boxes(
     volume_fraction: Range = (1 / 16, 1 / 4),
     aspect_range: Range = (1 / 2, 2.0),
 ) -> Tensor:
-    """Box (B, 6) float32 of part `part` of every sub-scan of the batch, on its device; units as above.
+    """Sample one box (B, 6) float32 per sub-scan, of part number `part`, on the device of `keys.ids`; units as above.
 
     Volume: the fraction f of the whole is exactly uniform in `volume_fraction` (boxes are continuous).
     Shape: relative to the whole's, edge factors are f^(1/3) a_k; the a_k are log-uniform in `aspect_range`,
     independent for z, y, x, then divided by their geometric mean, so that their product is 1. Where the
-    range is wider than a ratio high / low of f^(-1/2), it is narrowed to that, about its middle in log: the
-    widest at which no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The
-    default (1/2, 2) just passes at f = 1/16 (longest to shortest edge at most 4); by f = 1/4 it is narrowed
-    to sqrt(2) either way, by f = 1 to nothing (the whole).
+    range is wider than a ratio high / low of f^(-1/2), it is narrowed to that, around its middle in log: the
+    widest range in which no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The
+    default (1/2, 2) is just allowed at f = 1/16 (longest to shortest edge at most 4); at f = 1/4 it is narrowed
+    to sqrt(2) either way, at f = 1 to a single box, the whole.
     Position: uniform over all placements inside the whole, independent along the axes.
 
-    On a GPU with Triton it is one launch, and equal to the CPU's boxes to float32 rounding (libraries round
+    On a GPU with Triton it is one kernel launch, and equal to the CPU's boxes to float32 rounding (libraries round
     float64 logarithms differently). Nothing waits for the device.
 
     Raises UserError for ranges that are not 0 < low <= high (<= 1 for the fraction).
@@ -72,7 +73,7 @@ def sample_boxes(
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
     edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(widest / narrowest))).exp().clamp(max=1.0)
     start = u[:, 4:7] * (1 - edge)
-    # Lengths enter as numbers: a tensor of them would be a copy to the device that waits for it.
+    # Lengths are Python numbers: a tensor of them would need a copy to the device, which waits for it.
     corners = [(c[:, k] * n).clamp(max=n) for c in (start, start + edge) for k, n in enumerate(shape_dhw)]
     return torch.stack(corners, 1).float()
 
@@ -95,13 +96,13 @@ def crop_resize(
     antialias: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Part (B, 1, d, h, w) of `dtype` in [0, 1]: `boxes` (B, 6) of `whole` (B, D, H, W), resized.
+    """Cut `boxes` (B, 6) out of `whole` (B, D, H, W) and resize them: (B, 1, d, h, w) of `dtype` in [0, 1].
 
     HU are clipped to `window_hu` and scaled so that the window becomes [0, 1]. `whole` is int16 or float32
     HU. `out`, when given, is a contiguous tensor to fill (with one channel, channels_last_3d is the same
     order in memory). No gradient flows. A sample's result is the same, bit for bit, in whatever batch it is.
-    Raises UserError for shapes, types, windows and, on the CPU, boxes that break these rules; on a GPU
-    looking at the boxes would stall it, there the kernel keeps its reads inside the whole.
+    Raises UserError for shapes, types and windows that break these rules and, on the CPU, for boxes; on a GPU
+    reading the boxes would stall it, so the kernel limits its reads to the whole instead.
     """
     _check(whole, boxes, size_dhw, window_hu)
     part = _output(out, whole, size_dhw, dtype)
@@ -120,7 +121,7 @@ def part_and_whole(
     antialias: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one launch."""
+    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one kernel launch."""
     _check(whole, boxes, size_dhw, window_hu)
     part, target = (_output(o, whole, size_dhw, dtype) for o in (out or (None, None)))
     _run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
@@ -140,7 +141,7 @@ def _run(
             try:
                 crop_resize_triton.run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
                 return
-            except TritonError as error:  # a card with too little shared memory, a compiler that gives up
+            except TritonError as error:  # such as a GPU with too little shared memory
                 _REFUSED_BY_TRITON.add(sizes)
                 said = str(error).strip().partition("\n")[0]
                 warnings.warn(

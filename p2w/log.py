@@ -1,6 +1,6 @@
-"""What a run says: lines and progress on rank 0's console, `metrics.jsonl`, TensorBoard. Other ranks stay silent.
+"""Log of a run: lines and progress on the console, `metrics.jsonl` and TensorBoard. Only rank 0 writes.
 
-On a terminal there is a progress bar with rate and time left; off a terminal, a line every ten seconds.
+On a terminal there is a progress bar with rate and time left; without one, a line every ten seconds.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ LINE_EVERY_S = 10.0
 
 
 class Log:
-    """The voice of a run folder. On ranks other than 0 every method does nothing."""
+    """Console, `metrics.jsonl` and TensorBoard of a run folder. On ranks other than 0 every method does nothing."""
 
     def __init__(self, run: Path, speaks: bool, total_steps: int) -> None:
         self.run, self.speaks, self.total = run, speaks, total_steps
@@ -38,33 +38,33 @@ class Log:
         self._clock = (time.monotonic(), -1)
 
     def line(self, text: str, style: str | None = None) -> None:
-        """One line for a person."""
+        """Print one line."""
         if self.speaks:
             self.console.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        """One line that asks for attention."""
+        """Print one line of warning."""
         self.line(f"warning: {text}", style="yellow")
 
     @contextlib.contextmanager
     def tolerate(self, what: str) -> Iterator[None]:
-        """For what a run can do without: a disk that takes no more is a warning, and training goes on."""
+        """Turn an OSError of writing `what` into a warning: for files that training can do without, on a full disk say."""
         try:
             yield
         except OSError as error:
             self.warn(f"{self.run / what}: not written ({error.strerror or error}); the run goes on without")
 
-    def rewind(self, step: int, looked: bool = True) -> None:
-        """Drop what `metrics.jsonl` says of steps after `step`: they will be done again.
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drop the records of `metrics.jsonl` after `step`, which will be written again, and a line truncated by a crash.
 
-        So will the look at `step` itself, unless `looked`; what was logged of the step stays. A last line cut short by a
-        crash is dropped too.
+        Unless `evaluated`, the evaluation after `step` will run again too, and its records are dropped; those of the
+        training step itself stay.
         """
         path = self.run / "metrics.jsonl"
         if not self.speaks or not path.exists():
             return
         kept = [text for text in _lines(path) if _step_of(text) <= step]
-        if not looked:
+        if not evaluated:
             kept = [
                 text for text in kept if _step_of(text) < step or '"train/' in text or '"skipped"' in text
             ]
@@ -82,7 +82,7 @@ class Log:
                 board.add_scalar(name, value, step)
 
     def event(self, step: int, facts: dict[str, Any]) -> None:
-        """Append one JSON object to `metrics.jsonl` that is no curve: TensorBoard does not get it."""
+        """Append one JSON object to `metrics.jsonl` alone: an event is no curve for TensorBoard."""
         if self.speaks:
             with self.tolerate("metrics.jsonl"):
                 append(
@@ -91,22 +91,22 @@ class Log:
                 )
 
     def picture(self, name: str, pixels: "NDArray[np.uint8]", step: int) -> None:
-        """Show a grey picture (H, W) in TensorBoard."""
+        """Add a grey image (H, W) to TensorBoard."""
         if self.speaks:
             with self._on_board(step) as board:
                 board.add_image(name, pixels, step, dataformats="HW")
 
     @contextlib.contextmanager
     def _on_board(self, step: int) -> Iterator[Any]:
-        """TensorBoard's writer; after a write that failed, one that swallows everything."""
-        board = self._writer_from(step) if self._board else _Nowhere()
+        """TensorBoard's writer; after a failed write, one that does nothing."""
+        board = self._writer_from(step) if self._board else _NullWriter()
         self._board, before = False, self._board
         with self.tolerate("tensorboard"):
             yield board
             self._board = before
 
     def _writer_from(self, step: int) -> Any:
-        """The writer is made at the first use, so that what an earlier start logged beyond is hidden."""
+        """TensorBoard's writer, created at the first use; it hides what an earlier start has logged after `step`."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a second of imports, rank 0 only)
 
@@ -114,7 +114,7 @@ class Log:
         return self._writer
 
     def progress(self, step: int, loss: float, samples_per_s: float, wait_share: float) -> None:
-        """Show where the run stands: loss, rate, time left, share of time spent waiting for data."""
+        """Show the step, loss, rate, share of time spent waiting for data, and time left."""
         if not self.speaks:
             return
         if self._clock[1] < 0:
@@ -153,8 +153,8 @@ class Log:
                 self._writer.close()
 
 
-class _Nowhere:
-    """Takes what TensorBoard would."""
+class _NullWriter:
+    """A writer with the methods of TensorBoard's that does nothing."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Drop it."""
@@ -172,19 +172,19 @@ def hours_minutes_seconds(seconds: float) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The records of `metrics.jsonl`, oldest first; a last line cut short is left out."""
+    """The records of `metrics.jsonl`, oldest first, without lines truncated by a crash."""
     path = run / "metrics.jsonl"
     lines = _lines(path) if path.exists() else []
     return [json.loads(text) for text in lines if _step_of(text) < float("inf")]
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file that a crash may have left with bytes that are no text."""
+    """The lines of a file, in which a crash may have left bytes that are not text."""
     return path.read_text(errors="replace").splitlines()
 
 
 def _step_of(text: str) -> float:
-    """The step a metrics line speaks of; infinity when the line is broken."""
+    """The step of a line of `metrics.jsonl`; infinity when the line is damaged."""
     try:
         return int(json.loads(text)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

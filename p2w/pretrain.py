@@ -1,4 +1,4 @@
-"""One pretraining run, built from its configuration: data, pretext, network, trainer, evaluators; then fit and draw."""
+"""One pretraining run: build data, pretext, network, trainer and monitors from the configuration, train, draw figures."""
 
 import os
 import shlex
@@ -34,21 +34,21 @@ from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
-ENOUGH_FOR_BATCH_NORM = 16  # samples: the paper's batch [P]
+ENOUGH_FOR_BATCH_NORM = 16  # samples: the batch of the paper
 
 
 def shares_batch_norm(config: Config, ranks: int) -> bool:
-    """Whether batch norm averages over all ranks: `optim.sync_batchnorm`, or by how few samples a rank has at a time."""
+    """Whether batch norm averages over all ranks: as `optim.sync_batchnorm` says; with `auto`, if a rank has few samples."""
     if config.optim.sync_batchnorm != "auto":
         return config.optim.sync_batchnorm == "on"
     return ranks > 1 and config.data.batch // ranks // config.optim.accumulate < ENOUGH_FOR_BATCH_NORM
 
 
 def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
-    """Train in the folder `run`, or continue what is there. Every rank calls it; rank 0 writes.
+    """Train in the folder `run`, or continue the run in it. Every rank calls this; rank 0 writes.
 
-    Owns every reference to the network, so that all are gone when it returns (see World.close).
-    Raises UserError for settings, data or a folder that do not go together.
+    No reference to the network is left when it returns, as World.close needs. Raises UserError for settings, data or a
+    folder that do not go together.
     """
     folder, data = RunDir(run), data_fingerprint(shards.meta)
     given = {f"--{name.replace('_', '-')}": value for name, value in settings.flatten(config).items()}
@@ -61,11 +61,11 @@ def _run(
     config: Config, shards: ShardSet, folder: RunDir, data: str, world: World, precision: Precision,
     watchdog: Watchdog,
 ) -> Outcome:  # fmt: skip
-    """Build and fit; rank 0 holds the folder meanwhile and writes there how it ended."""
+    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended."""
     log = Log(folder.path, world.is_main, config.train.steps)
-    # What is refused in here leaves no folder behind.
+    # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
-    choice, trainer, validation, looks, pictures = parts
+    choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
         facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
@@ -81,7 +81,7 @@ def _run(
     world.barrier()
     outcome = Outcome("failed", 0)
     try:
-        outcome = _fit(trainer, validation, looks, pictures, folder, log)
+        outcome = _fit(trainer, validation, monitors, pictures, folder, log)
     except BaseException as error:
         outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
         raise
@@ -100,7 +100,7 @@ def _build(
     config: Config, shards: ShardSet, folder: RunDir, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
 ) -> tuple[Choice, Trainer, Validation | None, Monitors, Pictures]:  # fmt: skip
-    """How layers are computed, the trainer, its validation where scans are set aside, and the looks between its steps."""
+    """Build the choice of kernels, the trainer, the validation (None without validation scans), monitors and pictures."""
     torch.manual_seed(config.train.seed)
     pretext, model = build_pretext_and_network(config)
     if shares_batch_norm(config, world.size):
@@ -113,8 +113,8 @@ def _build(
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
     }  # fmt: skip
-    held = _held(config, shards, world, precision) if config.data.cache_on_device else None
-    stream = Stream(shards, "train", batch, seed=config.data.seed, held=held, **share)
+    cache = _device_cache(config, shards, world, precision) if config.data.cache_on_device else None
+    stream = Stream(shards, "train", batch, seed=config.data.seed, cache=cache, **share)
     precision = check_numerics(config, precision, model, world, log.warn).apply()
     choice = choose_run_forms(config, model, folder.path, world, precision, log)
     checkpoints = Checkpoints(
@@ -125,7 +125,7 @@ def _build(
     )
 
     def validation() -> Stream:
-        """For looks that all ranks take together; told to stop, they end."""
+        """A pass over the validation set; it ends when the run is stopped."""
         stream = InterruptibleStream.validation(shards, batch, **share)
         stream.stop_requested = trainer.stop_requested
         return stream
@@ -134,19 +134,25 @@ def _build(
         if trainer.stop_requested():
             raise EvaluationInterrupted
 
-    aside = len(shards.ids("val"))
-    split = "val" if aside else "train"
+    val_count = len(shards.ids("val"))
+    split = "val" if val_count else "train"
     pictures = Pictures(pretext, model, shards, split, world.device, log)
     similarity = SimilarityMonitor(config, model.encoder, shards, split, world, log, leave_if_stopped)
-    looks = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
-    if not aside:
+    monitors = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
+    if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
-    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {aside} to validate")
-    return choice, trainer, Validation(pretext, model, validation, world) if aside else None, looks, pictures
+    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    return (
+        choice,
+        trainer,
+        Validation(pretext, model, validation, world) if val_count else None,
+        monitors,
+        pictures,
+    )
 
 
-def _held(config: Config, shards: ShardSet, world: World, precision: Precision) -> DeviceCache:
-    """Room on the device for all training sub-scans, beside what the steps will need. Raises UserError."""
+def _device_cache(config: Config, shards: ShardSet, world: World, precision: Precision) -> DeviceCache:
+    """Memory on the device for all training sub-scans. Raises UserError if that leaves too little for the network."""
     from p2w.train.estimate import run_cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only where it is needed)
 
     passes = config.data.batch // world.size // config.optim.accumulate
@@ -154,7 +160,7 @@ def _held(config: Config, shards: ShardSet, world: World, precision: Precision) 
         config, lambda: build_pretext_and_network(config), passes, 4 if precision.dtype is None else 2
     )
     sharers = world.local_size if world.device.type == "cpu" else 1
-    # A CUDA graph is captured beside what the first steps took, on a copy of the weights.
+    # A CUDA graph needs memory of its own, besides that of the first steps, and a copy of the weights.
     times = 2 if world.device.type == "cuda" and config.train.cuda_graph != "off" else 1
     reserve = times * (facts.activation_bytes + facts.state_bytes)
     return DeviceCache(shards, "train", world.device, reserve=reserve, sharers=sharers)
@@ -163,12 +169,12 @@ def _held(config: Config, shards: ShardSet, world: World, precision: Precision) 
 def _fit(
     trainer: Trainer,
     validation: Validation | None,
-    looks: Monitors,
+    monitors: Monitors,
     pictures: Pictures,
     folder: RunDir,
     log: Log,
 ) -> Outcome:
-    """Continue where the folder stands, train, draw what came out."""
+    """Continue from the folder's newest checkpoint, train, and draw the figures."""
     world, precision, steps = trainer.world, trainer.stepper.precision, trainer.config.train.steps
 
     def validate(step: int) -> Iterator[tuple[str, float]]:
@@ -176,8 +182,8 @@ def _fit(
         if found:
             log.line(f"step {step}  {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
         yield from found.items()
-        yield from looks(step)
-        looks.similarity.save(step)
+        yield from monitors(step)
+        monitors.similarity.save(step)
 
     before = max((int(record["step"]) for record in read_metrics(folder.path)), default=0)
     resumed = trainer.resume()
@@ -196,7 +202,7 @@ def _fit(
             folder.write_status("running", trainer.step)
             folder.add_to_start(from_step=trainer.step, redone=max(0, before - trainer.step))
     with trainer.stream:
-        outcome = trainer.fit(validate, looks)
+        outcome = trainer.fit(validate, monitors)
     if not world.is_main:
         return outcome
     why = f" ({outcome.why})" if outcome.why else ""
@@ -218,7 +224,7 @@ def _fit(
 
 
 def _summary(run: Path, drawn: Path, log: Log) -> None:
-    """Draw the curves, and say in a few lines what came out."""
+    """Draw the curves, and log the results in a few lines."""
     log.line(f"pictures        {plots.save_figure(plots.loss_curve(run), run, 'loss')}")
     log.line(f"                {drawn}")
     records = [record for record in read_metrics(run) if "val/loss" in record]
@@ -235,7 +241,7 @@ def _summary(run: Path, drawn: Path, log: Log) -> None:
 
 
 def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
-    """First and last validation as text, beside the loss of always answering the mean image."""
+    """First and last validation as lines of text, with the loss of predicting the mean image for comparison."""
     first, *_, last = [*records, *records]
     beside, loss = "", "val/mse" if "val/mse" in first else "val/loss"
     if "val/loss_mean_image" in first:
@@ -249,7 +255,7 @@ def before_and_after(records: Iterable[dict[str, float]]) -> list[str]:
         lines.append(
             f"                told apart (AUC): {first['similarity/auc']:.3f} -> {last['similarity/auc']:.3f}"
         )
-    if "similarity/rank" in first and "similarity/rank" in last:  # runs of before it was measured lack it
+    if "similarity/rank" in first and "similarity/rank" in last:  # old runs lack it
         spread = f"{first['similarity/rank']:.1f} -> {last['similarity/rank']:.1f}"
         lines.append(f"                rank of features: {spread}")
     return lines

@@ -1,4 +1,4 @@
-"""How far it is: a bar on a terminal, a short line now and then elsewhere."""
+"""Progress of a command: a bar on a terminal, elsewhere a line every 15 seconds."""
 
 import sys
 import time
@@ -13,13 +13,13 @@ _console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """One line to the user, above a running bar."""
+    """Print one line for the user; above the bar, while there is one."""
     _console.print(line)
     sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as people say them: 1:02:03 h, 4:05 min, 9 s."""
+    """Seconds in words such as 1:02:03 h, 4:05 min or 9 s."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
@@ -27,10 +27,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts `total` things named `what`, with rate and time left."""
+    """Count and show progress over `total` items, named `what` in the plural, with rate and time left."""
 
     def __init__(self, total: int, what: str) -> None:
-        """Nothing is shown before it is entered."""
+        """Prepare; nothing is shown before the `with` block."""
         self.total, self.what, self.done, self.note = total, what, 0, ""
         self.start = self.last = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -38,7 +38,7 @@ class Progress:
         self.task = self.bar.add_task(what, total=total, note="")
 
     def __enter__(self) -> "Progress":
-        """Show the bar where there is a terminal."""
+        """Show the bar, on a terminal."""
         if _console.is_terminal:
             self.bar.start()
         return self
@@ -46,31 +46,31 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar, or print the last line."""
         if _console.is_terminal:
             self.bar.stop()
         elif kind is None:
             say(self.line())
 
     def step(self, note: str) -> None:
-        """One more is done."""
+        """Count one more item; `note` is shown beside the count."""
         self.done += 1
         self.note = note
         self.bar.update(self.task, advance=1, note=f"{self.rate():.2f} {self.what}/s · {note}")
 
     def tick(self) -> None:
-        """Off a terminal, a line when it is time for one."""
+        """Print a line if there is no terminal and 15 seconds have passed."""
         now = time.monotonic()
         if not _console.is_terminal and now - self.last > EVERY:
             self.last = now
             say(self.line())
 
     def rate(self) -> float:
-        """Things a second since the start."""
+        """Items per second since the start."""
         return self.done / max(1e-9, time.monotonic() - self.start)
 
     def line(self) -> str:
-        """Done, rate, time left."""
+        """Count, note, rate and time left as one line."""
         rate = self.rate()
         left = f", {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
         return (

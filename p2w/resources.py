@@ -1,11 +1,12 @@
-"""Cores and memory that this process may use: the machine's, or less where its affinity or a control group allows less.
+"""Cores, memory and disk that this process may use: what the machine has, or less by CPU affinity and control groups.
 
-Slurm, Docker and Kubernetes limit by control groups (cgroup v1 or v2), which neither os.cpu_count() nor /proc/meminfo shows.
+Slurm, Docker and Kubernetes set limits by control groups (cgroup v1 or v2), which os.cpu_count() and /proc/meminfo ignore.
 """
 
 import contextlib
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def usable_cores(proc: Path | None = None, cgroups: Path | None = None) -> int:
-    """Cores that this process may keep busy: its CPU affinity, or the quota of its control group; at least 1."""
+    """Number of cores that this process may use: the lower of CPU affinity and control group quotas; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group, old in _groups("cpu", proc, cgroups):
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word `max`
@@ -29,22 +30,30 @@ def usable_cores(proc: Path | None = None, cgroups: Path | None = None) -> int:
 
 
 def total_memory(proc: Path | None = None, cgroups: Path | None = None) -> int:
-    """Bytes of memory: the machine's, or the lowest limit of a control group."""
+    """Memory in bytes: the machine's, or the lowest limit of a control group."""
     limits = (limit for limit, _ in _memory_groups(proc, cgroups))
     return min(_meminfo(proc, "MemTotal"), *limits, 1 << 62)
 
 
 def free_memory(proc: Path | None = None, cgroups: Path | None = None) -> int:
-    """Bytes that this process could still take: what Linux calls available, or less where a control group limits it.
+    """Bytes that this process can still allocate: what Linux calls available, or less where a control group limits it.
 
-    Files that a group has in the page cache are no hindrance: they are dropped when memory is asked for.
+    The page cache of a group does not count as used, since the kernel drops it when memory is needed.
     """
     left = (limit - used for limit, used in _memory_groups(proc, cgroups))
     return max(0, min(_meminfo(proc, "MemAvailable"), *left, 1 << 62))
 
 
+def free_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes free on the disk on which `path` lies, or would lie once it is made."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
 def _meminfo(proc: Path | None, name: str) -> int:
-    """A line of /proc/meminfo in bytes; without bound where the system has none."""
+    """An entry of /proc/meminfo in bytes; 2**62 on a system without that file."""
     with contextlib.suppress(OSError, ValueError):
         for line in ((proc or PROC) / "meminfo").read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -53,7 +62,7 @@ def _meminfo(proc: Path | None, name: str) -> int:
 
 
 def _memory_groups(proc: Path | None, cgroups: Path | None) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes, page cache left out, of each control group around this process that has a limit."""
+    """(limit, used) in bytes, without the page cache, of each control group around this process that has a limit."""
     for group, old in _groups("memory", proc, cgroups):
         names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
         with contextlib.suppress(OSError, ValueError):  # no such file, or the word `max`
@@ -62,7 +71,7 @@ def _memory_groups(proc: Path | None, cgroups: Path | None) -> Iterator[tuple[in
 
 
 def _page_cache(group: Path, old: bool) -> int:
-    """Bytes of files that the kernel may drop from a group; 0 where it does not say."""
+    """Size in bytes of a group's page cache, which the kernel may drop; 0 if it is not known."""
     wanted = {f"{'total_' if old else ''}{state}_file" for state in ("active", "inactive")}
     with contextlib.suppress(OSError, ValueError):
         fields = (line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -73,7 +82,7 @@ def _page_cache(group: Path, old: bool) -> int:
 def _groups(controller: str, proc: Path | None, cgroups: Path | None) -> Iterator[tuple[Path, bool]]:
     """Folders of the control groups around this process, innermost first, and whether they are of version 1.
 
-    A container may see its own group as the root while /proc names it from outside: the root is looked at in any case.
+    A container may see its own group as the root, while /proc gives its path outside: so the root is always included.
     """
     proc, cgroups = proc or PROC, cgroups or CGROUPS
     try:
@@ -81,10 +90,10 @@ def _groups(controller: str, proc: Path | None, cgroups: Path | None) -> Iterato
     except OSError:
         return
     for entry in entries:
-        _, kinds, place = entry.split(":", 2)
+        _, kinds, path = entry.split(":", 2)
         if kinds and controller not in kinds.split(","):
             continue
         root = cgroups / kinds if not kinds or (cgroups / kinds).is_dir() else cgroups / controller
-        folder = root / place.lstrip("/")
+        folder = root / path.lstrip("/")
         for group in (folder, *folder.parents[: len(folder.relative_to(root).parts)]):
             yield group, bool(kinds)

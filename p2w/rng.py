@@ -1,7 +1,7 @@
-"""Counter-based random numbers: SplitMix64 streams named by keys, the same on every device, rank and restart.
+"""Counter-based random numbers: SplitMix64 streams selected by keys, the same on every device, rank and restart.
 
-Part p of sub-scan k in epoch e is a function of (seed, e, k, p) alone, whatever batch, rank or restart it is met in.
-Tensors (torch, int64) and arrays (NumPy, uint64) go through the same finaliser (Steele, Lea, Flood: Fast splittable
+The numbers for part p of sub-scan k in epoch e depend on (seed, e, k, p) alone, not on batch, rank or restarts.
+Tensors (torch, int64) and arrays (NumPy, uint64) use the same finaliser (Steele, Lea, Flood: Fast splittable
 pseudorandom number generators, OOPSLA 2014).
 """
 
@@ -28,7 +28,7 @@ _MIX = (
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Names a batch's randomness: run's seed, epoch, and ids (B,) int64 of its sub-scans, on its device."""
+    """Keys of the random numbers of a batch: the run's seed, the epoch, and the ids (B,) int64 of its sub-scans."""
 
     seed: int
     epoch: int
@@ -46,18 +46,18 @@ def _splitmix64_int(z: int) -> int:
 
 
 def splitmix64(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors, whose products wrap; `>>` copies the sign, so the copies are masked away."""
+    """SplitMix64's finaliser on int64 tensors, whose products wrap; masks undo the sign extension of `>>`."""
     for shift, factor in _MIX:
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 def uniforms(keys: SampleKeys, part: int, count: int) -> Tensor:
-    """(B, count) float64 in [0, 1), 53 random bits each: the draws of part `part` of every sub-scan.
+    """Uniform numbers (B, count) float64 in [0, 1), 53 random bits each, for part `part` of every sub-scan.
 
-    A SplitMix64 stream per (seed, epoch, part, id), started from a hash of the four; integer arithmetic, so
-    CPU and GPU agree bit for bit. On a GPU with Triton it is one launch. Raises UserError unless ids are
-    (B,) int64.
+    Each (seed, epoch, part, id) has its own SplitMix64 stream, which starts from a hash of the four. Integer arithmetic
+    gives the same bits on CPU and GPU. On a GPU with Triton it is one kernel launch. Raises UserError unless ids are (B,)
+    int64.
     """
     state = _state(keys, part)
     if keys.ids.is_cuda and backend(keys.ids.device)[0] == "triton":
@@ -75,7 +75,7 @@ def _unit(bits: Tensor) -> Tensor:
 
 
 def _state(keys: SampleKeys, part: int) -> int:
-    """64-bit hash of seed, epoch and part, which the streams of all sub-scans start from."""
+    """64-bit hash of seed, epoch and part; with the id, it gives the start of the stream of a sub-scan."""
     if keys.ids.ndim != 1 or keys.ids.dtype != torch.int64:
         raise UserError(
             f"keys: ids must be (B,) int64, got {tuple(keys.ids.shape)} {keys.ids.dtype}; "
@@ -88,9 +88,9 @@ def _state(keys: SampleKeys, part: int) -> int:
 
 
 def backend(device: torch.device | str) -> tuple[str, str]:
-    """(name, reason): what samples and crop-resizes on this device, "triton" or "torch", and why.
+    """(name, reason): the implementation for sampling and crop-resize on this device, "triton" or "torch", and why.
 
-    On CUDA the first call tries Triton, which may lack a C compiler or not fit its torch; the answer is kept.
+    On CUDA the first call tries Triton, which may lack a C compiler or not fit its torch; the result is cached.
     """
     if torch.device(device).type != "cuda":
         return "torch", f"tensors are on {torch.device(device).type}, the kernels are for CUDA"
@@ -105,10 +105,10 @@ def _backend_on_cuda() -> tuple[str, str]:
 
 
 def try_triton(device: torch.device) -> tuple[str, str]:
-    """(name, reason) as `backend`, found by compiling, launching and checking a small kernel on `device`.
+    """(name, reason) as `backend` gives, by compiling, launching and checking a small kernel on `device`.
 
-    Whatever goes wrong in Triton (no C compiler, a version that does not fit, a broken installation) is a
-    reason to use torch, not an error: the reason says it in one line.
+    Any failure of Triton (no C compiler, an unsuitable version, a broken installation) is a reason to use torch, not an
+    error; the reason is one line.
     """
     if importlib.util.find_spec("triton") is None:
         return "torch", "triton is not installed beside this torch"
@@ -117,7 +117,7 @@ def try_triton(device: torch.device) -> tuple[str, str]:
         from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
 
         drawn = sample_triton.uniforms(ids.to(device), 1, 2).cpu()
-    except Exception as error:  # other people's code: any error there means the same here
+    except Exception as error:  # whatever Triton raises, torch is used instead
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         words = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
         return "torch", f"triton is installed but does not work here ({words}); plain torch is slower"
@@ -130,13 +130,13 @@ def try_triton(device: torch.device) -> tuple[str, str]:
 
 
 def uniform_integers(u: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """Draws in [0, 1) -> int64, uniform from `low` to `high`, both included."""
+    """Uniform numbers in [0, 1) of any shape -> uniform int64 from `low` to `high`, both included."""
     drawn = (u * (high - low + 1)).long()
     return drawn if isinstance(low, int) and low == 0 else low + drawn
 
 
 def standard_normals(keys: SampleKeys, part: int, count: int) -> Tensor:
-    """(B, count) float32, standard normal, from the stream of part `part`."""
+    """Standard normal numbers (B, count) float32, from the stream of part `part` of every sub-scan."""
     u = uniforms(keys, part, count).float().clamp_(2**-24, 1 - 2**-24)
     return torch.erfinv(2 * u - 1).mul_(math.sqrt(2))
 
@@ -147,7 +147,7 @@ _WORD = 2**64
 
 
 def splitmix64_array(words: Words) -> Words:
-    """Scramble 64-bit words: SplitMix64's finaliser, a bijection."""
+    """SplitMix64's finaliser on an array of 64-bit words of any shape, a bijection."""
     x = words.astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -155,7 +155,7 @@ def splitmix64_array(words: Words) -> Words:
 
 
 def hash64(ids: Ids, *key: int) -> Words:
-    """One 64-bit word per id from the key (seed, epoch, ...); distinct ids get distinct words."""
+    """Hash ids (any shape) and a key (seed, epoch, ...) to 64-bit words of the same shape; no two ids get the same word."""
     state = np.zeros(1, np.uint64)
     for part in key:  # integers of any size and sign count modulo 2**64
         state = splitmix64_array(state + np.array([(part + _GOLDEN) % _WORD], np.uint64))

@@ -1,10 +1,11 @@
 """Statistics of trials and of test sets: t-tests, Holm's correction, confidence intervals, DeLong, Pearson's r.
 
-Two sets of trials are paired where trial i of both had the same seed, and so the same labels, order and decoder; else
-Welch's test compares them, and says why. Intervals of one trial's metric over its test cases: intervals.py.
+Two sets of trials are compared by the paired t-test if trial i has the same seed in both, and so the same labels, order and
+decoder; else by Welch's test, with the reason.
 
-AUC by DeLong, DeLong and Clarke-Pearson (1988), on the logit scale, where it stays within 0 and 1; IoU, Dice and whatever is
-a ratio or a mean by the bootstrap. Cases of one patient are alike: where patients are given, these are drawn, not cases.
+Intervals are of the metric of one trial over its test cases: of AUC by DeLong, DeLong and Clarke-Pearson (1988) on the logit
+scale, where it stays within 0 and 1; of IoU, Dice and other ratios or means by the bootstrap. Cases of one patient are
+correlated, so patients are resampled rather than cases, if they are given.
 """
 
 import math
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LEVEL = 0.05  # below it two means differ
+LEVEL = 0.05  # significance level: two means differ if p is below
 Trials = Mapping[int, tuple[int, float]]  # index of the trial -> its seed, its metric
 
 
@@ -44,7 +45,7 @@ class Comparison:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Of finite values; one of them has no deviation, none of them no mean."""
+    """Mean and standard deviation of finite values; NaN for the deviation of one value, and for the mean of none."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return Summary(mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
 
@@ -55,7 +56,7 @@ def values(trials: Trials) -> list[float]:
 
 
 def compare(a: Trials, b: Trials) -> Comparison:
-    """Paired t-test over the trials that both have; Welch's when a seed differs or fewer than two are common."""
+    """Paired t-test over the common trials; Welch's test when a seed differs or fewer than two trials are common."""
     common = sorted(a.keys() & b.keys())
     other = [index for index in common if a[index][0] != b[index][0]]
     if other:
@@ -66,9 +67,9 @@ def compare(a: Trials, b: Trials) -> Comparison:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """Paired t-test of values that belong together one by one.
+    """Paired t-test of a[i] against b[i].
 
-    Differences that are all alike leave t undefined: p is 1 when they are zero, else 0. Raises ValueError for lists of
+    If all differences are equal, t is undefined and p is 1 when they are zero, else 0. Raises ValueError for lists of
     unequal length.
     """
     from scipy.stats import ttest_rel  # noqa: PLC0415  (a second of imports)
@@ -86,7 +87,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
 
 
 def welch(a: Summary, b: Summary, why: str = "") -> Comparison:
-    """Welch's test from means and deviations alone, as of published numbers. Undefined below two values a side."""
+    """Welch's test from means and deviations alone, such as published ones. NaN with fewer than two values on a side."""
     from scipy.stats import ttest_ind_from_stats  # noqa: PLC0415
 
     difference, sizes = a.mean - b.mean, (a.n, b.n)
@@ -117,15 +118,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES, SEED = 2000, 0
-SURE = 0.025  # probability beyond either end
+TAIL = 0.025  # probability beyond either end of an interval
 UNDEFINED: Interval = (math.nan, math.nan)
 
 
 def auc_interval(scores: ArrayLike, truth: ArrayLike, patients: Sequence[Hashable] | None = None) -> Interval:
-    """Of the area under the ROC curve of `scores` (N,) against `truth` (N,) of 0 and 1; NaN without both classes.
+    """95 % interval of the area under the ROC curve of `scores` (N,) against `truth` (N,) of 0 and 1.
 
-    A perfect ranking has no variance to go by: its lower end is that of n successes in n, n the rarer class (Clopper and
-    Pearson), which is wide rather than narrow.
+    NaN unless there are both classes. A perfect ranking has no variance: its lower end is that of n successes in n trials, n
+    the size of the smaller class (Clopper and Pearson), which is conservative. Raises ValueError for unequal lengths.
     """
     score, positive = np.asarray(scores, np.float64), np.asarray(truth).astype(bool)
     if score.shape != positive.shape or score.ndim != 1:
@@ -135,41 +136,41 @@ def auc_interval(scores: ArrayLike, truth: ArrayLike, patients: Sequence[Hashabl
         return UNDEFINED
     area, variance = delong(score, positive)
     if area in (0.0, 1.0):
-        bound = SURE ** (1 / rarer)
+        bound = TAIL ** (1 / rarer)
         return (bound, 1.0) if area else (0.0, 1 - bound)
     if patients is not None:
         return bootstrap(_weighted_auc(score, positive), patients)
     if rarer < 2:
         return UNDEFINED
-    reach = 1.959963984540054 * math.sqrt(variance) / (area * (1 - area))
+    half_width = 1.959963984540054 * math.sqrt(variance) / (area * (1 - area))
     middle = math.log(area / (1 - area))
-    return 1 / (1 + math.exp(reach - middle)), 1 / (1 + math.exp(-reach - middle))
+    return 1 / (1 + math.exp(half_width - middle)), 1 / (1 + math.exp(-half_width - middle))
 
 
 def delong(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, float]:
     """AUC and its variance by midranks (Sun and Xu 2014: n log n); the variance is NaN with one case of a class."""
     from scipy.stats import rankdata  # noqa: PLC0415  (a second of imports)
 
-    ours, theirs = score[positive], score[~positive]
-    m, n = len(ours), len(theirs)
+    positives, negatives = score[positive], score[~positive]
+    m, n = len(positives), len(negatives)
     ranks = rankdata(score)
-    above = (ranks[positive] - rankdata(ours)) / n  # share of negatives below each positive, ties half
-    below = 1 - (ranks[~positive] - rankdata(theirs)) / m  # share of positives above each negative
+    above = (ranks[positive] - rankdata(positives)) / n  # share of negatives below each positive, ties half
+    below = 1 - (ranks[~positive] - rankdata(negatives)) / m  # share of positives above each negative
     if min(m, n) < 2:
         return float(above.mean()), math.nan
     return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
 
 
 def _weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Floats], float]:
-    """AUC as a function of how often each case was drawn: the sort is done once for all resamples."""
+    """A function that gives the AUC from how often each case was drawn; the cases are sorted once for all resamples."""
     order = np.argsort(score, kind="stable")
-    ours = positive[order]
+    is_positive = positive[order]
     starts = np.flatnonzero(np.concatenate(([True], np.diff(score[order]) > 0)))  # of runs of equal scores
 
     def auc(weights: Floats) -> float:
         drawn = weights[order]
-        plus = np.add.reduceat(np.where(ours, drawn, 0.0), starts)
-        minus = np.add.reduceat(np.where(ours, 0.0, drawn), starts)
+        plus = np.add.reduceat(np.where(is_positive, drawn, 0.0), starts)
+        minus = np.add.reduceat(np.where(is_positive, 0.0, drawn), starts)
         pairs = plus.sum() * minus.sum()
         return float(plus @ (np.cumsum(minus) - minus / 2) / pairs) if pairs else math.nan
 
@@ -177,14 +178,14 @@ def _weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Float
 
 
 def mean_interval(values: ArrayLike, patients: Sequence[Hashable] | None = None) -> Interval:
-    """Of the mean of `values` (N,), one a case."""
+    """95 % interval of the mean of `values` (N,), one per case."""
     return ratio_interval(values, np.ones(np.shape(values)), patients)
 
 
 def ratio_interval(
     above: ArrayLike, below: ArrayLike, patients: Sequence[Hashable] | None = None
 ) -> Interval:
-    """Of sum(above) / sum(below), one pair a case: a pooled IoU is the sum of intersections over that of unions."""
+    """95 % interval of sum(above) / sum(below), one pair per case, such as a pooled IoU of intersections and unions."""
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
     if top.shape != bottom.shape or top.ndim != 1:
         raise ValueError(
@@ -199,10 +200,10 @@ def ratio_interval(
 
 
 def bootstrap(statistic: Callable[[Floats], float], patients: Sequence[Hashable]) -> Interval:
-    """Percentile interval of `statistic(weights)` over resampled patients; `weights` (N,) says how often a case was drawn.
+    """95 % percentile interval of `statistic(weights)` over resampled patients.
 
-    `patients` (N,) names each case's. The same every time: the seed is fixed. NaN for fewer than two patients, and where
-    fewer than half of the resamples have a value.
+    `weights` (N,) is how often each case was drawn, `patients` (N,) names the patient of each case. The seed is fixed, so
+    results are reproducible. NaN for fewer than two patients, or if fewer than half of the resamples have a value.
     """
     numbers: dict[Hashable, int] = {}
     owner = np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], np.intp)
@@ -215,7 +216,7 @@ def bootstrap(statistic: Callable[[Floats], float], patients: Sequence[Hashable]
     sound = [value for value in found if math.isfinite(value)]
     if len(sound) < RESAMPLES / 2:
         return UNDEFINED
-    low, high = np.quantile(sound, (SURE, 1 - SURE))
+    low, high = np.quantile(sound, (TAIL, 1 - TAIL))
     return float(low), float(high)
 
 
@@ -231,9 +232,9 @@ class Correlation:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """Of points (x_i, y_i); those with a value that is not finite are left out.
+    """Correlation of the points (x_i, y_i), without those that have a value that is not finite.
 
-    Undefined for fewer than three points or where x or y does not vary; the interval takes four points.
+    NaN for fewer than three points, or where x or y does not vary; the interval needs four points.
     """
     from scipy.stats import pearsonr  # noqa: PLC0415  (a second of imports)
 

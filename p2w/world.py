@@ -2,13 +2,13 @@
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them there is one process and no group.
 
-Batches are small and sets are small, a result is compared with others by a t-test, and it must not depend on the number of
-ranks. So ranks share what they compute:
+Fine-tuning has small batches and data sets, its results are compared by t-tests, and they must not depend on the number of
+ranks. So there are collectives for values that belong to the whole batch:
 
-- `total` sums over ranks and lets the gradient through: soft Dice is a ratio of sums over the whole batch;
+- `all_reduce_sum` sums over ranks and is differentiable: soft Dice is a ratio of sums over the whole batch;
 - `p2w.model.norm.synchronise_batch_norm` makes batch norm average over all ranks;
-- `average_gradients` is one all-reduce after the backward pass. DDP would hide it behind the backward pass, but lays its
-  buckets out anew after the first one, so that a trial which continues after an interruption would differ in its last bits.
+- `average_gradients` is one all-reduce after the backward pass. DDP would overlap it with the backward pass, but changes its
+  buckets after the first step, so that a trial which resumes after an interruption would differ in the last bits.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from p2w.resources import total_memory, usable_cores
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `device_reason` says why the device was chosen."""
+    """Rank, device and process group of this process. `device_reason` says why the device was chosen."""
 
     rank: int
     size: int
@@ -47,10 +47,10 @@ class World:
     device: torch.device
     device_reason: str
     agent: int = 0  # process id of the torchrun that started this rank; 0 without one
-    store: dist.Store | None = None  # where the ranks met; None in one process
+    store: dist.Store | None = None  # the process group's store; None in one process
 
-    WAIT_S: ClassVar[float] = 1800.0  # for a collective that others do not join
-    MEET_S: ClassVar[float] = 300.0  # for all ranks to be there
+    WAIT_S: ClassVar[float] = 1800.0  # seconds that a collective may wait for other ranks
+    MEET_S: ClassVar[float] = 300.0  # seconds within which all ranks must start
 
     @property
     def is_main(self) -> bool:
@@ -59,9 +59,9 @@ class World:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process prints help and what is refused: one process a node, and always one that is alone.
+        """Whether this process prints help and refusals: local rank 0 of each node, and any run of one process.
 
-        LOCAL_RANK without torchrun chooses the GPU of a process that was started beside others, each with a log of its own.
+        LOCAL_RANK without torchrun selects the GPU of one of several independent processes, each with its own log.
         """
         return self.size == 1 or self.local_rank == 0
 
@@ -97,16 +97,16 @@ class World:
     def start(timeout_s: float = WAIT_S, meet_s: float = MEET_S, deterministic: bool = False) -> "World":
         """Read the environment and join the process group: NCCL for GPU tensors, gloo for CPU tensors.
 
-        A collective may take `timeout_s`, the ranks meet within `meet_s`. `deterministic`: a GPU gives the same bits every
-        time, more slowly. Raises UserError when the ranks do not meet.
+        A collective may take `timeout_s`; all ranks must have started within `meet_s`. With `deterministic`, a GPU gives
+        the same bits in every run, more slowly. Raises UserError when the ranks do not find each other.
         """
         world = World.from_env()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
-            # Shapes stay the same: try the 3D convolutions once, take the fastest. Which one that is, a race decides.
+            # Shapes do not change, so cuDNN may time its 3D convolutions once and keep the fastest, which varies by run.
             torch.backends.cudnn.benchmark = not deterministic
             if deterministic:
-                _same_bits()
+                _use_deterministic_kernels()
         if world.size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             device_id = world.device if world.device.type == "cuda" else None
@@ -125,7 +125,7 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when any of them raises `flag`; a CPU tensor over gloo, so a GPU is not waited for."""
+        """True on every rank when any of them passes True. Uses a CPU tensor over gloo, without waiting for the GPU."""
         return bool(self.sum(torch.tensor([float(flag)])).item())
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -154,27 +154,27 @@ class World:
 
     @staticmethod
     def leave(code: int = 0) -> NoReturn:
-        """End the process at once, all that it holds being closed; nothing is finalised.
+        """End the process at once, without finalising the interpreter; call it when all files are closed.
 
         The interpreter would free a million objects of torch one by one: 1.5 s of processor time (torch 2.13, Python 3.11),
-        for which a scheduler that has told the run to stop, or torchrun with its other ranks, would wait.
+        during which a scheduler that stops the run, or torchrun with its other ranks, would wait.
         """
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(code)
 
     def connection(self, timeout_s: float) -> dist.Store:
-        """A connection of its own to the store, for a thread: a call that waits on another does not hold it up."""
+        """Another connection to the store, for a thread: it is not blocked by a call that waits on the first one."""
         assert self.store is not None
         store = self.store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         store.set_timeout(timedelta(seconds=timeout_s))
         return store
 
     def abort(self, code: int, text: str, at_once: bool = False) -> NoReturn:
-        """After an error: say it and end at once, without a collective that the others may never join.
+        """Print an error and end the process, without a collective, which the others may never join.
 
-        With several ranks, or `at_once` from a thread, the interpreter is not finalised either, see `close`. torchrun
-        repeats the first line of `text`; an empty one is left to another rank to say.
+        With several ranks, or with `at_once` from a thread, the interpreter is not finalised either, see `close`. torchrun
+        repeats the first line of `text`; nothing is printed if it is empty, as when another rank prints the error.
         """
         if text:
             self.report(text)
@@ -183,7 +183,7 @@ class World:
         sys.exit(code)
 
     def end_neighbour(self, pid: int) -> None:
-        """SIGKILL a rank that this rank's torchrun has started, and no other process: ids mean nothing across containers."""
+        """Kill the process `pid` if this rank's torchrun has started it; in another container the id is another process."""
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             if self.agent and parent == self.agent == os.getppid():
@@ -191,7 +191,7 @@ class World:
 
     @staticmethod
     def lost_peer(error: BaseException) -> bool:
-        """Whether an error only says that another rank has left a collective."""
+        """Whether an error only reports that another rank has left a collective."""
         said = str(error)
         return isinstance(error, RuntimeError) and any(
             sign in said for sign in ("by peer", "Broken pipe", "gloo", "remote process exited")
@@ -199,22 +199,22 @@ class World:
 
     @staticmethod
     def reason(error: BaseException) -> str:
-        """The first sentence of what torch says of a failure between ranks, without the C++ stack behind it."""
+        """The first sentence of torch's message on a failed collective, without the C++ stack."""
         first = (str(error) or type(error).__name__).splitlines()[0]
         return first.split(". This may indicate")[0].rstrip(".")
 
     def orphaned(self) -> bool:
-        """True once the torchrun that started this rank is gone: nobody would restart, stop or report it any more."""
+        """True once the torchrun that started this rank has ended: nothing would restart, stop or report it any more."""
         return self.agent not in (0, os.getppid())
 
     def report(self, text: str) -> None:
-        """Write `text` to stderr in one piece, because other ranks write there too; torchrun gets its first line."""
+        """Write `text` to stderr in one call, since other ranks write there too; its first line goes to torchrun."""
         os.write(2, f"{text}\n".encode())
         self.report_to_torchrun(text.partition("\n")[0])
 
     @staticmethod
     def report_to_torchrun(line: str) -> None:
-        """Have torchrun end its report with `line`: else a page of its own traceback hides what this rank has said."""
+        """Make torchrun end its report with `line`; else its own traceback hides the message of this rank."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
 
@@ -226,7 +226,7 @@ class World:
         return f"{what}, {self.device.type} ({self.device_reason}){threads}"
 
     def machine(self) -> dict[str, str | int]:
-        """What the figures of a run came from: host, devices, versions."""
+        """Host, devices, cores, memory and versions, as recorded with the figures of a run."""
         return {
             "host": self.host,
             "world_size": self.size,
@@ -240,11 +240,11 @@ class World:
         }
 
 
-def _same_bits() -> None:
-    """Have this process's GPU take kernels that add in a fixed order; torch warns of an operation that has none.
+def _use_deterministic_kernels() -> None:
+    """Make torch use kernels that add in a fixed order; it warns of operations that have none.
 
-    It also warns of max pooling's backward, which adds atomically. Windows that do not overlap, as the U-Net's, give each
-    voxel one summand, so its bits stay the same all the same; those of the ResNets and of I3D overlap.
+    It also warns of the backward pass of max pooling, which adds atomically. Pooling windows that do not overlap, as in the
+    U-Net, give each voxel one summand, so that its bits are the same anyway; those of the ResNets and of I3D overlap.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
     torch.backends.cudnn.deterministic = True
@@ -253,7 +253,7 @@ def _same_bits() -> None:
 
 
 def _processor() -> str:
-    """The CPU's name; Linux tells it to nobody but readers of this file."""
+    """The CPU's name from /proc/cpuinfo, which `platform` does not read on Linux."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
@@ -262,38 +262,38 @@ def _processor() -> str:
 
 
 def variable(name: str) -> str:
-    """A variable of the environment; empty when it is not set."""
+    """An environment variable; empty when it is not set."""
     return os.environ.get(name, "")
 
 
 def variables(**more: str) -> dict[str, str]:
-    """The environment for a child process: this one's and `more`."""
+    """The environment of this process with `more` variables, for a child process."""
     return os.environ | more
 
 
 def _meet(world: World, timeout: timedelta) -> dist.Store:
-    """A store that the ranks of this start have to themselves.
+    """A store for the ranks of this start alone.
 
-    torchrun (torch 2.13) keeps one store over its restarts and hands it out bare: ranks that come back read the
-    addresses that a dead attempt left, and wait for them for ever (half of the restarts tried). So every rank draws a
-    word, rank 0 strings the words together until each rank has found its own in it, and the keys of this start begin
-    with that. Raises UserError when the ranks do not meet in time.
+    torchrun (torch 2.13) keeps one store over its restarts, without a prefix per start: restarted ranks read the addresses
+    that an earlier attempt left, and wait for them for ever (in half of the restarts tried). So every rank draws a random
+    word, rank 0 joins the words until each rank has found its own among them, and the result is the prefix of all keys of
+    this start. Raises UserError when the ranks do not find each other in time.
     """
-    place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     try:
-        return _meet_at(place, world, timeout)
+        return _meet_at(address, world, timeout)
     except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError among them
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"rank {world.rank} on {world.host}: could not meet the other ranks at {place} (MASTER_ADDR:MASTER_PORT) "
+            f"rank {world.rank} on {world.host}: could not meet the other ranks at {address} (MASTER_ADDR:MASTER_PORT) "
             f"within {timeout.total_seconds():.0f} s: {World.reason(error)}; rank 0 must run on that host, its port be "
             "free and reachable from every node, and all nodes be started together"
         ) from error
 
 
-def _meet_at(place: str, world: World, timeout: timedelta) -> dist.Store:
-    """`_meet`, with torch's own errors."""
+def _meet_at(address: str, world: World, timeout: timedelta) -> dist.Store:
+    """Do the work of `_meet`; errors are torch's own."""
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     own, deadline = secrets.token_hex(4), time.monotonic() + timeout.total_seconds()
     store.set(f"word/{world.rank}", own)
@@ -312,36 +312,36 @@ def _meet_at(place: str, world: World, timeout: timedelta) -> dist.Store:
             return dist.PrefixStore(met, store)
         time.sleep(0.01)
     raise UserError(
-        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {place} within "
+        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {address} within "
         f"{timeout.total_seconds():.0f} s; start all nodes together, with the same number of processes"
     )
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced too: every rank computes the same loss from the total."""
+    """All-reduce whose gradient is all-reduced too, as every rank computes the same loss from the sum."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        """Sum over ranks; `values` is left as it is."""
+        """Sum over ranks; `values` is not changed."""
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The sum over ranks of what each wants."""
+        """Sum of the gradient over ranks."""
         total = gradients[0].clone()
         dist.all_reduce(total)
         return total
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
-    """The sum over all ranks, any shape; differentiable. A loss made of it stands for the mean of the ranks' losses."""
+    """Differentiable sum over all ranks, any shape. A loss computed from it counts as the mean of the ranks' losses."""
     return values if world.size == 1 else _AllReduceSum.apply(values)
 
 
 def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """The mean over ranks, in place and in one piece; the same parameters have gradients on every rank."""
+    """Replace gradients by their mean over ranks in one all-reduce; all ranks have gradients of the same parameters."""
     if world.size == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -352,7 +352,7 @@ def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
 
 
 def gather_rows(values: Tensor, world: World, count: int) -> Tensor:
-    """Row i of all ranks' rows dealt out as i = rank, rank + size, …: (n of this rank, …) -> (count, …), on every rank."""
+    """Gather rows that are distributed as i = rank, rank + size, …: (n of this rank, …) -> (count, …), on every rank."""
     if world.size == 1:
         return values
     most = -(-count // world.size)
@@ -363,7 +363,7 @@ def gather_rows(values: Tensor, world: World, count: int) -> Tensor:
 
 
 def weights_checksum(network: nn.Module) -> str:
-    """Of all its weights, on the CPU: ranks start from the same, or gradients are averaged that do not belong together."""
+    """CRC-32C of all weights, computed on the CPU. Ranks compare it, since all must start from the same weights."""
     crc = 0
     for value in network.state_dict().values():
         crc = crc32c.crc32c(value.detach().cpu().contiguous().numpy().tobytes(), crc)

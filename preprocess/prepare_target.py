@@ -7,7 +7,6 @@ the same command goes on where it stopped. Exit code 0; 1 when a case was bad (n
 nothing could be done.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Generic, Literal, TypeVar
@@ -15,6 +14,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 import tyro
 
 from p2w.errors import UserError, exits
+from p2w.shards.build import check_workers
 from p2w.shards.build_folder import JobShare
 from p2w.tasks import TASKS
 from p2w.tasks.prepare import PreparationJob, prepare_samples
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PreparationOptions:
-    """What every task asks."""
+    """Options that every task has."""
 
     source: str
     """Folder that holds the data as it is published."""
     out: str
     """Folder to write, new or of an earlier run of the same settings."""
     size: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="Z Y X")] = None
-    """Voxels of a stored sample, which is the network's input; left out: the paper's."""
+    """Voxels of a stored sample, which is the network's input; default: the paper's."""
     format: Literal["tar", "arrow"] = "tar"
     """tar opens with webdataset, arrow with pyarrow; both are read alike."""
     workers: int = 0
@@ -44,18 +44,12 @@ class PreparationOptions:
     """Stop at the first bad case, with exit code 2."""
 
     def job(self, size: tuple[int, int, int]) -> PreparationJob:
-        """The checked job. Raises UserError where a value makes no sense."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard_of)
-        if not match or not int(match[1]) < int(match[2]):
-            raise UserError(
-                f"--shard-of {self.shard_of!r}: write i/n with i from 0 to n - 1, such as 0/4 … 3/4"
-            )
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: 1 or more, or 0 for one a core")
+        """The job that these options ask for; `size` is the task's default. Raises UserError for a value out of range."""
+        share = JobShare.parse(self.shard_of)
+        check_workers(self.workers)
         size = self.size or size
         if not all(4 <= n <= 1024 for n in size):
             raise UserError(f"--size {' '.join(map(str, size))}: voxels z y x, each from 4 to 1024")
-        share = JobShare(int(match[1]), int(match[2]))
         return PreparationJob(
             self.source, self.out, size, self.format, share, self.workers, self.dry_run, self.strict
         )
@@ -63,15 +57,15 @@ class PreparationOptions:
 
 @dataclass(frozen=True)
 class Command(Generic[T]):
-    """A task's own options and those of all."""
+    """The options of all tasks and those of one."""
 
-    making: Annotated[PreparationOptions, tyro.conf.arg(name="")]
+    common: Annotated[PreparationOptions, tyro.conf.arg(name="")]
     task: Annotated[T, tyro.conf.arg(name="")]
 
 
 @exits
 def main() -> int:
-    """Parse, build, run."""
+    """Parse the command line and prepare the samples of the task that it names."""
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print(
@@ -80,15 +74,15 @@ def main() -> int:
         return 0
     if name not in TASKS:
         raise UserError(f"no task {name}; one of {', '.join(TASKS)}")
-    kind = TASKS[name]
+    task = TASKS[name]
     options = tyro.cli(
-        Command[kind],  # type: ignore[valid-type]
+        Command[task],  # type: ignore[valid-type]
         args=rest,
         prog=f"prepare_target.py {name}",
-        description=kind.__doc__,
+        description=task.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return prepare_samples(options.task, options.making.job(kind.size))
+    return prepare_samples(options.task, options.common.job(task.size))
 
 
 if __name__ == "__main__":

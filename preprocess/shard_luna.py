@@ -5,9 +5,9 @@
     python preprocess/shard_luna.py --z-margin 25 --min-std 0    # the paper's 28,144 sub-scans
     python preprocess/shard_luna.py --dry-run                    # headers only: how many, how large, how long
 
-Stop it whenever you like: the same command goes on where it stopped. Over several machines that see one disk,
-or the tasks of a job array, give each `--shard-of i/n` (i from 0): the one that ends last writes the
-manifest, and the set is the same, byte for byte, as one process makes. Exit code 0; 1 when a scan was bad
+Stop it whenever you like: the same command goes on where it stopped. To share the work between machines with a common
+disk, or the tasks of a job array, give each `--shard-of i/n` (i from 0): the one that ends last writes the manifest, and
+the set is the same, byte for byte, as that of one process. Exit code 0; 1 when a scan was bad
 (named, and listed in report.json); 2 when nothing could be done.
 """
 
@@ -32,18 +32,17 @@ class ShardLunaOptions:
     """Folder to write, new or of an earlier run of the same settings."""
     subsets: str = "0-6"
     """Which subsets, as 0-6 or 0,2,5-6. The paper pretrains on 0-6 and never sees 7-9."""
-    cutting: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
+    sharding: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
 
 
 @exits
 def main() -> int:
-    """Parse, find, run."""
+    """Parse the command line, find the scans and cut them."""
     options = tyro.cli(ShardLunaOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    job = options.cutting.job(options.out)
     found, missing = find_luna(options.luna, parse_subsets(options.subsets))
     if missing:
         say(f"warning: {options.luna} has no subset{', subset'.join(map(str, missing))}; going on without")
-    return build_shards(found, job)
+    return build_shards(found, options.out, options.sharding)
 
 
 if __name__ == "__main__":

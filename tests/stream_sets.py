@@ -13,7 +13,7 @@ SHAPE = (2, 4, 8)
 
 
 def voxels_of(scan: int, tile: int, shape=SHAPE) -> np.ndarray:
-    """The voxels that `write_set` gives tile `tile` of scan `scan`."""
+    """The voxels that `write_set` gives sub-scan number `tile` of scan number `scan`."""
     return np.random.default_rng([scan, tile]).integers(-1000, 1001, shape).astype("<i2")
 
 

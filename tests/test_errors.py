@@ -32,7 +32,7 @@ def test_exit_codes(main, code, said, capsys):
     assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
-def test_our_own_mistakes_keep_their_traceback():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exits(raising(ZeroDivisionError()))()
 
@@ -47,7 +47,7 @@ COMMANDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_into_a_pipe_that_is_not_read_to_its_end_is_quiet(command):
-    """The reader has gone before the first byte comes, which is the hardest case of `| head`."""
+    """The reader has ended before the first byte is written, which is the hardest case of `| head`."""
     read, write = os.pipe()
     os.close(read)
     env = {**os.environ, "PYTHONPATH": str(REPO), "P2W_DEVICE": "cpu"}
@@ -76,7 +76,7 @@ def test_help_into_a_pipe_that_is_not_read_to_its_end_is_quiet(command):
         ),  # another pipe
     ],
 )
-def test_a_reader_that_is_gone_ends_a_command_without_a_word(work, code, said):
+def test_a_closed_pipe_ends_a_command_without_a_message(work, code, said):
     read, write = os.pipe()
     os.close(read)
     source = f"from p2w.errors import exits\ndef main():\n    {work}\nexits(main)()"

@@ -1,4 +1,4 @@
-"""Locks between real processes, and file systems that have none, at each place that locks."""
+"""Locks between real processes, and file systems that have none, in all code that locks."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ sys.stdin.read()
 """
 
 
-def test_a_lock_is_anothers_until_that_ends_however_it_ends(tmp_path):
+def test_a_lock_ends_with_its_process_whatever_ends_it(tmp_path):
     path = tmp_path / "lock"
     assert not is_held(path)
     other = subprocess.Popen(
@@ -72,12 +72,14 @@ def cut(top: Path) -> None:
     with folder.share_lock(JobShare()):
         folder.prepare(JobShare())
         with folder.merge_lock():
-            folder.tidy()
+            folder.remove_run_folder()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 @pytest.mark.parametrize("place", [train, fine_tune, sweep, cut])
-def test_a_file_system_without_locks_is_no_other_process(place, number, tmp_path, monkeypatch, capfd):
+def test_a_file_system_without_locks_is_not_taken_for_a_locked_file(
+    place, number, tmp_path, monkeypatch, capfd
+):
     def flock(file, how):
         raise OSError(number, os.strerror(number))
 
@@ -93,7 +95,7 @@ def test_a_file_system_without_locks_is_no_other_process(place, number, tmp_path
     )
 
 
-def test_where_locking_fails_otherwise_it_is_said(tmp_path, monkeypatch):
+def test_other_failures_of_locking_are_reported(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -1,4 +1,4 @@
-"""CRC-32C by whichever library is here."""
+"""CRC-32C by the library that is installed."""
 
 import importlib.util
 

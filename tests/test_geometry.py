@@ -218,7 +218,7 @@ def test_backend_says_what_and_why():
     assert rng.backend(torch.device("cuda"))[0] in ("torch", "triton")
 
 
-def test_what_triton_gives_up_on_is_computed_by_torch_and_said_once(monkeypatch):
+def test_sizes_that_triton_refuses_are_computed_by_torch_with_one_warning(monkeypatch):
     """A card whose shared memory is too small for one size: no traceback in the middle of a run."""
     errors = pytest.importorskip("triton.runtime.errors")
     from p2w.kernels import crop_resize_triton

@@ -125,7 +125,7 @@ def test_only_world_reads_the_environment(path):
 
 
 @pytest.mark.slow
-def test_help_waits_for_nothing_that_only_a_run_needs():
+def test_help_imports_nothing_that_only_a_run_needs():
     """Every rank imports launch/train.py; drawing, statistics, TensorBoard, Triton and streaming come in when used."""
     heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset", "SimpleITK"}
     code = f"import sys, runpy; runpy.run_path('launch/train.py'); print(*({heavy} & set(sys.modules)))"
@@ -169,7 +169,7 @@ def graph() -> dict[str, set[str]]:
     return found
 
 
-def test_imports_have_no_circle():
+def test_imports_have_no_cycle():
     """Neither at the top of modules nor in functions. A package's `__init__` stands for what it brings in."""
     arrows, done = graph(), set()
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl after crashes, restarts and full disks; lines for people."""
+"""metrics.jsonl after crashes, restarts and full disks, and lines on the console."""
 
 import json
 
@@ -27,13 +27,13 @@ def test_rewind_drops_later_steps_and_a_broken_last_line(tmp_path):
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
-def test_rewind_to_a_look_that_is_owed_keeps_what_the_step_itself_said(tmp_path):
+def test_rewind_before_a_pending_evaluation_keeps_the_records_of_the_step(tmp_path):
     log = Log(tmp_path, True, 10)
     log.event(2, {"skipped": "the loss of rank 1 was not finite"})
     log.metrics(2, {"train/loss": 0.5})
     log.metrics(2, {"val/loss": 0.5})
     log.close()
-    Log(tmp_path, True, 10).rewind(2, looked=False)
+    Log(tmp_path, True, 10).rewind(2, evaluated=False)
     assert [set(record) - {"step", "time"} for record in read_metrics(tmp_path)] == [
         {"skipped"},
         {"train/loss"},
@@ -41,7 +41,7 @@ def test_rewind_to_a_look_that_is_owed_keeps_what_the_step_itself_said(tmp_path)
 
 
 @pytest.mark.parametrize("line", ['{"step": Infinity}', '{"step": null}', "[]", "7", "{}", '"step"'])
-def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
+def test_a_damaged_line_is_left_out(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
     assert steps(tmp_path) == [1]
     Log(tmp_path, True, 10).rewind(5)
@@ -84,8 +84,8 @@ def test_duration(seconds, text):
     assert hours_minutes_seconds(seconds) == text
 
 
-def test_a_full_disk_costs_the_line_and_not_the_run(tmp_path, capsys):
-    """/dev/full takes nothing: the record is lost with a warning, and the next one that fits is whole."""
+def test_a_full_disk_loses_a_line_but_not_the_run(tmp_path, capsys):
+    """/dev/full takes nothing: the record is lost with a warning, and the next one that fits is complete."""
     log = Log(tmp_path, True, 10)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log.metrics(1, {"train/loss": 1.0})

@@ -1,4 +1,4 @@
-"""Which rank says an error, and how long the others take to leave. Ranks are real processes with a real store."""
+"""Which rank prints an error, and how long the others take to leave. Ranks are real processes with a real store."""
 
 import os
 import socket
@@ -19,8 +19,8 @@ def world(rank=0, size=1, local_rank=0):
     return World(rank, size, local_rank, size, "node7", torch.device("cpu"), "test")
 
 
-def test_a_process_that_is_alone_says_what_is_refused_whatever_gpu_it_was_given():
-    """A sweep numbers its slots by LOCAL_RANK; each job has a log of its own, and no other process speaks for it."""
+def test_a_single_process_prints_refusals_whatever_its_local_rank():
+    """A sweep numbers its slots by LOCAL_RANK; each job has a log of its own, and no other process prints for it."""
     for one in (world(), world(local_rank=3), world(0, 4, 0), world(8, 16, 0)):
         assert one.speaks
         with pytest.raises(UserError, match="no such folder"):
@@ -45,7 +45,7 @@ def test_a_refused_job_of_a_sweeps_second_slot_is_not_silent():
     assert ended.returncode == 2 and ended.stderr.startswith("error: nowhere"), ended.stderr
 
 
-def test_what_broke_is_said_without_the_place_in_torchs_source():
+def test_a_lost_peer_is_reported_without_torchs_source_line():
     gloo = RuntimeError(
         "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.1.2.3]:5. This may indicate a crash"
     )
@@ -80,8 +80,8 @@ except SharedError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["together", "late", "gone"])
-def test_what_all_ranks_know_rank_0_says_and_the_others_leave_with_it(how, tmp_path):
-    """Late: rank 0 is the last to find out. Gone: it dies, and the store with it, before it has said anything."""
+def test_rank_0_prints_a_shared_error_and_all_ranks_exit(how, tmp_path):
+    """Late: rank 0 raises the error last. Gone: it dies, and the store with it, before it has printed anything."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

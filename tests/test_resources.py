@@ -86,8 +86,8 @@ def test_affinity_is_what_taskset_leaves():
     assert done.stdout.split() == ["1", "1"]
 
 
-def test_nobody_reads_cores_or_memory_of_his_own():
-    """One reader: itk.py alone wants an upper bound, and doctor shows how many cores the machine has."""
+def test_only_resources_reads_cores_and_memory():
+    """Only resources reads them; voxel_files needs an upper bound, and doctor shows the cores of the machine."""
     words = ("cpu_count", "MemAvailable", "SC_PHYS_PAGES", "sched_getaffinity")
     found = {
         str(path.relative_to(REPO))

@@ -73,7 +73,7 @@ def test_one_process_needs_no_group(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda"])
-def test_a_device_there_is_not_is_refused(monkeypatch, asked):
+def test_a_missing_device_is_refused(monkeypatch, asked):
     if asked == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has one")
     monkeypatch.setenv("P2W_DEVICE", asked)
@@ -83,7 +83,7 @@ def test_a_device_there_is_not_is_refused(monkeypatch, asked):
 
 @pytest.mark.slow
 def test_leaving_flushes_and_finalises_nothing(capfd):
-    """What is printed arrives; what would be done at the interpreter's end is not."""
+    """Output is flushed, but exit handlers of the interpreter do not run."""
     pid = os.fork()
     if pid == 0:
         atexit.register(print, "finalised", flush=True)

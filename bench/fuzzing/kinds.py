@@ -161,12 +161,12 @@ def read_tar_stream(folder: Path) -> None:
         with open(folder / "1.2.0000.tar", "rb") as file:
             yield file
 
-    before, tar._opened = tar._opened, opened
+    before, tar._open_stream = tar._open_stream, opened
     try:
         for sub_scan in range(3):
             shards.read_into(sub_scan, np.empty(shards.shape, np.int16))
     finally:
-        tar._opened = before
+        tar._open_stream = before
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -252,7 +252,7 @@ def read_settings(folder: Path) -> None:
     found = find_scans([str(folder / "scans")], str(folder / "set"))
     with out.share_lock(JobShare()):
         out.prepare(JobShare())
-        out.check_strangers(found.sources, found.bad)
+        out.refuse_other_scans(found.sources, found.bad)
         for source in found.sources:
             out.finished(source)
     with out.merge_lock():

@@ -181,7 +181,7 @@ def held() -> None:
     shards = structured_set()
     place = DeviceCache(shards, "train", DEVICE)
     streams = [
-        Stream(shards, "train", BATCH, seed=3, readers=2, device=DEVICE, held=held) for held in (None, place)
+        Stream(shards, "train", BATCH, seed=3, readers=2, device=DEVICE, cache=held) for held in (None, place)
     ]
     count = 2 * streams[0].steps_per_epoch
     one, two = (batches_of(stream, count) for stream in streams)
@@ -191,7 +191,7 @@ def held() -> None:
         and (a.epoch, a.step) == (b.epoch, b.step)
         for a, b in zip(one, two, strict=True)
     ]
-    say("set on the device", batches=count, equal=sum(equal), held_all=bool(place.there.all()))
+    say("set on the device", batches=count, equal=sum(equal), held_all=bool(place.filled.all()))
     if not all(equal):
         failures.append("held")
 

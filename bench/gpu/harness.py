@@ -73,7 +73,12 @@ def recipe_of(name: str) -> Config:
 def config_of(setup: Setup) -> Config:
     """The configuration of a set-up."""
     config = recipe_of(setup.recipe)
-    train = {"precision": setup.precision, "compile": setup.compiled, "cuda_graph": setup.graph, "log_every": 10**6}
+    train = {
+        "precision": setup.precision,
+        "compile": setup.compiled,
+        "cuda_graph": setup.graph,
+        "log_every": 10**6,
+    }
     return replace(
         config,
         data=replace(config.data, batch=setup.batch, reader_threads=4 if CUDA else 1),
@@ -139,7 +144,7 @@ class Run:
             take_forms(self.model, setup.forms, precision, setup.batch)
         self.stream = Stream(
             shards, "train", setup.batch, seed=self.config.data.seed, readers=self.config.data.reader_threads,
-            device=DEVICE, held=DeviceCache(shards, "train", DEVICE) if held else None,
+            device=DEVICE, cache=DeviceCache(shards, "train", DEVICE) if held else None,
         )  # fmt: skip
         checkpoints = Checkpoints(self.folder / "checkpoints", 2, print)
         self.trainer = Trainer(

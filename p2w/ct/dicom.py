@@ -1,14 +1,12 @@
-"""DICOM series: which files belong together, in which order, whether they are one CT volume; and their pixels.
+"""DICOM series: read the headers, sort the slices, check that they are one CT volume, and read uncompressed pixels.
 
-Only the headers are read here (64 KiB a file at most; asked for a header, GDCM reads the file 2.7 times
-over). Plain pixels are read by `dicom_pixels`, all others by GDCM through SimpleITK, so whatever it decompresses is
-fine. Tags and encodings: DICOM PS3.5 section 7, PS3.6.
+Headers are read here, of most files from their first 64 KiB; GDCM would read a file 2.7 times for its header, and 5 times
+for its pixels. So uncompressed pixels are read here too, in one pass that also gives the checksum of the files. GDCM,
+through SimpleITK, reads pixels that are compressed, big-endian, deflated, inverted, mapped by a lookup table or rescaled by
+fractions.
 
-Pixels that lie plain in their files are read together with the checksum of the files, in one pass over their bytes.
-
-GDCM reads a file five times over for its pixels, and is still asked for what is packed, big-endian, deflated, inverted,
-mapped by a table or rescaled by fractions. DICOM PS3.5 section 8.1.1: a cell of 16 bits holds `bits stored` of value
-below whatever else may lie there; PS3.3 C.11.1.1: HU = cell x slope + intercept.
+Tags and encodings: DICOM PS3.5 section 7 and PS3.6. PS3.5 section 8.1.1: a cell of 16 bits has the value in its lowest
+`bits stored` bits, and anything in the others. PS3.3 C.11.1.1: HU = cell x slope + intercept.
 """
 
 import math
@@ -30,15 +28,15 @@ ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 SYNTAX, LAST, PIXELS = 0x00020010, 0x00281053, 0x7FE00010
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
-DEEPEST = 100  # sequences within sequences
-UNPACKED = 1 << 24  # bytes of a deflated header
-PACKED_TIMES = 1032  # as for zlib: frames that promise more, packed by whatever, are wrong
-HEAD = 1 << 16  # bytes read at first: nearly every header fits
+DEEPEST = 100  # levels of nested sequences
+UNPACKED = 1 << 24  # most bytes of a deflated header, decompressed
+PACKED_TIMES = 1032  # highest compression ratio, that of zlib: a header that claims more pixels is wrong
+HEAD = 1 << 16  # bytes read at first; nearly every header fits
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What one DICOM file says of itself."""
+    """The header of one DICOM file."""
 
     path: str
     nbytes: int
@@ -63,7 +61,7 @@ class _Encoding:
 
 
 def _element(data: bytes, at: int, code: _Encoding) -> tuple[int, bytes, int, int]:
-    """Tag, value representation, first byte of the value and its length, of the element at byte `at`."""
+    """Tag, value representation, position and length in bytes of the value, of the element at byte `at`."""
     group, number = struct.unpack_from(code.order + "HH", data, at)
     tag = group << 16 | number
     if not code.explicit or group == 0xFFFE:
@@ -75,7 +73,7 @@ def _element(data: bytes, at: int, code: _Encoding) -> tuple[int, bytes, int, in
 
 
 def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> int:
-    """The byte after a sequence (end=SEQUENCE_END) or an item (end=ITEM_END) of undefined length."""
+    """The position after a sequence (end=SEQUENCE_END) or an item (end=ITEM_END) of undefined length."""
     if depth > DEEPEST:
         raise struct.error(f"sequences more than {DEEPEST} deep")
     while True:
@@ -92,11 +90,10 @@ def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> in
 
 
 def elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]:
-    """Elements of the top level up to the pixels, the byte at which those end (0: not to be known), and their length.
+    """Elements of the top level up to the pixels, their encoding, the byte at which the pixels end, and their length.
 
-    The length is None where they are packed, or there are none.
-
-    Raises struct.error where `data` ends too early.
+    The end is 0 where it cannot be known; the length is None where pixels are compressed or missing. Raises struct.error
+    where `data` ends within the header.
     """
     code, found, at = _Encoding(True, "<"), dict[int, bytes](), 132
     in_meta, deflated = True, False
@@ -124,9 +121,9 @@ def elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]
 
 
 def read_slice(path: str) -> Slice | None:
-    """The header of one file; None when it is no DICOM image (another kind of file, a DICOMDIR, a report).
+    """The header of one file; None when it is not a DICOM image but another kind of file, a DICOMDIR or a report.
 
-    Raises BadScan when the file is truncated.
+    Raises BadScan when the file is truncated or its header is damaged.
     """
     with open(path, "rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
@@ -163,9 +160,9 @@ def read_slice(path: str) -> Slice | None:
     frames = max(1, int((numbers(0x00280008) or (1,))[0]))
     promised = rows * columns * samples * frames * (short(0x00280100) or 8) // 8
     if promised > (length if length is not None else PACKED_TIMES * nbytes):
-        held = f"its pixels have {length:,}" if length is not None else f"it has {nbytes:,}, packed"
+        available = f"its pixels have {length:,}" if length is not None else f"it has {nbytes:,}, compressed"
         raise BadScan(
-            f"{frames} x {columns} x {rows} pixels take {promised:,} bytes, {held}: copy the file again"
+            f"{frames} x {columns} x {rows} pixels take {promised:,} bytes, {available}: copy the file again"
         )
     return Slice(
         path=path,
@@ -186,7 +183,7 @@ def read_slice(path: str) -> Slice | None:
 
 
 def not_a_scan(one: Slice) -> str | None:
-    """Why a slice is no part of a CT volume, though it is a sound DICOM image; None when it is."""
+    """Why a sound DICOM image is not a slice of a CT volume; None when it is one."""
     if one.modality != "CT":
         return f"modality {one.modality or 'unknown'}, not CT"
     if "LOCALIZER" in one.image_type.upper():
@@ -197,20 +194,18 @@ def not_a_scan(one: Slice) -> str | None:
 
 
 def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Grid]:
-    """One series, sorted along its normal, and the grid it makes. Raises BadScan when it makes none."""
+    """The slices of a series sorted along their normal, and their grid. Raises BadScan when they are not one volume."""
     if any(one.frames > 1 for one in slices):
         raise BadScan(
             "an enhanced multi-frame DICOM, which is not read: convert it to NIfTI (dcm2niix) first"
         )
     if any(one.samples > 1 for one in slices):
         raise BadScan("has colour pixels, not CT values")
-    _one_kind("sizes", Counter(f"{one.columns}x{one.rows}" for one in slices))
-    _one_kind("pixel spacings", Counter(str([round(s, 4) for s in one.spacing]) for one in slices))
-    _one_kind("orientations", Counter(str([round(v, 3) + 0.0 for v in one.orientation]) for one in slices))
+    _check_equal("sizes", Counter(f"{one.columns}x{one.rows}" for one in slices))
+    _check_equal("pixel spacings", Counter(str([round(s, 4) for s in one.spacing]) for one in slices))
+    _check_equal("orientations", Counter(str([round(v, 3) + 0.0 for v in one.orientation]) for one in slices))
     if len(slices[0].orientation) != 6 or len(slices[0].spacing) != 2:
-        raise BadScan(
-            "says nothing of its orientation or pixel spacing (ImageOrientationPatient, PixelSpacing)"
-        )
+        raise BadScan("lacks its orientation or pixel spacing (ImageOrientationPatient, PixelSpacing)")
     bare = sum(len(one.rescale) < 2 for one in slices)
     if bare:
         raise BadScan(
@@ -223,8 +218,8 @@ def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Gr
     slices = sorted(
         {one.instance: one for one in slices}.values(), key=lambda one: float(normal @ one.position)
     )
-    places = np.array([normal @ one.position for one in slices])
-    step = _step(slices, places, allow_gaps)
+    positions = np.array([normal @ one.position for one in slices])
+    step = _step(slices, positions, allow_gaps)
     first = slices[0]
     grid = Grid(
         size=(first.columns, first.rows, len(slices)),
@@ -235,17 +230,17 @@ def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Gr
     return slices, grid
 
 
-def _one_kind(what: str, kinds: Counter[str]) -> None:
+def _check_equal(what: str, kinds: Counter[str]) -> None:
     if len(kinds) > 1:
         listing = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
         raise BadScan(f"slices of different {what} in one series: {listing}")
 
 
-def _step(slices: list[Slice], places: np.ndarray, allow_gaps: bool) -> float:
-    """Distance of neighbouring slices in mm; raises BadScan where some are missing or stand twice."""
+def _step(slices: list[Slice], positions: np.ndarray, allow_gaps: bool) -> float:
+    """Distance of adjacent slices in mm. Raises BadScan where slices are missing or share a position."""
     if len(slices) < 2:
         return 1.0
-    steps = np.diff(places)
+    steps = np.diff(positions)
     usual = float(np.median(steps))
     if (steps < 0.01).any():
         count = int((steps < 0.01).sum())
@@ -266,11 +261,11 @@ SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x
 ALLOCATED, STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
 INTERCEPT, SLOPE, TABLE = 0x00281052, 0x00281053, 0x00283000
 INT16 = np.iinfo(np.int16)
-MOST_SLOPE = 1 << 14  # cells of 16 bits times this stay within 32
+MOST_SLOPE = 1 << 14  # times a cell of 16 bits still fits 32 bits
 
 
 def plain_pixels(files: Sequence[str], size_xyz: Sequence[int]) -> tuple[NDArray[np.int16], int] | None:
-    """HU [z, y, x], limited to int16, of slices in this order, and the CRC-32C of all files; None: GDCM is needed.
+    """HU int16 [z,y,x] (clipped) of slices in this order, and the CRC-32C of all files; None when GDCM is needed.
 
     Raises OSError when a file cannot be read.
     """
@@ -288,7 +283,7 @@ def plain_pixels(files: Sequence[str], size_xyz: Sequence[int]) -> tuple[NDArray
 
 
 def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
-    """Fill `out` (rows, columns) with a file's HU; False for what is not plain."""
+    """Fill `out` (rows, columns) with the HU of a file; False when GDCM is needed."""
     try:
         found, code, end, length = elements(data)
     except (struct.error, zlib.error):
@@ -300,14 +295,14 @@ def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
         value = found.get(tag, b"")
         return int.from_bytes(value, "little") if len(value) == 2 else -1
 
-    def whole(tag: int) -> int | None:
+    def integer(tag: int) -> int | None:
         try:
             value = float(found.get(tag, b"").rstrip(b"\0 "))
         except ValueError:
             return None
         return int(value) if value.is_integer() and abs(value) < 1 << 30 else None
 
-    stored, signed, slope, intercept = short(STORED), short(SIGNED), whole(SLOPE), whole(INTERCEPT)
+    stored, signed, slope, intercept = short(STORED), short(SIGNED), integer(SLOPE), integer(INTERCEPT)
     shape = (short(ROWS), short(COLUMNS))
     if (
         shape != out.shape
@@ -321,12 +316,12 @@ def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
         or intercept is None
         or not 0 < slope <= MOST_SLOPE
         or TABLE in found
-        or length - 2 * out.size not in (0, 1, 2)  # a filler may follow
+        or length - 2 * out.size not in (0, 1, 2)  # padding may follow
     ):
         return False
     start = end - length
     cells = np.frombuffer(data, "<i2" if signed else "<u2", out.size, start).reshape(out.shape)
-    if stored < 16:  # shift what lies above out, and the sign in
+    if stored < 16:  # shift the unused upper bits out, and extend the sign
         cells = (cells << (16 - stored)) >> (16 - stored)
     values = cells.astype(np.int32)
     values *= slope

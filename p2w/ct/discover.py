@@ -1,4 +1,4 @@
-"""Which scans a folder holds: LUNA16's layout, or any tree of MetaImage, NIfTI, NRRD and DICOM files."""
+"""Find the scans in a folder: in LUNA16's layout, or in any tree of MetaImage, NIfTI, NRRD and DICOM files."""
 
 import fnmatch
 import hashlib
@@ -13,29 +13,29 @@ from p2w.ct.orientation import BadScan, Grid
 from p2w.errors import UserError
 
 IMAGES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd", ".nhdr")
-# Never a scan of its own, so not even opened: voxels beside a header, notes, pictures, tables, archives.
+# Never a scan, so not even opened: data files of a header, notes, pictures, tables, archives.
 OTHERS = {
     ".raw", ".zraw", ".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".png", ".jpg", ".zip", ".gz", ".py",
     ".npy", ".tar", ".arrow", ".parquet",
 }  # fmt: skip
-UID_LENGTH = 100  # a tar name holds 155 characters before the last slash, a file name 255 bytes
+UID_LENGTH = 100  # a name in a tar may have 155 characters before the last slash, a file name 255 bytes
 
 
 @dataclass(frozen=True)
 class ScanSource:
-    """One scan to be read. `name` is what the user sees: a path relative to the folder given."""
+    """The files of one scan. `name` is for messages: a path relative to the folder that the user named."""
 
     uid: str
     name: str
     files: tuple[str, ...]  # one image header, or the slices of a DICOM series in order
-    subset: int = -1  # LUNA16's
-    grid: Grid | None = None  # of a DICOM series, known from its headers
-    exact: bool = True  # False: DICOM values need float (a slope that is no whole number)
+    subset: int = -1  # number of LUNA16's subset, -1 for other data
+    grid: Grid | None = None  # of a DICOM series, from its headers; None for image files
+    exact: bool = True  # False: DICOM values need float, since a slope or intercept is not an integer
 
 
 @dataclass
 class ScanListing:
-    """What a folder holds. `bad` and `left_out` are (name, why); left out are sound images, but no CT."""
+    """The scans of a folder. `bad` and `left_out` are (name, why); those left out are sound images, but not CT volumes."""
 
     sources: list[ScanSource] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -51,14 +51,17 @@ def parse_subsets(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise UserError(
-                f"--subsets {text!r}: {part!r} is no subset; write them like 0-6 or 0,2,5-6 (0 to 9)"
+                f"--subsets {text!r}: {part!r} is not a subset; write them like 0-6 or 0,2,5-6 (0 to 9)"
             )
         chosen.update(range(first, last + 1))
     return sorted(chosen)
 
 
 def find_luna(root: str, subsets: list[int], flag: str = "--luna") -> tuple[ScanListing, list[int]]:
-    """Scans `subset*/UID.mhd` of the subsets asked for, and the subsets whose folder is missing; `flag` named the folder."""
+    """The scans `subset*/UID.mhd` of these subsets, and the subsets whose folder is missing.
+
+    `flag` is the option that named `root`, for messages. Raises UserError when there is no scan.
+    """
     if not os.path.isdir(root):
         raise UserError(
             f"{root}: no such folder; it should hold LUNA16's subset0 … subset9: name yours with {flag} DIR"
@@ -85,9 +88,10 @@ def find_luna(root: str, subsets: list[int], flag: str = "--luna") -> tuple[Scan
 def find_scans(
     roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False, flag: str = "--scans"
 ) -> ScanListing:
-    """Every scan below `roots`; `out` and what matches a pattern of `exclude` is not looked into; `flag` named the roots.
+    """All scans below `roots`, except in `out` and in files that match a pattern of `exclude`.
 
-    No file is taken twice, whatever roots lie in each other and whatever links lead to it: the first name counts.
+    No file is taken twice, even if one root is inside another or links lead to it: the first name counts. `flag` is the
+    option that named the roots, for messages. Raises UserError when there is no image at all.
     """
     found, series = ScanListing(), defaultdict[str, list[tuple[str, Slice]]](list)
     roots = _outermost(roots, out)
@@ -107,11 +111,11 @@ def find_scans(
                 continue
             first = names.setdefault(os.path.realpath(path), name) if os.path.exists(path) else name
             if first is name:
-                _look(path, name, found, series)
+                _classify(path, name, found, series)
             elif name.lower().endswith(IMAGES):
                 found.left_out.append((name, f"the same file as {first}"))
     for uid, members in sorted(series.items()):
-        _series(uid, members, found, allow_gaps)
+        _add_series(uid, members, found, allow_gaps)
     if not (found.sources or found.bad or found.left_out):
         raise UserError(
             f"{', '.join(roots)}: no MetaImage, NIfTI, NRRD or DICOM there ({found.not_images} other files): "
@@ -121,7 +125,7 @@ def find_scans(
 
 
 def _outermost(roots: list[str], out: str) -> list[str]:
-    """The roots without those that are looked through with another one: twice the same, or below it."""
+    """The roots without those that are searched with another one, being the same folder or below it."""
     skipped = os.path.realpath(out)
     distinct = {os.path.realpath(root): root for root in roots}
 
@@ -134,9 +138,9 @@ def _outermost(roots: list[str], out: str) -> list[str]:
 
 
 def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
-    """Files below `root` in a fixed order, through links but round no loop, past hidden ones and `out`.
+    """Yield the files below `root` in a fixed order, without hidden ones and `out`; links are followed, loops are not.
 
-    Folders in `seen`, by real path, are passed by; those that are looked through are added.
+    Folders whose real path is in `seen` are skipped; those that are searched are added to it.
     """
     seen, skip = set() if seen is None else seen, os.path.realpath(out)
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -150,7 +154,7 @@ def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
 
 
 def printable(name: str) -> str:
-    """A path as one line of text, whatever bytes the file system has in it."""
+    """A path as one line of valid text, whatever bytes the file system has in it."""
     name = name.replace(os.sep, "/").replace("\n", "\\n").replace("\r", "\\r")
     return name.encode(errors="backslashreplace").decode()
 
@@ -162,7 +166,8 @@ def _is_text(path: str) -> bool:
         return False
 
 
-def _look(path: str, name: str, found: ScanListing, series: dict[str, list[tuple[str, Slice]]]) -> None:
+def _classify(path: str, name: str, found: ScanListing, series: dict[str, list[tuple[str, Slice]]]) -> None:
+    """Add a file to the scans, the bad ones, its DICOM series, or the number of other files."""
     lower = name.lower()
     if not _is_text(path):
         found.bad.append((name, "its path is not UTF-8, which ITK cannot open: rename it"))
@@ -188,8 +193,8 @@ def _look(path: str, name: str, found: ScanListing, series: dict[str, list[tuple
             series[one.series].append((name, one))
 
 
-def _series(uid: str, members: list[tuple[str, Slice]], found: ScanListing, allow_gaps: bool) -> None:
-    """Sort one series into the scans, the bad ones or those left out."""
+def _add_series(uid: str, members: list[tuple[str, Slice]], found: ScanListing, allow_gaps: bool) -> None:
+    """Add a DICOM series to the scans, the bad ones or those left out."""
     folder = os.path.commonpath([os.path.dirname(name) for name, _ in members])
     name = f"{folder or '.'} (series {uid})"
     reasons = {not_a_scan(one) for _, one in members}
@@ -209,7 +214,7 @@ def _series(uid: str, members: list[tuple[str, Slice]], found: ScanListing, allo
 
 
 def safe_uid(text: str) -> str:
-    """A name that every file system and tar takes; where it had to change, with a hash of the original."""
+    """A name that is valid in every file system and tar; if it had to be changed, with a hash of the original."""
     clean = re.sub(r"[^A-Za-z0-9._-]", "_", text.replace("/", "_")).lstrip(".-") or "_"
     if clean == text.replace("/", "_") and len(clean) <= UID_LENGTH:
         return clean
@@ -217,7 +222,7 @@ def safe_uid(text: str) -> str:
 
 
 def _unique(found: ScanListing) -> ScanListing:
-    """Keep the first of scans with one uid; the others are bad: two would become one shard."""
+    """Keep the first of the scans with one uid; the others are bad, since the uid names the shard."""
     first: dict[str, ScanSource] = {}
     for source in sorted(found.sources, key=lambda source: source.name):
         kept = first.setdefault(source.uid, source)

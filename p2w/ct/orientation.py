@@ -1,4 +1,4 @@
-"""Where voxels lie in the patient: a grid in mm, and its canonical order LPS."""
+"""The grid of an image in the patient's space (mm), and its canonical orientation LPS."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ OPPOSITE = {"R": "L", "A": "P", "I": "S"}
 
 
 class BadScan(UserError):
-    """Why a scan cannot be cut: one line, without the scan's name."""
+    """A scan cannot be used. The message is one line without the scan's name."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An image's grid, axes x, y, z as ITK has them; direction is 3x3, row by row, its columns the axes."""
+    """The grid of an image, axes in ITK's order x, y, z. `direction` is a 3x3 matrix by rows, whose columns are the axes."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]  # mm
@@ -25,10 +25,10 @@ class Grid:
     direction: tuple[float, ...]
 
     def canonical(self) -> tuple["Grid", list[int], list[bool]]:
-        """The same grid in LPS order, and how to get there.
+        """The same grid in LPS orientation, with the permutation and flips that lead to it. Raises BadScan.
 
-        The permutation names, for new x, y, z, the stored axis; the flags say which of the new axes run
-        backwards. The same as SimpleITK's DICOMOrient, but a view of the array does, where that copies it.
+        `order[i]` is the stored axis that becomes axis i of x, y, z; `flips[i]` tells whether new axis i is reversed. The
+        result is that of SimpleITK's DICOMOrient, which copies the array, while `to_canonical` makes a view.
         """
         letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
         plain = [OPPOSITE.get(letter, letter) for letter in letters]
@@ -40,7 +40,7 @@ class Grid:
             or sorted(plain) != sorted(CANONICAL)
             or not np.isfinite([*self.spacing, *self.origin]).all()
         ):
-            raise BadScan(f"no place in space: direction {self.direction}, spacing {self.spacing} mm")
+            raise BadScan(f"invalid orientation: direction {self.direction}, spacing {self.spacing} mm")
         order = [plain.index(letter) for letter in CANONICAL]
         flips = [letters[axis] in OPPOSITE for axis in order]
         matrix = np.array(self.direction).reshape(3, 3)
@@ -60,7 +60,7 @@ class Grid:
 
 
 def to_canonical(array: np.ndarray, order: list[int], flips: list[bool]) -> np.ndarray:
-    """The view of a stored array [z,y,x] that `Grid.canonical` describes; nothing is copied."""
+    """A view of a stored array [z,y,x] in the canonical orientation, for `order` and `flips` of `Grid.canonical`."""
     view = array.transpose([2 - axis for axis in reversed(order)])
     steps = tuple(slice(None, None, -1 if flip else 1) for flip in reversed(flips))
     return view[steps]

@@ -1,8 +1,8 @@
-"""A scan as everything after it sees it: int16 HU [z,y,x] in LPS order, with its place in the patient.
+"""Read a scan: int16 HU [z,y,x] in LPS orientation, with its grid in the patient's space.
 
-LPS is the canonical order: x grows to the patient's left, y to posterior, z to superior, as in DICOM and
-LUNA16. Scans stored otherwise (flipped or permuted direction matrices) are turned, by views and never by
-interpolation; an oblique scan keeps its small angles in `direction`.
+LPS is the canonical orientation: x grows to the patient's left, y to posterior, z to superior, as in DICOM and LUNA16.
+Scans stored in another orientation (flipped or permuted direction matrices) become views with permuted and flipped axes;
+nothing is interpolated, and an oblique scan keeps its small angles in `direction`.
 """
 
 import math
@@ -18,14 +18,14 @@ from p2w.ct.discover import ScanSource
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.voxel_files import (
     VoxelLayout,
-    bounded,
-    check_promise,
-    check_voxel_size,
+    check_file_size,
+    check_reader_size,
     last_line,
-    meta_image,
-    nifti,
+    memory_limit,
+    meta_image_layout,
+    nifti_layout,
     nrrd_files,
-    opened,
+    open_reader,
     read_voxels,
 )
 
@@ -34,13 +34,15 @@ PADDING_HU = (
     -1500
 )  # scanners write -2000, -3024 or -32768 outside the field of view; no tissue or air is that low
 AIR_HU = -200  # air and lung lie below, fat and everything denser above
-VOXEL_BYTES = 24  # that ITK takes for one voxel while it reads: two images of 8 bytes, and one to convert
-RARE = 1e-3  # a CT of a body has more air, and more tissue, than this share of its voxels
+VOXEL_BYTES = (
+    24  # memory that ITK takes for a voxel while it reads: two images of 8 bytes, and one to convert
+)
+RARE = 1e-3  # share of voxels; a CT of a body has more air than this, and more tissue
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Voxels int16 HU [z,y,x] (a view, strides may be negative) and their grid, whose axes are x, y, z."""
+    """Voxels int16 HU [z,y,x] in LPS orientation (a view, strides may be negative) and their grid, axes x, y, z."""
 
     uid: str
     voxels: np.ndarray
@@ -51,7 +53,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class ImageVolume:
-    """Values of any modality, or labels, [z,y,x] (a view) in LPS order, and their grid; as for a Scan otherwise."""
+    """Values of any modality, or labels, [z,y,x] in LPS orientation (a view), and their grid; other fields as in Scan."""
 
     values: np.ndarray
     grid: Grid
@@ -60,7 +62,7 @@ class ImageVolume:
 
 
 def quiet_itk(threads: int) -> None:
-    """Keep ITK to `threads` threads and its warnings off the screen, for this process."""
+    """Limit ITK to `threads` threads in this process, and switch its warnings off."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -72,12 +74,12 @@ def read_grid(source: ScanSource) -> tuple[Grid, int]:
 
 
 def stored_grid(source: ScanSource) -> Grid:
-    """The grid as it is stored, which `Grid.canonical` turns into that of `read_scan`. Raises BadScan."""
+    """The grid in the stored orientation, whose `canonical()` is the grid of `read_scan`. Raises BadScan."""
     return _header(source)[0]
 
 
 def read_scan(source: ScanSource) -> Scan:
-    """Read, check and turn one scan. Raises BadScan when it is damaged, or no CT volume in HU."""
+    """Read a scan, check it and give it in LPS orientation. Raises BadScan when it is damaged, or not a CT volume in HU."""
     plain = plain_pixels(source.files, source.grid.size) if source.grid and source.exact else None
     if source.grid and plain:
         voxels, checksum = plain
@@ -86,12 +88,12 @@ def read_scan(source: ScanSource) -> Scan:
         array, (slope, intercept), grid, checksum = _read(source)
         voxels = to_int16(array, slope, intercept)
     check_ct(voxels)
-    turned, order, flips = grid.canonical()
-    return Scan(source.uid, to_canonical(voxels, order, flips), turned, _nbytes(source), checksum)
+    canonical, order, flips = grid.canonical()
+    return Scan(source.uid, to_canonical(voxels, order, flips), canonical, _nbytes(source), checksum)
 
 
 def read_image(source: ScanSource) -> ImageVolume:
-    """Read and turn an image of any modality, or a mask; values as they are stored, scaled where the header says so.
+    """Read an image of any modality, or a mask, in LPS orientation; values are scaled if the header says so.
 
     Raises BadScan when it is damaged or holds values that are not finite.
     """
@@ -100,8 +102,8 @@ def read_image(source: ScanSource) -> ImageVolume:
         array = array * np.float32(slope) + np.float32(intercept)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadScan("NaN or infinite values")
-    turned, order, flips = grid.canonical()
-    return ImageVolume(to_canonical(array, order, flips), turned, _nbytes(source), checksum)
+    canonical, order, flips = grid.canonical()
+    return ImageVolume(to_canonical(array, order, flips), canonical, _nbytes(source), checksum)
 
 
 def _nbytes(source: ScanSource) -> int:
@@ -109,31 +111,31 @@ def _nbytes(source: ScanSource) -> int:
 
 
 def _read(source: ScanSource) -> tuple[np.ndarray, tuple[float, float], Grid, int]:
-    """Stored values [z,y,x] as they lie in the file, slope and intercept still to be applied, grid, checksum."""
-    grid, stored = _header(source)
-    if stored is None:
+    """Stored values [z,y,x] in the stored orientation, (slope, intercept) still to be applied, grid and CRC-32C."""
+    grid, layout = _header(source)
+    if layout is None:
         return _read_with_itk(source), (1.0, 0.0), grid, _checksum(source_files(source))
-    checksum = 0 if stored.path == source.files[0] else _checksum(source.files)
-    flat, checksum = read_voxels(stored, checksum)
-    return flat.reshape(grid.size[::-1]), (stored.slope, stored.intercept), grid, checksum
+    checksum = 0 if layout.path == source.files[0] else _checksum(source.files)
+    flat, checksum = read_voxels(layout, checksum)
+    return flat.reshape(grid.size[::-1]), (layout.slope, layout.intercept), grid, checksum
 
 
 def source_files(source: ScanSource) -> tuple[str, ...]:
-    """All files of a scan: the header's voxels lie beside it in some formats."""
+    """All files of a scan: in some formats the voxels are in another file than the header."""
     path = source.files[0]
     lower = path.lower()
     if lower.endswith(".mhd"):
-        stored = meta_image(path)
-        return (path,) if stored is None or stored.path == path else (path, stored.path)
+        layout = meta_image_layout(path)
+        return (path,) if layout is None or layout.path == path else (path, layout.path)
     if lower.endswith(".nhdr"):
         return nrrd_files(path)
     return source.files
 
 
 def to_int16(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> np.ndarray:
-    """Stored values to whole HU, rounded half to even, limited to int16. BadScan unless all are finite.
+    """Stored values [z,y,x] to int16 HU, rounded half to even and clipped. Raises BadScan unless all are finite.
 
-    One slice at a time, so that a scan never stands in memory as floats beside its stored values.
+    Converted slice by slice, so that a whole scan is never in memory as floats too.
     """
     plain = (slope, intercept) == (1.0, 0.0)
     if plain and array.dtype == np.int16 and array.dtype.isnative:
@@ -152,14 +154,13 @@ def to_int16(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> n
 def check_ct(voxels: np.ndarray) -> None:
     """Raise BadScan unless the values look like HU: some air and some tissue, apart from padding.
 
-    Every fourth row and column of every second slice is looked at. A mask, an MR or PET image, values scaled
-    to [0, 1] and raw scanner units all have no air below -200; a scan of air or padding alone has nothing
-    above.
+    Every fourth row and column of every second slice is checked. Masks, MR or PET images, values scaled to [0, 1] and raw
+    scanner units have no values below -200, where air is; a scan of air or padding alone has none above.
     """
     sample = voxels[::2, ::4, ::4]
     inside = sample[sample > PADDING_HU]
     if inside.size < RARE * sample.size:
-        raise BadScan("not CT values: padding alone")
+        raise BadScan("not CT values: nothing but padding")
     low, high = int(inside.min()), int(inside.max())
     if np.count_nonzero(inside < AIR_HU) < RARE * inside.size:
         raise BadScan(
@@ -171,19 +172,19 @@ def check_ct(voxels: np.ndarray) -> None:
 
 
 def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
-    """The stored grid, and where the voxels are unless ITK is to read them."""
+    """The stored grid, and the layout of the voxels, or None when ITK has to read them. Raises BadScan."""
     if source.grid is not None:
         return source.grid, None
     path = source.files[0]
     lower = path.lower()
-    stored = None
+    layout = None
     if lower.endswith((".mhd", ".mha")):
-        stored = meta_image(path)
+        layout = meta_image_layout(path)
     elif lower.endswith((".nii", ".nii.gz")):
-        stored = nifti(path)
-    if stored is not None:
-        check_voxel_size(stored)
-    reader = opened(path)
+        layout = nifti_layout(path)
+    if layout is not None:
+        check_file_size(layout)
+    reader = open_reader(path)
     size, dimension = list(reader.GetSize()), reader.GetDimension()
     while dimension > 3 and size[dimension - 1] == 1:
         dimension -= 1
@@ -200,26 +201,26 @@ def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
     grid = Grid(
         tuple(size[:3]), reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
     )
-    if stored is None:
-        check_promise(path, reader, sum(os.path.getsize(file) for file in source_files(source)))
-    elif stored.count != math.prod(grid.size):
-        raise BadScan(f"wrong size: {stored.count:,} voxels, not {'x'.join(map(str, grid.size))}")
-    return grid, stored
+    if layout is None:
+        check_reader_size(path, reader, sum(os.path.getsize(file) for file in source_files(source)))
+    elif layout.count != math.prod(grid.size):
+        raise BadScan(f"wrong size: {layout.count:,} voxels, not {'x'.join(map(str, grid.size))}")
+    return grid, layout
 
 
 def _read_with_itk(source: ScanSource) -> np.ndarray:
-    """Stored order [z,y,x]; DICOM values come rescaled, as int32 where every slope and intercept is whole."""
+    """Values [z,y,x] in the stored orientation; DICOM is rescaled, to int32 if slopes and intercepts are integers."""
     try:
         if source.grid is not None:
             series = sitk.ImageSeriesReader()
             series.SetImageIO("GDCMImageIO")
             series.SetFileNames(source.files)
             series.SetOutputPixelType(sitk.sitkInt32 if source.exact else sitk.sitkFloat32)
-            with bounded(VOXEL_BYTES * math.prod(source.grid.size)):
+            with memory_limit(VOXEL_BYTES * math.prod(source.grid.size)):
                 image = series.Execute()
         else:
-            reader = opened(source.files[0])
-            with bounded(VOXEL_BYTES * math.prod(reader.GetSize())):
+            reader = open_reader(source.files[0])
+            with memory_limit(VOXEL_BYTES * math.prod(reader.GetSize())):
                 image = reader.Execute()
     except (RuntimeError, MemoryError) as error:
         raise BadScan(f"cannot be read: {last_line(error)}") from error

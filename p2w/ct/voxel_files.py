@@ -1,14 +1,12 @@
-"""Voxels of MetaImage and NIfTI files, read and verified in one pass; what else there is goes through ITK.
+"""Read and verify the voxels of MetaImage and NIfTI files in one pass; all other formats are read by ITK.
 
-SimpleITK is not asked here because it hides damage: it reads a truncated `.nii` or `.nii.gz`, and a `.zraw`
-whose stream is broken, into an image without an error (seen with SimpleITK 2.5). Here a payload of the wrong
-size or with a wrong checksum is a BadScan, and the bytes are read once for the voxels and for the checksum of
-the source. Formats: MetaIO header keys as in ITK's documentation; NIfTI-1 and -2 headers as in nifti1.h and
-nifti2.h.
+SimpleITK hides damage: it reads a truncated `.nii` or `.nii.gz`, and a `.zraw` with a broken stream, into an image without
+an error (seen with SimpleITK 2.5). Here data of the wrong size or with a wrong checksum is a BadScan, and one pass over the
+bytes gives the voxels and the checksum of the file. ITK also trusts the sizes in headers, so they are compared with the
+size of the file before ITK reads it.
 
-ITK believes what headers say, so what they promise is compared with the file before ITK is asked.
-
-NRRD header: http://teem.sourceforge.net/nrrd/format.html
+Formats: MetaIO header keys as in ITK's documentation; NIfTI-1 and -2 headers as in nifti1.h and nifti2.h; NRRD headers as
+in http://teem.sourceforge.net/nrrd/format.html
 """
 
 import contextlib
@@ -43,43 +41,45 @@ NIFTI_TYPES = {
     1024: "i8",
     1280: "u8",
 }
-HEADER = 1 << 16  # bytes in which a header ends
-LINE = 2048  # bytes of a line of a MetaImage header; ITK's parser writes beyond its own 4096 (SimpleITK 2.5)
+HEADER = 1 << 16  # bytes; longer headers are not read
+LINE = 2048  # most bytes of a line in a MetaImage header; from 4096 on, ITK's parser overflows its buffer (SimpleITK 2.5)
 MOST_DIMS = 10
-SPARE = 1 << 20  # bytes behind the voxels that a packed stream may hold
-PIECE = 1 << 20  # bytes unpacked at a time
-TIMES = 1032  # the most that zlib packs: a header that promises more is wrong
+SPARE = 1 << 20  # bytes that a compressed stream may have after the voxels
+PIECE = 1 << 20  # bytes decompressed at a time
+MOST_RATIO = 1032  # highest compression ratio of zlib: a header that claims more is wrong
 GZIP = 16 + zlib.MAX_WBITS
-BOTH = 32 + zlib.MAX_WBITS  # zlib or gzip, told apart by their first bytes
+BOTH = 32 + zlib.MAX_WBITS  # zlib or gzip, detected from the first bytes
 
 
 @dataclass(frozen=True)
 class VoxelLayout:
-    """Where the voxels of an image are and how they are written."""
+    """The file, position and encoding of the voxels of an image."""
 
     path: str
-    offset: int  # bytes before the voxels: in the file, or in the stream once unpacked when `unpack_first`
+    offset: int  # bytes before the voxels: in the file, or with `unpack_first` in the decompressed stream
     dtype: np.dtype
     count: int
     compressed: bool = False
-    own_file: bool = False  # voxels and nothing else: a `.raw` beside its `.mhd`
-    unpack_first: bool = False  # .nii.gz: header and voxels are one stream; MetaImage packs the voxels alone
-    packed_size: int | None = None  # bytes of the packed voxels, where the header says so
+    own_file: bool = False  # the file has nothing but voxels, as a `.raw` beside its `.mhd`
+    unpack_first: bool = (
+        False  # .nii.gz: header and voxels are one stream; MetaImage compresses the voxels alone
+    )
+    packed_size: int | None = None  # bytes of the compressed voxels, if the header says so
     slope: float = 1.0
     intercept: float = 0.0
 
     def expected(self) -> int:
-        """Bytes of the unpacked voxels."""
+        """Size of the voxels in bytes, decompressed."""
         return self.count * self.dtype.itemsize
 
 
-def meta_image(path: str) -> VoxelLayout | None:
-    """The voxels of a `.mhd` or `.mha`; None for the rare kinds only ITK reads (text, lists of files)."""
+def meta_image_layout(path: str) -> VoxelLayout | None:
+    """The layout of a `.mhd` or `.mha`; None for rare kinds that only ITK reads (text, lists). Raises BadScan."""
     with open(path, "rb") as file:
         fields, end = {}, 0
         while line := file.readline(HEADER):
             if len(line) > LINE or any(byte < 32 and byte not in b"\t\r\n" for byte in line):
-                raise BadScan("the MetaImage header is damaged (a line that is no text): copy it again")
+                raise BadScan("the MetaImage header is damaged (a line that is not text): copy it again")
             key, _, value = line.decode("latin-1").partition("=")
             fields[key.strip().lower()] = value.strip()
             end += len(line)
@@ -109,7 +109,7 @@ def meta_image(path: str) -> VoxelLayout | None:
         size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
     except ValueError as error:
         raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
-    if offset == -1:  # MetaIO's way to say: the voxels are the end of the file
+    if offset == -1:  # in MetaIO: the voxels are the last bytes of the file
         offset = max(0, os.path.getsize(name) - count * dtype.itemsize)
     if offset < 0 or (size or 0) < 0:
         raise BadScan(f"the MetaImage header is damaged (sizes {offset} and {size}): copy it again")
@@ -117,7 +117,7 @@ def meta_image(path: str) -> VoxelLayout | None:
 
 
 def _dims(fields: dict[str, str]) -> list[int]:
-    """Voxels along x, y, z, ... of a MetaImage."""
+    """Number of voxels along x, y, z, ... of a MetaImage. Raises BadScan."""
     try:
         dims = [int(n) for n in fields.get("dimsize", "").split()]
         given = int(fields.get("ndims", len(dims)))
@@ -131,12 +131,12 @@ def _dims(fields: dict[str, str]) -> list[int]:
 
 
 def own_data_file(name: str) -> bool:
-    """Whether a data file's name leads to the header's folder or one below it."""
+    """Whether the path of a data file stays in the header's folder or below it."""
     return bool(name) and not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def nifti(path: str) -> VoxelLayout | None:
-    """The voxels of a `.nii` or `.nii.gz`; None for voxel types that are left to ITK."""
+def nifti_layout(path: str) -> VoxelLayout | None:
+    """The layout of a `.nii` or `.nii.gz`; None for voxel types that are left to ITK. Raises BadScan."""
     packed = path.lower().endswith(".gz")
     with open(path, "rb") as file:
         head = file.read(HEADER)
@@ -159,7 +159,7 @@ def nifti(path: str) -> VoxelLayout | None:
     if min(dims[1 : dims[0] + 1]) < 1 or not 0 <= offset < 1 << 62:  # NaN too
         raise BadScan(f"the NIfTI header is damaged (dimensions {dims}, voxels at {offset}): copy it again")
     count = math.prod(dims[1 : dims[0] + 1])
-    if slope == 0 or not np.isfinite([slope, intercept]).all():  # by the standard: no scaling
+    if slope == 0 or not np.isfinite([slope, intercept]).all():  # the standard says: no scaling
         slope, intercept = 1.0, 0.0
     dtype = np.dtype(order + NIFTI_TYPES[kind])
     return VoxelLayout(
@@ -167,52 +167,52 @@ def nifti(path: str) -> VoxelLayout | None:
     )
 
 
-def check_voxel_size(stored: VoxelLayout) -> None:
-    """Raise BadScan when the file is too small for what its header promises. Reads nothing."""
-    size = os.path.getsize(stored.path)
-    need = stored.offset + stored.expected()
-    if stored.compressed:
+def check_file_size(layout: VoxelLayout) -> None:
+    """Raise BadScan when the size of the file does not fit its header. Reads nothing."""
+    size = os.path.getsize(layout.path)
+    need = layout.offset + layout.expected()
+    if layout.compressed:
         need = max(
-            stored.expected() // TIMES,
-            0 if stored.unpack_first else stored.offset + (stored.packed_size or 0),
+            layout.expected() // MOST_RATIO,
+            0 if layout.unpack_first else layout.offset + (layout.packed_size or 0),
         )
-    if not 0 <= stored.offset <= need < 1 << 62 and not stored.compressed:
+    if not 0 <= layout.offset <= need < 1 << 62 and not layout.compressed:
         raise BadScan(
-            f"damaged: voxels at byte {stored.offset:,}, {stored.expected():,} of them: copy it again"
+            f"damaged: voxels at byte {layout.offset:,}, {layout.expected():,} of them: copy it again"
         )
-    if size < need or (stored.own_file and not stored.compressed and size != need):
-        name = os.path.basename(stored.path)
+    if size < need or (layout.own_file and not layout.compressed and size != need):
+        name = os.path.basename(layout.path)
         what = "truncated" if size < need else "wrong size"
         raise BadScan(f"{what}: {name} has {size:,} bytes, its header promises {need:,}")
 
 
-def read_voxels(stored: VoxelLayout, crc: int = 0) -> tuple[np.ndarray, int]:
-    """All voxels as one flat array, and `crc` continued over every byte of the file (CRC-32C).
+def read_voxels(layout: VoxelLayout, crc: int = 0) -> tuple[np.ndarray, int]:
+    """All voxels as one flat array, and the CRC-32C of the file's bytes, continued from `crc`.
 
-    Raises BadScan when the voxels are not all there or fail the checksum of their compression.
+    Raises BadScan when voxels are missing or the checksum of the compression differs.
     """
-    check_voxel_size(stored)
-    if stored.compressed:
-        data, crc = _unpack(stored, crc)
+    check_file_size(layout)
+    if layout.compressed:
+        data, crc = _unpack(layout, crc)
     else:
-        data = np.fromfile(stored.path, "u1")
+        data = np.fromfile(layout.path, "u1")
         crc = crc32c(data.data, crc)
-        data = data[stored.offset : stored.offset + stored.expected()]
-    if data.size != stored.expected():
-        name = os.path.basename(stored.path)
-        raise BadScan(f"wrong size: {name} holds {data.size:,} bytes of voxels, not {stored.expected():,}")
-    return data.view(stored.dtype), crc
+        data = data[layout.offset : layout.offset + layout.expected()]
+    if data.size != layout.expected():
+        name = os.path.basename(layout.path)
+        raise BadScan(f"wrong size: {name} holds {data.size:,} bytes of voxels, not {layout.expected():,}")
+    return data.view(layout.dtype), crc
 
 
-def _unpack(stored: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:
-    """Unpack a zlib or gzip file into memory allotted once; zlib verifies the checksum of each member."""
-    skip = stored.offset if stored.unpack_first else 0
-    need = skip + stored.expected()
-    with open(stored.path, "rb") as file:
+def _unpack(layout: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:
+    """Decompress a zlib or gzip file into memory that is allocated once; zlib verifies the checksum of each member."""
+    skip = layout.offset if layout.unpack_first else 0
+    need = skip + layout.expected()
+    with open(layout.path, "rb") as file:
         data = memoryview(file.read())
     crc = crc32c(data, crc)
-    packed = data if stored.unpack_first else data[stored.offset :]
-    name = os.path.basename(stored.path)
+    packed = data if layout.unpack_first else data[layout.offset :]
+    name = os.path.basename(layout.path)
     out, at, extra = np.empty(need, "u1"), 0, 0
     try:
         for piece in _pieces(packed, need):
@@ -229,20 +229,20 @@ def _unpack(stored: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:
 
 
 def _pieces(packed: memoryview, need: int) -> Iterator[bytes]:
-    """What a zlib or gzip stream unpacks to, little by little: one gzip member, or more for `need` bytes.
+    """Decompress a zlib or gzip stream in pieces: one gzip member, or more until there are `need` bytes.
 
-    Parallel packers write several members. Raises zlib.error where a member is damaged or ends early.
+    Parallel compressors write several members. Raises zlib.error where a member is damaged or ends early.
     """
-    stream, come = zlib.decompressobj(BOTH), 0
+    stream, produced = zlib.decompressobj(BOTH), 0
     for start in range(0, len(packed), PIECE):
         rest: bytes | memoryview = packed[start : start + PIECE]
         while rest:
             if stream.eof:
-                if come >= need:
+                if produced >= need:
                     return
                 stream = zlib.decompressobj(BOTH)
             piece = stream.decompress(rest, PIECE)
-            come += len(piece)
+            produced += len(piece)
             yield piece
             rest = stream.unused_data if stream.eof else stream.unconsumed_tail
     while not stream.eof:
@@ -257,15 +257,18 @@ READERS = {
     ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO",
 }  # fmt: skip
 
-BESIDE, THREAD = 256 << 20, 16 << 20  # bytes that reading takes beside voxels: in all, and for each thread
+BESIDE, THREAD = (
+    256 << 20,
+    16 << 20,
+)  # memory in bytes that reading takes besides voxels: in total, and per thread
 
 
 @contextlib.contextmanager
-def bounded(nbytes: int) -> Iterator[None]:
-    """While open, this process cannot take more than `nbytes` of new memory, and some for threads and tables.
+def memory_limit(nbytes: int) -> Iterator[None]:
+    """Limit the memory that this process can allocate in the block to `nbytes`, and some for threads and tables.
 
-    A packed DICOM slice carries sizes of its own behind those of its header: 5 kB had GDCM take 3 GB (seen with
-    JPEG 2000, SimpleITK 2.5). Refused the memory, it raises. Linux only; elsewhere nothing is bounded.
+    A compressed DICOM slice has sizes of its own, besides those of its header: a file of 5 kB made GDCM allocate 3 GB (seen
+    with JPEG 2000, SimpleITK 2.5). With the limit, it raises an error. Linux only; elsewhere there is no limit.
     """
     try:
         with open("/proc/self/statm") as file:
@@ -274,7 +277,7 @@ def bounded(nbytes: int) -> Iterator[None]:
         yield
         return
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    # Of all cores, not of those that may be used: this is a bound, and ITK knows of affinity, but not of quotas.
+    # All cores of the machine: ITK starts threads by CPU affinity, without regard to the quota of a control group.
     limit = taken + nbytes + BESIDE + THREAD * (os.cpu_count() or 1)
     if all(other == resource.RLIM_INFINITY or limit < other for other in (before, hard)):
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -284,8 +287,8 @@ def bounded(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
-def opened(path: str) -> sitk.ImageFileReader:
-    """A reader of the file's format, by its ending, that has read the header. Raises BadScan."""
+def open_reader(path: str) -> sitk.ImageFileReader:
+    """An ITK reader for the format of the file name, which has read the header. Raises BadScan."""
     lower = path.lower()
     if lower.endswith((".nrrd", ".nhdr")):
         nrrd_files(path)
@@ -293,19 +296,19 @@ def opened(path: str) -> sitk.ImageFileReader:
     reader.SetImageIO(next(kind for ending, kind in READERS.items() if lower.endswith(ending)))
     reader.SetFileName(path)
     try:
-        with bounded(0):
+        with memory_limit(0):
             reader.ReadImageInformation()
     except (RuntimeError, MemoryError) as error:
         raise BadScan(f"cannot be read: {last_line(error)}") from error
     return reader
 
 
-def check_promise(path: str, reader: sitk.ImageFileReader, nbytes: int) -> None:
-    """Raise BadScan when a header promises more voxels than `nbytes` of files can hold; ITK would allot them all."""
+def check_reader_size(path: str, reader: sitk.ImageFileReader, nbytes: int) -> None:
+    """Raise BadScan when a header claims more voxels than `nbytes` of files can hold; ITK would allocate them all."""
     count = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
     promised = count * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
     raw = path.lower().endswith((".nrrd", ".nhdr")) and nrrd_fields(path).get("encoding", "").lower() == "raw"
-    if promised > nbytes * (1 if raw else TIMES):
+    if promised > nbytes * (1 if raw else MOST_RATIO):
         raise BadScan(
             f"truncated: the header promises {promised:,} bytes of voxels, the files have {nbytes:,}"
         )
@@ -322,7 +325,7 @@ def nrrd_fields(path: str) -> dict[str, str]:
 
 
 def nrrd_files(path: str) -> tuple[str, ...]:
-    """The header, and the file of voxels beside it where there is one. Raises BadScan when it lies elsewhere."""
+    """The header, and its data file if there is one. Raises BadScan when that is in another folder."""
     data = nrrd_fields(path).get("datafile", "")
     if not data or data.upper().startswith("LIST") or "%" in data:
         return (path,)
@@ -335,6 +338,6 @@ def nrrd_files(path: str) -> tuple[str, ...]:
 
 
 def last_line(error: Exception) -> str:
-    """Of what ITK says: the reason stands there."""
+    """The last line of an ITK error, which has the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a check is told, and what it answers."""
+"""The input of a check (`CheckContext`) and its result (`CheckResult`)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the page. A problem keeps a run from starting or going on; a note costs speed or needs a thought."""
+    """One row of the report. A problem prevents a run, or will stop it; a note costs speed or needs attention."""
 
     status: Literal["ok", "note", "problem"]
     name: str
@@ -25,22 +25,22 @@ class CheckResult:
 
 
 def ok(name: str, found: str) -> CheckResult:
-    """All is well."""
+    """A result without a problem."""
     return CheckResult("ok", name, found)
 
 
 def note(name: str, found: str, remedy: str = "") -> CheckResult:
-    """A run would work."""
+    """A result with which a run would work, but with a drawback."""
     return CheckResult("note", name, found, remedy)
 
 
 def problem(name: str, found: str, remedy: str) -> CheckResult:
-    """A run would not work, or not for long; `remedy` is what to type."""
+    """A result with which a run would not work, or not for long; `remedy` is what to type."""
     return CheckResult("problem", name, found, remedy)
 
 
 def refused(name: str, error: Exception) -> CheckResult:
-    """The problem that a UserError tells: its remedy stands behind the first semicolon, or the last colon."""
+    """A UserError as a problem: its remedy is the text after the first semicolon, or else after the last colon."""
     text = " ".join(str(error).split())
     for found, mark, remedy in (text.partition("; "), text.rpartition(": ")):
         if mark:
@@ -50,18 +50,18 @@ def refused(name: str, error: Exception) -> CheckResult:
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What the machine is looked at for: a recipe on `ranks` processes of this machine, its data and its run folder."""
+    """The run for which the machine is checked: a recipe on `ranks` processes of this machine, its data and run folder."""
 
     recipe: str
     config: Config
-    shards: str | None  # None: not named on the command line
+    shards: str | None  # None: not given on the command line
     run: Path
     ranks: int
-    cuda: bool  # whether a run would take CUDA devices
+    cuda: bool  # whether a run would use CUDA devices
 
     @cached_property
     def cost(self) -> "RunCost":
-        """Figures of one rank of the run. Raises UserError for a network there is not."""
+        """Memory and computation of one rank of the run. Raises UserError for an unknown network."""
         from p2w.pretext import build_pretext_and_network  # noqa: PLC0415  (for two checks only, as is torch's FLOP counter)
         from p2w.train.estimate import run_cost  # noqa: PLC0415
 

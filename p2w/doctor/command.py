@@ -1,6 +1,6 @@
-"""The command `p2w doctor`: the list of checks, how one is held to its time, and the page of results.
+"""The command `p2w doctor`: the list of checks, the time limit of each, and the table of results.
 
-The shards, whether the run's batch fits them, and what the run folder holds.
+The checks of the data set, of the batch size and of the run folder are here too.
 """
 
 import json
@@ -31,7 +31,7 @@ from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.run_dir import RunDir
 
-USAGE = """Look at this machine, and say what would keep a run from working, and what to type about it.
+USAGE = """Check this machine for anything that would stop a run, and print the remedy of each problem.
 
     p2w doctor                                                        this machine, for recipe paper
     p2w doctor demo --shards demo/shards --run-dir demo/run --ranks 2
@@ -43,12 +43,12 @@ It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` 
 
 
 SAMPLE = 24
-LONGEST_S = 3.0  # reading the sample
+LONGEST_S = 3.0  # for reading the sample
 CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:
-    """The set is whole by its manifest, a random sample of it is intact, and the run's batch fits it and the folder."""
+    """The set is complete, a random sample of it is intact, and batch size and run folder go with it."""
     if case.shards is None and not Path("shards").exists():
         yield note(
             "shards", "no folder shards here, and none named", f"p2w doctor --shards DIR; to cut scans: {CUT}"
@@ -67,12 +67,12 @@ def shards(case: CheckContext) -> Iterator[CheckResult]:
         f"{where}: {split}, in {count:,} shards{', all there' if isinstance(found, LocalSet) else ''}",
     )
     yield from sample(found)
-    yield from plan(case, found)
+    yield from batch_size(case, found)
     yield from run_folder(case, found)
 
 
 def sample(found: ShardSet) -> Iterator[CheckResult]:
-    """Checksums of sub-scans drawn at random, other ones each time."""
+    """Checksums of a random sample of sub-scans, a different one each time."""
     full = f"p2w verify {found.where}"
     if not isinstance(found, LocalSet):
         yield ok("checksums", f"not sampled, the set is remote; training checks each sub-scan. All: {full}")
@@ -94,8 +94,8 @@ def sample(found: ShardSet) -> Iterator[CheckResult]:
     yield ok("checksums", f"{done} of {len(found):,} sub-scans drawn are intact, {size(rate)}/s. All: {full}")
 
 
-def plan(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
-    """Whether the ranks of this machine can share the recipe's batch of this set."""
+def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
+    """Whether the recipe's batch can be divided among the ranks of this machine, and the set fills it."""
     data, accumulate = case.config.data, case.config.optim.accumulate
     try:
         rows = Sampler(found, "train", data.batch, data.seed, 0, case.ranks, training=True).rows
@@ -112,7 +112,7 @@ def plan(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
 
 
 def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
-    """Whether the command may continue what the run folder holds."""
+    """Whether the command can start in the run folder, or continue the run in it."""
     try:
         RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
     except UserError as error:
@@ -141,18 +141,18 @@ LIMIT_S = 60.0
 
 
 def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> list[CheckResult]:
-    """What a check finds. One that raises, or hangs (a dead file server, a driver), is a problem like any other."""
+    """The results of a check. If it raises, or hangs (a dead file server, a driver), that is a problem of its own."""
     rows: list[CheckResult] = []
     broken: list[Exception] = []
 
-    def ask() -> None:
+    def run() -> None:
         try:
             rows.extend(check(case))
         except Exception as error:
             broken.append(error)
 
     name = check.__name__.replace("_", " ")
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
     if thread.is_alive():
@@ -175,7 +175,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
 
 
 COLOUR = {"ok": "green", "note": "yellow", "problem": "bold red"}
-WIDTH = 160  # off a terminal
+WIDTH = 160  # characters, without a terminal
 
 
 @dataclass(frozen=True)
@@ -183,18 +183,18 @@ class DoctorOptions:
     """Command line of p2w doctor."""
 
     shards: str | None = None
-    """Folder (or http, https, s3 URL) of shards; default shards, if it is there."""
+    """Folder (or http, https, s3 URL) of shards; default: shards, if it exists."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
-    """Folder of the run; default runs/RECIPE."""
+    """Folder of the run; default: runs/RECIPE."""
     ranks: Annotated[int | None, tyro.conf.arg(aliases=["--nproc-per-node"])] = None
-    """Processes on this machine; default one a GPU, or one."""
+    """Processes on this machine; default: one per GPU, or one."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON instead of a table."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def main(argv: list[str]) -> int:
-    """Ask every check, print the page. Raises UserError for a recipe or setting that there is not."""
+    """Run all checks and print the results; the exit code. Raises UserError for an unknown recipe or setting."""
     first = bool(argv) and not argv[0].startswith("-")
     recipe = argv[0] if first else "paper"
     base = settings.read_config(Path(recipe)) if recipe.endswith(".json") else named(recipe)
@@ -204,10 +204,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     settings.check_config(options.config)
     if options.ranks is not None and options.ranks < 1:
-        raise UserError(f"--ranks {options.ranks}: must be at least 1; leave it out for one a GPU")
+        raise UserError(f"--ranks {options.ranks}: must be at least 1; leave it out for one per GPU")
     console = Console(stderr=True)
-    with console.status("looking") as status:
-        rows = run_checks(options, recipe, lambda name: status.update(f"looking at {name}"))
+    with console.status("checking") as status:
+        rows = run_checks(options, recipe, lambda name: status.update(f"checking {name}"))
     problems = [row for row in rows if row.status == "problem"]
     if options.json:
         print(json.dumps({"problems": len(problems), "rows": [asdict(row) for row in rows]}, indent=2))
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_checks(options: DoctorOptions, recipe: str, say: Callable[[str], None]) -> list[CheckResult]:
-    """The rows of all checks. A torch that cannot be imported is the only row: nothing else would work."""
+    """The results of all checks; only one row if torch cannot be imported, since nothing else would work."""
     try:
         from p2w.world import World  # noqa: PLC0415
     except Exception as error:
@@ -247,7 +247,7 @@ def run_checks(options: DoctorOptions, recipe: str, say: Callable[[str], None]) 
 
 
 def show_checks(rows: list[CheckResult], recipe: str) -> None:
-    """The page: a line a row, and below a problem or note what to type."""
+    """Print the results as a table: a line per row, with the remedy below a problem or note."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     table = Table.grid(padding=(0, 1))
     for row in rows:

@@ -1,4 +1,4 @@
-"""Cores, memory, disks, limits and the clock, against what the run needs."""
+"""Checks of cores, memory, disks, limits and the clock against the needs of the run."""
 
 import ctypes
 import os
@@ -23,13 +23,15 @@ SUB_SCAN_BYTES = 2**21
 SHM_BYTES = GIB  # NCCL's buffers between the GPUs of a machine; containers often give 64 MiB
 PROBE_BYTES = 16 * 2**20
 OPEN_FILES = 1024  # pipes, sockets, TensorBoard; shards are mapped and need none
-MAPS = 20_480  # 16,384 mapped shards at a time, see data/local.py; the rest are Python's, torch's and their libraries'
+MAPS = (
+    20_480  # 16,384 mapped shards, see stream/local.py; the rest belong to Python, torch and their libraries
+)
 CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR, the clock is not synchronised
-SLACK_S = 60.0  # a file server's clock may be ahead by so much
+SLACK_S = 60.0  # a file server's clock may be ahead by this much
 
 
 def cores(case: CheckContext) -> Iterator[CheckResult]:
-    """Cores of this process (a container or Slurm may give fewer than there are), and what they compute in."""
+    """Cores that this process may use (a container or Slurm may allow fewer than there are), and the precision on them."""
     mine, all_of_them = usable_cores(), os.cpu_count() or 1
     needed = case.ranks * (1 + case.config.data.reader_threads)
     precision = choose_precision("auto", torch.device("cpu"))
@@ -46,7 +48,7 @@ def cores(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def memory(case: CheckContext) -> Iterator[CheckResult]:
-    """Free memory against weights, optimizer, activations and batches; on GPUs, each device's."""
+    """Free memory against weights, optimizer, activations and batches; with GPUs, that of each device too."""
     try:
         cost = case.cost
     except UserError as error:
@@ -71,7 +73,7 @@ def memory(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def speed(case: CheckContext) -> Iterator[CheckResult]:
-    """How fast the recipe would be on these GPUs, from data sheets; nothing where the card is not known."""
+    """Forecast of the recipe's speed on these GPUs, from data sheets; nothing for an unknown GPU."""
     from p2w.train.estimate import describe_scaling, known_device  # noqa: PLC0415
 
     card = torch.cuda.get_device_name() if case.cuda else ""
@@ -84,7 +86,7 @@ def speed(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def shared_memory(case: CheckContext, where: str = "/dev/shm") -> Iterator[CheckResult]:
-    """NCCL's place between GPUs; p2w's readers are threads and use none."""
+    """Shared memory, which NCCL needs between GPUs; p2w reads data in threads and needs none."""
     free = shutil.disk_usage(where).free if os.path.isdir(where) else 0
     several = case.cuda and case.ranks > 1
     found = f"{size(free)} free; {'NCCL between the GPUs needs 1 GiB' if several else 'only NCCL between GPUs uses it'}"
@@ -95,40 +97,40 @@ def shared_memory(case: CheckContext, where: str = "/dev/shm") -> Iterator[Check
 
 
 def disk(case: CheckContext) -> Iterator[CheckResult]:
-    """Room for the run folder's checkpoints, and how fast they are written."""
+    """Disk space for the run folder's checkpoints, and how fast they are written."""
     absolute = case.run.absolute()
-    place = next(place for place in (absolute, *absolute.parents) if place.exists())
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     try:
         each = case.cost.checkpoint_bytes
-    except UserError:  # told by `memory`
+    except UserError:  # reported by `memory`
         each = 0
-    kept = sum(file.stat().st_size for file in place.rglob("step-*/*")) if place == absolute else 0
+    kept = sum(file.stat().st_size for file in existing.rglob("step-*/*")) if existing == absolute else 0
     need = max(
         0, (case.config.train.keep + 2) * each - kept
     )  # the newest ones, the best, and the one being written
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     found = f"{case.run}: {size(free)} free, checkpoints need {size(need)} more"
     elsewhere = "--run-dir on another disk, --train.keep 1, or delete what is not needed (df -h)"
     if free < need + PROBE_BYTES:
         yield problem("run disk", found, elsewhere)
         return
     try:
-        rate = write_speed(place)
+        rate = write_speed(existing)
     except OSError as error:
         yield problem(
             "run disk",
-            f"{place}: cannot be written to ({error.strerror})",
+            f"{existing}: cannot be written to ({error.strerror})",
             "name a folder you may write with --run-dir",
         )
         return
     yield ok("run disk", f"{found}; written at {size(rate)}/s, one in {each / rate:,.1f} s")
 
 
-def write_speed(place: Path) -> float:
-    """Bytes a second to the disk below `place`, flushed, by one file without a name."""
+def write_speed(folder: Path) -> float:
+    """Write speed of the disk of `folder` in bytes per second, measured with a flushed temporary file."""
     block = os.urandom(2**20)
     began = time.perf_counter()
-    with tempfile.TemporaryFile(dir=place) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(PROBE_BYTES // len(block)):
             file.write(block)
         file.flush()
@@ -137,7 +139,7 @@ def write_speed(place: Path) -> float:
 
 
 def limits(case: CheckContext, maps: Path = Path("/proc/sys/vm/max_map_count")) -> Iterator[CheckResult]:
-    """Open files and memory maps of a process. Every shard in use is one map."""
+    """Limits of open files and of memory maps of a process. Every shard in use is one map."""
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < OPEN_FILES:
         yield problem(
@@ -161,7 +163,7 @@ def limits(case: CheckContext, maps: Path = Path("/proc/sys/vm/max_map_count")) 
 
 
 def clock(case: CheckContext) -> Iterator[CheckResult]:
-    """Whether the clock stands behind a file's date, and whether anything sets it."""
+    """Whether the clock is behind the date of a file, and whether NTP sets it."""
     behind = clock_behind(
         [
             *Path(__file__).parents[1].rglob("*.py"),
@@ -183,7 +185,7 @@ def clock(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def clock_behind(files: list[Path]) -> str:
-    """The file whose date is in the future, by how much; empty when there is none."""
+    """By how much the clock is behind the newest date of these files, in words; empty when it is not."""
     dates = [(file.stat().st_mtime, file) for file in files if file.exists()]
     date, file = max(dates, default=(0.0, Path()))
     ahead = date - time.time()
@@ -191,7 +193,7 @@ def clock_behind(files: list[Path]) -> str:
 
 
 def synchronised() -> bool:
-    """Whether the kernel says that something sets its clock: adjtimex(2), asked without changing anything."""
+    """Whether the kernel's clock is synchronised, by adjtimex(2) in a call that changes nothing."""
     timex = ctypes.create_string_buffer(512)  # struct timex is 208 bytes; all zero asks only
     state = ctypes.CDLL(None, use_errno=True).adjtimex(timex)
     return 0 <= state < CLOCK_ERROR

@@ -1,4 +1,4 @@
-"""Names, ports, a real all-reduce, and Slurm: what torchrun, gloo, NCCL and jobs stand on."""
+"""Checks of host name, ports, a real all-reduce, and Slurm: what torchrun, gloo, NCCL and jobs need."""
 
 import json
 import re
@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 
 from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem
-from p2w.world import variable, variables
+from p2w.world import World, variable, variables
 
 TORCHRUN_PORT = 29500
-JOB_PORTS = range(15_000, 30_000)  # slurm/pretrain.sbatch takes one by the job's number
+JOB_PORTS = range(15_000, 30_000)  # slurm/pretrain.sbatch selects one by the job's number
 MEET_S = 30.0
 SLOW_NAME_S = 1.0
+PROBE_NUMBERS = 1 << 23  # float32, 32 MiB: half of the paper's gradients
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def host_name(case: CheckContext, name: str = "") -> Iterator[CheckResult]:
-    """Whether this host's name leads to this host: gloo and torchrun look it up, and wait for whom it names."""
+    """Whether this host's name resolves to this host: gloo and torchrun look it up and connect to its address."""
     name = name or socket.gethostname()
     began = time.perf_counter()
     try:
@@ -62,7 +63,7 @@ def host_name(case: CheckContext, name: str = "") -> Iterator[CheckResult]:
 
 
 def connect(address: str) -> None:
-    """Listen at `address` and connect to it. Raises OSError when one of the two does not work."""
+    """Listen at `address` and connect to it. Raises OSError when either does not work."""
     with socket.socket() as server:
         server.bind((address, 0))
         server.listen(1)
@@ -71,7 +72,7 @@ def connect(address: str) -> None:
 
 
 def interfaces(case: CheckContext) -> Iterator[CheckResult]:
-    """Network interfaces that gloo and NCCL were told to use; one that is not here fails every start."""
+    """Network interfaces set for gloo and NCCL in the environment; with an unknown one, every start fails."""
     here = [name for _, name in socket.if_nameindex()]
     for name in INTERFACES:
         asked = variable(name).lstrip("^=")
@@ -80,7 +81,7 @@ def interfaces(case: CheckContext) -> Iterator[CheckResult]:
         ]
         if unknown:
             yield problem(
-                "interfaces", f"{name}={variable(name)}, but here are {', '.join(here)}", f"unset {name}"
+                "interfaces", f"{name}={variable(name)}, but this host has {', '.join(here)}", f"unset {name}"
             )
 
 
@@ -89,7 +90,7 @@ def ports(
     wanted: int = TORCHRUN_PORT,
     low: Path = Path("/proc/sys/net/ipv4/ip_local_port_range"),
 ) -> Iterator[CheckResult]:
-    """The port torchrun meets at, and those that Slurm jobs take by their number."""
+    """The port of torchrun's rendezvous, and the ports that Slurm jobs select by their number."""
     if not free(wanted):
         yield problem(
             "ports",
@@ -114,7 +115,7 @@ def ports(
 
 
 def free(port: int) -> bool:
-    """Whether a server could listen there, on all addresses."""
+    """Whether a server can listen on this port of all addresses."""
     with socket.socket() as s:
         s.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
@@ -127,7 +128,7 @@ def free(port: int) -> bool:
 
 
 def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckResult]:
-    """Two processes meet as ranks do and sum their numbers: over gloo, and over NCCL where there are two GPUs."""
+    """Two processes join a group as ranks do and all-reduce: over gloo, and over NCCL where there are two GPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,7 +142,7 @@ def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckRe
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "p2w.doctor.allreduce_probe", str(within_s)],
+            [sys.executable, "-m", "p2w.doctor.network", str(within_s)],
             env=variables(**where, **own, RANK=str(rank), LOCAL_RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="False"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -153,7 +154,7 @@ def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckRe
             out, err = rank.communicate(timeout=max(0.1, deadline - time.monotonic()))
             said = said or out
             complaint = (
-                complaint or (rank.returncode != 0 and (err.strip().splitlines() or ["no word"])[-1]) or ""
+                complaint or (rank.returncode != 0 and (err.strip().splitlines() or ["no message"])[-1]) or ""
             )
     except subprocess.TimeoutExpired:
         complaint = f"no answer in {within_s:.0f} s"
@@ -175,29 +176,55 @@ def all_reduce(case: CheckContext, within_s: float = MEET_S) -> Iterator[CheckRe
         )
 
 
+def probe_rank(timeout_s: float) -> None:
+    """One of the two ranks that `all_reduce` starts; rank 0 prints (seconds, bytes) of every backend as JSON.
+
+    Sums over gloo on the CPU and, if this rank has a GPU, over NCCL.
+    """
+    world = World.start(timeout_s)
+    took = {}
+    for backend, device in {"gloo": "cpu", "NCCL": "cuda"}.items():
+        if device not in ("cpu", world.device.type):
+            continue
+        for _ in range(2):  # the first one opens the connections
+            values = torch.full(
+                (PROBE_NUMBERS,), world.rank + 1.0, device=world.device if device == "cuda" else device
+            )
+            began = time.perf_counter()
+            world.sum(values)
+            right = bool((values == 3).all())  # also waits for a GPU
+            seconds = time.perf_counter() - began
+        if not right:
+            sys.exit(f"rank {world.rank}: the sum over {backend} is wrong")
+        took[backend] = (seconds, values.nbytes)
+    world.close()
+    if world.is_main:
+        print(json.dumps(took))
+
+
 COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
 ANSWER_S = 8
 USABLE = ("idle", "mixed", "allocated", "completing")
 
 
 def cluster(case: CheckContext) -> Iterator[CheckResult]:
-    """Nodes by state, and the time a job gets to save when it is stopped."""
-    there = [name for name in COMMANDS if shutil.which(name)]
-    if not there:
+    """Nodes of the Slurm cluster by state, and the time that a stopped job has to save."""
+    found_commands = [name for name in COMMANDS if shutil.which(name)]
+    if not found_commands:
         yield ok("Slurm", "not here; only slurm/*.sbatch need it")
         return
-    if missing := sorted(set(COMMANDS) - set(there)):
+    if missing := sorted(set(COMMANDS) - set(found_commands)):
         yield problem(
             "Slurm",
-            f"{', '.join(missing)} not on the PATH, {', '.join(there)} is",
+            f"{', '.join(missing)} not on the PATH, {', '.join(found_commands)} is",
             "apt-get install slurm-client",
         )
         return
-    code, said = ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+    code, said = run_command("sinfo", "--noheader", "--Node", "--format=%N %T")
     if code and "configuration source" in said:
         yield note(
             "Slurm",
-            "its commands are here, a configuration is not: no node of a cluster",
+            "its commands are here, but no configuration: not a node of a cluster",
             "export SLURM_CONF=FILE",
         )
         return
@@ -214,9 +241,9 @@ def cluster(case: CheckContext) -> Iterator[CheckResult]:
         ", ".join(f"{count} node(s) {state}" for state, count in Counter(states.values()).items())
         or "no nodes"
     )
-    wait = re.search(r"KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config")[1])
+    wait = re.search(r"KillWait\s*=\s*(\d+)", run_command("scontrol", "show", "config")[1])
     if wait:
-        found += f"; a job told to stop has {wait[1]} s to save (KillWait)"
+        found += f"; a stopped job has {wait[1]} s to save (KillWait)"
     bad = sorted(node for node, state in states.items() if state.strip("*~#!%$@^-") not in USABLE)
     if states and len(bad) == len(states):
         yield problem("Slurm", found, f"sinfo -R; scontrol update nodename={','.join(bad[:4])} state=resume")
@@ -227,20 +254,20 @@ def cluster(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def job(case: CheckContext) -> Iterator[CheckResult]:
-    """Inside a job: number, nodes, restarts so far."""
+    """Inside a Slurm job: its number, nodes and restarts so far."""
     number = variable("SLURM_JOB_ID")
     if not number:
         return
     nodes = variable("SLURM_JOB_NODELIST")
-    code, said = ask("scontrol", "show", "hostnames", nodes)
+    code, said = run_command("scontrol", "show", "hostnames", nodes)
     names = ", ".join(said.split()) if not code else nodes
     cpus, gpus = variable("SLURM_CPUS_ON_NODE") or "?", variable("SLURM_GPUS_ON_NODE") or "0"
     found = f"{number} on {names}; this is {variable('SLURMD_NODENAME') or 'none of them'}: {cpus} CPU(s), {gpus} GPU(s)"
     yield ok("Slurm job", f"{found}; restarts {variable('SLURM_RESTART_COUNT') or 0}")
 
 
-def ask(*command: str) -> tuple[int, str]:
-    """Exit code and what a command printed; on an error, its last line on stderr. One that hangs is ended."""
+def run_command(*command: str) -> tuple[int, str]:
+    """Exit code and output of a command; after an error, its last line on stderr. It is killed after ANSWER_S seconds."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except subprocess.TimeoutExpired:
@@ -252,3 +279,7 @@ def ask(*command: str) -> tuple[int, str]:
             -1
         ]
     return 0, done.stdout
+
+
+if __name__ == "__main__":
+    probe_rank(float(sys.argv[1]))

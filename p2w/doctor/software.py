@@ -1,4 +1,4 @@
-"""Python, torch, CUDA and the libraries around them."""
+"""Checks of Python, torch, CUDA and the libraries that p2w uses."""
 
 import importlib.util
 import math
@@ -35,20 +35,20 @@ LIBRARIES = (
     "sklearn",
 )
 SMALL_ZYX = (8, 16, 16)  # voxels
-TRIALS = 10  # a fault of bf16 on a CPU showed in one of three at width 8
+TRIALS = 10  # a faulty bf16 on a CPU showed in one of three trials at width 8
 TRIALS_S = 3.0
-AGREE = 0.3  # bf16 has 8 bits: norms differed by up to 10 % where it is sound
+AGREE = 0.3  # bf16 has 8 bits: with correct arithmetic, norms differed by up to 10 %
 SHOWN = ("SimpleITK", "webdataset", "pyarrow")
 
 
 def python(case: CheckContext) -> Iterator[CheckResult]:
-    """Which interpreter."""
-    place = Path(__file__).parents[1]
-    yield ok("python", f"{platform.python_version()} at {sys.executable}; p2w {__version__} at {place}")
+    """Version and path of the interpreter and of p2w."""
+    package = Path(__file__).parents[1]
+    yield ok("python", f"{platform.python_version()} at {sys.executable}; p2w {__version__} at {package}")
 
 
 def torch_build(case: CheckContext, devices: str = "/dev") -> Iterator[CheckResult]:
-    """Whether torch is new enough, and whether it can use the NVIDIA devices there are (files in `devices`)."""
+    """Whether torch is new enough, and can use the NVIDIA devices of this machine (files in `devices`)."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     found = f"{torch.__version__}, {built}"
     numbers = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
@@ -73,9 +73,9 @@ def torch_build(case: CheckContext, devices: str = "/dev") -> Iterator[CheckResu
 
 
 def devices(case: CheckContext) -> Iterator[CheckResult]:
-    """CUDA devices: equal ones on one line; each must be one that this torch has code for, and compute rightly."""
+    """CUDA devices, equal ones on one line; this torch must have code for each, and its results must be right."""
     if not case.cuda:
-        yield ok("GPU", "none in use: runs take the CPU")
+        yield ok("GPU", "none in use: runs use the CPU")
         return
     kinds: Counter[str] = Counter()
     bf16 = choose_precision("auto", torch.device("cuda")).reason
@@ -91,7 +91,7 @@ def devices(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def _driver() -> str:
-    """Version of NVIDIA's kernel module, as it says itself."""
+    """Version of NVIDIA's kernel module."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -116,7 +116,7 @@ def _computes_wrongly(index: int) -> str:
 
 
 def nccl(case: CheckContext) -> Iterator[CheckResult]:
-    """What GPUs talk through."""
+    """Whether torch has NCCL, through which several GPUs communicate."""
     if torch.distributed.is_available() and torch.distributed.is_nccl_available() and torch.version.cuda:
         yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     elif case.cuda:
@@ -126,7 +126,7 @@ def nccl(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def triton(case: CheckContext) -> Iterator[CheckResult]:
-    """Whether the crop-resize kernel compiles, and computes on the GPU what torch computes on the CPU."""
+    """Whether the crop-resize kernel compiles, and gives the same on the GPU as torch on the CPU."""
     if importlib.util.find_spec("triton") is None:
         if case.cuda:
             yield note("triton", "not installed: parts are cut by torch, slower", "pip install triton")
@@ -173,7 +173,7 @@ def triton(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def apex(case: CheckContext) -> Iterator[CheckResult]:
-    """NVIDIA's, PyPI's web toolkit of that name, or none; told apart where the optimizer is built."""
+    """Whether apex is NVIDIA's, the web toolkit of that name on PyPI, or not installed; `build_optimizer` checks it."""
     wanted = case.config.optim.fused == "apex"
     try:
         _, whose = build_optimizer(
@@ -193,7 +193,7 @@ def apex(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def libraries(case: CheckContext) -> Iterator[CheckResult]:
-    """The others that a run or preprocessing imports."""
+    """Versions of the other libraries that a run or preprocessing imports."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -208,7 +208,7 @@ def libraries(case: CheckContext) -> Iterator[CheckResult]:
 
 
 def arithmetic(case: CheckContext) -> Iterator[CheckResult]:
-    """The recipe's network on a small input: gradients in the precision a run would choose against float32's."""
+    """Gradients of the recipe's network on a small input, in the precision that a run would choose, against float32."""
     from p2w.pretext import build_pretext_and_network  # noqa: PLC0415  (draws in a good part of p2w, for this check and the costs)
 
     device = torch.device("cuda" if case.cuda else "cpu")

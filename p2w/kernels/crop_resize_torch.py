@@ -31,7 +31,7 @@ class Taps:
 
 
 def axis_taps(boxes: Tensor, size: torch.Size, antialias: bool) -> Taps:
-    """Taps of boxes (B, 6) resized to `size` (d, h, w); outputs past an axis' size hold nothing of use."""
+    """Taps of boxes (B, 6) resized to `size` (d, h, w); outputs past the size of an axis are undefined."""
     start, end = boxes.to("cpu", torch.float64).view(-1, 2, 3).unbind(1)
     scale = (end - start) / torch.tensor(size)
     reach = scale.clamp(min=1.0) if antialias else torch.ones_like(scale)
@@ -45,8 +45,8 @@ def axis_taps(boxes: Tensor, size: torch.Size, antialias: bool) -> Taps:
     index = voxel.clamp(first[..., None, None], last[..., None, None] - 1)
     weight = 1 - (distance[..., None] + tap).abs_().div_(reach.float()[..., None, None])
     weight.clamp_(min=0).mul_((index == voxel) & (tap < count[..., None, None]))
-    # One tap after the other: a reduction's order, and so its last bit, may change with the number of taps,
-    # which is the batch's; zeros at the end change nothing.
+    # One tap after another: the order of a reduction, and so its last bit, may depend on the number of taps, which is the
+    # same for the whole batch; zeros at the end change nothing.
     total = weight[..., 0].clone()
     for k in range(1, len(tap)):
         total += weight[..., k]
@@ -55,7 +55,7 @@ def axis_taps(boxes: Tensor, size: torch.Size, antialias: bool) -> Taps:
 
 
 class _Resize:
-    """A batch of boxes on its way into `out` (B, 1, d, h, w); what does not depend on voxels is made once."""
+    """Resizes a batch of boxes into `out` (B, 1, d, h, w); what does not depend on voxels is computed once."""
 
     def __init__(self, boxes: Tensor, out: Tensor, window_hu: tuple[float, float], antialias: bool):
         self.out, self.window = out, window_hu
@@ -70,11 +70,11 @@ class _Resize:
         self.lines = self._lines(0) if len(boxes) == 1 else None
 
     def _lines(self, b: int) -> tuple[Tensor, Tensor]:
-        """Crop rows (d h, taps) int32, and their weights float32, that make the output rows of box b."""
+        """Crop rows (d h, taps) int32 and their weights float32, whose sums are the output rows of box b."""
         (z, y, _), (n, m, _) = self.taps.first[b], self.taps.count[b]
         d, h = self.out.shape[2:4]
         rows = self.taps.last[b][1] - y  # of a slice of the crop
-        # Taps are laid out n x m before the two axes meet: inner loops of n m and not of m, 3 times faster.
+        # Taps are arranged as n x m before both axes are combined: inner loops of n m instead of m are 3 times faster.
         index_z = ((self.index[b, 0, :d, :n, None] - z) * rows).expand(d, n, m).reshape(d, 1, n * m)
         index_y = (self.index[b, 1, :h, None, :m] - y).expand(h, n, m).reshape(1, h, n * m)
         weight_z = self.weight[b, 0, :d, :n, None].expand(d, n, m).reshape(d, 1, n * m)
@@ -83,7 +83,7 @@ class _Resize:
         return index.to(self.out.device), weight.to(self.out.device)
 
     def fill(self, i: int, whole: Tensor, scratch: Tensor) -> None:
-        """out[i] = box i, or the only box, of whole (D, H, W)."""
+        """Fill out[i] with box i, or with the only box, of whole (D, H, W)."""
         b = i if self.lines is None else 0
         (z, y, x), (z1, y1, x1) = self.taps.first[b], self.taps.last[b]
         pitch = -(-(x1 - x) // BLOCK) * BLOCK

@@ -39,7 +39,7 @@ UNIT = tl.constexpr(
 
 @dataclass(frozen=True)
 class Tuning:
-    """What may be tried on a card without changing a result beyond rounding (bench/kernel.py does)."""
+    """Parameters of the launch that change results by rounding at most; bench/kernel.py tries others."""
 
     slices: int = (
         8  # output slices a program: more share weights and voxels, fewer fill the card at small batches
@@ -52,15 +52,15 @@ class Tuning:
 
 @triton.jit
 def _clamp(start, end, length):
-    """Edges as float64 inside the whole, whatever a box holds: reads must stay inside."""
+    """Edges of a box as float64, limited to the whole, so that reads stay inside whatever the box is."""
     start = tl.minimum(tl.maximum(start.to(tl.float64), 0.0), length)
     return start, tl.minimum(tl.maximum(end.to(tl.float64), start), length)
 
 
 @triton.jit
 def _taps(start, end, output, size, length, ANTIALIAS: tl.constexpr):
-    """How voxels weigh in outputs: lowest voxel, its distance to the centre, weight at the centre and its
-    fall per voxel (normalised, times UNIT), first voxel that has weight and one past the last."""
+    """Weights of voxels in outputs: lowest voxel, its distance to the centre, weight at the centre and its decrease per
+    voxel (normalised, times UNIT), first voxel with a weight and one past the last."""
     scale = (end - start) / size
     reach = tl.maximum(scale, 1.0) if ANTIALIAS else scale * 0.0 + 1.0
     centre = start + (tl.minimum(output, size - 1).to(tl.float64) + 0.5) * scale  # a tile may hang over
@@ -81,7 +81,7 @@ def _taps(start, end, output, size, length, ANTIALIAS: tl.constexpr):
 
 @triton.jit
 def _weight(voxel, lowest, distance, top, slope):
-    """Weight, times UNIT, of voxels that the box touches. The integers cancel exactly before distances enter."""
+    """Weight, times UNIT, of voxels that the box touches. Integers cancel exactly before distances are added."""
     return tl.maximum(top - tl.abs((voxel - lowest).to(tl.float32) + distance) * slope, 0.0)
 
 
@@ -209,7 +209,7 @@ def crop_resize_kernel(  # noqa: PLR0915  one launch is one function
 
 
 def _power(n: int) -> int:
-    """The power of two at or above n; at least 16, the least that the tensor cores multiply."""
+    """The lowest power of two not below n; at least 16, the smallest size for tensor cores."""
     return max(16, 1 << (n - 1).bit_length())
 
 
@@ -222,13 +222,13 @@ def _span(width: int, out_width: int, tile_w: int) -> int:
 
 
 def fits(width: int, out_width: int) -> bool:
-    """Whether tiles fit a card's shared memory: wholes up to 1,024 voxels wide, or shrunk by up to 56."""
+    """Whether tiles fit a GPU's shared memory: wholes up to 1,024 voxels wide, or reduced by a factor of at most 56."""
     return _span(width, out_width, 16) <= 1024
 
 
 def tile_elements(tuning: Tuning, pairs: bool, capability: int) -> int:
-    """Voxels a tile, so that registers suffice: before Hopper the product in x takes more of them, and so do
-    loads of voxels that do not come in pairs."""
+    """Voxels per tile, so that registers suffice: before Hopper the product in x takes more of them, and so do loads of
+    voxels that are not in pairs."""
     return tuning.elements if pairs and capability >= 9 else tuning.elements // 2
 
 
@@ -244,7 +244,7 @@ def tiles(width: int, size: tuple[int, int, int], elements: int, tuning: Tuning)
 
 @functools.lru_cache
 def _window(low: float, high: float, unit: int) -> tuple[float, float, float, bool]:
-    """(low, scale, shift, NEAR) of crop_resize_kernel, for HU that come `unit` times as large."""
+    """(low, scale, shift, NEAR) of crop_resize_kernel, for HU that are multiplied by `unit`."""
     scale = torch.tensor(1 / (high - low) / unit, dtype=torch.float32)
     exact = -low * unit * scale.item()
     shift = torch.tensor(exact, dtype=torch.float32)

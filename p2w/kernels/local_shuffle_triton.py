@@ -24,7 +24,7 @@ VOXELS = 512  # voxels of a program of the second
 
 @triton.jit
 def _extent(draws_ptr, block, inside, N: tl.constexpr, AXIS: tl.constexpr, EDGE: tl.constexpr):
-    """First voxel and edge of blocks along one axis, int32, from the draws (6, N) of a volume: sizes, then places."""
+    """First voxel and edge of blocks along one axis, int32, from the draws (6, N) of a volume: sizes, then positions."""
     draw = tl.load(draws_ptr + AXIS * N + block, mask=inside, other=0.0)
     size = 1 + (draw * tl.maximum(1, EDGE // 10)).to(tl.int32)
     draw = tl.load(draws_ptr + (3 + AXIS) * N + block, mask=inside, other=0.0)
@@ -87,7 +87,7 @@ def shuffle_kernel(
     ODD: tl.constexpr,
     VOXELS: tl.constexpr,
 ):
-    """Each voxel's value, from where the permutation of its last block takes it."""
+    """Each voxel's new value: that of the voxel which the permutation of its last block names."""
     sample = tl.program_id(1).to(tl.int64)
     voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
     inside = voxel < D * H * W

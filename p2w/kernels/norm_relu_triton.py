@@ -42,7 +42,7 @@ COMBINED = 1024  # partial results that a program combines at a time
 
 @triton.jit
 def _tile(rows, tile, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Offsets (ROWS, COLS) of a tile from its first row (int32), that row's offset (int64), and which of it exist."""
+    """Offsets (ROWS, COLS) of a tile from its first row (int32), that row's offset (int64), and a mask of what exists."""
     row = tl.arange(0, ROWS)
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows - tile * ROWS)[:, None]
@@ -53,14 +53,14 @@ def _tile(rows, tile, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _channels(pointer, C: tl.constexpr, COLS: tl.constexpr):
-    """float32 (COLS,) of a vector of C numbers: this program's."""
+    """This program's float32 (COLS,) of a vector of C numbers."""
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)
     return tl.load(pointer + column, mask=column < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def moments_kernel(x_ptr, partial_ptr, rows, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Mean and M2 of the rows of tiles p, p + P, p + 2 P, … to partial (2, P, C), for program p of P."""
+    """Write mean and M2 of the rows of tiles p, p + P, p + 2 P, … to partial (2, P, C), for program p of P."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     within, start, inside = _tile(rows, program, C, ROWS, COLS)
     first = tl.load(x_ptr + start + within, mask=inside, other=0.0).to(tl.float32)
@@ -84,7 +84,7 @@ def moments_kernel(x_ptr, partial_ptr, rows, C: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def _rows_of(program, programs, rows, ROWS: tl.constexpr):
-    """How many rows tiles p, p + P, p + 2 P, … have, int32; one p or a vector of them below `programs`."""
+    """Number of rows of the tiles p, p + P, p + 2 P, …, int32, for one p or a vector of them below `programs`."""
     last = tl.cdiv(rows, ROWS) - 1
     missing = tl.where((last - program) % programs == 0, (last + 1) * ROWS - rows, 0)
     return ((last - program) // programs + 1) * ROWS - missing
@@ -92,7 +92,7 @@ def _rows_of(program, programs, rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _finish(mean, m2, count, channel, shift_ptr, running_ptrs, saved_ptr, momentum, eps, C: tl.constexpr):
-    """Mean, 1 / deviation and count to saved (3, C), and the running statistics; all float64 but what is stored."""
+    """Write mean, 1 / deviation and count to saved (3, C), and update the running statistics; computed in float64."""
     running_mean_ptr, running_var_ptr = running_ptrs
     inside = channel < C
     tl.store(saved_ptr + channel, mean.to(tl.float32), mask=inside)
@@ -120,7 +120,7 @@ def combine_moments_kernel(
     rows, programs, momentum, eps,
     C: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """All programs' moments as one: to `saved` and the running statistics, or to the packet for the other ranks."""
+    """Combine the moments of all programs into `saved` and the running statistics, or into the packet for all ranks."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ones = tl.zeros((PROGRAMS, BLOCK), tl.float64)
     twos = tl.zeros((PROGRAMS, BLOCK), tl.float64)
@@ -158,7 +158,7 @@ def combine_ranks_kernel(
     packet_ptr, shift_ptr, running_mean_ptr, running_var_ptr, saved_ptr, momentum, eps,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The ranks' packets, summed, to `saved` and the running statistics."""
+    """Write the sum of the ranks' packets to `saved` and the running statistics."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
     count = tl.load(packet_ptr + 5 * C).to(tl.float64)
@@ -196,7 +196,7 @@ def sums_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, saved_ptr, partial_ptr, rows,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and of g x-hat, g = dy where the ReLU let x through, to partial (2, P, C); tiles as for the moments."""
+    """Write the sums of g and g x-hat, g = dy where the ReLU is active, to partial (2, P, C); tiles as for the moments."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     mean = _channels(saved_ptr, C, COLS)[None, :]
     inverse = _channels(saved_ptr + C, C, COLS)
@@ -225,7 +225,7 @@ def combine_sums_kernel(
     weight_grad_ptr,  # (C,)
     programs, C: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All programs' sums as one, twice: for the input's gradient and as gradients of bias and weight."""
+    """Combine the sums of all programs, for the gradient of the input and as gradients of bias and weight."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ones = tl.zeros((PROGRAMS, BLOCK), tl.float64)
     twos = tl.zeros((PROGRAMS, BLOCK), tl.float64)
@@ -269,7 +269,7 @@ def input_grad_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a map of `rows` x `channels` is cut, with tiles of at most `elements`."""
+    """The division of an array (rows, channels) into tiles of at most `elements`, and of tiles among programs."""
 
     rows: int
     channels: int
@@ -277,48 +277,48 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Channels of a tile, a power of two."""
+        """Number of channels of a tile, a power of two."""
         return min(COLUMNS, triton.next_power_of_2(self.channels))
 
     @property
     def height(self) -> int:
-        """Rows of a tile, a power of two."""
+        """Number of rows of a tile, a power of two."""
         return min(self.elements // self.columns, triton.next_power_of_2(max(self.rows, 1)))
 
     @property
     def tiles(self) -> int:
-        """Tiles one below the other; none where a rank has no sample."""
+        """Number of tiles along the rows; 0 on a rank without samples."""
         return triton.cdiv(self.rows, self.height)
 
     @property
     def across(self) -> int:
-        """Tiles side by side."""
+        """Number of tiles along the channels."""
         return triton.cdiv(self.channels, self.columns)
 
     @property
     def programs(self) -> int:
-        """Programs that share the rows of a first pass; each leaves one partial result per channel."""
+        """Number of programs that share the rows in the first pass; each writes one partial result per channel."""
         return max(1, min(self.tiles, PROGRAMS // self.across))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What every kernel that reads the map is compiled for."""
+        """Compile-time constants of the kernels that read the array."""
         return {"C": self.channels, "ROWS": self.height, "COLS": self.columns}
 
     @property
     def combining(self) -> dict[str, int]:
-        """What every kernel that combines partial results is compiled for."""
+        """Compile-time constants of the kernels that combine partial results."""
         programs = min(256, triton.next_power_of_2(self.programs))
         return {"C": self.channels, "PROGRAMS": programs, "BLOCK": min(32, COMBINED // programs)}
 
     @property
     def combiners(self) -> int:
-        """Programs that combine partial results."""
+        """Number of programs that combine partial results."""
         return triton.cdiv(self.channels, self.combining["BLOCK"])
 
 
 class _NormRelu(torch.autograd.Function):
-    """`norm_relu` once its arguments are checked."""
+    """The autograd function of `norm_relu`, whose arguments are checked already."""
 
     @staticmethod
     def forward(
@@ -413,7 +413,7 @@ def norm_relu(
 
 
 def _sums(count: int, x: Tensor) -> Tensor:
-    """What `reduce` will sum: float32 (count,), zeros where this rank has no sample and no kernel fills it."""
+    """The buffer float32 (count,) that `reduce` sums; zeros on a rank without samples, where no kernel fills it."""
     make = torch.empty if x.numel() else torch.zeros
     return make(count, dtype=torch.float32, device=x.device)
 

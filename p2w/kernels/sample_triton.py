@@ -35,7 +35,7 @@ def _mix(z):
 
 @triton.jit
 def _stream(ids, state_high, state_low):
-    """Start of every sub-scan's stream. The state comes in halves: a Python int past 2^31 has no one type here."""
+    """Start of the stream of every sub-scan. The state is split in halves, since Triton types ints by their size."""
     high = state_high.to(tl.int64).to(tl.uint64, bitcast=True) << 32
     state = high | (state_low.to(tl.int64) & 0xFFFFFFFF).to(tl.uint64, bitcast=True)
     return _mix((ids.to(tl.uint64, bitcast=True) ^ state) + GOLDEN)
@@ -43,7 +43,7 @@ def _stream(ids, state_high, state_low):
 
 @triton.jit
 def _uniform(stream, counter):
-    """Draw number `counter`, from 1 on, in [0, 1): float64 of 53 random bits."""
+    """Uniform number `counter`, counted from 1, of a stream: float64 in [0, 1) of 53 random bits."""
     bits = _mix(stream + counter.to(tl.uint64) * GOLDEN)
     return (bits >> 11).to(tl.int64, bitcast=True).to(tl.float64) * (1.0 / (1 << 53))
 
@@ -57,7 +57,7 @@ def uniforms_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK draws of one sub-scan."""
+    """Fill BLOCK uniform numbers of one sub-scan."""
     sample = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     stream = _stream(tl.load(ids_ptr + sample), state_high, state_low)
@@ -79,7 +79,7 @@ def boxes_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK boxes; the arithmetic is p2w.geometry.sample_boxes's, in its order."""
+    """Fill BLOCK boxes, with the arithmetic of p2w.geometry.sample_boxes in the same order."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = n < count
     stream = _stream(tl.load(ids_ptr + n, mask=there, other=0), state_high, state_low)
@@ -109,7 +109,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def uniforms(ids: Tensor, state: int, count: int) -> Tensor:
-    """(B, count) float64 in [0, 1) for ids (B,) int64; `state` is the hash of seed, epoch and part."""
+    """Uniform numbers (B, count) float64 in [0, 1) for ids (B,) int64; `state` is the hash of seed, epoch and part."""
     out = torch.empty(len(ids), count, dtype=torch.float64, device=ids.device)
     if out.numel():
         block = min(1024, triton.next_power_of_2(count))
@@ -127,7 +127,7 @@ def boxes(
     volume_fraction: tuple[float, float],
     aspect_range: tuple[float, float],
 ) -> Tensor:
-    """(B, 6) float32 for ids (B,) int64; the ranges are checked already."""
+    """Boxes (B, 6) float32 for ids (B,) int64; the caller has checked the ranges."""
     out = torch.empty(len(ids), 6, dtype=torch.float32, device=ids.device)
     if out.numel():
         with _on(ids.device):

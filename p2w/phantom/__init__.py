@@ -1,14 +1,14 @@
-"""Synthetic chest CTs with known answers: the embedded data set, and the test bed.
+"""Synthetic chest CTs with known ground truth: the data set of the demo and of the tests.
 
     python -m p2w.phantom --out LUNA16 --scans 12 --shape 128 256 256
 
 `make_scan` gives one scan as arrays, `write_luna` a folder in LUNA16's layout.
 
-The way of a scan: body.py draws a patient, frame.py the pose, organs.py makes distance fields of the soft
-parts, canvas.py paints them; bones.py, mediastinum.py and lungs.py lay balls (tubes.py, trees.py) over them,
-nodules.py the answers; noise.py adds what a scanner adds. No torch, and no large BLAS calls: their threads
-slow many workers down. The bytes depend on the seed alone for one NumPy and SciPy on one kind of processor;
-elsewhere sines may differ in the last bit, and so some voxels by one HU.
+How a scan is made: body.py draws a patient and frame.py the pose; organs.py computes distance fields of the soft tissue and
+canvas.py paints them; bones.py and lungs.py add bones, vessels and airways as clouds of balls; chest.py adds nodules and
+the scanner's noise. No torch, and no large BLAS calls, whose threads slow down many workers. With one version of NumPy and
+SciPy on one kind of processor, the bytes depend on the seed alone; elsewhere sines may differ in the last bit, and so some
+voxels by one HU.
 """
 
 from p2w.phantom.chest import KINDS, Candidate, Nodule, PhantomScan, make_scan

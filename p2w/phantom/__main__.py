@@ -28,22 +28,22 @@ class PhantomArgs:
     out: Path = Path("LUNA16")
     """Folder to write; new, empty or an interrupted phantom of the same settings."""
     scans: int = 12
-    """How many."""
+    """Number of scans."""
     shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="Z Y X")] = (128, 256, 256)
     """Voxels of a scan: slices, rows, columns."""
     spacing: Annotated[tuple[float, float, float] | None, tyro.conf.arg(metavar="Z Y X")] = None
-    """mm of a voxel; left out: drawn for each scan so that the whole chest shows."""
+    """Size of a voxel in mm; default: drawn for each scan so that it shows the whole chest."""
     seed: int = 0
     """Other seeds give other patients."""
     subsets: int = 10
-    """Folders subset0, subset1, ... the scans are dealt to in turn."""
+    """Number of folders subset0, subset1, ...; scan i goes into folder i modulo this number."""
     workers: int = 1
-    """Processes; the bytes do not depend on it."""
+    """Number of processes; the bytes do not depend on it."""
 
 
 @exits
 def main() -> None:
-    """Parse, write, say what was written."""
+    """Parse the command line, write the scans and print what was written."""
     args = tyro.cli(PhantomArgs, description=__doc__)
     with _follow(args.scans) as done:
         try:
@@ -65,7 +65,7 @@ def main() -> None:
 
 @contextmanager
 def _follow(total: int) -> Iterator[Callable[[str], None]]:
-    """Show progress: a bar on a terminal, a line a scan elsewhere."""
+    """Show progress: a bar on a terminal, elsewhere a line per scan."""
     console, begin, count = Console(), time.perf_counter(), 0
     columns = [
         TextColumn("phantom scans"),

@@ -1,8 +1,7 @@
-"""One patient: the numbers that make this chest unlike the next, and the shapes that follow from them.
+"""The anatomy of one patient: random sizes, positions and densities, and basic shapes as distance fields.
 
-Everything is in the body frame (frame.py): mm, z up, y to the back, x to the patient's left. A shape is a
-distance field: mm to the shape's surface, negative inside; close to exact near the surface, which is all
-that painting needs.
+Everything is in the body frame (frame.py): mm, z up, y to the back, x to the patient's left. A distance field is the
+distance to the surface of a shape in mm, negative inside; it is nearly exact near the surface, where painting needs it.
 """
 
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Body:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Body":
-        """A patient from `rng`."""
+        """Draw a patient from `rng`."""
         u = rng.uniform
         return cls(
             female=bool(rng.random() < 0.5),
@@ -115,13 +114,13 @@ class Body:
         return y, self.scoliosis * np.sin(z / 85 + self.scoliosis_phase)
 
     def outline(self, angle: Floats) -> Floats:
-        """How the cage departs from a super-ellipse: deeper beside the spine, flatter in front."""
+        """Deviation of the rib cage from a super-ellipse: deeper beside the spine, flatter in front."""
         gutters = np.exp(-(((angle - 0.58) / 0.32) ** 2))
         shoulders = np.exp(-(((angle - 2.45) / 0.45) ** 2))
         return 1 + self.gutter * gutters - 0.05 * np.exp(-((angle / 0.22) ** 2)) - self.taper * shoulders
 
     def cage_size(self, z: Floats) -> Floats:
-        """How the cage widens downwards."""
+        """Width of the rib cage by height: it grows downwards."""
         return 1 - 0.0009 * np.clip(z, -130, None)
 
     def cage_radius(self, z: Floats, angle: Floats) -> Floats:
@@ -153,7 +152,7 @@ def union(a: Floats, b: Floats, blend: float) -> Floats:
 
 
 def intersection(a: Floats, b: Floats, blend: float) -> Floats:
-    """Smooth maximum: what two shapes share."""
+    """Smooth maximum: the intersection of two shapes."""
     return -union(-a, -b, blend)
 
 

@@ -12,7 +12,7 @@ _RIB_STRETCH = np.array([1.7, 1.0, 1.0])  # ribs stand on edge
 
 
 def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
-    """All bones, over what is there."""
+    """Paint all bones over the soft tissue."""
     _paint_spine(canvas, body)
     bony, gristle = _ribs(body, rng)
     canvas.balls(gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
@@ -40,7 +40,7 @@ def rib_heights(body: Body) -> Floats:
 
 
 def _ribs(body: Body, rng: np.random.Generator) -> tuple[Balls, Balls]:
-    """Twelve pairs of hoops that fall to the front; and the cartilage that ties them to the sternum."""
+    """Twelve pairs of ribs that slope down to the front, and the cartilage between them and the sternum."""
     bony, gristle = [], []
     slope = rng.uniform(72, 108)
     for n, z in enumerate(rib_heights(body)):
@@ -93,7 +93,7 @@ def _sternum_and_shoulders(body: Body, rng: np.random.Generator) -> Balls:
 
 
 def _scapula(body: Body, rng: np.random.Generator, top: float, head: Floats) -> Balls:
-    """A bent triangle behind the ribs with a ridge, thick at its outer border."""
+    """The scapula: a bent triangle behind the ribs with a ridge, thick at its outer border."""
     v, u = np.meshgrid(np.linspace(0, 1, 90), np.linspace(0, 1, 60), indexing="ij")
     z = top + 15 - 115 * v
     angle = 0.62 + (0.72 * u + 0.1 * np.sin(3 * u)) * (1 - 0.75 * v)

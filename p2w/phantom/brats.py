@@ -1,7 +1,7 @@
-"""bms: brains in BraTS' format: BraTS_0001/BraTS_0001_{flair,t1,t1ce,t2,seg}.nii.gz, without a skull, 0 outside.
+"""Phantoms of task bms: brains as BraTS_0001/BraTS_0001_{flair,t1,t1ce,t2,seg}.nii.gz, without a skull, 0 outside.
 
-Labels as in BraTS: 1 the dead core, 4 the rim that takes up contrast, 2 oedema. On FLAIR, white matter lesions and caps
-of the ventricles are as bright as oedema and no tumour.
+Labels as in BraTS: 1 necrotic core, 4 enhancing tumour, 2 oedema. On FLAIR, white matter lesions and caps of the ventricles
+are as bright as oedema, but have no label.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ TISSUES = {  # flair, t1, t1ce, t2
 
 @dataclass(frozen=True)
 class Brain:
-    """Tissue by number (0 outside, then as TISSUES), tumour labels, and the grid's voxel."""
+    """Tissue by number (0 outside, then the order of TISSUES), tumour labels, and the voxel size."""
 
     tissue: NDArray[np.uint8]
     labels: NDArray[np.uint8]
@@ -38,7 +38,7 @@ class Brain:
 
 
 def write_brats_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """Four modalities and the segmentation."""
+    """Write the four modalities and the segmentation of one patient."""
     rng = np.random.default_rng([seed, number, 5])
     brain = make_brain(rng, (shape[0] * 3 // 4, shape[1] * 3 // 4, shape[2] * 3 // 4))
     name = f"BraTS_{number + 1:04d}"
@@ -51,7 +51,7 @@ def write_brats_patient(folder: Path, seed: int, number: int, shape: Shape) -> N
 
 
 def make_brain(rng: np.random.Generator, shape: Shape) -> Brain:
-    """A brain with one tumour."""
+    """Draw a brain with one tumour."""
     spacing = tuple(mm / n for mm, n in zip(EXTENT_MM, shape, strict=True))
     axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing, strict=True)]
     z, y, x = (part.astype(np.float32) for part in np.meshgrid(*axes, indexing="ij", sparse=True))
@@ -85,7 +85,7 @@ def _field(rng: np.random.Generator, shape: Shape, sigma: NDArray) -> Floats:
 
 
 def _ventricles(z: Floats, y: Floats, side: Floats, rng: np.random.Generator, slow: Floats) -> Floats:
-    """Below 0 inside them, in about mm."""
+    """Distance in mm, approximately, to the ventricles; negative inside."""
     wide = rng.uniform(5, 11)
     bend = 9 + 0.12 * np.abs(y) + 0.004 * y * y
     gap = np.sqrt(((z - 12) / 1.4) ** 2 + (side - bend) ** 2 + (np.maximum(np.abs(y + 4) - 26, 0)) ** 2)
@@ -95,7 +95,7 @@ def _ventricles(z: Floats, y: Floats, side: Floats, rng: np.random.Generator, sl
 def _balls(
     shape: Shape, step: NDArray, centre: NDArray, bumps: Floats, radius: float, rough: float
 ) -> NDArray:
-    """mm inside a lump round a voxel; the whole grid."""
+    """Depth in mm inside an irregular lump around a voxel, on the whole grid."""
     parts = [((np.arange(n) - c) * mm) ** 2 for n, c, mm in zip(shape, centre, step, strict=True)]
     gap = np.sqrt(parts[0][:, None, None] + parts[1][None, :, None] + parts[2][None, None, :])
     return radius - gap + rough * bumps
@@ -104,28 +104,28 @@ def _balls(
 def _lesions(
     tissue: NDArray, ventricle: Floats, depth: Floats, step: NDArray, number: dict, rng: np.random.Generator
 ) -> None:
-    """Caps of the ventricles, and spots in the white matter, some as large as a small tumour."""
+    """Paint caps of the ventricles and white matter lesions, some as large as a small tumour."""
     bumps = _field(rng, tissue.shape, 5 / step)
     white = tissue == number["white"]
     caps = white & (ventricle < rng.uniform(0.5, 4.0) + 2.5 * bumps)
     tissue[caps] = number["lesion"]
-    places = np.argwhere(white & (depth > 9) & (ventricle > 3))
-    for _ in range(int(rng.integers(3, 9)) if len(places) else 0):
+    positions = np.argwhere(white & (depth > 9) & (ventricle > 3))
+    for _ in range(int(rng.integers(3, 9)) if len(positions) else 0):
         radius = float(np.clip(rng.lognormal(np.log(4.5), 0.45), 2.0, 11.0))
-        centre = places[rng.integers(len(places))]
+        centre = positions[rng.integers(len(positions))]
         tissue[(_balls(tissue.shape, step, centre, bumps, radius, 1.5) > 0) & white] = number["lesion"]
 
 
 def _tumour(
     tissue: NDArray, ventricle: Floats, depth: Floats, step: NDArray, number: dict, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Paint a tumour into the tissue; its labels."""
+    """Paint a tumour into the tissue; returns its labels."""
     labels = np.zeros(tissue.shape, np.uint8)
     core = float(rng.uniform(5, 14))
-    places = np.argwhere((tissue == number["white"]) & (depth > core * 0.8 + 4) & (ventricle > 2))
-    if not len(places):
-        places = np.argwhere(depth > 0.6 * depth.max())
-    centre = places[rng.integers(len(places))]
+    positions = np.argwhere((tissue == number["white"]) & (depth > core * 0.8 + 4) & (ventricle > 2))
+    if not len(positions):
+        positions = np.argwhere(depth > 0.6 * depth.max())
+    centre = positions[rng.integers(len(positions))]
     bumps, wide = _field(rng, tissue.shape, 7 / step), _field(rng, tissue.shape, 11 / step)
     body = _balls(tissue.shape, step, centre, bumps, core, 0.22 * core)
     rim = float(rng.uniform(1.5, 4.0))
@@ -143,7 +143,7 @@ def _tumour(
 
 
 def _contrast(brain: Brain, modality: int, rng: np.random.Generator) -> NDArray[np.int16]:
-    """One modality: tissue values of this patient, partial volume, bias field, noise, a scale of its own."""
+    """One modality: the patient's tissue values with partial volume, bias field, noise and a random scale."""
     step = np.array(brain.spacing_mm)
     values = np.array([0.0, *(row[modality] * rng.normal(1, 0.04) for row in TISSUES.values())], np.float32)
     image = ndimage.gaussian_filter(values[brain.tissue], 0.6)

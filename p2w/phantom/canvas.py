@@ -1,8 +1,7 @@
-"""The painter: layers and tubes become HU and labels at full resolution, with the partial volume of a real
-edge.
+"""Paint layers and tubes as HU and labels at full resolution, with partial volume at the edges.
 
 A layer's distance field is interpolated slab by slab inside its own bounding box, so that the work stays in
-the cache. Tubes are clouds of balls: each ball only touches the voxels round it.
+the cache. Tubes are clouds of balls: each ball changes only the voxels around it.
 """
 
 from collections.abc import Iterator
@@ -16,14 +15,13 @@ from p2w.phantom.organs import Layer
 
 Box = tuple[slice, slice, slice]
 _SLAB = 16  # slices painted at a time
-_CELL_MM = 9.0  # a sheet is looked for this far from the coarse grid's nodes
+_CELL_MM = 9.0  # a sheet is searched within this distance of the coarse grid's nodes
 _FAR = -1e3  # depth of a voxel that no ball reaches, mm
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A scan being painted: `hu` float32 and `labels` uint8, both (z, y, x); `edge_mm`: the width of an
-    edge."""
+    """A scan that is being painted: `hu` float32 and `labels` uint8, both (z, y, x); edges are `edge_mm` wide."""
 
     frame: Frame
     edge_mm: float
@@ -61,7 +59,7 @@ class Canvas:
         self.blend(box, cover, value, layer.label)
 
     def blend(self, box: Box, cover: Floats, value: Floats | float, label: Label) -> None:
-        """Mix `value` into the box by `cover` (0 … 1); the label goes where it fills most of a voxel."""
+        """Blend `value` into a box by `cover` (0 … 1), and set the label where `cover` exceeds one half."""
         hu = self.hu[box]
         change = value - hu
         change *= cover
@@ -69,7 +67,7 @@ class Canvas:
         np.copyto(self.labels[box], np.uint8(label), where=cover > 0.5)
 
     def box(self, distance: Floats, slab: slice, margin: float) -> Box | None:
-        """The part of a slab that may hold distances below `margin`, or None."""
+        """The bounding box, within a slab, of distances below `margin`; None when there are none."""
         z, y, x = self.frame.steps
         low = slab.start // z
         near = distance[low : (slab.stop - 1) // z + 2] < margin
@@ -100,7 +98,7 @@ class Canvas:
         return field
 
     def balls(self, balls: Balls, stretch: Floats | None = None) -> "Depth":
-        """How deep each voxel lies inside the union of balls; stretch (3,): of every ball along z, y, x."""
+        """Depth of each voxel inside the union of balls, which are stretched along z, y, x by `stretch` (3,)."""
         points, radius = balls.points, balls.radius
         depth = np.full(self.hu.size, _FAR, np.float32)
         spacing = np.array(self.frame.spacing_mm) / (1.0 if stretch is None else stretch)
@@ -111,7 +109,7 @@ class Canvas:
         return Depth(self, np.flatnonzero(depth > -self.edge_mm), depth)
 
     def threads(self, balls: Balls) -> "Depth":
-        """Like `balls`, for tubes that may be thinner than a voxel: what it sees fades with their section."""
+        """Like `balls`, for tubes that may be thinner than a voxel: their contrast falls with their cross-section."""
         points, radius = balls.points, balls.radius
         pixel = float(np.mean(self.frame.spacing_mm))
         thin = np.minimum(1, np.pi * radius**2 / (0.8 * pixel**2)).astype(np.float32)
@@ -131,7 +129,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Depth:
-    """Voxels that a cloud of balls touches: `at` flat indices, `depth` (all voxels) mm inside its surface."""
+    """Voxels that a cloud of balls touches: flat indices `at`, and for all voxels the `depth` in mm below its surface."""
 
     canvas: Canvas
     at: NDArray[np.intp]
@@ -154,7 +152,7 @@ class Depth:
 def _near(
     frame: Frame, points: Floats, radius: Floats, reach: float, spacing: Floats
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]]:
-    """Batches of balls of like size: flat voxel indices (n, m), distances mm (n, m), ball numbers (n,)."""
+    """Yield batches of balls of similar size: flat voxel indices (n, m), distances in mm (n, m), ball numbers (n,)."""
     voxel = frame.to_voxel(points)
     size = np.ceil((radius[:, None] + reach) / spacing).astype(int)
     inside = ((voxel > -size) & (voxel < np.array(frame.shape) - 1 + size)).all(axis=1)

@@ -1,7 +1,4 @@
-"""One synthetic chest CT from a seed (`make_scan`), with nodules, a scanner's noise, streaks and table.
-
-padding, the table.
-"""
+"""One synthetic chest CT from a seed (`make_scan`), with nodules, and noise, streaks, padding and table of a scanner."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +19,7 @@ _SLAB = 16
 
 @dataclass(frozen=True)
 class Scanner:
-    """How a scan was taken."""
+    """Settings of a CT scanner: noise, reconstruction and field of view."""
 
     noise_hu: float  # standard deviation in the middle of the body
     cutoff: float  # of the kernel, relative to Nyquist: low = soft tissue kernel, high = lung kernel
@@ -35,7 +32,7 @@ class Scanner:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scanner":
-        """A scanner and its settings."""
+        """Draw a scanner and its settings."""
         cutoff = rng.uniform(0.35, 0.95)
         return cls(
             noise_hu=float(rng.uniform(8, 23) * (1 + 1.3 * max(0, cutoff - 0.55) / 0.4)),
@@ -118,8 +115,7 @@ def _kernels(scanner: Scanner, height: int, width: int) -> tuple[Floats, Floats]
 
 
 def _level(canvas: Canvas, scanner: Scanner, skin: Floats) -> Floats:
-    """Standard deviation of the noise on the coarse grid: least in air, most in the middle and at the
-    shoulders."""
+    """Standard deviation of the noise on the coarse grid: lowest in air, highest in the middle and at the shoulders."""
     z = canvas.frame.coarse[0]
     middle = (
         0.5
@@ -135,7 +131,7 @@ KINDS = ("solid", "ground-glass", "part-solid", "juxta-vascular", "juxta-pleural
 
 @dataclass(frozen=True)
 class Spot:
-    """A nodule in body mm, before it is written in the scan's own coordinates."""
+    """A nodule in body mm, before conversion to the scan's coordinates."""
 
     centre: Floats  # (3,)
     radius: float
@@ -167,7 +163,7 @@ def _place(
     taken: list[Spot],
     rng: np.random.Generator,
 ) -> Floats | None:
-    """A body point where such a nodule fits, or None when the lungs have no room."""
+    """A point in body mm at which such a nodule fits; None when there is none."""
     frame = canvas.frame
     points: Floats
     if kind == "juxta-vascular" and len(forks.points):
@@ -201,7 +197,7 @@ def _place(
 
 
 def _paint_nodule(canvas: Canvas, spot: Spot, rng: np.random.Generator) -> None:
-    """A ball with bumps in the voxels round it; only lung, vessel and small airway give way to it."""
+    """Paint a ball with bumps; it replaces only lung, vessels and small airways."""
     frame = canvas.frame
     spacing = np.array(frame.spacing_mm)
     centre = frame.to_voxel(spot.centre)
@@ -243,8 +239,7 @@ def distractors(
     count: int,
     rng: np.random.Generator,
 ) -> Floats:
-    """Body points (N, 3) that are no nodules: forks of vessels, places on the pleura, plain lung; off every
-    nodule."""
+    """Body points (N, 3) away from all nodules: forks of vessels, points on the pleura, plain lung."""
     nodes = np.argwhere(cavity.lungs < -1)
     if not len(nodes):
         return np.zeros((0, 3))
@@ -268,7 +263,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Nodule:
-    """A nodule: `centre_voxel` and `centre_mm` (world, LPS) in z, y, x; `kind` one of nodules.KINDS."""
+    """A nodule: `centre_voxel` and `centre_mm` (world, LPS) in z, y, x; `kind` is one of KINDS."""
 
     centre_voxel: Triple
     centre_mm: Triple
@@ -278,7 +273,7 @@ class Nodule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place a detector would propose: `centre_mm` world z, y, x; `positive`: it is a nodule."""
+    """A candidate of a nodule detector: `centre_mm` in world z, y, x; `positive` if it is a nodule."""
 
     centre_mm: Triple
     positive: bool

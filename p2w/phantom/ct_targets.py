@@ -1,9 +1,9 @@
 """Phantoms of two CT tasks: abdomens in LiTS' format (lcs), and CT pulmonary angiograms with emboli (ecc).
 
-A chest phantom's lower half, where liver, spleen and stomach lie against one another with like HU.
+lcs uses the lower half of a chest phantom, where liver, spleen and stomach touch and have similar HU.
 
-Vessels are full of contrast. An embolus is a dark lump inside one; a candidate that is none is a lump of the same HU and
-size at a vessel's wall (a node), blood that mixed badly (dark without an edge), or a vessel as it should be.
+In ecc, vessels are filled with contrast agent. An embolus is a dark lump inside a vessel; a negative candidate is a lump of
+the same HU and size at the wall of a vessel (a lymph node), poorly mixed blood (dark without an edge), or a normal vessel.
 """
 
 import json
@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]
 
 
 def write_lits_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """One volume and its segmentation."""
+    """Write one volume and its segmentation."""
     rng = np.random.default_rng([seed, number, 3])
     deep = (int(shape[0] * 2), shape[1], shape[2])
     scan = make_scan(int(np.random.SeedSequence([seed, number, 103]).generate_state(1)[0]), deep)
@@ -45,7 +45,7 @@ def write_lits_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
 
 
 def _abdomen(liver: np.ndarray, depth: int) -> slice:
-    """As many slices as asked for, from the lowest on: that is where the liver is."""
+    """The lowest slices of a scan, as many as requested: they show the liver."""
     return slice(0, min(depth, liver.shape[0]))
 
 
@@ -58,7 +58,7 @@ SPAN_MM = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
 
 
 def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """One scan, and its candidates in note.json."""
+    """Write one scan, and its candidates in note.json."""
     rng = np.random.default_rng([seed, number, 4])
     own = int(np.random.SeedSequence([seed, number, 104]).generate_state(1)[0])
     spacing = tuple(
@@ -81,7 +81,7 @@ def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
 
 
 def write_candidate_table(out: Path, parts: list[Path]) -> None:
-    """candidates.csv from the notes of all patients."""
+    """Write candidates.csv from the note.json of all patients."""
     lines = ["patient,series,x,y,z,label,fold"]
     for part in parts:
         lines += [",".join(map(str, row)) for row in json.loads((part / "note.json").read_text())]
@@ -91,7 +91,7 @@ def write_candidate_table(out: Path, parts: list[Path]) -> None:
 def _candidates(
     scan: PhantomScan, rng: np.random.Generator
 ) -> tuple[NDArray[np.int16], list[tuple[NDArray, int]]]:
-    """The scan with emboli and what is like them; world mm (z, y, x) and label of each candidate."""
+    """Paint emboli and similar lumps into a scan; returns world mm (z, y, x) and label of each candidate."""
     step = np.array(scan.spacing_mm)
     blood = np.isin(scan.labels, BLOOD)
     depth = ndimage.distance_transform_edt(blood, step)
@@ -99,11 +99,11 @@ def _candidates(
     deep = depth > max(WIDE_MM, WIDE_VOXELS * edge)
     level = float(np.median(scan.voxels[deep])) if deep.any() else 250.0
     hu = scan.voxels.astype(np.float32)
-    places = np.argwhere(deep)
+    positions = np.argwhere(deep)
     marks: list[tuple[NDArray, int]] = []
     taken: list[NDArray] = []
     for index in range(EMBOLI + OTHERS):
-        centre = _free(places, taken, step, rng)
+        centre = _free(positions, taken, step, rng)
         if centre is None:
             break
         taken.append(centre)
@@ -131,21 +131,23 @@ def _candidates(
     return np.rint(np.clip(hu, -3024, 3071)).astype(np.int16), marks
 
 
-def _free(places: NDArray, taken: list[NDArray], step: NDArray, rng: np.random.Generator) -> NDArray | None:
-    """A voxel deep in a vessel, away from the scan's edge and from the others; None when there is no room."""
-    if not len(places):
+def _free(
+    positions: NDArray, taken: list[NDArray], step: NDArray, rng: np.random.Generator
+) -> NDArray | None:
+    """A voxel deep in a vessel, away from the scan's edge and other candidates; None when there is none."""
+    if not len(positions):
         return None
-    low, high = places.min(0) + 2, places.max(0) - 2
+    low, high = positions.min(0) + 2, positions.max(0) - 2
     for apart in (14.0, 8.0):
-        for place in places[rng.integers(0, len(places), 80)].astype(float):
-            near = [np.linalg.norm((place - other) * step) for other in taken]
-            if (place >= low).all() and (place <= high).all() and min(near, default=99.0) > apart:
-                return place
+        for position in positions[rng.integers(0, len(positions), 80)].astype(float):
+            near = [np.linalg.norm((position - other) * step) for other in taken]
+            if (position >= low).all() and (position <= high).all() and min(near, default=99.0) > apart:
+                return position
     return None
 
 
 def _beside(centre: NDArray, depth: NDArray, step: NDArray, radius: float) -> NDArray:
-    """Out of the vessel by the way its depth falls, until only a lump's edge would touch it."""
+    """Move out of a vessel along its depth's gradient, until only the edge of a lump would touch it."""
     at = centre.copy()
     gradient = np.stack(np.gradient(ndimage.gaussian_filter(_around(depth, centre), 1.0)))
     way = -gradient[:, 3, 3, 3] / step
@@ -159,7 +161,7 @@ def _beside(centre: NDArray, depth: NDArray, step: NDArray, radius: float) -> ND
 
 
 def _around(depth: NDArray, centre: NDArray) -> NDArray:
-    """7 x 7 x 7 voxels round a place."""
+    """The 7 x 7 x 7 voxels around a point."""
     padded = np.pad(depth[tuple(slice(max(0, int(c) - 3), int(c) + 4) for c in centre)], 0)
     if padded.shape == (7, 7, 7):
         return padded

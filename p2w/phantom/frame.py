@@ -2,8 +2,7 @@
 
 Points are (..., 3) in z, y, x order. Body axes: z up to the head, y to the back, x to the patient's left;
 origin in the middle of the chest, at the height where the trachea divides. A pose (size, rotation, shift)
-and a smooth warp lie between the two, so that no two scans share an outline, and one description of a chest
-gives many chests.
+and a smooth warp map body to scan, so that one description of a chest gives many different chests.
 """
 
 from collections.abc import Sequence
@@ -39,8 +38,7 @@ class Frame:
         spacing_mm: tuple[float, float, float] | None,
         reach_mm: tuple[float, float, float],
     ) -> "Frame":
-        """A pose from `rng`; without a spacing, one that lets the scan hold `reach_mm` (z, y, x) of
-        reference body."""
+        """Draw a pose; without a spacing, also one with which the scan shows `reach_mm` (z, y, x) of the reference body."""
         size = rng.uniform([0.92, 0.92, 0.92], [1.08, 1.08, 1.08]) * rng.uniform(0.94, 1.06)
         margin = rng.uniform([0.95, 1.04, 1.04], [1.06, 1.24, 1.24])
         if spacing_mm is None:
@@ -74,7 +72,9 @@ class Frame:
     def to_voxel(self, body: Floats) -> Floats:
         """Body mm (..., 3) to voxel positions (..., 3): the inverse of `to_body` to within 0.1 mm."""
         straight = body
-        for _ in range(3):  # the warp bends little: each round is ten times closer
+        for _ in range(
+            3
+        ):  # a fixed-point iteration: the warp is weak, so each round divides the error by ten
             straight = body - self._warp(straight)
         mm = _times(straight * self.size, self.rotation.T) + self.centre_mm
         return mm / np.array(self.spacing_mm)
@@ -91,7 +91,7 @@ class Frame:
 
     @cached_property
     def steps(self) -> tuple[int, int, int]:
-        """Voxels between two nodes of the coarse grid, z, y, x."""
+        """Distance of the coarse grid's nodes in voxels, z, y, x."""
         z, y, x = (max(1, min(6, round(_COARSE_MM / mm))) for mm in self.spacing_mm)
         return z, y, x
 
@@ -116,15 +116,14 @@ def _turn(axis: int, angle: float) -> Floats:
 
 
 def _times(points: Floats, matrix: Floats) -> Floats:
-    """points (..., 3) @ matrix (3, 3), without BLAS: its threads cost more than they give, and its sums are
-    its own."""
+    """points (..., 3) @ matrix (3, 3) without BLAS, whose threads slow this down and whose sums differ by machine."""
     rows = matrix.astype(points.dtype)
     z, y, x = np.moveaxis(points, -1, 0)
     return np.moveaxis(np.stack([z * rows[0, j] + y * rows[1, j] + x * rows[2, j] for j in range(3)]), 0, -1)
 
 
 class Label(IntEnum):
-    """Values of a phantom's label map (uint8). A voxel belongs to what fills more than half of it."""
+    """Values of a phantom's label map (uint8). A voxel has the label of what fills more than half of it."""
 
     AIR = 0  # outside the patient; also the padding outside the field of view
     FAT = 1  # under the skin and between muscles; the skin itself
@@ -152,7 +151,7 @@ class Label(IntEnum):
     TABLE = 23
 
 
-LUNGS = (Label.LUNG, Label.VESSEL, Label.NODULE)  # what a lung mask holds; airways are left out
+LUNGS = (Label.LUNG, Label.VESSEL, Label.NODULE)  # labels of a lung mask, which leaves airways out
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class Balls:
 
 
 def join_balls(clouds: Sequence[Balls]) -> Balls:
-    """All the balls of several clouds."""
+    """The balls of several clouds as one cloud."""
     return Balls(np.concatenate([c.points for c in clouds]), np.concatenate([c.radius for c in clouds]))
 
 

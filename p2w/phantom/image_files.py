@@ -1,8 +1,8 @@
 """Phantom scans as files: LUNA16's own layout (`write_luna`), and NIfTI volumes with masks in LPS order.
 
 OUT/
-  phantom.json           what this folder is: seed, version, shape, subsets, scans
-  subset0/UID.mhd        header; written last, so a scan whose .mhd is there is whole
+  phantom.json           settings of this folder: seed, version, shape, subsets, scans
+  subset0/UID.mhd        header; written last, so a scan that has it is complete
   subset0/UID.raw        int16 HU, little-endian, z y x
   masks/UID.mha          label map (labels.Label), uint8, compressed, same geometry
   masks/UID.json         nodules and candidates of this scan, from which the two tables are made
@@ -56,12 +56,12 @@ class PhantomJob:
 
     @property
     def header(self) -> Path:
-        """Where the scan's .mhd stands."""
+        """Path of the scan's .mhd."""
         return self.out / f"subset{self.index % self.subsets}" / f"{self.uid}.mhd"
 
     @property
     def record(self) -> Path:
-        """Where the scan's nodules and candidates stand."""
+        """Path of the JSON with the scan's nodules and candidates."""
         return self.out / "masks" / f"{self.uid}.json"
 
 
@@ -125,7 +125,7 @@ def _run(todo: list[PhantomJob], workers: int) -> Iterator[str]:
 
 
 def end_with_parent() -> None:
-    """Let a worker end when the process that started it is killed: it would wait for work for ever."""
+    """End this worker when the process that started it is killed; else it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None  # this runs in workers only
 
@@ -137,7 +137,7 @@ def end_with_parent() -> None:
 
 
 def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
-    """Make `out` ours, or find that it is: never write between somebody's real scans."""
+    """Create `out`, or check that it is a phantom of the same settings. Raises UserError for a folder with other files."""
     note = out / "phantom.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
@@ -167,7 +167,7 @@ def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
 
 
 def _write_scan(job: PhantomJob) -> str:
-    """Make one scan and put its files in place, the header last."""
+    """Make one scan and write its files, the header last."""
     scan = make_scan(
         int(np.random.SeedSequence([job.seed, job.index]).generate_state(1)[0]), job.shape, job.spacing_mm
     )
@@ -205,7 +205,7 @@ def _record(scan: PhantomScan) -> dict:
 
 
 def _header(job: PhantomJob, spacing: tuple, origin: np.ndarray, direction: np.ndarray) -> str:
-    """MetaImage header in the words LUNA16 uses; x, y, z order."""
+    """A MetaImage header with the keys that LUNA16's have; x, y, z order."""
 
     def row(values: np.ndarray | tuple) -> str:
         return " ".join(f"{v:.10g}" for v in values)
@@ -220,7 +220,7 @@ def _header(job: PhantomJob, spacing: tuple, origin: np.ndarray, direction: np.n
 
 
 def _write_tables(out: Path, jobs: list[PhantomJob]) -> None:
-    """annotations.csv and candidates_V2.csv from the scans' records, in the order of the scans."""
+    """Write annotations.csv and candidates_V2.csv from the JSON of all scans, in the order of the scans."""
     nodules, candidates = (
         ["seriesuid,coordX,coordY,coordZ,diameter_mm"],
         ["seriesuid,coordX,coordY,coordZ,class"],
@@ -236,7 +236,7 @@ def _write_tables(out: Path, jobs: list[PhantomJob]) -> None:
 
 
 def put_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         file.write(data)
@@ -252,7 +252,7 @@ def write_image(
     origin_zyx: Sequence[float],
     flipped: bool = False,
 ) -> None:
-    """Values [z,y,x] in LPS order; `flipped`: stored with rows and columns reversed, and a direction that says so."""
+    """An image of values [z,y,x] in LPS orientation; with `flipped`, stored with rows, columns and direction reversed."""
     spacing, origin = np.array(spacing_zyx[::-1], float), np.array(origin_zyx[::-1], float)
     image = sitk.GetImageFromArray(np.ascontiguousarray(values[:, ::-1, ::-1] if flipped else values))
     if flipped:
@@ -275,7 +275,7 @@ def blob(
     rng: np.random.Generator,
     rough: float = 0.15,
 ) -> tuple[tuple[slice, slice, slice], NDArray[np.float32]]:
-    """A lump with bumps: the box of voxels round it, and mm inside its surface (negative outside); centre in voxels."""
+    """An irregular lump at a centre in voxels: its bounding box, and there the depth in mm (negative outside)."""
     step = np.array(spacing)
     reach = (1.6 * radius_mm + 2 * step.max()) / step
     low = np.maximum(np.floor(centre - reach), 0).astype(int)

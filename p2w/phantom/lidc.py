@@ -1,4 +1,4 @@
-"""ncs: chests in LIDC-IDRI's format: one DICOM series a patient, and the XML of four readers who do not quite agree."""
+"""Phantoms of task ncs: chests in LIDC-IDRI's format, one DICOM series per patient and the XML of four readers."""
 
 import uuid
 from pathlib import Path
@@ -20,13 +20,13 @@ AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)) 
 
 
 def spacing_of(shape: Shape) -> tuple[float, float, float]:
-    """mm of a voxel, z, y, x."""
+    """Size of a voxel in mm, z, y, x."""
     z, y, x = (round(300 * share / n, 4) for share, n in zip(SPAN, shape, strict=True))
     return z, y, x
 
 
 def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """LIDC-IDRI-0001/STUDY/SERIES/000001.dcm … and readings.xml."""
+    """Write LIDC-IDRI-0001/STUDY/SERIES/000001.dcm … and readings.xml."""
     rng = np.random.default_rng([seed, number, 2])
     own = int(np.random.SeedSequence([seed, number, 102]).generate_state(1)[0])
     scan = make_scan(own, shape, spacing_of(shape))
@@ -35,14 +35,14 @@ def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
         for what in ("study", "series")
     )
     patient = f"LIDC-IDRI-{number + 1:04d}"
-    place = folder / patient / "study" / "series"
-    place.mkdir(parents=True)
-    _write_series(place, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
-    put_file(place / "readings.xml", _readings(scan, series, rng).encode())
+    series_folder = folder / patient / "study" / "series"
+    series_folder.mkdir(parents=True)
+    _write_series(series_folder, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
+    put_file(series_folder / "readings.xml", _readings(scan, series, rng).encode())
 
 
-def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
-    """One file a slice, named from the top down as scanners do."""
+def _write_series(series_folder: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
+    """Write one file per slice, numbered from the top down as scanners do."""
     common = {
         "0008|0060": "CT",
         "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
@@ -62,15 +62,15 @@ def _write_series(place: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
         own = {"0008|0018": f"{tags['0020|000e']}.{z + 1}", "0020|0013": str(depth - z)}
         for tag, value in (common | tags | own).items():
             image.SetMetaData(tag, value)
-        writer.SetFileName(str(place / f"{depth - z:06d}.dcm"))
+        writer.SetFileName(str(series_folder / f"{depth - z:06d}.dcm"))
         try:
             writer.Execute(image)
         except RuntimeError as error:  # what SimpleITK makes of a full disk or a folder it may not write
-            raise OSError(f"{place} cannot be written: {str(error).splitlines()[-1]}") from None
+            raise OSError(f"{series_folder} cannot be written: {str(error).splitlines()[-1]}") from None
 
 
 def _readings(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
-    """Four reading sessions; a reader misses some nodules, draws others wider or tighter."""
+    """Four reading sessions: a reader misses some nodules and draws others larger or smaller."""
     parts, _ = ndimage.label(scan.labels == Label.NODULE, np.ones((3, 3, 3)))
     fields = [_distance(parts == number, scan) for number in range(1, int(parts.max()) + 1)]
     sessions = []
@@ -102,7 +102,7 @@ def _readings(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
 
 
 def _distance(nodule: NDArray[np.bool_], scan: PhantomScan) -> tuple[tuple[int, ...], NDArray]:
-    """First voxel of a box round a nodule, and mm inside its surface there."""
+    """First voxel of a box around a nodule, and the depth in mm inside its surface there."""
     where = ndimage.find_objects(nodule.astype(np.uint8))[0]
     box = tuple(
         slice(max(0, p.start - 3), min(n, p.stop + 3)) for p, n in zip(where, nodule.shape, strict=True)
@@ -114,7 +114,7 @@ def _distance(nodule: NDArray[np.bool_], scan: PhantomScan) -> tuple[tuple[int, 
 
 
 def _roi(scan: PhantomScan, series: str, z: int, image: NDArray[np.bool_], low: tuple[int, ...]) -> str:
-    """One outline, the pixels just outside the largest piece of a slice; "" where there is none."""
+    """One outline: the pixels just outside the largest component of a slice; "" where there is none."""
     pieces, count = ndimage.label(image)
     if not count:
         return ""
@@ -134,7 +134,7 @@ def _slice(scan: PhantomScan, series: str, z: int) -> str:
 
 
 def _point(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
-    """A nodule below 3 mm: one point and no outline."""
+    """A nodule below 3 mm, marked by one point without an outline."""
     z, y, x = (int(rng.integers(n // 4, 3 * n // 4)) for n in scan.voxels.shape)
     edge = f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>"
     roi = f"<roi>{_slice(scan, series, z)}<inclusion>TRUE</inclusion>{edge}</roi>"
@@ -142,18 +142,18 @@ def _point(scan: PhantomScan, series: str, rng: np.random.Generator) -> str:
 
 
 def trace(piece: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The outer border of a connected piece that leaves the array's rim free: pixels (n, 2) row, column, clockwise."""
+    """The outer border of a connected component that does not touch the edge: pixels (n, 2) row, column, clockwise."""
     start = tuple(int(n) for n in np.argwhere(piece)[0])  # the topmost, and of these the leftmost
-    chain, at, came = [start], start, 6  # as if from its left
+    chain, at, previous = [start], start, 6  # as if from its left
     for _ in range(8 * piece.size):
         for turn in range(1, 9):
-            way = (came + turn) % 8
-            step = (at[0] + AROUND[way][0], at[1] + AROUND[way][1])
+            direction = (previous + turn) % 8
+            step = (at[0] + AROUND[direction][0], at[1] + AROUND[direction][1])
             if piece[step]:
                 break
         else:
             return np.array(chain)  # a single pixel
-        at, came = step, (way + 4) % 8
+        at, previous = step, (direction + 4) % 8
         chain.append(at)
         if len(chain) > 2 and chain[-1] == chain[1] and chain[-2] == chain[0]:
             return np.array(chain[:-2])

@@ -14,7 +14,7 @@ from p2w.phantom.organs import Cavity
 
 @dataclass(frozen=True)
 class Tree:
-    """Branches of one tree. `load`: how many terminal points a branch feeds."""
+    """Branches of one tree. `load` is the number of terminal points that a branch supplies."""
 
     start: Floats  # (M, 3) body mm
     bend: Floats  # (M, 3) control point: leaves in the parent's direction
@@ -90,7 +90,7 @@ def _split_axes(
     tips: int,
     rng: np.random.Generator,
 ) -> Floats:
-    """For each tip the direction (3,) in which its seeds spread most, across the way it came."""
+    """For each tip the direction (3,) in which its seeds spread most, at right angles to the tip's branch."""
     off = seeds - middle[owner]
     spread = np.empty((tips, 3, 3))
     for i in range(3):
@@ -108,7 +108,7 @@ _TOP, _BOTTOM = 150.0, -220.0  # z: beyond any scan of a chest
 
 @dataclass(frozen=True)
 class Mediastinum:
-    """The tubes, and where the trees of the lungs start: (tree, side) -> point (3,), direction (3,)."""
+    """Tubes of the mediastinum, and the roots of the lung trees: (tree, side) -> point (3,), direction (3,)."""
 
     windpipe: Balls
     aorta: Balls
@@ -118,7 +118,7 @@ class Mediastinum:
 
 
 def lay_tubes(body: Body, rng: np.random.Generator) -> Mediastinum:
-    """All tubes of one body; nobody's run the same way twice."""
+    """Draw all tubes of one body, with random variations."""
     heart_z = body.dome_left + 27 * body.heart
     carina = body.carina
     shift = rng.normal(0, 2.0, (2, 3))
@@ -161,7 +161,7 @@ def _windpipe(body: Body, rng: np.random.Generator, ends: list[Floats]) -> Balls
 
 
 def _aorta(body: Body, rng: np.random.Generator, heart_z: float) -> Balls:
-    """Up from the heart, over the arch to the left and the back, down before the spine."""
+    """The aorta: up from the heart, over the arch to the left and back, and down in front of the spine."""
     top, r = body.arch, body.aorta
     j = rng.normal(0, 2.0, 3)
     rise = [
@@ -179,7 +179,7 @@ def _aorta(body: Body, rng: np.random.Generator, heart_z: float) -> Balls:
 
 
 def _pulmonary(body: Body, rng: np.random.Generator, heart_z: float) -> list[Balls]:
-    """The pulmonary trunk and its two branches, before and under the bronchi."""
+    """The pulmonary trunk and its two branches, in front of and below the bronchi."""
     z = body.carina
     fork = np.array([z - 14, -12, 12]) + rng.normal(0, 2.0, 3)
     return [
@@ -261,7 +261,7 @@ def _paint_trees(canvas: Canvas, body: Body, cavity: Cavity, vessels: Balls, air
 
 
 def _seeds(frame: Frame, cavity: Cavity, sign: float, count: int, rng: np.random.Generator) -> Floats:
-    """Terminal points spread evenly over one lung, off its surface and its fissures."""
+    """Terminal points spread evenly over one lung, away from its surface and its fissures."""
     free = (cavity.lungs < -2.5) & (frame.coarse[2] * sign > 0)
     free &= (np.abs(cavity.fissures[0]) > 3) & (np.abs(cavity.fissures[1]) > 3)
     nodes = np.argwhere(free)
@@ -272,12 +272,12 @@ def _seeds(frame: Frame, cavity: Cavity, sign: float, count: int, rng: np.random
 
 
 def _taper(tree: Tree, root_mm: float) -> Floats:
-    """Radius of each branch from what it feeds, near Murray's law."""
+    """Radius of each branch from its load, close to Murray's law."""
     return root_mm * (tree.load / tree.load[0]) ** 0.36
 
 
 def _beside(tree: Tree, radius: Floats, branch: np.ndarray, towards: Floats) -> Floats:
-    """How far an artery runs from its bronchus, per sample: out of the airway's way, across the branch."""
+    """Offset of an artery from its bronchus, per sample, at right angles to the branch."""
     way = (tree.end - tree.start)[branch]
     way /= np.linalg.norm(way, axis=1, keepdims=True) + 1e-9
     off = towards - (way @ towards)[:, None] * way

@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cavity:
-    """Distance fields that others than the painter need, all (z, y, x) on the coarse grid."""
+    """Distance fields that later steps need, all (z, y, x) on the coarse grid."""
 
     cage: Floats  # inner surface of the rib cage
     lungs: Floats
@@ -148,7 +148,7 @@ def _diaphragm(body: Body, q: Floats) -> Floats:
 
 
 def _heart(body: Body, q: Floats) -> tuple[Floats, Floats]:
-    """Outer surface; the four chambers together."""
+    """Distance fields of the heart: the outer surface, and the four chambers together."""
     s, t = body.heart, body.heart_turn
     z0 = body.dome_left + 25 * s
 

@@ -1,4 +1,4 @@
-"""Write phantoms of the five target tasks, in the on-disk formats in which the real data comes."""
+"""Write phantoms of the five target tasks, in the file formats of the real data."""
 
 import json
 import os
@@ -35,7 +35,7 @@ Writer = Callable[[Path, int, int, Shape], None]  # folder of one patient, seed,
 
 @dataclass(frozen=True)
 class TaskFormat:
-    """How the patients of one task are written, and what is made of all of them in the end."""
+    """The functions that write one patient of a task, and the files over all patients."""
 
     folder: str
     patient: Writer
@@ -89,7 +89,7 @@ def write_targets(
 
 
 def _write_all(task: str, root: Path, patients: int, seed: int, shape: Shape, workers: int) -> Iterator[str]:
-    """Patients that are not there yet, then what is made of all."""
+    """Write the patients that are missing, then the files over all patients."""
     parts = [root / ".phantom" / f"{number:04d}" for number in range(patients)]
     todo = [number for number in range(patients) if not (parts[number] / "done").exists()]
     yield from (f"{task} {number}" for number in range(patients) if number not in todo)
@@ -109,7 +109,7 @@ def _write_all(task: str, root: Path, patients: int, seed: int, shape: Shape, wo
 
 
 def _write(task: str, root: Path, number: int, seed: int, shape: Shape) -> str:
-    """One patient: beside its place first, then moved file by file, then noted as done."""
+    """Write one patient to a temporary folder, move it file by file, then mark it as done."""
     part = root / ".phantom" / f"{number:04d}"
     fresh = part / "files"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -129,7 +129,7 @@ def _write(task: str, root: Path, number: int, seed: int, shape: Shape) -> str:
 
 
 def _first_table(root: Path) -> None:
-    """candidates.csv as LUNA16's first version: some nodules more than once, as several detectors found them."""
+    """Write candidates.csv as in LUNA16's first version: several detectors may have found the same nodule."""
     lines = (root / "candidates_V2.csv").read_text().splitlines()
     rows = [line.split(",") for line in lines[1:]]
     more = [
@@ -140,7 +140,7 @@ def _first_table(root: Path) -> None:
 
 
 def _claim(out: Path, identity: dict) -> None:
-    """Make `out` ours, or find that it is: never write between somebody's real data."""
+    """Create `out`, or check that it is a phantom of the same settings. Raises UserError for a folder with other files."""
     note = out / "phantom-targets.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
@@ -166,20 +166,20 @@ class TargetPhantomArgs:
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
     tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms"], ...] = ("ncc", "ncs", "lcs", "ecc", "bms")
-    """Which."""
+    """Names of the tasks."""
     patients: int = 20
-    """Of each task."""
+    """Number of patients of each task."""
     shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="Z Y X")] = (64, 128, 128)
     """Voxels of a chest: slices, rows, columns; brains have three quarters of them along each axis."""
     seed: int = 1000
     """Other seeds give other patients."""
     workers: int = 1
-    """Processes; the bytes do not depend on it."""
+    """Number of processes; the bytes do not depend on it."""
 
 
 @exits
 def main() -> None:
-    """Parse, write, say what was written."""
+    """Parse the command line, write the phantoms and print what was written."""
     args = tyro.cli(TargetPhantomArgs, description=USAGE)
     with Progress(len(args.tasks) * args.patients, "patients") as progress:
         try:

@@ -1,23 +1,25 @@
 """The folder of a data set while it is being built: its settings, finished scans and locks.
 
 DIR/
-      settings.json    how it is cut; another run with other settings is refused
-      scans/UID.json   one finished scan: its rows, its shard, its source, or why it is bad
-      .run/            locks and unfinished files; gone once the set is whole
+      settings.json    how it is cut; a run with other settings is refused
+      scans/UID.json   the record of one finished scan: its rows, shard and source, or why it is bad
+      .run/            locks and unfinished files; removed once the set is complete
 
-A shard is written in `.run`, flushed to the disk and renamed; then its `scans/UID.json` is. So a scan is
-finished when that file stands and the shard has the size it names, and a process may be killed at any moment.
+A shard is written in `.run`, flushed to the disk and renamed; then its record `scans/UID.json` is. So a scan is finished
+when its record exists and the shard has the size that the record names, and a process may be killed at any moment.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import pyarrow as pa
+import tyro
 
 from p2w.ct.scan import source_files
 from p2w.errors import UserError
@@ -28,14 +30,14 @@ from p2w.shards.tiling import WINDOW_HU, Tiling
 
 
 class DataSetSettings(Protocol):
-    """Settings of any kind of data set."""
+    """Settings of a data set: of sub-scans for pretraining, or of samples of a target task."""
 
     @property
     def format(self) -> str:
-        """Of the shards: tar or arrow."""
+        """Format of the shards: tar or arrow."""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON writes them; another run must have the same."""
+        """The settings as settings.json holds them; a run with others is refused."""
 
 
 class ShardSource(Protocol):
@@ -43,11 +45,11 @@ class ShardSource(Protocol):
 
     @property
     def uid(self) -> str:
-        """Names the shard."""
+        """Identifier that names the shard and the record."""
 
     @property
     def name(self) -> str:
-        """What the user sees."""
+        """Name in messages to the user."""
 
 
 ROW = {
@@ -64,46 +66,50 @@ RECORD = (NAMED | {"bad": str}, NAMED | manifest_schema.GEOMETRY_META | FINISHED
 
 @dataclass(frozen=True)
 class ShardingSettings:
-    """All that decides what the finished folder holds, besides the scans themselves."""
+    """All options that decide what the finished folder contains; `preprocess/shard_*.py` read them from the command line."""
 
-    tiling: Tiling = Tiling()  # noqa: RUF009 (frozen)
-    format: str = "tar"
+    tiling: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling()  # noqa: RUF009 (frozen)
+    format: Literal["tar", "arrow"] = "tar"
+    """tar opens with webdataset, arrow with pyarrow; training reads both alike."""
     val_fraction: float = 0.1
+    """Share of the scans set aside for validation, at least one of two. Never parts of a scan."""
     split_seed: int = 0
-    allow_gaps: bool = False
+    """Another seed sets other scans aside."""
+    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of shard_scans.py alone
 
     def __post_init__(self) -> None:
-        """Refuse values that make no data set."""
-        if self.tiling.z_margin < 0:
-            raise UserError(f"--z-margin {self.tiling.z_margin}: slices to leave out at each end, 0 or more")
-        if not 0 <= self.tiling.min_std_hu < WINDOW_HU[1]:
-            raise UserError(
-                f"--min-std {self.tiling.min_std_hu:g}: HU, from 0 (keep every tile) to below 1000"
-            )
+        """Raise UserError for a fraction outside its range."""
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
 
     def plain(self) -> dict[str, Any]:
-        """As JSON writes it."""
-        return json.loads(
-            canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **asdict(self)})
-        )
+        """The settings as settings.json holds them."""
+        settings = asdict(self) | {"tiling": self.tiling.to_meta()}
+        return json.loads(canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **settings}))
 
 
 @dataclass(frozen=True)
 class JobShare:
-    """Which part of the scans this process cuts: number `index` of `count`, from 0."""
+    """The share of the scans that this process cuts: number `index` (from 0) of `count`."""
 
     index: int = 0
     count: int = 1
 
+    @staticmethod
+    def parse(text: str) -> "JobShare":
+        """The share that `--shard-of i/n` names. Raises UserError for anything else."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not int(match[1]) < int(match[2]):
+            raise UserError(f"--shard-of {text!r}: write i/n with i from 0 to n - 1, such as 0/4 … 3/4")
+        return JobShare(int(match[1]), int(match[2]))
+
     @property
     def name(self) -> str:
-        """For locks and unfinished files."""
+        """Name of the share in messages, locks and unfinished files."""
         return f"{self.index}-of-{self.count}"
 
     def of(self, sources: list[Any]) -> list[Any]:
-        """Every count-th scan, so that large and small subsets are mixed."""
+        """Every `count`-th source, beginning with number `index`: each share gets some of every subset."""
         return sources[self.index :: self.count]
 
 
@@ -111,33 +117,33 @@ S = TypeVar("S", bound=DataSetSettings)
 
 
 class BuildFolder(Generic[S]):
-    """Paths and small files of one data set folder."""
+    """Paths, records and locks of one data set folder that is being built."""
 
-    form: Any = RECORD
-    columns = COLUMNS
+    form: Any = RECORD  # type of a record, as `files.type_mismatch` checks it
+    columns = COLUMNS  # of its rows
 
     def __init__(self, root: str, settings: S) -> None:
-        """Nothing is touched before `prepare`."""
+        """Name the folder; nothing is read or written before `prepare`."""
         self.root = root
         self.settings = settings
         self.running = os.path.join(root, ".run")
 
     def sidecar(self, uid: str) -> str:
-        """Path of what is known of a finished scan."""
+        """Path of the record of a scan."""
         return os.path.join(self.root, "scans", f"{uid}.json")
 
     def shard(self, uid: str) -> str:
-        """Path of a scan's shard."""
+        """Path of the shard of a scan."""
         return os.path.join(self.root, f"{uid}.{self.settings.format}")
 
-    def aside(self, name: str, share: str) -> str:
-        """Where something is written before it is renamed into place; swept with the share's leftovers."""
+    def temporary_path(self, name: str, share: str) -> str:
+        """Path to write a file or folder at before it is renamed; `share_lock` removes what a killed process leaves."""
         return os.path.join(self.running, f"{name}.{os.getpid()}.{share}.part")
 
     def prepare(self, share: JobShare) -> None:
-        """Make the folder, or check that it was cut with the same settings. Under the share's lock.
+        """Make the folder, or check that it was cut with the same settings. The caller holds the share's lock.
 
-        Shares that start at once meet here one after the other.
+        Raises UserError for other settings, foreign files, or a folder that cannot be written.
         """
         with hold_lock(self.running, "settings"):
             self._prepare(share)
@@ -148,13 +154,13 @@ class BuildFolder(Generic[S]):
         try:
             os.makedirs(os.path.join(self.root, "scans"), exist_ok=True)
             if not os.path.exists(path):
-                strangers = sorted(set(os.listdir(self.root)) - {"scans", ".run"})
-                if strangers:
+                foreign = sorted(set(os.listdir(self.root)) - {"scans", ".run"})
+                if foreign:
                     raise UserError(
-                        f"{self.root} holds other files ({strangers[0]}, …) and no settings.json: shards get "
+                        f"{self.root} holds other files ({foreign[0]}, …) and no settings.json: shards get "
                         "a folder of their own, name a new one with --out DIR"
                     )
-                write_published(path, mine, self.aside("settings.json", share.name))
+                write_published(path, mine, self.temporary_path("settings.json", share.name))
             with open(path, "rb") as file:
                 theirs = file.read()
         except OSError as error:
@@ -165,17 +171,17 @@ class BuildFolder(Generic[S]):
                 f"the array the same options, or name another --out; where no other process runs, delete {self.running}"
             )
         if theirs != mine and not self._holds_shards():
-            self.withdraw()  # nothing was cut with those settings: start anew with these
+            self.remove_manifest()  # nothing was cut with those settings: start again with these
             shutil.rmtree(os.path.join(self.root, "scans"))
             os.makedirs(os.path.join(self.root, "scans"))
-            write_published(path, mine, self.aside("settings.json", share.name))
+            write_published(path, mine, self.temporary_path("settings.json", share.name))
         elif theirs != mine:
             raise UserError(
                 f"{self.root} was cut with {_setting_differences(theirs, mine)}: name another --out, or delete it"
             )
 
     def _other_shares(self, share: JobShare) -> list[str]:
-        """Shares that another process cuts now; where the file system has no locks, those whose lock file is there."""
+        """Names of the shares that other processes cut now; without locks in the file system, those with a lock file."""
         locks = [name for name in sorted(os.listdir(self.running)) if name.endswith(".lock")]
         names = {lock.removesuffix(".lock") for lock in locks if is_held(os.path.join(self.running, lock))}
         return sorted(names - {share.name, "settings", "merge"})
@@ -184,11 +190,11 @@ class BuildFolder(Generic[S]):
         return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
 
     def nbytes(self, source: Any) -> int:
-        """Of all files that a shard is cut from."""
+        """Total size in bytes of the files that a shard is cut from."""
         return sum(os.path.getsize(path) for path in source_files(source))
 
     def finished(self, source: ShardSource) -> dict[str, Any] | None:
-        """What is known of a scan cut by a run like this one; None when it must be cut (again)."""
+        """The record of a scan whose shard and source have the recorded sizes; None when it must be cut (again)."""
         record = self.record(source.uid)
         if record is None or "bad" in record or record["name"] != source.name:
             return None
@@ -203,29 +209,27 @@ class BuildFolder(Generic[S]):
         return record
 
     def record(self, uid: str) -> dict[str, Any] | None:
-        """The sidecar of a scan, finished or bad."""
+        """The record of a scan, sound or bad; None when there is none, or it cannot be used."""
         try:
             with open(self.sidecar(uid), "rb") as file:
                 record: dict[str, Any] = parse_json(file.read(), self.form)
             pa.RecordBatch.from_pylist(record.get("rows", []), schema=self.columns)
             return record if record["uid"] == uid else None
-        except (
-            FileNotFoundError,
-            ValueError,
-            OverflowError,
-            pa.ArrowException,
-        ):  # ValueError: the disk lost it in a crash, or it is not ours
-            return None
+        except (FileNotFoundError, ValueError, OverflowError, pa.ArrowException):
+            return None  # ValueError: damaged in a crash, or written by another program
 
-    def check_strangers(self, sources: Sequence[ShardSource], bad: list[tuple[str, str]]) -> None:
-        """Refuse scans of another run: the folder is to hold the scans asked for and no others."""
+    def refuse_other_scans(self, sources: Sequence[ShardSource], bad: list[tuple[str, str]]) -> None:
+        """Raise UserError when the folder has a scan that is not among those asked for.
+
+        A scan that is bad now and was sound once loses its shard and record.
+        """
         known = {source.uid for source in sources}
         for name in sorted(os.listdir(os.path.join(self.root, "scans"))):
             uid = name.removesuffix(".json")
             record = self.record(uid) if name.endswith(".json") and uid not in known else None
             if record is None:
                 continue
-            if record["name"] in {where for where, _ in bad}:  # it was sound once
+            if record["name"] in {where for where, _ in bad}:
                 for path in (self.shard(uid), self.sidecar(uid)):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
@@ -235,38 +239,42 @@ class BuildFolder(Generic[S]):
                     "for: name another --out, or ask for all its scans again"
                 )
 
-    def withdraw(self) -> None:
-        """Take the manifest away: shards are about to change; until they are whole this is no data set."""
+    def remove_manifest(self) -> None:
+        """Remove the manifest before shards change: a folder without one is not read as a data set."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.root, MANIFEST_NAME))
 
     @contextlib.contextmanager
     def share_lock(self, share: JobShare) -> Iterator[None]:
-        """One process per share. Leftovers of a killed one are removed first, our own at the end."""
+        """Keep other processes out of this share. Unfinished files are removed at the start and at the end.
+
+        Raises UserError while another process has the share.
+        """
         with hold_lock(self.running, share.name, self._busy()):
-            self._sweep(share.name)
+            self._remove_unfinished(share.name)
             try:
                 yield
             finally:
-                self._sweep(share.name)
+                self._remove_unfinished(share.name)
 
     @contextlib.contextmanager
     def merge_lock(self) -> Iterator[None]:
-        """One process at a time decides whether the set is whole, and merges it."""
+        """Wait for the lock under which one process at a time checks whether the set is complete, and merges it."""
         with hold_lock(self.running, "merge"):
-            self._sweep("merge")
+            self._remove_unfinished("merge")
             yield
 
-    def tidy(self) -> None:
-        """Remove `.run` of a whole set, unless another process is in it still."""
+    def remove_run_folder(self) -> None:
+        """Remove what is left in `.run` of a complete set, but for shares that another process still cuts."""
         for name in os.listdir(self.running):
             share, ending = os.path.splitext(name)
             if ending == ".lock" and share != "merge" and not is_held(os.path.join(self.running, name)):
-                self._sweep(share)
+                self._remove_unfinished(share)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.running, name))
 
-    def _sweep(self, share: str) -> None:
+    def _remove_unfinished(self, share: str) -> None:
+        """Remove the temporary files and folders of a share."""
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.running):
                 if name.endswith(f".{share}.part"):
@@ -284,15 +292,15 @@ class BuildFolder(Generic[S]):
 
 
 def _setting_differences(theirs: bytes, mine: bytes) -> str:
-    """The settings that differ, as "z_margin 0 and not 25"."""
+    """The settings that differ, in words such as "z_margin 0 and not 25"."""
     try:
-        old, new = (_flat(parse_json(text, {"tiling": {}})) for text in (theirs, mine))
+        old, new = (_flatten(parse_json(text, {"tiling": {}})) for text in (theirs, mine))
     except ValueError:
         return "settings that cannot be read"
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return ", ".join(f"{name} {old.get(name)} and not {new.get(name)}" for name in names)
 
 
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
+def _flatten(value: dict[str, Any]) -> dict[str, Any]:
     tiling = value.get("tiling", {})
     return {name: item for name, item in {**value, **tiling}.items() if name != "tiling"}

@@ -1,14 +1,14 @@
-"""The manifest: one row per sub-scan, saying in which shard and at which byte its voxels lie.
+"""The manifest of a data set: one row per sub-scan, with its shard and the byte at which its voxels start.
 
     DIR/
-      manifest.parquet   written last and atomically: no manifest, no data set
+      manifest.parquet      written last and atomically: a folder without it is not a data set
       UID.tar | UID.arrow   one shard per scan, written once
-      train.txt val.txt  shard names, for stock WebDataset users
-      report.json        scans left out, and why
-      scans/UID.json     what was cut from one scan; lets a restart skip it
+      train.txt val.txt     shard names, for users of plain WebDataset
+      report.json           scans left out, and why
+      scans/UID.json        the record of one scan; lets a restart skip it
 
-Rows are sorted by (scan_uid, z, y, x); the row number is the sub-scan's id. Nothing in the folder depends on
-when, where or by how many workers it was written.
+Rows are sorted by (scan_uid, z, y, x); the row number is the sub-scan's id. The bytes of the folder do not depend on the
+time, the machine or the number of workers that wrote it.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ from p2w.shards.manifest_schema import (
     ManifestSchema,
 )
 
-SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"
+SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"  # the seal is the manifest's checksum of itself
 
 
 class DamagedManifest(UserError):
-    """There is a manifest, but not the one that was written, or one that cannot be trusted."""
+    """A manifest that is not as it was written, or whose content breaks a rule."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: its rows, how it was made, and the folder it lies in ("" when read from bytes)."""
+    """A data set: its rows, how it was made, and its folder ("" when read from bytes)."""
 
     table: pa.Table
     meta: dict[str, Any]
@@ -53,16 +53,16 @@ class Manifest:
 
 
 def manifest_bytes(
-    rows: list[dict[str, Any]], meta: dict[str, Any], form: ManifestSchema = SUB_SCAN_SCHEMA
+    rows: list[dict[str, Any]], meta: dict[str, Any], expected: ManifestSchema = SUB_SCAN_SCHEMA
 ) -> bytes:
-    """The parquet file of `rows` (sorted here) with `meta` as JSON under the schema metadata key "p2w".
+    """The bytes of a parquet file of `rows` (sorted here), with `meta` as JSON under the schema metadata key "p2w".
 
-    Another key carries the CRC-32C of the whole file with eight zeros in its own place, so that a byte that changes
-    anywhere is found, in the footer too, which Parquet's own checksums leave out.
+    The key "p2w.seal" has the CRC-32C of the whole file, computed with eight zeros in place of its own digits. So a
+    changed byte is detected anywhere, also in the footer, which Parquet's own checksums do not cover.
     """
     rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
-    assert form.schema is not None  # one writes sets of a kind
-    schema = form.schema.with_metadata(
+    assert expected.schema is not None  # ANY_SCHEMA is for reading only
+    schema = expected.schema.with_metadata(
         {b"p2w": canonical_json(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
     buffer = io.BytesIO()
@@ -72,26 +72,30 @@ def manifest_bytes(
     return data[:at] + b"%08x" % crc32c(data) + data[at + len(UNSEALED) :]
 
 
-def read_manifest(where: str | os.PathLike[str] | bytes, form: ManifestSchema = SUB_SCAN_SCHEMA) -> Manifest:
+def read_manifest(
+    where: str | os.PathLike[str] | bytes, expected: ManifestSchema = SUB_SCAN_SCHEMA
+) -> Manifest:
     """Read the manifest of a folder, of a manifest file, or of its bytes (fetched by the caller).
 
-    Raises UserError when it is missing, is damaged, is not one of ours, does not make sense (`rules`), or a shard
-    it names is absent or of another size (the shards of bytes cannot be checked and are not).
+    Raises UserError when it is missing, damaged, not written by p2w, or breaks a rule of `manifest_schema`, and when a
+    shard that it names is missing or has another size (which is not checked for a manifest read from bytes).
     """
-    manifest = open_manifest(where, form)
+    manifest = open_manifest(where, expected)
     if manifest.root:
         again = f"copy it again, or cut it again: {repair_command(manifest.root, manifest.meta)}"
         manifest_schema.refuse_faults(manifest.root, manifest.meta, again)
     return manifest
 
 
-def open_manifest(where: str | os.PathLike[str] | bytes, form: ManifestSchema = SUB_SCAN_SCHEMA) -> Manifest:
-    """As `read_manifest`, without a look at the shards.
+def open_manifest(
+    where: str | os.PathLike[str] | bytes, expected: ManifestSchema = SUB_SCAN_SCHEMA
+) -> Manifest:
+    """Read a manifest as `read_manifest` does, without checking the shards.
 
-    Raises UserError when there is none; DamagedManifest when there is one that cannot be used.
+    Raises UserError when there is none, and DamagedManifest when it cannot be used.
     """
     if isinstance(where, bytes):
-        return _parse(where, "the fetched manifest", "", form)
+        return _parse(where, "the fetched manifest", "", expected)
     path = os.fspath(where)
     if os.path.isdir(path):
         path = os.path.join(path, MANIFEST_NAME)
@@ -102,17 +106,17 @@ def open_manifest(where: str | os.PathLike[str] | bytes, form: ManifestSchema = 
             if os.path.isdir(folder)
             else "no such folder"
         )
-        raise UserError(f"{folder}: {found}; {form.remedy}")
+        raise UserError(f"{folder}: {found}; {expected.remedy}")
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
         raise DamagedManifest(f"{path}: cannot be read ({error.strerror}): copy it again") from error
-    return _parse(data, path, os.path.dirname(path) or ".", form)
+    return _parse(data, path, os.path.dirname(path) or ".", expected)
 
 
 def repair_command(root: str, meta: dict[str, Any]) -> str:
-    """The command that cuts damaged shards again, for the user to fill in where the scans are."""
+    """The command that cuts damaged shards again; FOLDER in it stands for the scans."""
     if "task" in meta:
         again = (
             f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
@@ -122,7 +126,7 @@ def repair_command(root: str, meta: dict[str, Any]) -> str:
     return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
 
 
-def _parse(data: bytes, name: str, root: str, form: ManifestSchema) -> Manifest:
+def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manifest:
     try:
         _check_seal(data)
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -130,31 +134,35 @@ def _parse(data: bytes, name: str, root: str, form: ManifestSchema) -> Manifest:
         text = (schema.metadata or {}).get(b"p2w", b"{}")
         meta = parse_json(text, {})
     except (pa.ArrowException, OSError) as error:
-        raise DamagedManifest(f"{name} is not a parquet file ({_first(error)}): copy it again") from error
-    except ValueError as error:
-        raise DamagedManifest(f"{name} is damaged ({_first(error)}): copy it again") from error
-    bare = schema.remove_metadata()
-    ours = set(LOCATION_COLUMNS) <= set(bare.names) if form.schema is None else bare.equals(form.schema)
-    if meta.get("schema") != MANIFEST_VERSION or not ours:
         raise DamagedManifest(
-            f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {form.made_by}"
+            f"{name} is not a parquet file ({_first_line(error)}): copy it again"
+        ) from error
+    except ValueError as error:
+        raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
+    bare = schema.remove_metadata()
+    has_columns = (
+        set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
+    )
+    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
+        raise DamagedManifest(
+            f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )
     try:
         if meta.get("seal") is not None and SEAL not in data:
             raise ValueError("its checksum is gone")
-        manifest_schema.check_meta(meta, form.dims, form.meta)
+        manifest_schema.check_meta(meta, expected.dims, expected.meta)
         manifest_schema.check_shard_size(file.metadata, len(data), meta)
-        # In this thread: one of Arrow's pool that still holds our bytes when Python ends aborts the process (exit code 134).
+        # Without Arrow's threads: if one of them still uses these bytes when Python exits, the process aborts (code 134).
         table = file.read(use_threads=False)
-        table.validate(full=True)  # text that is none, for one
+        table.validate(full=True)  # finds text that is not UTF-8, among others
         manifest_schema.check_rows(table, meta)
     except (ValueError, pa.ArrowException, OSError) as error:
-        raise DamagedManifest(f"{name} makes no sense ({_first(error)}): copy it again") from error
+        raise DamagedManifest(f"{name} makes no sense ({_first_line(error)}): copy it again") from error
     return Manifest(table.replace_schema_metadata(schema.metadata), meta, root)
 
 
 def _check_seal(data: bytes) -> None:
-    """Raise ValueError when the file is not the one that was written; sets of an earlier time have no seal."""
+    """Raise ValueError when the bytes are not those that were written; manifests of old versions have no seal."""
     at = data.rfind(SEAL) + len(SEAL)
     if at < len(SEAL):
         return
@@ -163,24 +171,21 @@ def _check_seal(data: bytes) -> None:
         raise ValueError("its checksum differs from what was written")
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-MANIFEST = "manifest.parquet"
-
-
 def data_fingerprint(meta: dict[str, Any]) -> str:
-    """A short name of a data set: a hash of what its manifest says of shape, window, tiling, split and shards."""
-    told = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that identify a data set: a hash of its manifest's shape, window, tiling, split and shards."""
+    identity = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shard_places(near: Path, start: Mapping[str, Any]) -> list[str]:
-    """Where the data set of a run's start may lie now, the likeliest first; never empty. The fingerprint tells which it is.
+def candidate_data_paths(near: Path, start: Mapping[str, Any]) -> list[str]:
+    """Paths at which a run's data set may be now, the likeliest first; never empty. The fingerprint tells which is right.
 
-    `start` is a record of run.json: `shards` as it was typed, from the directory `cwd` where that is noted. `near` is the
-    run, or weights made of it: after the project was moved, the set lies below one of the folders above.
+    `start` is a record of run.json: `shards` as it was typed, in the directory `cwd` if that is recorded. `near` is the
+    folder of the run, or weights exported from it: if the project was moved, the set is below one of its parent folders.
     """
     where, cwd = str(start["shards"]), str(start.get("cwd") or "")
     if "://" in where:
@@ -188,5 +193,5 @@ def shard_places(near: Path, start: Mapping[str, Any]) -> list[str]:
     absolute = os.path.join(cwd, where)
     below = os.path.relpath(where, cwd) if cwd and os.path.isabs(where) else where
     moved = [] if below.startswith("..") else [str(folder / below) for folder in near.absolute().parents]
-    there = [place for place in (absolute, *moved, where) if os.path.isfile(os.path.join(place, MANIFEST))]
+    there = [path for path in (absolute, *moved, where) if os.path.isfile(os.path.join(path, MANIFEST_NAME))]
     return list(dict.fromkeys(there)) or [absolute]

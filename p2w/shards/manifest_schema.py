@@ -1,7 +1,7 @@
-"""The columns and metadata of a manifest, and the rules that both must obey before anything in it is used.
+"""Columns and metadata of a manifest, and the rules that are checked before anything in it is used.
 
-No shard may lie outside the folder, no sub-scan outside its shard, none on top of another, and nothing may be
-larger than the files can hold.
+Every shard must be inside the folder, every sub-scan inside its shard without overlap, and nothing may be larger than the
+files can hold.
 """
 
 import math
@@ -16,17 +16,22 @@ import pyarrow as pa
 from p2w.errors import UserError
 from p2w.files import type_mismatch
 
+MANIFEST_NAME = "manifest.parquet"
+MANIFEST_VERSION = 1
+
 COUNTS = {3: "three", 4: "four"}
 MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
 MOST_VOXELS = 1 << 16  # along an axis
-UNPACKED = 1 << 26  # bytes that a small manifest may take in memory; a large one UNPACKED_TIMES its file
+UNPACKED = (
+    1 << 26
+)  # bytes that a manifest may take in memory, or UNPACKED_TIMES the size of its file if that is more
 UNPACKED_TIMES = 64
 
 SHARD_META = {"name": str, "nbytes": int, "crc32c": int}
 REQUIRED_META = {"shape": [int], "shards": [SHARD_META]}
 SOURCE_META = {"uid": str, "file": str, "subset": int, "nbytes": int, "checksum": str, "left_out": int}
 GEOMETRY_META = {"shape": [int], "spacing_mm": [float], "origin_xyz_mm": [float], "direction_xyz": [float]}
-OPTIONAL_META = {  # what sets of tests and of other tools may lack
+OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "dtype": str,
     "format": str,
     "tool": str,
@@ -39,8 +44,11 @@ OPTIONAL_META = {  # what sets of tests and of other tools may lack
 
 
 def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIONAL_META) -> None:
-    """Raise ValueError unless the metadata has the types it is written with, and names plain files."""
-    present = {key: form for key, form in optional.items() if key in meta}
+    """Raise ValueError unless the metadata has the expected types and its shards have plain file names.
+
+    `dims` is the number of axes of an array, None for 3 or 4; `optional` gives the types of keys that may be missing.
+    """
+    present = {key: kind for key, kind in optional.items() if key in meta}
     if said := type_mismatch(meta, REQUIRED_META | present, "its metadata"):
         raise ValueError(said)
     shape = meta["shape"]
@@ -58,11 +66,11 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
             raise ValueError(f"shard {shard['name']}: {shard['nbytes']} bytes, checksum {shard['crc32c']}")
     names = [shard["name"] for shard in meta["shards"]]
     if len(set(names)) < len(names):
-        raise ValueError("a shard stands twice in its list")
+        raise ValueError("two shards have one name")
 
 
 def plain_name(name: str) -> bool:
-    """Whether `name` is the name of a shard beside the manifest, and can be nothing else."""
+    """Whether `name` is a file name of a shard, which cannot lead to another folder."""
     return (
         name.endswith((".tar", ".arrow"))
         and not name.startswith(".")
@@ -73,7 +81,10 @@ def plain_name(name: str) -> bool:
 
 
 def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
-    """Raise ValueError when the table (a ParquetFile's metadata) is larger than file and shards can hold."""
+    """Raise ValueError when a table has more rows or bytes than its file and shards can hold.
+
+    `file` is the metadata of the ParquetFile, `nbytes` the size of the file.
+    """
     groups = [file.row_group(i) for i in range(file.num_row_groups)]
     unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
     room = sum(shard["nbytes"] for shard in meta["shards"]) // (2 * math.prod(meta["shape"]))
@@ -82,10 +93,10 @@ def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
 
 
 def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
-    """Raise ValueError unless every sub-scan has a place of its own inside its shard, and a name of its own."""
+    """Raise ValueError unless every sub-scan has a key of its own, and bytes of its own inside its shard."""
     empty = next((name for name in table.column_names if table[name].null_count), None)
     if empty:
-        raise ValueError(f"column {empty} has empty places")
+        raise ValueError(f"column {empty} has missing values")
     keys = table["key"].to_pylist()
     if len(set(keys)) < len(keys):
         raise ValueError("two sub-scans have one key")
@@ -107,11 +118,14 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
     order = np.lexsort((offset, shard))
     apart = (np.diff(shard[order]) > 0) | (np.diff(offset[order]) >= nbytes[order][1:])
     if not apart.all():
-        raise ValueError(f"{keys[int(order[int(np.argmin(apart)) + 1])]} lies on top of another sub-scan")
+        raise ValueError(f"{keys[int(order[int(np.argmin(apart)) + 1])]} overlaps another sub-scan")
 
 
 def shard_fault(root: str, shard: dict[str, Any]) -> str | None:
-    """Why the shard of this manifest entry cannot be used as it stands in the folder, None when it can: no look inside."""
+    """What is wrong with the file of a shard: missing, a link that leads outside, another size; None when it is as expected.
+
+    Its content is not read.
+    """
     path = os.path.join(root, shard["name"])
     try:
         if os.path.islink(path):
@@ -127,7 +141,7 @@ def shard_fault(root: str, shard: dict[str, Any]) -> str | None:
 
 
 def refuse_faults(root: str, meta: dict[str, Any], remedy: str) -> None:
-    """Raise UserError for the first shard that is missing, of another size, or elsewhere."""
+    """Raise UserError for the first shard with a `shard_fault`; `remedy` ends the message."""
     for shard in meta["shards"]:
         if fault := shard_fault(root, shard):
             raise UserError(
@@ -135,12 +149,9 @@ def refuse_faults(root: str, meta: dict[str, Any], remedy: str) -> None:
             )
 
 
-MANIFEST_NAME = "manifest.parquet"
-MANIFEST_VERSION = 1
-
 SUB_SCAN_COLUMNS = pa.schema(
     [
-        ("key", pa.string()),  # UID/z0025_y0000_x0128, the tile's first voxel in the canonical (LPS) scan
+        ("key", pa.string()),  # UID/z0025_y0000_x0128, its first voxel in the canonical (LPS) scan
         ("split", pa.string()),  # train | val
         ("shard", pa.string()),  # file name in the same folder
         ("offset", pa.int64()),  # byte of the shard at which the raw voxels start
@@ -148,7 +159,7 @@ SUB_SCAN_COLUMNS = pa.schema(
         ("crc32c", pa.uint32()),  # of the raw voxels
         ("scan_uid", pa.string()),
         ("subset", pa.int16()),  # LUNA16's subset, -1 where there is none
-        ("z", pa.int32()),  # tile origin, voxel
+        ("z", pa.int32()),  # first voxel in the canonical scan
         ("y", pa.int32()),
         ("x", pa.int32()),
         ("spacing_z", pa.float32()),  # mm
@@ -162,16 +173,16 @@ SUB_SCAN_COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class ManifestSchema:
-    """What the manifest of one kind of data set looks like: sub-scans to pretrain on, or samples of a target task."""
+    """What the manifest of a data set must look like: of sub-scans for pretraining, or of samples of a target task."""
 
-    schema: pa.Schema | None  # None: any that has PLACES
-    dims: int | None  # of a record: 3 for voxels [z,y,x], 4 with channels; None: any
-    meta: dict[str, Any]  # forms (`typed`) of what its metadata may hold
-    made_by: str
-    remedy: str  # where there is no manifest
+    schema: pa.Schema | None  # None: any that has LOCATION_COLUMNS
+    dims: int | None  # axes of an array: 3 for voxels [z,y,x], 4 with channels; None: either
+    meta: dict[str, Any]  # types of optional metadata, as for `files.type_mismatch`
+    made_by: str  # the command that writes such a set
+    remedy: str  # what to do where there is no manifest
 
 
-LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # where records lie, in every kind of set
+LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has
 SUB_SCAN_SCHEMA = ManifestSchema(
     SUB_SCAN_COLUMNS,
     3,
@@ -179,6 +190,5 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     "preprocess/shard_luna.py or preprocess/shard_scans.py",
     "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
 )
-ANY_SCHEMA = ManifestSchema(
-    None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy
-)  # to check its bytes, whatever they mean
+# Accepts any kind of set, to check its bytes alone.
+ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)

@@ -1,7 +1,7 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-The scan is cut by `workers.cut_scan`, as at first, into `DIR/.repair`. All settings come from the manifest. It does not
-say whether gaps in DICOM series were allowed, and need not: where none were, there are none.
+A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
+the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ from p2w.files import hold_lock
 from p2w.progress import Progress, say
 from p2w.resources import usable_cores
 from p2w.shards import manifest_schema
-from p2w.shards.build import default_workers, result_of_worker
+from p2w.shards.build import check_workers, cut_in_workers
 from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
 from p2w.shards.manifest import DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.shards.manifest_schema import ANY_SCHEMA
 from p2w.shards.tiling import Tiling
-from p2w.shards.workers import cut_scan, worker_pool
+from p2w.shards.workers import cut_scan
 
-USAGE = """Whether the shards of a data set are the bytes that were written; and repair from the scans they were cut from.
+USAGE = """Check that the shards of a data set are the bytes that were written, and repair them from their scans.
 
     p2w verify shards                                    # every byte of every shard, as fast as the disk reads
     p2w verify shards --repair --luna LUNA16             # cut what is damaged again, from LUNA16
     p2w verify shards --repair --scans /data/a /data/b   # or from the folders that preprocess/shard_scans.py got
 
-The manifest carries a checksum of itself, of every shard and of every sub-scan. A shard that differs is looked
-into: either sub-scans are damaged, which training would stop at, or only what stands between them. Repair cuts the
-scan again by the code that cut it first, beside the damaged shard, and replaces that only by a shard that is,
-byte for byte, the one the manifest tells of. Exit code 0: all is sound (again); 1: something is damaged, all of it
-named; 2: no data set there.
+The manifest has a checksum of itself, of every shard and of every sub-scan. In a shard that differs, every sub-scan is
+checked: either sub-scans are damaged, at which training would stop, or only the bytes between them. Repair cuts the scan
+again with the code that cut it first, into a folder of its own, and replaces the damaged shard only if the new one has
+exactly the bytes that the manifest describes. Exit code 0: all is sound, or repaired; 1: something is damaged, and every
+damaged shard is named; 2: there is no data set.
 """
 
 
 PIECE = 4 << 20  # bytes read at a time
-NAMED = 8  # damaged sub-scans of one shard named in its line; the others are counted
+MOST_NAMED = 8  # damaged sub-scans of one shard that its line names; the others are counted
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Whether the shards of a data set are the bytes that were written; and repair from the scans they came from."""
+    """Command line of `p2w verify`."""
 
     shards: tyro.conf.Positional[str] = "shards"
     """Folder of the data set."""
@@ -65,26 +65,26 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ShardFault:
-    """A shard that is not what was written: what is wrong, and keys of the sub-scans that are damaged."""
+    """A damaged shard: its entry in the manifest, what is wrong, and the keys of its damaged sub-scans."""
 
     shard: dict[str, Any]
     what: str
     keys: list[str] = field(default_factory=list)
 
     def line(self, root: str) -> str:
-        """For the user."""
+        """One line for the user."""
         where = os.path.join(root, self.shard["name"])
         if not self.keys:
             return f"damaged: {where}: {self.what}; no sub-scan is: only headers, padding or metadata differ"
-        more = f" and {len(self.keys) - NAMED} more" if len(self.keys) > NAMED else ""
+        more = f" and {len(self.keys) - MOST_NAMED} more" if len(self.keys) > MOST_NAMED else ""
         many = f"{len(self.keys)} sub-scans" if len(self.keys) > 1 else "1 sub-scan"
-        return f"damaged: {where}: {self.what}; {many}: {', '.join(self.keys[:NAMED])}{more}"
+        return f"damaged: {where}: {self.what}; {many}: {', '.join(self.keys[:MOST_NAMED])}{more}"
 
 
 def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = None) -> ShardFault | None:
     """Compare one shard with the manifest; None when every byte is what was written.
 
-    `root` is where the shard lies, if not beside the manifest.
+    `root` is the folder of the shard, by default that of the manifest.
     """
     root = manifest.root if root is None else root
     fault = manifest_schema.shard_fault(root, shard)
@@ -100,13 +100,15 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
                 fault = f"crc32c {crc:08x}, the manifest says {shard['crc32c']:08x}"
             else:
                 fault = f"{fault}, the manifest says {shard['nbytes']:,}"
-            return ShardFault(shard, fault, [key for key, *place in rows if not _sound(file, *place)])
+            return ShardFault(
+                shard, fault, [key for key, *location in rows if not _is_sound(file, *location)]
+            )
     except OSError as error:
         return ShardFault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
 
 
-def _open(where: str) -> Manifest:
-    """A set of sub-scans, or of a target task's samples: their bytes are checked alike."""
+def _open_manifest(where: str) -> Manifest:
+    """Open the manifest of a set of sub-scans or of a target task's samples; both are checked in the same way."""
     try:
         return open_manifest(where)
     except DamagedManifest as error:
@@ -125,14 +127,14 @@ def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int
 
 
 def _checksum(file: BinaryIO) -> int:
-    """Of the whole file. crc32c and readinto release the GIL, so threads run side by side."""
+    """CRC-32C of a whole file. crc32c and readinto release the GIL, so threads run in parallel."""
     crc, buffer = 0, memoryview(bytearray(PIECE))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         crc = crc32c(buffer[:count], crc)
     return crc
 
 
-def _sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
+def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
     """Whether a sub-scan's voxels are those that were written."""
     try:
         data = os.pread(file.fileno(), nbytes, offset)
@@ -142,7 +144,7 @@ def _sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
 
 
 def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
-    """Every shard of the set, several at a time; the damaged ones, in the manifest's order. Shows progress."""
+    """Check all shards, `workers` at a time, and return the damaged ones in the manifest's order. Shows progress."""
     shards = manifest.meta["shards"]
     total, done, began = sum(shard["nbytes"] for shard in shards), 0, time.monotonic()
     found: dict[str, ShardFault] = {}
@@ -160,14 +162,14 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
                     rate = done / max(1e-9, time.monotonic() - began)
                     progress.step(f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s")
                 progress.tick()
-        except BaseException:  # Ctrl-C: no shard is begun any more
+        except BaseException:  # such as Ctrl-C: start no further shard
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[shard["name"]] for shard in shards if shard["name"] in found]
 
 
 def main(argv: list[str]) -> int:
-    """Check, and repair where asked to."""
+    """Run `p2w verify` with these arguments; the exit code."""
     options = tyro.cli(
         VerifyOptions, args=argv, prog="p2w verify", description=USAGE, config=(tyro.conf.FlagCreatePairsOff,)
     )
@@ -175,14 +177,13 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--repair goes with --luna FOLDER or with --scans FOLDER ..., whichever the set was cut from"
         )
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers}: 1 or more, or 0 for one a core")
+    check_workers(options.workers)
     if "://" in options.shards:
         raise UserError(
             f"{options.shards}: only a folder can be verified; training checks what it streams, copy the set to check it"
         )
     try:
-        manifest = _open(options.shards)
+        manifest = _open_manifest(options.shards)
     except DamagedManifest as error:
         again = "repeat the preprocess command that cut the set, it writes the manifest again and no finished shard"
         say(f"damaged: {error}, or {again}")
@@ -213,50 +214,49 @@ def main(argv: list[str]) -> int:
 def repair_shards(
     manifest: Manifest, shards: list[dict[str, Any]], luna: str | None, scans: tuple[str, ...], workers: int
 ) -> int:
-    """Cut these shards again; how many could not be. Says what became of each.
+    """Cut these shards again, print a line on each, and return how many could not be repaired.
 
     Raises UserError when the folders of the scans are not there, or the manifest does not say how to cut.
     """
-    settings, sources = _settings(manifest), {source["uid"]: source for source in manifest.meta["sources"]}
-    beside = BuildFolder(os.path.join(manifest.root, ".repair"), settings)
+    settings, sources = (
+        _sharding_settings(manifest),
+        {source["uid"]: source for source in manifest.meta["sources"]},
+    )
+    repair_folder = BuildFolder(os.path.join(manifest.root, ".repair"), settings)
     busy = f"{manifest.root}: another process repairs it; wait for it"
     with hold_lock(os.path.join(manifest.root, ".run"), "repair", busy):
-        found = _find(manifest, luna, scans)
+        found = _find_scans(manifest, luna, scans)
         known = {source.uid: source for source in found.sources}
         bad = dict(found.bad)
         todo: dict[str, tuple[ScanSource, dict[str, Any]]] = {}
         for shard in shards:
             uid = os.path.splitext(shard["name"])[0]
-            told, source = sources.get(uid), known.get(uid)
-            if told is None or source is None or source.name != told["file"]:
-                name = told["file"] if told else uid
+            recorded, source = sources.get(uid), known.get(uid)
+            if recorded is None or source is None or source.name != recorded["file"]:
+                name = recorded["file"] if recorded else uid
                 why = bad.get(
                     name, f"is not below {luna or ' '.join(scans)}: name the folder the set was cut from"
                 )
                 say(f"not repaired: {shard['name']}: its scan {name} {why}")
             else:
                 todo[uid] = (source, shard)
-        shutil.rmtree(beside.root, ignore_errors=True)
+        shutil.rmtree(repair_folder.root, ignore_errors=True)
         try:
-            done = _cut(manifest, todo, beside, min(workers or default_workers(), len(todo))) if todo else 0
+            done = _cut(manifest, todo, repair_folder, workers) if todo else 0
         finally:
-            shutil.rmtree(beside.root, ignore_errors=True)
+            shutil.rmtree(repair_folder.root, ignore_errors=True)
     return len(shards) - done
 
 
-def _settings(manifest: Manifest) -> ShardingSettings:
-    """How the set was cut."""
+def _sharding_settings(manifest: Manifest) -> ShardingSettings:
+    """The settings with which the set was cut. Raises UserError when the manifest lacks them."""
     meta = manifest.meta
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
-    tiling = meta["tiling"]
-    tile = (tiling["tile"][0], tiling["tile"][1], tiling["tile"][2])
-    return ShardingSettings(
-        Tiling(tile, tiling["z_margin"], tiling["min_std_hu"]), meta["format"], allow_gaps=True
-    )
+    return ShardingSettings(Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True)
 
 
-def _find(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
+def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
         return find_scans(list(scans), manifest.root, allow_gaps=True)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
@@ -266,52 +266,54 @@ def _find(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanL
 
 
 def _cut(
-    manifest: Manifest, todo: dict[str, tuple[ScanSource, dict[str, Any]]], beside: BuildFolder, workers: int
+    manifest: Manifest,
+    todo: dict[str, tuple[ScanSource, dict[str, Any]]],
+    repair_folder: BuildFolder[ShardingSettings],
+    workers: int,
 ) -> int:
-    """Cut and compare; how many shards were put in place."""
+    """Cut scans and replace those of their shards that come out as the manifest says; the number of replaced ones."""
     done = 0
-    os.makedirs(os.path.join(beside.root, "scans"))
-    progress = Progress(len(todo), "scans")
-    with progress, worker_pool(workers) as submit:
-        waiting = {submit(cut_scan, source, beside, JobShare()): uid for uid, (source, _) in todo.items()}
-        while waiting:
-            for task in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                uid = waiting.pop(task)
-                source, shard = todo[uid]
-                why = _differs(manifest, result_of_worker(task, source, waiting), shard, beside)
-                if why is None:
-                    os.replace(beside.shard(uid), os.path.join(manifest.root, shard["name"]))
-                    _sync(manifest.root)
-                    done += 1
-                    say(
-                        f"repaired: {shard['name']}, from {source.name}: crc32c {shard['crc32c']:08x} as in the manifest"
-                    )
-                else:
-                    say(f"not repaired: {shard['name']}: its scan {source.name} {why}")
-                progress.step(f"{done} repaired")
-            progress.tick()
+    os.makedirs(os.path.join(repair_folder.root, "scans"))
+
+    def finish(source: ScanSource, record: dict[str, Any]) -> str:
+        nonlocal done
+        shard = todo[source.uid][1]
+        why = _difference(manifest, record, shard, repair_folder)
+        if why is None:
+            os.replace(repair_folder.shard(source.uid), os.path.join(manifest.root, shard["name"]))
+            _sync(manifest.root)
+            done += 1
+            say(
+                f"repaired: {shard['name']}, from {source.name}: crc32c {shard['crc32c']:08x} as in the manifest"
+            )
+        else:
+            say(f"not repaired: {shard['name']}: its scan {source.name} {why}")
+        return f"{done} repaired"
+
+    jobs = [(source, repair_folder, JobShare()) for source, _ in todo.values()]
+    cut_in_workers(cut_scan, jobs, "scans", workers, finish)
     return done
 
 
-def _differs(
-    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], beside: BuildFolder
+def _difference(
+    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: BuildFolder[ShardingSettings]
 ) -> str | None:
-    """Why what was cut is not the shard of the manifest; None when it is, as read back from the disk."""
+    """Why the new shard in `folder` is not the one of the manifest; None when, read back from the disk, it is."""
     if "bad" in record:
         return record["bad"]
-    told = next(source for source in manifest.meta["sources"] if source["uid"] == record["uid"])
-    if record["checksum"] != told["checksum"]:
+    recorded = next(source for source in manifest.meta["sources"] if source["uid"] == record["uid"])
+    if record["checksum"] != recorded["checksum"]:
         return (
-            f"has changed since it was cut ({record['checksum']}, the manifest says {told['checksum']}): bring the "
+            f"has changed since it was cut ({record['checksum']}, the manifest says {recorded['checksum']}): bring the "
             "old one back, or cut the set anew"
         )
-    if record["shard"] is None or verify_shard(manifest, shard, beside.root) is not None:
+    if record["shard"] is None or verify_shard(manifest, shard, folder.root) is not None:
         return f"is the same but gives another shard now; the set was cut by {manifest.meta.get('tool')}: cut it anew"
     return None
 
 
 def _sync(folder: str) -> None:
-    """Make a rename durable."""
+    """Flush a folder to the disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Worker processes that cut one scan into one shard each; none outlives the process that started it."""
+"""Worker processes that cut one scan into one shard each; they end with the process that started them."""
 
 import contextlib
 import errno
@@ -31,14 +31,17 @@ from p2w.shards.writer import ShardFile, open_shard
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Callable[..., Any]]:
-    """Worker processes that end with this one, however it ends, and at once."""
+    """Start worker processes and give `submit(function, *arguments)`, which returns a future.
+
+    The workers end at once when the block is left or this process ends, whatever the reason.
+    """
     threads = max(1, usable_cores() // workers)
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
 
     def submit(*task: Any) -> Any:
-        # A worker starts in here and inherits that Ctrl-C is ignored: none dies of it with a traceback while
-        # it imports. The price is a Ctrl-C that is lost in these milliseconds.
+        # A worker that starts here inherits that Ctrl-C is ignored, so that none prints a traceback while it imports.
+        # The price: a Ctrl-C within these milliseconds is lost.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return executor.submit(*task)
@@ -64,47 +67,47 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 
 def _start_worker(threads: int) -> None:
-    """In the worker: Ctrl-C is the parent's business, and a killed parent takes the worker along."""
+    """Prepare a worker: it ignores Ctrl-C, which the parent handles, and ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet_itk(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def _follow(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
 
 
 def cut_scan(source: ScanSource, folder: BuildFolder[ShardingSettings], share: JobShare) -> dict[str, Any]:
-    """Read, cut, write; the record of it stands in the folder when this returns.
+    """Read a scan, write its shard and its record into the folder, and return the record.
 
-    A bad scan is a record too. Raises UserError when the folder cannot be written (a full disk).
+    A bad scan gets a record that says why. Raises UserError when the folder cannot be written (a full disk).
     """
     record: dict[str, Any] = {"uid": source.uid, "name": source.name, "subset": source.subset}
-    aside = folder.aside(source.uid, share.name)
+    temporary = folder.temporary_path(source.uid, share.name)
     try:
-        os.makedirs(aside, exist_ok=True)
+        os.makedirs(temporary, exist_ok=True)
         try:
-            record |= _write(_read(source), source, folder, aside)
+            record |= _write(_read(source), source, folder, temporary)
         except BadScan as error:
             record |= {"bad": str(error)}
-        if not record.get("shard"):  # of a time when the scan was another
+        if not record.get("shard"):  # a shard of an earlier version of this scan may exist
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(folder.shard(source.uid))
         write_published(
-            folder.sidecar(source.uid), canonical_json(record), os.path.join(aside, "record.json")
+            folder.sidecar(source.uid), canonical_json(record), os.path.join(temporary, "record.json")
         )
     except OSError as error:
         raise UserError(unwritable_folder(folder.root, error)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 
 def _read(source: ScanSource) -> Scan:
-    """Whatever a reader stumbles over in a file is a property of that file."""
+    """Read a scan. Raises BadScan for any error of a reader: a damaged file must not stop the others."""
     try:
         return read_scan(source)
     except OSError as error:
@@ -118,11 +121,11 @@ def _read(source: ScanSource) -> Scan:
 
 
 def _write(
-    scan: Scan, source: ScanSource, folder: BuildFolder[ShardingSettings], aside: str
+    scan: Scan, source: ScanSource, folder: BuildFolder[ShardingSettings], temporary: str
 ) -> dict[str, Any]:
-    """The shard of a scan, renamed into place, and all the manifest will say of it."""
+    """Write the shard of a scan, rename it into place, and return the rest of the scan's record."""
     tiling, grid = folder.settings.tiling, scan.grid
-    path = os.path.join(aside, os.path.basename(folder.shard(scan.uid)))
+    path = os.path.join(temporary, os.path.basename(folder.shard(scan.uid)))
     spacing = dict(zip(("spacing_x", "spacing_y", "spacing_z"), map(_single, grid.spacing), strict=True))
     shard: ShardFile | None = None
     rows, left_out = [], 0
@@ -131,7 +134,7 @@ def _write(
             if sub.std_hu < tiling.min_std_hu:
                 left_out += 1
                 continue
-            shard = shard or open_shard(path, tiling.tile)
+            shard = shard or open_shard(path, tiling.shape)
             rows.append(shard.add(_row(scan.uid, source.subset, sub) | spacing, sub.voxels))
         done = shard.close() if shard else None
     except BaseException:
@@ -167,12 +170,12 @@ def _row(uid: str, subset: int, sub: SubScan) -> dict[str, Any]:
 
 
 def _single(value: float) -> float:
-    """As the manifest's float32 will hold it, so that shard, record and manifest agree to the bit."""
+    """Round to float32, as the manifest does, so that shard, record and manifest agree to the bit."""
     return float(np.float32(value))
 
 
 def unwritable_folder(root: str, error: OSError) -> str:
-    """Why the data set at `root` goes no further, and what to do."""
+    """One line for the user: the data set at `root` cannot be written, why, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = 0
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The shard of one scan: its sub-scans as a WebDataset tar or an Arrow IPC file, voxels raw and in place.
+"""Write a shard: the sub-scans of one scan in a WebDataset tar or an Arrow IPC file, voxels uncompressed.
 
-Both hold int16 little-endian voxels [z,y,x] uncompressed, start them on a multiple of 64 bytes and give the
-same row for the manifest, so that a reader needs only (offset, nbytes) and can map the file.
+In both, the voxels of a sub-scan are int16 little-endian [z,y,x] and start at a multiple of 64 bytes, and the row for the
+manifest is the same: a reader needs only (offset, nbytes), and can map the file into memory.
 
 - tar: members `KEY.npy` and `KEY.json` with fixed times and owners; opens with stock `webdataset`.
 - Arrow: one record batch per sub-scan, voxels (`fixed_shape_tensor`) and metadata; opens with `pyarrow`.
@@ -22,13 +22,13 @@ from p2w.files import canonical_json
 from p2w.shards.manifest_schema import SUB_SCAN_COLUMNS
 
 ALIGNMENT = 64  # bytes: a cache line, and what Arrow asks for
-PLACED = ("split", "fold", "shard", "offset", "nbytes")  # what only the manifest says of a record
+MANIFEST_ONLY = ("split", "fold", "shard", "offset", "nbytes")  # columns that shards do not repeat
 NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing": "mm"}
 
 
 def columns_of(schema: pa.Schema) -> list[str]:
-    """Columns of a manifest that are written beside the voxels too."""
-    return [name for name in schema.names if name not in PLACED]
+    """Columns of a manifest that a shard holds as well, beside the voxels."""
+    return [name for name in schema.names if name not in MANIFEST_ONLY]
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,29 @@ class Shard:
 
 
 class ShardFile(Protocol):
-    """What both formats can do. `add` completes a row by its crc32c, offset and nbytes."""
+    """An open shard of either format."""
 
     def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
-        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); `row` holds key, scan_uid, … as in the manifest."""
+        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); returns the row with its crc32c, offset and nbytes.
+
+        `row` has the columns of the manifest: key, scan_uid, …
+        """
 
     def close(self) -> Shard:
-        """End the file and flush it to the disk."""
+        """Complete the file and flush it to the disk."""
 
     def abandon(self) -> None:
-        """Close the file as it is, on the way out after an error."""
+        """Close the incomplete file after an error."""
 
 
 class _Sink:
-    """A file that knows its position and checksum: what was written is checked, without reading it back."""
+    """A file that counts its bytes and computes their CRC-32C as they are written."""
 
     def __init__(self, path: str) -> None:
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by the shard)
         self.position = 0
         self.crc = 0
-        self.closed = False  # pyarrow asks
+        self.closed = False  # pyarrow reads it
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -71,7 +74,7 @@ class _Sink:
         return written
 
     def flush(self) -> None:
-        """Nothing is buffered; pyarrow calls it."""
+        """Do nothing: nothing is buffered, but pyarrow calls it."""
 
     def finish(self) -> Shard:
         os.fsync(self.file.fileno())
@@ -89,7 +92,7 @@ def _check(voxels: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 class TarShard:
-    """A tar of `KEY.npy` and `KEY.json`, the same bytes for the same content."""
+    """A tar of `KEY.npy` and `KEY.json`; equal content gives equal bytes."""
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class TarShard:
         self.columns = columns_of(schema)
         header = io.BytesIO()
         npy.write_array_header_1_0(header, {"descr": "<i2", "fortran_order": False, "shape": shape})
-        self.npy_header = header.getvalue()  # 128 bytes, so the voxels keep the tar block's alignment
+        self.npy_header = header.getvalue()  # 128 bytes, so that voxels stay aligned to 64
 
     def _member(self, name: str, size: int) -> None:
         info = tarfile.TarInfo(name)
@@ -131,18 +134,18 @@ class TarShard:
         return {**row, "offset": offset, "nbytes": voxels.nbytes}
 
     def close(self) -> Shard:
-        """Two empty blocks end a tar, and its length is a multiple of the record size."""
+        """Write the end of the tar, two empty blocks and padding to the record size, and flush it to the disk."""
         self.sink.write(bytes(2 * tarfile.BLOCKSIZE))
         self._pad(tarfile.RECORDSIZE)
         return self.sink.finish()
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the incomplete file after an error."""
         self.sink.close()
 
 
 class ArrowShard:
-    """An Arrow IPC file of one record batch per sub-scan, voxels first: they start the batch's body."""
+    """An Arrow IPC file with one record batch per sub-scan; the voxels are the first column, so they start its body."""
 
     def __init__(
         self,
@@ -168,15 +171,17 @@ class ArrowShard:
         return pa.record_batch(columns, schema=self.schema)
 
     def _measure(self, batch: pa.RecordBatch) -> None:
-        """Bytes between the end of one batch and the voxels of the next, for every padding of its metadata.
+        """Measure the bytes between the end of one batch and the voxels of the next, for every padding of its metadata.
 
-        Arrow aligns a body to 8 bytes only; a blank note of the right length brings it to a multiple of 64.
+        Arrow aligns a body to 8 bytes only; a metadata entry of blanks of the right length brings it to a multiple of 64.
         """
         for padding in range(0, ALIGNMENT, 8):
             sink = pa.BufferOutputStream()
             note = {"padding": " " * padding}
             with pa.ipc.new_file(sink, self.schema) as writer:
-                writer.write_batch(batch, custom_metadata=note)  # and the schema, which Arrow writes with it
+                writer.write_batch(
+                    batch, custom_metadata=note
+                )  # Arrow writes the schema with the first batch
                 end = sink.tell()
                 writer.write_batch(batch, custom_metadata=note)
             data = sink.getvalue()
@@ -199,12 +204,12 @@ class ArrowShard:
         return {**row, "offset": offset, "nbytes": voxels.nbytes}
 
     def close(self) -> Shard:
-        """Write the footer."""
+        """Write the footer and flush the file to the disk."""
         self.writer.close()
         return self.sink.finish()
 
     def abandon(self) -> None:
-        """Close the file as it is, without asking Arrow to write a footer."""
+        """Close the incomplete file after an error, without the footer that Arrow would write."""
         self.sink.close()
 
 
@@ -214,8 +219,8 @@ FORMATS: dict[str, type[TarShard] | type[ArrowShard]] = {"tar": TarShard, "arrow
 def open_shard(
     path: str, shape: tuple[int, ...], schema: pa.Schema = SUB_SCAN_COLUMNS, note: dict[str, Any] = NOTE
 ) -> ShardFile:
-    """A new shard of records of `shape` at `path`, in the format of its extension (.tar or .arrow).
+    """Create a shard at `path`, in the format of its extension (.tar or .arrow), for arrays of `shape`.
 
-    Beside the voxels stands what the manifest's `schema` says of them; an Arrow file's own metadata is `note`.
+    Every array is stored with the columns that `columns_of(schema)` names. `note` is the metadata of an Arrow file.
     """
     return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note)

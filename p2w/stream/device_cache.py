@@ -1,9 +1,9 @@
-"""A split's sub-scans in the memory of one device, each from when it is first read: the setting `data.cache_on_device`.
+"""The setting `data.cache_on_device`: keep the sub-scans of a split in the memory of a device once they were read.
 
-Order, voxels and stand-ins are those of a stream that reads from disk, bit for bit: only where the voxels come from changes.
-What a rank has read once, checksum and all, is not read again; 28,144 sub-scans of 2 MiB are 59 GB. Each rank holds every
-sub-scan of the split that it meets, and not a share of them: the order deals ids to ranks anew each epoch, so a rank of W
-meets them all, (1 - 1/W)^e of them not yet after e epochs. A set below a URL gains most: it crosses the network once.
+Order, voxels and substitutes are those of a stream without cache, bit for bit. A rank reads and checks every sub-scan once;
+28,144 sub-scans of 2 MiB are 59 GB. Each rank needs memory for the whole split: ids are shuffled over ranks anew in each
+epoch, so that a rank reads all of them sooner or later; after e epochs on W ranks, a share (1 - 1/W)^e is still unread. A
+set below a URL gains most, since it crosses the network once per rank.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,24 @@ from p2w.stream.local import ShardSet
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be had on a device now; of the CPU, what Linux and this process's control group leave."""
+    """Free memory of a device in bytes; for the CPU, what Linux and this process's control group still allow."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_memory()
 
 
 class DeviceCache:
-    """Room for a split on a device, and which sub-scans are there."""
+    """Memory for the sub-scans of a split on a device, and which of them it has."""
 
     def __init__(
         self, shards: ShardSet, split: str, device: torch.device, *, reserve: int = 0, sharers: int = 1
     ) -> None:
-        """Take the memory at once; `reserve` bytes must stay free, and `sharers` processes share what is free.
+        """Allocate memory for the whole split now.
+
+        `reserve` bytes must stay free for the network; `sharers` processes share the free memory.
 
         Raises:
-            UserError: it does not fit.
+            UserError: the split does not fit.
         """
         self.ids = shards.ids(split)  # ascending
         need, free = len(self.ids) * shards.nbytes, free_bytes(device) // sharers
@@ -48,31 +50,32 @@ class DeviceCache:
             raise UserError(refusal)
         try:
             self.voxels = torch.empty((len(self.ids), *shards.shape), dtype=torch.int16, device=device)
-        except torch.OutOfMemoryError as error:  # free, but not in one piece, or taken meanwhile
+        except torch.OutOfMemoryError as error:  # fragmented, or taken by another process meanwhile
             raise UserError(refusal) from error
-        self.there: NDArray[np.bool_] = np.zeros(len(self.ids), np.bool_)
+        self.filled: NDArray[np.bool_] = np.zeros(len(self.ids), np.bool_)
         self._written: torch.cuda.Event | None = (
-            None  # in whichever CUDA stream that was: iterations have their own
+            None  # end of the last copy into the cache, in whichever CUDA stream it ran
         )
 
-    def places(self, ids: Ids) -> Ids:
-        """Where ids of the split stand in `voxels` and `there`."""
+    def rows_of(self, ids: Ids) -> Ids:
+        """Rows of `voxels` and `filled` that belong to ids of the split."""
         return np.searchsorted(self.ids, ids)
 
     def gather(self, ids: Tensor, fresh: Sequence[int], source: Tensor, out: Tensor) -> None:
-        """Take the `fresh` rows in from `source`, then fill `out` (b, D, H, W), on the device, with the batch of `ids`.
+        """Copy the rows `fresh` of `source` into the cache, then fill `out` with the batch of `ids` from the cache.
 
-        On a GPU all of it is queued in the current CUDA stream. `source` (b, D, H, W) is on the CPU, pinned for a GPU.
+        `source` and `out` are int16 (b, D, H, W); `source` is on the CPU, pinned for a GPU, `out` on the device. On a GPU
+        all copies are queued in the current CUDA stream.
         """
-        places = self.places(ids.numpy())
+        cache_rows = self.rows_of(ids.numpy())
         if self._written is not None:
             torch.cuda.current_stream(out.device).wait_event(self._written)
         if fresh:
-            rows = [self.voxels[places[row]] for row in fresh]
+            rows = [self.voxels[cache_rows[row]] for row in fresh]
             for row, voxels in zip(fresh, rows, strict=True):
                 voxels.copy_(source[row], non_blocking=True)
-            self.there[places[list(fresh)]] = True
+            self.filled[cache_rows[list(fresh)]] = True
             if out.is_cuda:
                 self._written = torch.cuda.current_stream(out.device).record_event()
-        # One launch, whose offsets have 64 bits whatever torch does for an index into 30 billion voxels.
-        torch._foreach_copy_(list(out.unbind()), [self.voxels[place] for place in places])
+        # One kernel launch with 64-bit offsets, which an index into 30 billion voxels needs.
+        torch._foreach_copy_(list(out.unbind()), [self.voxels[row] for row in cache_rows])

@@ -1,11 +1,11 @@
-"""A data set in a folder, read in place: the manifest says where each sub-scan's voxels lie, in tar or Arrow.
+"""A data set in a folder: the manifest says in which shard, tar or Arrow, and at which byte each sub-scan starts.
 
-Every shard is mapped into memory on first use and stays mapped. Reading a sub-scan is one copy from the page
-cache into the caller's array; the checksum is taken of the copy. A map needs no open file behind it, so
-thousands of shards need no file descriptors. Shards are never changed in place: preprocessing and repair write
-them anew and rename. A copy from a map of a file that someone cut short would end the process with a bus error, so
-the file's size is looked at before each copy: 2 microseconds of 300. Cut in between, or on a network disk
-whose attributes are seconds old, it still ends the process; the next start then names the shard.
+Every shard is mapped into memory on first use and stays mapped. Reading a sub-scan is one copy from the page cache into
+the caller's array; the checksum is computed from the copy. A map needs no open file, so thousands of shards need no file
+descriptors. Shards are never changed in place: preprocessing and repair write a new file and rename it. Copying from the
+map of a file that was truncated meanwhile would end the process with a bus error, so the size of the file is checked
+before each copy, which takes 2 of 300 microseconds. If it is truncated just after that, or on a network disk whose
+attributes are seconds old, the process still ends; the next start then names the shard.
 """
 
 import functools
@@ -24,7 +24,7 @@ from p2w.shards.manifest import Manifest, repair_command
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
-_BLOCK = 512 << 10  # bytes copied, then checked while they are still in a core's own cache
+_BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
 
 
 class DataError(UserError):
@@ -32,27 +32,27 @@ class DataError(UserError):
 
 
 class SampleReader(Protocol):
-    """Anything that puts sub-scans into arrays."""
+    """An object that reads sub-scans into arrays."""
 
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them."""
 
 
 class ShardSet:
-    """What the manifest tells of a data set, local or remote. A sub-scan's id is its row there."""
+    """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
-    at_once = 1  # threads that it takes, at least, to hide what one waits for
+    min_threads = 1  # reader threads needed to hide the latency of a request
 
     def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
-        """Index the manifest of the data set at `where`; `verify=False` skips checksums, to measure them."""
+        """Index the manifest of the data set at `where`; `verify=False` skips checksums, for measurements."""
         table = manifest.table
         self.where = where
         self.meta = manifest.meta
         self.shape: tuple[int, int, int] = tuple(self.meta["shape"])  # D, H, W
         self.nbytes = 2 * int(np.prod(self.shape))
         self.verify = verify
-        self.on_bad: Literal["stop", "skip"] = "stop"  # what streams do about sub-scans that cannot be used
-        self.named_bad: set[int] = set()  # those that a warning has named
+        self.on_bad: Literal["stop", "skip"] = "stop"  # what streams do with sub-scans that cannot be read
+        self.reported_bad: set[int] = set()  # ids that a warning has named
         self.keys = table["key"]
         self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
         self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
@@ -68,7 +68,7 @@ class ShardSet:
             )
 
     def __len__(self) -> int:
-        """Sub-scans in all splits."""
+        """Number of sub-scans in all splits."""
         return len(self.offsets)
 
     def ids(self, split: str) -> Ids:
@@ -88,31 +88,31 @@ class ShardSet:
         return sampler.shuffled_order(ids, batch, seed, epoch)
 
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
-        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        """Ids of every step of a validation pass, (steps, batch), the last one padded."""
         return sampler.fixed_order(ids, batch)
 
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """A reader to be asked by one thread for these ids, in the order that (seed, epoch) gave them."""
+        """A reader for one thread, which asks for these ids in this order, made from `shuffle`, its (seed, epoch)."""
         raise NotImplementedError
 
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
 
         Raises:
-            DataError: the shard does not hold the sub-scan, or its checksum differs from the manifest's.
+            DataError: the shard cannot be read, or the checksum of the sub-scan differs from the manifest's.
         """
         with self.reader(np.array([sub_scan], np.int64)) as reader:
             reader.read_into(sub_scan, out)
 
     def damaged(self, sub_scan: int, what: str) -> DataError:
-        """The error for a sub-scan that cannot be used."""
+        """The error for a sub-scan that cannot be read: `what` is wrong, and how to repair it."""
         shard = self.shard(sub_scan)
         return DataError(f"{self.where}: shard {shard}, key {self.key(sub_scan)}: {what}; {self.remedy()}")
 
     def remedy(self) -> str:
-        """What to do about a damaged shard."""
+        """The command that repairs a damaged shard, in words for a message."""
         return f"cut that scan again: {repair_command(self.where, self.meta)}"
 
     def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:
@@ -122,7 +122,7 @@ class ShardSet:
         target = target.reshape(-1).view(np.uint8)
         if len(source) != self.nbytes:
             raise self.damaged(sub_scan, f"{len(source)} bytes of {self.nbytes}")
-        # Copies and crc32c release the GIL, so reader threads run side by side.
+        # Copies and crc32c release the GIL, so reader threads run in parallel.
         if not self.verify:
             np.copyto(target, source)
             return
@@ -144,13 +144,13 @@ class LocalSet(ShardSet):
     """A data set in a folder."""
 
     def __init__(self, manifest: Manifest, verify: bool = True) -> None:
-        """A set whose shards `read_manifest` has found, each of its right size; nothing is opened yet."""
+        """Use a manifest whose shards `read_manifest` has found, each with the right size; nothing is opened yet."""
         super().__init__(manifest, manifest.root, verify)
         self._paths = [os.path.join(self.where, name) for name in self.shard_names]
         self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
 
     def _map_shard(self, number: int) -> NDArray[np.uint8]:
-        """Map one shard, private and never written; torch then closes the file, `mmap` would keep it open."""
+        """Map a shard into memory. Unlike `mmap`, torch closes the file afterwards."""
         path, nbytes = self._paths[number], self.meta["shards"][number]["nbytes"]
         try:
             return torch.from_file(path, shared=False, size=nbytes, dtype=torch.uint8).numpy()
@@ -161,24 +161,24 @@ class LocalSet(ShardSet):
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """The set itself: it can be read anywhere, by any number of threads."""
+        """The set itself: any number of threads can read any sub-scan of it."""
         return nullcontext(self)
 
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
 
         Raises:
-            DataError: the checksum differs from the manifest's, or the shard cannot be read or was cut short.
+            DataError: the checksum differs from the manifest's, or the shard cannot be read or was truncated.
         """
         start, number = int(self.offsets[sub_scan]), int(self.shard_numbers[sub_scan])
         shard = self._map(number)
-        whole = self.meta["shards"][number]["nbytes"]
+        expected = self.meta["shards"][number]["nbytes"]
         try:
             size = os.stat(self._paths[number]).st_size
         except FileNotFoundError:
-            size = whole  # removed: its map still holds it
+            size = expected  # removed, but still in memory by its map
         except OSError as error:
             raise self.damaged(sub_scan, f"the shard cannot be read ({error.strerror})") from error
-        if size != whole:
-            raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {whole:,}")
+        if size != expected:
+            raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {expected:,}")
         self.copy(sub_scan, shard[start : start + self.nbytes], out)

@@ -1,11 +1,11 @@
-"""Which sub-scans at which step: pure functions of (seed, epoch), and the rows of them that one rank reads.
+"""The order of sub-scans, a pure function of (seed, epoch), and the rows of each batch that one rank reads.
 
-Sorting by a 64-bit hash shuffles without a generator's state, so the order stays the same whatever NumPy's
-random streams become, and resuming at any step is a slice. Every order below is an array (steps, batch) of
-ids: row s is the global batch of step s, column j its slot j; rank r of W reads slots r*B/W ... (r+1)*B/W.
+Sorting by a 64-bit hash shuffles without the state of a generator: the order does not depend on NumPy's version, and
+resuming at any step is a slice. Every order below is an array (steps, batch) of ids: row s is the global batch of step s,
+column j its slot j; rank r of W reads the slots r*B/W ... (r+1)*B/W.
 
-Hash: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
-OOPSLA 2014), a bijection of 64 bits, so that two ids never tie.
+The hash is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014),
+a bijection on 64 bits, so that two ids never have the same hash.
 """
 
 import functools
@@ -25,37 +25,36 @@ if TYPE_CHECKING:
 
 
 def epoch_permutation(ids: Ids, seed: int, epoch: int) -> Ids:
-    """The ids in the order of this epoch: sorted by hash64(id, seed, epoch)."""
+    """The ids (n,) in the order of this epoch: sorted by hash64(id, seed, epoch)."""
     return ids[np.argsort(hash64(ids, seed, epoch))]
 
 
 def shuffled_order(ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
-    """Training order of a set that can be read anywhere: (steps, batch), steps = n // batch.
+    """Training order of a set with random access: (steps, batch), steps = n // batch.
 
-    A global shuffle; the n % batch ids at its end are left out, other ones each epoch.
+    A global shuffle; the last n % batch ids of it are left out, different ones in each epoch.
     """
     steps = len(ids) // batch
     return epoch_permutation(ids, seed, epoch)[: steps * batch].reshape(steps, batch)
 
 
 def fixed_order(ids: Ids, batch: int) -> Ids:
-    """Validation order: (ceil(n / batch), batch), every id once and ascending, filled up with the last id."""
+    """Validation order: (ceil(n / batch), batch), every id once in ascending order, padded with the last id."""
     steps = -(-len(ids) // batch)
     return np.concatenate([ids, np.repeat(ids[-1:], steps * batch - len(ids))]).reshape(steps, batch)
 
 
 def streamed_order(ids: Ids, shards: Ids, batch: int, *, seed: int, epoch: int, buffer: int) -> Ids:
-    """Training order of a set that is streamed, shards front to back: (steps, batch), steps = n // batch.
+    """Training order of a set whose shards are streamed from start to end: (steps, batch), steps = n // batch.
 
-    The shards stand in the order of `permutation`, their samples in manifest order behind one
-    another. Slot j of the global batch owns the j-th of `batch` equal stretches of that sequence and shuffles
-    it within `buffer` samples: place i moves to i + u * buffer, u uniform in [0, 1), so that at most `buffer`
-    samples of a slot wait in memory. The n % batch samples at the end are left out. `shards` (n,) is the
-    shard number of each id.
+    The shards are shuffled as a whole, their samples follow in manifest order. Slot j of the global batch gets the j-th of
+    `batch` equal segments of that sequence and shuffles it within `buffer` samples: sample i is sorted by i + u * buffer,
+    u uniform in [0, 1), so that at most `buffer` samples of a slot wait in memory. The last n % batch samples are left
+    out. `shards` (n,) is the shard number of each id.
 
-    Slots belong to the batch and not to ranks, so this order too is independent of the world size, every rank
-    has the same number of steps however few the shards, and each shard crosses the network about once an
-    epoch (twice where two slots share it).
+    Slots belong to the batch and not to ranks. So this order too does not depend on the world size, every rank has the
+    same number of steps however few shards there are, and each shard crosses the network about once per epoch (twice if
+    two slots share it).
     """
     steps = len(ids) // batch
     sequence = ids[np.lexsort((ids, hash64(shards, seed, epoch)))]
@@ -66,10 +65,10 @@ def streamed_order(ids: Ids, shards: Ids, batch: int, *, seed: int, epoch: int, 
 
 
 def streamed_fixed_order(ids: Ids, batch: int) -> Ids:
-    """Validation order of a streamed set: as `fixed`, but each slot reads a stretch of neighbours.
+    """Validation order of a streamed set: as `fixed_order`, but each slot reads a segment of consecutive ids.
 
-    Slot j owns n // batch ids, one more for the first n % batch slots, so that only the last step is filled
-    up, and in the same places as in `fixed`.
+    Slot j gets n // batch ids, and one more if j < n % batch, so that only the last step is padded, in the same slots as
+    in `fixed_order`.
     """
     steps = -(-len(ids) // batch)
     order = np.full((steps, batch), ids[-1] if len(ids) else 0, np.int64)
@@ -81,7 +80,7 @@ def streamed_fixed_order(ids: Ids, batch: int) -> Ids:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order of one rank. `batch` is the global one, B; the rank reads b = B / world_size rows of it."""
+    """Order and rows of one rank. `batch` is the global batch size B, of which the rank reads b = B / world_size rows."""
 
     shards: "ShardSet"
     split: str
@@ -92,10 +91,10 @@ class Sampler:
     training: bool
 
     def __post_init__(self) -> None:
-        """Check.
+        """Check that batch, ranks and split go together.
 
         Raises:
-            UserError: what does not fit, and which batch or number of ranks would.
+            UserError: they do not; the message names a batch size or a number of ranks that would.
         """
         batch, ranks, n = self.batch, self.world_size, self.n
         if batch < 1 or not 0 <= self.rank < ranks:
@@ -122,32 +121,32 @@ class Sampler:
 
     @functools.cached_property
     def all_ids(self) -> Ids:
-        """The ids of the split, ascending."""
+        """Ids (n,) of the split, ascending."""
         return self.shards.ids(self.split)
 
     @property
     def n(self) -> int:
-        """Sub-scans of the split."""
+        """Number of sub-scans in the split."""
         return len(self.all_ids)
 
     @property
     def rows(self) -> int:
-        """Rows of the global batch that this rank reads."""
+        """Number of rows of the global batch that this rank reads."""
         return self.batch // self.world_size
 
     @property
     def share(self) -> slice:
-        """The rank's slots of the global batch."""
+        """Slots of the global batch that this rank reads."""
         return slice(self.rank * self.rows, (self.rank + 1) * self.rows)
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch: n // B in training, ceil(n / B) in validation."""
+        """Number of steps per epoch: n // B in training, ceil(n / B) in validation."""
         return self.n // self.batch if self.training else -(-self.n // self.batch)
 
     @functools.cached_property
     def epoch_ids(self) -> Callable[[int], Ids]:
-        """The rank's ids (steps, b) of an epoch; kept for the few epochs in which the readers stand."""
+        """A function of the epoch that gives the rank's ids (steps, b); the last few epochs are cached."""
 
         @functools.lru_cache(maxsize=4)
         def epoch_ids(epoch: int) -> Ids:
@@ -157,16 +156,16 @@ class Sampler:
 
         return epoch_ids
 
-    def places(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
-        """The (epoch, step) from this one on: endless in training, one pass in validation."""
+    def positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, step) from this position on: without end in training, to the end of the pass in validation."""
         while True:
-            for place in range(step, self.steps):
-                yield epoch, place
+            for at_step in range(step, self.steps):
+                yield epoch, at_step
             if not self.training:
                 return
             epoch, step = epoch + 1, 0
 
     def weight(self, step: int) -> Tensor:
-        """1 for each of the rank's rows (b,) that holds a sub-scan, 0 where validation filled up."""
-        places = torch.arange(step * self.batch, (step + 1) * self.batch)[self.share]
-        return (places < self.n).float()
+        """Weights (b,) float32 of the rank's rows: 1, or 0 for the padding of the last validation batch."""
+        slots = torch.arange(step * self.batch, (step + 1) * self.batch)[self.share]
+        return (slots < self.n).float()

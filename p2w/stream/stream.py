@@ -1,14 +1,13 @@
-"""The online half of the data: endless batches of int16 HU from a sharded set, local or remote.
+"""Batches of int16 HU sub-scans from a data set, local or remote: endless for training, one pass for validation.
 
     shards = open_set("shards")                         # or "https://host/shards", "s3://bucket/shards"
     with Stream(shards, batch=16, seed=0, rank=r, world_size=w, readers=2) as stream:
         for batch in stream.batches(epoch, step):       # batch.voxels (b, D, H, W), b = 16 / w
             ...                                         # resume at (batch.epoch, batch.step + 1)
 
-The ids of a step are a function of (seed, epoch, step) alone: not of the world size, the readers, the shard
-format or restarts. B = global batch, b = B / world size, D, H, W = slice, row, column. Training leaves out
-the last incomplete batch of an epoch (n % B sub-scans, other ones each epoch); validation fills it up and
-gives those places weight 0.
+The ids of a step depend on (seed, epoch, step) alone, not on the world size, the reader threads, the shard format or
+restarts. B = global batch, b = B / world size, D, H, W = slice, row, column. Training leaves out the last incomplete batch
+of an epoch (n % B sub-scans, different ones in each epoch); validation pads it with rows of weight 0.
 """
 
 import time
@@ -27,18 +26,18 @@ from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
 from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import LocalSet, ShardSet
-from p2w.stream.prefetch import RING, BadSamplePolicy, CachedBy, OnBadSample, Prefetch, ReaderThread
+from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
 
 
 def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> ShardSet:
-    """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` leaves out checksums.
+    """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` skips checksums.
 
-    Below http(s), sub-scans are asked for by byte ranges, in the order of a local set, where the server gives those; else
-    tar shards are streamed, in another order (`remote`).
+    From an http(s) server that supports byte ranges, sub-scans are requested one by one, in the order of a local set. From
+    other servers, and from s3, tar shards are streamed in another order (see `tar`).
 
-    With `on_bad="skip"`, streams put another sub-scan in the place of one whose checksum differs or whose shard
-    can no longer be read (`standin`). A set that misses shards from the start is refused all the same.
+    With `on_bad="skip"`, streams read a substitute for a sub-scan whose checksum differs or whose shard can no longer be
+    read (see `prefetch.BadSamplePolicy`). A set that misses shards from the start is refused all the same.
 
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed.
@@ -56,25 +55,23 @@ def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> S
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a step. `voxels` is a reused buffer: valid until the next batch is asked for."""
+    """One rank's rows of a step. `voxels` is a reused buffer, valid until the next batch is requested."""
 
     voxels: Tensor  # (b, D, H, W) int16 HU
-    ids: Tensor  # (b,) int64 manifest rows of what was read
-    weight: (
-        Tensor  # (b,) float32: 1, or 0 where validation filled up the last batch or left out a bad sub-scan
-    )
+    ids: Tensor  # (b,) int64 manifest rows of the sub-scans in it
+    weight: Tensor  # (b,) float32: 1, or 0 for padding of validation's last batch and for its substitutes
     epoch: int
     step: int
-    bad: int = 0  # rows of sub-scans that could not be used, where others stand in
-    fresh: tuple[int, ...] = ()  # rows that were read, where the device holds the others
+    bad: int = 0  # number of rows with a substitute for a sub-scan that could not be read
+    fresh: tuple[int, ...] = ()  # rows that were read; the device cache has the others
 
 
 class Stream:
     """Endless training batches, or one validation pass, of one rank.
 
-    `wait_seconds` adds up the time that the consumer has waited for data. A stream runs one iteration at a
-    time: asking for `batches` again ends the earlier one. Close it, or leave its `with` block, to end its
-    threads at once; they also end with the stream and with the interpreter.
+    `wait_seconds` is the total time that the consumer has waited for data. A stream runs one iteration at a time: another
+    call of `batches` ends the earlier one. Close it, or leave its `with` block, to end its threads at once; they also end
+    with the stream and with the interpreter.
     """
 
     def __init__(
@@ -89,24 +86,24 @@ class Stream:
         readers: int = 2,
         device: torch.device | str = "cpu",
         training: bool = True,
-        held: DeviceCache | None = None,
+        cache: DeviceCache | None = None,
     ) -> None:
-        """Plan the order and allocate the buffers.
+        """Check the order and allocate the buffers.
 
-        `batch` is the global one, B; `readers` counts threads, 0 reads in the calling thread. With a CUDA
-        device the buffers are pinned and batches arrive on the device. `held`: room on that device for the
-        split, which then is read once.
+        `batch` is the global batch size B; `readers` is the number of threads, 0 reads in the calling thread. With a CUDA
+        device the buffers are pinned and batches are tensors on the device. With a `cache` on that device, every sub-scan
+        is read once.
 
         Raises:
             UserError: B is not a multiple of the world size, or larger than the split.
         """
         if readers < 0:
             raise UserError(f"{readers} reader threads: there must be 0 (the caller reads) or more")
-        self.plan = Sampler(shards, split, batch, seed, rank, world_size, training)
-        self.device, self.held = torch.device(device), held
-        self.readers = min(max(readers, shards.at_once), self.plan.rows) if readers else 0
+        self.sampler = Sampler(shards, split, batch, seed, rank, world_size, training)
+        self.device, self.cache = torch.device(device), cache
+        self.readers = min(max(readers, shards.min_threads), self.sampler.rows) if readers else 0
         self.wait_seconds = 0.0
-        shape, pinned = (self.plan.rows, *shards.shape), self.device.type == "cuda"
+        shape, pinned = (self.sampler.rows, *shards.shape), self.device.type == "cuda"
         count = RING if self.readers else 1
         self._ring = [torch.empty(shape, dtype=torch.int16, pin_memory=pinned) for _ in range(count)]
         self._end: weakref.finalize | None = None
@@ -123,21 +120,21 @@ class Stream:
         device: torch.device | str = "cpu",
         split: str = "val",
     ) -> Self:
-        """One pass in fixed order, every sub-scan once; the last batch is filled up with weight 0."""
+        """A stream of one pass in fixed order, every sub-scan once; the last batch is padded with rows of weight 0."""
         share: dict[str, Any] = {"rank": rank, "world_size": world_size}
         return cls(shards, split, batch, **share, readers=readers, device=device, training=False)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch, the same on every rank: n // B in training, ceil(n / B) in validation."""
-        return self.plan.steps
+        """Number of steps per epoch, the same on every rank: n // B in training, ceil(n / B) in validation."""
+        return self.sampler.steps
 
     def batches(self, epoch: int = 0, step: int = 0) -> Generator[Batch, None, None]:
-        """Batches from a position on; (epoch, steps_per_epoch) is (epoch + 1, 0). Reads nothing before it.
+        """Yield batches from a position on, without reading earlier ones; (epoch, steps_per_epoch) is (epoch + 1, 0).
 
         Raises:
             UserError: the position does not exist.
-            DataError: a sub-scan's checksum differs, or its shard cannot be read, and the set's policy is to stop.
+            DataError: a sub-scan's checksum differs or its shard cannot be read, and the set's `on_bad` is "stop".
         """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise UserError(
@@ -147,49 +144,53 @@ class Stream:
         self.close()
         batches = self._host_batches(epoch, step)
         if self.device.type == "cuda":
-            return _upload(batches, self.device, self.held)
-        return _gathered(batches, self.held) if self.held else batches
+            return _upload(batches, self.device, self.cache)
+        return _from_cpu_cache(batches, self.cache) if self.cache else batches
 
     def _host_batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
-        """Batches in the ring's own memory."""
-        plan, threads = self.plan, self.readers
-        count = plan.rows
+        """The batches in the ring's buffers, on the host."""
+        sampler, threads = self.sampler, self.readers
+        count = sampler.rows
         ring = [
             (buffer.numpy(), np.empty(count, np.int64), np.ones(count, np.bool_)) for buffer in self._ring
         ]
-        stand_ins, had = BadSamplePolicy(plan), CachedBy(self.held, plan.steps) if self.held else None
-        lanes = [
-            ReaderThread(stand_ins, range(lane, count, threads or 1), had) for lane in range(threads or 1)
+        policy, schedule = (
+            BadSamplePolicy(sampler),
+            CacheSchedule(self.cache, sampler.steps) if self.cache else None,
+        )
+        row_readers = [
+            RowReader(policy, range(row_reader, count, threads or 1), schedule)
+            for row_reader in range(threads or 1)
         ]
-        prefetch = Prefetch(plan, lanes, ring)
+        prefetch = Prefetch(sampler, row_readers, ring)
         end = self._end = weakref.finalize(self, prefetch.close)  # also called at interpreter exit
         if threads:
             prefetch.start(epoch, step)
         try:
-            for count, (at_epoch, at_step) in enumerate(plan.places(epoch, step)):
+            for count, (at_epoch, at_step) in enumerate(sampler.positions(epoch, step)):
                 began = time.perf_counter()
                 if prefetch.stopped:
                     raise RuntimeError("these batches have ended: the stream was closed or asked for others")
                 if threads:
                     prefetch.take(count)
                 else:
-                    lanes[0].fill(at_epoch, at_step, ring[0])
+                    row_readers[0].fill(at_epoch, at_step, ring[0])
                 self.wait_seconds += time.perf_counter() - began
-                place = count % len(ring)
-                ids = torch.from_numpy(ring[place][1].copy())
-                meant = ids == torch.from_numpy(plan.epoch_ids(at_epoch)[at_step].copy())
-                weight = plan.weight(at_step) if plan.training else plan.weight(at_step) * meant
-                bad = int((~meant).sum())
-                fresh = tuple(np.flatnonzero(ring[place][2]).tolist())
-                yield Batch(self._ring[place], ids, weight, at_epoch, at_step, bad, fresh)
+                slot = count % len(ring)
+                ids = torch.from_numpy(ring[slot][1].copy())
+                as_planned = ids == torch.from_numpy(sampler.epoch_ids(at_epoch)[at_step].copy())
+                weight = sampler.weight(at_step) if sampler.training else sampler.weight(at_step) * as_planned
+                bad = int((~as_planned).sum())
+                fresh = tuple(np.flatnonzero(ring[slot][2]).tolist())
+                yield Batch(self._ring[slot], ids, weight, at_epoch, at_step, bad, fresh)
                 prefetch.release(count)
         finally:
             end()
-            if not threads:  # a thread closes its own lane
-                lanes[0].close()
+            if not threads:  # threads close their own readers
+                row_readers[0].close()
 
     def close(self) -> None:
-        """End the running iteration and its threads."""
+        """End the current iteration and its threads."""
         if self._end is not None:
             self._end()
             self._end = None
@@ -201,65 +202,69 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
+        """Close the stream."""
         self.close()
 
 
-def _gathered(batches: Generator[Batch, None, None], held: DeviceCache) -> Generator[Batch, None, None]:
-    """The same batches out of the memory that holds the split, where that is the CPU's."""
+def _from_cpu_cache(
+    batches: Generator[Batch, None, None], cache: DeviceCache
+) -> Generator[Batch, None, None]:
+    """The same batches, with voxels from a cache in CPU memory."""
     voxels: Tensor | None = None
     with closing(batches):
         for batch in batches:
             voxels = torch.empty_like(batch.voxels) if voxels is None else voxels
-            held.gather(batch.ids, batch.fresh, batch.voxels, voxels)
+            cache.gather(batch.ids, batch.fresh, batch.voxels, voxels)
             yield replace(batch, voxels=voxels)
 
 
 def _upload(
-    batches: Generator[Batch, None, None], device: torch.device, held: DeviceCache | None
+    batches: Generator[Batch, None, None], device: torch.device, cache: DeviceCache | None
 ) -> Generator[Batch, None, None]:
-    """The same batches with every tensor on the GPU, copied beside the computation on the batch before.
+    """The same batches with every tensor on the GPU, copied while the GPU computes on the batch before.
 
-    Batch n starts up, on a CUDA stream of its own, before batch n - 1 is handed out: asked for later it would
-    find the GPU idle, since a step ends by waiting for its gradient's norm. Two device buffers take turns: the
-    copy waits for all computation asked for so far, that is on n - 2, which had the buffer. A pinned batch goes
-    back to its ring when its copy is done. Nothing here waits for the computation.
+    The copy of batch n starts, on a CUDA stream of its own, before batch n - 1 is yielded. Started later, it would leave
+    the GPU idle, since a step ends by waiting for the norm of its gradient. Two device buffers alternate: the copy waits
+    for the computation queued so far, that is on batch n - 2, which used the same buffer. A pinned buffer returns to the
+    ring when its copy is done. The CPU never waits for the computation here.
     """
     side, buffers = torch.cuda.Stream(device), list[Tensor]()
-    ahead: tuple[Batch, torch.cuda.Event] | None = None  # on its way up, and what says that it has arrived
+    ahead: tuple[Batch, torch.cuda.Event] | None = (
+        None  # the batch that is being copied, and the end of its copy
+    )
     with closing(batches):
         try:
             for count, batch in enumerate(batches):
                 if count < 2:
                     buffers.append(torch.empty_like(batch.voxels, device=device))
-                before, ahead = ahead, _start_up(batch, buffers[count % 2], side, held)
+                before, ahead = ahead, _start_copy(batch, buffers[count % 2], side, cache)
                 if before is not None:
-                    yield _arrived(*before)
+                    yield _wait_for_copy(*before)
                 ahead[1].synchronize()
             if ahead is not None:
-                yield _arrived(*ahead)
+                yield _wait_for_copy(*ahead)
         finally:
             side.synchronize()  # nothing is freed while a copy writes or reads it
 
 
-def _start_up(
-    batch: Batch, voxels: Tensor, side: torch.cuda.Stream, held: DeviceCache | None
+def _start_copy(
+    batch: Batch, voxels: Tensor, side: torch.cuda.Stream, cache: DeviceCache | None
 ) -> tuple[Batch, torch.cuda.Event]:
-    """Begin the copy of a batch into `voxels`; the event comes when it is done."""
+    """Queue the copy of a batch into `voxels` (b, D, H, W) on the GPU; returns the batch and the end of the copy."""
     side.wait_stream(torch.cuda.current_stream(side.device))
     with torch.cuda.stream(side):
-        if held is None:
+        if cache is None:
             voxels.copy_(batch.voxels, non_blocking=True)
         else:
-            held.gather(batch.ids, batch.fresh, batch.voxels, voxels)
+            cache.gather(batch.ids, batch.fresh, batch.voxels, voxels)
         ids, weight = (
-            few.pin_memory().to(side.device, non_blocking=True) for few in (batch.ids, batch.weight)
+            small.pin_memory().to(side.device, non_blocking=True) for small in (batch.ids, batch.weight)
         )
         return replace(batch, voxels=voxels, ids=ids, weight=weight), side.record_event()
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Have the computation on a batch wait for its copy, and keep its ids' memory until that has read them."""
+def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Make the current CUDA stream wait for the copy, and keep the memory of ids and weights until it has used them."""
     current = torch.cuda.current_stream(batch.voxels.device)
     current.wait_event(copied)
     batch.ids.record_stream(current)

@@ -1,13 +1,13 @@
 """A data set below an s3 URL, or an http(s) URL without byte ranges: tar shards, streamed through `webdataset`.
 
-Nothing is kept on disk. A stream cannot jump, so the order is `sampler.streamed_order` (shards shuffled whole, then
-within a buffer) where a local set is shuffled globally. Like there it depends on seed, epoch and batch alone,
-not on the world size, the readers or restarts. The manifest is fetched once, checksums are compared as for
-local sets, and crops are drawn for the same ids. Validation holds the same sub-scans in another fixed order.
+Nothing is stored on disk. A stream has no random access, so the order is `sampler.streamed_order` (a shuffle of shards,
+then within a buffer), where a local set is shuffled globally. It too depends on seed, epoch and batch alone, not on the
+world size, the reader threads or restarts. The manifest is fetched once, checksums are compared as for local sets, and
+crops are drawn for the same ids. Validation has the same sub-scans in another fixed order.
 
-Costs to know: every row of a rank's batch holds one connection (a `curl` or `aws` process) and up to BUFFER
-sub-scans: B / W * 16 * 2 MiB of memory, 512 MiB for a batch of 16 on one rank. A row that begins inside a
-shard, after a resume or where two slots share one, streams that shard's front and drops it.
+Cost: every row of a rank's batch has one connection (a `curl` or `aws` process) and buffers up to BUFFER sub-scans:
+B / W * 16 * 2 MiB of memory, 512 MiB for a batch of 16 on one rank. A row that starts inside a shard, after a resume or
+where two slots share a shard, streams the beginning of that shard and drops it.
 """
 
 import io
@@ -32,16 +32,16 @@ from p2w.rng import Ids
 from p2w.shards import manifest_schema
 from p2w.shards.manifest import read_manifest
 from p2w.stream import sampler
-from p2w.stream.http import HttpSet, gives_ranges
+from p2w.stream.http import HttpSet, supports_ranges
 from p2w.stream.local import DataError, SampleReader, ShardSet
 
-BUFFER = 16  # sub-scans of one slot among which its order is shuffled; a part of the order, so not a setting
-_TRIES = 5  # without any progress; a server may well hang up on a stream that waits for the training
+BUFFER = 16  # sub-scans among which a slot shuffles; part of the definition of the order, so not a setting
+_TRIES = 5  # in a row without progress: servers may close a connection while training does not read from it
 _PAUSE = 0.5  # seconds before the first new try, doubled for each further one
 
 NPY_HEADER = 4096  # bytes at most before the voxels of a .npy; ours has 128
 PIECE = 1 << 20  # bytes read at a time
-MOST_MANIFEST = 1 << 30  # bytes; the largest set known, all of LUNA16, has 3 million
+MOST_MANIFEST = 1 << 30  # bytes; that of all of LUNA16, the largest set known, has 3 million
 
 _PROGRAMS = {
     "http": ("curl", "apt-get install curl"),
@@ -51,7 +51,7 @@ _PROGRAMS = {
 
 
 def tar_source(url: str) -> str:
-    """What `webdataset.gopen` opens for a URL: http(s) as it is, through curl; s3 through the AWS CLI.
+    """The argument of `webdataset.gopen` for a URL: http(s) as it is, through curl; s3 through the AWS CLI.
 
     Raises:
         UserError: another scheme, or the program that fetches it is not installed.
@@ -64,7 +64,7 @@ def tar_source(url: str) -> str:
     program, remedy = _PROGRAMS[scheme]
     if shutil.which(program) is None:
         raise UserError(f"{url}: needs the program '{program}', which is not on the PATH: {remedy}")
-    # `exec`, so that ending the process ends the AWS CLI and not a shell in front of it.
+    # `exec` replaces the shell, so that ending the process ends the AWS CLI.
     return f"pipe:exec aws s3 cp --only-show-errors {shlex.quote(url)} -" if scheme == "s3" else url
 
 
@@ -73,19 +73,19 @@ def _program(url: str) -> str:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[Any]:
-    """The byte stream of a URL; its process is ended with it, however much has been read.
+def _open_stream(url: str) -> Iterator[Any]:
+    """The byte stream of a URL; its process is ended with the block, however much was read.
 
     Raises:
-        OSError: the process ended with an error, which says more than what its end did to the reader.
+        OSError: the process ended with an error; raised instead of the error of reading, since it says more.
     """
     stream = wds.gopen(tar_source(url))
     try:
-        # The pipe itself: the wrapper's `read` raises as soon as the process has failed, and what had arrived before, up
-        # to a full pipe, is lost. Of a short shard that may be everything, at every try.
+        # The pipe itself, because `read` of webdataset's wrapper raises as soon as the process has failed: what is left in
+        # the pipe would be lost, which may be all of a small shard, at every try.
         yield stream.stream
     except (OSError, tarfile.TarError) as error:
-        with suppress(subprocess.TimeoutExpired):  # it runs on if its bytes are no tar
+        with suppress(subprocess.TimeoutExpired):  # it still runs if its bytes are not a tar
             code = stream.proc.wait(1.0)
             if code:
                 raise OSError(f"{_program(url)} ended with code {code}") from error
@@ -100,7 +100,7 @@ def _opened(url: str) -> Iterator[Any]:
 
 
 def fetch_manifest(url: str) -> bytes:
-    """All bytes of a URL.
+    """All bytes of the manifest at a URL.
 
     Raises:
         UserError: it cannot be fetched.
@@ -124,34 +124,34 @@ def fetch_manifest(url: str) -> bytes:
 
 
 def open_url(where: str, verify: bool = True) -> ShardSet:
-    """Fetch the manifest of the set at a URL: read by ranges where the server gives them, else streamed.
+    """Open the set at a URL: read by byte ranges if the server supports them, else streamed.
 
     Raises:
-        UserError: there is none; or the set is to be streamed, and its shards are not tar.
+        UserError: there is no manifest; or the set must be streamed, and its shards are not tar.
     """
     where = where.rstrip("/")
-    place = f"{where}/{manifest_schema.MANIFEST_NAME}"
-    found = read_manifest(fetch_manifest(place))
-    if not where.startswith("s3:") and gives_ranges(place):
+    manifest_url = f"{where}/{manifest_schema.MANIFEST_NAME}"
+    found = read_manifest(fetch_manifest(manifest_url))
+    if not where.startswith("s3:") and supports_ranges(manifest_url):
         return HttpSet(found, where, verify)
     shards = TarSet(found, where, verify)
     other = [name for name in shards.shard_names if not name.endswith(".tar")]
     if other:
         raise UserError(
-            f"{where}: {other[0]} is not a tar shard, and no other can be streamed, which is what a server without byte "
-            "ranges takes: cut the set with --format tar, or copy it to a local folder"
+            f"{where}: {other[0]} is not a tar shard, and the server has no byte ranges, so that only tar can be "
+            "streamed: cut the set with --format tar, or copy it to a local folder"
         )
     return shards
 
 
 class BoundedStream:
-    """A stream that ends where the manifest says: a server may send for ever, and tar headers promise anything."""
+    """A stream that ends after the number of bytes in the manifest, whatever a server sends or a tar header claims."""
 
     def __init__(self, stream: Any, nbytes: int) -> None:
         self.stream, self.left = stream, nbytes
 
     def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
+        """Read at most `count` bytes."""
         data: bytes = self.stream.read(min(count, self.left))
         self.left -= len(data)
         return data
@@ -167,26 +167,26 @@ class TarSet(ShardSet):
         )
 
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
-        """Ids of every step of a validation pass, (steps, batch), the last one filled up."""
+        """Ids of every step of a validation pass, (steps, batch), the last one padded."""
         return sampler.streamed_fixed_order(ids, batch)
 
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """A cursor that streams the shards of these ids one after the other."""
-        return closing(_Cursor(self, ids, shuffle))
+        """A reader that streams the shards of these ids one after the other."""
+        return closing(_ShardReader(self, ids, shuffle))
 
 
-class _Cursor:
-    """One slot's way through its shards: streams until the wanted sub-scan comes, keeps what comes before."""
+class _ShardReader:
+    """Read the shards of one slot: stream until the requested sub-scan arrives, and buffer those that arrive before."""
 
     def __init__(self, shards: TarSet, ids: Ids, shuffle: tuple[int, int] | None) -> None:
-        """Nothing is fetched before the first `read_into`."""
+        """Prepare; nothing is fetched before the first `read_into`."""
         self.shards = shards
-        self.due = Counter(ids.tolist())  # validation asks for an id twice where it fills up
-        self.kept: dict[int, bytes | DataError] = {}
+        self.remaining = Counter(ids.tolist())  # requests left; padding requests an id twice
+        self.buffered: dict[int, bytes | DataError] = {}
         numbers = np.unique(shards.shard_numbers[ids])
-        self.arriving = self._arrivals(
+        self.arrivals = self._arrivals(
             ids, sampler.epoch_permutation(numbers, *shuffle) if shuffle else numbers
         )
 
@@ -194,20 +194,20 @@ class _Cursor:
         """Copy the voxels of the next sub-scan into `out`, int16 (D, H, W), and check them.
 
         Raises:
-            DataError: its shard cannot be streamed or does not hold it, or its checksum differs.
+            DataError: its shard cannot be streamed or lacks it, or its checksum differs.
         """
-        while sub_scan not in self.kept:
-            arrived, data = next(self.arriving)
-            self.kept[arrived] = data
-        self.due[sub_scan] -= 1
-        data = self.kept[sub_scan] if self.due[sub_scan] else self.kept.pop(sub_scan)
+        while sub_scan not in self.buffered:
+            arrived, data = next(self.arrivals)
+            self.buffered[arrived] = data
+        self.remaining[sub_scan] -= 1
+        data = self.buffered[sub_scan] if self.remaining[sub_scan] else self.buffered.pop(sub_scan)
         if isinstance(data, DataError):
             raise data
-        voxels = np.frombuffer(data, np.uint8)[-self.shards.nbytes :]  # behind the header of the .npy
+        voxels = np.frombuffer(data, np.uint8)[-self.shards.nbytes :]  # after the header of the .npy
         self.shards.copy(sub_scan, voxels, out)
 
     def _arrivals(self, ids: Ids, shards: Ids) -> Generator[tuple[int, bytes | DataError], None, None]:
-        """Every id once with its .npy file, shard by shard, or with what keeps it from coming."""
+        """Yield every id once with the bytes of its .npy file, or with the error that prevents that, shard by shard."""
         for number in shards.tolist():
             wanted = {self.shards.key(i): i for i in ids[self.shards.shard_numbers[ids] == number].tolist()}
             try:
@@ -219,7 +219,7 @@ class _Cursor:
     def _shard(
         self, number: int, wanted: dict[str, int]
     ) -> Generator[tuple[int, bytes | DataError], None, None]:
-        """The wanted sub-scans of one shard; a stream that breaks is opened again, without what has come."""
+        """Yield the wanted sub-scans of one shard; after a broken stream, try again for those that are missing."""
         url = f"{self.shards.where}/{self.shards.shard_names[number]}"
         failures = 0
         while wanted:
@@ -243,13 +243,13 @@ class _Cursor:
     def _stream(
         self, url: str, wanted: dict[str, int]
     ) -> Generator[tuple[int, bytes | DataError], None, None]:
-        """One try: stream the shard, taking out of `wanted` what comes."""
+        """Stream the shard once; yield the wanted sub-scans and remove them from `wanted`."""
         number = self.shards.shard_numbers[next(iter(wanted.values()))]
-        with _opened(url) as stream:
+        with _open_stream(url) as stream:
             bounded = BoundedStream(stream, self.shards.meta["shards"][number]["nbytes"])
             with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|", bufsize=PIECE) as tar:
                 for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # it would remember all
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep all headers in memory
                     key = member.name.removesuffix(".npy")
                     if member.name == key or key not in wanted:
                         continue
@@ -259,12 +259,12 @@ class _Cursor:
                         return
 
     def _checked(self, tar: tarfile.TarFile, member: tarfile.TarInfo, sub_scan: int) -> bytes | DataError:
-        """The bytes of a member that says it is the .npy of a sub-scan; its size is looked at before they are read."""
+        """The bytes of a sub-scan's .npy, or the error that its header or size does not fit; the size is checked first."""
         shards = self.shards
         header = member.size - shards.nbytes
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 < header <= NPY_HEADER:
             return shards.damaged(
-                sub_scan, f"its tar member is no file of {shards.nbytes:,} bytes and a header"
+                sub_scan, f"its tar member is not a file of {shards.nbytes:,} bytes and a header"
             )
         file = tar.extractfile(member)
         data = file.read() if file else b""
@@ -280,5 +280,5 @@ class _Cursor:
 
     def close(self) -> None:
         """End the stream and its process."""
-        self.arriving.close()
-        self.kept.clear()
+        self.arrivals.close()
+        self.buffered.clear()

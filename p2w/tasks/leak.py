@@ -12,7 +12,7 @@ from typing import Any
 
 from p2w.errors import UserError
 from p2w.files import parse_json, type_mismatch
-from p2w.shards.manifest import data_fingerprint, open_manifest, shard_places
+from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -95,7 +95,7 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
 def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
     """Open the set at the first possible location that holds it. Raises the first one's UserError where none does."""
     refused: UserError | None = None
-    for location in shard_places(near, start):
+    for location in candidate_data_paths(near, start):
         try:
             return _open(location, data, of)
         except UserError as error:

@@ -57,7 +57,7 @@ def prepare_samples(task: Task, job: PreparationJob) -> int:
         return _dry_run(task, cases, mine, split, job)
     with folder.share_lock(job.share):
         folder.prepare(job.share)
-        folder.check_strangers(cases.cases, cases.bad)
+        folder.refuse_other_scans(cases.cases, cases.bad)
         for where, why in cases.bad:
             _bad(where, why, job.strict)
         bad = len(cases.bad) + _cut(task, mine, folder, job)
@@ -65,7 +65,7 @@ def prepare_samples(task: Task, job: PreparationJob) -> int:
             missing = [case.name for case in cases.cases if folder.record(case.uid) is None]
             if not missing:
                 meta = merge_cases(task, cases, split, folder)
-                folder.tidy()
+                folder.remove_run_folder()
     if not missing:
         return _tell(meta, folder)
     where = f"{len(missing)} of {len(cases.cases)} cases are not cut yet (the first: {missing[0]})"
@@ -85,7 +85,7 @@ def _cut(task: Task, mine: list[Case], folder: TargetFolder, job: PreparationJob
         return 0
     records = [folder.record(case.uid) for case in todo]
     if any(record is None or "bad" not in record for record in records):  # not for another try at a bad case
-        folder.withdraw()
+        folder.remove_manifest()
     say(f"{len(todo)} cases to cut ({len(mine) - len(todo)} are finished)")
     _check_disk(_known_samples(todo), task, job)
     workers = min(job.workers or default_workers(), len(todo))
@@ -199,7 +199,7 @@ def _bad(where: str, why: str, strict: bool) -> None:
 def _tell(meta: dict[str, Any], folder: TargetFolder) -> int:
     samples = sum(source["samples"] for source in meta["sources"])
     if samples == 0:
-        folder.withdraw()
+        folder.remove_manifest()
         raise UserError(f"{folder.root}: not one sample: all cases are bad or empty, see report.json there")
     size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
     counts = ", ".join(f"{name} {count:,}" for name, count in meta["split"]["samples"].items())

@@ -89,7 +89,7 @@ def cut_case(case: Case, task: Task, folder: TargetFolder, share: JobShare) -> d
     A bad case is a record too. Raises UserError when the folder cannot be written (a full disk).
     """
     record: dict[str, Any] = {"uid": case.uid, "name": case.name}
-    aside = folder.aside(case.uid, share.name)
+    aside = folder.temporary_path(case.uid, share.name)
     try:
         os.makedirs(aside, exist_ok=True)
         try:
@@ -240,7 +240,7 @@ def merge_cases(task: Task, cases: Cases, split: Split, folder: TargetFolder) ->
         MANIFEST_NAME: manifest_bytes(rows, meta, SAMPLE_SCHEMA),
     }
     for name, data in files.items():
-        write_published(os.path.join(folder.root, name), data, folder.aside(name, "merge"))
+        write_published(os.path.join(folder.root, name), data, folder.temporary_path(name, "merge"))
     return meta
 
 

@@ -119,7 +119,7 @@ class Trainer:
         )
         self.checkpointer.durable = (self.step, self.evaluation_pending)
         self.bad.load(state.get("bad_samples", self.bad.state()))
-        self.log.rewind(self.step, looked=not self.evaluation_pending)
+        self.log.rewind(self.step, evaluated=not self.evaluation_pending)
         return True
 
     def fit(self, validate: Evaluate, probe: Evaluate = lambda step: ()) -> Outcome:

@@ -1,4 +1,4 @@
-"""DICOM series against SimpleITK's own reading, in every encoding, and all that can be odd about them."""
+"""DICOM series against SimpleITK's own reading, in every encoding, and series with all kinds of faults."""
 
 import os
 import random
@@ -113,8 +113,8 @@ def by_gdcm(source):
     "slope, intercept", [("1 ", "-1024 "), ("2 ", "-2000 "), ("1 ", "0     "), ("3 ", "-40000")]
 )
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
-def test_plain_pixels_are_gdcms(tmp_path, dtype, slope, intercept):
-    """Read once, checksum and all; values beyond int16 are limited, as for all formats."""
+def test_uncompressed_pixels_are_those_of_gdcm(tmp_path, dtype, slope, intercept):
+    """Files are read once, also for the checksum; values beyond int16 are limited, as for all formats."""
     values = np.random.default_rng(0).integers(0, 31000, SHAPE).astype(dtype)
     for path in dicom(tmp_path, values, "1.2.3"):
         replaced(path, 0x00281053, b"DS", b"1 ", slope.encode())
@@ -126,7 +126,7 @@ def test_plain_pixels_are_gdcms(tmp_path, dtype, slope, intercept):
     assert found[1] == crc32c(b"".join(Path(file).read_bytes() for file in source.files))
 
 
-def test_bits_above_those_stored_are_no_value(tmp_path):
+def test_bits_above_bits_stored_are_ignored(tmp_path):
     for path in dicom(tmp_path, ct(SHAPE), "1.2.3"):
         replaced(path, 0x00280101, b"US", struct.pack("<H", 16), struct.pack("<H", 12))
         replaced(path, 0x00280102, b"US", struct.pack("<H", 15), struct.pack("<H", 11))
@@ -137,7 +137,7 @@ def test_bits_above_those_stored_are_no_value(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["inverted", "packed", "cut short", "eight bits high"])
-def test_what_is_not_plain_is_left_to_gdcm(tmp_path, case):
+def test_other_pixels_are_left_to_gdcm(tmp_path, case):
     packed = {"compressor": "JPEGLS"} if case == "packed" else {}
     for path in dicom(tmp_path, ct(SHAPE), "1.2.3", **packed):
         if case == "inverted":

@@ -1,4 +1,4 @@
-"""Which scans a folder holds, by whatever names and links."""
+"""Scans are found whatever the names and links in a folder."""
 
 import os
 
@@ -32,7 +32,7 @@ def test_names_links_and_hidden_files(tmp_path):
         assert all(uid.isascii() and " " not in uid and "/" not in uid for uid in uids)
 
 
-def test_names_that_are_no_text_and_files_that_are_no_files(tmp_path):
+def test_invalid_file_names_and_special_files(tmp_path):
     write(tmp_path / "ok.mha", ct(SHAPE))
     write(tmp_path / "two\nlines.mha", ct(SHAPE))
     write(tmp_path / "raw.mha", ct(SHAPE)).rename(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.mha"))
@@ -61,8 +61,8 @@ def test_several_roots_and_exclude(tmp_path):
     assert [source.uid for source in found.sources] == ["one_ct", "two_ct"]
 
 
-def test_roots_in_each_other_give_no_scan_twice(tmp_path):
-    """Two names of one scan would be two scans to the split: one in training, one in validation."""
+def test_nested_roots_give_no_scan_twice(tmp_path):
+    """Two names of one scan would be two scans for the split, perhaps one in training and one in validation."""
     top = tmp_path / "D"
     for name in ("a/one.mha", "a/deep/two.mha", "three.mha", ".kept/four.mha"):
         write(top / name, ct(SHAPE))
@@ -100,7 +100,7 @@ def test_out_inside_scans_is_not_read(tmp_path):
     assert [source.uid for source in found.sources] == ["a"]
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=r"no MetaImage, NIfTI, NRRD or DICOM there \(1 other files\)"):
         find(tmp_path)

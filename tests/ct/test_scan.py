@@ -42,7 +42,7 @@ def source(path):
 
 
 def oracle(path):
-    """What SimpleITK makes of a file: HU [z,y,x] in LPS order, and the image."""
+    """A file as SimpleITK reads it: HU [z,y,x] in LPS order, and the image."""
     turned = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
     return np.rint(sitk.GetArrayFromImage(turned).astype(np.float64)).clip(-32768, 32767), turned
 
@@ -168,12 +168,12 @@ def test_a_zraw_whose_header_does_not_say_its_size(tmp_path):
         ("padded_raw.mha", np.where(ct(SHAPE) < -1500, -2000, ct(SHAPE) + 1024), "no rescale"),
         ("scaled.nii", ((ct(SHAPE) + 1000) / 2000).astype(np.float32), "not CT values"),
         ("constant.mha", np.full(SHAPE, -1000, np.int16), "none above -200 HU"),
-        ("padding.mha", np.full(SHAPE, -3024, np.int16), "padding alone"),
+        ("padding.mha", np.full(SHAPE, -3024, np.int16), "nothing but padding"),
         ("four.nii.gz", np.stack([ct(SHAPE)] * 2), "4-D"),
         ("flat.nii.gz", ct(SHAPE)[5], "2-D"),
     ],
 )
-def test_what_is_no_ct_volume_is_bad(tmp_path, name, values, reason):
+def test_images_that_are_not_ct_volumes_are_bad(tmp_path, name, values, reason):
     path = tmp_path / name
     sitk.WriteImage(sitk.GetImageFromArray(values, isVector=False), str(path))
     with pytest.raises(BadScan, match=reason) as error:
@@ -203,11 +203,11 @@ def test_colour_and_missing_data_and_junk(tmp_path):
         ("DimSize = 16 20 12", "DimSize = 160000 200000 120000", "truncated"),
         ("DimSize = 16 20 12", "DimSize = -16 20 12", "wrong size"),
         ("DimSize = 16 20 12", "DimSize = a b c", "header is damaged"),
-        ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "no place in space"),
+        ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "invalid orientation"),
         ("ElementSpacing", "Spacing", None),  # read as ITK reads it
     ],
 )
-def test_headers_that_make_no_sense(tmp_path, old, new, reason):
+def test_invalid_headers(tmp_path, old, new, reason):
     path = write(tmp_path / "a.mha", ct(SHAPE))
     data = path.read_bytes()
     assert old.encode() in data

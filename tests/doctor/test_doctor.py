@@ -1,4 +1,4 @@
-"""`p2w doctor`: every check against the real thing gone wrong, and the whole command as a process."""
+"""`p2w doctor`: every check against a real fault, and the whole command as a process."""
 
 import importlib
 import json
@@ -166,7 +166,7 @@ def test_limits_and_clock(case, tmp_path):
     assert behind.status == "problem" and "status.json" in behind.found and "86,400 s" in behind.found
 
 
-def test_a_busy_port_a_name_that_leads_nowhere_and_an_unknown_interface(case, monkeypatch):
+def test_a_busy_port_a_wrong_host_name_and_an_unknown_interface(case, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -183,7 +183,7 @@ def test_a_busy_port_a_name_that_leads_nowhere_and_an_unknown_interface(case, mo
     assert only(network.interfaces(case)).remedy == "unset NCCL_SOCKET_IFNAME"
 
 
-def test_all_reduce_that_does_not_come_to_its_end(case, monkeypatch):
+def test_an_all_reduce_that_fails_or_hangs(case, monkeypatch):
     late = only(network.all_reduce(case, 0.2))
     assert late.status == "problem" and "no answer" in late.found
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
@@ -192,7 +192,7 @@ def test_all_reduce_that_does_not_come_to_its_end(case, monkeypatch):
 
 
 @pytest.mark.parametrize("nvidia", [False, True])
-def test_which_apex(case, tmp_path, monkeypatch, nvidia):
+def test_apex_of_nvidia_of_pypi_and_none(case, tmp_path, monkeypatch, nvidia):
     """As in tests/train/test_optim.py: PyPI's is a Pyramid toolkit without `optimizers`."""
     assert (only(software.apex(case)).status, "not installed" in only(software.apex(case)).found) == (
         "ok",
@@ -235,7 +235,7 @@ def test_gradients_that_are_wrong_are_found(case, monkeypatch):
     assert only(software.arithmetic(fp32)).status == "problem"
 
 
-def test_slurm_that_is_not_there_half_there_or_silent(case, tmp_path, monkeypatch):
+def test_slurm_missing_incomplete_or_silent(case, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "not here" in only(network.cluster(case)).found
     for name in network.COMMANDS:
@@ -260,7 +260,7 @@ def test_a_check_that_fails_or_hangs_is_a_problem(case):
     assert "no answer in 0 s" in only(run_check(hanging, case, 0.2)).found
 
 
-def test_what_a_user_error_says_is_split_into_what_and_remedy():
+def test_a_user_error_is_split_into_fault_and_remedy():
     row = refused("x", UserError("a: b: wrong; do this"))
     assert (row.found, row.remedy) == ("a: b: wrong", "do this")
     row = refused("x", UserError("a: not b: do that"))

@@ -112,7 +112,7 @@ def starve(rank: int, at_step: int, victim: int) -> None:
 
     def handed(self, *place):
         for count, batch in enumerate(batches(self, *place)):
-            if rank == victim and self.plan.training and count == at_step:
+            if rank == victim and self.sampler.training and count == at_step:
                 threading.Event().wait()
             yield batch
 

@@ -97,7 +97,7 @@ def test_small_and_coarse_scans_keep_their_nodules(seed: int, shape: tuple[int, 
         assert scan.labels[tuple(np.rint(nodule.centre_voxel).astype(int))] == Label.NODULE
 
 
-def test_the_frame_leads_back_to_the_voxel() -> None:
+def test_to_voxel_inverts_to_body() -> None:
     for seed in range(4):
         frame = Frame.draw(np.random.default_rng(seed), (128, 256, 256), None, (300.0, 250.0, 350.0))
         voxel = np.random.default_rng(seed).uniform(0, frame.shape, (500, 3))
@@ -112,7 +112,7 @@ def test_a_part_of_a_chest_is_a_scan_too() -> None:
     assert scan.voxels.dtype == np.int16 and scan.labels.dtype == np.uint8
 
 
-def test_negatives_stay_off_the_nodules(scans: list[PhantomScan]) -> None:
+def test_negative_candidates_are_away_from_nodules(scans: list[PhantomScan]) -> None:
     for scan in scans:
         negatives = np.array([c.centre_mm for c in scan.candidates if not c.positive])
         assert len(negatives) >= 20

@@ -95,7 +95,7 @@ def test_finished_scans_are_not_cut_again(command, luna, whole):
     assert {path: path.stat().st_mtime_ns for path in whole.glob("*.tar")} == before
 
 
-def test_a_damaged_folder_is_mended(command, luna, whole, tmp_path):
+def test_a_damaged_folder_is_repaired_by_the_same_command(command, luna, whole, tmp_path):
     out = tmp_path / "shards"
     shutil.copytree(whole, out)
     (out / "scans" / "1.3.2.json").write_bytes(b"")
@@ -120,7 +120,7 @@ def test_a_changed_source_is_cut_again(command, tmp_path):
         assert read_manifest(out).table.num_rows == kept
 
 
-def test_two_at_once_on_one_folder(command, luna, whole, tmp_path):
+def test_two_processes_on_one_folder(command, luna, whole, tmp_path):
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
     processes = [command.start(*arguments), command.start(*arguments)]

@@ -107,7 +107,7 @@ def test_min_std_leaves_out_air_and_says_so(command, tmp_path):
     code, said, _ = command.call(
         NAME, "--luna", tmp_path / "LUNA16", "--subsets", "0", "--out", tmp_path / "shards"
     )
-    assert code == 0 and "2 tiles, 1 left out (standard deviation < 50 HU), 1 sub-scans kept" in said
+    assert code == 0 and "2 sub-scans, 1 left out (standard deviation < 50 HU), 1 sub-scans kept" in said
     meta = read_manifest(tmp_path / "shards").meta
     assert meta["tiling"]["left_out"] == 1 and meta["sources"][0]["left_out"] == 1
 
@@ -119,7 +119,7 @@ def test_dry_run(command, luna, tmp_path):
     assert code == 0
     for text in (
         "scans          4, besides 0 bad ones",
-        "sub-scans      11 tiles",
+        "sub-scans      11 of 64 x 128 x 128 voxels",
         "to write ",
         "free there ",
         "time  ",

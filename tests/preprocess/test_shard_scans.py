@@ -41,8 +41,8 @@ def test_a_mixed_folder(command, tmp_path):
 
 
 @pytest.mark.skipif(not REAL, reason="P2W_REAL_DATA names no folder of real scans")
-@pytest.mark.parametrize(("folder", "tiles"), [("dicom", 16), ("nifti", 16), ("luna16", 64)])
-def test_real_scans(command, tmp_path, folder, tiles):
+@pytest.mark.parametrize(("folder", "count"), [("dicom", 16), ("nifti", 16), ("luna16", 64)])
+def test_real_scans(command, tmp_path, folder, count):
     out = tmp_path / "shards"
     if folder == "luna16":
         code, said, _ = command.call(
@@ -50,5 +50,5 @@ def test_real_scans(command, tmp_path, folder, tiles):
         )
     else:
         code, said, _ = command.call(NAME, "--scans", Path(REAL) / folder, "--out", out, "--min-std", 0)
-    assert code == 0 and f"{tiles} tiles, 0 left out" in said
-    assert read_manifest(out).table.num_rows == tiles
+    assert code == 0 and f"{count} sub-scans, 0 left out" in said
+    assert read_manifest(out).table.num_rows == count

@@ -1,4 +1,4 @@
-"""Tiles: how many, where, and what is in them."""
+"""The grid of sub-scans: how many there are, where they lie, and which voxels they hold."""
 
 import csv
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_luna16_subsets_0_to_6_give_the_papers_number(z_margin, expected):
 
 
 @pytest.mark.parametrize("z_margin", [0, 1, 5])
-def test_tiles_against_plain_slicing(z_margin):
+def test_sub_scans_against_plain_slicing(z_margin):
     voxels = ct((29, 21, 17), seed=3) * 2  # beyond the window too
     tiling = Tiling((4, 8, 8), z_margin, 0.0)
     found = list(cut_sub_scans(scan(voxels), tiling))
@@ -56,7 +56,7 @@ def test_tiles_against_plain_slicing(z_margin):
         np.testing.assert_allclose((sub.mean_hu, sub.std_hu), (part.mean(), part.std()), rtol=1e-9, atol=1e-6)
 
 
-def test_tiles_of_a_turned_view_are_the_same():
+def test_sub_scans_of_a_flipped_view_are_the_same():
     voxels = ct((16, 16, 16))
     plain = list(cut_sub_scans(scan(voxels[::-1, :, ::-1].copy()), Tiling((8, 8, 8))))
     viewed = list(cut_sub_scans(scan(voxels[::-1, :, ::-1]), Tiling((8, 8, 8))))
@@ -65,7 +65,7 @@ def test_tiles_of_a_turned_view_are_the_same():
         assert (a.mean_hu, a.std_hu) == (b.mean_hu, b.std_hu)
 
 
-def test_constant_tiles_have_no_deviation():
+def test_constant_sub_scans_have_no_deviation():
     (sub,) = cut_sub_scans(scan(np.full((8, 8, 8), -3024, np.int16)), Tiling((8, 8, 8)))
     assert (sub.mean_hu, sub.std_hu) == (-1000.0, 0.0)
 
@@ -73,8 +73,8 @@ def test_constant_tiles_have_no_deviation():
 @pytest.mark.parametrize(
     ("shape", "z_margin"), [((63, 512, 512), 0), ((100, 512, 512), 25), ((70, 127, 512), 0)]
 )
-def test_scans_smaller_than_a_tile_are_bad(shape, z_margin):
+def test_scans_smaller_than_a_sub_scan_are_bad(shape, z_margin):
     tiling = Tiling(z_margin=z_margin)
     assert tiling.count(shape) == 0
-    with pytest.raises(BadScan, match=r"smaller than a tile: .*, a tile takes 64 x 128 x 128"):
-        tiling.check(shape)
+    with pytest.raises(BadScan, match=r"smaller than a sub-scan: .*, a sub-scan takes 64 x 128 x 128"):
+        tiling.check_size(shape)

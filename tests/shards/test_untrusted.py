@@ -1,4 +1,4 @@
-"""Files from anywhere: each lie is one line, and a slice of bench/fuzz.py finds nothing."""
+"""Untrusted files: each wrong value is one line of error, and a few mutations of each kind of bench/fuzz.py find nothing."""
 
 import json
 import os
@@ -63,27 +63,27 @@ def renamed(name):
         (rows_with(offset=2**62), "from byte 4,611"),
         (rows_with(nbytes=2**40), "1,099,511,627,776 bytes"),
         (rows_with(nbytes=-1), "-1 bytes"),
-        (lambda rows, meta: rows[1].update(offset=rows[0]["offset"] + 64), "on top of another"),
+        (lambda rows, meta: rows[1].update(offset=rows[0]["offset"] + 64), "overlaps another"),
         (lambda rows, meta: rows[1].update(key=rows[0]["key"]), "two sub-scans have one key"),
         (rows_with(shard="other.tar"), r"'other\.tar' is not in its list"),
-        (rows_with(offset=None), "column offset has empty places"),
+        (rows_with(offset=None), "column offset has missing values"),
         (meta_with(shape=[65536, 65536, 65536]), "room for 0"),
         (meta_with(shape=[2, 4, 2**80]), "three numbers of voxels"),
         (meta_with(shape=[2, -4, -8]), "three numbers of voxels"),
-        (meta_with(shape="248"), "is no list"),
+        (meta_with(shape="248"), "is not a list"),
         (meta_with(shape=[2, 4, True]), "is True"),
-        (meta_with(shards={}), "is no list"),
-        (meta_with(shards=[[]]), "is no object"),
-        (meta_with(shards=[SHARD, SHARD]), "stands twice"),
+        (meta_with(shards={}), "is not a list"),
+        (meta_with(shards=[[]]), "is not an object"),
+        (meta_with(shards=[SHARD, SHARD]), "two shards have one name"),
         (meta_with(shards=[SHARD | {"nbytes": "10"}]), "'nbytes' of entry 0"),
         (meta_with(shards=[SHARD | {"nbytes": -5}]), "-5 bytes"),
         (meta_with(shards=[{"name": "1.2.0000.tar"}]), "lacks 'nbytes'"),
         (meta_with(sources=[{"uid": 1}]), "'sources' of its metadata"),
-        (meta_with(tiling=7), "'tiling' of its metadata is no object"),
+        (meta_with(tiling=7), "'tiling' of its metadata is not an object"),
     ],
 )
-def test_manifests_that_make_no_sense(tmp_path, change, says):
-    """With a checksum of their own that is right: whoever lies knows how to make one."""
+def test_manifests_that_break_a_rule(tmp_path, change, says):
+    """The manifest has a correct checksum of its own: whoever forges one can compute it."""
     write_set(tmp_path)
     manifest = open_manifest(tmp_path)
     rows, meta = manifest.table.to_pylist(), dict(manifest.meta)
@@ -136,15 +136,15 @@ def reads(path):
         ("a.mhd", b"DimSize = 20 24 8", b"DimSize = 4294967296 4294967296 1", "damaged: voxels at byte 0"),
         ("a.mhd", b"DimSize = 20 24 8", b"DimSize = -20 -24 8", "wrong size"),
         ("a.mhd", b"NDims = 3", b"NDims = 1000000", "NDims 1000000"),
-        ("a.mhd", b"a.raw", b"LO%" + b"x" * 5000, "a line that is no text"),  # overran a buffer of ITK's
-        ("a.mhd", b"a.raw", b"LO%\x1b", "a line that is no text"),
+        ("a.mhd", b"a.raw", b"LO%" + b"x" * 5000, "a line that is not text"),  # overran a buffer of ITK's
+        ("a.mhd", b"a.raw", b"LO%\x1b", "a line that is not text"),
         ("packed.mhd", b"DimSize = 20 24 8", b"DimSize = 20000 24000 8", "truncated"),
         ("a.nrrd", b"sizes: 20 24 8", b"sizes: 20000 24000 8", "truncated: the header promises 7,680,000,000"),
         ("packed.nrrd", b"sizes: 20 24 8", b"sizes: 2000000 24000 8", "truncated: the header promises"),
         ("a.nhdr", b"a.raw", b"/etc/passwd", "not in the header's folder"),
     ],
 )  # fmt: skip
-def test_headers_that_lie(tmp_path, name, old, new, says):
+def test_headers_with_wrong_values(tmp_path, name, old, new, says):
     path = write(tmp_path / name, ct((8, 24, 20)))
     data = path.read_bytes()
     assert old in data
@@ -152,7 +152,7 @@ def test_headers_that_lie(tmp_path, name, old, new, says):
     assert re.search(says, reads(path))
 
 
-def test_a_packed_stream_ends_at_what_the_header_promises(tmp_path):
+def test_a_compressed_stream_may_not_exceed_its_header(tmp_path):
     path = write(tmp_path / "packed.mhd", ct((8, 24, 20)))
     bomb = zlib.compress(bytes(200 << 20))  # 200 MiB in 200 kB
     (tmp_path / "packed.zraw").write_bytes(bomb)
@@ -183,7 +183,7 @@ def patched(path, tag, value):
         (b"\x28\x00\x30\x00", rb"inf\1", "pixel spacing"),
     ],
 )
-def test_dicom_headers_that_lie(tmp_path, tag, value, says):
+def test_dicom_headers_with_wrong_values(tmp_path, tag, value, says):
     for path in dicom(tmp_path / "ct", ct((3, 24, 20)), "1.2.3"):
         patched(path, tag, value)
     found = find_scans([str(tmp_path)], "")
@@ -203,7 +203,7 @@ def test_dicom_sequences_without_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_packed_dicom_of_other_sizes_than_its_header_is_not_given_the_memory(tmp_path):
+def test_compressed_dicom_of_other_sizes_than_its_header_gets_no_memory(tmp_path):
     """5 kB had GDCM take 3 GB for the size that JPEG 2000 carries itself."""
     for path in dicom(tmp_path / "ct", ct((3, 24, 20)), "1.2.3", compressor="JPEG2000"):
         data = bytearray(path.read_bytes())
@@ -224,7 +224,7 @@ def test_packed_dicom_of_other_sizes_than_its_header_is_not_given_the_memory(tmp
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stdout + done.stderr
 
 
-def test_text_that_is_none_in_a_manifest(tmp_path):
+def test_invalid_text_in_a_manifest(tmp_path):
     write_set(tmp_path)
     manifest = open_manifest(tmp_path)
     meta = {key: value for key, value in manifest.meta.items() if key != "seal"}
@@ -238,7 +238,7 @@ def test_text_that_is_none_in_a_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [float("nan"), float("inf"), -1e30, 1e30])
-def test_nifti_offsets_that_lead_nowhere(tmp_path, offset):
+def test_invalid_nifti_offsets(tmp_path, offset):
     path = write(tmp_path / "a.nii", ct((8, 24, 20)))
     data = bytearray(path.read_bytes())
     data[108:112] = np.float32(offset).tobytes()

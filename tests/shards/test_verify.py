@@ -124,7 +124,7 @@ def test_equal_content_gives_equal_manifests(tmp_path):
         (["--workers", "-1"], "1 or more"),
     ],
 )
-def test_no_data_set_or_no_sense_is_one_line(argv, says):
+def test_wrong_arguments_are_one_line_of_error(argv, says):
     with pytest.raises(UserError, match=says) as error:
         verify.main(argv)
     assert "\n" not in str(error.value)

@@ -27,7 +27,7 @@ def test_against_the_formulas(n):
     assert found.n == n and 0 <= found.p_value <= 1
 
 
-def test_p_is_the_share_of_permutations_that_reach_r():
+def test_p_value_against_a_permutation_test():
     rng = np.random.default_rng(0)
     x = rng.normal(size=15)
     y = 0.5 * x + rng.normal(size=15)
@@ -36,7 +36,7 @@ def test_p_is_the_share_of_permutations_that_reach_r():
     assert np.mean(np.array(reached) >= abs(found.r)) == pytest.approx(found.p_value, abs=0.02)
 
 
-def test_values_that_are_lost_are_left_out_and_the_undefined_is_nan():
+def test_values_that_are_not_finite_are_left_out_and_undefined_results_are_nan():
     whole = pearson([1, 2, 3, 4, 5], [1, 2, 2, 4, 3])
     assert pearson([1, 2, math.nan, 3, 4, 5], [1, 2, 9, 2, 4, 3]) == whole
     for x, y in (([1, 2], [1, 2]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([], [])):

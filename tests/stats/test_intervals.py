@@ -31,7 +31,7 @@ def test_delong_against_all_pairs(ties):
         assert math.log(end / (1 - end)) == pytest.approx(middle + sign * reach, abs=1e-6)
 
 
-def test_it_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_value_in_95_percent():
     covered = 0
     true = 0.5 * (1 + math.erf(1.2 / 2))  # P(N(1.2, 1) > N(0, 1))
     for seed in range(300):
@@ -51,7 +51,7 @@ def test_undefined_and_perfect_rankings():
         stats.auc_interval([0.1], [0, 1])
 
 
-def test_patients_are_drawn_whole_auc_against_copies(monkeypatch):
+def test_resampling_patients_equals_copying_their_cases(monkeypatch):
     monkeypatch.setattr(stats, "RESAMPLES", 200)
     score, truth = some(40, 3, ties=True)
     patients = [f"p{index % 11}" for index in range(40)]

@@ -23,7 +23,7 @@ def trials(values, seeds=None):
     }
 
 
-def test_mean_and_deviation_have_n_minus_one_below():
+def test_the_standard_deviation_divides_by_n_minus_one():
     found = summarise([1.0, 2.0, 4.0])
     assert (found.mean, found.sd, found.n) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3))
     assert math.isnan(summarise([1.0]).sd) and math.isnan(summarise([]).mean)
@@ -54,7 +54,7 @@ def test_other_seeds_are_not_paired():
     assert alone.method == "Welch's t-test" and "0 trials in common" in alone.why
 
 
-def test_trials_that_are_all_alike():
+def test_equal_differences():
     same, shifted = paired([0.5, 0.6], [0.5, 0.6]), paired([0.75, 0.5], [0.5, 0.25])
     assert (same.t, same.p) == (0.0, 1.0) and (shifted.t, shifted.p) == (math.inf, 0.0)
     assert math.isnan(paired([0.5], [0.4]).p)
@@ -71,7 +71,7 @@ def welch_by_hand(a, b):
     return t, df, two_sided_p(t, df)
 
 
-def test_which_differences_of_table_1_its_own_numbers_carry():
+def test_which_differences_of_table_1_are_significant():
     """Ours against the best of the others, from published means and deviations of ten trials."""
     others = {
         "ncc": "I3D",
@@ -95,7 +95,7 @@ def test_which_differences_of_table_1_its_own_numbers_carry():
     assert (ncc.t, ncc.df) == pytest.approx((3.656, 17.56), abs=0.01) and 0.001 < ncc.p < 0.002
 
 
-def test_the_neighbours_of_the_best_range_in_table_2():
+def test_differences_to_the_best_range_of_table_2():
     """By its own numbers, [1/16,1/4] differs from the wider range on both tasks, from the narrower on NCS alone."""
     significant = {}
     for task in ("ncc", "ncs"):

@@ -1,4 +1,4 @@
-"""With on_bad="skip" another sub-scan stands in for a bad one: the same one whatever the ranks, readers and restarts."""
+"""With on_bad="skip" a substitute is read for a bad sub-scan: the same one for any ranks, reader threads and restarts."""
 
 import os
 
@@ -25,7 +25,7 @@ def damaged_set(folder, form="tar", bad=BAD):
 
 
 @pytest.mark.parametrize("form", ["tar", "arrow"])
-def test_the_same_stand_ins_at_any_world_size_and_after_any_restart(tmp_path, capfd, form):
+def test_the_same_substitutes_at_any_world_size_and_after_any_restart(tmp_path, capfd, form):
     wholes = damaged_set(tmp_path, form)
 
     def stream(**share):
@@ -73,7 +73,7 @@ def test_validation_leaves_bad_sub_scans_out(tmp_path):
         assert sorted(seen) == [15, 17, 18]
 
 
-def test_a_shard_cut_short_under_a_running_job_is_stood_in_for(tmp_path, capfd):
+def test_a_shard_cut_short_under_a_running_job_is_replaced(tmp_path, capfd):
     wholes = write_set(tmp_path)
     with Stream(open_set(os.fspath(tmp_path), on_bad="skip"), batch=5) as stream:
         for batch in stream.batches():
@@ -86,7 +86,7 @@ def test_a_shard_cut_short_under_a_running_job_is_stood_in_for(tmp_path, capfd):
     assert capfd.readouterr().err.count("the shard has 100 bytes of") == 3
 
 
-def test_a_disk_that_fails_under_a_running_job_is_stood_in_for(tmp_path, capfd):
+def test_a_disk_that_fails_under_a_running_job_is_replaced(tmp_path, capfd):
     wholes = write_set(tmp_path)
     path = tmp_path / "1.2.0001.tar"
     with Stream(open_set(os.fspath(tmp_path), on_bad="skip"), batch=5) as stream:
@@ -102,6 +102,6 @@ def test_a_disk_that_fails_under_a_running_job_is_stood_in_for(tmp_path, capfd):
 
 def test_a_set_of_nothing_but_bad_sub_scans_stops(tmp_path):
     damaged_set(tmp_path, bad=range(15))
-    with pytest.raises(DataError, match=f"{prefetch.SUBSTITUTE_TRIES} others") as error:
+    with pytest.raises(DataError, match=f"{prefetch.SUBSTITUTE_TRIES} substitutes") as error:
         take(Stream(open_set(os.fspath(tmp_path), on_bad="skip"), batch=4), 1)
     assert "\n" not in str(error.value)

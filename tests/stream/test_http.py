@@ -1,4 +1,4 @@
-"""Byte ranges from a real nginx, and from servers that lie, break off and hang up."""
+"""Byte ranges from a real nginx, and from servers that answer wrongly, break off and hang up."""
 
 import gzip
 import http.server
@@ -63,23 +63,23 @@ def test_validation_and_resume_are_those_of_the_folder(served):
     same(take(Stream(open_set(url), batch=4, seed=9), 4, *divmod(13, 8)), through[13:17])
 
 
-def test_held_on_the_device_each_sub_scan_crosses_the_network_once(served):
+def test_with_a_cache_each_sub_scan_crosses_the_network_once(served):
     folder, url, asked = served
     write_set(folder, train=(*COUNTS[:-1], 5))  # 32 sub-scans, none left out
     shards = open_set(url)
     plain = take(Stream(open_set(folder.as_posix()), batch=4, seed=3), 24)
     held = DeviceCache(shards, "train", torch.device("cpu"))
-    with Stream(shards, batch=4, seed=3, held=held) as stream:
+    with Stream(shards, batch=4, seed=3, cache=held) as stream:
         for batch, (epoch, step, ids, voxels) in zip(stream.batches(), plain, strict=False):
             assert (batch.epoch, batch.step, batch.ids.tolist()) == (epoch, step, ids)
             np.testing.assert_array_equal(batch.voxels.numpy(), voxels)
-    assert held.there.all() and len(asked()) <= 2 + 32 + 4 * 3  # the ring's batches may be asked for ahead
+    assert held.filled.all() and len(asked()) <= 2 + 32 + 4 * 3  # the ring's batches may be asked for ahead
 
 
-def test_more_threads_ask_side_by_side_than_a_folder_needs(served):
+def test_more_reader_threads_than_for_a_folder(served):
     folder, url, _ = served
     write_set(folder, train=(40,))
-    assert Stream(open_set(url), batch=16, readers=1).readers == stream_http.AT_ONCE
+    assert Stream(open_set(url), batch=16, readers=1).readers == stream_http.MIN_THREADS
     assert Stream(open_set(url), batch=4, readers=1).readers == 4
     assert Stream(open_set(url), batch=4, readers=0).readers == 0
     assert Stream(open_set(folder.as_posix()), batch=16, readers=1).readers == 1
@@ -95,7 +95,7 @@ def test_every_flipped_byte_is_found(served):
     assert shards.key(6) in str(error.value) and url in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_not_there_is_one_line_and_asked_for_once(served):
+def test_a_missing_file_is_one_line_and_requested_once(served):
     folder, url, asked = served
     write_set(folder)
     shards = open_set(url)
@@ -177,7 +177,7 @@ def odd(folder, fault, faults):
 
 
 @pytest.mark.parametrize("fault", ["busy", "hangs up", "breaks off"])
-def test_what_passes_is_tried_again(tmp_path, fault, caplog):
+def test_temporary_faults_are_tried_again(tmp_path, fault, caplog):
     wholes = write_set(tmp_path, train=(8, 8), shape=(4, 32, 32))
     with odd(tmp_path, fault, 3) as url:
         for _, _, ids, voxels in take(Stream(open_set(url), batch=4, readers=2), 4):
@@ -192,10 +192,10 @@ def test_what_passes_is_tried_again(tmp_path, fault, caplog):
         ("hangs up", "without response"),
         ("breaks off", "bytes"),
         ("elsewhere", "the server gives 'bytes"),
-        ("packs", "the server packs what it gives"),
+        ("packs", "the server compresses its answers"),
     ],
 )
-def test_what_stays_is_one_line(tmp_path, fault, says):
+def test_permanent_faults_are_one_line(tmp_path, fault, says):
     write_set(tmp_path, train=(8,), shape=(4, 32, 32))
     with odd(tmp_path, fault, 99) as url, pytest.raises(DataError, match=says) as error:
         open_set(url).read_into(0, np.empty((4, 32, 32), np.int16))

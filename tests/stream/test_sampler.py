@@ -1,4 +1,4 @@
-"""The order is a permutation, shared out exactly, and the same for ever."""
+"""The order is a permutation, divided exactly among ranks, and never changes."""
 
 import numpy as np
 import pytest

@@ -131,14 +131,14 @@ def test_validation_gives_every_sub_scan_once(tmp_path, world, readers):
         ({"batch": 4, "split": "test"}, "split 'test': no sub-scans"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path, options, says):
+def test_wrong_batch_sizes_are_refused_in_one_line(tmp_path, options, says):
     write_set(tmp_path)
     with pytest.raises(UserError, match=says) as error:
         Stream(open_set(os.fspath(tmp_path)), **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_remedy_works(tmp_path):
+def test_the_remedy_in_the_message_works(tmp_path):
     write_set(tmp_path)
     Stream(open_set(os.fspath(tmp_path)), batch=12, world_size=4)
 

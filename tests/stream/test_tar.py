@@ -68,14 +68,14 @@ def test_held_on_the_device_a_set_crosses_the_network_once(served, readers):
     shards = open_set(url)
     plain = take(Stream(shards, batch=4, seed=3, readers=readers), 32)
     held = DeviceCache(shards, "train", torch.device("cpu"))
-    with Stream(shards, batch=4, seed=3, readers=readers, held=held) as stream:
+    with Stream(shards, batch=4, seed=3, readers=readers, cache=held) as stream:
         before, gone = len(asked()), []
         for count, batch in enumerate(itertools.islice(stream.batches(), 32)):
             assert (batch.epoch, batch.step, batch.ids.tolist()) == plain[count][:3]
             np.testing.assert_array_equal(batch.voxels.numpy(), plain[count][3])
             if count in (7, 23, 31):
                 gone.append(len(asked()) - before)
-    assert held.there.all() and gone[0] > 0 and gone[1] == gone[2]
+    assert held.filled.all() and gone[0] > 0 and gone[1] == gone[2]
     assert not readers_alive() and not curls()
 
 
@@ -134,7 +134,7 @@ def test_resume_fetches_only_what_is_still_to_come(served):
     assert len(set(asked())) <= 1 + 4 * 2  # the last shards of each of the four slots
 
 
-def test_what_waits_in_memory_is_bounded(served):
+def test_the_number_of_buffered_sub_scans_is_bounded(served):
     folder, url, _ = served
     write_set(folder, train=(40, 1, 2, 30, 1, 1, 50, 3, 40))
     shards = open_set(url)
@@ -145,12 +145,12 @@ def test_what_waits_in_memory_is_bounded(served):
         with shards.reader(slot, (5, 0)) as cursor:
             for i in slot.tolist():
                 cursor.read_into(i, out)
-                most = max(most, len(cursor.kept) + 1)
+                most = max(most, len(cursor.buffered) + 1)
     assert 1 < most <= tar.BUFFER
 
 
 def test_neighbours_come_apart(served):
-    """A batch mixes scans as a global shuffle does, and the steps of a slot are not neighbouring tiles."""
+    """A batch mixes scans as a global shuffle does, and consecutive steps of a slot are not adjacent sub-scans."""
     folder, url, _ = served
     write_set(folder, train=(40,) * 32, shape=(1, 1, 2))
     shards = open_set(url)
@@ -199,7 +199,7 @@ def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
         take(Stream(shards, batch=15), 1)
 
 
-def test_nothing_there(served):
+def test_an_empty_folder_is_refused(served):
     _, url, _ = served
     with pytest.raises(
         UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
@@ -276,7 +276,7 @@ def test_a_broken_connection_is_opened_again(tmp_path, monkeypatch, caplog):
 
 
 def test_what_arrived_before_a_failure_is_not_lost(tmp_path):
-    """A short shard is in the pipe, and curl long gone with an error, before anybody reads."""
+    """A short shard is in the pipe, and curl has ended with an error, before anything is read."""
     whole = bytes(range(256)) * 64
     (tmp_path / "a.tar").write_bytes(whole)
     handler = type("HangsUp", (_HangsUp,), {"folder": os.fspath(tmp_path), "asked": {"/a.tar": 3}})
@@ -284,7 +284,7 @@ def test_what_arrived_before_a_failure_is_not_lost(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.tar"
-        with pytest.raises(OSError, match="curl ended with code 18"), tar._opened(url) as stream:
+        with pytest.raises(OSError, match="curl ended with code 18"), tar._open_stream(url) as stream:
             time.sleep(1.0)
             arrived = stream.read(1000) + stream.read()
         server.shutdown()
@@ -322,8 +322,8 @@ def test_s3_through_the_aws_cli(served, monkeypatch):
         open_set("s3://bucket/other")
 
 
-def test_stand_ins_for_what_cannot_be_streamed(served, monkeypatch, capfd):
-    """A flipped byte, a shard cut short and one that is gone: the others stand in, the same for any world size."""
+def test_substitutes_for_what_cannot_be_streamed(served, monkeypatch, capfd):
+    """A flipped byte, a truncated shard and a missing one: substitutes are read, the same ones for any world size."""
     monkeypatch.setattr(tar, "_PAUSE", 0.01)
     folder, url, _ = served
     wholes = write_set(folder, train=COUNTS)
@@ -352,7 +352,7 @@ def test_stand_ins_for_what_cannot_be_streamed(served, monkeypatch, capfd):
 
 
 def npy_member(name, size=None, shape=SHAPE, kind=tarfile.REGTYPE, link=""):
-    """A tar member like those of a shard, and one that lies in what is named."""
+    """A tar with a member like those of a shard, in which the named fields are wrong."""
     voxels = np.zeros(shape, "<i2")
     file = io.BytesIO()
     np.save(file, voxels)
@@ -365,16 +365,16 @@ def npy_member(name, size=None, shape=SHAPE, kind=tarfile.REGTYPE, link=""):
 @pytest.mark.parametrize(
     ("lie", "says"),
     [
-        ({"kind": tarfile.SYMTYPE, "link": "/etc/passwd", "size": 0}, "no file of 128 bytes"),
-        ({"kind": tarfile.LNKTYPE, "link": "/etc/passwd", "size": 0}, "no file of 128 bytes"),
-        ({"kind": tarfile.CHRTYPE, "size": 0}, "no file of 128 bytes"),
-        ({"kind": tarfile.GNUTYPE_SPARSE}, "no file of 128 bytes|cannot be streamed"),
-        ({"size": 1 << 32}, "no file of 128 bytes"),
-        ({"size": 10}, "no file of 128 bytes"),
+        ({"kind": tarfile.SYMTYPE, "link": "/etc/passwd", "size": 0}, "not a file of 128 bytes"),
+        ({"kind": tarfile.LNKTYPE, "link": "/etc/passwd", "size": 0}, "not a file of 128 bytes"),
+        ({"kind": tarfile.CHRTYPE, "size": 0}, "not a file of 128 bytes"),
+        ({"kind": tarfile.GNUTYPE_SPARSE}, "not a file of 128 bytes|cannot be streamed"),
+        ({"size": 1 << 32}, "not a file of 128 bytes"),
+        ({"size": 10}, "not a file of 128 bytes"),
         ({"shape": (4, 4, 4)}, r"holds int16 \(4, 4, 4\)"),
     ],
 )
-def test_tar_members_that_lie_are_refused(served, monkeypatch, lie, says):
+def test_wrong_tar_members_are_refused(served, monkeypatch, lie, says):
     monkeypatch.setattr(tar, "_PAUSE", 0.01)
     folder, url, _ = served
     write_set(folder, train=(4,))

@@ -56,7 +56,7 @@ class Steps:
         model.to(device).to(memory_format=torch.channels_last_3d)
         shards = open_set(str(where))
         self.held = DeviceCache(shards, "train", device) if held else None
-        self.stream = Stream(shards, "train", BATCH, readers=1, device=device, held=self.held)
+        self.stream = Stream(shards, "train", BATCH, readers=1, device=device, cache=self.held)
         log = Log(folder, False, config.train.steps)
         checkpoints = Checkpoints(folder / "checkpoints", 2, pytest.fail)
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
@@ -117,7 +117,7 @@ def test_a_set_held_on_the_device_trains_the_same_weights(tiny_set, tmp_path, de
     run = Steps(tiny_set, tmp_path / "held", device, held=True)
     held = run.take(9)
     assert same(streamed, held)
-    assert run.held.voxels.device.type == device.type and run.held.there.all()
+    assert run.held.voxels.device.type == device.type and run.held.filled.all()
 
 
 class Waits(Checkpoints):

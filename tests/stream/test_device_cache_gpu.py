@@ -1,4 +1,4 @@
-"""The set held on a device equals the streamed one while the computation lags behind, over epochs and a resume."""
+"""Batches from the device cache equal the streamed ones while the GPU lags behind, over epochs and a resume."""
 
 import itertools
 
@@ -24,28 +24,28 @@ def take(stream, count, epoch=0, step=0, lag=False):
 
 
 @CPU_AND_GPU
-def test_batches_out_of_the_devices_memory_are_the_streamed_ones(tmp_path, device):
+def test_batches_from_the_cache_are_the_streamed_ones(tmp_path, device):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
     streamed = take(Stream(shards, batch=4, seed=3, readers=2), 15)
-    kept = Stream(shards, batch=4, seed=3, readers=2, device=device, held=held)
+    kept = Stream(shards, batch=4, seed=3, readers=2, device=device, cache=held)
     got = take(kept, 10, lag=True) + take(kept, 5, *divmod(10, kept.steps_per_epoch), lag=True)
     for one, other in zip(streamed, got, strict=True):
         assert one[:2] == other[:2] and other[3].device.type == device.type
         np.testing.assert_array_equal(one[2], other[2].cpu())
         np.testing.assert_array_equal(one[3], other[3].cpu())
-    assert sum(row[4] for row in got) == held.there.sum() <= len(held.ids)  # each was read once
+    assert sum(row[4] for row in got) == held.filled.sum() <= len(held.ids)  # each was read once
     assert sum(row[4] for row in got[10:]) <= len(held.ids) - 4 * 3
 
 
 @CPU_AND_GPU
-def test_what_is_held_is_the_set(tmp_path, device):
+def test_the_filled_cache_is_the_set(tmp_path, device):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
-    take(Stream(shards, batch=5, seed=1, readers=1, device=device, held=held), 9)
-    assert held.there.all()
+    take(Stream(shards, batch=5, seed=1, readers=1, device=device, cache=held), 9)
+    assert held.filled.all()
     voxels = np.empty(shards.shape, np.int16)
     for place, sub_scan in enumerate(held.ids):
         shards.read_into(int(sub_scan), voxels)
