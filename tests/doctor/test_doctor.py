@@ -183,6 +183,7 @@ def test_a_busy_port_a_name_that_leads_nowhere_and_an_unknown_interface(case, mo
     assert only(network.interfaces(case)).remedy == "unset NCCL_SOCKET_IFNAME"
 
 
+@pytest.mark.slow
 def test_all_reduce_that_does_not_come_to_its_end(case, monkeypatch):
     late = only(network.all_reduce(case, 0.2))
     assert late.status == "problem" and "no answer" in late.found
