@@ -1,6 +1,6 @@
 # make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
-# make test    install and run every test: ten minutes on two free cores
-# make quick   the tests that start no processes: a minute; what to run after every change
+# make test    install and run every test
+# make quick   the quick tests: what to run after every change
 # make lint    style and types
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
 # make bench-peers   what users would take instead, in an environment of its own (2 GB), beside ours in the same runs

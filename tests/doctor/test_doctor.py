@@ -183,6 +183,7 @@ def test_a_busy_port_a_wrong_host_name_and_an_unknown_interface(case, monkeypatc
     assert only(network.interfaces(case)).remedy == "unset NCCL_SOCKET_IFNAME"
 
 
+@pytest.mark.slow
 def test_an_all_reduce_that_fails_or_hangs(case, monkeypatch):
     late = only(network.all_reduce(case, 0.2))
     assert late.status == "problem" and "no answer" in late.found

@@ -15,6 +15,8 @@ from p2w.pretext.protocol import check_size
 from p2w.train.optim import Precision
 from p2w.train.preflight import convolution_error
 
+pytestmark = pytest.mark.slow  # seconds of computing
+
 SMALL = ["unet3d", "resnet10", "resnet18", "resnet50", "i3d", "dense_vnet"]
 
 

@@ -1,9 +1,12 @@
 """Emboli of the ecc phantom: an image of the coarsest kind that is made still shows them."""
 
 import numpy as np
+import pytest
 
 from p2w.phantom import ct_targets
 from p2w.phantom.chest import make_scan
+
+pytestmark = pytest.mark.slow  # seconds of computing
 
 
 def test_an_embolus_darkens_more_than_single_voxels() -> None:

@@ -13,6 +13,8 @@ from p2w.errors import UserError
 from p2w.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
 from p2w.phantom.frame import Frame
 
+pytestmark = pytest.mark.slow  # seconds of computing
+
 SMALL = (32, 64, 64)
 
 
@@ -190,7 +192,6 @@ def test_bytes_do_not_depend_on_workers_or_interruption(folder: Path, tmp_path: 
     assert contents(out) == contents(folder)
 
 
-@pytest.mark.slow
 def test_a_killed_command_is_completed_by_the_same_command(tmp_path: Path) -> None:
     def command(name: str, workers: int) -> list[str]:
         where = ["--out", str(tmp_path / name), "--scans", "3", "--shape", "32", "48", "48"]
@@ -216,7 +217,6 @@ def test_never_writes_into_another_folder(folder: Path, tmp_path: Path) -> None:
         make_scan(0, (8, 96, 96))
 
 
-@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "p2w.phantom", "--out", str(tmp_path / "L"), "--scans", "1"]
     done = subprocess.run(
