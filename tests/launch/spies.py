@@ -36,9 +36,9 @@ def record(rank: int, path: str) -> None:
     sample, step_of = Parts2Whole.sample, Stepper.step
     keys = []
 
-    def sampled(self, voxels, given):
+    def sampled(self, voxels, given, at=0):
         keys[:] = [given]
-        return sample(self, voxels, given)
+        return sample(self, voxels, given, at)
 
     def stepped(self, views, step):
         parts = [zlib.crc32(part.contiguous().numpy().tobytes()) for part in views.input]
