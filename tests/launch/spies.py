@@ -135,12 +135,12 @@ def fail(rank: int, at_step: int, victim: int) -> None:
     """Raise in the pretext of rank `victim` at the step after `at_step` steps."""
     sample, calls = Parts2Whole.sample, []
 
-    def sampled(self, voxels, given):
+    def sampled(self, voxels, given, at=0):
         if rank == victim and given.seed != VALIDATION_SEED:
             calls.append(1)
             if len(calls) > at_step:
                 raise LookupError("no such part")
-        return sample(self, voxels, given)
+        return sample(self, voxels, given, at)
 
     Parts2Whole.sample = sampled
 
