@@ -6,13 +6,14 @@ the small data set that later stages train on.
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
 
 import torch
 from rows import CUDA, REPO, failures, say, stages
+
+from p2w.resources import usable_cores
 
 import common  # isort: skip  (bench/common.py, which rows puts on the path)
 
@@ -37,7 +38,7 @@ def card() -> None:
         cudnn=torch.backends.cudnn.version(), python=platform.python_version(), triton=_version("triton"),
         numpy=_version("numpy"), bf16=CUDA and torch.cuda.is_bf16_supported(including_emulation=False),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if CUDA else None,
-        compiler=shutil.which("cc") or shutil.which("gcc"), cores=os.cpu_count(), commit=_commit(),
+        compiler=shutil.which("cc") or shutil.which("gcc"), cores=usable_cores(), commit=_commit(),
         machine=common.machine(),
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ on where they stopped. Rows as in rows.py; report.html, metrics.jsonl, table1.tx
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,13 +20,15 @@ from typing import Any
 
 from rows import CUDA, DAY, OUT, REPO, failures, say, seconds_left, stages
 
+from p2w.resources import usable_cores
+
 PYTHON = sys.executable
 SHARDS, NCC, RUNS = DAY / "shards", DAY / "ncc", DAY / "runs"
 PRETRAINED = RUNS / "p2w"
 STARTS = (("Scratch", "random"), ("Parts2Whole", str(PRETRAINED)))
 STOPPED = 143  # exit code of launch/finetune.py after SIGTERM
 SAVING_S = 20.0  # between SIGTERM and the end: the step under way, a checkpoint, the report
-WORKERS = str(min(10, max(1, (os.cpu_count() or 2) - 4))) if CUDA else "2"
+WORKERS = str(min(10, max(1, usable_cores() - 4))) if CUDA else "2"
 
 # Sizes on a card and of a rehearsal. The paper's network on a card sees the paper's sizes.
 SCANS = ["240", "--shape", "128", "256", "256"] if CUDA else ["4", "--shape", "64", "256", "256"]
