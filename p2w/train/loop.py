@@ -81,7 +81,7 @@ class Trainer:
         self._plan_graph()
         self.bad = BadSampleBudget(config.data, world, stream)
         self._stop = StopRequest()
-        self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), 0
+        self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), self.step
         # See Stepper.warm_up_ddp. With two ranks, a sum has the same bits in any order.
         self._ddp_warmed_up = world.size < 3
         self.window = LogWindow()
@@ -147,6 +147,8 @@ class Trainer:
     def _train(self, validate: Evaluate, probe: Evaluate) -> Outcome:
         settings, schedule = self.config.train, self.stepper.schedule
         batches = self.stream.batches(*divmod(self.step, self.stream.steps_per_epoch))
+        # From here, not from step 0: the steps that a resumed run did before it was stopped took none of this time.
+        self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), self.step
         stopping = False
         while True:
             if self.evaluation_pending or stopping or self.step >= settings.steps:

@@ -1,6 +1,8 @@
 """The training loop in one process: which evaluation is a validation, which checkpoints are kept, when a run ends."""
 
 import contextlib
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_a_step_that_is_read_late_changes_no_bit_and_no_verdict(trainer):
     with pytest.raises(UserError, match="step 4, rank 0: 4 steps in a row without a finite gradient"):
         bad.fit(scripted({}))
     assert bad.step == 5
+
+
+def test_a_resumed_run_asks_for_stop_requests_by_the_pace_of_its_own_steps(trainer, monkeypatch):
+    """It once took the steps before the resume for its own, seemed fast, and heard a stop request 100 steps late."""
+    run = trainer(steps=1000, validate_every=1000, checkpoint_every=1000, checkpoint_minutes=0.0)
+    run.step, run.evaluation_pending = 400, False  # as `resume` leaves it
+    monkeypatch.setattr(World, "sum", lambda world, values: values)
+    run.world = replace(run.world, size=2)
+    intervals, poll = [], run._poll_stop_request
+
+    def slow():
+        time.sleep(0.3)
+        stopping = poll()
+        intervals.append(run._steps_to_poll)
+        return stopping or len(intervals) == 3
+
+    run._poll_stop_request = slow
+    assert run._train(scripted({}), scripted({})).state == "told to stop"
+    assert intervals == [1, 1, 1]
 
 
 def test_a_cuda_graph_that_is_asked_for_in_vain_is_refused(trainer):
