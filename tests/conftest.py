@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def own_cache(tmp_path_factory) -> None:
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(users / "matplotlib"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def float32_as_it_was():
+    """A run sets how this process computes in float32; the next test finds what torch begins with."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from devices import CPU_AND_GPU, settle
 from stream_sets import write_set
@@ -24,19 +25,22 @@ def take(stream, count, epoch=0, step=0, lag=False):
 
 
 @CPU_AND_GPU
-def test_batches_from_the_cache_are_the_streamed_ones(tmp_path, device):
+@pytest.mark.parametrize("readers", [1, 2])
+def test_batches_from_the_cache_are_the_streamed_ones(tmp_path, device, readers):
     write_set(tmp_path)
     shards = open_set(str(tmp_path))
     held = DeviceCache(shards, "train", device)
     streamed = take(Stream(shards, batch=4, seed=3, readers=2), 15)
-    kept = Stream(shards, batch=4, seed=3, readers=2, device=device, cache=held)
+    kept = Stream(shards, batch=4, seed=3, readers=readers, device=device, cache=held)
     got = take(kept, 10, lag=True) + take(kept, 5, *divmod(10, kept.steps_per_epoch), lag=True)
     for one, other in zip(streamed, got, strict=True):
         assert one[:2] == other[:2] and other[3].device.type == device.type
         np.testing.assert_array_equal(one[2], other[2].cpu())
         np.testing.assert_array_equal(one[3], other[3].cpu())
-    assert sum(row[4] for row in got) == held.filled.sum() <= len(held.ids)  # each was read once
     assert sum(row[4] for row in got[10:]) <= len(held.ids) - 4 * 3
+    # Of two threads, one may read for the next epoch what the other still reads for this one.
+    if readers == 1:
+        assert sum(row[4] for row in got) == held.filled.sum() <= len(held.ids)
 
 
 @CPU_AND_GPU

@@ -152,8 +152,8 @@ def test_each_distinct_convolution_is_computed_once_and_only_the_tested_pass_may
     assert convolution_error(model, BF16, (1, 1, 8, 8, 8), CPU) == ""
     counted = {key: count for key, count in seen.items() if count}
     assert counted == {
-        (8, False, False, "ieee"): 2, (8, True, True, before): 2,
-        (4, False, False, "ieee"): 1, (4, True, True, before): 1,
+        (8, False, False, "ieee"): 2, (8, True, True, "tf32"): 2,
+        (4, False, False, "ieee"): 1, (4, True, True, "tf32"): 1,
     }  # fmt: skip
     assert torch.backends.cudnn.benchmark and torch.backends.cudnn.conv.fp32_precision == before
 
