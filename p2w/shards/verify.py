@@ -18,7 +18,7 @@ from crc32c import crc32c
 
 from p2w.ct.discover import ScanListing, ScanSource, find_luna, find_scans
 from p2w.errors import UserError
-from p2w.files import hold_lock
+from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
 from p2w.resources import usable_cores
 from p2w.shards import manifest_schema
@@ -43,7 +43,6 @@ damaged shard is named; 2: there is no data set.
 """
 
 
-PIECE = 4 << 20  # bytes read at a time
 MOST_NAMED = 8  # damaged sub-scans of one shard that its line names; the others are counted
 
 
@@ -94,7 +93,7 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
     try:
         with open(os.path.join(root, shard["name"]), "rb", buffering=0) as file:
             if fault is None:
-                crc = _checksum(file)
+                crc = file_crc32c(file)
                 if crc == shard["crc32c"]:
                     return None
                 fault = f"crc32c {crc:08x}, the manifest says {shard['crc32c']:08x}"
@@ -124,14 +123,6 @@ def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int
     table = manifest.table
     own = table.filter(pc.equal(table["shard"], shard["name"]))
     return list(zip(*(own[name].to_pylist() for name in ("key", "offset", "nbytes", "crc32c")), strict=True))
-
-
-def _checksum(file: BinaryIO) -> int:
-    """CRC-32C of a whole file. crc32c and readinto release the GIL, so threads run in parallel."""
-    crc, buffer = 0, memoryview(bytearray(PIECE))
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
-        crc = crc32c(buffer[:count], crc)
-    return crc
 
 
 def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
@@ -281,7 +272,7 @@ def _cut(
         why = _difference(manifest, record, shard, repair_folder)
         if why is None:
             os.replace(repair_folder.shard(source.uid), os.path.join(manifest.root, shard["name"]))
-            _sync(manifest.root)
+            sync_to_disk(manifest.root)
             done += 1
             say(
                 f"repaired: {shard['name']}, from {source.name}: crc32c {shard['crc32c']:08x} as in the manifest"
@@ -309,12 +300,3 @@ def _difference(
     if record["shard"] is None or verify_shard(manifest, shard, folder.root) is not None:
         return f"is the same but gives another shard now; the set was cut by {manifest.meta.get('tool')}: cut it anew"
     return None
-
-
-def _sync(folder: str) -> None:
-    """Flush a folder to the disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
