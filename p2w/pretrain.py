@@ -1,8 +1,6 @@
 """One pretraining run: build data, pretext, network, trainer and monitors from the configuration, train, draw figures."""
 
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
+from p2w.errors import command_line
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
 from p2w.model.norm import synchronise_batch_norm
@@ -67,7 +66,7 @@ def _run(
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
-        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
+        command = {"command": command_line(), "cwd": os.getcwd(), "precision": precision.name}
         facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
         folder.open(
             config,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launch.train import RENAMED, parse
 from p2w import config as settings
+from p2w.commands.train import RENAMED, parse
 from p2w.config import MAY_CHANGE, Config, check_config, config_to_json, flatten, read_config
 from p2w.errors import UserError
 

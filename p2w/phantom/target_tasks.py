@@ -23,7 +23,7 @@ USAGE = """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-ID
 python -m p2w.phantom.target_tasks --out phantom-targets                        # all five, 20 patients each
 python -m p2w.phantom.target_tasks --out T --tasks lcs bms --patients 40 --shape 64 128 128 --workers 2
 
-Then, for instance: python preprocess/prepare_target.py lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27
+Then, for instance: p2w prepare lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27
 --test 28-39. Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
 

@@ -134,7 +134,7 @@ VOXELS_PER_SECOND = 40e6
 
 @dataclass(frozen=True)
 class ShardingOptions:
-    """Options of `preprocess/shard_luna.py` and `shard_scans.py`: what to cut, and how to go about it."""
+    """Options of `p2w shard-luna` and `p2w shard`: what to cut, and how to go about it."""
 
     settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
     workers: int = 0

@@ -75,7 +75,7 @@ class ShardingSettings:
     """Share of the scans set aside for validation, at least one of two. Never parts of a scan."""
     split_seed: int = 0
     """Another seed sets other scans aside."""
-    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of shard_scans.py alone
+    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of p2w shard alone
 
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside its range."""

@@ -118,9 +118,7 @@ def open_manifest(
 def repair_command(root: str, meta: dict[str, Any]) -> str:
     """The command that cuts damaged shards again; FOLDER in it stands for the scans."""
     if "task" in meta:
-        again = (
-            f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
-        )
+        again = f"p2w prepare {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
         return f"delete the shard, and repeat the command that made the set: {again}"
     luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
     return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"

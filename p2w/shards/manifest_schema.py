@@ -187,8 +187,8 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     SUB_SCAN_COLUMNS,
     3,
     OPTIONAL_META,
-    "preprocess/shard_luna.py or preprocess/shard_scans.py",
-    "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
+    "p2w shard-luna or p2w shard",
+    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
 )
 # Accepts any kind of set, to check its bytes alone.
 ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)

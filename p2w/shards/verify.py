@@ -33,7 +33,7 @@ USAGE = """Check that the shards of a data set are the bytes that were written, 
 
     p2w verify shards                                    # every byte of every shard, as fast as the disk reads
     p2w verify shards --repair --luna LUNA16             # cut what is damaged again, from LUNA16
-    p2w verify shards --repair --scans /data/a /data/b   # or from the folders that preprocess/shard_scans.py got
+    p2w verify shards --repair --scans /data/a /data/b   # or from the folders that p2w shard got
 
 The manifest has a checksum of itself, of every shard and of every sub-scan. In a shard that differs, every sub-scan is
 checked: either sub-scans are damaged, at which training would stop, or only the bytes between them. Repair cuts the scan
@@ -56,9 +56,9 @@ class VerifyOptions:
     repair: bool = False
     """Cut damaged shards again from their scans, named by --luna or --scans."""
     luna: str | None = None
-    """Folder that holds subset0 … subset9, for a set cut by preprocess/shard_luna.py."""
+    """Folder that holds subset0 … subset9, for a set cut by p2w shard-luna."""
     scans: tuple[str, ...] = ()
-    """The folders that preprocess/shard_scans.py got, in the same order."""
+    """The folders that p2w shard got, in the same order."""
     workers: int = 0
     """Shards read, or scans cut, at the same time; 0: one for each core, as far as memory goes."""
 
@@ -261,7 +261,7 @@ def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) ->
         return find_scans(list(scans), manifest.root, allow_gaps=True)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
-        raise UserError(f"{manifest.root}: was cut by shard_scans.py: name the folders it got with --scans")
+        raise UserError(f"{manifest.root}: was cut by p2w shard: name the folders it got with --scans")
     return find_luna(luna, sorted(subsets))[0]
 
 

@@ -16,7 +16,7 @@ from target_sets import write_target_set
 
 from p2w.errors import UserError
 from p2w.reproduce import paper_numbers
-from p2w.reproduce import sweep as reproduce_sweep
+from p2w.reproduce import sweep_jobs as reproduce_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -46,8 +46,8 @@ for index in range(trials):
 DRIVER = """
 import sys
 from pathlib import Path
-from p2w.reproduce import sweep as plans
-from p2w.reproduce.sweep import Sweep, SweepSlots as Machine
+from p2w.reproduce import sweep_jobs as plans
+from p2w.reproduce.sweep_jobs import Sweep, SweepSlots as Machine
 top, trials = Path(sys.argv[1]), int(sys.argv[2])
 tasks = {"ncc": plans.SweepTask(top, "ncc", "classification", 0, "f")}
 common = plans.FineTuningPlan(top / "launch", tasks, top / "out", trials, {})
