@@ -6,6 +6,7 @@ p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 import importlib
 import sys
 
+from p2w import __version__
 from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fine-tune a starting point on a target task, in trials; also by torchrun -m p2w finetune",
     ),
     "sweep": ("p2w.commands.sweep", "run the fine-tunings behind Table 1, Table 2 and Fig. 3"),
+    "slurm": ("p2w.commands.slurm", "write the Slurm scripts into a folder, for an installed p2w"),
     "predict": (
         "p2w.inference.predict",
         "apply a fine-tuned network to a scan: a mask, or scores of candidates",
@@ -68,6 +70,9 @@ def main() -> int:
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print(usage())
+        return 0
+    if name == "--version":
+        print(f"p2w {__version__}")
         return 0
     if name not in COMMANDS:
         raise UserError(f"p2w {name}: no such command; one of {', '.join(COMMANDS)}")

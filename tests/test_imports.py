@@ -19,8 +19,8 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "preprocess": ("p2w.errors", "p2w.commands"),
     "p2w.commands": ("p2w",),  # the mains
     **dict.fromkeys(
-        ("p2w.commands.shard_luna", "p2w.commands.shard_scans", "p2w.commands.prepare_target"),
-        ("p2w.errors", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
+        tuple(f"p2w.commands.{name}" for name in ("shard_luna", "shard_scans", "prepare_target", "slurm")),
+        ("p2w.errors", "p2w.files", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
     ),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands

@@ -101,6 +101,7 @@ class FineTuningPlan:
     width: int | None = None
     more: tuple[str, ...] = ()  # further arguments of p2w finetune
     folds: tuple[int, ...] = ()  # folds to test on, for sets with folds; () is all
+    program: tuple[str, ...] = ("-m", "p2w")  # what Python runs
 
     def jobs(
         self, task: str, init: str, label: str, usual: Mapping[str, float], network: str = "", decoder: str = "",
@@ -135,7 +136,7 @@ class FineTuningPlan:
         flags += ["--fraction", f"{share:g}"] if share != 1 else []
         flags += ["--decoder", decoder] if decoder else []
         command = (
-            *("python", "-m", "p2w", "finetune"),
+            *("python", *self.program, "finetune"),
             *map(str, flags),
             "--run-dir",
             str(folder),
@@ -226,7 +227,7 @@ def table2(
         what = ["--pretext.volume-fraction", repr(parts.low), repr(float(parts.high))]
         what += ["--pretext.skips"] if parts.skips else []
         where = ("--shards", shards, "--run-dir", str(run))
-        command = (*start, "-m", "p2w", "train", recipe, *where, *what, *more)
+        command = (*start, *common.program, "train", recipe, *where, *what, *more)
         jobs.append(SweepJob(f"pretrain-{run.name}", run, command, 1, pretrains=True))
     pretrained = list(jobs)
     for task, target in common.tasks.items():
