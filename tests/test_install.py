@@ -56,7 +56,7 @@ def test_the_package_is_imported_from_any_folder(checkout, where):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A virtual environment with the wheel of this checkout, the packages it needs, and no checkout: (environment, wheel)."""
+    """A virtual environment with this checkout's wheel and the packages it needs: (environment, wheel)."""
     pytest.importorskip("setuptools")
     top = tmp_path_factory.mktemp("wheel")
     source = top / "source"
@@ -95,6 +95,7 @@ def test_the_wheel_says_what_it_is(installed):
     assert not re.search(r"\]\((?!https?:)", metadata), "a relative link in the long description"
 
 
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
 def test_from_scans_to_predictions_with_the_wheel_alone(installed, tmp_path):
     """Every stage by the commands of the wheel, in a folder that has no checkout."""
     env, _ = installed
@@ -128,25 +129,12 @@ def test_from_scans_to_predictions_with_the_wheel_alone(installed, tmp_path):
     run(*torchrun, "train", "demo", "--shards", "shards", "--run-dir", "run", *small)
     assert "run/report.html" in run("p2w", "report", "run")
     run("p2w", "export", "run", "--to", "safetensors", "--out", "weights")
-    run(
-        "python",
-        "-m",
-        "p2w.phantom.target_tasks",
-        "--out",
-        "T",
-        "--tasks",
-        "lcs",
-        "--patients",
-        "4",
-        "--shape",
-        "32",
-        "64",
-        "64",
-    )
+    phantom = ("python", "-m", "p2w.phantom.target_tasks", "--out", "T", "--tasks", "lcs")
+    run(*phantom, "--patients", "4", "--shape", "32", "64", "64")
     split = ("--train", "0-1", "--val", "2", "--test", "3")
     run("p2w", "prepare", "lcs", "--source", "T/LiTS", "--out", "lcs", "--size", "8", "16", "16", *split)
     start = ("--init", "run", "--trials", "1", "--recipe.max-epochs", "1")
-    run(*torchrun, "finetune", "--task", "lcs", "--run-dir", "tuned", *start)
+    run("p2w", "finetune", "--task", "lcs", "--run-dir", "tuned", *start)
     scan = next((tmp_path / "T").rglob("volume-3.nii*"))
     run("p2w", "predict", "tuned", "--scan", str(scan), "--out", "liver.nii.gz")
     assert (tmp_path / "liver.nii.gz").stat().st_size > 0
