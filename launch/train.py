@@ -42,6 +42,7 @@ RENAMED = {
     "--train.look-every": "--train.probe-every",
     "--train.amp": "--train.precision",
     "--train.max-skipped": "--train.max-nonfinite",
+    "--pretext.aspect-range": "--pretext.max-aspect",
 }  # options of earlier versions
 
 
@@ -113,7 +114,7 @@ def build(argv: list[str], world: World) -> Job:
         )
     with torch.device("meta"):
         build_pretext_and_network(config)
-    RunDir(args.folder).agrees(config, data_fingerprint(shards.meta))
+    RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
     return Job(args, recipe, shards, precision)
 
 

@@ -75,10 +75,8 @@ def read_run(run: Path) -> RunFacts:
     facts = RunFacts(run)
     tree = _object(facts, "config.json")
     for group, values in tree.items():
-        inner = values.items() if isinstance(values, dict) else [("", values)]
-        facts.config.update(
-            {f"{group}.{settings.RENAMED.get(name, name)}".rstrip("."): value for name, value in inner}
-        )
+        inner = settings.current_settings(group, values) if isinstance(values, dict) else {"": values}
+        facts.config.update({f"{group}.{name}".rstrip("."): value for name, value in inner.items()})
     facts.status = _object(facts, "status.json")
     starts = _object(facts, "run.json").get("starts", [])
     facts.starts = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []

@@ -47,4 +47,4 @@ def test_one_grey_channel_is_repeated_and_other_numbers_are_refused():
 
 def test_each_network_says_what_it_wants():
     names = ("unet3d", "resnet10", "i3d", "dense_vnet")
-    assert [build_encoder(name, 2).feeding for name in names] == ["unit", "positive-z", "symmetric", "hu"]
+    assert [build_encoder(name, 2).input_norm for name in names] == ["unit", "positive-z", "symmetric", "hu"]

@@ -49,7 +49,7 @@ def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: Contrast
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
     config = settings.pretext
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.aspect_range)
+    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.max_aspect)
     parts = geometry.crop_resize(
         batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
     )
