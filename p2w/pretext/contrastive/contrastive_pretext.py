@@ -119,10 +119,10 @@ class ContrastivePretext(Pretext):
     def build(self, encoder: Encoder) -> Network:
         """Encoder, head, and what remembers. Raises UserError for a size that the encoder does not take."""
         check_size(self.config.pretext.size, encoder)
-        settings, passes = self.config.contrast, self.config.optim.accumulate
+        settings = self.config.contrast
         head = ProjectionHead(encoder.channels[-1], settings)
-        negatives = self.kind(settings, encoder, head, passes)
-        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head, passes))
+        negatives = self.kind(settings, encoder, head)
+        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head))
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the wholes; `cosine` of the positive pairs, and the share `told` of those nearer than all negatives."""
