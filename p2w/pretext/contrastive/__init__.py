@@ -84,14 +84,15 @@ class Amdim(ContrastivePretext):
 
 
 def _update_copy_of_earlier_version(
-    network: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
+    network: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any
 ) -> None:
     """Earlier versions updated MoCo's momentum encoder as the next step began: make up for that in what they saved."""
     own = f"{prefix}negatives."
     if f"{own}updates" in state or f"{own}next" not in state:
         return
     state[f"{own}updates"] = torch.zeros((), dtype=torch.int64)
-    rate = 1 - cast(MocoQueue, network.negatives).config.momentum
-    for name, _parameter in network.negatives.named_parameters():
+    queue = cast(MocoQueue, network.negatives)
+    rate = 1 - queue.config.momentum
+    for name, _ in queue.named_parameters():
         source = name.removeprefix("slow_")
         state[own + name] = state[own + name].lerp(state[prefix + source], rate)
