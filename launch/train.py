@@ -43,6 +43,7 @@ RENAMED = {
     "--train.amp": "--train.precision",
     "--train.max-skipped": "--train.max-nonfinite",
     "--pretext.aspect-range": "--pretext.max-aspect",
+    "--train.no-channels-last": "--train.channels-last off",
 }  # options of earlier versions
 
 

@@ -102,8 +102,8 @@ class TrainConfig:
     kernels: Literal["auto", "plain"] = "auto"
     """On a GPU: auto times every way that a layer can be computed in, at the sizes of this run, and takes the fastest; plain
     takes PyTorch's usual one. The log says which; they differ by rounding."""
-    channels_last: bool = True
-    """Memory layout with channels innermost (faster with batch norm)."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout with channels innermost; auto: where the encoder is faster with it (`Encoder.channels_last`)."""
     compile: bool = False
     """torch.compile the network: minutes at the start, a few percent a step."""
     validate_every: Annotated[int, Bounds(1)] = 500
@@ -269,6 +269,8 @@ def current_settings(group: str, values: dict[str, Any]) -> dict[str, Any]:
         case "optim", {"name": "sgd", "betas": [momentum, _]} if "sgd_momentum" not in values:
             del values["betas"]
             values["sgd_momentum"] = momentum
+        case "train", {"channels_last": bool() as on}:
+            values["channels_last"] = "auto" if on else "off"  # every encoder of that time was faster with it
     return values
 
 

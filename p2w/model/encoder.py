@@ -83,7 +83,7 @@ class Encoder(nn.Module):
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
     channels_last: bool = True
-    """Whether channels-last memory is the faster layout for it, where the settings leave that open."""
+    """Whether channels-last memory is the faster layout for it: what `train.channels_last auto` takes."""
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
     only_skips: bool = False
@@ -117,3 +117,16 @@ class Network(nn.Module):
     """
 
     encoder: Encoder
+
+
+def set_memory_format(network: Network, channels_last: str) -> str:
+    """Lay out the network's weights as `train.channels_last` says; a phrase for the log that says which layout and why.
+
+    Activations follow the layout of the weights.
+    """
+    auto = channels_last == "auto"
+    last = network.encoder.channels_last if auto else channels_last == "on"
+    if last:
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    why = f"auto: faster for {type(network.encoder).__name__}" if auto else "asked for"
+    return f"channels {'last' if last else 'first'} ({why})"
