@@ -130,7 +130,8 @@ def show_plan(job: Job, world: World) -> None:
     )
     wholes, steps = len(job.shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
-    flops = facts.flops_per_sample * batch * steps
+    if config.train.kernels == "plain":
+        facts = replace(facts, folds=())
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
     print(
         f"data            {job.shards.where}: {wholes:,} sub-scans to train, {len(job.shards.ids('val')):,} to validate"
@@ -143,7 +144,7 @@ def show_plan(job: Job, world: World) -> None:
     print(
         f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
-    print(f"in all          {flops / 1e15:,.0f} PFLOP forward and backward")
+    print(f"in all          {facts.total(batch, world.size, steps)}")
     card = world.device_reason if world.device.type == "cuda" else ""
     said = describe_scaling(
         facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps
