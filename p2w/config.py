@@ -223,6 +223,12 @@ def flatten(config: "Config") -> dict[str, Any]:
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
+def changed_from(config: "Config") -> dict[str, Any]:
+    """The default of each setting of `config` that has another value, by its dotted name."""
+    defaults = flatten(config_class()())
+    return {name: defaults[name] for name, value in flatten(config).items() if value != defaults[name]}
+
+
 def config_to_json(config: "Config") -> str:
     """Config -> JSON text with two levels, as `from_json` reads it."""
     return json.dumps(dataclasses.asdict(config), indent=2)

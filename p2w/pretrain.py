@@ -69,7 +69,10 @@ def _run(
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
-        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        facts = {
+            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+            "changed_from": settings.changed_from(config),
+        }
         folder.open(
             config,
             data,

@@ -88,8 +88,12 @@ def read_run(run: Path) -> RunFacts:
     return facts
 
 
-def defaults() -> dict[str, Any]:
-    """Every setting there is with its default, as JSON spells them."""
+def defaults(facts: RunFacts) -> dict[str, Any]:
+    """The default of every setting of the run, as JSON spells them."""
+    changed = facts.last_start.get("changed_from")
+    if isinstance(changed, dict):
+        return facts.config | changed
+    # A run of an earlier version did not write them down. Collecting them imports the pretexts' files, and so torch.
     flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(settings.Config())))
     return flat
 
