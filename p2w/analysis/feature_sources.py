@@ -18,6 +18,7 @@ from p2w.analysis.features import BASELINES, Features
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import Network
+from p2w.model.encoder import set_memory_format
 from p2w.pretext import build_pretext_and_network
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.optim import Precision
@@ -85,8 +86,7 @@ class AnalysedRun:
                     "copy the run folder again"
                 ) from error
         model.to(world.device).eval()
-        if self.config.train.channels_last:
-            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+        set_memory_format(model, self.config.train.channels_last)
         return model
 
     def feature_source(
