@@ -191,4 +191,4 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
 )
 # Accepts any kind of set, to check its bytes alone.
-ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)
+ANY_SCHEMA = ManifestSchema(None, None, {}, "p2w shard-luna, p2w shard or p2w prepare", SUB_SCAN_SCHEMA.remedy)
