@@ -176,6 +176,7 @@ trees = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @given(tree=trees)
 @example(tree={"optim": {"lr": 10**400}})

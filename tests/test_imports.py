@@ -79,6 +79,15 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
+NAMES = frozenset(map(name_of, FILES))
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def below(name: str, tops: tuple[str, ...]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for top in tops)
 
@@ -87,13 +96,13 @@ def below(name: str, tops: tuple[str, ...]) -> bool:
 def imports(path: Path) -> set[str]:
     """Modules a file imports; `from p2w import geometry` and `from p2w.shards import order` name the submodule."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: relative import"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            submodules = inside & {name_of(file) for file in FILES}
+            submodules = inside & NAMES
             found |= submodules or {node.module}
     return found
 
@@ -124,7 +133,7 @@ def test_offline_modules_reach_no_torch():
 
 @pytest.mark.parametrize("path", [path for path in FILES if name_of(path) != "p2w.world"], ids=name_of)
 def test_only_world_reads_the_environment(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
         assert not reads, f"{path}:{node.lineno} reads the environment; p2w.world does"
 
@@ -151,7 +160,7 @@ def graph() -> dict[str, set[str]]:
     typed = {
         name: {
             inner
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in nodes(path)
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             for inner in ast.walk(node)
         }
@@ -160,7 +169,7 @@ def graph() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in names.items():
         of = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("p2w"):
                 inside = {f"{node.module}.{alias.name}" for alias in node.names}
                 of |= inside if inside <= set(names) else inside | {node.module}

@@ -40,6 +40,7 @@ def write_scans(folder):
         sitk.WriteImage(sitk.GetImageFromArray(voxels), str(folder / f"p{number:02d}_g{number % 3}.nii.gz"))
 
 
+@pytest.mark.slow
 def test_from_scans_to_predictions(ball, tmp_path, monkeypatch, capsys):
     scans, folder, run, out = (tmp_path / name for name in ("scans", "set", "run", "graded.csv"))
     write_scans(scans)

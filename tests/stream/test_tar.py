@@ -305,6 +305,7 @@ def test_addresses(monkeypatch, tmp_path):
         open_set("s3://bucket/set")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("aws") is None, reason="needs the AWS CLI")
 def test_s3_through_the_aws_cli(served, monkeypatch):
     """AWS's own client, asking nginx for the bucket: to read objects it needs no more than HEAD and GET."""
