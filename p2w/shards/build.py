@@ -113,7 +113,7 @@ def _manifest_meta(
             "val_scans": val,
         },
         "sources": [
-            {key: record[key] for key in source_keys}
+            {key: record[key] for key in (*source_keys, "stored") if key in record}
             | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
             for record in good
         ],
@@ -286,11 +286,12 @@ def forecast_shards(sources: list[ScanSource], settings: ShardingSettings) -> Sh
     for source in sources:
         try:
             grid, size = read_grid(source)
-            settings.tiling.check_size(grid.size[::-1])
+            shape = settings.tiling.resampled_grid(grid).size[::-1]
+            settings.tiling.check_size(shape)
         except (BadScan, OSError, ValueError) as error:
             bad.append((source.name, str(error)))
             continue
-        sub_scans += settings.tiling.count(grid.size[::-1])
+        sub_scans += settings.tiling.count(shape)
         voxels += int(np.prod(grid.size))
         nbytes += size
         sound += 1
@@ -364,8 +365,8 @@ def _report_result(meta: dict[str, Any], folder: BuildFolder[ShardingSettings]) 
     kept = sum(source["sub_scans"] for source in meta["sources"])
     tiling, parts = meta["tiling"], meta["split"]
     say(
-        f"{kept + tiling['left_out']:,} sub-scans, {tiling['left_out']:,} left out (standard deviation < "
-        f"{tiling['min_std_hu']:g} HU), {kept:,} sub-scans kept"
+        f"{kept + tiling['left_out']:,} sub-scans, {tiling['left_out']:,} left out "
+        f"({folder.settings.tiling.rule()}), {kept:,} sub-scans kept"
     )
     if kept == 0:
         folder.remove_manifest()

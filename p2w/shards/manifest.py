@@ -29,7 +29,6 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
 from p2w.shards.manifest_schema import (
-    LOCATION_COLUMNS,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     SUB_SCAN_SCHEMA,
@@ -62,7 +61,7 @@ def manifest_bytes(
     """
     rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
     assert expected.schema is not None  # ANY_SCHEMA is for reading only
-    schema = expected.schema.with_metadata(
+    schema = expected.of(rows).with_metadata(
         {b"p2w": canonical_json(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
     buffer = io.BytesIO()
@@ -140,10 +139,7 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
     bare = schema.remove_metadata()
-    has_columns = (
-        set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
-    )
-    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
+    if meta.get("schema") != MANIFEST_VERSION or not expected.allows(bare):
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from p2w.ct.discover import ScanSource
-from p2w.ct.orientation import BadScan
+from p2w.ct.orientation import BadScan, Grid
 from p2w.ct.scan import Scan, quiet_itk, read_scan
 from p2w.errors import UserError
 from p2w.files import canonical_json, write_published
 from p2w.resources import usable_cores
 from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.manifest_schema import PADDED_COLUMNS, REAL_COLUMNS, SUB_SCAN_COLUMNS
 from p2w.shards.tiling import SubScan, cut_sub_scans
 from p2w.shards.writer import ShardFile, open_shard
 
@@ -124,18 +125,23 @@ def _write(
     scan: Scan, source: ScanSource, folder: BuildFolder[ShardingSettings], temporary: str
 ) -> dict[str, Any]:
     """Write the shard of a scan, rename it into place, and return the rest of the scan's record."""
-    tiling, grid = folder.settings.tiling, scan.grid
+    tiling, stored = folder.settings.tiling, scan.grid
+    scan = tiling.resampled(scan)
+    grid = scan.grid
     path = os.path.join(temporary, os.path.basename(folder.shard(scan.uid)))
     spacing = dict(zip(("spacing_x", "spacing_y", "spacing_z"), map(_single, grid.spacing), strict=True))
     shard: ShardFile | None = None
     rows, left_out = [], 0
     try:
         for sub in cut_sub_scans(scan, tiling):
-            if sub.std_hu < tiling.min_std_hu:
+            if not sub.kept(tiling):
                 left_out += 1
                 continue
-            shard = shard or open_shard(path, tiling.shape)
-            rows.append(shard.add(_row(scan.uid, source.subset, sub) | spacing, sub.voxels))
+            shard = shard or open_shard(
+                path, tiling.shape, PADDED_COLUMNS if tiling.pads else SUB_SCAN_COLUMNS
+            )
+            real = dict(zip(REAL_COLUMNS, sub.real, strict=True)) if tiling.pads else {}
+            rows.append(shard.add(_row(scan.uid, source.subset, sub) | spacing | real, sub.voxels))
         done = shard.close() if shard else None
     except BaseException:
         if shard:
@@ -143,6 +149,7 @@ def _write(
         raise
     if done:
         os.replace(path, folder.shard(scan.uid))
+    resampled = {} if tiling.spacing is None else {"stored": _stored(stored)}
     return {
         "nbytes": scan.nbytes,
         "checksum": f"crc32c:{scan.checksum:08x}",
@@ -153,7 +160,13 @@ def _write(
         "left_out": left_out,
         "rows": rows,
         "shard": {"nbytes": done.nbytes, "crc32c": done.crc32c} if done else None,
+        **resampled,
     }
+
+
+def _stored(grid: Grid) -> dict[str, Any]:
+    """Size and spacing of a scan before it was resampled, as the manifest names them."""
+    return {"shape": list(grid.size[::-1]), "spacing_mm": list(grid.spacing[::-1])}
 
 
 def _row(uid: str, subset: int, sub: SubScan) -> dict[str, Any]:
