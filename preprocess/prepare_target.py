@@ -9,50 +9,15 @@ nothing could be done.
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 
 from p2w.errors import UserError, exits
-from p2w.shards.build import check_workers
-from p2w.shards.build_folder import JobShare
 from p2w.tasks import TASKS
-from p2w.tasks.prepare import PreparationJob, prepare_samples
+from p2w.tasks.prepare import PreparationOptions, prepare_samples
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PreparationOptions:
-    """Options that every task has."""
-
-    source: str
-    """Folder that holds the data as it is published."""
-    out: str
-    """Folder to write, new or of an earlier run of the same settings."""
-    size: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="Z Y X")] = None
-    """Voxels of a stored sample, which is the network's input; default: the paper's."""
-    format: Literal["tar", "arrow"] = "tar"
-    """tar opens with webdataset, arrow with pyarrow; both are read alike."""
-    workers: int = 0
-    """Cases cut at the same time; 0: one for each core, as far as memory goes (2 GiB each)."""
-    shard_of: str = "0/1"
-    """i/n: cut the i-th of n shares of the cases (i from 0), as one task of a job array."""
-    dry_run: bool = False
-    """Print cases, splits, samples, bytes and free disk, and stop."""
-    strict: bool = False
-    """Stop at the first bad case, with exit code 2."""
-
-    def job(self, size: tuple[int, int, int]) -> PreparationJob:
-        """The job that these options ask for; `size` is the task's default. Raises UserError for a value out of range."""
-        share = JobShare.parse(self.shard_of)
-        check_workers(self.workers)
-        size = self.size or size
-        if not all(4 <= n <= 1024 for n in size):
-            raise UserError(f"--size {' '.join(map(str, size))}: voxels z y x, each from 4 to 1024")
-        return PreparationJob(
-            self.source, self.out, size, self.format, share, self.workers, self.dry_run, self.strict
-        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +47,7 @@ def main() -> int:
         description=task.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return prepare_samples(options.task, options.common.job(task.size))
+    return prepare_samples(options.task, options.common)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import tyro
 from p2w.ct.discover import find_luna, parse_subsets
 from p2w.errors import exits
 from p2w.progress import say
-from p2w.shards.build import ShardingOptions, build_shards
+from p2w.shards.build import BuildOptions
+from p2w.shards.scan_shards import ShardingSettings, build_shards
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ShardLunaOptions:
     """Folder to write, new or of an earlier run of the same settings."""
     subsets: str = "0-6"
     """Which subsets, as 0-6 or 0,2,5-6. The paper pretrains on 0-6 and never sees 7-9."""
-    sharding: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
+    settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
+    build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
 
 
 @exits
@@ -42,7 +44,7 @@ def main() -> int:
     found, missing = find_luna(options.luna, parse_subsets(options.subsets))
     if missing:
         say(f"warning: {options.luna} has no subset{', subset'.join(map(str, missing))}; going on without")
-    return build_shards(found, options.out, options.sharding)
+    return build_shards(found, options.out, options.settings, options.build)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import tyro
 
 from p2w.ct.discover import find_scans
 from p2w.errors import exits
-from p2w.shards.build import ShardingOptions, build_shards
+from p2w.shards.build import BuildOptions
+from p2w.shards.scan_shards import ShardingSettings, build_shards
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,17 @@ class ShardScansOptions:
     """Patterns of relative paths to skip, such as '*_mask*'."""
     allow_gaps: bool = False
     """Cut DICOM series with missing slices too, as if their slices were adjacent."""
-    sharding: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
+    settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
+    build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
 
 
 @exits
 def main() -> int:
     """Parse the command line, find the scans and cut them."""
     options = tyro.cli(ShardScansOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    settings = dataclasses.replace(options.sharding.settings, allow_gaps=options.allow_gaps)
-    sharding = dataclasses.replace(options.sharding, settings=settings)
+    settings = dataclasses.replace(options.settings, allow_gaps=options.allow_gaps)
     found = find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps)
-    return build_shards(found, options.out, sharding)
+    return build_shards(found, options.out, settings, options.build)
 
 
 if __name__ == "__main__":

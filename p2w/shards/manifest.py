@@ -61,7 +61,7 @@ def manifest_bytes(
     """
     rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
     assert expected.schema is not None  # ANY_SCHEMA is for reading only
-    schema = expected.of(rows).with_metadata(
+    schema = expected.schema.with_metadata(
         {b"p2w": canonical_json(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
     buffer = io.BytesIO()

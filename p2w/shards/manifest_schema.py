@@ -7,7 +7,7 @@ files can hold.
 import math
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -198,11 +198,6 @@ class ManifestSchema:
             return set(LOCATION_COLUMNS) <= set(columns.names)
         return any(columns.equals(one) for one in (self.schema, self.padded) if one is not None)
 
-    def of(self, rows: list[dict[str, Any]]) -> pa.Schema:
-        """The schema of a manifest of these rows."""
-        padded = self.padded is not None and any(name in row for row in rows for name in REAL_COLUMNS)
-        return self.padded if padded else self.schema
-
 
 LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has
 SUB_SCAN_SCHEMA = ManifestSchema(
@@ -213,5 +208,6 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
     PADDED_COLUMNS,
 )
+PADDED_SCHEMA = replace(SUB_SCAN_SCHEMA, schema=PADDED_COLUMNS)  # to write such a set
 # Accepts any kind of set, to check its bytes alone.
 ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)

@@ -125,7 +125,7 @@ class Tiling:
 
     def rule(self) -> str:
         """Which sub-scans are left out, in words for a message."""
-        rules = [f"standard deviation < {self.min_std_hu:g} HU"]
+        rules = [f"standard deviation < {self.min_std_hu:g} HU"] * bool(self.min_std_hu or not self.body_only)
         if self.body_only:
             rules.append(f"less than {BODY_SHARE:.0%} above {BODY_HU} HU")
         return " or ".join(rules)

@@ -1,6 +1,6 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
+A repair cuts the scan into `DIR/.repair` with `build.cut_source`, the code that cut it first, and takes all settings from
 the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
 """
 
@@ -23,11 +23,11 @@ from p2w.progress import Progress, say
 from p2w.resources import usable_cores
 from p2w.shards import manifest_schema
 from p2w.shards.build import check_workers, cut_in_workers
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.shards.manifest_schema import ANY_SCHEMA
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.shards.tiling import Tiling
-from p2w.shards.workers import cut_scan
 
 USAGE = """Check that the shards of a data set are the bytes that were written, and repair them from their scans.
 
@@ -222,7 +222,7 @@ def repair_shards(
         _sharding_settings(manifest),
         {source["uid"]: source for source in manifest.meta["sources"]},
     )
-    repair_folder = BuildFolder(os.path.join(manifest.root, ".repair"), settings)
+    repair_folder = ScanFolder(os.path.join(manifest.root, ".repair"), settings)
     busy = f"{manifest.root}: another process repairs it; wait for it"
     with hold_lock(os.path.join(manifest.root, ".run"), "repair", busy):
         found = _find_scans(manifest, luna, scans)
@@ -268,7 +268,7 @@ def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) ->
 def _cut(
     manifest: Manifest,
     todo: dict[str, tuple[ScanSource, dict[str, Any]]],
-    repair_folder: BuildFolder[ShardingSettings],
+    repair_folder: ScanFolder,
     workers: int,
 ) -> int:
     """Cut scans and replace those of their shards that come out as the manifest says; the number of replaced ones."""
@@ -290,13 +290,12 @@ def _cut(
             say(f"not repaired: {shard['name']}: its scan {source.name} {why}")
         return f"{done} repaired"
 
-    jobs = [(source, repair_folder, JobShare()) for source, _ in todo.values()]
-    cut_in_workers(cut_scan, jobs, "scans", workers, finish)
+    cut_in_workers([source for source, _ in todo.values()], repair_folder, JobShare(), workers, finish)
     return done
 
 
 def _difference(
-    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: BuildFolder[ShardingSettings]
+    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: ScanFolder
 ) -> str | None:
     """Why the new shard in `folder` is not the one of the manifest; None when, read back from the disk, it is."""
     if "bad" in record:

@@ -139,6 +139,11 @@ class Cases:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     tables: dict[str, str] = field(default_factory=dict)  # name -> checksum
 
+    @property
+    def sources(self) -> list[Case]:
+        """The cases, under the name that every listing has."""
+        return self.cases
+
     def sort(self) -> "Cases":
         """Bring them into an order that depends on nothing but their names."""
         self.cases.sort(key=lambda case: case.uid)

@@ -178,6 +178,16 @@ def test_killed_and_repeated_gives_the_same_bytes(command, phantoms, ncc, tmp_pa
     assert command.contents(tmp_path / "a") == command.contents(ncc)
 
 
+def test_two_shares_give_the_same_bytes(command, phantoms, ncc, tmp_path):
+    arguments = (NAME, "ncc", "--source", phantoms / "LUNA16", "--out", tmp_path / "a", *SIZE, *SUBSETS)
+    code, said, err = command.call(*arguments, "--shard-of", "1/2")
+    assert code == 0 and "2 of 4 cases are not cut yet" in said, said + err
+    code, _, err = command.call(*arguments, "--merge")
+    assert code == 2 and "2 of 4 cases are not cut yet" in err and "without --merge" in err
+    code, said, err = command.call(*arguments, "--shard-of", "0/2")
+    assert code == 0 and command.contents(tmp_path / "a") == command.contents(ncc), said + err
+
+
 def test_a_bad_scan_is_named_and_the_others_go_on(command, phantoms, tmp_path):
     source = tmp_path / "LUNA16"
     shutil.copytree(phantoms / "LUNA16", source)
