@@ -265,7 +265,7 @@ class Measure:
     def scatter(self) -> tuple[NDArray[np.int64], Floats]:
         """The number of the whole (N,) and the scale (N,) of each point of t-SNE; parts first, then wholes."""
         ids = self.wholes("scatter")
-        scale = self.sets["scatter"].scale(ids, self.shards.shape)
+        scale = self.sets["scatter"].scale(ids, self.shards)
         whole = np.arange(len(ids))
         return np.append(whole.repeat(scale.shape[1]), whole), np.append(scale.ravel(), np.ones(len(ids)))
 

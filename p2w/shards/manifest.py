@@ -29,7 +29,6 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
 from p2w.shards.manifest_schema import (
-    LOCATION_COLUMNS,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     SUB_SCAN_SCHEMA,
@@ -138,10 +137,7 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
     bare = schema.remove_metadata()
-    has_columns = (
-        set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
-    )
-    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
+    if meta.get("schema") != MANIFEST_VERSION or not expected.allows(bare):
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )

@@ -64,6 +64,7 @@ class Batch:
     step: int
     bad: int = 0  # number of rows with a substitute for a sub-scan that could not be read
     fresh: tuple[int, ...] = ()  # rows that were read; the device cache has the others
+    real: Tensor | None = None  # (b, 3) float32 voxels z, y, x that are the scan's own; None: all
 
 
 class Stream:
@@ -182,7 +183,8 @@ class Stream:
                 weight = sampler.weight(at_step) if sampler.training else sampler.weight(at_step) * as_planned
                 bad = int((~as_planned).sum())
                 fresh = tuple(np.flatnonzero(ring[slot][2]).tolist())
-                yield Batch(self._ring[slot], ids, weight, at_epoch, at_step, bad, fresh)
+                real = sampler.shards.real_voxels(ids.numpy())
+                yield Batch(self._ring[slot], ids, weight, at_epoch, at_step, bad, fresh, real)
                 prefetch.release(count)
         finally:
             end()
@@ -260,7 +262,8 @@ def _start_copy(
         ids, weight = (
             small.pin_memory().to(side.device, non_blocking=True) for small in (batch.ids, batch.weight)
         )
-        return replace(batch, voxels=voxels, ids=ids, weight=weight), side.record_event()
+        real = None if batch.real is None else batch.real.pin_memory().to(side.device, non_blocking=True)
+        return replace(batch, voxels=voxels, ids=ids, weight=weight, real=real), side.record_event()
 
 
 def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
@@ -269,4 +272,6 @@ def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
     current.wait_event(copied)
     batch.ids.record_stream(current)
     batch.weight.record_stream(current)
+    if batch.real is not None:
+        batch.real.record_stream(current)
     return batch
