@@ -52,17 +52,34 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     """
     folder, data = RunDir(run), data_fingerprint(shards.meta)
     given = {f"--{name.replace('_', '-')}": value for name, value in settings.flatten(config).items()}
+    streaming = agree_on_order(shards, world)
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
-        return _run(config, shards, folder, data, world, precision, watchdog)
+        shards.on_wait = watchdog.count  # a server that is down for a while is no hang
+        return _run(config, shards, folder, data, world, precision, watchdog, streaming)
+
+
+def agree_on_order(shards: ShardSet, world: World) -> list[int]:
+    """Give the set the same order on all ranks: the streamed one if any of them must stream. Returns those ranks.
+
+    Ranks that read by ranges can do so in either order. A collective.
+    """
+    streaming = world.gather(torch.tensor([shards.order == "streamed"])).nonzero().flatten().tolist()
+    shards.order = "streamed" if streaming else "shuffled"
+    return [int(rank) for rank in streaming]
 
 
 def _run(
     config: Config, shards: ShardSet, folder: RunDir, data: str, world: World, precision: Precision,
-    watchdog: Watchdog,
+    watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
     """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended."""
     log = Log(folder.path, world.is_main, config.train.steps)
+    if 0 < len(streaming) < world.size:
+        names = ", ".join(map(str, streaming[:8]))
+        log.warn(
+            f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
+        )
     # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
@@ -76,7 +93,7 @@ def _run(
             config,
             data,
             shards.where,
-            {**world.machine(), **command, **facts, "data_set": describe_data(shards)},
+            {**world.machine(), **command, **facts, "order": shards.order, "data_set": describe_data(shards)},
         )
         if world.device.type == "cuda":
             with log.tolerate(RECORD):

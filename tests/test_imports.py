@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w.errors", "p2w.commands"),
@@ -38,8 +38,8 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.ct": ("p2w.errors", "p2w.files", "p2w.ct"),
     "p2w.phantom": ("p2w.errors", "p2w.progress", "p2w.phantom"),
     "p2w.rng": ("p2w.errors", "p2w.kernels"),
-    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
-    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
+    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
+    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
     "p2w.pretext": (
         "p2w.errors", "p2w.rng", "p2w.geometry", "p2w.kernels", "p2w.model",
         "p2w.pretext",
@@ -67,6 +67,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
 OFFLINE = (
     "preprocess",
     "p2w.files",
+    "p2w.http_client",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",

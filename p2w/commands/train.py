@@ -104,8 +104,13 @@ def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.speaks)
     precision = choose_precision(args.config.train.precision, world.device)
-    shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
     config = args.config
+    shards = open_set(
+        args.shards,
+        on_bad=config.data.on_bad_sample,
+        retry_s=60 * config.data.retry_minutes,
+        order=RunDir(args.folder).order(),
+    )
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
     ).rows
@@ -161,9 +166,11 @@ def dry_run(job: Job, world: World) -> int | None:
 
 def start(job: Job) -> World:
     """Let the ranks meet."""
-    train = job.args.config.train
-    # The watchdog knows more than a collective that is not joined.
-    return World.start(max(World.WAIT_S, 120 * train.hang_minutes), deterministic=train.deterministic)
+    train, patience = job.args.config.train, 60 * job.args.config.data.retry_minutes
+    # The watchdog knows more than a collective that is not joined; one rank may have to wait for a web server.
+    wait, meet = max(World.WAIT_S, 120 * train.hang_minutes, 2 * patience), World.MEET_S
+    meet += patience if "://" in job.args.shards else 0.0
+    return World.start(wait, meet, deterministic=train.deterministic)
 
 
 def work(job: Job, world: World) -> int:
