@@ -42,6 +42,8 @@ RENAMED = {
     "--train.look-every": "--train.probe-every",
     "--train.amp": "--train.precision",
     "--train.max-skipped": "--train.max-nonfinite",
+    "--pretext.aspect-range": "--pretext.max-aspect",
+    "--train.no-channels-last": "--train.channels-last off",
 }  # options of earlier versions
 
 
@@ -113,7 +115,7 @@ def build(argv: list[str], world: World) -> Job:
         )
     with torch.device("meta"):
         build_pretext_and_network(config)
-    RunDir(args.folder).agrees(config, data_fingerprint(shards.meta))
+    RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
     return Job(args, recipe, shards, precision)
 
 
@@ -128,7 +130,8 @@ def show_plan(job: Job, world: World) -> None:
     )
     wholes, steps = len(job.shards.ids("train")), config.train.steps
     epoch = max(1, wholes // batch)
-    flops = facts.flops_per_sample * batch * steps
+    if config.train.kernels == "plain":
+        facts = replace(facts, folds=())
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
     print(
         f"data            {job.shards.where}: {wholes:,} sub-scans to train, {len(job.shards.ids('val')):,} to validate"
@@ -141,7 +144,7 @@ def show_plan(job: Job, world: World) -> None:
     print(
         f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
-    print(f"in all          {flops / 1e15:,.0f} PFLOP forward and backward")
+    print(f"in all          {facts.total(batch, world.size, steps)}")
     card = world.device_reason if world.device.type == "cuda" else ""
     said = describe_scaling(
         facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps

@@ -114,7 +114,7 @@ def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
     """The settings as used, with those taken from the run, and how negatives are drawn, in words."""
     used = {
         "volume_fraction": a.settings.fraction(a.run.config.pretext),
-        "aspect_range": measure.sets["parts"].aspect_range,
+        "max_aspect": measure.sets["parts"].max_aspect,
         "negatives_drawn": similarity.DRAWN,
     }
     return dataclasses.asdict(a.settings) | used

@@ -19,6 +19,7 @@ from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
+from p2w.model.encoder import set_memory_format
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network
 from p2w.shards.manifest import data_fingerprint
@@ -69,7 +70,10 @@ def _run(
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
         command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
-        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        facts = {
+            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+            "changed_from": settings.changed_from(config),
+        }
         folder.open(
             config,
             data,
@@ -108,8 +112,7 @@ def _build(
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
-    if config.train.channels_last:
-        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    log.line(f"memory format   {set_memory_format(model, config.train.channels_last)}")
     batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,

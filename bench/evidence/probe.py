@@ -51,7 +51,7 @@ def parts_of(
     keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids))
     found = []
     for part in range(FIRST, FIRST + count):
-        boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.aspect_range)
+        boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.max_aspect)
         plain = geometry.crop_resize(
             voxels, boxes, view.size, window_hu=view.window_hu, antialias=view.antialias
         )

@@ -19,6 +19,7 @@ from p2w.analysis.recalibration import IDENTITY, TrainingWholes
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import Network
+from p2w.model.encoder import set_memory_format
 from p2w.pretext import build_pretext, build_pretext_and_network, pretext_class
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.optim import Precision
@@ -90,8 +91,7 @@ class AnalysedRun:
                     "copy the run folder again"
                 ) from error
         model.to(world.device).eval()
-        if self.config.train.channels_last:
-            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+        set_memory_format(model, self.config.train.channels_last)
         return model
 
     def recalibrated_network(

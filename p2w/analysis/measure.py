@@ -95,7 +95,7 @@ class AnalysisSettings:
 
     def part_sets(self, pretext: PretextConfig) -> dict[str, PartSet]:
         """The part sets. They do not use the first thousand part numbers, which are those of validation and monitors."""
-        common = (pretext.aspect_range, self.seed)
+        common = (pretext.max_aspect, self.seed)
         bins = log_bins(SMALLEST, self.scales)
         sets = (
             PartSet("parts", 1_000, self.parts, (self.fraction(pretext),), *common),

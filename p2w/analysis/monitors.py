@@ -172,7 +172,7 @@ class SimilarityMonitor:
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
         each = []
         for part in range(1, 1 + PARTS):  # part 0 is the one that validation uses
-            boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.aspect_range)
+            boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.max_aspect)
             views = geometry.crop_resize(
                 voxels, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
             )

@@ -121,7 +121,7 @@ def reconstructions(
     keys = SampleKeys(VALIDATION_SEED, 0, ids)
     boxes = torch.stack(
         [
-            geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.aspect_range)
+            geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.max_aspect)
             for scale in RECONSTRUCTION_SCALES
         ],
         1,

@@ -114,7 +114,7 @@ def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
 def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
     """Whether the command can start in the run folder, or continue the run in it."""
     try:
-        RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
+        RunDir(case.run).check_may_continue(case.config, data_fingerprint(found.meta))
     except UserError as error:
         yield refused("run folder", error)
         return

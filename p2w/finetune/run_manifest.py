@@ -45,7 +45,7 @@ def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
         "init": init,
         "network": start.network,
         "width": start.width,
-        "feeding": start.encoder.feeding,
+        "feeding": start.encoder.input_norm,
         "fraction": fine_tuning.fraction,
         "decoder": "pretrained" if fine_tuning.pretrained_decoder else "scratch",
         "fold": fine_tuning.fold,

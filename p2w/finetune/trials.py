@@ -200,7 +200,7 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
             "name": start.network,
             "width": start.width,
             "in_channels": network.encoder.in_channels,
-            "feeding": network.encoder.feeding,
+            "feeding": network.encoder.input_norm,
         },
         "skips": bool(getattr(getattr(network, "decoder", None), "skips", False)),
         "task": {

@@ -111,7 +111,7 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
         raise UserError(
             f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(InputNorm))}"
         )
-    encoder.feeding = told["feeding"]
+    encoder.input_norm = told["feeding"]
     classes = card["task"].get("classes") or ()
     network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:

@@ -82,7 +82,7 @@ class Parts2Whole(Pretext):
         location (B, 6), as an extra input."""
         config = self.config
         shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-        boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.aspect_range)
+        boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.max_aspect)
         part, whole = geometry.part_and_whole(
             batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
         )

@@ -149,7 +149,7 @@ def settings(facts: RunFacts) -> Markup | None:
     """The settings that differ from their default, then all settings."""
     if not facts.config:
         return None
-    usual = defaults()
+    usual = defaults(facts)
     rows = [
         (name, _spelled(value), _spelled(usual[name]) if name in usual else DASH)
         for name, value in facts.config.items()

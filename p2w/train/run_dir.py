@@ -47,7 +47,7 @@ class RunDir:
         self.path = path
         self._lock = FileLock(path / ".lock")
 
-    def agrees(self, config: Config, data: str) -> None:
+    def check_may_continue(self, config: Config, data: str) -> None:
         """Check that a run with this configuration and data fingerprint may begin or continue in the folder.
 
         Raises UserError with the settings that differ, or for another data set, or where no folder can be made.

@@ -47,7 +47,7 @@ def naive_features(shards, encoder):
         whole, _ = read_sub_scans(shards, np.array([sub_scan]))
         for part in (1, 2, 3):
             keys = SampleKeys(VALIDATION_SEED, 0, torch.tensor([sub_scan]))
-            boxes = geometry.sample_boxes(keys, part, shards.shape, (1 / 16, 1 / 4), (0.5, 2.0))
+            boxes = geometry.sample_boxes(keys, part, shards.shape, (1 / 16, 1 / 4), 4.0)
             view = geometry.crop_resize(whole, boxes, (8, 16, 16))
             features.append(encoder.pooled(view)[0].double().numpy())
     return np.array(features)
