@@ -12,6 +12,7 @@ from p2w import report
 from p2w.analysis import plots
 from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
 from p2w.errors import command_line
@@ -156,7 +157,11 @@ def _build(
     val_count = len(shards.ids("val"))
     split = "val" if val_count else "train"
     pictures = Pictures(pretext, model, shards, split, world.device, log)
-    similarity = SimilarityMonitor(config, model.encoder, shards, split, world, log, leave_if_stopped)
+    wholes = TrainingWholes(shards, world)
+    similarity = SimilarityMonitor(
+        config, model.encoder, shards, split, world, log, leave_if_stopped,
+        lambda encoder: wholes.recalibrate(encoder, pretext, leave_if_stopped),
+    )  # fmt: skip
     monitors = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
