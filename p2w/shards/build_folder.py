@@ -136,7 +136,7 @@ class BuildFolder(ABC, Generic[S, Source]):
     part_noun: ClassVar[str]  # what a shard holds: "sub-scan"
     form: ClassVar[Any]  # type of a record, as `files.type_mismatch` checks it
     columns: ClassVar[pa.Schema]  # of its rows
-    schema: ClassVar[ManifestSchema]
+    schema: ManifestSchema
     note: dict[str, Any]  # metadata of an Arrow shard
 
     def __init__(self, root: str, settings: S) -> None:

@@ -19,8 +19,15 @@ from p2w.files import canonical_json
 from p2w.progress import duration
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
-from p2w.shards.manifest_schema import GEOMETRY_META, MANIFEST_VERSION, SUB_SCAN_COLUMNS, SUB_SCAN_SCHEMA
-from p2w.shards.tiling import WINDOW_HU, SubScan, Tiling, cut_sub_scans
+from p2w.shards.manifest_schema import (
+    GEOMETRY_META,
+    MANIFEST_VERSION,
+    PADDED_SCHEMA,
+    REAL_COLUMNS,
+    SUB_SCAN_COLUMNS,
+    SUB_SCAN_SCHEMA,
+)
+from p2w.shards.tiling import SUB_SCAN_SHAPE, WINDOW_HU, SubScan, Tiling, cut_sub_scans
 from p2w.shards.writer import NOTE
 
 RULE = "by scan: the first of the scans ordered by sha256(seed:uid) are val, the others train"
@@ -106,11 +113,12 @@ def forecast_shards(sources: Sequence[ScanSource], settings: ShardingSettings) -
     for source in sources:
         try:
             grid, size = read_grid(source)
-            settings.tiling.check_size(grid.size[::-1])
+            shape = settings.tiling.resampled_grid(grid).size[::-1]
+            settings.tiling.check_size(shape)
         except (BadScan, OSError, ValueError) as error:
             bad.append((source.name, str(error)))
             continue
-        sub_scans += settings.tiling.count(grid.size[::-1])
+        sub_scans += settings.tiling.count(shape)
         voxels += int(np.prod(grid.size))
         nbytes += size
         sound += 1
@@ -123,8 +131,12 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
     source_noun, part_noun = "scan", "sub-scan"
     form = (NAMED | {"bad": str}, NAMED | GEOMETRY_META | FINISHED)  # scans/UID.json
     columns = pa.schema([SUB_SCAN_COLUMNS.field(name) for name in ROW])
-    schema = SUB_SCAN_SCHEMA
     note = NOTE
+
+    def __init__(self, root: str, settings: ShardingSettings) -> None:
+        """Name the folder; nothing is read or written before `prepare`."""
+        super().__init__(root, settings)
+        self.schema = PADDED_SCHEMA if settings.tiling.pads else SUB_SCAN_SCHEMA
 
     def nbytes(self, source: ScanSource) -> int:
         """Total size in bytes of the files of a scan."""
@@ -136,7 +148,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
 
     def cut(self, source: ScanSource) -> CutSource:
         """Read a scan; its sub-scans come one by one. Raises BadScan for one that cannot be used."""
-        scan = read_scan(source)
+        stored = read_scan(source)
+        scan = self.settings.tiling.resampled(stored)
         record = {
             "nbytes": scan.nbytes,
             "checksum": f"crc32c:{scan.checksum:08x}",
@@ -146,6 +159,9 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "direction_xyz": list(scan.grid.direction),
             "left_out": 0,
         }
+        if self.settings.tiling.spacing is not None:
+            spacing = list(stored.grid.spacing[::-1])
+            record["stored"] = {"shape": list(stored.voxels.shape), "spacing_mm": spacing}
         return CutSource(record, self._sub_scans(scan, source.subset, record))
 
     def _sub_scans(
@@ -154,11 +170,13 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         """Row and voxels of each sub-scan that is kept; the others are counted in the record."""
         x, y, z = map(single, scan.grid.spacing)
         spacing = {"spacing_x": x, "spacing_y": y, "spacing_z": z}
-        for sub in cut_sub_scans(scan, self.settings.tiling):
-            if sub.std_hu < self.settings.tiling.min_std_hu:
+        tiling = self.settings.tiling
+        for sub in cut_sub_scans(scan, tiling):
+            if not sub.kept(tiling):
                 record["left_out"] += 1
             else:
-                yield _row(scan.uid, subset, sub) | spacing, sub.voxels
+                real = dict(zip(REAL_COLUMNS, sub.real, strict=True)) if tiling.pads else {}
+                yield _row(scan.uid, subset, sub) | spacing | real, sub.voxels
 
     def forecast(
         self, listing: SourceListing[ScanSource], sources: list[ScanSource], workers: int
@@ -168,21 +186,25 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         most = totals.out_bytes(self.settings)
         text = f"{totals.sub_scans:,} sub-scans, {most / 2**30:.1f} GiB"
         bad = len(listing.bad) + len(totals.bad)
+        usual = tiling.shape == SUB_SCAN_SHAPE and not tiling.body_only
+        often = " (chest CT: 1 in 5)" if usual else ""
         seconds = totals.voxels / VOXELS_PER_SECOND / workers
         lines = [
             f"scans          {totals.sound:,}, besides {bad} bad ones; {totals.source_bytes / 2**30:.2f} GiB to read",
             f"sub-scans      {totals.sub_scans:,} of {' x '.join(map(str, tiling.shape))} voxels (z, y, x), "
             f"z margin {tiling.z_margin}",
-            f"               before leaving out those of a standard deviation below {tiling.min_std_hu:g} HU "
-            "(chest CT: 1 in 5)",
+            f"               before leaving out those of a {tiling.rule()}{often}",
             f"to write       at most {most / 2**30:.2f} GiB into {self.root}",
             f"time           about {duration(seconds)} with {workers} workers, at {VOXELS_PER_SECOND / 1e6:.0f} "
             "million voxels a second each (measured on another machine with a local disk; yours may differ by a "
             "factor of 3)",
         ]
-        if not tiling.min_std_hu:
+        if tiling.spacing is not None:
+            spaced = " x ".join(f"{mm:g}" for mm in tiling.spacing)
+            lines[1] += f", of scans resampled to {spaced} mm"
+        if not (tiling.min_std_hu or tiling.body_only):
             return BuildForecast(text, lines[:2] + lines[3:], most, totals.bad)
-        return BuildForecast(text, lines, LEAST_KEPT * most, totals.bad)
+        return BuildForecast(text, lines, LEAST_KEPT * most if usual else 0.0, totals.bad)
 
     def content(self, listing: SourceListing[ScanSource], good: list[dict[str, Any]]) -> DataSetContent:
         """Rows with their split, and the metadata: tiling, split and scans."""
@@ -204,7 +226,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
                 "val_scans": parts["val"],
             },
             "sources": [
-                {key: record[key] for key in source_keys}
+                {key: record[key] for key in (*source_keys, "stored") if key in record}
                 | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
                 for record in good
             ],
@@ -224,8 +246,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         kept = sum(source["sub_scans"] for source in meta["sources"])
         tiling, parts = meta["tiling"], meta["split"]
         lines = [
-            f"{kept + tiling['left_out']:,} sub-scans, {tiling['left_out']:,} left out (standard deviation < "
-            f"{tiling['min_std_hu']:g} HU), {kept:,} sub-scans kept"
+            f"{kept + tiling['left_out']:,} sub-scans, {tiling['left_out']:,} left out "
+            f"({self.settings.tiling.rule()}), {kept:,} sub-scans kept"
         ]
         train, val = len(parts["train_scans"]), len(parts["val_scans"])
         if not val:
