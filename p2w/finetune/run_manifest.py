@@ -57,8 +57,10 @@ def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
 
 def task_fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a target set: a hash of what its manifest says of its samples and their splits."""
-    told = {key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    described = {
+        key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
