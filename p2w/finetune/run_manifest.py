@@ -64,7 +64,7 @@ def task_fingerprint(meta: dict[str, Any]) -> str:
 
 
 def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
-    """What transfer.json will say. Raises UserError when the folder holds another run's."""
+    """The content for transfer.json. Raises UserError when the folder holds another run's."""
     now = plain_fine_tuning(fine_tuning)
     path = fine_tuning.folder / RUN_MANIFEST
     if not path.exists():
@@ -89,7 +89,7 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
 
 
 def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run keeps, flat."""
+    """The settings that may not change when the run continues, by dotted name."""
     flat = {
         f"recipe.{k}": v
         for k, v in recipes.current_names(tree["recipe"]).items()

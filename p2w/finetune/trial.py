@@ -183,7 +183,7 @@ class TrialRun:
             self.log.warn(f"{error}; the trial goes on")
 
     def _write(self, result: dict[str, Any], records: Tensor) -> None:
-        """Weights and predictions, then the result; what the trial would have continued from goes."""
+        """Write weights and predictions, then the result; then delete the checkpoints."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags

@@ -47,7 +47,7 @@ class FineTunedModel:
 
     @property
     def channels(self) -> int:
-        """How many images it takes."""
+        """The number of channels of its input."""
         return int(self.card["task"]["channels"])
 
     @property

@@ -128,7 +128,7 @@ MARGIN = 3  # voxels between a painted block and the border [C]
 
 @dataclass(frozen=True)
 class GenesisConfig:
-    """Deformations of models_genesis."""
+    """Settings of models_genesis: the deformations."""
 
     cube: Literal["crop", "whole"] = "crop"
     """What is deformed: a random crop of pretext.size native voxels [C], or the whole resized to it."""

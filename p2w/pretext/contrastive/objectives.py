@@ -1,4 +1,4 @@
-"""What each part is contrasted with: the batch, a queue, local features, or prototypes."""
+"""Contrastive objectives: against the batch, a queue, local features, or prototypes."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from p2w.pretext.settings import Bounds
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
+    """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
     temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.7
     """Divides cosines [P: of its contrastive loss]."""
