@@ -327,7 +327,7 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write uint8 [z,y,x] in the grid's geometry, beside and then renamed. Raises UserError where it cannot be written."""
+    """Write uint8 [z,y,x] in the grid's geometry, under another name first. Raises UserError where it cannot be written."""
     image = sitk.GetImageFromArray(mask)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)

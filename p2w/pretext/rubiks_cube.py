@@ -40,7 +40,7 @@ COINS, OFFSETS, HOLES = 0, 1, 2  # which stream draws what
 
 @dataclass(frozen=True)
 class RubikConfig:
-    """Puzzles of rubiks_cube and rubiks_cube_pp."""
+    """Settings of rubiks_cube and rubiks_cube_pp: the puzzles."""
 
     orders: Annotated[int, Bounds(2, 1000)] = 100
     """rubiks_cube: orders of its 2x2x2 cubes to tell apart, far from one another [P]."""
