@@ -24,6 +24,7 @@ from common import RESULTS, Goal, over, rotate, row, save, show
 
 from p2w.config import Config
 from p2w.log import Log
+from p2w.model.encoder import set_memory_format
 from p2w.pretext import build_pretext_and_network
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
@@ -83,8 +84,7 @@ class Way:
         if name == WAYS[2]:
             pretext = Ready(config.pretext)
         model.to(world.device)
-        if config.train.channels_last:
-            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        set_memory_format(model, config.train.channels_last)
         kind = Stream if name == WAYS[0] else InMemory
         self.stream = kind(
             shards, "train", config.data.batch, readers=config.data.reader_threads, device=world.device

@@ -12,16 +12,21 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
-    "launch": ("p2w",),
-    "preprocess": ("p2w.errors", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
+    "launch": ("p2w.errors", "p2w.commands"),
+    "preprocess": ("p2w.errors", "p2w.commands"),
+    "p2w.commands": ("p2w",),  # the mains
+    **dict.fromkeys(
+        tuple(f"p2w.commands.{name}" for name in ("shard_luna", "shard_scans", "prepare_target", "slurm")),
+        ("p2w.errors", "p2w.files", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
+    ),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
     "p2w.doctor": ("p2w",),  # looks at everything a run uses
     "p2w.pretrain": ("p2w",),  # puts the run together
-    "p2w.analyze": ("p2w",),  # puts the analysis together
+    "p2w.analysis_run": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
     "p2w.world": ("p2w.errors", "p2w.resources"),
     "p2w.log": ("p2w.errors", "p2w.files"),
@@ -33,8 +38,8 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.ct": ("p2w.errors", "p2w.files", "p2w.ct"),
     "p2w.phantom": ("p2w.errors", "p2w.progress", "p2w.phantom"),
     "p2w.rng": ("p2w.errors", "p2w.kernels"),
-    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
-    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
+    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
+    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
     "p2w.pretext": (
         "p2w.errors", "p2w.rng", "p2w.geometry", "p2w.kernels", "p2w.model",
         "p2w.pretext",
@@ -62,6 +67,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
 OFFLINE = (
     "preprocess",
     "p2w.files",
+    "p2w.http_client",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",
@@ -196,5 +202,9 @@ def test_imports_have_no_cycle():
 
 def test_no_two_modules_have_one_basename():
     """So that a name in a traceback, or in an editor's list, says which one it is."""
-    names = [path.stem for path in FILES if path.parts[-2] != "launch" and not path.stem.startswith("__")]
+    names = [
+        path.stem
+        for path in FILES
+        if path.parts[-2] not in ("launch", "preprocess") and not path.stem.startswith("__")
+    ]
     assert sorted(names) == sorted(set(names)), sorted({name for name in names if names.count(name) > 1})

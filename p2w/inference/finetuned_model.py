@@ -93,7 +93,7 @@ class FineTunedModel:
 
 
 def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
-    """Load a trial, its model.safetensors, or of a run of launch/finetune.py the trial with the lowest validation loss.
+    """Load a trial, its model.safetensors, or of a run of p2w finetune the trial with the lowest validation loss.
 
     Raises UserError where there is none, or it is damaged.
     """
@@ -103,7 +103,7 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
     card = read_card(file)
     if said := type_mismatch(card, CARD, "its card"):
         raise UserError(
-            f"{file}: no fine-tuned weights ({said}); name a run of launch/finetune.py, or a trial of it"
+            f"{file}: no fine-tuned weights ({said}); name a run of p2w finetune, or a trial of it"
         )
     told = card["encoder"]
     encoder = build_encoder(told["name"], told["width"], told["in_channels"])
@@ -111,7 +111,7 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
         raise UserError(
             f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(InputNorm))}"
         )
-    encoder.feeding = told["feeding"]
+    encoder.input_norm = told["feeding"]
     classes = card["task"].get("classes") or ()
     network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:
@@ -134,6 +134,6 @@ def _best(run: Path) -> Path:
             found.append((loss, path.parent))
     if not found:
         raise UserError(
-            f"{run}: no finished trial with weights there; name a run of launch/finetune.py (with --recipe.keep-weights)"
+            f"{run}: no finished trial with weights there; name a run of p2w finetune (with --recipe.keep-weights)"
         )
     return min(found)[1]

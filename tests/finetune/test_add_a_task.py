@@ -11,7 +11,7 @@ from grades import BallTask, Grades
 from processes import REPO
 from target_sets import write_target_set
 
-from launch import finetune
+from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.results import read_fine_tuning
 from p2w.finetune.task_types import TASK_TYPES

@@ -23,6 +23,7 @@ from p2w.finetune.samples import Samples
 from p2w.finetune.trials import FineTuning
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
+from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train import checkpoint, preflight
 from p2w.train.step import Stepper
@@ -61,6 +62,13 @@ def begin_elsewhere(rank: int, which: int) -> None:
     """One rank draws other initial weights."""
     if rank == which:
         FineTuning.seed = lambda self, index: 77 + index
+
+
+def read_in_another_order(rank: int, victim: int) -> None:
+    """Rank `victim` reads the set in another order than it says."""
+    if rank == victim:
+        order = ShardSet.train_order
+        ShardSet.train_order = lambda self, ids, batch, seed, epoch: order(self, ids, batch, seed + 1, epoch)
 
 
 def draw_nothing(rank: int) -> None:

@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from processes import REPO
 
 from p2w import report
-from p2w.config import Config, config_to_json
+from p2w.config import Config, changed_from, config_to_json, read_config
 from p2w.errors import UserError
 from p2w.report import curves, page
 
@@ -222,6 +224,29 @@ def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage
         np.savez(path, **{**np.load(path), "part": np.zeros((1, 1, 2, 2, 2), np.uint8)})
     said = Page(report.write_report(run).read_text()).said
     assert "analysis/reconstructions.npz: not read" in said and "Reconstructions" in said
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_path, recorded):
+    """A run of an earlier version wrote none down; they are then collected from the pretexts' files."""
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["mae"]["ratio"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if recorded:
+        run = json.loads((tmp_path / "run.json").read_text())
+        run["starts"][-1]["changed_from"] = changed_from(read_config(tmp_path / "config.json"))
+        assert run["starts"][-1]["changed_from"] == {"optim.lr": 0.001, "mae.ratio": 0.75}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+    code = "import sys\nfrom p2w import report\nreport.main(sys.argv[1:])\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str(not recorded)
+    said = Page((tmp_path / "report.html").read_text()).said
+    differing = said.partition("setting this run default")[2].partition("All ")[0]
+    assert differing.split() == ["optim.lr", "0.25", "0.001", "mae.ratio", "0.5", "0.75"], differing
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path):

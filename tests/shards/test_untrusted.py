@@ -17,13 +17,14 @@ from stream_sets import write_set
 
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.orientation import BadScan
+from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
-from p2w.shards.build import forecast_shards
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.build import errors_of_readers
+from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import manifest_bytes, open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME, SUB_SCAN_COLUMNS
-from p2w.shards.workers import _read
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings, forecast_shards
 from p2w.stream.stream import open_set
 
 REPO = Path(__file__).parents[2]
@@ -122,8 +123,8 @@ def test_json_of_another_form(text):
 
 def reads(path):
     """Why a scan is bad."""
-    with pytest.raises(BadScan) as error:
-        _read(ScanSource("a", path.name, (str(path),)))
+    with pytest.raises(BadScan) as error, errors_of_readers():
+        read_scan(ScanSource("a", path.name, (str(path),)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -212,10 +213,11 @@ def test_compressed_dicom_of_other_sizes_than_its_header_gets_no_memory(tmp_path
             data[at + place : at + place + 4] = size.to_bytes(4, "big")
         path.write_bytes(data)
     code = (
-        "import resource, sys\nfrom p2w.ct.discover import find_scans\nfrom p2w.shards.workers import _read\n"
-        "from p2w.ct.orientation import BadScan\n(source,) = find_scans([sys.argv[1]], '').sources\n"
+        "import resource, sys\nfrom p2w.ct.discover import find_scans\nfrom p2w.shards.build import errors_of_readers\n"
+        "from p2w.ct.orientation import BadScan\nfrom p2w.ct.scan import read_scan\n"
+        "(source,) = find_scans([sys.argv[1]], '').sources\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n    _read(source)\nexcept BadScan as error:\n    print(error)\n"
+        "try:\n    with errors_of_readers():\n        read_scan(source)\nexcept BadScan as error:\n    print(error)\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10\n"
     )
     done = subprocess.run(
@@ -249,7 +251,7 @@ def test_invalid_nifti_offsets(tmp_path, offset):
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", '{"tiling": 3}', "[" * 100_000, "\x00", '"x"'])
 def test_settings_and_records_of_another_form(tmp_path, text):
-    folder = BuildFolder(str(tmp_path / "set"), ShardingSettings())
+    folder = ScanFolder(str(tmp_path / "set"), ShardingSettings())
     with folder.share_lock(JobShare()):
         folder.prepare(JobShare())
         Path(folder.sidecar("a")).write_text(text)

@@ -202,7 +202,7 @@ def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
 def test_an_empty_folder_is_refused(served):
     _, url, _ = served
     with pytest.raises(
-        UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
+        UserError, match=r"manifest\.parquet: cannot be fetched \(the server answers 404 Not Found\)"
     ) as error:
         open_set(url)
     assert "\n" not in str(error.value)

@@ -49,7 +49,7 @@ def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: Contrast
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
     config = settings.pretext
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.aspect_range)
+    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.max_aspect)
     parts = geometry.crop_resize(
         batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
     )
@@ -119,10 +119,10 @@ class ContrastivePretext(Pretext):
     def build(self, encoder: Encoder) -> Network:
         """Encoder, head, and what remembers. Raises UserError for a size that the encoder does not take."""
         check_size(self.config.pretext.size, encoder)
-        settings, passes = self.config.contrast, self.config.optim.accumulate
+        settings = self.config.contrast
         head = ProjectionHead(encoder.channels[-1], settings)
-        negatives = self.kind(settings, encoder, head, passes)
-        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head, passes))
+        negatives = self.kind(settings, encoder, head)
+        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head))
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the wholes; `cosine` of the positive pairs, and the share `told` of those nearer than all negatives."""

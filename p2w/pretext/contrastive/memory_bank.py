@@ -25,8 +25,8 @@ class _Slots(ContrastiveObjective):
 
     remembers = True
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros(config.bank, dtype=torch.bool))
 
@@ -43,8 +43,8 @@ class MemoryBank(_Slots):
     the first time is its own positive, and enters as it is.
     """
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.bank: Tensor
         self.register_buffer("bank", torch.zeros(config.bank, head.channels))
 
@@ -83,8 +83,8 @@ class PirlBank(MemoryBank):
 
     mirrors = True
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.other_head = copy.deepcopy(head)
 
     def forward(
@@ -103,8 +103,8 @@ class PirlBank(MemoryBank):
 class InstanceClasses(_Slots):
     """Exemplar (Dosovitskiy et al. 2014): every whole is a class; a part against one learned vector a class."""
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.vectors = nn.Parameter(torch.randn(config.bank, head.channels) / head.channels**0.5)
 
     def forward(
