@@ -70,8 +70,10 @@ class CropBox:
         return self.first + np.array(self.size) // 2 * self.step
 
     def cut(self, image: NDArray, outside: float) -> NDArray:
-        """The crop, `outside` where the image ends. If points fall between voxels it is interpolated, as float32; else voxels
-        are copied and keep their type."""
+        """The crop, `outside` where the image ends.
+
+        If points fall between voxels it is interpolated, as float32; else voxels are copied and keep their type.
+        """
         if (self.step == 1).all() and (self.first == np.rint(self.first)).all():
             return _copy_voxels(image, self.first.astype(int), self.size, outside)
         last = self.first + (np.array(self.size) - 0.5) * self.step
