@@ -41,6 +41,11 @@ class DataConfig:
     train on another one in its place, which (data.seed, epoch, sub-scan) decides."""
     max_bad_share: float = 0.01
     """With skip: stop when more than this share of an epoch's samples could not be used."""
+    retry_minutes: Annotated[float, Bounds(0)] = 10.0
+    """How long a web server that fails (5xx, no connection, no answer) is asked again before the run stops. What it refuses
+    (403, 404), and wrong bytes, stop the run at once."""
+    audit_ids: bool = True
+    """Compare a checksum of the sub-scans that all ranks train on with the plan of the epoch, several times a second."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,8 @@ MAY_CHANGE = frozenset(
         "data.cache_on_device",
         "data.on_bad_sample",
         "data.max_bad_share",
+        "data.retry_minutes",
+        "data.audit_ids",
         "train.steps",
         "train.checkpoint_every",
         "train.checkpoint_minutes",

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launch.train import RENAMED, parse
 from p2w import config as settings
+from p2w.commands.train import RENAMED, parse
 from p2w.config import MAY_CHANGE, Config, check_config, config_to_json, flatten, read_config
 from p2w.errors import UserError
 
@@ -176,6 +176,7 @@ trees = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=200, deadline=None)
 @given(tree=trees)
 @example(tree={"optim": {"lr": 10**400}})

@@ -44,7 +44,7 @@ It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` 
 
 SAMPLE = 24
 LONGEST_S = 3.0  # for reading the sample
-CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
+CUT = "p2w shard-luna   # or p2w shard --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:

@@ -175,6 +175,8 @@ def one_trial(
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
     tuner = FineTuner(network, fine_tuning.kind, fine_tuning.recipe, precision, world, seed, stop_requested)
+    if fine_tuning.recipe.freeze and fine_tuning.recipe.recalibrate:
+        tuner.recalibrate(train)
     if world.is_main:
         log.line(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"

@@ -93,7 +93,7 @@ class FineTunedModel:
 
 
 def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
-    """Load a trial, its model.safetensors, or of a run of launch/finetune.py the trial with the lowest validation loss.
+    """Load a trial, its model.safetensors, or of a run of p2w finetune the trial with the lowest validation loss.
 
     Raises UserError where there is none, or it is damaged.
     """
@@ -103,7 +103,7 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
     card = read_card(file)
     if problem := type_mismatch(card, CARD, "its card"):
         raise UserError(
-            f"{file}: no fine-tuned weights ({problem}); name a run of launch/finetune.py, or a trial of it"
+            f"{file}: no fine-tuned weights ({problem}); name a run of p2w finetune, or a trial of it"
         )
     described = card["encoder"]
     encoder = build_encoder(described["name"], described["width"], described["in_channels"])
@@ -135,6 +135,6 @@ def _best(run: Path) -> Path:
             found.append((loss, path.parent))
     if not found:
         raise UserError(
-            f"{run}: no finished trial with weights there; name a run of launch/finetune.py (with --recipe.keep-weights)"
+            f"{run}: no finished trial with weights there; name a run of p2w finetune (with --recipe.keep-weights)"
         )
     return min(found)[1]

@@ -296,7 +296,7 @@ def _pictures(facts: RunFacts) -> Markup | None:
 def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
     """What is missing, with the command that makes it, and files that could not be read."""
     lines: list[object] = []
-    analyze = tag("code", f"torchrun launch/analyze.py --run-dir {run_section.quoted(facts.run)}")
+    analyze = tag("code", f"torchrun -m p2w analyze --run-dir {run_section.quoted(facts.run)}")
     if not facts.summary:
         lines.append(
             tag(

@@ -175,7 +175,7 @@ def commands(facts: RunFacts) -> Markup:
     launcher = _launcher(start)
     shards = shlex.quote(str(start.get("shards", "shards")))
     own = f"{launcher} {start['command']}" if start.get("command") else ""
-    again = f"{launcher} launch/train.py {run}/config.json --shards {shards} --run-dir"
+    again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
     where = f", in {start['cwd']}" if start.get("cwd") else ""
     parts = [
         tag("h3", f"Continue it (its own command{where})"),

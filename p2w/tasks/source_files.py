@@ -218,7 +218,7 @@ def _names(found: ScanListing) -> dict[str, ScanSource]:
     names: dict[str, list[ScanSource]] = {}
     for scan in found.sources:
         stem = file_stem(scan.name)
-        series = scan.name.rpartition("(series ")[2].rstrip(")") if scan.grid is not None else scan.uid
+        series = scan.info.series or scan.uid
         for name in {scan.uid, series, scan.name, stem, os.path.basename(stem), os.path.basename(scan.name)}:
             names.setdefault(name, []).append(scan)
     return {name: scans[0] for name, scans in names.items() if len(scans) == 1}
