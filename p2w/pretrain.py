@@ -128,7 +128,7 @@ def _build(
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
-    log.line(f"memory format   {set_memory_format(model, config.train.channels_last)}")
+    memory_format = set_memory_format(model, config.train.channels_last)
     batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
@@ -166,6 +166,7 @@ def _build(
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
     return (
         choice,
         trainer,
