@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from p2w.ct.discover import find_scans
+from p2w.ct.discover import SearchOptions, find_scans
 from p2w.errors import exits
 from p2w.shards.build import BuildOptions
 from p2w.shards.scan_shards import ShardingSettings, build_shards
@@ -43,7 +43,8 @@ def main() -> int:
     """Parse the command line, find the scans and cut them."""
     options = tyro.cli(ShardScansOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     settings = dataclasses.replace(options.settings, allow_gaps=options.allow_gaps)
-    found = find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps)
+    search = SearchOptions(options.exclude, options.allow_gaps, salt=settings.grouping.salt)
+    found = find_scans(list(options.scans), options.out, options=search)
     return build_shards(found, options.out, settings, options.build)
 
 
