@@ -12,6 +12,7 @@ import tyro
 
 from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.orientation import BadScan
+from p2w.ct.percentiles import PERCENTILES, Modality, read_scaled
 from p2w.ct.scan import Scan, read_grid, read_scan, source_files
 from p2w.errors import UserError
 from p2w.files import canonical_json
@@ -67,18 +68,24 @@ class ShardingSettings:
     split_seed: int = 0
     """Another seed sets other scans aside."""
     grouping: Annotated[GroupingOptions, tyro.conf.arg(name="")] = GroupingOptions()  # noqa: RUF009 (frozen)
-    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of shard_scans.py alone
+    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # options of shard_scans.py alone
+    modality: Annotated[Modality, tyro.conf.Suppress] = "ct"
 
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside its range."""
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
+        if self.modality != "ct" and self.tiling.body_only:
+            raise UserError(
+                f"--body-only: is a rule in HU, which --modality {self.modality} has not; leave it out"
+            )
 
     def plain(self) -> dict[str, Any]:
         """The settings as settings.json holds them."""
+        left_out = {"grouping"} | ({"modality"} if self.modality == "ct" else set())
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
         settings = {
-            name: value for name, value in settings.items() if name != "grouping"
+            name: value for name, value in settings.items() if name not in left_out
         } | self.grouping.plain()
         return json.loads(canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **settings}))
 
@@ -152,7 +159,11 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
 
     def cut(self, source: ScanSource) -> CutSource:
         """Read a scan; its sub-scans come one by one. Raises BadScan for one that cannot be used."""
-        stored = read_scan(source)
+        if self.settings.modality == "ct":
+            stored, told = read_scan(source), {}
+        else:
+            stored, scale = read_scaled(source, WINDOW_HU)
+            told = {"intensity_range": list(scale)}
         scan = self.settings.tiling.resampled(stored)
         record = {
             "nbytes": scan.nbytes,
@@ -162,6 +173,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "origin_xyz_mm": list(scan.grid.origin),
             "direction_xyz": list(scan.grid.direction),
             "left_out": 0,
+            **told,
         }
         if self.settings.tiling.spacing is not None:
             spacing = list(stored.grid.spacing[::-1])
@@ -235,7 +247,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
                 **salted,
             },
             "sources": [
-                {key: record[key] for key in (*source_keys, "stored") if key in record}
+                {key: record[key] for key in (*source_keys, "stored", "intensity_range") if key in record}
                 | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
                 | identities.get(record["uid"], {})
                 for record in good
@@ -249,6 +261,9 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         lists = {
             f"{name}.txt": [f"{uid}.{self.settings.format}" for uid in uids] for name, uids in parts.items()
         }
+        if self.settings.modality != "ct":
+            scale = {"percentiles": list(PERCENTILES), "become": list(WINDOW_HU)}
+            meta |= {"modality": self.settings.modality, "intensity": scale}
         return DataSetContent(rows, meta, lists)
 
     def _identities(
