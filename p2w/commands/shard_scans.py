@@ -16,7 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from p2w.ct.discover import find_scans
+from p2w.ct.discover import SearchOptions, find_scans
+from p2w.ct.percentiles import Modality
 from p2w.errors import program
 from p2w.shards.build import BuildOptions
 from p2w.shards.scan_shards import ShardingSettings, build_shards
@@ -34,6 +35,8 @@ class ShardScansOptions:
     """Patterns of relative paths to skip, such as '*_mask*'."""
     allow_gaps: bool = False
     """Cut DICOM series with missing slices too, as if their slices were adjacent."""
+    modality: Modality = "ct"
+    """Of the scans: ct is in HU and tested for it; mr and pt are scaled by each scan's percentiles, 0.5 to 99.5 of 100."""
     settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
     build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
 
@@ -47,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    settings = dataclasses.replace(options.settings, allow_gaps=options.allow_gaps)
-    found = find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps)
+    settings = dataclasses.replace(options.settings, allow_gaps=options.allow_gaps, modality=options.modality)
+    search = SearchOptions(
+        options.exclude, options.allow_gaps, salt=settings.grouping.salt, modality=options.modality.upper()
+    )
+    found = find_scans(list(options.scans), options.out, options=search)
     return build_shards(found, options.out, settings, options.build)

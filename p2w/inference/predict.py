@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from p2w.config import Amp
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
@@ -110,7 +111,7 @@ def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], G
         scan = read_scan(source)
         return scan.voxels, scan.grid, lambda crop_box: crops.crop_hu(scan.voxels, crop_box)
     image = read_image(source)
-    low, high = intensity_range("image", image)
+    low, high = percentile_range(image.values) if model.by_percentiles else intensity_range("image", image)
     return image.values, image.grid, lambda crop_box: crop_in_range(image.values, crop_box, low, high)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from p2w.ct.orientation import Grid
+from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan
 from p2w.errors import UserError
 from p2w.tasks import crops, source_files, splits
@@ -33,8 +34,9 @@ class Custom(TileSettings):
     """With --around object: crops of each image, each moved at random."""
     table: str = ""
     """Candidates patient,series,x,y,z,label[,fold][,split]: makes it a classification; x, y, z in LPS mm."""
-    values: Literal["hu", "min-max"] = "hu"
-    """hu: CT, clipped to [-1000, 1000]. min-max: any modality, scaled by each image's own smallest and largest value."""
+    values: Literal["hu", "min-max", "percentiles"] = "hu"
+    """hu: CT, clipped to [-1000, 1000]. min-max: any modality, scaled by each image's own smallest and largest value;
+    percentiles: by its percentiles 0.5 and 99.5, as `p2w shard --modality mr` scales what is pretrained on."""
     patient: str = ""
     """Regular expression whose first group, found in an image's name, is the patient; default: each case is a patient."""
     fractions: tuple[float, float, float] = (0.6, 0.1, 0.3)
@@ -188,7 +190,8 @@ class Custom(TileSettings):
                 record,
             )
         image = read_image(case.source("image"))
-        low, high = intensity_range("image", image)
+        by_percentiles = self.values == "percentiles"
+        low, high = percentile_range(image.values) if by_percentiles else intensity_range("image", image)
         record = crops.file_record("image", case.name, image.nbytes, image.checksum)
         return (
             lambda crop_box: [crop_in_range(image.values, crop_box, low, high)],

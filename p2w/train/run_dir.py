@@ -26,10 +26,11 @@ from p2w.stream.local import Order, ShardSet
 def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
-    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` as
-    [smallest, median, largest], each (z, y, x).
+    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
+    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
+    facts |= {key: shards.meta[key] for key in ("modality", "intensity") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
         scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
