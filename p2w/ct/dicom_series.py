@@ -48,6 +48,7 @@ class DicomVolume:
     grid: Grid
     part: str = ""
     positions: tuple[tuple[float, ...], ...] = ()
+    resampled: str = ""  # why its slices have to be resampled
     copies: int = 0  # files left out because they are copies of others
 
 
@@ -87,12 +88,12 @@ def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) ->
     try:
         ordered, grid = order_series(kept, allow_gaps)
         return [DicomVolume(ordered, grid, copies=copies)]
-    except BadScan:
+    except BadScan as why:
         for name in PARTS:
             if found := _split(kept, allow_gaps, name, copies):
                 return found
         if resample and (leaning := _to_resample(kept)):
-            return [replace(leaning, copies=copies)]
+            return [replace(leaning, resampled=str(why).partition(";")[0].partition(" (")[0], copies=copies)]
         raise
 
 

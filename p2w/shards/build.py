@@ -65,7 +65,9 @@ def merge_records(found: ScanListing, folder: BuildFolder) -> dict[str, Any]:
     report = {
         "bad_scans": bad,
         "left_out": [{"where": where, "why": why} for where, why in found.left_out],
+        "files_seen": found.files,
         "files_that_are_no_images": found.not_images,
+        "files_passed_over": dict(found.passed_over),
     }
     files = {
         "train.txt": "".join(f"{uid}.{form}\n" for uid in meta["split"]["train_scans"]).encode(),
@@ -114,6 +116,7 @@ def _manifest_meta(
         },
         "sources": [
             {key: record[key] for key in source_keys}
+            | ({"resampled": record["resampled"]} if record.get("resampled") else {})
             | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
             for record in good
         ],
@@ -198,6 +201,7 @@ def build_shards(found: ScanListing, out: str, options: ShardingOptions) -> int:
             if not missing:
                 meta = merge_records(found, folder)
                 folder.remove_run_folder()
+    _say_files(found)
     if not missing:
         return _report_result(meta, folder)
     where = f"{len(missing)} of {len(found.sources)} scans are not cut yet (the first: {missing[0]})"
@@ -325,7 +329,15 @@ def _dry_run(found: ScanListing, mine: list[ScanSource], out: str, options: Shar
         "factor of 3)"
     )
     _check_disk(forecast, out, options.settings)
+    _say_files(found)
     return 1 if bad else 0
+
+
+def _say_files(found: ScanListing) -> None:
+    """Account for every file that was seen; LUNA16's folders are not searched, so nothing is said of them."""
+    if found.files:
+        for line in found.table():
+            say(line)
 
 
 def _check_disk(forecast: ShardingForecast, out: str, settings: ShardingSettings) -> None:

@@ -75,7 +75,10 @@ class ShardingSettings:
     """Share of the scans set aside for validation, at least one of two. Never parts of a scan."""
     split_seed: int = 0
     """Another seed sets other scans aside."""
-    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of shard_scans.py alone
+    # Options of shard_scans.py alone.
+    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False
+    resample_tilt: Annotated[bool, tyro.conf.Suppress] = False
+    assume_hu: Annotated[bool, tyro.conf.Suppress] = False
 
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside its range."""
@@ -85,6 +88,9 @@ class ShardingSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as settings.json holds them."""
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
+        for name in ("resample_tilt", "assume_hu"):  # folders of earlier versions lack them
+            if not settings[name]:
+                del settings[name]
         return json.loads(canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **settings}))
 
 

@@ -1,7 +1,8 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
 A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
-the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
+the manifest. Gaps in DICOM series are always allowed here, tilted ones resampled, and values taken for HU: if the set was
+cut without these options, no series that has a shard needs them.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import tyro
 from crc32c import crc32c
 
-from p2w.ct.discover import ScanListing, ScanSource, find_luna, find_scans
+from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
 from p2w.errors import UserError
 from p2w.files import hold_lock
 from p2w.progress import Progress, say
@@ -258,7 +259,8 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
 
 def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
-        return find_scans(list(scans), manifest.root, allow_gaps=True)
+        every = SearchOptions(allow_gaps=True, resample=True, assume_hu=True)
+        return find_scans(list(scans), manifest.root, options=every)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
         raise UserError(f"{manifest.root}: was cut by shard_scans.py: name the folders it got with --scans")

@@ -86,6 +86,8 @@ def cut_scan(source: ScanSource, folder: BuildFolder[ShardingSettings], share: J
     A bad scan gets a record that says why. Raises UserError when the folder cannot be written (a full disk).
     """
     record: dict[str, Any] = {"uid": source.uid, "name": source.name, "subset": source.subset}
+    if source.resampled:
+        record["resampled"] = source.resampled
     temporary = folder.temporary_path(source.uid, share.name)
     try:
         os.makedirs(temporary, exist_ok=True)
