@@ -1,7 +1,7 @@
 """DICOM series: which slices belong together, and whether their positions are those of one volume.
 
-Slices are a volume when their positions lie on a line along their normal, at equal steps: each within `TOLERANCE_MM` of
-its place. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several volumes
+Slices are a volume when their positions lie on a line along their normal, at equal steps: each place and each step within
+`TOLERANCE_MM`. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several volumes
 under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans of their own.
 """
 
@@ -256,7 +256,7 @@ def _step(slices: list[Slice], along: NDArray[np.float64], allow_gaps: bool) -> 
     step = usual if abs(usual - mean) * (len(slices) - 1) <= TOLERANCE_MM / 10 else mean
     off = along - along[0] - step * np.arange(len(slices))
     off -= (off.max() + off.min()) / 2
-    if np.abs(off).max() <= min(TOLERANCE_MM, STEP_SHARE * step):
+    if max(np.abs(off).max(), np.abs(steps - step).max()) <= min(TOLERANCE_MM, STEP_SHARE * step):
         return step
     wide = np.flatnonzero(steps > WIDE * usual)
     if wide.size and _only_gaps(steps, usual):

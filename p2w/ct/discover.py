@@ -371,7 +371,7 @@ class _Search:
             return
         names = {one.path: name for name, one in slices}
         groups = people_apart([one for _, one in slices])
-        for group in groups:
+        for number, group in enumerate(groups, start=1):
             own = _series_name(uid, [names[one.path] for one in group])
             if len(groups) > 1:
                 own += " of several patients or studies under this uid"
@@ -384,19 +384,22 @@ class _Search:
                 found.passed_over["slices of bad series"] += len({one.path for one in group})
                 continue
             for volume in volumes:
-                self._add_volume(uid, own, volume, len(groups) > 1)
+                self._add_volume(uid, own, volume, number if len(groups) > 1 else 0)
 
     def _remember(self, name: str, slices: list[Slice]) -> None:
         """Keep what headers say of a series that is no scan, for the table of series."""
         files = tuple(one.path for one in slices)
         self.found.infos[name] = ScanSource("", name, files, info=slices[0].info(self.options.salt))
 
-    def _add_volume(self, uid: str, name: str, volume: DicomVolume, several: bool) -> None:
+    def _add_volume(self, uid: str, name: str, volume: DicomVolume, group: int) -> None:
+        """Add a scan; `group` is the number of its patient under this uid, 0 where there is one."""
         first = volume.slices[0]
         exact = all(float(number).is_integer() for one in volume.slices for number in one.rescale)
         own = uid
-        if several:  # by a hash of what is unique to it, since the uid is not
-            tells = f"{first.study}|{first.frame_of_reference}|{first.instance}|{first.position}"
+        if group:  # by a hash of what is unique to it, since the uid is not
+            tells = (
+                f"{first.study}|{first.frame_of_reference}|{first.instance}|{first.position}|{name}|{group}"
+            )
             own += "-" + hashlib.sha256(tells.encode()).hexdigest()[:8]
         if volume.part:
             own += "-" + volume.part.replace(" ", "_")
