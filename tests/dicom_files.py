@@ -4,7 +4,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+CT_IMAGE, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 
 
 def body(slices=12, rows=24, columns=28):
@@ -30,7 +30,7 @@ def ct_slice(
     series="1.2.3",
     **tags,
 ):
-    """One CT slice of HU [y,x]; `position` (x, y, z in mm) of its first pixel. Tags as pydicom names them, None: left out."""
+    """A CT slice of HU [y,x]; its first pixel is at `position` (x, y, z). Tags as pydicom names them, None leaves one out."""
     data, meta = Dataset(), FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = pydicom.uid.ExplicitVRLittleEndian, CT_IMAGE
     data.file_meta, data.SOPClassUID, data.Modality = meta, CT_IMAGE, "CT"
@@ -73,3 +73,49 @@ def write_series(folder, hu, heights=None, *, first=0, prefix="", place=None, **
         )
         for i, (image, z) in enumerate(zip(hu, heights, strict=True))
     ]
+
+
+def multi_frame(slices, **tags):
+    """An Enhanced CT image of these slices, in their order, as its functional groups tell."""
+    first = slices[0]
+    data, meta = Dataset(), FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = pydicom.uid.ExplicitVRLittleEndian, ENHANCED_CT
+    data.file_meta, data.SOPClassUID, data.Modality = meta, ENHANCED_CT, "CT"
+    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = "1.5.1"
+    for name in (
+        "SeriesInstanceUID",
+        "ImageType",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "Rows",
+        "Columns",
+    ):
+        setattr(data, name, getattr(first, name))
+    for name in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        setattr(data, name, getattr(first, name))
+    data.NumberOfFrames, data.PixelData = len(slices), b"".join(one.PixelData for one in slices)
+    data["PixelData"].VR = "OW"
+    shared = Dataset()
+    shared.PlaneOrientationSequence = [_group(first, "ImageOrientationPatient")]
+    shared.PixelMeasuresSequence = [_group(first, "PixelSpacing")]
+    data.SharedFunctionalGroupsSequence = [shared]
+    data.PerFrameFunctionalGroupsSequence = []
+    for one in slices:
+        own, content = Dataset(), Dataset()
+        own.PlanePositionSequence = [_group(one, "ImagePositionPatient")]
+        own.PixelValueTransformationSequence = [_group(one, "RescaleSlope", "RescaleIntercept")]
+        if "TemporalPositionIdentifier" in one:
+            content.TemporalPositionIndex = int(one.TemporalPositionIdentifier)
+        own.FrameContentSequence = [content]
+        data.PerFrameFunctionalGroupsSequence.append(own)
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return data
+
+
+def _group(one, *names):
+    """A functional group with these fields of a slice."""
+    group = Dataset()
+    for name in names:
+        setattr(group, name, getattr(one, name))
+    return group
