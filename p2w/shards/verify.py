@@ -1,7 +1,8 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-A repair cuts the scan into `DIR/.repair` with `build.cut_source`, the code that cut it first, and takes all settings from
-the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
+A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
+the manifest. Gaps in DICOM series are always allowed here, tilted ones resampled, and values taken for HU: if the set was
+cut without these options, no series that has a shard needs them.
 """
 
 import contextlib
@@ -328,7 +329,9 @@ def _modality(manifest: Manifest) -> Modality:
 
 def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
-        search = SearchOptions(allow_gaps=True, modality=_modality(manifest).upper())
+        search = SearchOptions(
+            allow_gaps=True, resample=True, assume_hu=True, modality=_modality(manifest).upper()
+        )
         return find_scans(list(scans), manifest.root, options=search)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
