@@ -23,7 +23,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analyze": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
-    "p2w.world": ("p2w.errors", "p2w.resources"),
+    "p2w.world": ("p2w.errors", "p2w.resources", "p2w.meeting"),
     "p2w.log": ("p2w.errors", "p2w.files"),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
