@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -140,7 +141,8 @@ def main() -> int:
             sys.exit(f"error: {line}")
         server = Server(ranks)
         try:
-            stores = [server.connect() for _ in range(ranks)]
+            with ThreadPoolExecutor(64) as pool:
+                stores = list(pool.map(lambda _, server=server: server.connect(), range(ranks)))
             rows.append(
                 {
                     "ranks": ranks,
