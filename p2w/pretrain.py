@@ -1,5 +1,6 @@
 """One pretraining run: build data, pretext, network, trainer and monitors from the configuration, train, draw figures."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,7 +100,13 @@ def _run(
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
                 choice.write(folder.path)
+        trainer.checkpointer.checkpoints.guard = folder.check_owner
+        folder.watch(
+            lambda: trainer.step, log.warn,
+            lambda why: world.abort(1, f"error: {why}; it leaves without saving", at_once=True),
+        )  # fmt: skip
     world.barrier()
+    watchdog.on_exit = lambda reason, step: _record_failure(folder, reason, step)
     outcome = Outcome("failed", 0)
     try:
         outcome = _fit(trainer, validation, monitors, pictures, folder, log)
@@ -115,6 +122,12 @@ def _run(
             folder.close()
         log.close()
     return outcome
+
+
+def _record_failure(folder: RunDir, reason: str, step: int) -> None:
+    """Write into status.json why all ranks leave, if the folder can still be written."""
+    with contextlib.suppress(OSError):
+        folder.write_status("failed", step, reason)
 
 
 def _build(

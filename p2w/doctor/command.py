@@ -25,6 +25,7 @@ from p2w.doctor import machine, network, software
 from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
 from p2w.recipes import named
+from p2w.run_owner import run_state
 from p2w.shards.manifest import data_fingerprint
 from p2w.stream.local import DataError, LocalSet, ShardSet
 from p2w.stream.sampler import Sampler
@@ -125,7 +126,7 @@ def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
         status = json.loads((case.run / "status.json").read_text())
         yield ok(
             "run folder",
-            f"{case.run}: {status['state']} at step {status['step']}; the same command continues it",
+            f"{case.run}: {run_state(case.run, status)} at step {status['step']}; the same command continues it",
         )
     except (OSError, ValueError, LookupError, TypeError):
         yield ok("run folder", f"{case.run}: {'holds no run yet' if case.run.exists() else 'new'}")
