@@ -349,8 +349,8 @@ def notes(columns: Sequence[Column], choice: TableChoice, cells: Sequence[Cell])
     )
     if tests:
         lines.append(
-            "The trials of a row start from one pretraining: a test is of these weights. To tell methods of pretraining apart, "
-            "pretrain several times and compare the pretrainings."
+            "The trials of a row start from one pretraining: a test is of these weights. To tell methods of pretraining "
+            "apart, pretrain several times and compare the pretrainings."
         )
     if any(one.paper_mark for one in cells):
         lines.append(
