@@ -345,6 +345,32 @@ def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_p
         export._models_genesis(tmp_path / "g.pt", state, card)
 
 
+def test_medicalnets_intensities_are_those_of_its_own_code():
+    """Voxels > 0 of the volume that it is given; recorded by reference/medicalnet.py. Voxels at 0 are noise there."""
+    with np.load(RECORDED.with_name("medicalnet.npz")) as recorded:
+        volume, theirs = torch.from_numpy(recorded["volume"]), torch.from_numpy(recorded["normalised"])
+    ours = normalise_input(volume[None, None], "positive-z", 1)[0, 0]
+    inside = volume > 0
+    assert 0.2 < inside.float().mean() < 0.8 and torch.equal(theirs.isnan(), ~inside)
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=1e-5, atol=1e-5)
+    assert ours[~inside].unique().numel() == 1
+
+
+def test_i3d_forgets_the_statistics_of_video_within_a_short_fine_tuning():
+    torch.manual_seed(0)
+    unit = build_encoder("i3d", 1).Conv3d_1a_7x7.train()
+    unit.bn.running_mean.fill_(100.0)
+    unit.bn.running_var.fill_(100.0)
+    x = torch.rand(2, 1, 8, 16, 16)
+    with torch.no_grad():
+        for _ in range(160):
+            unit(x)
+        made = unit.conv3d(x)
+    mean, var = made.mean(dim=(0, 2, 3, 4)), made.var(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(unit.bn.running_mean, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(unit.bn.running_var, var, rtol=1e-3, atol=1e-3)
+
+
 def test_fine_tuned_weights_are_fed_as_they_were(tmp_path):
     encoder = trained("resnet10")
     card = {"encoder": {"name": "resnet10", "width": 2, "feeding": "positive-z"}}
