@@ -27,11 +27,11 @@ import methods
 import targets_page
 from gate import read_gates
 from jobs import REPO, Job, work
-from p2w.reproduce.sweep_jobs import slug
 from page import table
 from run import data_jobs
 
 from p2w.files import write_atomic
+from p2w.reproduce.sweep_jobs import slug
 from p2w.reproduce.table import Table, load_table
 from p2w.resources import usable_cores
 from p2w.tasks.reader import open_target

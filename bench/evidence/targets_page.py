@@ -89,7 +89,7 @@ def _nested_claims(seen: Table, columns: Sequence[Column], against: str) -> dict
         if ours and others:
             tests[column.task] = compare_pretrainings(ours, others)
     adjusted = holm([one.p for one in tests.values()])
-    known = lambda value: value if math.isfinite(value) else None  # noqa: E731
+    finite = lambda value: value if math.isfinite(value) else None  # noqa: E731
     return {
         task: Claim(
             task, OURS, against, one.difference, one.method, list(one.n), finite(one.t), finite(one.df), finite(one.p),
