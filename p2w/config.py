@@ -24,7 +24,7 @@ Amp = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which wholes, in which order."""
+    """The data: batch, order, how it is read, and what happens at a bad sample."""
 
     batch: Annotated[int, Bounds(1)] = 16
     """Wholes a step, over all ranks together [P]. The order of samples depends on it, not on the number of ranks."""
@@ -90,7 +90,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, precision, and how often to look."""
+    """Length, precision, and how often to validate, probe, log and save."""
 
     steps: Annotated[int, Bounds(0)] = 1000
     """Optimizer steps of the whole run."""
@@ -114,7 +114,7 @@ class TrainConfig:
     validate_every: Annotated[int, Bounds(1)] = 500
     """Steps between validations."""
     probe_every: Annotated[int, Bounds(0)] = 500
-    """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
+    """Steps between measurements of similarity and contrastive loss, with pictures, of a few wholes; 0: when validating."""
     early_stop: Annotated[int, Bounds(0)] = 0
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: Annotated[int, Bounds(1)] = 500
@@ -297,9 +297,9 @@ def _build(kind: type, tree: Any, where: str) -> Any:
         raise UserError(f"{where}: unknown setting {unknown[0]}; known are {', '.join(hints)}")
     values = {}
     for name, value in tree.items():
-        hint, place = hints[name], f"{where}: {name}"
+        hint, setting = hints[name], f"{where}: {name}"
         nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        values[name] = _build(hint, value, place) if nested else _fit(hint, value, place)
+        values[name] = _build(hint, value, setting) if nested else _fit(hint, value, setting)
     return kind(**values)
 
 

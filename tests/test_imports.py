@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files run_owner http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w.errors", "p2w.commands"),
@@ -29,7 +29,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analysis_run": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
-    "p2w.world": ("p2w.errors", "p2w.resources"),
+    "p2w.world": ("p2w.errors", "p2w.resources", "p2w.meeting"),
     "p2w.log": ("p2w.errors", "p2w.files"),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
@@ -58,7 +58,8 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.analysis": (*BASE, "p2w.stats", "p2w.progress", "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.feature_sources": (*BASE, "p2w.train", "p2w.pretext", "p2w.analysis"),  # loads runs
     "p2w.analysis.qualitative": (*BASE, "p2w.train.optim", "p2w.pretext.protocol", "p2w.analysis"),
-    "p2w.report": ("p2w.errors", "p2w.files", "p2w.log", "p2w.config", "p2w.report"),
+    "p2w.run_owner": ("p2w.errors", "p2w.files"),
+    "p2w.report": ("p2w.errors", "p2w.files", "p2w.run_owner", "p2w.log", "p2w.config", "p2w.report"),
     "p2w.reproduce": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.log", "p2w.progress", "p2w.world", "p2w.stats",
         "p2w.train.checkpoint",
@@ -69,6 +70,7 @@ OFFLINE = (
     "preprocess",
     "p2w.files",
     "p2w.http_client",
+    "p2w.run_owner",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",

@@ -56,12 +56,14 @@ def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
 
 def task_fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a target set: a hash of what its manifest says of its samples and their splits."""
-    told = {key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    described = {
+        key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
-    """What transfer.json will say. Raises UserError when the folder holds another run's."""
+    """The content for transfer.json. Raises UserError when the folder holds another run's."""
     now = plain_fine_tuning(fine_tuning)
     path = fine_tuning.folder / RUN_MANIFEST
     if not path.exists():
@@ -86,7 +88,7 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
 
 
 def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run keeps, flat."""
+    """The settings that may not change when the run continues, by dotted name."""
     flat = {
         f"recipe.{k}": v
         for k, v in recipes.current_names(tree["recipe"]).items()

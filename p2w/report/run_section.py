@@ -176,9 +176,9 @@ def commands(facts: RunFacts) -> Markup:
     shards = shlex.quote(str(start.get("shards", "shards")))
     own = f"{launcher} {start['command']}" if start.get("command") else ""
     again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
-    place = f", in {start['cwd']}" if start.get("cwd") else ""
+    where = f", in {start['cwd']}" if start.get("cwd") else ""
     parts = [
-        tag("h3", f"Continue it (its own command{place})"),
+        tag("h3", f"Continue it (its own command{where})"),
         tag("pre", own or f"{again} {run}"),
         tag("h3", "The same from the beginning, in another folder"),
         tag("pre", f"{again} {run}-again"),

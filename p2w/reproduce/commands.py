@@ -18,7 +18,7 @@ from p2w.reproduce import paper_numbers, render
 from p2w.reproduce.fig3 import Figure3, Panel, build_fig3, fig3_csv, fig3_sentence, fig3_to_json
 from p2w.reproduce.render import latex, table_csv, terminal
 from p2w.reproduce.table import Table, table_to_json
-from p2w.reproduce.table_builder import TableChoice, build_table, chosen, numbers_by_task
+from p2w.reproduce.table_builder import TableChoice, build_table, numbers_by_task, values_by_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,10 @@ class TableOptions:
         """The options as a TableChoice, with `ours` as the default row. Raises UserError for wrong values."""
         if self.correction not in ("holm", "none"):
             raise UserError(f"--correction {self.correction}: must be holm or none")
-        metric, fraction = chosen(self.metric, "--metric"), numbers_by_task(self.fraction, "--fraction")
+        metric, fraction = (
+            values_by_task(self.metric, "--metric"),
+            numbers_by_task(self.fraction, "--fraction"),
+        )
         return TableChoice(metric, fraction, self.ours or ours, self.against, self.correction == "holm")
 
 

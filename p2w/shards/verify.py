@@ -1,7 +1,8 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-A repair cuts the scan into `DIR/.repair` with `build.cut_source`, the code that cut it first, and takes all settings from
-the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
+A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
+the manifest. Gaps in DICOM series are always allowed here, tilted ones resampled, and values taken for HU: if the set was
+cut without these options, no series that has a shard needs them.
 """
 
 import contextlib
@@ -10,16 +11,17 @@ import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import pyarrow.compute as pc
 import tyro
 from crc32c import crc32c
 
 from p2w import http_client
-from p2w.ct.discover import ScanListing, ScanSource, find_luna, find_scans
+from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
+from p2w.ct.percentiles import Modality
 from p2w.errors import UserError
-from p2w.files import hold_lock
+from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
 from p2w.resources import usable_cores
 from p2w.shards import manifest_schema
@@ -45,7 +47,6 @@ damaged shard is named; 2: there is no data set.
 """
 
 
-PIECE = 4 << 20  # bytes read at a time
 RETRY_S = 60.0  # how long a web server that fails is asked again
 MOST_MANIFEST = 1 << 30  # bytes of a manifest below a URL
 MOST_NAMED = 8  # damaged sub-scans of one shard that its line names; the others are counted
@@ -98,7 +99,7 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
     try:
         with open(os.path.join(root, shard["name"]), "rb", buffering=0) as file:
             if fault is None:
-                crc = _checksum(file)
+                crc = file_crc32c(file)
                 if crc == shard["crc32c"]:
                     return None
                 fault = f"crc32c {crc:08x}, the manifest says {shard['crc32c']:08x}"
@@ -183,14 +184,6 @@ def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int
     table = manifest.table
     own = table.filter(pc.equal(table["shard"], shard["name"]))
     return list(zip(*(own[name].to_pylist() for name in ("key", "offset", "nbytes", "crc32c")), strict=True))
-
-
-def _checksum(file: BinaryIO) -> int:
-    """CRC-32C of a whole file. crc32c and readinto release the GIL, so threads run in parallel."""
-    crc, buffer = 0, memoryview(bytearray(PIECE))
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
-        crc = crc32c(buffer[:count], crc)
-    return crc
 
 
 def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
@@ -320,12 +313,26 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     meta = manifest.meta
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
-    return ShardingSettings(Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True)
+    return ShardingSettings(
+        Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True, modality=_modality(manifest)
+    )
+
+
+def _modality(manifest: Manifest) -> Modality:
+    """The modality of the scans. Raises UserError for one that there is not."""
+    told = manifest.meta.get("modality", "ct")
+    if told not in get_args(Modality):
+        raise UserError(f"{manifest.root}: its manifest names the modality {told!r}: cut the set anew")
+    modality: Modality = told
+    return modality
 
 
 def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
-        return find_scans(list(scans), manifest.root, allow_gaps=True)
+        search = SearchOptions(
+            allow_gaps=True, resample=True, assume_hu=True, modality=_modality(manifest).upper()
+        )
+        return find_scans(list(scans), manifest.root, options=search)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
         raise UserError(f"{manifest.root}: was cut by p2w shard: name the folders it got with --scans")
@@ -348,7 +355,7 @@ def _cut(
         why = _difference(manifest, record, shard, repair_folder)
         if why is None:
             os.replace(repair_folder.shard(source.uid), os.path.join(manifest.root, shard["name"]))
-            _sync(manifest.root)
+            sync_to_disk(manifest.root)
             done += 1
             say(
                 f"repaired: {shard['name']}, from {source.name}: crc32c {shard['crc32c']:08x} as in the manifest"
@@ -376,12 +383,3 @@ def _difference(
     if record["shard"] is None or verify_shard(manifest, shard, folder.root) is not None:
         return f"is the same but gives another shard now; the set was cut by {manifest.meta.get('tool')}: cut it anew"
     return None
-
-
-def _sync(folder: str) -> None:
-    """Flush a folder to the disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -252,7 +252,7 @@ def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_pa
 def test_what_is_missing_is_named_with_its_command(tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(Config()))
     said = Page(report.write_report(tmp_path).read_text()).said
-    assert f"torchrun launch/analyze.py --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
+    assert f"torchrun -m p2w analyze --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
     assert (
         "Curves" not in said.replace("Curves while it trains", "") and "Every setting has its default" in said
     )

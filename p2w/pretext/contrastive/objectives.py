@@ -1,4 +1,4 @@
-"""What each part is contrasted with: the batch, a queue, local features, or prototypes."""
+"""Contrastive objectives: against the batch, a queue, local features, or prototypes."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from p2w.pretext.settings import Bounds
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
+    """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
     temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.7
     """Divides cosines [P: of its contrastive loss]."""
@@ -76,10 +76,10 @@ class ProjectionHead(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """Where negatives come from. Called on all ranks, with two parts (B, 1, d, h, w) of each of their wholes and ids (B,).
+    """What each whole is compared with. Called on all ranks, with two parts (B, 1, d, h, w) of each own whole, and ids (B,).
 
-    `remembers`: what it holds is of training wholes and of earlier steps, so that validation is judged by the wholes of its
-    own batch instead. `mirrors`: its second parts are mirrored at random.
+    `remembers`: it keeps embeddings of training wholes from earlier steps, so validation takes the objective of its own
+    batch instead. `mirrors`: its second parts are mirrored at random.
     """
 
     remembers = mirrors = False
@@ -91,7 +91,7 @@ class ContrastiveObjective(nn.Module):
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
     ) -> ContrastOutcome:
-        """Compare the parts."""
+        """Loss, cosine of the positive pair, and whether it is nearer than all negatives, (B,) each."""
         raise NotImplementedError
 
 
@@ -106,7 +106,7 @@ def in_batch_loss(one: Tensor, two: Tensor, ids: Tensor, temperature: float) -> 
 
 
 class InBatch(ContrastiveObjective):
-    """SimCLR: the batch over all ranks, with gradients. Of a pass, where a step has several."""
+    """SimCLR: negatives are the other wholes of the pass, of all ranks, with gradients."""
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
@@ -169,8 +169,8 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. `told` is the share of cells that are nearer
-    than all negatives.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are
+    nearer than all negatives.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
@@ -196,7 +196,7 @@ class Prototypes(ContrastiveObjective):
     """SwAV (Caron et al. 2020): each part predicts to which of `contrast.prototypes` learned vectors the other is assigned.
 
     Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
-    solution. `told` is the share of wholes whose two parts are assigned to the same one.
+    solution. The accuracy is the share of wholes whose two parts are assigned to the same one.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
