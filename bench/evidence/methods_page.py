@@ -9,7 +9,7 @@ from typing import Any
 from page import fill, table
 from PIL import Image
 
-from p2w.reproduce.sweep import slug
+from p2w.reproduce.sweep_jobs import slug
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "AUC": lambda one: one["plain"],

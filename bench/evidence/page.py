@@ -57,7 +57,7 @@ def fill(text: str, name: str, block: str) -> str:
         rf"{marks[0]}.*?{marks[1]}", lambda _: f"{marks[0]}\n{block}\n{marks[1]}", text, flags=re.DOTALL
     )
     if count != 1:
-        raise SystemExit(f"error: docs/evidence.md: has {count} blocks {marks[0]}, needs one")
+        raise SystemExit(f"error: the page has {count} blocks {marks[0]}, needs one")
     return filled
 
 

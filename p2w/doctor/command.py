@@ -44,7 +44,7 @@ It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` 
 
 SAMPLE = 24
 LONGEST_S = 3.0  # for reading the sample
-CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
+CUT = "p2w shard-luna   # or p2w shard --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:
@@ -114,7 +114,7 @@ def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
 def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
     """Whether the command can start in the run folder, or continue the run in it."""
     try:
-        RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
+        RunDir(case.run).check_may_continue(case.config, data_fingerprint(found.meta))
     except UserError as error:
         yield refused("run folder", error)
         return

@@ -58,7 +58,7 @@ class DenseVNet(Encoder):
     Its published weights were trained on HU that nothing normalised (their configuration has no normalisation).
     """
 
-    feeding: InputNorm = "hu"
+    input_norm: InputNorm = "hu"
     input_convs = (
         "initial.conv.weight",
         *(f"blocks.0.stack.{i}.conv.weight" for i in range(STACKS[0][0])),

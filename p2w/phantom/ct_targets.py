@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
-from p2w.phantom.frame import Label
 from p2w.phantom.image_files import blob, put_file, write_image
 
 Shape = tuple[int, int, int]

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.errors import UserError
 from p2w.files import FileLock, write_atomic
-from p2w.stream.local import ShardSet
+from p2w.stream.local import Order, ShardSet
 
 
 def describe_data(shards: ShardSet) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class RunDir:
         self.path = path
         self._lock = FileLock(path / ".lock")
 
-    def agrees(self, config: Config, data: str) -> None:
+    def check_may_continue(self, config: Config, data: str) -> None:
         """Check that a run with this configuration and data fingerprint may begin or continue in the folder.
 
         Raises UserError with the settings that differ, or for another data set, or where no folder can be made.
@@ -111,6 +111,17 @@ class RunDir:
     def last_start(self) -> dict[str, Any]:
         """The newest start in run.json; empty when there is none. Raises UserError for a run.json that is broken."""
         return (self._starts() or [{}])[-1]
+
+    def order(self) -> Order | None:
+        """The order of sub-scans with which the run in the folder has begun; None for no run, or where that is unknown.
+
+        Runs of earlier versions did not record it; a folder and s3 have one each.
+        """
+        start = self.last_start()
+        if start.get("order") in get_args(Order):
+            return cast(Order, start["order"])
+        shards = str(start.get("shards", "http://"))
+        return None if shards.startswith("http") else "streamed" if shards.startswith("s3:") else "shuffled"
 
     def close(self) -> None:
         """Release the lock."""
