@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from p2w.config import Amp
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
@@ -110,7 +111,7 @@ def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], G
         scan = read_scan(source)
         return scan.voxels, scan.grid, lambda crop_box: crops.crop_hu(scan.voxels, crop_box)
     image = read_image(source)
-    low, high = intensity_range("image", image)
+    low, high = percentile_range(image.values) if model.by_percentiles else intensity_range("image", image)
     return image.values, image.grid, lambda crop_box: crop_in_range(image.values, crop_box, low, high)
 
 
@@ -248,7 +249,7 @@ class PredictOptions:
     """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of launch/finetune.py, a trial of it, or its model.safetensors."""
+    """Run of p2w finetune, a trial of it, or its model.safetensors."""
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
@@ -327,7 +328,7 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write uint8 [z,y,x] in the grid's geometry, beside and then renamed. Raises UserError where it cannot be written."""
+    """Write uint8 [z,y,x] in the grid's geometry, under another name first. Raises UserError where it cannot be written."""
     image = sitk.GetImageFromArray(mask)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)

@@ -60,7 +60,7 @@ class DenseVNet(Encoder):
     of stride-2 layers on the side where it then belongs: `dense_vnet:mirrored=True` is the network of these weights.
     """
 
-    feeding: InputNorm = "hu"
+    input_norm: InputNorm = "hu"
     input_convs = (
         "initial.conv.weight",
         *(f"blocks.0.stack.{i}.conv.weight" for i in range(STACKS[0][0])),

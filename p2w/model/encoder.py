@@ -17,7 +17,7 @@ InputNorm = Literal["unit", "symmetric", "positive-z", "hu", "z"]
 +-1000."""
 
 
-def normalise_input(x: Tensor, feeding: InputNorm, channels: int) -> Tensor:
+def normalise_input(x: Tensor, input_norm: InputNorm, channels: int) -> Tensor:
     """(B, C, D, H, W) in [0, 1] -> what a network with `channels` input channels wants, float32, (B, channels, D, H, W).
 
     A pure function: statistics are per sample and channel. One grey channel is repeated for a network of several; any
@@ -31,13 +31,13 @@ def normalise_input(x: Tensor, feeding: InputNorm, channels: int) -> Tensor:
             f"volumes of {x.shape[1]} channels for a network of {channels}; load it with in_channels={x.shape[1]}"
         )
     x = x.float()
-    if feeding == "symmetric":
+    if input_norm == "symmetric":
         x = 2 * x - 1
-    elif feeding == "hu":
+    elif input_norm == "hu":
         x = 2000 * x - 1000
-    elif feeding == "positive-z":
+    elif input_norm == "positive-z":
         x = _z_score(x, (x > 0).float())
-    elif feeding == "z":
+    elif input_norm == "z":
         x = _z_score(x, torch.ones_like(x))
     return x.expand(-1, channels, -1, -1, -1)
 
@@ -80,14 +80,14 @@ class Encoder(nn.Module):
     in_channels: int = 1
     least_voxels: int = 1
     """How many voxels the coarsest features need: instance norm takes two."""
-    feeding: InputNorm = "unit"
+    input_norm: InputNorm = "unit"
     """The input that it was trained on: what `normalise_input` makes of a batch in [0, 1]."""
     input_convs: tuple[str, ...] = ()
     """Weights of the convolutions whose first `in_channels` inputs are the image: they adapt when the channels differ."""
     norms_input: tuple[str, ...] = ()
     """Tensors with one value for each image channel."""
     channels_last: bool = True
-    """Whether channels-last memory is the faster layout for it, where the settings leave that open."""
+    """Whether channels-last memory is the faster layout for it: what `train.channels_last auto` takes."""
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
     only_skips: bool = False
@@ -121,3 +121,16 @@ class Network(nn.Module):
     """
 
     encoder: Encoder
+
+
+def set_memory_format(network: Network, channels_last: str) -> str:
+    """Lay out the network's weights as `train.channels_last` says; a phrase for the log that says which layout and why.
+
+    Activations follow the layout of the weights.
+    """
+    auto = channels_last == "auto"
+    last = network.encoder.channels_last if auto else channels_last == "on"
+    if last:
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    why = f"auto: faster for {type(network.encoder).__name__}" if auto else "asked for"
+    return f"channels {'last' if last else 'first'} ({why})"

@@ -70,7 +70,7 @@ class I3D(Encoder):
     input channels; `normalise_input` repeats a grey one, and weights summed over them do the same with one.
     """
 
-    feeding: InputNorm = "symmetric"
+    input_norm: InputNorm = "symmetric"
     input_convs = ("Conv3d_1a_7x7.conv3d.weight",)
     published = (PublishedFormat("I3D", known_by="Conv3d_1a_7x7.conv3d.weight", head=("logits.",)),)
 

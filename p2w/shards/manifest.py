@@ -29,7 +29,6 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
 from p2w.shards.manifest_schema import (
-    LOCATION_COLUMNS,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     SUB_SCAN_SCHEMA,
@@ -118,12 +117,14 @@ def open_manifest(
 def repair_command(root: str, meta: dict[str, Any]) -> str:
     """The command that cuts damaged shards again; FOLDER in it stands for the scans."""
     if "task" in meta:
-        again = (
-            f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
-        )
+        again = f"p2w prepare {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
         return f"delete the shard, and repeat the command that made the set: {again}"
     luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
-    return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
+    where = "SHARDS" if "://" in root else shlex.quote(root)
+    again = f"p2w verify {where} --repair --{'luna' if luna else 'scans'} FOLDER"
+    return (
+        f"{again} on the folder it was uploaded from, then upload the shard again" if "://" in root else again
+    )
 
 
 def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manifest:
@@ -140,10 +141,7 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
     bare = schema.remove_metadata()
-    has_columns = (
-        set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
-    )
-    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
+    if meta.get("schema") != MANIFEST_VERSION or not expected.allows(bare):
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )

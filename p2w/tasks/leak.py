@@ -3,15 +3,19 @@
     check_leak(target, open_manifest("shards").meta)     # raises UserError naming the first test scan seen
     check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
 
-A scan is the same when its uid is, or when its file is, byte for byte (size and checksum).
+A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when the
+name that the target task has is the one that the pretraining set was told, whose manifest holds hashes
+(`p2w.shards.grouping`); of a set with a secret salt, patients cannot be compared.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.files import parse_json, type_mismatch
+from p2w.shards.grouping import identity_in_set
 from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
 from p2w.tasks.reader import TargetSet
 
@@ -75,7 +79,12 @@ def _checked(
         raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
     if said:
         return f"warning: {said} (--allow-leak)"
-    return f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
+    line = f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
+    if "salt" not in meta["split"]:
+        return line
+    if meta["split"].get("secret"):
+        return f"{line}; patients were not compared, the set hashes them with a secret salt"
+    return f"{line}, and no patient who is tested on is among theirs"
 
 
 def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
@@ -126,6 +135,7 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
     files = {
         (one["nbytes"], one["checksum"]): one["uid"] for one in pretrain["sources"] if one["uid"] in trained
     }
+    patients, salt = _trained_patients(pretrain, trained)
     for source in target.meta["sources"]:
         if source["uid"] not in _tested(target, fold):
             continue
@@ -134,7 +144,28 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
         for file in source["files"]:
             if other := files.get((file["nbytes"], file["checksum"])):
                 return f"pretraining trained on test scan {source['uid']}: its file {file['file']} is scan {other} there"
+        if other := patients.get(identity_in_set(salted_hash(source["patient"], ""), salt)):
+            return (
+                f"pretraining trained on scan {other} of a patient who is tested on, in scan {source['uid']}"
+            )
     return None
+
+
+def _trained_patients(pretrain: dict[str, Any], trained: set[str]) -> tuple[dict[str, str], str]:
+    """Patient, as the pretraining set hashes them -> one of the scans trained on, and the set's salt.
+
+    Raises UserError for hashes that cannot be.
+    """
+    split = pretrain["split"]
+    if "salt" not in split or split.get("secret"):
+        return {}, ""
+    known = [one for one in pretrain["sources"] if "patient" in one]
+    said = type_mismatch(
+        {"split": split, "sources": known}, {"split": {"salt": str}, "sources": [{"patient": str}]}
+    )
+    if said:
+        raise UserError(f"the manifest of the pretraining set makes no sense ({said}): cut the set again")
+    return {one["patient"]: one["uid"] for one in known if one["uid"] in trained}, split["salt"]
 
 
 def _tested(target: TargetSet, fold: int | None) -> set[str]:

@@ -57,6 +57,7 @@ def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]
             "window_hu": list(config.pretext.window_hu),
             "size_zyx": list(config.pretext.size),
             "spacing_mm_zyx": _spacing(config, start.get("data_set")),
+            **_scans(start.get("data_set")),
             "edges_divisible_by": encoder.strides[-1],
         },
         "training": {
@@ -106,6 +107,15 @@ def _last_start(run: Path) -> dict[str, Any]:
         ) from error
 
 
+def _scans(data_set: Any) -> dict[str, Any]:
+    """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed."""
+    told = data_set if isinstance(data_set, dict) else {}
+    scans = {key: told[key] for key in ("modality", "intensity") if key in told}
+    tiling = told.get("tiling")
+    resampled = tiling.get("spacing_mm") if isinstance(tiling, dict) else None
+    return scans | ({"resampled_to_mm": resampled} if resampled else {})
+
+
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
     """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
 
@@ -153,7 +163,7 @@ features = encoder(x)                # list, fine to coarse
 ```
 
 **Input**: {fed["what"]}; window {fed["window_hu"]} HU, axes {fed["axis_order"]}; trained at {fed["size_zyx"]} voxels; any
-size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed["spacing_mm_zyx"])}
+size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_scans(fed)}
 
 **Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}
 ({training["fingerprint_is"]}). All settings are in `card.json`.
@@ -165,10 +175,23 @@ size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed[
 """
 
 
-def _of_spacing(spacing: dict[str, Any]) -> str:
+def _of_scans(fed: dict[str, Any]) -> str:
+    spacing, resampled = fed["spacing_mm_zyx"], fed.get("resampled_to_mm")
+    said = ""
+    if "modality" in fed:
+        low, high = fed["intensity"]["percentiles"]
+        said = (
+            f"The scans are {fed['modality'].upper()}: of each, the percentiles {low} and {high} became the ends of that "
+            "window, so yours become 0 and 1. "
+        )
     if spacing["network"] is None:
-        return "The run did not record the spacing of its scans."
+        return f"{said}The run did not record the spacing of its scans."
+    if resampled:
+        return (
+            f"{said}Scans were resampled to {resampled} mm (z, y, x), and what is cut from them is resized: the network saw "
+            f"{spacing['network_smallest']} to {spacing['network_largest']} mm."
+        )
     return (
-        f"Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
+        f"{said}Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
         f"network saw {spacing['network_smallest']} to {spacing['network_largest']} mm."
     )

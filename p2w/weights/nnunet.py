@@ -80,8 +80,9 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
         "data_identifier": f"p2w_{data['fingerprint']}",
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": "noresample",  # parts are cut from the scans without resampling, and resized to one size
-        "normalization_schemes": ["CTNormalization"]
-        * encoder["in_channels"],  # the same as ours, with `intensities`
+        # CT: the same as ours, with `intensities`. Other modalities: nnU-Net has no percentiles, this comes nearest.
+        "normalization_schemes": ["RescaleTo01Normalization" if "modality" in fed else "CTNormalization"]
+        * encoder["in_channels"],
         "use_mask_for_norm": [False] * encoder["in_channels"],
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},

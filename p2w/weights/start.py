@@ -238,7 +238,7 @@ def _from_ours(
             f"{weights.where}: {weights.name} of width {weights.width}, not {width}; leave the width to the file"
         )
     encoder = build_encoder(weights.name, weights.width, in_channels)
-    encoder.feeding = weights.feeding
+    encoder.input_norm = weights.input_norm
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     head = []
     for key, value in weights.state.items():
@@ -285,7 +285,7 @@ def main_inspect(argv: list[str]) -> int:
     print(
         f"  encoder    {parameters / 1e6:.2f} M parameters, channels {encoder.channels}, strides {encoder.strides}"
     )
-    print(f"  fed        {encoder.feeding}, {encoder.in_channels} channels")
+    print(f"  fed        {encoder.input_norm}, {encoder.in_channels} channels")
     decoder = "none" if start.decoder_state is None else _decoder_of(start)
     print(f"  decoder    {decoder or 'a part, or that of another network'}")
     for key, value in start.pretrained_on.items():

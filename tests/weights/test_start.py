@@ -336,9 +336,11 @@ def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_p
     save_file(state, tmp_path / "r.safetensors", {"p2w": json.dumps(card)})
     start = load_start(str(tmp_path / "r.safetensors"))
     assert (
-        same(start.encoder, encoder) and start.encoder.feeding == "unit" and encoder.feeding == "positive-z"
+        same(start.encoder, encoder)
+        and start.encoder.input_norm == "unit"
+        and encoder.input_norm == "positive-z"
     )
-    assert p2w.load(tmp_path / "r.safetensors").feeding == "unit" and start.pretrained_on == {
+    assert p2w.load(tmp_path / "r.safetensors").input_norm == "unit" and start.pretrained_on == {
         "fingerprint": "f"
     }
     with pytest.raises(UserError, match="Models Genesis' names are for unet3d, not resnet10"):
@@ -377,5 +379,5 @@ def test_fine_tuned_weights_are_fed_as_they_were(tmp_path):
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors", {"p2w": json.dumps(card)})
     start = load_start(str(tmp_path / "model.safetensors"))
-    assert start.encoder.feeding == "positive-z" and same(start.encoder, encoder)
-    assert p2w.load(tmp_path / "model.safetensors").feeding == "positive-z"
+    assert start.encoder.input_norm == "positive-z" and same(start.encoder, encoder)
+    assert p2w.load(tmp_path / "model.safetensors").input_norm == "positive-z"
