@@ -25,6 +25,7 @@ from p2w.pretrain import pretrain
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
 from p2w.shards.manifest import data_fingerprint
+from p2w.shards.mixture import BETWEEN
 from p2w.stream.local import ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
@@ -49,8 +50,8 @@ RENAMED = {
 class Args:
     """Command line of launch/train.py."""
 
-    shards: str = "shards"
-    """Folder (or http, https, s3 URL) of shards with their manifest."""
+    shards: tuple[str, ...] = ("shards",)
+    """Folder (or http, https, s3 URL) of shards with their manifest; or several with weights, such as a:0.7 b:0.3."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
@@ -102,7 +103,7 @@ def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.speaks)
     precision = choose_precision(args.config.train.precision, world.device)
-    shards = open_set(args.shards, on_bad=args.config.data.on_bad_sample)
+    shards = open_set(BETWEEN.join(args.shards), on_bad=args.config.data.on_bad_sample)
     config = args.config
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
@@ -127,7 +128,7 @@ def show_plan(job: Job, world: World) -> None:
         config, lambda: build_pretext_and_network(config), samples, 4 if precision.dtype is None else 2
     )
     wholes, steps = len(job.shards.ids("train")), config.train.steps
-    epoch = max(1, wholes // batch)
+    epoch = max(1, job.shards.samples_per_epoch(job.shards.ids("train")) // batch)
     flops = facts.flops_per_sample * batch * steps
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
     print(

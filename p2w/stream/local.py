@@ -43,6 +43,7 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
+    random_access = True  # any sub-scan can be read at any time
 
     def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
         """Index the manifest of the data set at `where`; `verify=False` skips checksums, for measurements."""
@@ -98,6 +99,10 @@ class ShardSet:
     def shard(self, sub_scan: int) -> str:
         """File name of the shard that holds a sub-scan."""
         return self.shard_names[self.shard_numbers[sub_scan]]
+
+    def samples_per_epoch(self, ids: Ids) -> int:
+        """Number of sub-scans in an epoch, of which the ids are those of the training split."""
+        return len(ids)
 
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""

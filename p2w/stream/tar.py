@@ -160,6 +160,8 @@ class BoundedStream:
 class TarSet(ShardSet):
     """A data set below a URL, streamed."""
 
+    random_access = False
+
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""
         return sampler.streamed_order(
