@@ -17,6 +17,7 @@ from p2w.errors import UserError
 from p2w.files import parse_json, type_mismatch
 from p2w.shards.grouping import identity_in_set
 from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
+from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -62,13 +63,13 @@ def check_shards(
 def _checked(
     target: TargetSet,
     of: str,
-    find: Callable[[], tuple[dict[str, Any], str]],
+    find: Callable[[], list[tuple[dict[str, Any], str]]],
     allow_leak: bool,
     fold: int | None,
 ) -> str:
     try:
-        meta, where = find()
-        said = _first_leak(target, meta, fold)
+        sets = find()
+        said = next((leak for meta, _ in sets if (leak := _first_leak(target, meta, fold))), None)
     except UserError as error:
         if allow_leak:
             return f"not checked whether pretraining saw test scans (--allow-leak): {error}"
@@ -79,16 +80,24 @@ def _checked(
         raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
     if said:
         return f"warning: {said} (--allow-leak)"
+    return "; ".join(_no_leak(meta, where) for meta, where in sets)
+
+
+def _no_leak(meta: dict[str, Any], where: str) -> str:
+    """What was compared with a set, in words."""
     line = f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
     if "salt" not in meta["split"]:
         return line
     if meta["split"].get("secret"):
-        return f"{line}; patients were not compared, the set hashes them with a secret salt"
+        return f"{line} (patients were not compared, it hashes them with a secret salt)"
     return f"{line}, and no patient who is tested on is among theirs"
 
 
-def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
-    """Metadata of the manifest that a run was last trained on, and where it is. Raises UserError when out of reach."""
+def pretraining_of(run: Path) -> list[tuple[dict[str, Any], str]]:
+    """Metadata of the manifest that a run was last trained on, and where it is; of a mixture, of each of its sets.
+
+    Raises UserError when they are out of reach.
+    """
     path = run / "run.json"
     try:
         starts = parse_json(path.read_bytes(), {"starts": [{"shards": str}]})["starts"]
@@ -101,7 +110,7 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
     return _open_first(run, starts[-1], starts[-1].get("data"), str(run))
 
 
-def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
+def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
     """Open the set at the first possible location that holds it. Raises the first one's UserError where none does."""
     refused: UserError | None = None
     for location in candidate_data_paths(near, start):
@@ -113,8 +122,14 @@ def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[
     raise refused
 
 
-def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
-    """The manifest there, which must still be that of the set `data` (a fingerprint; None: not known)."""
+def _open(where: str, data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
+    """The manifests there, which must still be those of the set `data` (a fingerprint; None: not known)."""
+    if is_mixture(where):
+        from p2w.stream.stream import open_set  # noqa: PLC0415 - torch, and webdataset for remote sets
+
+        if data is not None and data_fingerprint(open_set(where).meta) != data:
+            raise UserError(f"{where}: is another mixture now than {of} was trained on")
+        return [found for part in parse_mixture(where) for found in _open(part.where, None, of)]
     if "://" in where:
         from p2w.stream.stream import open_set  # noqa: PLC0415 - webdataset serves remote sets only
 
@@ -123,7 +138,7 @@ def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
         meta = open_manifest(where).meta
     if data is not None and data_fingerprint(meta) != data:
         raise UserError(f"{where}: is another data set now than {of} was trained on")
-    return meta, where
+    return [(meta, where)]
 
 
 def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:

@@ -36,7 +36,7 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
-    facts |= {key: shards.meta[key] for key in ("modality", "intensity") if key in shards.meta}
+    facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
         scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}

@@ -15,6 +15,7 @@ from p2w.log import read_metrics
 from p2w.model import Encoder
 from p2w.pretext import build_pretext
 from p2w.pretext.settings import Shows
+from p2w.shards.mixture import relocated
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
 FINGERPRINT = "the first 16 digits of a SHA-256 over the manifest: shape, window, tiling, split, and each shard's checksum"
@@ -90,9 +91,8 @@ def _figures(trained: Trained) -> dict[str, float]:
 def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start: its fingerprint, and `shards`, a URL or an absolute path."""
     start = _last_start(run)
-    shards = str(start["shards"])
-    if "://" not in shards:
-        shards = os.path.join(str(start.get("cwd") or ""), shards)
+    cwd = str(start.get("cwd") or "")
+    shards = relocated(str(start["shards"]), lambda path: path if "://" in path else os.path.join(cwd, path))
     return {"fingerprint": str(start["data"]), "shards": shards}
 
 
