@@ -1,5 +1,6 @@
 """One pretraining run: build data, pretext, network, trainer and monitors from the configuration, train, draw figures."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     streaming = agree_on_order(shards, world)
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
-        shards.on_wait = watchdog.count  # a server that is down for a while is no hang
+        shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
         return _run(config, shards, folder, data, world, precision, watchdog, streaming)
 
 
@@ -99,7 +100,13 @@ def _run(
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
                 choice.write(folder.path)
+        trainer.checkpointer.checkpoints.guard = folder.check_owner
+        folder.watch(
+            lambda: trainer.step, log.warn,
+            lambda why: world.abort(1, f"error: {why}; it leaves without saving", at_once=True),
+        )  # fmt: skip
     world.barrier()
+    watchdog.on_exit = lambda reason, step: _record_failure(folder, reason, step)
     outcome = Outcome("failed", 0)
     try:
         outcome = _fit(trainer, validation, monitors, pictures, folder, log)
@@ -117,6 +124,12 @@ def _run(
     return outcome
 
 
+def _record_failure(folder: RunDir, reason: str, step: int) -> None:
+    """Write into status.json why all ranks leave, if the folder can still be written."""
+    with contextlib.suppress(OSError):
+        folder.write_status("failed", step, reason)
+
+
 def _build(
     config: Config, shards: ShardSet, folder: RunDir, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
@@ -128,7 +141,7 @@ def _build(
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
-    log.line(f"memory format   {set_memory_format(model, config.train.channels_last)}")
+    memory_format = set_memory_format(model, config.train.channels_last)
     batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
@@ -166,6 +179,7 @@ def _build(
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
     return (
         choice,
         trainer,

@@ -72,6 +72,10 @@ def lost_peer_line(world: World, error: Exception) -> str:
 def _leave_together(world: World, line: str) -> NoReturn:
     """Rank 0 prints the message of all ranks; the others exit as soon as it has, or when it is gone."""
     if world.store is None:
+        if not world.speaks:  # before the group had a store: one line a node
+            world.report_to_torchrun(line)
+            time.sleep(SPEAKER_S)
+            world.leave(2)
         world.abort(2, line)
     store = world.store
     if world.is_main:
@@ -125,6 +129,7 @@ def run_on_ranks(
     """
     world = World.from_env()
     try:
+        world.check_asked()
         job = build(sys.argv[1:] if argv is None else argv, world)
     except (UserError, SystemExit) as error:
         return refuse(world, error)

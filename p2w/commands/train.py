@@ -25,6 +25,7 @@ from p2w.pretrain import pretrain
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
 from p2w.shards.manifest import data_fingerprint
+from p2w.shards.mixture import BETWEEN
 from p2w.stream.local import ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
@@ -51,8 +52,8 @@ RENAMED = {
 class Args:
     """Command line of p2w train."""
 
-    shards: str = "shards"
-    """Folder (or http, https, s3 URL) of shards with their manifest."""
+    shards: tuple[str, ...] = ("shards",)
+    """Folder (or http, https, s3 URL) of shards with their manifest; or several with weights, such as a:0.7 b:0.3."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
@@ -106,7 +107,7 @@ def build(argv: list[str], world: World) -> Job:
     precision = choose_precision(args.config.train.precision, world.device)
     config = args.config
     shards = open_set(
-        args.shards,
+        BETWEEN.join(args.shards),
         on_bad=config.data.on_bad_sample,
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
@@ -134,7 +135,7 @@ def show_plan(job: Job, world: World) -> None:
         config, lambda: build_pretext_and_network(config), samples, 4 if precision.dtype is None else 2
     )
     wholes, steps = len(job.shards.ids("train")), config.train.steps
-    epoch = max(1, wholes // batch)
+    epoch = max(1, job.shards.samples_per_epoch(job.shards.ids("train")) // batch)
     if config.train.kernels == "plain":
         facts = replace(facts, folds=())
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
@@ -169,7 +170,7 @@ def start(job: Job) -> World:
     train, patience = job.args.config.train, 60 * job.args.config.data.retry_minutes
     # The watchdog knows more than a collective that is not joined; one rank may have to wait for a web server.
     wait, meet = max(World.WAIT_S, 120 * train.hang_minutes, 2 * patience), World.MEET_S
-    meet += patience if "://" in job.args.shards else 0.0
+    meet += patience if "://" in job.shards.where else 0.0
     return World.start(wait, meet, deterministic=train.deterministic)
 
 

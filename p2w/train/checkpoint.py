@@ -63,6 +63,9 @@ class Checkpoints:
         self, folder: Path, keep: int = 3, warn: Callable[[str], None] = print, keep_every: int = 0
     ) -> None:
         self.folder, self.keep, self.warn, self.keep_every = folder, keep, warn, keep_every
+        self.guard: Callable[[], None] = lambda: (
+            None
+        )  # raises UserError where this process may no longer write
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -100,6 +103,7 @@ class Checkpoints:
                 *([log] if log.is_file() else []),
             ):
                 sync_to_disk(path)
+            self.guard()
             self._publish(temporary, snapshot.step)
             self._mark_best(snapshot)
         except (
