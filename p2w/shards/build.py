@@ -32,6 +32,7 @@ from p2w.files import canonical_json, write_published
 from p2w.progress import Progress, say
 from p2w.resources import free_disk, free_memory, usable_cores
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, JobShare, Source, SourceListing
+from p2w.shards.dataset_card import dataset_card, may_write
 from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
 from p2w.shards.writer import ShardFile, open_shard
@@ -235,6 +236,8 @@ def merge_records(
     files = {
         name: "".join(f"{shard}\n" for shard in shards).encode() for name, shards in content.lists.items()
     }
+    if may_write(os.path.join(folder.root, "README.md")):
+        files["README.md"] = dataset_card(meta, content.lists)
     files |= {
         "report.json": canonical_json(told, indent=1),
         MANIFEST_NAME: manifest_bytes(rows, meta, folder.schema),
@@ -295,7 +298,9 @@ def _write_shard(cut: CutSource, uid: str, folder: BuildFolder[Any, Any], tempor
     rows: list[dict[str, Any]] = []
     try:
         for row, voxels in cut.parts:
-            shard = shard or open_shard(path, voxels.shape, folder.schema.schema, folder.note)
+            shard = shard or open_shard(
+                path, voxels.shape, folder.schema.schema, folder.note, folder.sample_note
+            )
             rows.append(shard.add(row, voxels))
         done = shard.close() if shard else None
     except BaseException:

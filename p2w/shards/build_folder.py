@@ -138,6 +138,7 @@ class BuildFolder(ABC, Generic[S, Source]):
     columns: ClassVar[pa.Schema]  # of its rows
     schema: ManifestSchema
     note: dict[str, Any]  # metadata of an Arrow shard
+    sample_note: dict[str, Any] | None = None  # what the JSON of a sample in a tar says beside its columns
 
     def __init__(self, root: str, settings: S) -> None:
         """Name the folder; nothing is read or written before `prepare`."""
@@ -173,6 +174,9 @@ class BuildFolder(ABC, Generic[S, Source]):
         """A line for the user about a sound source that was cut, or None."""
         del record
         return None
+
+    def adopt_version(self, theirs: bytes) -> None:
+        """Go on in the version in which an earlier p2w began the folder; `theirs` is its settings.json."""
 
     def sidecar(self, uid: str) -> str:
         """Path of the record of a source."""
@@ -211,6 +215,9 @@ class BuildFolder(ABC, Generic[S, Source]):
                 theirs = file.read()
         except OSError as error:
             raise self._unwritable(error) from error
+        if theirs != mine:
+            self.adopt_version(theirs)
+            mine = canonical_json(self.settings.plain(), indent=1)
         if theirs != mine and (others := self._other_shares(share)):
             raise UserError(
                 f"{self.root}: share {others[0]} cuts it with {_setting_differences(theirs, mine)}: give every share of "

@@ -4,6 +4,7 @@
       manifest.parquet      written last and atomically: a folder without it is not a data set
       UID.tar | UID.arrow   one shard per scan, written once
       train.txt val.txt     shard names, for users of plain WebDataset
+      README.md             dataset card: the shards of each split, for users of Hugging Face's datasets
       report.json           scans left out, and why
       scans/UID.json        the record of one scan; lets a restart skip it
 

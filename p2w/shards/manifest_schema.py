@@ -35,6 +35,7 @@ OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "dtype": str,
     "format": str,
     "tool": str,
+    "sample_version": int,
     "window_hu": [float],
     "axis_order": str,
     "tiling": {"tile": [int], "z_margin": int, "min_std_hu": float},

@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from p2w.ct.orientation import BadScan
 from p2w.ct.percentiles import PERCENTILES, Modality, read_scaled
 from p2w.ct.scan import Scan, read_grid, read_scan, source_files
 from p2w.errors import UserError
-from p2w.files import canonical_json
+from p2w.files import canonical_json, parse_json
 from p2w.progress import duration, say
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
@@ -38,7 +39,7 @@ from p2w.shards.manifest_schema import (
     SUB_SCAN_SCHEMA,
 )
 from p2w.shards.tiling import SUB_SCAN_SHAPE, WINDOW_HU, SubScan, Tiling, cut_sub_scans
-from p2w.shards.writer import NOTE
+from p2w.shards.writer import NOTE, SAMPLE_NOTE, SAMPLE_VERSION
 
 # Voxels per second and worker, for the estimate of a dry run: measured by bench/shard.py on one 2-core machine, with
 # LUNA16's compressed scans on a local disk. A network disk may be slower.
@@ -73,6 +74,7 @@ class ShardingSettings:
     resample_tilt: Annotated[bool, tyro.conf.Suppress] = False
     assume_hu: Annotated[bool, tyro.conf.Suppress] = False
     modality: Annotated[Modality, tyro.conf.Suppress] = "ct"
+    sample_version: Annotated[int, tyro.conf.Suppress] = SAMPLE_VERSION  # of a tar's JSON; no option
 
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside its range."""
@@ -88,6 +90,7 @@ class ShardingSettings:
         left_out = {"grouping"} | ({"modality"} if self.modality == "ct" else set())
         # Folders of earlier versions lack these.
         left_out |= {name for name in ("resample_tilt", "assume_hu") if not getattr(self, name)}
+        left_out |= {"sample_version"} if self.format != "tar" or self.sample_version == 1 else set()
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
         settings = {
             name: value for name, value in settings.items() if name not in left_out
@@ -162,6 +165,24 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         """Name the folder; nothing is read or written before `prepare`."""
         super().__init__(root, settings)
         self.schema = PADDED_SCHEMA if settings.tiling.pads else SUB_SCAN_SCHEMA
+
+    @property
+    def sample_note(self) -> dict[str, Any] | None:  # type: ignore[override]
+        """What the JSON of each sample says of its voxels; None in a set of version 1."""
+        return None if self.settings.sample_version == 1 else SAMPLE_NOTE | self._intensity()
+
+    def _intensity(self) -> dict[str, Any]:
+        """How the values of another modality than CT were scaled; empty for CT."""
+        if self.settings.modality == "ct":
+            return {}
+        scale = {"percentiles": list(PERCENTILES), "become": list(WINDOW_HU)}
+        return {"modality": self.settings.modality, "intensity": scale}
+
+    def adopt_version(self, theirs: bytes) -> None:
+        """Stay with version 1 in a folder that was begun in it: its settings name no version."""
+        with suppress(ValueError):
+            if "sample_version" not in parse_json(theirs, {}):
+                self.settings = replace(self.settings, sample_version=1)
 
     def nbytes(self, source: ScanSource) -> int:
         """Total size in bytes of the files of a scan."""
@@ -247,6 +268,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         identities, salted = self._identities(listing, good, level)
         parts = {"train": sorted(set(full) - val), "val": sorted(val)}
         source_keys = ("uid", "subset", "nbytes", "checksum", *GEOMETRY_META)
+        in_version_1 = self.settings.format != "tar" or self.settings.sample_version == 1
+        version = {} if in_version_1 else {"sample_version": self.settings.sample_version}
         meta = {
             "shape": list(self.settings.tiling.shape),
             "window_hu": list(WINDOW_HU),
@@ -280,10 +303,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         lists = {
             f"{name}.txt": [f"{uid}.{self.settings.format}" for uid in uids] for name, uids in parts.items()
         }
-        if self.settings.modality != "ct":
-            scale = {"percentiles": list(PERCENTILES), "become": list(WINDOW_HU)}
-            meta |= {"modality": self.settings.modality, "intensity": scale}
-        return DataSetContent(rows, meta, lists)
+        return DataSetContent(rows, meta | version | self._intensity(), lists)
 
     def _identities(
         self, listing: SourceListing[ScanSource], good: list[dict[str, Any]], level: Level

@@ -314,7 +314,11 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
     return ShardingSettings(
-        Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True, modality=_modality(manifest)
+        Tiling.from_meta(meta["tiling"]),
+        meta["format"],
+        allow_gaps=True,
+        modality=_modality(manifest),
+        sample_version=meta.get("sample_version", 1),
     )
 
 

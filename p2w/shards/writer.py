@@ -3,7 +3,8 @@
 In both, the voxels of a sub-scan are int16 little-endian [z,y,x] and start at a multiple of 64 bytes, and the row for the
 manifest is the same: a reader needs only (offset, nbytes), and can map the file into memory.
 
-- tar: members `KEY.npy` and `KEY.json` with fixed times and owners; opens with stock `webdataset`.
+- tar: members `KEY.npy` and `KEY.json` with fixed times and owners; opens with stock `webdataset`. The JSON has the columns
+  of the manifest that say what the sub-scan is, and, from version 2 on, what a reader must know of the voxels (SAMPLE_NOTE).
 - Arrow: one record batch per sub-scan, voxels (`fixed_shape_tensor`) and metadata; opens with `pyarrow`.
 """
 
@@ -24,6 +25,12 @@ from p2w.shards.manifest_schema import SUB_SCAN_COLUMNS
 ALIGNMENT = 64  # bytes: a cache line, and what Arrow asks for
 MANIFEST_ONLY = ("split", "fold", "shard", "offset", "nbytes")  # columns that shards do not repeat
 NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing": "mm"}
+
+
+# In the JSON of each sample of a tar since version 2, because a tar has no metadata of its own. Version 1 had the columns
+# alone; a set that was begun in it goes on, and is repaired, in it (`scan_shards.ShardingSettings.sample_version`).
+SAMPLE_VERSION = 2
+SAMPLE_NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing_unit": "mm"}
 
 
 def columns_of(schema: pa.Schema) -> list[str]:
@@ -100,10 +107,12 @@ class TarShard:
         shape: tuple[int, ...],
         schema: pa.Schema = SUB_SCAN_COLUMNS,
         note: dict[str, Any] = NOTE,
+        sample_note: dict[str, Any] | None = None,
     ) -> None:
         self.sink = _Sink(path)
         self.shape = shape
         self.columns = columns_of(schema)
+        self.sample_note = sample_note or {}
         header = io.BytesIO()
         npy.write_array_header_1_0(header, {"descr": "<i2", "fortran_order": False, "shape": shape})
         self.npy_header = header.getvalue()  # 128 bytes, so that voxels stay aligned to 64
@@ -127,7 +136,7 @@ class TarShard:
         assert offset % ALIGNMENT == 0, offset
         self.sink.write(voxels)
         self._pad(tarfile.BLOCKSIZE)
-        text = canonical_json({name: row[name] for name in self.columns})
+        text = canonical_json({name: row[name] for name in self.columns} | self.sample_note)
         self._member(row["key"] + ".json", len(text))
         self.sink.write(text)
         self._pad(tarfile.BLOCKSIZE)
@@ -153,6 +162,7 @@ class ArrowShard:
         shape: tuple[int, ...],
         schema: pa.Schema = SUB_SCAN_COLUMNS,
         note: dict[str, Any] = NOTE,
+        sample_note: dict[str, Any] | None = None,
     ) -> None:
         self.sink = _Sink(path)
         self.shape = shape
@@ -217,10 +227,15 @@ FORMATS: dict[str, type[TarShard] | type[ArrowShard]] = {"tar": TarShard, "arrow
 
 
 def open_shard(
-    path: str, shape: tuple[int, ...], schema: pa.Schema = SUB_SCAN_COLUMNS, note: dict[str, Any] = NOTE
+    path: str,
+    shape: tuple[int, ...],
+    schema: pa.Schema = SUB_SCAN_COLUMNS,
+    note: dict[str, Any] = NOTE,
+    sample_note: dict[str, Any] | None = None,
 ) -> ShardFile:
     """Create a shard at `path`, in the format of its extension (.tar or .arrow), for arrays of `shape`.
 
-    Every array is stored with the columns that `columns_of(schema)` names. `note` is the metadata of an Arrow file.
+    Every array is stored with the columns that `columns_of(schema)` names. `note` is the metadata of an Arrow file,
+    `sample_note` what the JSON of every sample in a tar says besides.
     """
-    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note)
+    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note, sample_note)

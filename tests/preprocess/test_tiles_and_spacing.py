@@ -136,7 +136,7 @@ def test_default_tiles_give_the_manifest_that_they_always_gave(command, tmp_path
     assert command.contents(plain) == command.contents(said)
     settings = json.loads((plain / "settings.json").read_text())
     assert sorted(settings) == [
-        "allow_gaps", "format", "schema", "split_seed", "tiling", "val_fraction", "window_hu",
+        "allow_gaps", "format", "sample_version", "schema", "split_seed", "tiling", "val_fraction", "window_hu",
     ]  # fmt: skip
     assert sorted(settings["tiling"]) == ["min_std_hu", "tile", "z_margin"]
 
