@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.doctor.command",
         "check this machine against the needs of a run, with the remedy of each problem",
     ),
+    "completion": ("p2w.commands.completion", "completion of commands and options in bash"),
     "table1": (
         "p2w.reproduce.commands:main_table1",
         "starting points on the target tasks, beside the paper's Table 1",
