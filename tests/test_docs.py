@@ -35,7 +35,8 @@ def test_an_option_in_the_docs_is_taken(page, flag, values):
         parse([flag, *values])
 
 
-BLOCKS = re.findall(r"```\n(.*?)```", (REPO / "README.md").read_text().partition("## The tree")[2], re.DOTALL)
+TREE = (REPO / "docs" / "architecture.md").read_text().partition("## The tree")[2]
+BLOCKS = re.findall(r"```\n(.*?)```", TREE, re.DOTALL)
 
 
 def test_every_file_of_the_tree_is_there():
