@@ -5,6 +5,7 @@
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
 # make bench-peers   what users would take instead, in an environment of its own (2 GB), beside ours in the same runs
 # make gpu-rehearsal   every stage of bench/gpu/day.sh at toy size on the CPU: two minutes on two free cores
+# make docs    docs/ as a site that opens from disk: site/index.html
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
@@ -22,7 +23,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo quick test lint bench bench-peers gpu-rehearsal soak evidence methods targets clean
+.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak evidence methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -64,6 +65,11 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet
+	@echo "look            site/index.html"
 
 # Peers take part where `make bench-peers` has installed them. bench/fuzz.py, soak.py, goodput.py are no questions of speed.
 WITH_PEERS = $(if $(wildcard $(PEERS)/.installed),$(PEERS),$(VENV))/bin/python
@@ -107,4 +113,4 @@ targets: $(VENV)/.installed
 	$(BIN)/python bench/evidence/targets.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(DEMO) $(SOAK) gpu-day .whl .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf site $(VENV) $(PEERS) $(DEMO) $(SOAK) gpu-day .whl .pytest_cache .ruff_cache .mypy_cache *.egg-info
