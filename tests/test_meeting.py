@@ -20,7 +20,7 @@ from p2w.world import World
 
 
 def serve(ranks: int) -> tuple[dist.TCPStore, list[dist.Store]]:
-    """A store and one connection to it a rank."""
+    """A store, and a connection to it for each rank; 64 at most, shared: the store looks each one's host name up by DNS."""
     assert not meeting.allow_open_files(2 * ranks)
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)
@@ -30,7 +30,8 @@ def serve(ranks: int) -> tuple[dist.TCPStore, list[dist.Store]]:
         return dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=300))
 
     with ThreadPoolExecutor(64) as pool:
-        return store, list(pool.map(connect, range(ranks)))
+        connections = list(pool.map(connect, range(min(ranks, 64))))
+    return store, [connections[rank % 64] for rank in range(ranks)]
 
 
 def together(ranks: int, work, seconds: float = 300):
