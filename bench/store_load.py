@@ -3,11 +3,10 @@
     python bench/store_load.py                        # 64, 256, 1,024 and 4,096 ranks; then bench/results/store_load.json
     python bench/store_load.py --ranks 1024 --seconds 20
 
-Meeting: `p2w.meeting.agree_on_prefix` in one thread a rank, each with a connection of its own, all in one process: its
-threads share one interpreter, so the wall clock says more of that than of the store. Beats: the watchdog's own exchange for
-every rank, one after the other, at the pace it has at this number of ranks. What counts is the processor time of the
-store's process. The ranks share SHARED connections: TCPStore's only thread asks DNS for the name of every host that
-connects, one after the other (torch 2.13), which took 0.1 s each here, and is most of the time in which ranks meet.
+Every rank takes its steps of `p2w.meeting.agree_on_prefix`, and then the watchdog's own exchange of beats at the pace that
+it has at this number of ranks, one rank after the other in this process. What counts is the processor time of the store's
+process. The ranks share SHARED connections: TCPStore's only thread asks DNS for the name of every host that connects, one
+after the other (torch 2.13), which took 0.1 s each here, and is most of the time in which ranks meet.
 """
 
 import json
@@ -16,7 +15,6 @@ import platform
 import resource
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ import tyro
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO)]
 
-from p2w.meeting import Met, agree_on_prefix, allow_open_files  # noqa: E402
+from p2w.meeting import Guest, Host, Met, allow_open_files  # noqa: E402
 from p2w.train.watchdog import Watchdog  # noqa: E402
 from p2w.world import World  # noqa: E402
 
@@ -86,22 +84,19 @@ class Server:
 
 
 def meet(stores: list[dist.Store], server: Server) -> dict[str, float]:
-    """All ranks meet, in threads; seconds of the clock and of the store's processor."""
-    found: list[Met | None] = [None] * len(stores)
-    began, before = time.monotonic(), server.seconds()
-
-    def one(rank: int) -> None:
-        found[rank] = agree_on_prefix(stores[rank], rank, len(stores), rank % 8 == 0, began + 600)
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(stores))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    took, used = time.monotonic() - began, server.seconds() - before
-    prefixes = {met.prefix if met else None for met in found}
-    assert len(prefixes) == 1 and None not in prefixes, prefixes
-    return {"wall_s": round(took, 2), "store_cpu_s": round(used, 2)}
+    """All ranks meet, each doing its step in turn; seconds of the clock and of the store's processor, and the turns."""
+    size, before, began = len(stores), server.seconds(), time.monotonic()
+    parts = {rank: Guest(stores[rank], rank, rank % 8 == 0) for rank in range(1, size)}
+    met: dict[int, Met] = {}
+    host, turns = Host(stores[0], size), 0
+    while len(met) < size:
+        turns += 1
+        met |= {rank: found for rank, part in parts.items() if rank not in met and (found := part.step())}
+        if 0 not in met and (found := host.step()):
+            met[0] = found
+    assert len({one.prefix for one in met.values()}) == 1
+    used = server.seconds() - before
+    return {"wall_s": round(time.monotonic() - began, 2), "store_cpu_s": round(used, 2), "turns": turns}
 
 
 def beat(stores: list[dist.Store], server: Server, seconds: float) -> dict[str, float]:

@@ -202,7 +202,8 @@ class RunDir:
         """Write status.json, for schedulers and people: rank 0, or the rank that reports why all leave."""
         alive = {**this_process(), "heartbeat": round(time.time(), 3)} if state == "running" else {}
         with self._writing:
-            if state == "running" and self._end.is_set():
+            # Not over how it ended; and what the watchdog says of a hang stays, when its end makes a collective fail.
+            if state in ("running", "failed") and self._end.is_set():
                 return
             if state != "running":
                 self._end.set()  # nothing is written over it
