@@ -71,6 +71,7 @@ OFFLINE = (
     "p2w.files",
     "p2w.http_client",
     "p2w.run_owner",
+    "p2w.slurm_nodes",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",
