@@ -57,6 +57,7 @@ def synthetic(path: Path, slices: int) -> None:
 
 
 def read(source: ScanSource) -> None:
+    """Read a scan by SimpleITK alone: the least that cutting it could take."""
     sitk.ReadImage(source.files if source.grid is not None else source.files[0])
 
 
@@ -66,6 +67,7 @@ def read_bytes() -> int:
 
 
 def measure(source: ScanSource, folder: ScanFolder, repeats: int) -> dict[str, object]:
+    """Rates of reading and of cutting one scan, medians of `repeats`; or why it was refused."""
     floor, ours, disk = [], [], []
     for _ in range(repeats):
         started = time.perf_counter(), time.process_time()
@@ -106,6 +108,7 @@ def headers(path: Path, count: int) -> list[str]:
 
 
 def read_path(path: str) -> None:
+    """Read a file by SimpleITK alone."""
     sitk.ReadImage(path)
 
 
@@ -144,6 +147,7 @@ def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
 def report(
     rows: list[dict[str, object]], runs: dict[int, tuple[float, float]]
 ) -> tuple[list[Row], list[Goal]]:
+    """Rows and goals for the table."""
     table, goals = [], []
     for one in rows:
         group = f"{'x'.join(map(str, one['shape']))} {one['files'][-1]}, one process"

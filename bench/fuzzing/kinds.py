@@ -93,6 +93,7 @@ def read_scans(folder: Path) -> None:
 
 
 def make_set(form: str, only: str = "") -> Callable[[Path], None]:
+    """A function that writes a data set of shards of this format into a folder; with `only`, of its files this one."""
     from stream_sets import write_set  # noqa: PLC0415
 
     def make(folder: Path) -> None:
@@ -117,6 +118,7 @@ def make_unsealed(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> None:
+    """Read a manifest as training does."""
     from p2w.shards.manifest import open_manifest  # noqa: PLC0415
     from p2w.stream.local import ShardSet  # noqa: PLC0415
 
@@ -171,6 +173,7 @@ def read_tar_stream(folder: Path) -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
+    """Write a small checkpoint, step 3."""
     import torch  # noqa: PLC0415
 
     from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: PLC0415
@@ -181,6 +184,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path, reseal: bool = False) -> None:
+    """Read the checkpoint as a resumed run does; with `reseal`, after its checksums were made to fit the damage."""
     from p2w.train import checkpoint  # noqa: PLC0415
 
     if reseal:  # what someone writes who knows how
@@ -195,6 +199,7 @@ def read_checkpoint(folder: Path, reseal: bool = False) -> None:
 
 
 def make_safetensors(folder: Path) -> None:
+    """Write a file of two tensors."""
     import torch  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -215,18 +220,21 @@ def read_safetensors(folder: Path) -> None:
 
 
 def make_config(folder: Path) -> None:
+    """Write the config.json of a run with every default."""
     from p2w.config import Config, config_to_json  # noqa: PLC0415
 
     (folder / "config.json").write_text(config_to_json(Config()))
 
 
 def read_config(folder: Path) -> None:
+    """Read the config.json as training does."""
     from p2w import config  # noqa: PLC0415
 
     config.flatten(config.read_config(folder / "config.json"))
 
 
 def make_settings(folder: Path) -> None:
+    """Write a folder of shards that is being cut, with its settings and records."""
     from ct_files import ct, write  # noqa: PLC0415
 
     from p2w.ct.discover import find_scans  # noqa: PLC0415

@@ -36,7 +36,7 @@ class PartSet:
     first: int
     each: int
     fractions: tuple[Range, ...]
-    aspect_range: Range = (0.5, 2.0)
+    max_aspect: float = 4.0
     seed: int = 0
 
     @property
@@ -54,7 +54,7 @@ class PartSet:
             for part in range(self.each)
         ]
         each = [
-            geometry.sample_boxes(keys, part, shards.shape, fraction, self.aspect_range)
+            geometry.sample_boxes(keys, part, shards.shape, fraction, self.max_aspect)
             for part, fraction in numbered
         ]
         return torch.stack(each, 1)

@@ -1,8 +1,9 @@
 """DICOM series: which slices belong together, and whether their positions are those of one volume.
 
-Slices are a volume when their positions lie on a line along their normal, at equal steps: each within `TOLERANCE_MM` of
-its place. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several volumes
-under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans of their own.
+Slices are a volume when their positions lie on a line along their normal, at equal steps: each place and each step is right
+to `TOLERANCE_MM`. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several
+volumes under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans of their
+own.
 """
 
 import os
@@ -48,6 +49,7 @@ class DicomVolume:
     grid: Grid
     part: str = ""
     positions: tuple[tuple[float, ...], ...] = ()
+    resampled: str = ""  # why its slices have to be resampled
     copies: int = 0  # files left out because they are copies of others
 
 
@@ -87,12 +89,12 @@ def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) ->
     try:
         ordered, grid = order_series(kept, allow_gaps)
         return [DicomVolume(ordered, grid, copies=copies)]
-    except BadScan:
+    except BadScan as why:
         for name in PARTS:
             if found := _split(kept, allow_gaps, name, copies):
                 return found
         if resample and (leaning := _to_resample(kept)):
-            return [replace(leaning, copies=copies)]
+            return [replace(leaning, resampled=str(why).partition(";")[0].partition(" (")[0], copies=copies)]
         raise
 
 
@@ -255,7 +257,7 @@ def _step(slices: list[Slice], along: NDArray[np.float64], allow_gaps: bool) -> 
     step = usual if abs(usual - mean) * (len(slices) - 1) <= TOLERANCE_MM / 10 else mean
     off = along - along[0] - step * np.arange(len(slices))
     off -= (off.max() + off.min()) / 2
-    if np.abs(off).max() <= min(TOLERANCE_MM, STEP_SHARE * step):
+    if max(np.abs(off).max(), np.abs(steps - step).max()) <= min(TOLERANCE_MM, STEP_SHARE * step):
         return step
     wide = np.flatnonzero(steps > WIDE * usual)
     if wide.size and _only_gaps(steps, usual):

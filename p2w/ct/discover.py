@@ -50,12 +50,11 @@ class ScanSource:
     exact: bool = True  # False: DICOM values need float, since a slope or intercept is not an integer
     info: SeriesInfo = SeriesInfo()  # noqa: RUF009 (frozen)
     assume_hu: bool = False  # take the values for HU without a test
-    positions: tuple[
-        tuple[float, ...], ...
-    ] = ()  # of slices that are to be resampled to equal steps, x, y, z in mm
-    frames: tuple[
-        tuple[int, int], ...
-    ] = ()  # of a multi-frame series: for each slice, number of file and of frame
+    # Of slices that have to be resampled: where they lie (x, y, z in mm), and why.
+    positions: tuple[tuple[float, ...], ...] = ()
+    resampled: str = ""
+    # Of a multi-frame series: for each slice, the number of its file and of its frame.
+    frames: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -71,6 +70,9 @@ class ScanListing:
     not_images: int = 0
     files: int = 0
     passed_over: Counter[str] = field(default_factory=Counter)
+    infos: dict[str, ScanSource] = field(
+        default_factory=dict
+    )  # by name: what is known of series that are no scans
 
     def table(self) -> list[str]:
         """Lines that account for every file seen: how many are images that are read, and why others are passed over."""
@@ -160,7 +162,7 @@ def find_scans(
     for root in roots:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name the folder of your scans with {flag} DIR")
-        if os.path.realpath(root) == os.path.realpath(out):
+        if out and os.path.realpath(root) == os.path.realpath(out):
             raise UserError(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
@@ -208,7 +210,7 @@ def _root_names(roots: Sequence[str]) -> list[str]:
 
 def _outermost(roots: list[str], out: str) -> list[str]:
     """The roots without those that are searched with another one, being the same folder or below it."""
-    skipped = os.path.realpath(out)
+    skipped = os.path.realpath(out) if out else "\0"
     distinct = {os.path.realpath(root): root for root in roots}
 
     def inside(real: str, other: str) -> bool:
@@ -224,7 +226,7 @@ def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
 
     Folders whose real path is in `seen` are skipped; those that are searched are added to it.
     """
-    seen, skip = set() if seen is None else seen, os.path.realpath(out)
+    seen, skip = set() if seen is None else seen, os.path.realpath(out) if out else ""
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or real == skip:
@@ -290,19 +292,16 @@ class _Search:
         ending = os.path.splitext(name.lower())[1]
         reason = OTHERS.get(ending)
         try:
-            if reason and not name.lower().endswith(".gz"):
-                with open(path, "rb") as file:
-                    if not starts_as_dicom(file.read(132)):
-                        self._other(path, name, ending, reason)
-                        return
-            one = read_slice(path, self.options.modality)
+            with open(path, "rb") as file:
+                dicom = starts_as_dicom(file.read(132))
+            one = read_slice(path, self.options.modality) if dicom or not reason or ending == ".gz" else None
         except (BadScan, OSError) as error:
             self.bad_file(name, str(error))
             return
         if one is None and reason:
             self._other(path, name, ending, reason)
         elif one is None:
-            self.pass_over(NO_PIXELS if _is_dicom(path) else NO_IMAGE)
+            self.pass_over(NO_PIXELS if dicom else NO_IMAGE)
         elif not one.series and not_a_scan(one, self.options.modality) is None:
             self.nameless.append(name)
         elif not one.series:
@@ -371,10 +370,11 @@ class _Search:
         slices = [(name, one) for name, one in members if not_a_scan(one, self.options.modality) is None]
         if not slices:
             found.left_out.append((name, ", ".join(sorted(reasons))))
+            self._remember(name, [one for _, one in members])
             return
         names = {one.path: name for name, one in slices}
         groups = people_apart([one for _, one in slices])
-        for group in groups:
+        for number, group in enumerate(groups, start=1):
             own = _series_name(uid, [names[one.path] for one in group])
             if len(groups) > 1:
                 own += " of several patients or studies under this uid"
@@ -383,17 +383,26 @@ class _Search:
                 volumes = volumes_of(frames, self.options.allow_gaps, self.options.resample)
             except (BadScan, OSError) as error:
                 found.bad.append((own, str(error)))
+                self._remember(own, group)
                 found.passed_over["slices of bad series"] += len({one.path for one in group})
                 continue
             for volume in volumes:
-                self._add_volume(uid, own, volume, len(groups) > 1)
+                self._add_volume(uid, own, volume, number if len(groups) > 1 else 0)
 
-    def _add_volume(self, uid: str, name: str, volume: DicomVolume, several: bool) -> None:
+    def _remember(self, name: str, slices: list[Slice]) -> None:
+        """Keep what headers say of a series that is no scan, for the table of series."""
+        files = tuple(one.path for one in slices)
+        self.found.infos[name] = ScanSource("", name, files, info=slices[0].info(self.options.salt))
+
+    def _add_volume(self, uid: str, name: str, volume: DicomVolume, group: int) -> None:
+        """Add a scan; `group` is the number of its patient under this uid, 0 where there is one."""
         first = volume.slices[0]
         exact = all(float(number).is_integer() for one in volume.slices for number in one.rescale)
         own = uid
-        if several:  # by a hash of what is unique to it, since the uid is not
-            tells = f"{first.study}|{first.frame_of_reference}|{first.instance}|{first.position}"
+        if group:  # by a hash of what is unique to it, since the uid is not
+            tells = (
+                f"{first.study}|{first.frame_of_reference}|{first.instance}|{first.position}|{name}|{group}"
+            )
             own += "-" + hashlib.sha256(tells.encode()).hexdigest()[:8]
         if volume.part:
             own += "-" + volume.part.replace(" ", "_")
@@ -413,6 +422,7 @@ class _Search:
                 info=first.info(self.options.salt, volume.part),
                 assume_hu=self.options.assume_hu,
                 positions=volume.positions,
+                resampled=volume.resampled,
                 frames=frames if first.frames > 1 else (),
             )
         )
@@ -422,11 +432,6 @@ def _series_name(uid: str, names: list[str]) -> str:
     """The folder that the files of a series have in common, and its uid."""
     folder = os.path.commonpath([os.path.dirname(name) for name in names])
     return f"{folder or '.'} (series {uid})"
-
-
-def _is_dicom(path: str) -> bool:
-    with open(path, "rb") as file:
-        return starts_as_dicom(file.read(132))
 
 
 def safe_uid(text: str) -> str:

@@ -17,6 +17,7 @@ AIR_HU = -200  # air and lung lie below, fat and everything denser above
 RARE = 1e-3  # share of voxels; a CT of a body has more air than this, and more tissue
 TISSUE_FROM, TISSUE_TO = -500, 3100  # HU; where the peak of soft tissue is looked for
 TISSUE_PEAK = (-200, 200)  # HU; fat, water, brain, muscle, blood with contrast
+AIR_TO = -350  # HU; below it the peak of air is looked for
 AIR_PEAK = (-1250, -650)  # HU; air to lung
 PADDING_KINDS = 3  # values that padding may have
 MOST_SPREAD = (
@@ -26,6 +27,8 @@ MOST_DENSE = 0.01  # share of voxels above TISSUE_TO: metal and little else
 MOST_SATURATED = 0.01  # share of voxels that may have the highest value, where it is
 BONE_HU = 700  # above: of dense bone alone there is less than MOST_SATURATED
 NO_CT_HU = 30_000  # no CT has such values, metal included
+CLEARLY = 1.5  # times as frequent as anything in the expected range
+FEWEST_VALUES = 3  # different values, below which an image is a drawing that has no peaks
 BIN = 10  # HU of a bin of the histograms
 
 REMEDY = "if they are HU all the same, --assume-hu takes them"
@@ -51,6 +54,11 @@ def check_hu(voxels: NDArray[np.int16]) -> None:
         )
     if np.count_nonzero(inside > AIR_HU) < RARE * inside.size:
         raise BadScan(f"not CT values: {low} … {high} and nearly none above {AIR_HU} HU, where tissue is")
+    if np.count_nonzero(inside < AIR_PEAK[1]) < RARE * inside.size:
+        raise BadScan(
+            f"not HU: {low} … {high} and nearly none below {AIR_PEAK[1]} HU, where air and lung are: are values multiplied, "
+            f"or is there no air in it? {REMEDY}"
+        )
     _check_tails(sample, inside, high)
     _check_peaks(inside)
 
@@ -85,21 +93,32 @@ def _check_tails(sample: NDArray[np.int16], inside: NDArray[np.int16], high: int
 
 def _check_peaks(inside: NDArray[np.int16]) -> None:
     """Raise BadScan where the most frequent values are not those of air and of soft tissue."""
-    tissue = _peak(inside, TISSUE_FROM, TISSUE_TO)
-    air = _peak(inside, PADDING_HU, TISSUE_FROM)
-    for name, peak, (least, most) in (("soft tissue", tissue, TISSUE_PEAK), ("air", air, AIR_PEAK)):
-        if peak is not None and not least <= peak <= most:
+    ranges = (
+        ("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK),
+        ("air", PADDING_HU, AIR_TO, AIR_PEAK),
+    )
+    for name, low, high, (least, most) in ranges:
+        peak = _peak_outside(inside, low, high, least, most)
+        if peak is not None:
             raise BadScan(
                 f"not HU: the peak of {name} is at {peak}, not from {least} to {most}: was the rescale applied twice or not "
                 f"at all, or are values inverted, multiplied or stretched to a window? {REMEDY}"
             )
 
 
-def _peak(inside: NDArray[np.int16], low: int, high: int) -> int | None:
-    """The most frequent value from `low` to below `high`, in a histogram smoothed over 50 HU; None where there are few."""
+def _peak_outside(inside: NDArray[np.int16], low: int, high: int, least: int, most: int) -> int | None:
+    """The most frequent value from `low` to below `high` where that is not from `least` to `most`, by a clear margin.
+
+    The histogram is smoothed over 50 HU; None where too few voxels or values are in it.
+    """
     chosen = inside[(inside > low) & (inside < high)]
     if chosen.size < RARE * inside.size:
         return None
-    counts = np.bincount((chosen.astype(np.int32) - low) // BIN, minlength=(high - low) // BIN)
-    smooth = np.convolve(counts, np.ones(5), "same")
+    counts = np.bincount(chosen.astype(np.int32) - low, minlength=high - low)
+    if np.count_nonzero(counts) < FEWEST_VALUES:
+        return None
+    smooth = np.convolve(counts.reshape(-1, BIN).sum(axis=1), np.ones(5), "same")
+    allowed = smooth[(least - low) // BIN : (most - low) // BIN + 1].max()
+    if smooth.max() <= CLEARLY * allowed:
+        return None
     return int(smooth.argmax()) * BIN + low + BIN // 2

@@ -23,7 +23,7 @@ from p2w.rng import SampleKeys
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """Masks of mae."""
+    """Settings of mae: the mask."""
 
     patch: Annotated[tuple[int, int, int], Bounds(1, usual="4 8 8")] = (4, 8, 8)
     """Voxels z y x of a patch [?]; divides pretext.size."""

@@ -104,7 +104,7 @@ def _source(
 def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tensor:
     """(B, V): the slot to which the permutation of block `block` (B, V) maps `slot` (B, V); `volume`, `seeds` (B, N) int64.
 
-    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the places k - slot and slot of a block, k
+    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the slots k - slot and slot of a block, k
     random, and swaps a pair or not by a random bit of its own. A permutation for any volume, without a table of it.
     """
     size = volume.gather(1, block)
@@ -128,7 +128,7 @@ MARGIN = 3  # voxels between a painted block and the border [C]
 
 @dataclass(frozen=True)
 class GenesisConfig:
-    """Deformations of models_genesis."""
+    """Settings of models_genesis: the deformations."""
 
     cube: Literal["crop", "whole"] = "crop"
     """What is deformed: a random crop of pretext.size native voxels [C], or the whole resized to it."""

@@ -83,7 +83,7 @@ class Parts2Whole(Pretext):
         location (B, 6), as an extra input."""
         config = self.config
         shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-        boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.aspect_range)
+        boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.max_aspect)
         part, whole = geometry.part_and_whole(
             batch_BDHW,
             boxes,
@@ -110,7 +110,7 @@ class Parts2Whole(Pretext):
             return error, {}
         location_error = location_errors[0].square().mean()
         loss = error + self.location_weight * location_error
-        return loss, {"mse": error.detach(), "place": location_error.detach()}
+        return loss, {"mse": error.detach(), "location": location_error.detach()}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
         """Part and whole."""
@@ -126,8 +126,8 @@ class Autoencoder(Parts2Whole):
     def __init__(self, config: PretextConfig, intensity: IntensityConfig, position: PositionConfig) -> None:
         if position.weight:
             raise UserError(
-                f"position.weight={position.weight}: pretext.name=autoencoder shows no part whose place could be asked for; "
-                "pass --position.weight 0"
+                f"position.weight={position.weight}: pretext.name=autoencoder shows no part, so there is no "
+                "location to predict; pass --position.weight 0"
             )
         super().__init__(replace(config, volume_fraction=(1.0, 1.0)), intensity)
 

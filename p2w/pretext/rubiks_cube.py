@@ -40,7 +40,7 @@ COINS, OFFSETS, HOLES = 0, 1, 2  # which stream draws what
 
 @dataclass(frozen=True)
 class RubikConfig:
-    """Puzzles of rubiks_cube and rubiks_cube_pp."""
+    """Settings of rubiks_cube and rubiks_cube_pp: the puzzles."""
 
     orders: Annotated[int, Bounds(2, 1000)] = 100
     """rubiks_cube: orders of its 2x2x2 cubes to tell apart, far from one another [P]."""
@@ -72,6 +72,11 @@ class RubiksCube(Pretext):
     groups: ClassVar = {"rubik": RubikConfig}
     reconstructs = False
     shows: Shows = "whole"
+
+    @property
+    def kept_edge(self) -> float:
+        """A cube leaves a gap to its octant's border, and is resized to the octant."""
+        return 1 - self.rubik.gap
 
     def __init__(self, config: PretextConfig, rubik: RubikConfig) -> None:
         self.config, self.rubik = config, rubik

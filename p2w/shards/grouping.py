@@ -31,7 +31,7 @@ RULE = "by {0}: of the {0}s ordered by sha256(seed:{0}), the first whose scans f
 
 @dataclass(frozen=True)
 class GroupingOptions:
-    """Options of `preprocess/shard_*.py` on which scans belong together."""
+    """Options of the sharding commands on which scans belong together."""
 
     group: Level | None = None
     """What is never split between training and validation: all scans of a patient, of a study, or just one scan. Unset:

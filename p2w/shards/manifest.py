@@ -118,12 +118,14 @@ def open_manifest(
 def repair_command(root: str, meta: dict[str, Any]) -> str:
     """The command that cuts damaged shards again; FOLDER in it stands for the scans."""
     if "task" in meta:
-        again = (
-            f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
-        )
+        again = f"p2w prepare {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
         return f"delete the shard, and repeat the command that made the set: {again}"
     luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
-    return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
+    where = "SHARDS" if "://" in root else shlex.quote(root)
+    again = f"p2w verify {where} --repair --{'luna' if luna else 'scans'} FOLDER"
+    return (
+        f"{again} on the folder it was uploaded from, then upload the shard again" if "://" in root else again
+    )
 
 
 def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manifest:

@@ -204,10 +204,12 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     SUB_SCAN_COLUMNS,
     3,
     OPTIONAL_META,
-    "preprocess/shard_luna.py or preprocess/shard_scans.py",
-    "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
+    "p2w shard-luna or p2w shard",
+    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
     PADDED_COLUMNS,
 )
 PADDED_SCHEMA = replace(SUB_SCAN_SCHEMA, schema=PADDED_COLUMNS)  # to write such a set
 # Accepts any kind of set, to check its bytes alone.
-ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)
+ANY_SCHEMA = ManifestSchema(
+    None, None, {}, "p2w shard-luna, p2w shard or p2w prepare", SUB_SCAN_SCHEMA.remedy
+)

@@ -68,7 +68,10 @@ class ShardingSettings:
     split_seed: int = 0
     """Another seed sets other scans aside."""
     grouping: Annotated[GroupingOptions, tyro.conf.arg(name="")] = GroupingOptions()  # noqa: RUF009 (frozen)
-    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # options of shard_scans.py alone
+    # Options of p2w shard alone.
+    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False
+    resample_tilt: Annotated[bool, tyro.conf.Suppress] = False
+    assume_hu: Annotated[bool, tyro.conf.Suppress] = False
     modality: Annotated[Modality, tyro.conf.Suppress] = "ct"
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class ShardingSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as settings.json holds them."""
         left_out = {"grouping"} | ({"modality"} if self.modality == "ct" else set())
+        # Folders of earlier versions lack these.
+        left_out |= {name for name in ("resample_tilt", "assume_hu") if not getattr(self, name)}
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
         settings = {
             name: value for name, value in settings.items() if name not in left_out
@@ -98,8 +103,16 @@ def build_shards(
 ) -> int:
     """Cut the scans of a listing into the folder `out`; the exit code, as of `build_data_set`."""
     say(settings.grouping.apply(found))
-    report = {"files_that_are_no_images": found.not_images}
-    return build_data_set(ScanFolder(out, settings), found, options, report)
+    report = {
+        "files_that_are_no_images": found.not_images,
+        "files_seen": found.files,
+        "files_passed_over": dict(found.passed_over),
+    }
+    code = build_data_set(ScanFolder(out, settings), found, options, report)
+    if found.files:  # LUNA16's folders are not searched
+        for line in found.table():
+            say(line)
+    return code
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
 
     def head(self, source: ScanSource) -> dict[str, Any]:
         """Entries with which the record of a scan begins."""
-        return super().head(source) | {"subset": source.subset}
+        resampled = {"resampled": source.resampled} if source.resampled else {}
+        return super().head(source) | {"subset": source.subset} | resampled
 
     def cut(self, source: ScanSource) -> CutSource:
         """Read a scan; its sub-scans come one by one. Raises BadScan for one that cannot be used."""
@@ -247,7 +261,11 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
                 **salted,
             },
             "sources": [
-                {key: record[key] for key in (*source_keys, "stored", "intensity_range") if key in record}
+                {
+                    key: record[key]
+                    for key in (*source_keys, "stored", "intensity_range", "resampled")
+                    if key in record
+                }
                 | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
                 | identities.get(record["uid"], {})
                 for record in good

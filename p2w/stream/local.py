@@ -10,6 +10,7 @@ attributes are seconds old, the process still ends; the next start then names th
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -25,7 +26,14 @@ from p2w.shards.manifest_schema import REAL_COLUMNS
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
+STREAM_BUFFER = (
+    16  # sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
+)
 _BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
+
+
+Order = Literal["shuffled", "streamed"]
+"""How an epoch is shuffled: as a whole, or by shards and within a buffer, as a stream of shards allows (see `sampler`)."""
 
 
 class DataError(UserError):
@@ -43,7 +51,9 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
-    random_access = True  # any sub-scan can be read at any time
+    order: Order = "shuffled"  # a run has one for good; only `tar.TarSet` must have the streamed one
+    retry_s = 0.0  # how long a server that fails is asked again
+    on_wait: Callable[[], None] = staticmethod(lambda: None)  # called while waiting for such a server
 
     def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
         """Index the manifest of the data set at `where`; `verify=False` skips checksums, for measurements."""
@@ -106,10 +116,15 @@ class ShardSet:
 
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""
+        if self.order == "streamed":
+            shards = self.shard_numbers[ids]
+            return sampler.streamed_order(ids, shards, batch, seed=seed, epoch=epoch, buffer=STREAM_BUFFER)
         return sampler.shuffled_order(ids, batch, seed, epoch)
 
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
         """Ids of every step of a validation pass, (steps, batch), the last one padded."""
+        if self.order == "streamed":
+            return sampler.streamed_fixed_order(ids, batch)
         return sampler.fixed_order(ids, batch)
 
     def reader(

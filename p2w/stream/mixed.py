@@ -131,13 +131,14 @@ class MixedSet(ShardSet):
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
         own, row = self._set_of(sub_scan)
+        own.on_wait = self.on_wait  # a plain attribute, set once a run has its watchdog
         own.read_into(row, out)
 
 
 def _check(sets: list[ShardSet], where: str) -> None:
     first = sets[0]
     for one in sets:
-        if not one.random_access:
+        if one.order == "streamed":
             raise UserError(
                 f"--shards {where}: {one.where} can only be streamed, and a mixture needs folders, or servers with byte "
                 "ranges: copy it to a folder"

@@ -26,13 +26,19 @@ from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
 from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import LocalSet, ShardSet
+from p2w.stream.local import LocalSet, Order, ShardSet
 from p2w.stream.mixed import MixedSet
 from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
 
 
-def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> ShardSet:
+def open_set(
+    where: str,
+    verify: bool = True,
+    on_bad: OnBadSample = "stop",
+    retry_s: float = 0.0,
+    order: Order | None = None,
+) -> ShardSet:
     """Open the data set in a folder, or below an http(s) or s3 URL, or a mixture; `verify=False` skips checksums.
 
     From an http(s) server that supports byte ranges, sub-scans are requested one by one, in the order of a local set. From
@@ -41,21 +47,30 @@ def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> S
     With `on_bad="skip"`, streams read a substitute for a sub-scan whose checksum differs or whose shard can no longer be
     read (see `prefetch.BadSamplePolicy`). A set that misses shards from the start is refused all the same.
 
+    A server that fails is asked again for `retry_s` seconds. `order` is the one that a run has begun with; a set with random
+    access can be read in either order.
+
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
-            be mixed.
+            be mixed; or the set can no longer be read in `order`.
     """
     shards: ShardSet
     if is_mixture(where):
         parts = parse_mixture(where)
-        shards = MixedSet([open_set(part.where, verify) for part in parts], parts)
+        shards = MixedSet([open_set(part.where, verify, retry_s=retry_s) for part in parts], parts)
     elif "://" in where:
         from p2w.stream.tar import open_url  # noqa: PLC0415 - webdataset, requests: for remote sets only
 
-        shards = open_url(where, verify)
+        shards = open_url(where, verify, retry_s)
     else:
         shards = LocalSet(read_manifest(where), verify)
-    shards.on_bad = on_bad
+    shards.on_bad, shards.retry_s = on_bad, retry_s
+    if order == "shuffled" and shards.order != order:
+        raise UserError(
+            f"{where}: the run began in the order of a set with random access, and the server gives no byte ranges now, so "
+            "that its order would be another: mend the server or the proxy between, or pass --shards a copy in a folder"
+        )
+    shards.order = order or shards.order
     return shards
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -16,6 +15,7 @@ from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans, printab
 from p2w.ct.orientation import BadScan, Grid
 from p2w.ct.scan import ImageVolume, read_image
 from p2w.errors import UserError
+from p2w.files import file_crc32c
 from p2w.tasks import crops
 from p2w.tasks.task import SPLITS, CandidatePoint, Case, Cases, Triple
 
@@ -73,14 +73,11 @@ def parse_label(path: str, line: int, text: str) -> int:
 
 def file_checksum(path: str) -> str:
     """CRC-32C of a file, as manifests spell it. Raises UserError."""
-    crc = 0
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                crc = crc32c(piece, crc)
+        with open(path, "rb", buffering=0) as file:
+            return f"crc32c:{file_crc32c(file):08x}"
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
-    return f"crc32c:{crc:08x}"
 
 
 APART = 0.1  # voxels that a corner of the mask may be away from the image's

@@ -96,8 +96,8 @@ SAMPLE_SCHEMA = ManifestSchema(
     SAMPLE_COLUMNS,
     4,
     TASK_META,
-    "preprocess/prepare_target.py",
-    "make the set: python preprocess/prepare_target.py TASK --source FOLDER --out DIR",
+    "p2w prepare",
+    "make the set: p2w prepare TASK --source FOLDER --out DIR",
 )
 
 Triple = tuple[float, float, float]

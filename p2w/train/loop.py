@@ -25,6 +25,7 @@ from p2w.rng import SampleKeys
 from p2w.stream.stream import Batch, Stream
 from p2w.train.budgets import BadSampleBudget, LogWindow, NonfiniteSteps
 from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
+from p2w.train.id_audit import IdAudit
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
 from p2w.train.step import Stepper, StepResult
 from p2w.train.stop import EvaluationInterrupted, StopRequest
@@ -80,6 +81,7 @@ class Trainer:
         self.skips = NonfiniteSteps(config.train.max_nonfinite, world, key, log, lag)
         self._plan_graph()
         self.bad = BadSampleBudget(config.data, world, stream)
+        self.audit = IdAudit(stream.sampler, world, config.data.audit_ids)
         self._stop = StopRequest()
         self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), self.step
         # See Stepper.warm_up_ddp. With two ranks, a sum has the same bits in any order.
@@ -119,6 +121,7 @@ class Trainer:
         )
         self.checkpointer.durable = (self.step, self.evaluation_pending)
         self.bad.load(state.get("bad_samples", self.bad.state()))
+        self.audit.continue_from(self.step, state.get("ids"))
         self.log.rewind(self.step, evaluated=not self.evaluation_pending)
         return True
 
@@ -131,6 +134,7 @@ class Trainer:
         with StopRequest(self.log.speaks, ignore_after_error=self.world.size > 1) as self._stop:
             try:
                 outcome = self._train(validate, probe)
+                self.audit.check(int(self.world.sum(torch.tensor([self.audit.take()]))), self.step)
                 self.watchdog.at(self.step, "saving")
                 self.checkpointer.wait()
                 if self._unsaved():
@@ -180,19 +184,20 @@ class Trainer:
         Each poll also averages the ranks' seconds a step, so that all ranks count the same steps to the next poll.
         """
         if self.world.size == 1:
+            self.audit.check(self.audit.take(), self.step)
             return self._stop.requested or self.world.orphaned()
         self._steps_to_poll -= 1
         if self._steps_to_poll > 0:
             return False
         now = time.monotonic()
         pace = (now - self._polled_at) / max(1, self.step - self._polled_step)
-        requests = float(self._stop.requested or self.world.orphaned())
-        requests, pace = self.world.sum(
-            torch.tensor([requests, pace / self.world.size], dtype=torch.float64)
-        ).tolist()
-        self._steps_to_poll = max(1, min(MAX_STEPS_A_POLL, int(STOP_POLL_S / max(pace, 1e-9))))
+        requested = self._stop.requested or self.world.orphaned()
+        numbers = [int(requested), round(1e9 * pace / self.world.size), self.audit.take()]
+        requests, nanoseconds, audited = self.world.sum(torch.tensor(numbers)).tolist()
+        self.audit.check(audited, self.step)
+        self._steps_to_poll = max(1, min(MAX_STEPS_A_POLL, int(STOP_POLL_S / max(1e-9 * nanoseconds, 1e-9))))
         self._polled_at, self._polled_step = now, self.step
-        return requests > 0
+        return bool(requests > 0)
 
     def _plan_graph(self) -> None:
         """Let steps run as a CUDA graph where that is possible. Raises UserError for `train.cuda_graph=on` where not."""
@@ -233,6 +238,7 @@ class Trainer:
             "skipped": self.skips.in_a_row_now(),
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
+            "ids": self.audit.last(self.step),
             "owed": self.evaluation_pending,  # a run that must stop leaves before this step's evaluation
         }
         self.checkpointer.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
@@ -250,6 +256,7 @@ class Trainer:
         self.evaluation_pending = self._validation_due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
+        self.audit.add(batch)
         self.skips.add(result, batch.ids, self.step)
         self._log_step(result, len(batch.ids))
 

@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from p2w import __version__
 from p2w import config as settings
@@ -14,6 +14,7 @@ from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder
 from p2w.pretext import build_pretext
+from p2w.pretext.settings import Shows
 from p2w.shards.mixture import relocated
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
@@ -118,14 +119,21 @@ def _scans(data_set: Any) -> dict[str, Any]:
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
     """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
 
-    Wholes are resized to the network's size, parts too, which makes them finer.
+    Wholes are resized to the network's size, parts too, which makes them finer. A part's extremes are those of its volume:
+    along one axis it may be longer or shorter. Raises UserError for a pretext that does not say what it shows.
     """
     names = ("scans_smallest", "scans_median", "scans_largest")
-    shows = build_pretext(config).shows
+    pretext = build_pretext(config)
+    shows = pretext.shows
+    if shows not in get_args(Shows):
+        raise UserError(
+            f"pretext {config.pretext.name}: shows {shows!r}, must be one of {', '.join(get_args(Shows))}; the spacing that "
+            "the network saw follows from it"
+        )
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
         edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
-        whole = [mm * edge / size for mm, edge, size in edges]
+        whole = [mm * edge / size * pretext.kept_edge for mm, edge, size in edges]
     except (LookupError, TypeError, ValueError):
         return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
     unit = spread[1] if shows == "crop" else whole

@@ -35,7 +35,7 @@ class LoadedWeights:
     data: dict[str, str]
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
-    feeding: InputNorm = "unit"
+    input_norm: InputNorm = "unit"
     """Range of the network's input. Our pretraining uses "unit", [0, 1]; weights from elsewhere have what they need."""
 
 
@@ -48,7 +48,7 @@ def load(path: str | Path) -> Encoder:
     """
     weights = read_weights(Path(path))
     encoder = filled_encoder(weights.name, weights.width, weights.state, weights.where, weights.in_channels)
-    encoder.feeding = weights.feeding
+    encoder.input_norm = weights.input_norm
     return encoder
 
 
@@ -71,14 +71,14 @@ def read_weights(path: Path) -> LoadedWeights:
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
         in_channels = int(card["encoder"].get("in_channels", 1))
-        feeding = next(one for one in get_args(InputNorm) if one == card["encoder"].get("feeding", "unit"))
+        input_norm = next(one for one in get_args(InputNorm) if one == card["encoder"].get("feeding", "unit"))
     except (LookupError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
         state = from_nnunet(nnunet.read_nnunet(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
-        return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, feeding)
+        return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, input_norm)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
 
@@ -136,7 +136,7 @@ def filled_encoder(
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
-    encoder.feeding = "unit"  # the input range of our pretraining
+    encoder.input_norm = "unit"  # the input range of our pretraining
     let_train(encoder)
     return encoder
 

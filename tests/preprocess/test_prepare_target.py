@@ -260,13 +260,13 @@ def test_damaged_sets_are_refused(ncc, tmp_path, capsys):
         open_target(out).read(range(len(target)))
     assert verify([str(ncc)]) == 0 and verify([str(out)]) == 1
     assert f"1 sub-scan: {target.scan_uid[0]}/00000" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"delete the shard.*prepare_target.py ncc"):
+    with pytest.raises(UserError, match=r"delete the shard.*p2w prepare ncc"):
         verify([str(out), "--repair", "--luna", "x"])
     shard.unlink()
-    with pytest.raises(UserError, match=r"is missing.*prepare_target.py ncc"):
+    with pytest.raises(UserError, match=r"is missing.*p2w prepare ncc"):
         open_target(out)
     (out / "manifest.parquet").unlink()
-    with pytest.raises(UserError, match=r"no manifest.parquet there.*prepare_target.py TASK"):
+    with pytest.raises(UserError, match=r"no manifest.parquet there.*p2w prepare TASK"):
         open_target(out)
 
 

@@ -202,7 +202,7 @@ def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
 def test_an_empty_folder_is_refused(served):
     _, url, _ = served
     with pytest.raises(
-        UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
+        UserError, match=r"manifest\.parquet: cannot be fetched \(the server answers 404 Not Found\)"
     ) as error:
         open_set(url)
     assert "\n" not in str(error.value)
@@ -305,6 +305,7 @@ def test_addresses(monkeypatch, tmp_path):
         open_set("s3://bucket/set")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("aws") is None, reason="needs the AWS CLI")
 def test_s3_through_the_aws_cli(served, monkeypatch):
     """AWS's own client, asking nginx for the bucket: to read objects it needs no more than HEAD and GET."""

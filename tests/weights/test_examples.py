@@ -9,6 +9,7 @@ import pytest
 from processes import REPO
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune_torch", "monai_unet_decoder"])
 def test_an_example_takes_its_ten_steps(name, trained_run, monkeypatch, capsys):
     if name.startswith("monai") and importlib.util.find_spec("monai") is None:
