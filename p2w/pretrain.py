@@ -57,7 +57,7 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     streaming = agree_on_order(shards, world)
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
-        shards.on_wait = watchdog.count  # a server that is down for a while is no hang
+        shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
         return _run(config, shards, folder, data, world, precision, watchdog, streaming)
 
 

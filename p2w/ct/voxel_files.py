@@ -353,8 +353,11 @@ def open_reader(path: str) -> sitk.ImageFileReader:
     lower = path.lower()
     if lower.endswith((".nrrd", ".nhdr")):
         nrrd_files(path)
+    kind = next((kind for ending, kind in READERS.items() if lower.endswith(ending)), None)
+    if kind is None:
+        raise BadScan("is no MetaImage, NIfTI or NRRD by its name; of DICOM, name the folder of the series")
     reader = sitk.ImageFileReader()
-    reader.SetImageIO(next(kind for ending, kind in READERS.items() if lower.endswith(ending)))
+    reader.SetImageIO(kind)
     reader.SetFileName(path)
     try:
         with memory_limit(0):

@@ -73,6 +73,11 @@ class FineTunedModel:
         return bool(self.card["task"]["settings"].get("values") == "percentiles")
 
     @property
+    def assumes_hu(self) -> bool:
+        """Whether the task's images were taken for HU without a test."""
+        return bool((self.card["task"].get("settings") or {}).get("assume_hu"))
+
+    @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """mm z, y, x of a crop's voxels; None: those of the scan, whatever they are.
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,9 +72,9 @@ class InferenceInput:
         return out
 
 
-def read_input(paths: Sequence[Path], model: FineTunedModel) -> InferenceInput:
+def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
-    sources = [_source(path) for path in paths]
+    sources = [replace(_source(path), assume_hu=assume_hu) for path in paths]
     cuts: list[Cut] = []
     grids: list[Grid] = []
     first: NDArray[Any] | None = None
@@ -241,6 +241,7 @@ def _middle(mask: NDArray[np.uint8]) -> tuple[int, int, int]:
     return z, y, x
 
 
+NIFTI_SIZE = 32_767  # most voxels along an axis of NIfTI-1
 MASKS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
 
@@ -266,6 +267,8 @@ class PredictOptions:
     """Windows at a time."""
     precision: Annotated[Amp, tyro.conf.arg(name="precision")] = "fp32"
     """Precision of the network's arithmetic."""
+    assume_hu: bool = False
+    """Take the scan's values for HU without a test, as where the task's data was prepared so."""
 
 
 def main(argv: list[str]) -> int:
@@ -274,7 +277,9 @@ def main(argv: list[str]) -> int:
     world = World.from_env()
     model = load_finetuned(options.run, world.device)
     _check(options, model)
-    scan = read_input(options.scan, model)
+    scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
+    if model.kind.per_voxel:
+        check_geometry(options.out, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
     if not model.kind.per_voxel:
         assert options.candidates is not None
@@ -325,6 +330,33 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
     for flag, path in (("--out", options.out), ("--preview", options.preview)):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
+
+
+def check_geometry(path: Path, grid: Grid) -> None:
+    """Raise UserError where the format of `path` cannot hold the grid, before anything is computed for it.
+
+    A small image of the same spacing, origin and direction is written and read back; no corner of the grid may move.
+    """
+    image = sitk.Image([2, 2, 2], sitk.sitkUInt8)
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    why = ""
+    with tempfile.TemporaryDirectory(prefix="p2w-") as folder:
+        name = os.path.join(
+            folder, "trial" + "".join(path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix])
+        )
+        try:
+            sitk.WriteImage(image, name)
+            written = sitk.ReadImage(name)
+            kept = Grid(grid.size, written.GetSpacing(), written.GetOrigin(), written.GetDirection())
+            why = source_files.apart(grid, kept) or ""
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+    if path.name.lower().endswith((".nii", ".nii.gz")) and max(grid.size) > NIFTI_SIZE:
+        why = f"{max(grid.size):,} voxels along an axis, NIfTI-1 holds {NIFTI_SIZE:,}"
+    if why:
+        raise UserError(f"{path}: its format cannot hold where the scan lies ({why}); name --out FILE.mha")
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:

@@ -108,11 +108,12 @@ def build_shards(
         "files_seen": found.files,
         "files_passed_over": dict(found.passed_over),
     }
-    code = build_data_set(ScanFolder(out, settings), found, options, report)
-    if found.files:  # LUNA16's folders are not searched
-        for line in found.table():
-            say(line)
-    return code
+    try:
+        return build_data_set(ScanFolder(out, settings), found, options, report)
+    finally:
+        if found.files:  # LUNA16's folders are not searched, so there is nothing to account for
+            for line in found.table():
+                say(line)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
+A repair cuts the scan into `DIR/.repair` with `build.cut_source`, the code that cut it first, and takes all settings from
 the manifest. Gaps in DICOM series are always allowed here, tilted ones resampled, and values taken for HU: if the set was
 cut without these options, no series that has a shard needs them.
 """

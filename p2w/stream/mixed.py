@@ -9,6 +9,7 @@ The id of a sub-scan is its row in the manifests, one after the other in the ord
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,6 +87,11 @@ class MixedSet(ShardSet):
             "shards": [shard for one in self.sets for shard in one.meta["shards"]],
             "mixture": told,
         }
+
+    def call_while_waiting(self, call: Callable[[], None]) -> None:
+        """As for `ShardSet`; the sets are what waits."""
+        for one in self.sets:
+            one.call_while_waiting(call)
 
     def ids(self, split: str) -> Ids:
         """Ids of the split of all sets, ascending."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.orientation import Grid
 from p2w.ct.scan import INT16
@@ -247,6 +246,8 @@ def crops_in_tiles(
     channels: Channels, mask: NDArray, grid: Grid, size: tuple[int, int, int], how: TileSettings, uid: str
 ) -> Iterator[Sample | LeftOut]:
     """Tiles over the bounding box of the mask, in the order of z, y, x."""
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     box = ndimage.find_objects(mask)
     if not box or box[0] is None:
         yield LeftOut(f"{uid}: the mask is empty")
@@ -302,6 +303,8 @@ def crops_around_objects(
     Without moving, a network learns that what it looks for is in the middle. `of`: what each sample shows, for the
     manifest's column of that name. `full_mask`: written to the samples in place of `mask`, where that is a part of it.
     """
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     box = ndimage.find_objects(mask)
     if not box or box[0] is None:
         yield LeftOut(f"{of}: the mask is empty")

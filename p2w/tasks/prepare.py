@@ -82,7 +82,12 @@ class TargetSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
         told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
-        options = {f"option {name}": value for name, value in self.options.items()}
+        added = {"structures": "", "assume_hu": False}  # options that folders of earlier versions lack
+        options = {
+            f"option {name}": value
+            for name, value in self.options.items()
+            if name not in added or value != added[name]
+        }
         return json.loads(
             canonical_json(told | options | {f"table {name}": crc for name, crc in self.tables.items()})
         )

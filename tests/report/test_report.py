@@ -226,6 +226,7 @@ def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage
     assert "analysis/reconstructions.npz: not read" in said and "Reconstructions" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False])
 def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_path, recorded):
     """A run of an earlier version wrote none down; they are then collected from the pretexts' files."""
