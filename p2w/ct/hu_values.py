@@ -1,6 +1,6 @@
 """Whether voxels are HU: air near -1000, soft tissue and water near 0, nothing that no CT has.
 
-Measured on twenty CTs of chest, abdomen and limbs (LIDC-IDRI, RIDER, TCGA-THCA, 4D-Lung, soft-tissue sarcoma): the most
+Measured on eighteen CTs of chest, abdomen and limbs (LIDC-IDRI, RIDER, TCGA-THCA, 4D-Lung, soft-tissue sarcoma): the most
 frequent value above -500 HU is -100 (fat) to 55 (muscle), of those below it -1005 (air) to -885 (lung). With the rescale
 applied twice, all have their peak at the lowest value looked at, and 24 to 49 % of their voxels lie, spread, below -1500.
 """
