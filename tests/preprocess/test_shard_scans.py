@@ -43,7 +43,7 @@ def test_a_mixed_folder(command, tmp_path):
 def test_tilted_series_and_the_table_of_series(command, tmp_path):
     """A tilt is refused, or straightened where it is asked for, and then the manifest says so."""
     pytest.importorskip("pydicom")
-    from dicom_files import body, write_series  # noqa: PLC0415
+    from dicom_files import body, write_series
 
     scans, t = tmp_path / "scans", np.radians(12)
     tilt = (1, 0, 0, 0, np.cos(t), -np.sin(t))
