@@ -32,7 +32,7 @@ def ct_slice(
     series="1.2.3",
     **tags,
 ):
-    """A CT slice of HU [y,x], its first pixel at `position` (x, y, z); tags as pydicom names them, None leaves one out."""
+    """A CT slice of HU [y,x]; its first pixel is at `position` (x, y, z). Tags by pydicom's names, None leaves one out."""
     data, meta = Dataset(), FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = pydicom.uid.ExplicitVRLittleEndian, CT_IMAGE
     data.file_meta, data.SOPClassUID, data.Modality = meta, CT_IMAGE, "CT"

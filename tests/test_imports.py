@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files run_owner http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w.errors", "p2w.commands"),
@@ -28,7 +29,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.pretrain": ("p2w",),  # puts the run together
     "p2w.analysis_run": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
-    "p2w.world": ("p2w.errors", "p2w.resources"),
+    "p2w.world": ("p2w.errors", "p2w.resources", "p2w.meeting"),
     "p2w.log": ("p2w.errors", "p2w.files"),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
@@ -45,7 +46,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
         "p2w.pretext",
     ),
     "p2w.train": (*BASE, "p2w.kernels", "p2w.pretext.protocol", "p2w.train"),
-    "p2w.weights": (*BASE, "p2w.pretext", "p2w.train.checkpoint", "p2w.weights"),  # the card says what was shown
+    "p2w.weights": (*BASE, "p2w.pretext", "p2w.shards.mixture", "p2w.train.checkpoint", "p2w.weights"),  # the card
     "p2w.tasks": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.stream", "p2w.tasks",
     ),
@@ -53,11 +54,13 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.finetune.init": (*BASE, "p2w.pretext", "p2w.weights", "p2w.tasks", "p2w.finetune"),  # loads runs
     "p2w.inference": (
         *BASE, "p2w.progress", "p2w.ct", "p2w.train.optim", "p2w.tasks", "p2w.weights", "p2w.finetune", "p2w.inference",
+        "p2w.stats", "p2w.shards.grouping", "p2w.shards.build_folder", "p2w.report.markup", "p2w.analysis.features",
     ),
     "p2w.analysis": (*BASE, "p2w.stats", "p2w.progress", "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.feature_sources": (*BASE, "p2w.train", "p2w.pretext", "p2w.analysis"),  # loads runs
     "p2w.analysis.qualitative": (*BASE, "p2w.train.optim", "p2w.pretext.protocol", "p2w.analysis"),
-    "p2w.report": ("p2w.errors", "p2w.files", "p2w.log", "p2w.config", "p2w.report"),
+    "p2w.run_owner": ("p2w.errors", "p2w.files"),
+    "p2w.report": ("p2w.errors", "p2w.files", "p2w.run_owner", "p2w.log", "p2w.config", "p2w.report"),
     "p2w.reproduce": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.log", "p2w.progress", "p2w.world", "p2w.stats",
         "p2w.train.checkpoint",
@@ -68,6 +71,8 @@ OFFLINE = (
     "preprocess",
     "p2w.files",
     "p2w.http_client",
+    "p2w.run_owner",
+    "p2w.slurm_nodes",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",
@@ -132,7 +137,15 @@ def test_offline_modules_reach_no_torch():
         assert not heavy, f"{start} reaches {heavy}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if name_of(path) != "p2w.world"], ids=name_of)
+READS_ENVIRONMENT = (
+    "p2w.world",
+    "p2w.weights.prepare_nnunet",
+)  # the second runs without p2w, beside exported weights
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if name_of(path) not in READS_ENVIRONMENT], ids=name_of
+)
 def test_only_world_reads_the_environment(path):
     for node in nodes(path):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
@@ -141,18 +154,26 @@ def test_only_world_reads_the_environment(path):
 
 @pytest.mark.slow
 def test_help_imports_nothing_that_only_a_run_needs():
-    """Every rank imports launch/train.py; drawing, statistics, TensorBoard, Triton and streaming come in when used."""
-    heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset", "SimpleITK"}
-    code = f"import sys, runpy; runpy.run_path('launch/train.py'); print(*({heavy} & set(sys.modules)))"
+    """Drawing, statistics, TensorBoard, Triton and streaming come in when used: every rank imports these scripts."""
+    heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset"}
+    scripts = {
+        "train": {"SimpleITK"},
+        "analyze": {"SimpleITK"},
+        "finetune": set(),
+        "sweep": set(),
+    }  # what besides
+    code = "import json, runpy, sys\nfound = {}\n"
+    for name, more in scripts.items():
+        code += f"runpy.run_path('launch/{name}.py')\nfound['{name}'] = sorted({heavy | more} & set(sys.modules))\n"
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{code}print(json.dumps(found))"],
         cwd=REPO,
         env={"PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout.split() == []
+    assert json.loads(run.stdout) == {name: [] for name in scripts}
 
 
 def graph() -> dict[str, set[str]]:

@@ -132,8 +132,13 @@ def scales(summary: dict[str, Any]) -> str:
 def course(summary: dict[str, Any], cues: dict[str, Any]) -> str:
     """Pearson's r between validation MSE and contrastive loss over checkpoints."""
     over = summary["over_checkpoints"]
+    early = len(over.get("early") or ())
+    said = f", {early} early" if early else ""  # their MSE was logged with young statistics of batch norm
     rows = [
-        ["**Parts2Whole**, the paper's protocol", *correlation(over["contrastive_loss"], over["val_mse"])]
+        [
+            f"**Parts2Whole**, the paper's protocol{said}",
+            *correlation(over["contrastive_loss"], over["val_mse"]),
+        ]
     ]
     kinds = {
         "contrast": "4 parts of every whole",

@@ -24,6 +24,7 @@ import tyro
 
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import Grid
+from p2w.ct.percentiles import Modality
 from p2w.ct.series_table import choose, series_rows, table_csv, table_json, table_text
 from p2w.errors import UserError, program
 from p2w.shards.build import BuildOptions
@@ -47,6 +48,8 @@ class ShardScansOptions:
     """Resample DICOM series of tilted, drifting or unevenly spaced slices to a straight grid, and cut them too."""
     assume_hu: bool = False
     """Take values for HU without a test: for CT without air, such as brains without skull or cropped organs."""
+    modality: Modality = "ct"
+    """Of the scans: ct is in HU and tested for it; mr and pt are scaled by each scan's percentiles, 0.5 to 99.5 of 100."""
     list: bool = False
     """Print a table of the series and what would be done with them, from headers alone, and stop."""
     json: bool = False
@@ -57,14 +60,12 @@ class ShardScansOptions:
     """Cut only series of which this is true: "slice_thickness <= 3 and kernel ~ 'B30'"; columns as --csv names them."""
     one_per_study: Literal["", "thinnest"] = ""
     """Of each DICOM study cut one series alone: the one whose slices lie closest."""
-    salt: str = ""
-    """Secret text that the hashes of patients and studies are made with; left out: another one each time."""
     settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
     build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
 
 
 def _action(tiling: Tiling) -> Callable[[Grid], str]:
-    """A function that says what would become of a scan of that stored grid."""
+    """A function that says what would become of a scan of that grid."""
 
     def action(grid: Grid) -> str:
         shape = tiling.resampled_grid(grid.canonical()[0]).size[::-1]
@@ -75,7 +76,7 @@ def _action(tiling: Tiling) -> Callable[[Grid], str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, find the scans, and list or cut them."""
+    """Parse the command line, find the scans and list or cut them."""
     options = tyro.cli(
         ShardScansOptions,
         args=argv,
@@ -83,23 +84,26 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    listing = options.list or options.json or options.csv
+    if not options.out and not listing:
+        raise UserError(
+            "--out DIR is missing: the folder to write, new or of an earlier run of the same settings"
+        )
     settings = dataclasses.replace(
         options.settings,
         allow_gaps=options.allow_gaps,
         resample_tilt=options.resample_tilt,
         assume_hu=options.assume_hu,
+        modality=options.modality,
     )
-    listing = options.list or options.json or options.csv
-    if not options.out and not listing:
-        raise UserError(
-            "--out is missing: name the folder to write, new or of an earlier run of the same settings"
-        )
+    salt = settings.grouping.salt or (secrets.token_hex(16) if listing else "")
     search = SearchOptions(
         options.exclude,
         options.allow_gaps,
         options.resample_tilt,
         options.assume_hu,
-        options.salt or secrets.token_hex(16),
+        salt,
+        options.modality.upper(),
     )
     found = find_scans([*options.scans], options.out, options=search)
     action = _action(settings.tiling)

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc_per_node=2 -m p2w train demo --shards demo/shards --run-dir demo/run
     torchrun --nproc_per_node=8 -m p2w train paper --shards shards --run-dir runs/paper
     torchrun -m p2w train                                    recipe paper, shards/ -> runs/paper
+    torchrun -m p2w train paper --init runs/other            from the weights of a run, or of others' files
     p2w train demo --shards shards --dry-run       what it would do and cost; starts nothing
     p2w train runs/paper/config.json --run-dir runs/again --optim.lr 5e-4
 
@@ -25,11 +26,13 @@ from p2w.pretrain import pretrain
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
 from p2w.shards.manifest import data_fingerprint
+from p2w.shards.mixture import BETWEEN
 from p2w.stream.local import ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.run_dir import RunDir
+from p2w.weights.pretrain_init import read_init
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
@@ -51,11 +54,13 @@ RENAMED = {
 class Args:
     """Command line of p2w train."""
 
-    shards: str = "shards"
-    """Folder (or http, https, s3 URL) of shards with their manifest."""
+    shards: tuple[str, ...] = ("shards",)
+    """Folder (or http, https, s3 URL) of shards with their manifest; or several with weights, such as a:0.7 b:0.3."""
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
+    init: str = ""
+    """Start from the weights of a run, or of a file that `p2w inspect` can read; short for --model.init."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -86,6 +91,9 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
         description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}\n\n{MARKS}",
         console_outputs=speaks,
     )
+    if args.init:
+        model = replace(args.config.model, init=args.init)
+        args = replace(args, config=replace(args.config, model=model))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
     return replace(args, config=settings.check_config(args.config), run=run), recipe
 
@@ -106,7 +114,7 @@ def build(argv: list[str], world: World) -> Job:
     precision = choose_precision(args.config.train.precision, world.device)
     config = args.config
     shards = open_set(
-        args.shards,
+        BETWEEN.join(args.shards),
         on_bad=config.data.on_bad_sample,
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
@@ -121,6 +129,7 @@ def build(argv: list[str], world: World) -> Job:
     with torch.device("meta"):
         build_pretext_and_network(config)
     RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
+    read_init(config, args.folder)
     return Job(args, recipe, shards, precision)
 
 
@@ -134,7 +143,7 @@ def show_plan(job: Job, world: World) -> None:
         config, lambda: build_pretext_and_network(config), samples, 4 if precision.dtype is None else 2
     )
     wholes, steps = len(job.shards.ids("train")), config.train.steps
-    epoch = max(1, wholes // batch)
+    epoch = max(1, job.shards.samples_per_epoch(job.shards.ids("train")) // batch)
     if config.train.kernels == "plain":
         facts = replace(facts, folds=())
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
@@ -169,7 +178,7 @@ def start(job: Job) -> World:
     train, patience = job.args.config.train, 60 * job.args.config.data.retry_minutes
     # The watchdog knows more than a collective that is not joined; one rank may have to wait for a web server.
     wait, meet = max(World.WAIT_S, 120 * train.hang_minutes, 2 * patience), World.MEET_S
-    meet += patience if "://" in job.args.shards else 0.0
+    meet += patience if "://" in job.shards.where else 0.0
     return World.start(wait, meet, deterministic=train.deterministic)
 
 

@@ -222,9 +222,10 @@ def unpack_gzip(data: bytes, limit: int) -> bytes:
     return zlib.decompressobj(GZIP).decompress(data, limit)
 
 
-def read_slice(path: str) -> Slice | None:
+def read_slice(path: str, modality: str = "CT") -> Slice | None:
     """The header of one file; None when it is not a DICOM image but another kind of file, a DICOMDIR or a report.
 
+    Whether it has all its pixels is checked where it is a slice of a scan of `modality`.
     Raises BadScan when the file is truncated or its header is damaged.
     """
     with open(path, "rb") as file:
@@ -250,7 +251,7 @@ def read_slice(path: str) -> Slice | None:
             raise BadScan(f"its DICOM header cannot be read ({error}): copy the file again") from error
     # Whether pixels of a packed file are missing shows when they are unpacked.
     one = _slice_of(found, code, path, max(nbytes, end) if packed else nbytes)
-    if one is not None and not_a_scan(one) is None:
+    if one is not None and not_a_scan(one, modality) is None:
         _check_length(one, found, code, end, length)
     return one
 
@@ -330,15 +331,15 @@ def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -
     )
 
 
-def not_a_scan(one: Slice) -> str | None:
-    """Why a sound DICOM image is not a slice of a CT volume; None when it is one."""
-    if one.modality != "CT":
-        return f"modality {one.modality or 'unknown'}, not CT"
+def not_a_scan(one: Slice, modality: str = "CT") -> str | None:
+    """Why a sound DICOM image is not a slice of a volume of `modality` (CT, MR, PT); None when it is one."""
+    if one.modality != modality:
+        return f"modality {one.modality or 'unknown'}, not {modality}"
     if one.samples > 1 or one.photometric not in COLOURLESS:
         return "a colour picture (a screenshot, a dose report or a rendering)"
     if "LOCALIZER" in one.image_type.upper():
         return "a localizer"
-    if one.rescale_type not in HU_TYPES:
+    if modality == "CT" and one.rescale_type not in HU_TYPES:
         return f"its values are {one.rescale_type} (RescaleType), not HU"
     if one.frames == 1 and len(one.position) != 3:
         return "a picture without a position in space (a dose report or screenshot)"

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.dicom import COLOURLESS, GZIP, GZIP_MAGIC, OVERLAY_BIT, Encoding, elements
 from p2w.ct.orientation import BadScan
@@ -237,6 +236,8 @@ def fill_padding(
         return
     inside = padded & (hu <= TISSUE_END)
     if inside.any():
+        from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and few scans need it
+
         labels, _ = ndimage.label(inside)
         border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
         inside &= ~np.isin(labels, border[border > 0])

@@ -95,6 +95,7 @@ class SearchOptions:
     resample: bool = False  # take series of tilted or uneven slices, to be resampled
     assume_hu: bool = False  # take values for HU without a test
     salt: str = ""  # of the hashes in SeriesInfo
+    modality: str = "CT"  # of the DICOM series that are scans, others are left out: CT, MR or PT
 
 
 def parse_subsets(text: str) -> list[int]:
@@ -293,7 +294,7 @@ class _Search:
         try:
             with open(path, "rb") as file:
                 dicom = starts_as_dicom(file.read(132))
-            one = read_slice(path) if dicom or not reason or ending == ".gz" else None
+            one = read_slice(path, self.options.modality) if dicom or not reason or ending == ".gz" else None
         except (BadScan, OSError) as error:
             self.bad_file(name, str(error))
             return
@@ -301,10 +302,12 @@ class _Search:
             self._other(path, name, ending, reason)
         elif one is None:
             self.pass_over(NO_PIXELS if dicom else NO_IMAGE)
-        elif not one.series and not_a_scan(one) is None:
+        elif not one.series and not_a_scan(one, self.options.modality) is None:
             self.nameless.append(name)
         elif not one.series:
-            self.pass_over(f"DICOM images without SeriesInstanceUID: {not_a_scan(one)}")
+            self.pass_over(
+                f"DICOM images without SeriesInstanceUID: {not_a_scan(one, self.options.modality)}"
+            )
         else:
             self.series[one.series].append((name, one))
 
@@ -361,10 +364,10 @@ class _Search:
         """Add a DICOM series to the scans, the bad ones or those left out."""
         found = self.found
         name = _series_name(uid, [name for name, _ in members])
-        reasons = Counter(reason for _, one in members if (reason := not_a_scan(one)))
+        reasons = Counter(reason for _, one in members if (reason := not_a_scan(one, self.options.modality)))
         for reason, count in reasons.items():
             found.passed_over[f"DICOM images: {reason}"] += count
-        slices = [(name, one) for name, one in members if not_a_scan(one) is None]
+        slices = [(name, one) for name, one in members if not_a_scan(one, self.options.modality) is None]
         if not slices:
             found.left_out.append((name, ", ".join(sorted(reasons))))
             self._remember(name, [one for _, one in members])
@@ -376,7 +379,7 @@ class _Search:
             if len(groups) > 1:
                 own += " of several patients or studies under this uid"
             try:
-                frames = frames_of(group)
+                frames = frames_of(group, self.options.modality)
                 volumes = volumes_of(frames, self.options.allow_gaps, self.options.resample)
             except (BadScan, OSError) as error:
                 found.bad.append((own, str(error)))

@@ -19,14 +19,14 @@ from p2w.ct.orientation import BadScan
 MISSING = "needs pydicom: pip install 'p2w[dicom]'"
 
 
-def frames_of(slices: Sequence[Slice]) -> list[Slice]:
+def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:
     """The slices of a series, with every frame of a multi-frame file as a slice of its own. Raises BadScan."""
     if not any(one.frames > 1 for one in slices):
         return list(slices)
     found = []
     for one in slices:
         found += _frames(one) if one.frames > 1 else [one]
-    usable = [one for one in found if not_a_scan(one) is None]
+    usable = [one for one in found if not_a_scan(one, modality) is None]
     if not usable:
         raise BadScan("a multi-frame DICOM of localizers")
     return usable

@@ -64,8 +64,13 @@ class FineTunedModel:
 
     @property
     def in_hu(self) -> bool:
-        """Whether it was trained on CT; else each image is scaled by its own smallest and largest value."""
+        """Whether it was trained on CT; else each image is scaled by values of its own."""
         return self.window[0] < 0
+
+    @property
+    def by_percentiles(self) -> bool:
+        """Whether images that are not CT are scaled by their percentiles; else by their smallest and largest value."""
+        return bool(self.card["task"]["settings"].get("values") == "percentiles")
 
     @property
     def assumes_hu(self) -> bool:

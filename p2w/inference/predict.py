@@ -18,8 +18,9 @@ import tyro
 from numpy.typing import NDArray
 
 from p2w.config import Amp
-from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
@@ -73,7 +74,7 @@ class InferenceInput:
 
 def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
-    sources = [replace(_source(path), assume_hu=assume_hu) for path in paths]
+    sources = [replace(_source(path, model.in_hu), assume_hu=assume_hu) for path in paths]
     cuts: list[Cut] = []
     grids: list[Grid] = []
     first: NDArray[Any] | None = None
@@ -92,12 +93,19 @@ def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = F
     return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
 
 
-def _source(path: Path) -> ScanSource:
+def _source(path: Path, in_hu: bool) -> ScanSource:
+    """The scan in a file, or in a folder of DICOM; of a network that was not trained on CT, MR or PET come first."""
     if not path.exists():
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
         return source_files.as_source(path.name, str(path))
-    found = find_scans([str(path)], str(path / ".out"), flag="--scan")  # there is none: nothing is left out
+    for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
+        search = SearchOptions(modality=modality)
+        found = find_scans(
+            [str(path)], str(path / ".out"), flag="--scan", options=search
+        )  # there is no such folder
+        if found.sources:
+            break
     if len(found.sources) != 1:
         why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
         raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")
@@ -110,7 +118,7 @@ def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], G
         scan = read_scan(source)
         return scan.voxels, scan.grid, lambda crop_box: crops.crop_hu(scan.voxels, crop_box)
     image = read_image(source)
-    low, high = intensity_range("image", image)
+    low, high = percentile_range(image.values) if model.by_percentiles else intensity_range("image", image)
     return image.values, image.grid, lambda crop_box: crop_in_range(image.values, crop_box, low, high)
 
 

@@ -73,6 +73,11 @@ class RubiksCube(Pretext):
     reconstructs = False
     shows: Shows = "whole"
 
+    @property
+    def kept_edge(self) -> float:
+        """A cube leaves a gap to its octant's border, and is resized to the octant."""
+        return 1 - self.rubik.gap
+
     def __init__(self, config: PretextConfig, rubik: RubikConfig) -> None:
         self.config, self.rubik = config, rubik
         self._orders: dict[torch.device, Tensor] = {}

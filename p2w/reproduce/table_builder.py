@@ -79,7 +79,7 @@ def claims(
         made.append(
             Claim(
                 task, ours, other, finite(one.difference), one.method, list(one.n), finite(one.t), finite(one.df),
-                finite(one.p), None, one.why, source,
+                finite(one.p), None, one.why, source, finite(one.low), finite(one.high),
             )
         )  # fmt: skip
     adjusted = holm([math.nan if claim.p is None else claim.p for claim in made])
@@ -351,6 +351,11 @@ def notes(columns: Sequence[Column], choice: TableChoice, cells: Sequence[Cell])
         f"Bold, *: the best of its column. Underlined, ≈: not significantly different from it (p ≥ 0.05, {how}; {family}), "
         "which does not prove that they are equal."
     )
+    if tests:
+        lines.append(
+            "The trials of a row start from one pretraining: a test is of these weights. To tell methods of pretraining "
+            "apart, pretrain several times and compare the pretrainings."
+        )
     if any(one.paper_mark for one in cells):
         lines.append(
             "The paper's trials are not published: marks on its numbers are by Welch's test from means and deviations."

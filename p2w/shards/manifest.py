@@ -34,6 +34,7 @@ from p2w.shards.manifest_schema import (
     SUB_SCAN_SCHEMA,
     ManifestSchema,
 )
+from p2w.shards.mixture import is_mixture, mixture_fingerprint, relocated
 
 SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"  # the seal is the manifest's checksum of itself
 
@@ -175,6 +176,8 @@ def _first_line(error: Exception) -> str:
 
 def data_fingerprint(meta: dict[str, Any]) -> str:
     """16 hexadecimal digits that identify a data set: a hash of its manifest's shape, window, tiling, split and shards."""
+    if "mixture" in meta:
+        return mixture_fingerprint(meta["mixture"])
     identity = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -186,6 +189,8 @@ def candidate_data_paths(near: Path, start: Mapping[str, Any]) -> list[str]:
     folder of the run, or weights exported from it: if the project was moved, the set is below one of its parent folders.
     """
     where, cwd = str(start["shards"]), str(start.get("cwd") or "")
+    if is_mixture(where):
+        return [relocated(where, lambda part: candidate_data_paths(near, {**start, "shards": part})[0])]
     if "://" in where:
         return [where]
     absolute = os.path.join(cwd, where)

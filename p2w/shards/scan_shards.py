@@ -1,6 +1,5 @@
 """Shards of sub-scans, cut from scans: settings, forecast from headers, records, and the content of the manifest."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,23 @@ import tyro
 
 from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.orientation import BadScan
+from p2w.ct.percentiles import PERCENTILES, Modality, read_scaled
 from p2w.ct.scan import Scan, read_grid, read_scan, source_files
 from p2w.errors import UserError
 from p2w.files import canonical_json
 from p2w.progress import duration, say
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
+from p2w.shards.grouping import (
+    RULE,
+    UNGROUPED_RULE,
+    GroupingOptions,
+    Level,
+    group_of,
+    identity_in_set,
+    set_salt,
+    split_groups,
+)
 from p2w.shards.manifest_schema import (
     GEOMETRY_META,
     MANIFEST_VERSION,
@@ -30,7 +40,6 @@ from p2w.shards.manifest_schema import (
 from p2w.shards.tiling import SUB_SCAN_SHAPE, WINDOW_HU, SubScan, Tiling, cut_sub_scans
 from p2w.shards.writer import NOTE
 
-RULE = "by scan: the first of the scans ordered by sha256(seed:uid) are val, the others train"
 # Voxels per second and worker, for the estimate of a dry run: measured by bench/shard.py on one 2-core machine, with
 # LUNA16's compressed scans on a local disk. A network disk may be slower.
 VOXELS_PER_SECOND = 40e6
@@ -55,25 +64,34 @@ class ShardingSettings:
     format: Literal["tar", "arrow"] = "tar"
     """tar opens with webdataset, arrow with pyarrow; training reads both alike."""
     val_fraction: float = 0.1
-    """Share of the scans set aside for validation, at least one of two. Never parts of a scan."""
+    """Share of the scans set aside for validation, at least one of two. Never parts of a scan, or of a --group."""
     split_seed: int = 0
     """Another seed sets other scans aside."""
-    # Options of `p2w shard` alone.
+    grouping: Annotated[GroupingOptions, tyro.conf.arg(name="")] = GroupingOptions()  # noqa: RUF009 (frozen)
+    # Options of p2w shard alone.
     allow_gaps: Annotated[bool, tyro.conf.Suppress] = False
     resample_tilt: Annotated[bool, tyro.conf.Suppress] = False
     assume_hu: Annotated[bool, tyro.conf.Suppress] = False
+    modality: Annotated[Modality, tyro.conf.Suppress] = "ct"
 
     def __post_init__(self) -> None:
         """Raise UserError for a fraction outside its range."""
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
+        if self.modality != "ct" and self.tiling.body_only:
+            raise UserError(
+                f"--body-only: is a rule in HU, which --modality {self.modality} has not; leave it out"
+            )
 
     def plain(self) -> dict[str, Any]:
         """The settings as settings.json holds them."""
+        left_out = {"grouping"} | ({"modality"} if self.modality == "ct" else set())
+        # Folders of earlier versions lack these.
+        left_out |= {name for name in ("resample_tilt", "assume_hu") if not getattr(self, name)}
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
-        for name in ("resample_tilt", "assume_hu"):  # folders of earlier versions lack them
-            if not settings[name]:
-                del settings[name]
+        settings = {
+            name: value for name, value in settings.items() if name not in left_out
+        } | self.grouping.plain()
         return json.loads(canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **settings}))
 
 
@@ -84,9 +102,10 @@ def build_shards(
     options: BuildOptions = BuildOptions(),  # noqa: B008
 ) -> int:
     """Cut the scans of a listing into the folder `out`; the exit code, as of `build_data_set`."""
+    say(settings.grouping.apply(found))
     report = {
-        "files_seen": found.files,
         "files_that_are_no_images": found.not_images,
+        "files_seen": found.files,
         "files_passed_over": dict(found.passed_over),
     }
     try:
@@ -95,15 +114,6 @@ def build_shards(
         if found.files:  # LUNA16's folders are not searched, so there is nothing to account for
             for line in found.table():
                 say(line)
-
-
-def split_scans(uids: list[str], settings: ShardingSettings) -> set[str]:
-    """The uids of the validation scans: always the same for the same scans, and at least one where there are two."""
-    order = sorted(uids, key=lambda uid: hashlib.sha256(f"{settings.split_seed}:{uid}".encode()).digest())
-    wanted = round(settings.val_fraction * len(uids))
-    if settings.val_fraction > 0:
-        wanted = min(max(wanted, 1), len(uids) - 1)
-    return set(order[: max(0, wanted)])
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,11 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
 
     def cut(self, source: ScanSource) -> CutSource:
         """Read a scan; its sub-scans come one by one. Raises BadScan for one that cannot be used."""
-        stored = read_scan(source)
+        if self.settings.modality == "ct":
+            stored, told = read_scan(source), {}
+        else:
+            stored, scale = read_scaled(source, WINDOW_HU)
+            told = {"intensity_range": list(scale)}
         scan = self.settings.tiling.resampled(stored)
         record = {
             "nbytes": scan.nbytes,
@@ -174,6 +188,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "origin_xyz_mm": list(scan.grid.origin),
             "direction_xyz": list(scan.grid.direction),
             "left_out": 0,
+            **told,
         }
         if self.settings.tiling.spacing is not None:
             spacing = list(stored.grid.spacing[::-1])
@@ -224,8 +239,12 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
 
     def content(self, listing: SourceListing[ScanSource], good: list[dict[str, Any]]) -> DataSetContent:
         """Rows with their split, and the metadata: tiling, split and scans."""
-        full = [record["uid"] for record in good if record["rows"]]
-        val = split_scans(full, self.settings)
+        grouping, seed = self.settings.grouping, self.settings.split_seed
+        full = {record["uid"] for record in good if record["rows"]}
+        level = grouping.level(listing.sources)
+        groups = group_of([source for source in listing.sources if source.uid in full], level)
+        val = split_groups(groups, self.settings.val_fraction, seed)
+        identities, salted = self._identities(listing, good, level)
         parts = {"train": sorted(set(full) - val), "val": sorted(val)}
         source_keys = ("uid", "subset", "nbytes", "checksum", *GEOMETRY_META)
         meta = {
@@ -235,15 +254,21 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "tiling": self.settings.tiling.to_meta()
             | {"left_out": sum(record["left_out"] for record in good)},
             "split": {
-                "rule": RULE,
+                "rule": UNGROUPED_RULE if level == "scan" else RULE.format(level),
                 "val_fraction": self.settings.val_fraction,
-                "seed": self.settings.split_seed,
+                "seed": seed,
                 "train_scans": parts["train"],
                 "val_scans": parts["val"],
+                **salted,
             },
             "sources": [
-                {key: record[key] for key in (*source_keys, "stored", "resampled") if key in record}
+                {
+                    key: record[key]
+                    for key in (*source_keys, "stored", "intensity_range", "resampled")
+                    if key in record
+                }
                 | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
+                | identities.get(record["uid"], {})
                 for record in good
             ],
         }
@@ -255,7 +280,28 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         lists = {
             f"{name}.txt": [f"{uid}.{self.settings.format}" for uid in uids] for name, uids in parts.items()
         }
+        if self.settings.modality != "ct":
+            scale = {"percentiles": list(PERCENTILES), "become": list(WINDOW_HU)}
+            meta |= {"modality": self.settings.modality, "intensity": scale}
         return DataSetContent(rows, meta, lists)
+
+    def _identities(
+        self, listing: SourceListing[ScanSource], good: list[dict[str, Any]], level: Level
+    ) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+        """Uid -> what the manifest says of a scan's patient and study, and what its split says of how these are hashed."""
+        infos = {source.uid: source.info for source in listing.sources}
+        uids = [record["uid"] for record in good]
+        salt = set_salt(uids)
+        names = ("patient", "study") if level == "study" else ("patient",)
+        told = {
+            uid: {
+                name: identity_in_set(hashed, salt) for name in names if (hashed := getattr(infos[uid], name))
+            }
+            for uid in uids
+        }
+        if not any(told.values()):
+            return {}, {}
+        return told, {"group": level, "salt": salt, "secret": bool(self.settings.grouping.salt)}
 
     def summary(self, meta: dict[str, Any]) -> list[str]:
         """Lines on sub-scans, split and size of the finished set."""

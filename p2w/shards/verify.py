@@ -11,7 +11,7 @@ import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import pyarrow.compute as pc
 import tyro
@@ -19,6 +19,7 @@ from crc32c import crc32c
 
 from p2w import http_client
 from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
+from p2w.ct.percentiles import Modality
 from p2w.errors import UserError
 from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
@@ -312,13 +313,26 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     meta = manifest.meta
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
-    return ShardingSettings(Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True)
+    return ShardingSettings(
+        Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True, modality=_modality(manifest)
+    )
+
+
+def _modality(manifest: Manifest) -> Modality:
+    """The modality of the scans. Raises UserError for one that there is not."""
+    told = manifest.meta.get("modality", "ct")
+    if told not in get_args(Modality):
+        raise UserError(f"{manifest.root}: its manifest names the modality {told!r}: cut the set anew")
+    modality: Modality = told
+    return modality
 
 
 def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
-        every = SearchOptions(allow_gaps=True, resample=True, assume_hu=True)
-        return find_scans(list(scans), manifest.root, options=every)
+        search = SearchOptions(
+            allow_gaps=True, resample=True, assume_hu=True, modality=_modality(manifest).upper()
+        )
+        return find_scans(list(scans), manifest.root, options=search)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
         raise UserError(f"{manifest.root}: was cut by p2w shard: name the folders it got with --scans")

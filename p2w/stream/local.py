@@ -110,6 +110,14 @@ class ShardSet:
         """File name of the shard that holds a sub-scan."""
         return self.shard_names[self.shard_numbers[sub_scan]]
 
+    def call_while_waiting(self, call: Callable[[], None]) -> None:
+        """Have `call` called now and then while a server that fails is waited for."""
+        self.on_wait = call
+
+    def samples_per_epoch(self, ids: Ids) -> int:
+        """Number of sub-scans in an epoch, of which the ids are those of the training split."""
+        return len(ids)
+
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""
         if self.order == "streamed":

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans, printable, safe_uid, walk
 from p2w.ct.orientation import BadScan, Grid
@@ -163,6 +162,8 @@ def apart(one: Grid, other: Grid) -> str | None:
 
 def _laid_over(mask: NDArray, of: Grid, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The mask resampled to another grid by nearest neighbour, 0 beyond the mask."""
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     to, start = crops.affine(grid)
     origin = crops.to_voxel(of, start)
     matrix = np.stack([crops.to_voxel(of, start + to[:, axis]) - origin for axis in range(3)], axis=1)

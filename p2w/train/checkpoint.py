@@ -40,7 +40,7 @@ from torch import Tensor
 from p2w import __version__
 from p2w.config import TrainConfig
 from p2w.errors import UserError
-from p2w.files import file_crc32c, sync_to_disk, write_atomic
+from p2w.files import file_crc32c, sync_to_disk, write_atomic, write_remedy
 
 FILES = ("model.safetensors", "state.pt")
 UNSEALED = '"seal": "00000000"'
@@ -63,6 +63,9 @@ class Checkpoints:
         self, folder: Path, keep: int = 3, warn: Callable[[str], None] = print, keep_every: int = 0
     ) -> None:
         self.folder, self.keep, self.warn, self.keep_every = folder, keep, warn, keep_every
+        self.guard: Callable[[], None] = lambda: (
+            None
+        )  # raises UserError where this process may no longer write
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -100,6 +103,7 @@ class Checkpoints:
                 *([log] if log.is_file() else []),
             ):
                 sync_to_disk(path)
+            self.guard()
             self._publish(temporary, snapshot.step)
             self._mark_best(snapshot)
         except (
@@ -108,8 +112,10 @@ class Checkpoints:
             RuntimeError,
         ) as error:  # each writer raises another one for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
+            # torch's and safetensors' writers do not say why; on a disk that works it is full.
+            remedy = write_remedy(error) if isinstance(error, OSError) else "make room"
             raise UserError(
-                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); make room, then repeat the command"
+                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); {remedy}, then repeat the command"
             ) from error
         self._prune(snapshot.step)
         return final
