@@ -24,6 +24,7 @@ from common import RESULTS, Goal, over, rotate, row, save, show
 
 from p2w.config import Config
 from p2w.log import Log
+from p2w.model.encoder import set_memory_format
 from p2w.pretext import build_pretext_and_network
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.pretext.protocol import Views
@@ -46,6 +47,7 @@ class InMemory(Stream):
     """One batch, read before the clock runs, at every step."""
 
     def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:  # type: ignore[override]
+        """The first batch of the epoch, again and again."""
         first = next(super().batches(epoch, step))
         kept = replace(first, voxels=first.voxels.clone())
         self.close()
@@ -58,6 +60,7 @@ class Ready(Parts2Whole):
     kept: Views | None = None
 
     def sample(self, batch_BDHW: torch.Tensor, keys: SampleKeys, step: int = 0) -> Views:
+        """The views of the first batch, again and again."""
         self.kept = self.kept or super().sample(batch_BDHW, keys)
         return self.kept
 
@@ -69,6 +72,7 @@ class Said(Log):
         super().__init__(folder, False, steps)
 
     def line(self, text: str, style: str | None = None) -> None:
+        """Print the line."""
         print(text, flush=True)
 
 
@@ -83,8 +87,7 @@ class Way:
         if name == WAYS[2]:
             pretext = Ready(config.pretext)
         model.to(world.device)
-        if config.train.channels_last:
-            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        set_memory_format(model, config.train.channels_last)
         kind = Stream if name == WAYS[0] else InMemory
         self.stream = kind(
             shards, "train", config.data.batch, readers=config.data.reader_threads, device=world.device

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ Amp = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which wholes, in which order."""
+    """The data: batch, order, how it is read, and what happens at a bad sample."""
 
     batch: Annotated[int, Bounds(1)] = 16
     """Wholes a step, over all ranks together [P]. The order of samples depends on it, not on the number of ranks."""
@@ -65,7 +66,9 @@ class OptimConfig:
     lr: Annotated[float, Bounds(0)] = 1e-3
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's two averages; the first is SGD's momentum."""
+    """Decay of Adam's two averages."""
+    sgd_momentum: float = 0.9
+    """SGD's momentum; 0 is none."""
     weight_decay: Annotated[float, Bounds(0)] = 0.0
     fused: Literal["torch", "apex", "none"] = "torch"
     """Whose fused optimizer: torch's, NVIDIA apex's (must be installed), or none."""
@@ -87,7 +90,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, precision, and how often to look."""
+    """Length, precision, and how often to validate, probe, log and save."""
 
     steps: Annotated[int, Bounds(0)] = 1000
     """Optimizer steps of the whole run."""
@@ -104,14 +107,14 @@ class TrainConfig:
     kernels: Literal["auto", "plain"] = "auto"
     """On a GPU: auto times every way that a layer can be computed in, at the sizes of this run, and takes the fastest; plain
     takes PyTorch's usual one. The log says which; they differ by rounding."""
-    channels_last: bool = True
-    """Memory layout with channels innermost (faster with batch norm)."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout with channels innermost; auto: where the encoder is faster with it (`Encoder.channels_last`)."""
     compile: bool = False
     """torch.compile the network: minutes at the start, a few percent a step."""
     validate_every: Annotated[int, Bounds(1)] = 500
     """Steps between validations."""
     probe_every: Annotated[int, Bounds(0)] = 500
-    """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
+    """Steps between measurements of similarity and contrastive loss, with pictures, of a few wholes; 0: when validating."""
     early_stop: Annotated[int, Bounds(0)] = 0
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: Annotated[int, Bounds(1)] = 500
@@ -208,6 +211,15 @@ def check_config(config: "Config") -> "Config":
         raise UserError(f"train.hang_minutes={config.train.hang_minutes}: must be above 0; the usual is 10")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise UserError(f"optim.betas={config.optim.betas}: needs 0 <= beta < 1; the usual is 0.9 0.999")
+    if not 0 <= config.optim.sgd_momentum < 1:
+        raise UserError(
+            f"optim.sgd_momentum={config.optim.sgd_momentum}: needs 0 <= momentum < 1; the usual is 0.9"
+        )
+    if config.optim.name == "sgd" and config.optim.betas != OptimConfig.betas:
+        raise UserError(
+            f"optim.betas={config.optim.betas}: is Adam's, and optim.name=sgd; pass --optim.sgd-momentum "
+            f"{config.optim.betas[0]}"
+        )
     config.pretext.check()
     return config
 
@@ -216,6 +228,12 @@ def flatten(config: "Config") -> dict[str, Any]:
     """Config -> {"data.batch": 16, …}."""
     groups = dataclasses.asdict(config)
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def changed_from(config: "Config") -> dict[str, Any]:
+    """The default of each setting of `config` that has another value, by its dotted name."""
+    defaults = flatten(config_class()())
+    return {name: defaults[name] for name, value in flatten(config).items() if value != defaults[name]}
 
 
 def config_to_json(config: "Config") -> str:
@@ -231,17 +249,42 @@ def read_config(path: Path) -> "Config":
         raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
+    if isinstance(tree, dict):
+        tree = {
+            group: current_settings(group, values) if isinstance(values, dict) else values
+            for group, values in tree.items()
+        }
     return check_config(_build(config_class(), tree, str(path)))
 
 
 # Settings under the names that older runs wrote into their config.json.
 RENAMED = {
-    "readers": "reader_threads",
-    "on_device": "cache_on_device",
-    "look_every": "probe_every",
-    "amp": "precision",
-    "max_skipped": "max_nonfinite",
+    "data.readers": "reader_threads",
+    "data.on_device": "cache_on_device",
+    "train.look_every": "probe_every",
+    "train.amp": "precision",
+    "train.max_skipped": "max_nonfinite",
 }
+
+
+def current_settings(group: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of one group, as a config.json of any version has them, under the names that they have now.
+
+    What does not fit stays as it is, for the caller to refuse.
+    """
+    values = {RENAMED.get(f"{group}.{name}", name): value for name, value in values.items()}
+    largest = sys.float_info.max
+    match group, values:
+        case "pretext", {"aspect_range": [int() | float() as low, int() | float() as high]}:
+            if 0 < low <= high <= largest:  # only their ratio counted
+                del values["aspect_range"]
+                values["max_aspect"] = min(high / low, largest)
+        case "optim", {"name": "sgd", "betas": [momentum, _]} if "sgd_momentum" not in values:
+            del values["betas"]
+            values["sgd_momentum"] = momentum
+        case "train", {"channels_last": bool() as on}:
+            values["channels_last"] = "auto" if on else "off"  # every encoder of that time was faster with it
+    return values
 
 
 def _build(kind: type, tree: Any, where: str) -> Any:
@@ -249,15 +292,14 @@ def _build(kind: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{where}: must be an object of settings, got {type(tree).__name__}")
     hints = typing.get_type_hints(kind)
-    tree = {RENAMED[name] if RENAMED.get(name) in hints else name: value for name, value in tree.items()}
     unknown = sorted(set(tree) - set(hints))
     if unknown:
         raise UserError(f"{where}: unknown setting {unknown[0]}; known are {', '.join(hints)}")
     values = {}
     for name, value in tree.items():
-        hint, place = hints[name], f"{where}: {name}"
+        hint, setting = hints[name], f"{where}: {name}"
         nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        values[name] = _build(hint, value, place) if nested else _fit(hint, value, place)
+        values[name] = _build(hint, value, setting) if nested else _fit(hint, value, setting)
     return kind(**values)
 
 

@@ -40,49 +40,69 @@ def sample_boxes(
     part: int,
     shape_dhw: Sequence[int],
     volume_fraction: Range = (1 / 16, 1 / 4),
-    aspect_range: Range = (1 / 2, 2.0),
+    max_aspect: float = 4.0,
 ) -> Tensor:
     """Sample one box (B, 6) float32 per sub-scan, of part number `part`, on the device of `keys.ids`; units as above.
 
     Volume: the fraction f of the whole is exactly uniform in `volume_fraction` (boxes are continuous).
-    Shape: relative to the whole's, edge factors are f^(1/3) a_k; the a_k are log-uniform in `aspect_range`,
-    independent for z, y, x, then divided by their geometric mean, so that their product is 1. Where the
-    range is wider than a ratio high / low of f^(-1/2), it is narrowed to that, around its middle in log: the
-    widest range in which no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The
-    default (1/2, 2) is just allowed at f = 1/16 (longest to shortest edge at most 4); at f = 1/4 it is narrowed
-    to sqrt(2) either way, at f = 1 to a single box, the whole.
+    Shape: relative to the whole's, edge factors are f^(1/3) a_k; the a_k are log-uniform in a range whose ends have the
+    ratio `max_aspect`, independent for z, y, x, then divided by their geometric mean, so that their product is 1. So the
+    largest factor is at most `max_aspect` times the smallest. Where that is more than f^(-1/2), it is lowered to it: the
+    largest ratio at which no edge can exceed the whole's, so nothing is rejected or cut off and f stays exact. The default
+    of 4 is just allowed at f = 1/16; at f = 1/4 it is lowered to 2, at f = 1 to 1, which gives a single box, the whole.
     Position: uniform over all placements inside the whole, independent along the axes.
+
+    Where `keys.real` says that a sub-scan was filled up with air, "the whole" is its real part: the same box, scaled to it.
 
     On a GPU with Triton it is one kernel launch, and equal to the CPU's boxes to float32 rounding (libraries round
     float64 logarithms differently). Nothing waits for the device.
 
-    Raises UserError for ranges that are not 0 < low <= high (<= 1 for the fraction).
+    Raises UserError for a fraction that is not 0 < low <= high <= 1, and an aspect that is not finite and at least 1.
     """
-    low, high = _checked("volume_fraction", volume_fraction, 1.0)
-    narrowest, widest = _checked("aspect_range", aspect_range, math.inf)
+    if len(volume_fraction) != 2 or not 0 < volume_fraction[0] <= volume_fraction[1] <= 1:
+        raise UserError(
+            f"volume_fraction: must be (low, high) with 0 < low <= high <= 1, got {tuple(volume_fraction)}; "
+            "e.g. (0.0625, 0.25)"
+        )
+    low, high = map(float, volume_fraction)
+    if not 1 <= max_aspect < math.inf:
+        raise UserError(f"max_aspect: must be at least 1 and finite, got {max_aspect}; the usual is 4")
     if len(shape_dhw) != 3 or min(shape_dhw) < 1:
         raise UserError(f"shape: must be three positive numbers of voxels (D, H, W), got {tuple(shape_dhw)}")
     if keys.ids.is_cuda and rng.backend(keys.ids.device)[0] == "triton":
         from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
 
         depth, height, width = map(int, shape_dhw)
-        ranges = (low, high), (narrowest, widest)
-        return sample_triton.boxes(keys.ids, _state(keys, part), (depth, height, width), *ranges)
+        drawn = sample_triton.boxes(
+            keys.ids, _state(keys, part), (depth, height, width), (low, high), max_aspect
+        )
+        return boxes_in_real(drawn, shape_dhw, keys.real)
     u = rng.uniforms(keys, part, 7)
     log_f = (low + (high - low) * u[:, :1]).log()
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
-    edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(widest / narrowest))).exp().clamp(max=1.0)
+    edge = (log_f / 3 + aspect * (-log_f / 2).clamp(max=math.log(max_aspect))).exp().clamp(max=1.0)
     start = u[:, 4:7] * (1 - edge)
     # Lengths are Python numbers: a tensor of them would need a copy to the device, which waits for it.
     corners = [(c[:, k] * n).clamp(max=n) for c in (start, start + edge) for k, n in enumerate(shape_dhw)]
-    return torch.stack(corners, 1).float()
+    return boxes_in_real(torch.stack(corners, 1).float(), shape_dhw, keys.real)
 
 
-def _checked(name: str, pair: Range, top: float) -> Range:
-    rule = "0 < low <= high" + (f" <= {top:g}" if top < math.inf else "")
-    if len(pair) != 2 or not (0 < pair[0] <= pair[1] <= top and pair[1] < math.inf):
-        raise UserError(f"{name}: must be (low, high) with {rule}, got {tuple(pair)}; e.g. (0.0625, 0.25)")
-    return float(pair[0]), float(pair[1])
+def boxes_in_real(boxes: Tensor, shape_dhw: Sequence[int], real: Tensor | None) -> Tensor:
+    """Boxes (B, 6) of wholes of `shape_dhw`, scaled to the real part of each, `real` (B, 3) voxels; None: as they are."""
+    if real is None:
+        return boxes
+    columns = [boxes[:, k] * (real[:, k % 3] / shape_dhw[k % 3]) for k in range(6)]
+    return torch.minimum(torch.stack(columns, 1), real.repeat(1, 2))
+
+
+def whole_boxes(whole: Tensor, real: Tensor | None = None) -> Tensor:
+    """Boxes (B, 6) float32 of all of each whole (B, D, H, W); of its real part, where `real` (B, 3) says how large it is."""
+    if real is not None:
+        return torch.cat((torch.zeros_like(real), real), 1)
+    boxes = torch.zeros(len(whole), 6, device=whole.device)
+    for axis, edge in enumerate(whole.shape[1:]):
+        boxes[:, 3 + axis].fill_(edge)
+    return boxes
 
 
 @torch.no_grad()
@@ -120,10 +140,18 @@ def part_and_whole(
     dtype: torch.dtype = torch.float32,
     antialias: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one kernel launch."""
+    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one kernel launch.
+
+    Of wholes that were filled up with air, the target is the real part, `real` (B, 3) voxels.
+    """
     _check(whole, boxes, size_dhw, window_hu)
     part, target = (_output(o, whole, size_dhw, dtype) for o in (out or (None, None)))
+    if real is not None:
+        for around, made in ((boxes, part), (whole_boxes(whole, real), target)):
+            _run(whole, around, made, None, window_hu=window_hu, antialias=antialias)
+        return part, target
     _run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
     return part, target
 

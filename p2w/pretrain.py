@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,13 @@ from p2w import report
 from p2w.analysis import plots
 from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
+from p2w.errors import command_line
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
+from p2w.model.encoder import set_memory_format
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network
 from p2w.shards.manifest import data_fingerprint
@@ -56,7 +57,7 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     streaming = agree_on_order(shards, world)
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
-        shards.on_wait = watchdog.count  # a server that is down for a while is no hang
+        shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
         return _run(config, shards, folder, data, world, precision, watchdog, streaming)
 
 
@@ -85,8 +86,11 @@ def _run(
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
-        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
-        facts = {"parameters": sum(weight.numel() for weight in trainer.model.parameters())}
+        command = {"command": command_line(), "cwd": os.getcwd(), "precision": precision.name}
+        facts = {
+            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+            "changed_from": settings.changed_from(config),
+        }
         folder.open(
             config,
             data,
@@ -137,8 +141,7 @@ def _build(
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
-    if config.train.channels_last:
-        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    memory_format = set_memory_format(model, config.train.channels_last)
     batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
@@ -167,11 +170,16 @@ def _build(
     val_count = len(shards.ids("val"))
     split = "val" if val_count else "train"
     pictures = Pictures(pretext, model, shards, split, world.device, log)
-    similarity = SimilarityMonitor(config, model.encoder, shards, split, world, log, leave_if_stopped)
+    wholes = TrainingWholes(shards, world)
+    similarity = SimilarityMonitor(
+        config, model.encoder, shards, split, world, log, leave_if_stopped,
+        lambda encoder: wholes.recalibrate(encoder, pretext, leave_if_stopped),
+    )  # fmt: skip
     monitors = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
     return (
         choice,
         trainer,

@@ -117,21 +117,22 @@ Job = TypeVar("Job")
 def run_on_ranks(
     build: Callable[[list[str], World], Job],
     work: Callable[[Job, World], int],
+    argv: list[str] | None = None,
     *,
     alone: Callable[[Job, World], int | None] = lambda job, world: None,
     start: Callable[[Job], World] = lambda job: World.start(),
 ) -> int:
     """The main of such a command. It ends the process, or returns or raises for `p2w.errors.exits` to do so.
 
-    `build` makes a job of the command line and refuses, before the ranks meet, what can be refused by then. `alone` does
-    what needs no other rank, --dry-run for one, and returns the exit code, or None: then the ranks meet (`start`) and
-    `work` does the job, with the exit code as its result.
+    `build` makes a job of `argv`, by default this process's command line, and refuses, before the ranks meet, what can be
+    refused by then. `alone` does what needs no other rank, --dry-run for one, and returns the exit code, or None: then the
+    ranks meet (`start`) and `work` does the job, with the exit code as its result.
     """
     world = World.from_env()
     sys.stderr = cast(TextIO, TolerantStream(sys.stderr))  # logging never ends a run
     try:
         world.check_asked()
-        job = build(sys.argv[1:], world)
+        job = build(sys.argv[1:] if argv is None else argv, world)
     except (UserError, SystemExit) as error:
         return refuse(world, error)
     code = alone(job, world)

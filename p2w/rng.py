@@ -1,8 +1,8 @@
 """Counter-based random numbers: SplitMix64 streams selected by keys, the same on every device, rank and restart.
 
 The numbers for part p of sub-scan k in epoch e depend on (seed, e, k, p) alone, not on batch, rank or restarts.
-Tensors (torch, int64) and arrays (NumPy, uint64) use the same finaliser (Steele, Lea, Flood: Fast splittable
-pseudorandom number generators, OOPSLA 2014).
+Tensors and NumPy arrays, both int64, go through the same finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number
+generators, OOPSLA 2014).
 """
 
 import functools
@@ -10,6 +10,7 @@ import importlib.util
 import math
 import sys
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from p2w.errors import UserError
 
+Ids = NDArray[np.int64]
+Int64 = TypeVar("Int64", Tensor, Ids)
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
 _MIX = (
@@ -28,25 +31,24 @@ _MIX = (
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Keys of the random numbers of a batch: the run's seed, the epoch, and the ids (B,) int64 of its sub-scans."""
+    """What samples follow from, besides voxels: the run's seed, the epoch, and the ids (B,) int64 of the sub-scans.
+
+    `real` (B, 3) float32 is how many voxels along z, y, x of each sub-scan are the scan's own; the others, behind them, are
+    air that it was filled up with. None: all are its own.
+    """
 
     seed: int
     epoch: int
     ids: Tensor
+    real: Tensor | None = None
 
 
 def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-def _splitmix64_int(z: int) -> int:
-    for shift, factor in _MIX:
-        z = ((z ^ (z >> shift)) * factor) & _MASK64
-    return z ^ (z >> 31)
-
-
-def splitmix64(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors, whose products wrap; masks undo the sign extension of `>>`."""
+def splitmix64(z: Int64) -> Int64:
+    """SplitMix64's finaliser, a bijection, on int64 of any shape. Products wrap; masks undo the sign extension of `>>`."""
     for shift, factor in _MIX:
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
@@ -83,7 +85,8 @@ def _state(keys: SampleKeys, part: int) -> int:
         )
     state = 0
     for word in (keys.seed, keys.epoch, part):
-        state = _splitmix64_int(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
+        mixed = ((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64
+        state = int(splitmix64(np.array([_signed(mixed)]))[0]) & _MASK64
     return state
 
 
@@ -141,22 +144,9 @@ def standard_normals(keys: SampleKeys, part: int, count: int) -> Tensor:
     return torch.erfinv(2 * u - 1).mul_(math.sqrt(2))
 
 
-Ids = NDArray[np.int64]
-Words = NDArray[np.uint64]
-_WORD = 2**64
-
-
-def splitmix64_array(words: Words) -> Words:
-    """SplitMix64's finaliser on an array of 64-bit words of any shape, a bijection."""
-    x = words.astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash64(ids: Ids, *key: int) -> Words:
+def hash64(ids: Ids, *key: int) -> NDArray[np.uint64]:
     """Hash ids (any shape) and a key (seed, epoch, ...) to 64-bit words of the same shape; no two ids get the same word."""
-    state = np.zeros(1, np.uint64)
+    state = np.zeros(1, np.int64)
     for part in key:  # integers of any size and sign count modulo 2**64
-        state = splitmix64_array(state + np.array([(part + _GOLDEN) % _WORD], np.uint64))
-    return splitmix64_array(state + ids.astype(np.uint64) * np.uint64(_GOLDEN))
+        state = splitmix64(state + np.array([_signed((part + _GOLDEN) & _MASK64)]))
+    return splitmix64(state + ids.astype(np.int64) * _signed(_GOLDEN)).view(np.uint64)

@@ -1,7 +1,9 @@
 """Statistics of trials and of test sets: t-tests, Holm's correction, confidence intervals, DeLong, Pearson's r.
 
 Two sets of trials are compared by the paired t-test if trial i has the same seed in both, and so the same labels, order and
-decoder; else by Welch's test, with the reason.
+decoder; else by Welch's test, with the reason. That tests the very weights that the trials started from. Two methods of
+pretraining are compared by `compare_pretrainings`: trials of one pretraining share its luck, so the pretraining is what is
+repeated, and a method that was pretrained once has no test.
 
 Intervals are of the metric of one trial over its test cases: of AUC by DeLong, DeLong and Clarke-Pearson (1988) on the logit
 scale, where it stays within 0 and 1; of IoU, Dice and other ratios or means by the bootstrap. Cases of one patient are
@@ -32,7 +34,8 @@ class Summary:
 class Comparison:
     """A two-sided t-test of mean a against mean b: difference a - b, t, degrees of freedom, p; NaN where undefined.
 
-    `n` counts the pairs, or the values of both; `why` says why the test is not the paired one.
+    `n` counts the pairs, or the values of both; `why` says why the test is not the paired one. `low` and `high` are the 95 %
+    interval of the difference, which is the size of the effect in the metric's own unit.
     """
 
     method: str
@@ -42,6 +45,8 @@ class Comparison:
     p: float
     n: tuple[int, ...]
     why: str = ""
+    low: float = math.nan
+    high: float = math.nan
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -83,7 +88,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
     else:
         found = ttest_rel(a, b)
         t, p = float(found.statistic), float(found.pvalue)
-    return Comparison("paired t-test", mean, t, float(len(apart) - 1), p, (len(apart),))
+    df, error = float(len(apart) - 1), float(np.std(apart, ddof=1)) / math.sqrt(len(apart))
+    return Comparison("paired t-test", mean, t, df, p, (len(apart),), "", *_around(mean, error, df))
 
 
 def welch(a: Summary, b: Summary, why: str = "") -> Comparison:
@@ -100,9 +106,100 @@ def welch(a: Summary, b: Summary, why: str = "") -> Comparison:
     found = ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
     one, two = a.sd**2 / a.n, b.sd**2 / b.n
     df = (one + two) ** 2 / (one**2 / (a.n - 1) + two**2 / (b.n - 1))
+    interval = _around(difference, math.sqrt(one + two), df)
     return Comparison(
-        "Welch's t-test", difference, float(found.statistic), df, float(found.pvalue), sizes, why
+        "Welch's t-test", difference, float(found.statistic), df, float(found.pvalue), sizes, why, *interval
     )
+
+
+def _around(difference: float, error: float, df: float) -> tuple[float, float]:
+    """The 95 % interval of a difference with its standard error, by Student's t."""
+    from scipy.stats import t as student  # noqa: PLC0415
+
+    half = float(student.ppf(0.975, df)) * error
+    return difference - half, difference + half
+
+
+Pretrainings = Mapping[Hashable, Trials]
+"""Seed of each pretraining -> the trials that start from it. {None: trials}: nothing was pretrained, and each trial starts
+from weights of its own."""
+
+
+def compare_pretrainings(a: Pretrainings, b: Pretrainings) -> Comparison:
+    """Test of one method of pretraining against another, or against none, with the pretraining as the replicate.
+
+    Where all pretrainings have the same trials (index and seed), the differences a - b of pretraining s and trial t are
+    analysed as two crossed random effects: the variance of their mean is that of pretrainings and that of trials (which
+    holds what a common b adds to all of them), with Satterthwaite's (1946) degrees of freedom; as for readers and cases in
+    studies of diagnosis. A pretraining of b is paired with that of a of the same seed. Elsewhere each pretraining counts as
+    the mean of its trials: paired by seed, or Welch's test. NaN where one side was pretrained once: one is no replicate.
+    """
+    mean = _mean_of(a) - _mean_of(b)
+    if any(len(side) < 2 and None not in side for side in (a, b)):
+        sizes = len(a), len(b)
+        return Comparison(
+            "none", mean, math.nan, math.nan, math.nan, sizes, "one pretraining is no replicate"
+        )
+    if None in a and None in b:
+        return compare(a[None], b[None])
+    apart = _crossed(a, b)
+    if apart is None:
+        one, two = _units(a), _units(b)
+        if one.keys() == two.keys():
+            return paired([one[seed] for seed in one], [two[seed] for seed in one])
+        return welch(
+            summarise([*one.values()]), summarise([*two.values()]), "pretrainings or trials are not the same"
+        )
+    return _two_way(apart)
+
+
+def _mean_of(side: Pretrainings) -> float:
+    return float(np.mean([np.mean(values(trials)) for trials in side.values()]))
+
+
+def _units(side: Pretrainings) -> dict[Hashable, float]:
+    """The independent values of a side: the mean of a pretraining's trials, or each trial where nothing was pretrained."""
+    if None in side:
+        return {("trial", index): value for index, (_, value) in side[None].items()}
+    return {seed: float(np.mean(values(trials))) for seed, trials in side.items()}
+
+
+def _crossed(a: Pretrainings, b: Pretrainings) -> NDArray[np.float64] | None:
+    """Differences (pretrainings, trials) of a and b; None where they are not the same on both sides, or too few."""
+    every = [*a.values(), *b.values()]
+    alike = {tuple((index, trials[index][0]) for index in sorted(trials)) for trials in every}
+    seeds = [seed for seed in (b if None in a else a) if None in a or None in b or seed in b]
+    if len(alike) > 1 or min(map(len, every)) < 2 or len(seeds) < 2:
+        return None
+    if None not in a and None not in b and a.keys() != b.keys():
+        return None
+    rows = [
+        np.subtract(values(a.get(None, a.get(seed, {}))), values(b.get(None, b.get(seed, {}))))
+        for seed in seeds
+    ]
+    return np.array(rows, np.float64)
+
+
+def _two_way(apart: NDArray[np.float64]) -> Comparison:
+    """Test of the mean of (S, T) values against 0, rows and columns being random effects."""
+    from scipy.stats import t as student  # noqa: PLC0415
+
+    (s, t), mean = apart.shape, float(apart.mean())
+    rows, columns = apart.mean(1) - mean, apart.mean(0) - mean
+    rest = apart - mean - rows[:, None] - columns[None, :]
+    squares = t * float((rows**2).sum()) / (s - 1), s * float((columns**2).sum()) / (t - 1)
+    left = float((rest**2).sum()) / ((s - 1) * (t - 1))
+    method, sizes = "pretrainings and trials as crossed random effects", (s, t)
+    total = max(sum(squares) - left, *squares)  # a component of variance is not below 0
+    if total <= 1e-24 * max(1.0, float((apart**2).max())):
+        value, p = (math.copysign(math.inf, mean), 0.0) if abs(mean) > 1e-12 else (0.0, 1.0)
+        return Comparison(method, mean, value, float(s - 1), p, sizes, "", mean, mean)
+    spread = squares[0] ** 2 / (s - 1) + squares[1] ** 2 / (t - 1) + left**2 / ((s - 1) * (t - 1))
+    df = max(total**2 / spread, float(min(s, t) - 1))
+    error = math.sqrt(total / (s * t))
+    value = mean / error
+    p = 2 * float(student.sf(abs(value), df))
+    return Comparison(method, mean, value, df, p, sizes, "", *_around(mean, error, df))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,8 +6,8 @@ import re
 import pytest
 from processes import REPO
 
-from launch.train import parse
 from p2w import config as settings
+from p2w.commands.train import parse
 from p2w.config import Config
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -73,6 +73,14 @@ def test_the_picture_of_the_imports_is_their_table():
         if room in names:
             wrong = [one for one in below if one != room and one in names and names[one] <= names[room]]
             assert wrong == [], f"{room} may import {wrong}, which does not stand below it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_of_the_python_examples_work(page):
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for module, names in re.findall(r"^from (p2w[\w.]*) import ([\w, ]+)$", code, re.MULTILINE):
+            missing = [one for one in names.split(", ") if not hasattr(importlib.import_module(module), one)]
+            assert missing == [], f"{page.name}: {module} has no {missing}"
 
 
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")

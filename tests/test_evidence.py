@@ -1,5 +1,6 @@
 """bench/evidence: what its numbers say of features with a known answer, and that its page keeps what people wrote."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,10 +9,14 @@ import torch
 from processes import REPO
 
 from p2w.analysis.similarity import auc, pair_cosines
+from p2w.finetune.task_types import task_type
+from p2w.model import build_encoder
 from p2w.pretext import PRETEXTS
 from p2w.reproduce.table import BEST, Cell, Claim, Column, Table
+from p2w.stats import compare_pretrainings, paired
 
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
+import gate
 import methods
 import methods_page
 import page
@@ -60,6 +65,7 @@ def test_a_page_keeps_the_words_between_its_blocks():
         page.fill(text, "real times", "new")
 
 
+@pytest.mark.slow
 def test_every_pretext_is_compared_at_the_arithmetic_of_parts2whole(tmp_path):
     shown = {
         flags[flags.index("--pretext.name") + 1]
@@ -89,12 +95,12 @@ def test_the_target_sets_and_sweeps_are_commands_that_exist(tmp_path, monkeypatc
     assert asked[-4:] == ["--trials", "10", "--inits", "Scratch=random"]
 
 
-def test_the_difference_shown_is_the_measured_one_and_not_the_papers(monkeypatch):
+def test_the_difference_shown_is_the_measured_one_with_holms_p_and_not_the_papers(monkeypatch):
     column = Column("ncc", "NCC", "auc", "AUC", 0.1, "")
     cells = [Cell("Scratch", "ncc", 66.95, 12.5, 10, 10), Cell("Parts2Whole", "ncc", 67.9, 6.1, 10, 10, BEST)]
     claims = [
-        Claim("ncc", "Parts2Whole", "Scratch", 0.95, "", [], 0.3, 9, 0.8, 1, "", "here"),
-        Claim("ncc", "Parts2Whole", "Scratch", 4.42, "", [], 2.8, 9, 0.022, 1, "", "paper"),
+        Claim("ncc", "Parts2Whole", "Scratch", 0.95, "", [], 0.3, 9, 0.8, 0.96, "", "here", -6.2, 8.1),
+        Claim("ncc", "Parts2Whole", "Scratch", 4.42, "", [], 2.8, 9, 0.022, 0.044, "", "paper"),
     ]
     written = {}
     monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
@@ -103,8 +109,8 @@ def test_the_difference_shown_is_the_measured_one_and_not_the_papers(monkeypatch
     assert written["table1"].splitlines()[2:] == [
         "| Scratch | 66.95 ± 12.50 |",
         "| Parts2Whole | **67.90 ± 6.10** |",
-        "| Parts2Whole - Scratch | +0.95, p = 0.8 |",
-        "| Parts2Whole - Scratch in the paper | +4.42, p = 0.022 |",
+        "| Parts2Whole - Scratch | +0.95 (-6.20 to 8.10), p = 0.960 |",
+        "| Parts2Whole - Scratch in the paper | +4.42, p = 0.044 |",
     ]
 
 
@@ -120,3 +126,86 @@ def test_the_control_sets_what_was_taught_beside_scratch_on_the_tasks_that_were_
     assert [line.split("|")[-2].strip() for line in written["control"].splitlines()] == [
         "general IoU at 0.5", "--:", "20.00 ± 1.00", "19.00 ± 1.00", "26.00 ± 1.00", "28.00 ± 1.00",
     ]  # fmt: skip
+
+
+def test_several_pretrainings_are_one_row_and_its_test_has_them_as_replicates(monkeypatch):
+    """Two pretrainings, far apart, of trials that are not: by all six trials it would be significant."""
+    column, rows = (
+        Column("ncc", "NCC", "auc", "AUC", 0.1, ""),
+        ["Scratch", "Parts2Whole seed 0", "Parts2Whole seed 1"],
+    )
+    values = {"Scratch": [60.0, 61.0, 62.0], rows[1]: [70.0, 71.0, 72.0], rows[2]: [62.0, 63.0, 64.0]}
+    cells = [
+        Cell(row, "ncc", float(np.mean(own)), 1.0, 3, 3, trials=[0, 1, 2], seeds=[5, 6, 7], values=own)
+        for row, own in values.items()
+    ]
+    written = {}
+    monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
+    seen = Table("table1", "", rows, [column], cells, [], [])
+    targets_page.write("table1", seen, "Scratch", {"ncc": gate.Gate(95.0, 91.0)})
+    _, _, scratch, ours, difference, paper, every, zeroed = written["table1"].splitlines()
+    assert scratch == "| Scratch | 61.00 ± 1.00 |"
+    assert ours == "| Parts2Whole | 67.00 ± 5.66 (2 pretrainings) |"
+    expected = paired([70 - 61, 62 - 60 - 0.0], [-1 + 0.0, 0.0])  # 10 and 2: their t-test
+    assert f"p = {expected.p:.3f}" in difference and "+6.00 (" in difference and expected.p > 0.3
+    assert paper == "| Parts2Whole - Scratch in the paper | - |"
+    assert every == "| Scratch, all labels | 95.00 |" and zeroed.endswith("| costs 4.0: does not count |")
+
+
+def test_a_task_counts_only_where_zeroing_coarse_levels_costs_five_points():
+    assert gate.Gate(90.0, 85.0).passes and not gate.Gate(90.0, 85.1).passes
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 8, 16, 16)
+    network = task_type("segmentation").network(build_encoder("unet3d", 2)).train()
+    before, features = network(x), network.encoder(x)
+    assert gate.without_coarse_levels(network) is network
+    after = network.encoder(x)
+    assert [bool((level == 0).all()) for level in after] == [False, False, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(after[:2], features[:2], strict=True))
+    assert not torch.allclose(network(x), before)
+
+
+def test_rates_are_chosen_by_the_loss_on_validation_patients(tmp_path, monkeypatch):
+    found = {
+        ("A", 1e-4): {"ncc": 0.5, "ncs": 0.04},
+        ("A", 1e-3): {"ncc": 0.6, "ncs": 0.02},  # better by a half on one, worse by a fifth on the other
+        ("B", 1e-4): {"ncc": 0.3, "ncs": 0.01},
+        ("B", 1e-3): {"ncc": 0.4, "ncs": 0.01},
+    }
+    assert targets.choose_rates(found) == {"A": 1e-3, "B": 1e-4}
+    for index, (loss, score) in enumerate(((0.5, 0.9), (0.3, 0.1))):
+        place = tmp_path / f"trial-{index:02d}"
+        place.mkdir()
+        (place / "result.json").write_text(json.dumps({"best_val_loss": loss, "metrics": {"auc": score}}))
+    assert targets.validation_loss(tmp_path) == pytest.approx(0.4)
+    assert targets.rate_of(tmp_path, "Parts2Whole") == targets.RATE
+    (tmp_path / "rates").mkdir()
+    (tmp_path / "rates" / "chosen.json").write_text('{"Parts2Whole": 1e-4}')
+    assert targets.rate_of(tmp_path, "Parts2Whole") == 1e-4
+    written = {}
+    monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
+    targets_page.rates(found, {"A": 1e-3, "B": 1e-4})
+    assert written["rates"].splitlines()[3] == "| **A, 0.001** | 0.6000 | 0.0200 |"
+
+
+def test_methods_are_tested_against_random_with_holms_p_and_one_seed_is_no_test(tmp_path):
+    def trials(folder, values):
+        for index, value in enumerate(values):
+            place = folder / f"trial-{index:02d}"
+            place.mkdir(parents=True)
+            one = {"trial": index, "seed": index, "metrics": {"auc": value, "mean_iou": value}}
+            (place / "result.json").write_text(json.dumps(one))
+
+    for task in methods_page.TASKS:
+        trials(tmp_path / "transfer" / task / "scratch", [0.5, 0.6, 0.55])
+        for seed in range(3):
+            trials(tmp_path / "transfer" / task / f"simclr-seed{seed}", [0.8 + 0.01 * seed, 0.9, 0.85])
+        trials(tmp_path / "transfer" / task / "mae-seed0", [0.8, 0.9, 0.7])
+    found = methods_page.against_random(tmp_path, ["simclr", "mae"], methods.folder_of)
+    one = compare_pretrainings(
+        {s: {0: (0, 0.8 + 0.01 * s), 1: (1, 0.9), 2: (2, 0.85)} for s in range(3)},
+        {None: {0: (0, 0.5), 1: (1, 0.6), 2: (2, 0.55)}},
+    )
+    assert found["simclr", "ncc"].startswith(f"{one.difference:+.3f} ({one.low:.3f} to {one.high:.3f}), p ")
+    assert found["simclr", "ncc"].endswith("p < 0.001" if 2 * one.p < 0.001 else f"p = {2 * one.p:.3f}")
+    assert found["mae", "ncs"] == "+0.250, one pretraining is no replicate"

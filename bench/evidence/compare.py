@@ -19,6 +19,7 @@ from shortcuts import CHANGES, PARTS, changed, numbers
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import AnalysedRun
 from p2w.analysis.features import PartSet, extract
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.config import PretextConfig
 from p2w.files import write_atomic
 from p2w.stream.stream import open_set
@@ -35,7 +36,7 @@ def compare(run: AnalysedRun, where: str, step: int | None) -> dict[str, Any]:
     ids = shards.ids("val")
     subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
     view = dataclasses.replace(PretextConfig(), size=run.config.pretext.size)
-    features = subject.load()
+    features = subject.load(TrainingWholes(shards, world))
     seen = {
         name: extract(changed(features, make()), view, PARTS, shards, ids, world).astype(np.float64)
         for name, make in CHANGES.items()

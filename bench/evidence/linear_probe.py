@@ -3,7 +3,7 @@
     python bench/evidence/linear_probe.py TARGETS/ncc random runs/p2w runs/autoencoder  # AUC of each level, rank
 
 A logistic regression on the mean and maximum over space of each level's features, fitted on all training samples and
-evaluated on the test samples. Batch norm uses the statistics of each batch, as at the start of fine-tuning.
+evaluated on the test samples. Batch norm is recalibrated on the training samples, for every encoder alike.
 N = samples, C = channels.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import p2w
 from p2w.analysis.similarity import effective_rank
 from p2w.model import build_encoder
+from p2w.model.norm import recalibrated
 from p2w.tasks.reader import TargetSet, open_target
 
 WIDTH, BATCH = 8, 64
@@ -37,8 +38,7 @@ def unit(source: TargetSet, split: str) -> tuple[Tensor, NDArray[Any]]:
 
 @torch.no_grad()
 def pooled(encoder: nn.Module, x: Tensor) -> list[NDArray[np.float32]]:
-    """Features (N, 2 C) of every level."""
-    encoder.train()
+    """Features (N, 2 C) of every level, of an encoder in evaluation mode."""
     parts = [encoder(some) for some in x.split(BATCH)]
     return [
         torch.cat([torch.cat((level.mean((2, 3, 4)), level.amax((2, 3, 4))), 1) for level in levels]).numpy()
@@ -49,6 +49,7 @@ def pooled(encoder: nn.Module, x: Tensor) -> list[NDArray[np.float32]]:
 def level_aucs(encoder: nn.Module, source: TargetSet) -> list[float]:
     """AUC on the test samples for each level, from the finest to the bottleneck."""
     (x, labels), (x_test, labels_test) = unit(source, "train"), unit(source, "test")
+    encoder = recalibrated(encoder, x.split(BATCH))
     found = []
     for seen, asked in zip(pooled(encoder, x), pooled(encoder, x_test), strict=True):
         fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(seen, labels)
@@ -58,6 +59,7 @@ def level_aucs(encoder: nn.Module, source: TargetSet) -> list[float]:
 
 def feature_rank(encoder: nn.Module, source: TargetSet) -> float:
     """Effective rank of the bottleneck's mean features of the test samples."""
+    encoder = recalibrated(encoder, unit(source, "train")[0].split(BATCH))
     features = pooled(encoder, unit(source, "test")[0])[-1].astype(np.float64)
     return effective_rank(features[:, : features.shape[1] // 2])
 

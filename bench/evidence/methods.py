@@ -1,4 +1,4 @@
-"""Which pretext should one take? All of them at equal compute. Fills docs/methods.md.
+"""Which pretext should one take? All of them at equal compute. Fills docs/methods.md, and the README's table of pretexts.
 
     make methods                                             # phantom; an hour and a half on two free cores
     python bench/evidence/methods.py --folder evidence --seeds 3
@@ -24,7 +24,7 @@ from p2w.pretext import PRETEXTS, build_pretext_and_network, pretext_class
 from p2w.train.estimate import run_cost
 
 sys.path.insert(0, str(REPO))
-from launch.train import parse
+from p2w.commands.train import parse
 
 STEPS, LONG, SEEDS = 200, 600, 3
 # What the table compares, with several seeds …
@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     parser.add_argument("--names-only", action="store_true", help="write the table of pretexts alone")
     args = parser.parse_args()
-    path = REPO / "docs" / "methods.md"
-    path.write_text(page.fill(path.read_text(), "pretexts", names()))
+    for path in filter(Path.exists, (REPO / "docs" / "methods.md", REPO / "README.md")):
+        path.write_text(page.fill(path.read_text(), "pretexts", names()))
     if args.names_only:
         return
     folder, seeds = args.folder.resolve(), range(args.seeds)

@@ -1,15 +1,20 @@
 """Updates the tables and pictures of docs/methods.md, and leaves the text between them as it is (see page.py)."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gate import read_gates
 from page import fill, table
 from PIL import Image
+from targets_page import gate_rows
 
-from p2w.reproduce.sweep import slug
+from p2w.reproduce.render import probability
+from p2w.reproduce.sweep_jobs import slug
+from p2w.stats import Comparison, compare_pretrainings, holm
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "AUC": lambda one: one["plain"],
@@ -35,10 +40,58 @@ def write(
     rows = [row for row in rows if row[1] != "0"]
     if not rows:
         return
+    tests = against_random(
+        folder, [name for name in methods if any(row[0] == name for row in rows)], folder_of
+    )
+    rows = [[*row, *(tests.get((row[0], task), "-") for task in TASKS)] for row in rows]
     tasks = [title for _, title in TASKS.values()]
-    heads = ("", "seeds", "cost of a step", *COLUMNS, *tasks)
+    heads = (
+        "",
+        "seeds",
+        "cost of a step",
+        *COLUMNS,
+        *tasks,
+        *(f"{title}: against random" for title in tasks),
+    )
+    gates = read_gates(folder)
+    found = [gate for gate in gate_rows([*TASKS], gates) if gate]
+    blank = ["", "", *[""] * len(COLUMNS)]
+    rows += [[head, *blank, *cells, *[""] * len(TASKS)] for head, *cells in found]
     path.write_text(fill(path.read_text(), block, table(heads, rows)))
     print(path)
+
+
+def against_random(
+    folder: Path, methods: Iterable[str], folder_of: Callable[[Path, str, int], Path]
+) -> dict[tuple[str, str], str]:
+    """By method and task, the difference to random weights with its 95 % interval, and p by Holm over the whole table.
+
+    The pretraining is the replicate, so a method with one seed has no test.
+    """
+    tests: dict[tuple[str, str], Comparison] = {}
+    for name in methods:
+        for task, (metric, _) in TASKS.items():
+            runs = {seed: folder_of(folder, name, seed) for seed in range(99)}
+            tuned = folder / runs[0].parent.name.replace("methods", "transfer") / task
+            found = {seed: _trials(tuned / slug(run.name), metric) for seed, run in runs.items()}
+            ours = {seed: trials for seed, trials in found.items() if trials}
+            scratch = _trials(tuned / "scratch", metric)
+            if ours and scratch:
+                tests[name, task] = compare_pretrainings(ours, {None: scratch})
+    adjusted = holm([one.p for one in tests.values()])
+    return {key: _difference(one, p) for (key, one), p in zip(tests.items(), adjusted, strict=True)}
+
+
+def _difference(one: Comparison, p: float) -> str:
+    if math.isnan(p):
+        return f"{one.difference:+.3f}, {one.why}"
+    return f"{one.difference:+.3f} ({one.low:.3f} to {one.high:.3f}), {probability(p)}"
+
+
+def _trials(run: Path, metric: str) -> dict[int, tuple[int, float]]:
+    """Seed and metric of each finished trial of a fine-tuning, by its number; empty where there is none."""
+    results = [json.loads(path.read_text()) for path in sorted(run.glob("trial-*/result.json"))]
+    return {one["trial"]: (one["seed"], one["metrics"][metric]) for one in results}
 
 
 def _draw_run(run: Path, place: Path) -> None:

@@ -57,7 +57,7 @@ def fill(text: str, name: str, block: str) -> str:
         rf"{marks[0]}.*?{marks[1]}", lambda _: f"{marks[0]}\n{block}\n{marks[1]}", text, flags=re.DOTALL
     )
     if count != 1:
-        raise SystemExit(f"error: docs/evidence.md: has {count} blocks {marks[0]}, needs one")
+        raise SystemExit(f"error: the page has {count} blocks {marks[0]}, needs one")
     return filled
 
 
@@ -132,8 +132,13 @@ def scales(summary: dict[str, Any]) -> str:
 def course(summary: dict[str, Any], cues: dict[str, Any]) -> str:
     """Pearson's r between validation MSE and contrastive loss over checkpoints."""
     over = summary["over_checkpoints"]
+    early = len(over.get("early") or ())
+    said = f", {early} early" if early else ""  # their MSE was logged with young statistics of batch norm
     rows = [
-        ["**Parts2Whole**, the paper's protocol", *correlation(over["contrastive_loss"], over["val_mse"])]
+        [
+            f"**Parts2Whole**, the paper's protocol{said}",
+            *correlation(over["contrastive_loss"], over["val_mse"]),
+        ]
     ]
     kinds = {
         "contrast": "4 parts of every whole",

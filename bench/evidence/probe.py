@@ -25,6 +25,7 @@ from p2w import geometry
 from p2w.analysis.feature_sources import AnalysedRun, baseline, parse_against
 from p2w.analysis.features import Features
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import auc, pair_cosines
 from p2w.config import PretextConfig
 from p2w.errors import exits
@@ -47,10 +48,10 @@ def parts_of(
     """For each part number, the parts (W, 1, d, h, w) of all wholes, unchanged and transformed."""
     ids = shards.ids(split)
     voxels, _ = read_sub_scans(shards, ids)
-    keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids))
+    keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids), shards.real_voxels(ids))
     found = []
     for part in range(FIRST, FIRST + count):
-        boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.aspect_range)
+        boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.max_aspect)
         plain = geometry.crop_resize(
             voxels, boxes, view.size, window_hu=view.window_hu, antialias=view.antialias
         )
@@ -103,8 +104,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"wholes": wholes, "parts": args.parts, "chance": 1 / wholes}
     found |= {"strength": args.strength, "limits": dataclasses.asdict(IntensityConfig())}
     print(f"{wholes} wholes, {args.parts} parts each; chance {1 / wholes:.3f}, AUC 0.5")
+    training = TrainingWholes(shards, world)
     for subject in subjects:
-        features = subject.load()
+        features = subject.load(training)
         for kind, index in (("plain", 0), ("transformed", 1)):
             one = probes(read_features(features, [part[index] for part in seen]))
             found[f"{subject.label} {kind}"] = one

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, baseline
 from p2w.analysis.features import Features, PartSet, extract
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import auc, contrastive_losses, pair_cosines
 from p2w.files import write_atomic
 from p2w.log import read_metrics
@@ -72,10 +73,10 @@ def measure(folder: Path, data: str, step: int) -> None:
     out = folder / "runs" / f"{data}-shortcuts.json"
     torch.set_num_threads(1)
     world, shards = World.from_env(), open_set(str(folder / data))
-    ids, began = shards.ids("val"), time.monotonic()
+    ids, wholes, began = shards.ids("val"), TrainingWholes(shards, world), time.monotonic()
     found: dict[str, Any] = {}
     for subject in subjects(folder, data, step, world):
-        features = subject.load()
+        features = subject.load(wholes)
         seen = {
             name: extract(changed(features, make()), subject.view, PARTS, shards, ids, world)
             for name, make in CHANGES.items()
@@ -94,11 +95,12 @@ def course(
     run: AnalysedRun, shards: ShardSet, ids: NDArray[np.int64], world: World
 ) -> dict[str, list[float]]:
     """For every checkpoint: validation MSE, contrastive loss, the same after subtracting the mean feature, and 1 - AUC."""
+    wholes = TrainingWholes(shards, world)
     mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
     for step in run.checkpoints.steps():
         subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
-        features = extract(subject.load(), subject.view, FEW, shards, ids, world).astype(np.float64)
+        features = extract(subject.load(wholes), subject.view, FEW, shards, ids, world).astype(np.float64)
         told = auc(*pair_cosines(features))
         centred = contrast(features - features.mean((0, 1)))
         for name, value in zip(found, (step, mse[step], contrast(features), centred, 1 - told), strict=True):
@@ -132,7 +134,7 @@ def numbers(seen: dict[str, Array], shards: ShardSet, ids: NDArray[np.int64]) ->
     found["centred"] = separability(features - features.mean((0, 1)), scan, tile)["all"]
     found |= {f"against_{name}": value for name, value in separability(features, scan, tile).items()}
     found["error"] = jackknife(features, scan, tile)
-    boxes = PARTS.boxes(ids, shards.shape).double().numpy()
+    boxes = PARTS.boxes(ids, shards).double().numpy()
     edges = np.array(shards.shape)
     centre = (boxes[..., :3] + boxes[..., 3:]) / 2 / edges
     size = np.log((boxes[..., 3:] - boxes[..., :3]).prod(-1, keepdims=True))

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from p2w import config as settings
 from p2w.analysis.features import BASELINES, Features
+from p2w.analysis.recalibration import IDENTITY, TrainingWholes
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import Network
-from p2w.pretext import build_pretext_and_network
+from p2w.model.encoder import set_memory_format
+from p2w.pretext import build_pretext, build_pretext_and_network, pretext_class
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -28,8 +30,9 @@ from p2w.world import World
 class FeatureSource:
     """Something that computes features of parts.
 
-    `view` says how a part is cut; `identity` holds, as plain values, everything the features depend on; `load` loads the
-    network on the device and returns the function from parts to features.
+    `view` says how a part is cut; `identity` holds, as plain values, everything the features depend on beside the data;
+    `load` loads the network on the device, recalibrates its batch norms on training wholes, and returns the function from
+    parts to features. It is a collective.
     """
 
     label: str
@@ -37,7 +40,7 @@ class FeatureSource:
     step: int | None
     view: PretextConfig
     identity: tuple[Any, ...]
-    load: Callable[[], Features]
+    load: Callable[[TrainingWholes], Features]
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class AnalysedRun:
         """Open a run folder. Raises UserError when it is no run, or has no finished checkpoint."""
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{path}: no config.json there, so it is no run folder; name one that launch/train.py has written"
+                f"{path}: no config.json there, so it is no run folder; name one that p2w train has written"
             )
         run = AnalysedRun(path, settings.read_config(path / "config.json"))
         if not run.checkpoints.steps():
-            raise UserError(f"{path}: no checkpoint there yet; train it: launch/train.py --run-dir {path}")
+            raise UserError(f"{path}: no checkpoint there yet; train it: p2w train --run-dir {path}")
         return run
 
     @property
@@ -72,7 +75,10 @@ class AnalysedRun:
         return asked if asked is not None else best if best in steps else steps[-1]
 
     def network(self, step: int | None, world: World) -> Network:
-        """The network at `step`, or as initialised before training (None); in evaluation mode, on the device."""
+        """The network at `step`, or as initialised before training (None); in evaluation mode, on the device.
+
+        Its running statistics are those of training, with which its validation losses were logged.
+        """
         torch.manual_seed(self.config.train.seed)
         _, model = build_pretext_and_network(self.config)
         if step is not None:
@@ -85,22 +91,25 @@ class AnalysedRun:
                     "copy the run folder again"
                 ) from error
         model.to(world.device).eval()
-        if self.config.train.channels_last:
-            model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+        set_memory_format(model, self.config.train.channels_last)
         return model
+
+    def recalibrated_network(
+        self, step: int | None, world: World, precision: Precision, wholes: TrainingWholes
+    ) -> Network:
+        """The same with batch norms recalibrated on training wholes, which is analysed. A collective over `wholes.world`."""
+        with autocast(world.device, precision):
+            return wholes.recalibrate(self.network(step, world), build_pretext(self.config))
 
     def feature_source(
         self, label: str, step: int | None, world: World, precision: Precision
     ) -> FeatureSource:
-        """The features at `step`: global average pool of the encoder's coarsest level, with stored batch-norm statistics.
-
-        Freshly initialised (`step` None), the statistics are mean 0 and variance 1. They are not recalibrated: this is the
-        network that training starts from, in the same mode as all the others.
-        """
+        """The features at `step`, or as initialised before training (None): global average pool of the encoder's coarsest
+        level, with batch-norm statistics recalibrated on training wholes."""
         config = self.config
 
-        def load() -> Features:
-            encoder = self.network(step, world).encoder
+        def load(wholes: TrainingWholes) -> Features:
+            encoder = self.recalibrated_network(step, world, precision, wholes).encoder
 
             def features(parts: Tensor) -> Tensor:
                 with torch.no_grad(), autocast(world.device, precision):
@@ -114,6 +123,8 @@ class AnalysedRun:
             dataclasses.asdict(config.model),
             dataclasses.asdict(config.pretext),
             precision.name,
+            IDENTITY,
+            _shown(config),
         )
         return FeatureSource(label, "random" if step is None else "run", step, config.pretext, identity, load)
 
@@ -128,9 +139,17 @@ class AnalysedRun:
             ) from error
 
 
+def _shown(config: Config) -> dict[str, Any]:
+    """The settings of the run's pretext, since what it shows decides the recalibrated statistics."""
+    return {
+        group: dataclasses.asdict(getattr(config, group))
+        for group in pretext_class(config.pretext.name).groups
+    }
+
+
 def baseline(name: str, view: PretextConfig) -> FeatureSource:
     """Features without a network, of parts cut as for the run's network."""
-    return FeatureSource(name, name, None, view, (name, dataclasses.asdict(view)), lambda: BASELINES[name])
+    return FeatureSource(name, name, None, view, (name, dataclasses.asdict(view)), lambda _: BASELINES[name])
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

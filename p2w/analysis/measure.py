@@ -7,6 +7,7 @@ be deleted.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import FeatureSource
 from p2w.analysis.features import Array, Features, PartSet, extract, log_bins, tsne
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import NEGATIVES, TEMPERATURE, TESTS, Floats, cosines, draw_pairs, separability
 from p2w.config import PretextConfig
 from p2w.errors import UserError
@@ -93,7 +95,7 @@ class AnalysisSettings:
 
     def part_sets(self, pretext: PretextConfig) -> dict[str, PartSet]:
         """The part sets. They do not use the first thousand part numbers, which are those of validation and monitors."""
-        common = (pretext.aspect_range, self.seed)
+        common = (pretext.max_aspect, self.seed)
         bins = log_bins(SMALLEST, self.scales)
         sets = (
             PartSet("parts", 1_000, self.parts, (self.fraction(pretext),), *common),
@@ -178,6 +180,11 @@ class Measure:
     world: World
     cache: Cache
 
+    @functools.cached_property
+    def training(self) -> TrainingWholes:
+        """What batch norm is recalibrated on."""
+        return TrainingWholes(self.shards, self.world)
+
     def wholes(self, name: str) -> NDArray[np.int64]:
         """Ids of the wholes of which the part set `name` is cut."""
         return self.settings.scattered(self.ids) if name == "scatter" else self.ids
@@ -200,7 +207,7 @@ class Measure:
             for source_of, name in missing:
                 if source_of is not source:
                     features = None  # one network at a time
-                    source, features = source_of, source_of.load()
+                    source, features = source_of, source_of.load(self.training)
                 assert features is not None
                 self._fill_one(source_of, name, features, tick)
 
@@ -267,7 +274,7 @@ class Measure:
     def scatter(self) -> tuple[NDArray[np.int64], Floats]:
         """The number of the whole (N,) and the scale (N,) of each point of t-SNE; parts first, then wholes."""
         ids = self.wholes("scatter")
-        scale = self.sets["scatter"].scale(ids, self.shards.shape)
+        scale = self.sets["scatter"].scale(ids, self.shards)
         whole = np.arange(len(ids))
         return np.append(whole.repeat(scale.shape[1]), whole), np.append(scale.ravel(), np.ones(len(ids)))
 

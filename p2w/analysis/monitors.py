@@ -35,7 +35,7 @@ VALIDATION_SEED = 0x9A275
 
 def validation_keys(batch: Batch) -> SampleKeys:
     """The random keys of a validation batch's parts; they never change."""
-    return SampleKeys(VALIDATION_SEED, 0, batch.ids)
+    return SampleKeys(VALIDATION_SEED, 0, batch.ids, batch.real)
 
 
 class Validation:
@@ -101,18 +101,23 @@ class SimilarityMonitor:
     """Similarity of parts of one volume and of two, on a fixed subset of the volumes, and their contrastive loss.
 
     Yields `similarity/positive` and `/negative` (mean cosines of all pairs), `/auc` (0.5: no difference, 1: all pairs
-    separated), `/rank` (effective rank of the parts' features) and `contrast/loss` (paper, Fig. 2c, with its 5,000 negatives
-    drawn from the parts of the subset's other volumes).
+    separated), `/rank` (effective rank of the parts' features, from four volumes on) and `contrast/loss` (paper, Fig. 2c,
+    with its 5,000 negatives drawn from the parts of the subset's other volumes).
     Every rank has the voxels of its share of the subset in memory: 64 MiB over all ranks.
     """
 
     def __init__(
         self, config: Config, encoder: Encoder, shards: ShardSet, split: str, world: World, log: Log,
         before_batch: Callable[[], None] = lambda: None,
+        recalibrate: Callable[[Encoder], Encoder] = lambda encoder: encoder,
     ) -> None:  # fmt: skip
-        """Read this rank's share. `before_batch` is called before each batch, and may raise to interrupt."""
+        """Read this rank's share. `before_batch` is called before each batch, and may raise to interrupt.
+
+        `recalibrate` gives the encoder that is probed: a copy of the run's, in evaluation mode, whose batch norms were
+        recalibrated (see `p2w.analysis.recalibration`).
+        """
         self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
-        self.before_batch = before_batch
+        self.before_batch, self.recalibrate = before_batch, recalibrate
         self.rows = max(1, config.data.batch // world.size)  # the batch size of validation
         ids = spread_ids(shards.ids(split), WHOLES)
         own = np.array_split(ids, world.size)[world.rank]
@@ -124,6 +129,7 @@ class SimilarityMonitor:
         self.order = row.clamp(max=len(mine) - 1)
         self.real = ((row < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
         self.ids, self.voxels = torch.from_numpy(mine).to(world.device), voxels.to(world.device)
+        self.own = shards.real_voxels(mine, world.device)
         self.pairs: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
@@ -136,7 +142,8 @@ class SimilarityMonitor:
         yield "similarity/positive", float(positive.mean())
         yield "similarity/negative", float(negative.mean())
         yield "similarity/auc", auc(positive, negative)
-        yield "similarity/rank", effective_rank(features.flatten(0, 1).numpy())
+        if math.isfinite(rank := effective_rank(features.numpy())):
+            yield "similarity/rank", rank
         tests = PARTS * (PARTS - 1)
         yield "contrast/loss", float(contrastive_losses(features, tests=tests, seed=VALIDATION_SEED).mean())
 
@@ -151,25 +158,27 @@ class SimilarityMonitor:
 
     def _features(self) -> Tensor:
         """Features (W, PARTS, C) float64 on the CPU of the volumes of all ranks, in the order of their ids."""
-        rows = torch.cat([self._pooled(index) for index in self.order.split(self.rows)])
+        encoder = self.recalibrate(self.encoder)
+        rows = torch.cat([self._pooled(encoder, index) for index in self.order.split(self.rows)])
         ids = self.ids[self.order.to(self.ids.device)]
         features, numbers, real = (self.world.gather(part).cpu() for part in (rows, ids, self.real.float()))
         valid = real > 0
         return features[valid][numbers[valid].argsort()].double()
 
-    def _pooled(self, index: Tensor) -> Tensor:
+    def _pooled(self, encoder: Encoder, index: Tensor) -> Tensor:
         """Features (rows, PARTS, C) of the parts of some of the volumes."""
         self.before_batch()
         config, index = self.config, index.to(self.ids.device)
-        voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index])
+        own = None if self.own is None else self.own[index]
+        voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index], own)
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
         each = []
         for part in range(1, 1 + PARTS):  # part 0 is the one that validation uses
-            boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.aspect_range)
+            boxes = geometry.sample_boxes(keys, part, shape, FRACTION, config.max_aspect)
             views = geometry.crop_resize(
                 voxels, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
             )
-            each.append(self.encoder.pooled(views))
+            each.append(encoder.pooled(views))
         return torch.stack(each, 1)
 
 
@@ -221,10 +230,12 @@ def spread_ids(ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
 
 
-def read_sub_scans(shards: ShardSet, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
+def read_sub_scans(
+    shards: ShardSet, ids: NDArray[np.int64], tolerant: bool = False
+) -> tuple[Tensor, NDArray[np.bool_]]:
     """Voxels (N, D, H, W) int16 of a few sub-scans, and (N,) which of them could be read; the others are zero.
 
-    Raises DataError for a damaged one if `on_bad` of the set is "stop".
+    Raises DataError for a damaged one if `on_bad` of the set is "stop", unless `tolerant`.
     """
     voxels, good = np.zeros((len(ids), *shards.shape), np.int16), np.ones(len(ids), np.bool_)
     with shards.reader(ids) as reader:
@@ -232,7 +243,7 @@ def read_sub_scans(shards: ShardSet, ids: NDArray[np.int64]) -> tuple[Tensor, ND
             try:
                 reader.read_into(int(sub_scan), voxels[row])
             except DataError:
-                if shards.on_bad == "stop":
+                if shards.on_bad == "stop" and not tolerant:
                     raise
                 good[row] = False
     return torch.from_numpy(voxels), good

@@ -242,9 +242,13 @@ def scale_figure(
 
 
 def contrastive_figure(
-    steps: Sequence[int], loss: Sequence[float], mse: Sequence[float], found: Correlation
-) -> "Figure":
-    """Fig. 2c: contrastive loss (not trained) and validation MSE over checkpoints, and one against the other."""
+    steps: Sequence[int], loss: Sequence[float], mse: Sequence[float], found: Correlation,
+    early: Sequence[int] = (),
+) -> "Figure":  # fmt: skip
+    """Fig. 2c: contrastive loss (not trained) and validation MSE over checkpoints, and one against the other.
+
+    `early` steps have a red ring: their MSE was logged with running statistics that still held what they began with.
+    """
     figure, (left, right) = _grid(2, 5.2, 3.6)
     twin = left.twinx()
     for axis, values, colour, style, name in (
@@ -257,6 +261,13 @@ def contrastive_figure(
     left.set_xlabel("optimizer step of the checkpoint")
     dots = right.scatter(mse, loss, c=list(steps), cmap="cividis", edgecolors="black", linewidths=0.4)
     figure.colorbar(dots, ax=right, label="optimizer step")
+    rings = [at for at, step in enumerate(steps) if step in early]
+    if rings:
+        right.scatter(
+            [mse[at] for at in rings], [loss[at] for at in rings], s=90, facecolors="none", edgecolors="red",
+            label="early: batch norm's statistics not settled",
+        )  # fmt: skip
+        right.legend(fontsize=8)
     interval = "" if np.isnan(found.low) else f", 95 % interval {found.low:.2f} to {found.high:.2f}"
     title = (
         "too few checkpoints for a correlation"

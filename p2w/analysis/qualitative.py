@@ -1,5 +1,6 @@
 """Images of examples: part, reconstruction and whole; reconstructions by scale of the part; a part's nearest wholes."""
 
+import dataclasses
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
 from p2w.analysis.features import PartSet, cut_parts
 from p2w.analysis.measure import RECONSTRUCTION_SCALES, Measure
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.log import Log
@@ -42,8 +44,11 @@ class Pictures:
         if log.speaks:
             voxels, ids = high_contrast_wholes(shards, split)
             self.keys = [shards.key(int(row)) for row in ids]
-            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.shape
-            self.views = pretext.sample(voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device)))
+            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.size_in_voxels(ids.numpy())
+            real = shards.real_voxels(ids.numpy(), device)
+            self.views = pretext.sample(
+                voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device), real)
+            )
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
         """Draw pixels only, because a figure with titles by matplotlib takes ten times as long."""
@@ -106,18 +111,20 @@ Grey = NDArray[np.uint8]
 def reconstructions(
     run: AnalysedRun, step: int, shards: ShardSet, split: str, world: World, precision: Precision
 ) -> dict[str, Any]:
-    """Reconstructions from parts of growing scale, by the network at `step`.
+    """Reconstructions from parts of growing scale, by the network at `step`. Called on rank 0 alone.
 
     Arrays `whole` (W, d, h, w), `part` and `output` (W, S, d, h, w) uint8, 0..255 for 0..1; `scale` (S,), `keys` (W,);
     `extent_mm` (W, 3), edges z, y, x of the whole. The random numbers for a part's position and shape are the same at all
     scales.
     """
-    view, model = run.config.pretext, run.network(step, world)
+    alone = dataclasses.replace(world, size=1)  # the other ranks do not join in
+    model = run.recalibrated_network(step, alone, precision, TrainingWholes(shards, alone))
+    view = run.config.pretext
     voxels, ids = high_contrast_wholes(shards, split)
-    keys = SampleKeys(VALIDATION_SEED, 0, ids)
+    keys = SampleKeys(VALIDATION_SEED, 0, ids, shards.real_voxels(ids.numpy()))
     boxes = torch.stack(
         [
-            geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.aspect_range)
+            geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.max_aspect)
             for scale in RECONSTRUCTION_SCALES
         ],
         1,
@@ -133,7 +140,7 @@ def reconstructions(
     return {
         "whole": part_stack[:, -1], "part": part_stack, "output": output_stack, "scale": np.array(RECONSTRUCTION_SCALES),
         "keys": np.array([shards.key(int(row)) for row in ids]),
-        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.shape,
+        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.size_in_voxels(ids.numpy()),
     }  # fmt: skip
 
 
@@ -170,7 +177,5 @@ def _picture(measure: Measure, source: FeatureSource, name: str, index: int) -> 
     measure.shards.read_into(int(measure.ids[index]), voxels)
     part_set: PartSet = measure.sets[name]
     return grey(
-        cut_parts(
-            voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], source.view
-        )
+        cut_parts(voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards)[0, :1], source.view)
     )[0]

@@ -45,7 +45,7 @@ It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` 
 
 SAMPLE = 24
 LONGEST_S = 3.0  # for reading the sample
-CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
+CUT = "p2w shard-luna   # or p2w shard --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:
@@ -86,13 +86,16 @@ def sample(found: ShardSet) -> Iterator[CheckResult]:
             found.read_into(int(sub_scan), out)
         except DataError as error:
             bad = refused("checksums", error)
-            yield problem("checksums", bad.found, f"{bad.remedy}. All: {full}")
+            yield problem("checksums", bad.found, f"{bad.remedy}. To check every one: {full}")
             return
         done += 1
         if time.perf_counter() - began > LONGEST_S:
             break
     rate = done * found.nbytes / (time.perf_counter() - began)
-    yield ok("checksums", f"{done} of {len(found):,} sub-scans drawn are intact, {size(rate)}/s. All: {full}")
+    yield ok(
+        "checksums",
+        f"{done} sub-scans drawn from {len(found):,}, all intact, {size(rate)}/s. To check every one: {full}",
+    )
 
 
 def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
@@ -115,7 +118,7 @@ def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
 def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
     """Whether the command can start in the run folder, or continue the run in it."""
     try:
-        RunDir(case.run).agrees(case.config, data_fingerprint(found.meta))
+        RunDir(case.run).check_may_continue(case.config, data_fingerprint(found.meta))
     except UserError as error:
         yield refused("run folder", error)
         return
@@ -159,7 +162,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
     if thread.is_alive():
         hangs = problem(
             name,
-            f"no answer in {limit_s:.0f} s: a file server, a driver or a name server hangs",
+            f"no answer in {limit_s:.0f} s: probably a file server, a driver or a name server hangs",
             "dmesg | tail; df; nvidia-smi",
         )
         return [*rows, hangs]
@@ -169,7 +172,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
             problem(
                 name,
                 f"the check itself failed: {type(error).__name__}: {text}",
-                "a mistake of p2w doctor: please report this line",
+                "a bug in p2w doctor: please report this line",
             )
         )
     return rows

@@ -19,6 +19,7 @@ from p2w.config import OptimConfig
 from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
 from p2w.geometry import part_and_whole, sample_boxes
+from p2w.model.encoder import set_memory_format
 from p2w.rng import SampleKeys
 from p2w.train.optim import build_optimizer, choose_precision
 
@@ -221,8 +222,7 @@ def arithmetic(case: CheckContext) -> Iterator[CheckResult]:
     except UserError as error:
         yield refused("arithmetic", error)
         return
-    if case.config.train.channels_last:
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+    set_memory_format(network, case.config.train.channels_last)
     off, began = 0.0, time.perf_counter()
     for trial in range(TRIALS if precision.dtype else 1):
         if time.perf_counter() - began > TRIALS_S:

@@ -39,6 +39,9 @@ class FineTuneRecipe:
     """Precision of the network's arithmetic; auto takes bf16 where the device computes in it [?]."""
     freeze: bool = False
     """Leave the encoder as it is and train what is behind it alone; its batch statistics stay too."""
+    recalibrate: bool = True
+    """With freeze: before the first epoch, compute the encoder's running batch-norm statistics anew on the training samples,
+    for every starting point alike [?]; else they are those of its pretraining, and mean 0, variance 1 for a random one."""
     subset: Literal["by-trial", "fixed"] = "by-trial"
     """Which patients a fraction of the training data keeps [?]: drawn anew for each trial, or the same for all of them.
     Either way the same for every starting point, and a smaller fraction lies within a larger one."""
@@ -100,8 +103,9 @@ RENAMED = {"amp": "precision", "held_gib": "cache_gib"}
 
 
 def current_names(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as a file holds it, with the names that its settings have now."""
-    return {RENAMED.get(name, name): value for name, value in recipe.items()}
+    """A recipe as a file holds it, with the names that its settings have now, and those that it was written without."""
+    named = {RENAMED.get(name, name): value for name, value in recipe.items()}
+    return named | {"recalibrate": named.get("recalibrate", not named.get("freeze", False))}
 
 
 def plain_recipe(recipe: FineTuneRecipe) -> dict[str, object]:
@@ -138,7 +142,7 @@ class Plateau:
 
     @property
     def ended(self) -> bool:
-        """Whether `patience` epochs have brought nothing."""
+        """Whether `patience` epochs in a row brought no lower validation loss."""
         return self.idle >= self.recipe.patience
 
     def state_dict(self) -> dict[str, float]:

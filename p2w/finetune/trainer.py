@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,16 +20,17 @@ from p2w.finetune.samples import Samples, epoch_batches, fixed_batches
 from p2w.finetune.task_types import TaskType
 from p2w.model import Network
 from p2w.model.conv import for_optimizer
-from p2w.model.norm import synchronise_batch_norm
+from p2w.model.norm import recalibrated, synchronise_batch_norm
 from p2w.train.optim import Precision, load_optimizer
 from p2w.world import World, average_gradients, gather_rows
 
 State = dict[str, Tensor]
+BATCHES, ROWS = 16, 16  # of samples that a frozen encoder's batch norms are recalibrated on
 VOTE_EVERY = 8  # batches between the votes of several ranks with GPUs whether to stop
 
 
 class StopRequested(Exception):
-    """The trial was told to stop; it continues from its last checkpoint."""
+    """A stop request ended the trial early; it continues from its last checkpoint."""
 
 
 @dataclass
@@ -73,9 +75,25 @@ class FineTuner:
         self.number = 0
         self.best: State = self._copy()
 
+    def recalibrate(self, samples: Samples) -> None:
+        """Give the encoder the running statistics of at most BATCHES batches of these samples, spread over all of them.
+
+        Called before the first epoch, on all ranks together. A single sample has too few values: then they stay.
+        """
+        if len(samples) < 2:
+            return
+        count = max(1, min(BATCHES, len(samples) // ROWS))
+        spread = np.linspace(0, len(samples) - 1, min(len(samples), count * ROWS)).astype(int)
+        mine = [spread[number::count] for number in range(self.world.rank, count, self.world.size)]
+        inputs = (x for x, _ in samples.batches(mine))
+        with self._autocast():
+            found = recalibrated(self.network, inputs, lambda rows: gather_rows(rows, self.world, count))
+        self.encoder.load_state_dict(found.encoder.state_dict())
+        self.best = self._copy()
+
     @property
     def ended(self) -> bool:
-        """No epoch is left to do."""
+        """Whether the trial has ended: no epoch is left."""
         return self.number >= self.recipe.max_epochs or self.plateau.ended
 
     def epoch(self, train: Samples, val: Samples) -> EpochResult:
@@ -162,7 +180,7 @@ class FineTuner:
         )
 
     def _leave_if_stopped(self, number: int) -> None:
-        """Raise StopRequested on all ranks when any was told to stop; several GPUs vote on it at every few batches."""
+        """Raise StopRequested on all ranks when any has a stop request; several GPUs ask one another every few batches."""
         stop_requested = self.stop_requested()
         if number % self.vote_every == 0 and self.world.any(stop_requested):
             raise StopRequested

@@ -144,7 +144,7 @@ def run_trials(
     """Run the trials that are not finished, one after the other, on every rank. Returns index -> finished, already, or busy:
     another process has it.
 
-    Raises StopRequested on all ranks when told to stop.
+    Raises StopRequested on all ranks at a stop request.
     """
     outcome: dict[int, str] = {}
     for index in indices:
@@ -175,6 +175,8 @@ def one_trial(
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
     tuner = FineTuner(network, fine_tuning.kind, fine_tuning.recipe, precision, world, seed, stop_requested)
+    if fine_tuning.recipe.freeze and fine_tuning.recipe.recalibrate:
+        tuner.recalibrate(train)
     if world.is_main:
         log.line(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
@@ -198,7 +200,7 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
             "name": start.network,
             "width": start.width,
             "in_channels": network.encoder.in_channels,
-            "feeding": network.encoder.feeding,
+            "feeding": network.encoder.input_norm,
         },
         "skips": bool(getattr(getattr(network, "decoder", None), "skips", False)),
         "task": {

@@ -114,7 +114,7 @@ def _overlap(
 
 
 def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
-    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, held at the ends."""
+    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, constant at the ends."""
     if windows.extent == windows.shape and all(step == 1 for step in windows.step):
         yield from found
         return

@@ -268,7 +268,7 @@ def input_grad_kernel(
 
 
 @dataclass(frozen=True)
-class Tiling:
+class TileGrid:
     """The division of an array (rows, channels) into tiles of at most `elements`, and of tiles among programs."""
 
     rows: int
@@ -326,7 +326,7 @@ class _NormRelu(torch.autograd.Function):
         shift: Tensor | None, momentum: float, eps: float, reduce: Reduce | None,
     ) -> Tensor:  # fmt: skip
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        cut, fine = Tiling(rows, channels, MOMENTS), Tiling(rows, channels, OUTPUT)
+        cut, fine = TileGrid(rows, channels, MOMENTS), TileGrid(rows, channels, OUTPUT)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
         saved = torch.empty(3, channels, dtype=torch.float32, device=x.device)
         packet = saved if reduce is None else _sums(5 * channels + 1, x)
@@ -358,7 +358,7 @@ class _NormRelu(torch.autograd.Function):
         x, weight, bias, saved = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last_3d)
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        cut, fine = Tiling(rows, channels, SUMS), Tiling(rows, channels, INPUT_GRAD)
+        cut, fine = TileGrid(rows, channels, SUMS), TileGrid(rows, channels, INPUT_GRAD)
         partial = torch.empty(2, cut.programs, channels, dtype=torch.float32, device=x.device)
         sums = _sums(2 * channels, x)
         weight_grad, bias_grad = (

@@ -73,7 +73,7 @@ def boxes_kernel(
     count,  # B
     LOW: tl.constexpr,  # constants and not arguments: a float argument would be rounded to float32
     HIGH: tl.constexpr,
-    WIDEST: tl.constexpr,  # log of the largest over the smallest aspect
+    WIDEST: tl.constexpr,  # log of the largest ratio of edge factors
     DEPTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -125,7 +125,7 @@ def boxes(
     state: int,
     shape_dhw: tuple[int, int, int],
     volume_fraction: tuple[float, float],
-    aspect_range: tuple[float, float],
+    max_aspect: float,
 ) -> Tensor:
     """Boxes (B, 6) float32 for ids (B,) int64; the caller has checked the ranges."""
     out = torch.empty(len(ids), 6, dtype=torch.float32, device=ids.device)
@@ -138,7 +138,7 @@ def boxes(
                 len(ids),
                 LOW=volume_fraction[0],
                 HIGH=volume_fraction[1],
-                WIDEST=math.log(aspect_range[1] / aspect_range[0]),
+                WIDEST=math.log(max_aspect),
                 DEPTH=shape_dhw[0],
                 HEIGHT=shape_dhw[1],
                 WIDTH=shape_dhw[2],

@@ -111,7 +111,7 @@ class Classifier(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) in [0, 1] -> logits (B,) of one output, else (B, outputs); float32 whatever the AMP dtype."""
-        features = self.encoder.pooled(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
+        features = self.encoder.pooled(normalise_input(x, self.encoder.input_norm, self.encoder.in_channels))
         logits: Tensor = self.head(features).float()
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
@@ -127,5 +127,5 @@ class Segmenter(Network):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) in [0, 1] -> logits (B, out_channels, D, H, W), float32 whatever the AMP dtype."""
         return self.decoder(
-            self.encoder(normalise_input(x, self.encoder.feeding, self.encoder.in_channels))
+            self.encoder(normalise_input(x, self.encoder.input_norm, self.encoder.in_channels))
         ).float()

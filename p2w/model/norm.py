@@ -11,13 +11,15 @@ arithmetic there, and given to the norm as `shift`, so that the running mean is 
 eval mode and checkpoints are the same with and without.
 
 Over all ranks (`synchronise_batch_norm`), statistics and gradients are those of the whole batch, as on one rank that has it.
+Before a network is judged, its running statistics are computed anew (`recalibrated`).
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
 
+import copy
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -293,3 +295,68 @@ def _normalised(
     out = torch.native_batch_norm(_map(x), weight, bias, mean, variance, False, 0.0, eps)[0]
     # No view in autograd's eyes, so that ReLU may work in place on what a Function returns.
     return out if out.shape == x.shape else torch.ops.aten._unsafe_view(out, x.shape)
+
+
+class _OwnBatchNorm(_BatchNorm):
+    """What `recalibrated` makes of batch norms that would talk to other ranks: statistics of this rank's batch."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of axes."""
+
+
+@torch.no_grad()
+def recalibrated(
+    network: Module, inputs: Iterable[Tensor], gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> Module:
+    """A copy of `network` in evaluation mode, whose running statistics are the mean of those of some batches.
+
+    Running statistics are an average over the last steps of training: those of the first steps still hold the mean 0 and
+    variance 1 that they began with, and all lag behind the weights. Here weights stand still, and every batch counts alike
+    (torch's cumulative average; Izmailov et al. 2018, section 3.2). Statistics of a batch are mean and unbiased variance of
+    each channel, by the batch alone, as in training on one rank; a batch does not see the statistics of another.
+
+    Args:
+        inputs: this rank's batches (B, C, D, H, W); the network is called with each of them alone. Read only where the
+            network has running statistics, which instance norm, group norm and layer norm have not.
+        gather: statistics (n, S) float64 of this rank's batches -> (N, S), those of all ranks in the batches' order. So the
+            result has the same bits however batches are shared out. A collective, where it is one.
+
+    Raises ValueError when there is no batch.
+    """
+    copied = copy.deepcopy(network).eval()
+    norms = [one for one in copied.modules() if isinstance(one, _BatchNorm) and one.running_mean is not None]
+    if not norms:
+        return copied
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        if isinstance(norm, BatchNorm3d):
+            norm.over_ranks = False
+        elif isinstance(norm, SynchronisedBatchNorm | nn.SyncBatchNorm):
+            norm.__class__ = _OwnBatchNorm  # type: ignore[assignment]  # all hold the same; forward alone differs
+        norm.train()
+        norm.momentum, norm.num_batches_tracked = 1.0, None  # what it keeps is of the last batch alone
+    buffers = [cast(Tensor, buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    rows = [_statistics(copied, batch, buffers) for batch in inputs]
+    empty = torch.cat([buffer.flatten() for buffer in buffers]).double()[None, :][:0]
+    mean = _mean_rows(gather(torch.cat([empty, *rows])))
+    for buffer, value in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value)
+    for norm, (momentum, tracked) in zip(norms, before, strict=True):
+        norm.momentum, norm.num_batches_tracked = momentum, tracked
+    return copied.eval()
+
+
+def _statistics(network: nn.Module, batch: Tensor, buffers: Iterable[Tensor]) -> Tensor:
+    """Means and variances (1, S) float64 that the norms of `network` keep of a batch."""
+    network(batch)
+    return torch.cat([buffer.flatten() for buffer in buffers]).double()[None, :]
+
+
+def _mean_rows(rows: Tensor) -> Tensor:
+    """(N, S) -> (S,), summed row by row, so that the order of additions does not depend on the machine's threads."""
+    if not len(rows):
+        raise ValueError("no batch to recalibrate batch norm on")
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total / len(rows)

@@ -94,7 +94,7 @@ class ResNet3d(Encoder):
     At width 32 depth 101 has channels (64, 256, 2048).
     """
 
-    feeding: InputNorm = "positive-z"
+    input_norm: InputNorm = "positive-z"
     input_convs = ("conv1.weight",)
 
     def __init__(self, depth: int, width: int = 32, in_channels: int = 1) -> None:

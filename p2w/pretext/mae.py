@@ -23,7 +23,7 @@ from p2w.rng import SampleKeys
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """Masks of mae."""
+    """Settings of mae: the mask."""
 
     patch: Annotated[tuple[int, int, int], Bounds(1, usual="4 8 8")] = (4, 8, 8)
     """Voxels z y x of a patch [?]; divides pretext.size."""
@@ -60,7 +60,7 @@ class Mae(Pretext):
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> masked and whole, (B, 1, d, h, w) in [0, 1], and the mask, True where hidden."""
-        whole = resized_whole(batch_BDHW, self.config)
+        whole = resized_whole(batch_BDHW, self.config, keys.real)
         mask = self.mask(keys)
         seen = torch.where(mask, 0.0, whole)
         if self.mae.fill == "mean":

@@ -7,7 +7,7 @@ task's own paper, [C] read in public code, [I] inferred, [?] our choice.
 import math
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from p2w.errors import UserError
 
@@ -64,7 +64,7 @@ def check_value(name: str, value: Any, bounds: Bounds | None) -> None:
 
 @dataclass(frozen=True)
 class PretextConfig:
-    """What is shown and what is asked."""
+    """The pretext, and how its input is cut and scaled."""
 
     name: str = "parts2whole"
     """Which proxy task."""
@@ -72,8 +72,9 @@ class PretextConfig:
     """Size of part and whole at the network, voxels z y x [I]; multiples of the encoder's stride, 8 for the paper's."""
     volume_fraction: tuple[float, float] = (1 / 16, 1 / 4)
     """A part's volume as a share of its whole, uniform between the two [P]. `1 1` is an autoencoder."""
-    aspect_range: tuple[float, float] = (0.5, 2.0)
-    """How far a part's edges may depart from the whole's proportions [?]; see geometry.sample_boxes."""
+    max_aspect: Annotated[float, Bounds(1)] = 4.0
+    """How far a part's edges may depart from the whole's proportions: largest ratio of two edges, each as a share of the
+    whole's; at most what its volume allows [?]. 1 keeps the whole's proportions."""
     antialias: bool = True
     """Filter when a resize shrinks; without it, reconstruction can read aliasing [?]."""
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
@@ -87,11 +88,6 @@ class PretextConfig:
         if not 0 < low <= high <= 1:
             raise UserError(
                 f"pretext.volume_fraction={low} {high}: needs 0 < low <= high <= 1; the paper has 0.0625 0.25"
-            )
-        narrow, wide = self.aspect_range
-        if not 0 < narrow <= wide < math.inf:
-            raise UserError(
-                f"pretext.aspect_range={narrow} {wide}: needs 0 < low <= high, finite; the usual is 0.5 2"
             )
         floor, ceiling = self.window_hu
         if not -math.inf < floor < ceiling < math.inf:

@@ -5,7 +5,6 @@ zlib, then base64. Browsers decompress zlib (DecompressionStream), and with diff
 """
 
 import base64
-import hashlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from p2w import __version__
 from p2w.report import curves, results_section, run_section
-from p2w.report.markup import Markup, join_markup, safe, several, tag
+from p2w.report.markup import HERE, Markup, document, join_markup, safe, several, tag
 from p2w.report.run_reader import RunFacts
 
 LIMIT = 9 << 20  # characters of volumes in a page; the rest of the page takes a few MB at most
@@ -133,7 +132,6 @@ def script_json(data: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-HERE = Path(__file__).parent
 GOOD, OPEN = {"finished", "stopped early"}, {"running", "told to stop"}
 PICTURES = {  # figures/NAME.png -> caption
     "tsne": "t-SNE of features, one panel a network. Circles are parts, diamonds wholes; colour is the whole, size the "
@@ -177,31 +175,7 @@ def render_report(facts: RunFacts) -> str:
         _section("Not on this page", _missing(facts, found)),
         tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note"),
     ]
-    return _document(facts.run.resolve().name, join_markup(sections), script)
-
-
-def _document(title: str, body: Markup, script: str) -> str:
-    """The HTML document. Its policy allows this script alone and no requests, whatever the run folder contains."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{safe(title)} · p2w</title>
-<style>
-{(HERE / "style.css").read_text()}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return document(facts.run.resolve().name, join_markup(sections), script=script)
 
 
 def _section(title: str, inside: Markup | None) -> Markup:
@@ -296,7 +270,7 @@ def _pictures(facts: RunFacts) -> Markup | None:
 def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
     """What is missing, with the command that makes it, and files that could not be read."""
     lines: list[object] = []
-    analyze = tag("code", f"torchrun launch/analyze.py --run-dir {run_section.quoted(facts.run)}")
+    analyze = tag("code", f"torchrun -m p2w analyze --run-dir {run_section.quoted(facts.run)}")
     if not facts.summary:
         lines.append(
             tag(

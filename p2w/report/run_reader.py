@@ -74,10 +74,8 @@ def read_run(run: Path) -> RunFacts:
     facts = RunFacts(run)
     tree = _object(facts, "config.json")
     for group, values in tree.items():
-        inner = values.items() if isinstance(values, dict) else [("", values)]
-        facts.config.update(
-            {f"{group}.{settings.RENAMED.get(name, name)}".rstrip("."): value for name, value in inner}
-        )
+        inner = settings.current_settings(group, values) if isinstance(values, dict) else {"": values}
+        facts.config.update({f"{group}.{name}".rstrip("."): value for name, value in inner.items()})
     facts.status = _object(facts, "status.json")
     starts = _object(facts, "run.json").get("starts", [])
     facts.starts = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
@@ -89,8 +87,12 @@ def read_run(run: Path) -> RunFacts:
     return facts
 
 
-def defaults() -> dict[str, Any]:
-    """Every setting there is with its default, as JSON spells them."""
+def defaults(facts: RunFacts) -> dict[str, Any]:
+    """The default of every setting of the run, as JSON spells them."""
+    changed = facts.last_start.get("changed_from")
+    if isinstance(changed, dict):
+        return facts.config | changed
+    # A run of an earlier version did not write them down. Collecting them imports the pretexts' files, and so torch.
     flat: dict[str, Any] = json.loads(json.dumps(settings.flatten(settings.Config())))
     return flat
 

@@ -149,7 +149,7 @@ def settings(facts: RunFacts) -> Markup | None:
     """The settings that differ from their default, then all settings."""
     if not facts.config:
         return None
-    usual = defaults()
+    usual = defaults(facts)
     rows = [
         (name, _spelled(value), _spelled(usual[name]) if name in usual else DASH)
         for name, value in facts.config.items()
@@ -175,10 +175,10 @@ def commands(facts: RunFacts) -> Markup:
     launcher = _launcher(start)
     shards = shlex.quote(str(start.get("shards", "shards")))
     own = f"{launcher} {start['command']}" if start.get("command") else ""
-    again = f"{launcher} launch/train.py {run}/config.json --shards {shards} --run-dir"
-    place = f", in {start['cwd']}" if start.get("cwd") else ""
+    again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
+    where = f", in {start['cwd']}" if start.get("cwd") else ""
     parts = [
-        tag("h3", f"Continue it (its own command{place})"),
+        tag("h3", f"Continue it (its own command{where})"),
         tag("pre", own or f"{again} {run}"),
         tag("h3", "The same from the beginning, in another folder"),
         tag("pre", f"{again} {run}-again"),

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from p2w import __version__
 from p2w.errors import UserError
-from p2w.report.markup import Markup, join_markup, safe, table, tag
-from p2w.report.page import HERE
+from p2w.report.markup import Markup, document, join_markup, safe, table, tag
 from p2w.reproduce import fig3
 from p2w.reproduce.table import BEST, EQUIVALENT, Cell, Claim, Number, Table, load_table
 
@@ -42,11 +41,18 @@ def claim_sentence(claim: Claim, table: Table) -> str:
     title = next((column.title for column in table.columns if column.task == claim.task), claim.task)
     where = "" if claim.source == "here" else "the paper's numbers: "
     why = f", {claim.why}" if claim.why else ""
-    apart = DASH if claim.difference is None else f"{claim.difference:+.2f}"
     return (
-        f"{title}: {where}{claim.ours} {apart} against {claim.other}, {probability(claim.p)}, over the tasks by Holm "
-        f"{probability(claim.p_holm)} ({claim.test}, n = {sizes(claim)}{why})"
+        f"{title}: {where}{claim.ours} {effect(claim)} against {claim.other}, {probability(claim.p_holm)} by Holm over the "
+        f"tasks ({claim.test}, n = {sizes(claim)}{why}; by itself {probability(claim.p)})"
     )
+
+
+def effect(claim: Claim) -> str:
+    """The difference with its 95 % interval, where there is one: `+4.42 (0.70 to 8.14)`; a dash without a difference."""
+    if claim.difference is None:
+        return DASH
+    around = "" if claim.low is None or claim.high is None else f" ({claim.low:.2f} to {claim.high:.2f})"
+    return f"{claim.difference:+.2f}{around}"
 
 
 def terminal(table: Table) -> None:
@@ -192,29 +198,7 @@ def render_tables(folder: Path) -> tuple[str, list[str]]:
             problems.append(str(error))
     head = tag("header", tag("h1", "Target tasks"), tag("p", "With the numbers of the paper, in percent."))
     foot = tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note")
-    return _document(join_markup((head, *sections, foot))), problems
-
-
-def _document(body: Markup) -> str:
-    """The HTML document. Its policy allows no scripts and no requests, whatever the files contain."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{safe("Target tasks")} · p2w</title>
-<style>
-{(HERE / "style.css").read_text()}{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    return document("Target tasks", join_markup((head, *sections, foot)), STYLE), problems
 
 
 def _section(one: Table) -> Markup:
@@ -245,12 +229,21 @@ def _claims(one: Table) -> Markup:
     rows = [
         (
             titles[claim.task], "here" if claim.source == "here" else "the paper's numbers", claim.other,
-            DASH if claim.difference is None else f"{claim.difference:+.2f}", probability(claim.p),
-            probability(claim.p_holm), claim.test, sizes(claim), claim.why,
+            effect(claim), probability(claim.p_holm), probability(claim.p), claim.test, sizes(claim), claim.why,
         )
         for claim in one.claims
     ]  # fmt: skip
-    names = ("task", "of", "against", "difference", "by itself", "Holm over the tasks", "test", "n", "")
+    names = (
+        "task",
+        "of",
+        "against",
+        "difference (95 %)",
+        "Holm over the tasks",
+        "by itself",
+        "test",
+        "n",
+        "",
+    )
     return table(names, rows)
 
 

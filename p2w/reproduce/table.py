@@ -84,6 +84,8 @@ class Claim:
     p_holm: Number
     why: str
     source: str
+    low: Number = None  # 95 % interval of the difference; None in files of earlier versions
+    high: Number = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from p2w.errors import UserError
 from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
+from p2w.shards.manifest_schema import REAL_COLUMNS
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
@@ -68,6 +69,9 @@ class ShardSet:
         self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
         self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
         self.spacing_mm = np.stack([table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)  # (n, 3)
+        padded = REAL_COLUMNS[0] in table.column_names
+        # Voxels along z, y, x (n, 3) that are the scan's own, in a set whose sub-scans may be filled up with air.
+        self.real = np.stack([table[name].to_numpy() for name in REAL_COLUMNS], 1) if padded else None
         self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
         named = table["shard"].to_pylist()
         number = {name: index for index, name in enumerate(self.shard_names)}
@@ -90,9 +94,29 @@ class ShardSet:
         """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
         return str(self.keys[sub_scan])
 
+    def real_voxels(self, ids: Ids, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: in this set, all."""
+        if self.real is None:
+            return None
+        return torch.from_numpy(self.real[ids].astype(np.float32)).to(device)
+
+    def size_in_voxels(self, ids: Ids) -> NDArray[np.int64]:
+        """(n, 3): size along z, y, x of these sub-scans, without the air that they were filled up with."""
+        if self.real is None:
+            return np.tile(np.array(self.shape, np.int64), (len(ids), 1))
+        return self.real[ids].astype(np.int64)
+
     def shard(self, sub_scan: int) -> str:
         """File name of the shard that holds a sub-scan."""
         return self.shard_names[self.shard_numbers[sub_scan]]
+
+    def call_while_waiting(self, call: Callable[[], None]) -> None:
+        """Have `call` called now and then while a server that fails is waited for."""
+        self.on_wait = call
+
+    def samples_per_epoch(self, ids: Ids) -> int:
+        """Number of sub-scans in an epoch, of which the ids are those of the training split."""
+        return len(ids)
 
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""

@@ -67,7 +67,7 @@ class BadSamplePolicy:
             self._warn_once(sub_scan, why)
             return other
         raise DataError(
-            f"{why} (on-bad-sample skip: {SUBSTITUTE_TRIES} substitutes could not be read either)"
+            f"{why} (data.on-bad-sample skip: {SUBSTITUTE_TRIES} substitutes could not be read either)"
         ) from why
 
     def _warn_once(self, sub_scan: int, why: DataError) -> None:
@@ -77,9 +77,7 @@ class BadSamplePolicy:
             if sub_scan in named:
                 return
             named.add(sub_scan)
-        line = (
-            f"warning: rank {self.sampler.rank}: {why} (on-bad-sample skip: another sub-scan is read instead)"
-        )
+        line = f"warning: rank {self.sampler.rank}: {why} (data.on-bad-sample skip: another sub-scan is read instead)"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -124,10 +124,10 @@ class Sampler:
         """Ids (n,) of the split, ascending."""
         return self.shards.ids(self.split)
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
-        """Number of sub-scans in the split."""
-        return len(self.all_ids)
+        """Number of sub-scans in the split; in training, of those in an epoch."""
+        return self.shards.samples_per_epoch(self.all_ids) if self.training else len(self.all_ids)
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+import threading
 import time
 import tokenize
 from collections import Counter
@@ -44,6 +45,9 @@ _LONGEST_PAUSE = 30.0
 NPY_HEADER = 4096  # bytes at most before the voxels of a .npy; ours has 128
 PIECE = 1 << 20  # bytes read at a time
 MOST_MANIFEST = 1 << 30  # bytes; that of all of LUNA16, the largest set known, has 3 million
+
+# NumPy evaluates headers by `ast`, which Python 3.11.7, for one, cannot do in two threads at a time: SystemError, rarely.
+_HEADERS = threading.Lock()
 
 _PROGRAMS = {
     "http": ("curl", "apt-get install curl"),
@@ -272,12 +276,10 @@ class _ShardReader:
         file = tar.extractfile(member)
         data = file.read() if file else b""
         try:
-            start = io.BytesIO(data)
-            npy.read_magic(start)
-            found = npy.read_array_header_1_0(start)
+            found, end = _read_npy_header(data)
         except (ValueError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
             return shards.damaged(sub_scan, f"its .npy header cannot be read ({type(error).__name__})")
-        if found != (shards.shape, False, np.dtype("<i2")) or start.tell() != header:
+        if found != (shards.shape, False, np.dtype("<i2")) or end != header:
             return shards.damaged(sub_scan, f"its .npy holds {found[2]} {found[0]}, not int16 {shards.shape}")
         return data
 
@@ -285,3 +287,11 @@ class _ShardReader:
         """End the stream and its process."""
         self.arrivals.close()
         self.buffered.clear()
+
+
+def _read_npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
+    """((shape, whether in Fortran order, type), bytes of the header) of a .npy. Raises what NumPy raises."""
+    start = io.BytesIO(data)
+    npy.read_magic(start)
+    with _HEADERS:
+        return npy.read_array_header_1_0(start), start.tell()

@@ -40,10 +40,9 @@ from torch import Tensor
 from p2w import __version__
 from p2w.config import TrainConfig
 from p2w.errors import UserError
-from p2w.files import write_atomic, write_remedy
+from p2w.files import file_crc32c, sync_to_disk, write_atomic, write_remedy
 
 FILES = ("model.safetensors", "state.pt")
-CHUNK = 1 << 24
 UNSEALED = '"seal": "00000000"'
 
 
@@ -103,7 +102,7 @@ class Checkpoints:
                 *(temporary / name for name in (*FILES, "meta.json", ".")),
                 *([log] if log.is_file() else []),
             ):
-                _sync(path)
+                sync_to_disk(path)
             self.guard()
             self._publish(temporary, snapshot.step)
             self._mark_best(snapshot)
@@ -136,7 +135,7 @@ class Checkpoints:
                 self._link_latest(max((other for other in self.steps() if other < step), default=None))
             self._delete(final)
         os.replace(temporary, final)
-        _sync(self.folder)
+        sync_to_disk(self.folder)
         self._link_latest(step)
 
     def _read_latest(self) -> int | None:
@@ -155,7 +154,7 @@ class Checkpoints:
             else:
                 os.symlink(self.path(step).name, temporary)
                 os.replace(temporary, link)
-            _sync(self.folder)
+            sync_to_disk(self.folder)
         except OSError:
             with contextlib.suppress(OSError):
                 link.unlink(missing_ok=True)
@@ -271,19 +270,8 @@ def _unseal(path: Path) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            value = crc32c.crc32c(block, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with open(path, "rb", buffering=0) as file:
+        return file_crc32c(file)
 
 
 class AsyncCheckpointer:

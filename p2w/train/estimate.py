@@ -52,6 +52,16 @@ class RunCost:
         saved = sum(max(0.0, samples * (one.plain - one.folded) - one.fold) for one in self.folds)
         return samples * self.flops_per_sample - saved
 
+    def total(self, batch: int, ranks: int, steps: int) -> str:
+        """FLOPs of the whole run, of `batch` samples a step over all ranks, as text for the terminal."""
+        passes = ranks * self.passes * steps
+        plain = self.flops_per_sample * batch * steps
+        fewer = self.flops(batch / ranks / self.passes) * passes
+        text = f"{_peta(fewer)} PFLOP forward and backward"
+        if fewer < plain:
+            text += f", up-samplings folded where that is less arithmetic; {_peta(plain)} in plain forms"
+        return text
+
     def lines(self) -> list[str]:
         """Text for the terminal."""
         folded = [
@@ -65,6 +75,11 @@ class RunCost:
             f"memory a rank   {self.state_bytes / 2**30:.2f} GiB weights, gradients and optimizer, "
             f"{self.activation_bytes / 2**30:.2f} GiB activations (estimate)",
         ]
+
+
+def _peta(flops: float) -> str:
+    """A number of FLOPs in PFLOP; small ones with two digits that count."""
+    return f"{flops / 1e15:,.0f}" if flops >= 1e16 else f"{flops / 1e15:.2g}"
 
 
 def run_cost(
@@ -256,8 +271,8 @@ def describe_scaling(
         times = f"{hours[0]:,.1f}-{hours[1]:,.1f} h"
         sums = f"all-reduce {1e3 * fast.all_reduce_s:.1f} ms for a step of {1e3 * fast.step_s:.1f}"
         lines.append(f"{count} x {name}: {speed}, {times}; {sums}; limit: {fast.limit}")
+    folded = "up-samplings folded where that is less arithmetic; " if cost.folds else ""
     return [
         *lines,
-        f"assumed: {rates.sources}; up-samplings folded where that is less arithmetic; launches "
-        "are not counted: few samples a rank sustain less",
+        f"assumed: {rates.sources}; {folded}launches are not counted: few samples a rank sustain less",
     ]

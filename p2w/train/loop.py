@@ -271,7 +271,7 @@ class Trainer:
     def _views(self, batch: Batch) -> Views:
         """The network's inputs and targets from this rank's batch, the same for every call at this step."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
-        keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids)
+        keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids, batch.real)
         return self.pretext.sample(batch.voxels, keys, self.step)
 
     def _log_step(self, result: StepResult, samples: int) -> None:

@@ -87,7 +87,7 @@ def build_optimizer(
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     whose = "torch, fused" if fused else "torch"
     if config.name == "sgd":
-        return _sgd(parameters, config.betas[0], common), whose
+        return _sgd(parameters, config.sgd_momentum, common), whose
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(parameters, betas=config.betas, **common), whose
 
@@ -169,7 +169,7 @@ def _apex(config: OptimConfig, parameters: list[dict[str, Any]]) -> torch.optim.
     optimizers = importlib.import_module("apex.optimizers")
     if config.name == "sgd":
         return optimizers.FusedSGD(
-            parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay
+            parameters, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
         )
     return optimizers.FusedAdam(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
@@ -200,6 +200,8 @@ class Schedule:
             return config.lr * (
                 self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
             )
+        if config.schedule not in ("constant", "plateau"):
+            raise ValueError(f"no schedule {config.schedule!r}")
         return config.lr * self.factor
 
     def observe(self, validation: float) -> None:

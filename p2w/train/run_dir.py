@@ -32,10 +32,11 @@ from p2w.stream.local import Order, ShardSet
 def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
-    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` as
-    [smallest, median, largest], each (z, y, x).
+    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
+    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
+    facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
         scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
@@ -64,7 +65,7 @@ class RunDir:
         self._end, self._writing = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def agrees(self, config: Config, data: str) -> None:
+    def check_may_continue(self, config: Config, data: str) -> None:
         """Check that a run with this configuration and data fingerprint may begin or continue in the folder.
 
         Raises UserError with the settings that differ, or for another data set, or where no folder can be made.

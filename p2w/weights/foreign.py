@@ -21,7 +21,8 @@ listed): layers of one kind are numbered where they stand side by side, and a `C
     DenseVNet/conv/                                                         head (as many classes as it was trained on)
 
 Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
-(out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
+(out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too. TensorFlow pads layers
+of stride 2 behind where edges are even, which is in front of a mirrored axis: the network is `dense_vnet:mirrored=True`.
 """
 
 import pickle
@@ -50,15 +51,15 @@ ENCODER_PREFIX, DECODER_PREFIX = "down_tr", ("up_tr", "out_tr")
 
 
 def to_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop `encoder.` and `decoder.` from the names of an EncoderDecoder's state dict.
+    """An EncoderDecoder's state dict under Models Genesis' names, kernels x, y, z as its arrays are.
 
     Raises UserError for a name of another network.
     """
-    return {_strip(name, ("encoder.", "decoder.")): value for name, value in state.items()}
+    return {_strip(name, ("encoder.", "decoder.")): turn_axes(value) for name, value in state.items()}
 
 
 def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name a Models Genesis state dict (with or without `module.`) as EncoderDecoder does.
+    """A Models Genesis state dict (with or without `module.`) under EncoderDecoder's names, kernels z, y, x.
 
     Raises UserError for a name that is not Models Genesis'.
     """
@@ -66,12 +67,28 @@ def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         name = key.removeprefix("module.")
         if name.startswith(ENCODER_PREFIX):
-            named[f"encoder.{name}"] = value
+            named[f"encoder.{name}"] = turn_axes(value)
         elif name.startswith(DECODER_PREFIX):
-            named[f"decoder.{name}"] = value
+            named[f"decoder.{name}"] = turn_axes(value)
         else:
             raise UserError(f"{key}: not a Models Genesis parameter; expected down_tr…, up_tr… or out_tr…")
     return named
+
+
+def not_for_genesis_class(state: dict[str, Tensor]) -> str:
+    """Why Models Genesis' own class, UNet3D, cannot load these weights of a unet3d; "" where it can.
+
+    The class has one input channel, the published width, and a decoder with skips.
+    """
+    first = state["encoder.down_tr64.ops.0.conv1.weight"]
+    if not any(name.startswith("decoder.") for name in state):
+        return "this is the encoder alone; pass --what all"
+    if tuple(first.shape[:2]) != (PUBLISHED_WIDTH, 1):
+        return f"its first convolution has {PUBLISHED_WIDTH} kernels of 1 channel, and this one {tuple(first.shape[:2])}"
+    joined = state["decoder.up_tr64.ops.0.conv1.weight"].shape[1]
+    if joined != state["decoder.up_tr64.up_conv.weight"].shape[1] + 2 * PUBLISHED_WIDTH:
+        return "its decoder has skips, and this one has none; train with --pretext.skips, or recipe genesis"
+    return ""
 
 
 def _strip(name: str, prefixes: tuple[str, ...]) -> str:
@@ -81,6 +98,7 @@ def _strip(name: str, prefixes: tuple[str, ...]) -> str:
     raise UserError(f"{name}: not a parameter of the U-Net; expected encoder.… or decoder.…")
 
 
+NIFTYNET = "dense_vnet:mirrored=True"
 NIFTYNET_BLOCK = r"dense_feature_stack_block(?:_(\d+))?"
 LAYERS = (
     (
@@ -179,8 +197,8 @@ def read_published(path: Path) -> PublishedWeights:
                 f"{prefix}: a TensorFlow checkpoint, but not of NiftyNet's dense V-Net; it has {some}, …"
             )
         state, head = read_niftynet(bundle)
-        note = "kernels turned from anterior, right, superior to z, y, x"
-        return PublishedWeights("NiftyNet", "dense_vnet", state, tuple(head), notes=(note,))
+        note = "kernels turned from anterior, right, superior to z, y, x, y and x mirrored, and so is the padding of strides"
+        return PublishedWeights("NiftyNet", NIFTYNET, state, tuple(head), notes=(note,))
     whole = _file(path)
     tensors = _tensors(whole, path)
     for recognise in READERS.values():
@@ -266,14 +284,15 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """Models Genesis. Its arrays are x, y, z, so kernels are transposed, but not those of a file that p2w exported."""
+    """Models Genesis. Its arrays are x, y, z, so kernels are turned, but not those that early versions of p2w exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
     ours = "p2w" in whole
-    turned = tensors if ours else {k: _zyx(v) for k, v in tensors.items()}
+    as_ours = ours and whole.get(AXIS_ORDER) != "xyz"
+    turned = tensors if as_ours else {k: turn_axes(v) for k, v in tensors.items()}
     encoder = {k: v for k, v in turned.items() if not k.startswith(DECODER_PREFIX)}
     decoder = {k: v for k, v in turned.items() if k.startswith(DECODER_PREFIX)}
-    notes = () if ours else ("kernels turned from x, y, z to z, y, x",)
+    notes = () if as_ours else ("kernels turned from x, y, z to z, y, x",)
     head = () if ours else tuple(decoder)
     return PublishedWeights(
         "Models Genesis' names, written by p2w" if ours else "Models Genesis",
@@ -281,7 +300,11 @@ def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeig
     )  # fmt: skip
 
 
-def _zyx(value: Tensor) -> Tensor:
+AXIS_ORDER = "axis_order"  # key of an exported file that says that its kernels are x, y, z
+
+
+def turn_axes(value: Tensor) -> Tensor:
+    """A kernel (out, in, x, y, z) as (out, in, z, y, x), and the other way round; a norm's values stay."""
     return value.permute(0, 1, 4, 3, 2).contiguous() if value.ndim == 5 else value
 
 

@@ -18,7 +18,7 @@ from p2w.model.conv import let_train
 from p2w.model.encoder import InputNorm
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
-from p2w.weights.card import Trained, data_of
+from p2w.weights.card import Trained, data_of, model_card
 from p2w.weights.nnunet import from_nnunet
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
@@ -35,7 +35,7 @@ class LoadedWeights:
     data: dict[str, str]
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
-    feeding: InputNorm = "unit"
+    input_norm: InputNorm = "unit"
     """Range of the network's input. Our pretraining uses "unit", [0, 1]; weights from elsewhere have what they need."""
 
 
@@ -48,8 +48,25 @@ def load(path: str | Path) -> Encoder:
     """
     weights = read_weights(Path(path))
     encoder = filled_encoder(weights.name, weights.width, weights.state, weights.where, weights.in_channels)
-    encoder.feeding = weights.feeding
+    encoder.input_norm = weights.input_norm
     return encoder
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """The model card of what `load` takes: input (window, axes, size, spacing), encoder, training; plain JSON values.
+
+    Raises UserError when there is none.
+    """
+    path = Path(path)
+    step = None
+    if (path / "meta.json").is_file():
+        path, step = path.resolve().parent.parent, int(path.resolve().name.removeprefix("step-"))
+    if not (path / "checkpoints").is_dir():
+        return exported(path)[1]
+    trained = find_checkpoint(path, step)
+    with torch.device("meta"):
+        encoder = build_encoder(trained.config.model.name, trained.config.model.width)
+    return model_card(trained, encoder, "all")
 
 
 def read_weights(path: Path) -> LoadedWeights:
@@ -71,14 +88,14 @@ def read_weights(path: Path) -> LoadedWeights:
     try:
         name, width = str(card["encoder"]["name"]), int(card["encoder"]["width"])
         in_channels = int(card["encoder"].get("in_channels", 1))
-        feeding = next(one for one in get_args(InputNorm) if one == card["encoder"].get("feeding", "unit"))
+        input_norm = next(one for one in get_args(InputNorm) if one == card["encoder"].get("feeding", "unit"))
     except (LookupError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
         state = from_nnunet(nnunet.read_nnunet(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
-        return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, feeding)
+        return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, input_norm)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
 
@@ -136,7 +153,7 @@ def filled_encoder(
             f"{len(unknown)} are unknown, first {first}; these are weights of another network"
         )
     encoder.load_state_dict(given, assign=True)
-    encoder.feeding = "unit"  # the input range of our pretraining
+    encoder.input_norm = "unit"  # the input range of our pretraining
     let_train(encoder)
     return encoder
 

@@ -11,6 +11,7 @@ Tensors of a file are loaded into an encoder with a report: what matched, what w
 over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
 from p2w.model.conv import PUBLISHED_WIDTH
+from p2w.model.decoder import build_decoder
 from p2w.weights import foreign, load
 from p2w.weights.foreign import State
 
@@ -30,7 +32,8 @@ Which weights a file holds, and how many of their tensors fit: what `--init FILE
     p2w inspect Genesis_Chest_CT.pt
     p2w inspect models/model.ckpt-3000 --in-channels 4
 
-Exit code 1 when a part of the network would be missing, 2 when the file cannot be read.
+"whole" is said of an encoder with its decoder, "encoder whole" where the file holds no decoder or a part of one. Exit code 1
+when a part of the encoder would be missing, 2 when the file cannot be read.
 """
 
 COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it, and old files have none
@@ -182,7 +185,8 @@ def examine_weights(
     if _is_ours(path):
         return _from_ours(load.read_weights(path), network, width, in_channels)
     found = foreign.read_published(path)
-    _same(init, network, found.network)
+    # Settings of the network that belong to the file, such as dense_vnet:mirrored=True, need not be asked for.
+    _same(init, network, found.network.partition(":")[0] if network and ":" not in network else found.network)
     widths = foreign.widths(found)
     if not widths or (width is not None and width not in widths):
         its = f"width {widths[0]}" if widths else "no width that this network has"
@@ -234,7 +238,7 @@ def _from_ours(
             f"{weights.where}: {weights.name} of width {weights.width}, not {width}; leave the width to the file"
         )
     encoder = build_encoder(weights.name, weights.width, in_channels)
-    encoder.feeding = weights.feeding
+    encoder.input_norm = weights.input_norm
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     head = []
     for key, value in weights.state.items():
@@ -281,9 +285,23 @@ def main_inspect(argv: list[str]) -> int:
     print(
         f"  encoder    {parameters / 1e6:.2f} M parameters, channels {encoder.channels}, strides {encoder.strides}"
     )
-    print(f"  fed        {encoder.feeding}, {encoder.in_channels} channels")
-    print(f"  decoder    {'is there too' if start.decoder_state else 'none'}")
+    print(f"  fed        {encoder.input_norm}, {encoder.in_channels} channels")
+    decoder = "none" if start.decoder_state is None else _decoder_of(start)
+    print(f"  decoder    {decoder or 'a part, or that of another network'}")
     for key, value in start.pretrained_on.items():
         print(f"  {key:10} {value}")
-    print("whole: --init takes it" if start.report.whole else "not whole: --init refuses it")
-    return 0 if start.report.whole else 1
+    if not start.report.whole:
+        print("not whole: --init refuses it")
+        return 1
+    what = "" if start.decoder_state and decoder else "encoder "
+    print(f"{what}whole: --init takes it")
+    return 0
+
+
+def _decoder_of(start: StartingPoint) -> str:
+    """Which decoder the weights hold besides the encoder, in words; "" where a tensor of it is missing or left over."""
+    for skips in (True,) if start.encoder.only_skips else (False, True):
+        with contextlib.suppress(UserError):
+            load_decoder(build_decoder(start.encoder, skips), start)
+            return "with skips" if skips else "without skips"
+    return ""

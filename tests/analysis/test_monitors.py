@@ -47,7 +47,7 @@ def naive_features(shards, encoder):
         whole, _ = read_sub_scans(shards, np.array([sub_scan]))
         for part in (1, 2, 3):
             keys = SampleKeys(VALIDATION_SEED, 0, torch.tensor([sub_scan]))
-            boxes = geometry.sample_boxes(keys, part, shards.shape, (1 / 16, 1 / 4), (0.5, 2.0))
+            boxes = geometry.sample_boxes(keys, part, shards.shape, (1 / 16, 1 / 4), 4.0)
             view = geometry.crop_resize(whole, boxes, (8, 16, 16))
             features.append(encoder.pooled(view)[0].double().numpy())
     return np.array(features)
@@ -68,11 +68,15 @@ def test_the_numbers_of_a_probe_against_loops(probe, tiny_set, encoder):
     assert seen["similarity/auc"] == pytest.approx(
         np.mean(wins), abs=0.002
     )  # features differ in a bit by batch
-    flat = features - features.mean(0)
-    values = np.sqrt(np.linalg.eigvalsh(flat.T @ flat).clip(0))
-    shares = [value / values.sum() for value in values if value > 1e-9]
-    rank = math.prod(share**-share for share in shares)
-    assert seen["similarity/rank"] == pytest.approx(rank, rel=0.002)  # the faintest directions are rounding
+    over, under = (
+        [],
+        [],
+    )  # unbiased for (tr S)² and tr S²: all fours of different wholes, by the parts' number
+    for part in range(3):
+        for i, j, k, m in itertools.permutations(features[part::3], 4):
+            over.append((i - j) @ (i - j) * ((k - m) @ (k - m)))
+            under.append(((i - j) @ (k - m)) ** 2)
+    assert seen["similarity/rank"] == pytest.approx(np.mean(over) / np.mean(under), rel=0.002)
     losses = []  # its expectation: 5,000 negatives are 5,000 / n times all n parts of the other wholes
     for i, j in itertools.permutations(range(len(features)), 2):
         if owner[i] == owner[j]:

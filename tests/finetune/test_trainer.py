@@ -9,7 +9,7 @@ import torch
 from target_sets import write_target_set
 
 from p2w.errors import UserError
-from p2w.finetune.recipe import FineTuneRecipe
+from p2w.finetune.recipe import FineTuneRecipe, current_names, plain_recipe
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import TASK_TYPES, task_type
 from p2w.finetune.trainer import FineTuner, StopRequested
@@ -66,6 +66,7 @@ def test_it_goes_on_from_its_state_with_the_same_bits(sets):
     )
 
 
+@pytest.mark.slow
 def test_it_tells_bright_balls_from_faint_ones(sets):
     one = tuner(FineTuneRecipe(batch=8, epoch_steps=9, lr=3e-3))
     for _ in range(8):
@@ -148,3 +149,37 @@ def test_a_gpu_gets_the_same_samples_and_a_fused_adam(tmp_path, held):
             one.optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_frozen_encoder_is_recalibrated_on_the_training_samples(sets):
+    """Statistics of fixed batches of the samples; weights and all behind the encoder stay."""
+    one = tuner(FineTuneRecipe(batch=8, epoch_steps=0, freeze=True))
+    before = copied(one.network)
+    one.recalibrate(sets[0])
+    after = one.network.state_dict()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    norms = {name for name in after if name.startswith("encoder.") and name.endswith(("_mean", "_var"))}
+    assert moved == norms and norms
+    assert all(torch.equal(one.best[name], after[name]) for name in after)
+    first = min(norms, key=lambda name: list(after).index(name)).removesuffix("running_mean")
+    count = max(1, len(sets[0]) // 16)
+    rows = np.linspace(0, len(sets[0]) - 1, min(len(sets[0]), 16 * count)).astype(int)
+    conv = one.network.get_submodule(first.rsplit(".", 2)[0]).conv1
+    each = []
+    for x, _ in sets[0].batches([rows[number::count] for number in range(count)]):
+        values = conv(x).double()
+        each.append(torch.stack((values.mean((0, 2, 3, 4)), values.var((0, 2, 3, 4)))))
+    mean, variance = torch.stack(each).mean(0)
+    torch.testing.assert_close(after[f"{first}running_mean"].double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[f"{first}running_var"].double(), variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("freeze", "meant"), [(True, False), (False, True)])
+def test_a_run_from_before_recalibration_means_what_it_meant(freeze, meant):
+    old = {
+        name: value
+        for name, value in plain_recipe(FineTuneRecipe(freeze=freeze)).items()
+        if name != "recalibrate"
+    }
+    assert current_names(old)["recalibrate"] is meant
+    assert current_names(old | {"recalibrate": True})["recalibrate"] is True

@@ -13,6 +13,7 @@ from ct_files import dicom
 from safetensors.torch import save_file
 from torch import nn
 
+from p2w.ct.orientation import Grid
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict
@@ -82,6 +83,37 @@ def test_a_mask_lies_where_its_scan_does(tmp_path, voxels, direction, ending):
     for name in ("GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(written, name)() == pytest.approx(getattr(scan, name)(), abs=1e-5), name
     assert (sitk.GetArrayFromImage(written) == (voxels > 0)).all()
+
+
+STRAIGHT = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_format_holds_what_a_scan_may_have(tmp_path, ending, direction):
+    grid = Grid((30, 36, 20), (0.7, 0.8, 2.5), (-12.5, 30.0, 700.0), tuple(map(float, direction)))
+    predict.check_geometry(tmp_path / f"mask{ending}", grid)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("mask.nii.gz", {"direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.3, 0.0, 0.0, 0.954)}, "cannot hold"),
+        ("mask.nii", {"size": (40_000, 3, 3)}, "40,000 voxels along an axis, NIfTI-1 holds 32,767"),
+        ("mask.nii.gz", {"origin": (1e12, 0.1, 0.0)}, "cannot hold"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_geometry_is_refused(tmp_path, name, changes, why):
+    grid = {
+        "size": (30, 36, 20),
+        "spacing": (0.7, 0.8, 2.5),
+        "origin": (0.0, 0.0, 0.0),
+        "direction": STRAIGHT,
+    }
+    with pytest.raises(UserError, match=why) as error:
+        predict.check_geometry(tmp_path / name, Grid(**(grid | changes)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.0, 0.5, 1.2)])

@@ -57,7 +57,7 @@ def test_float32_is_within_1e5_of_the_oracle(antialias, ranges):
     ((5, 40, 70), (5, 40, 70)),
 ])  # fmt: skip
 def test_any_shape_and_size(shape, size):
-    whole, boxes = volumes(2, shape), boxes_of(2, shape, volume_fraction=(1 / 64, 1), aspect_range=(0.2, 5))
+    whole, boxes = volumes(2, shape), boxes_of(2, shape, volume_fraction=(1 / 64, 1), max_aspect=25)
     for antialias in (True, False):
         got = crop_resize(whole, boxes, size, antialias=antialias)
         np.testing.assert_allclose(
@@ -123,6 +123,7 @@ def test_air_is_exactly_0_and_output_stays_within_0_and_1():
     assert full.max() <= 1 and full.min() >= 1 - 1e-6
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_batch_nor_on_threads():
     whole, boxes = volumes(16), boxes_of(16)
     part, target = part_and_whole(whole, boxes, SIZE)

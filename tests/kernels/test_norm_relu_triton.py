@@ -120,7 +120,7 @@ def test_programs_that_take_many_tiles_each(monkeypatch, dtype):
 
     monkeypatch.setattr(norm_relu_triton, "PROGRAMS", 2)
     given = case((1, 36, 5, 10, 11), dtype, offset=3)
-    cut = norm_relu_triton.Tiling(550, 36, norm_relu_triton.MOMENTS)
+    cut = norm_relu_triton.TileGrid(550, 36, norm_relu_triton.MOMENTS)
     assert (cut.programs, cut.tiles) == (2, 5)
     got = run(given, shift=False)
     compare(got, naive(given, shift=False), dtype)
@@ -309,7 +309,7 @@ def check(kernel, constants, dtype, capability, registers):
 cases = (90, 64, "bf16"), (90, 3, "fp32"), (80, 512, "bf16")
 for capability, channels, dtype in cases:
     names = ("MOMENTS", "OUTPUT", "SUMS", "INPUT_GRAD")
-    cut = {name: kernels.Tiling(2**21, channels, getattr(kernels, name)) for name in names}
+    cut = {name: kernels.TileGrid(2**21, channels, getattr(kernels, name)) for name in names}
     full = 128 if channels > 3 else 255  # two programs on a processor
     check(kernels.moments_kernel, cut["MOMENTS"].sizes, dtype, capability, full)
     check(kernels.output_kernel, cut["OUTPUT"].sizes | {"RUN": kernels.RUN}, dtype, capability, 80)

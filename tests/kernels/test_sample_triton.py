@@ -39,9 +39,9 @@ def test_boxes_are_torchs_to_float32_rounding(keys):
     from p2w.kernels import sample_triton
 
     for shape, fraction, aspect in (
-        ((64, 128, 128), (1 / 16, 1 / 4), (1 / 2, 2.0)),
-        ((33, 7, 250), (0.1, 1.0), (0.3, 5.0)),
-        ((1, 9, 9), (1.0, 1.0), (1.0, 1.0)),
+        ((64, 128, 128), (1 / 16, 1 / 4), 4.0),
+        ((33, 7, 250), (0.1, 1.0), 5.0 / 0.3),
+        ((1, 9, 9), (1.0, 1.0), 1.0),
     ):
         got = sample_triton.boxes(keys.ids, rng._state(keys, 2), shape, fraction, aspect)
         expected = sample_boxes(keys, 2, shape, fraction, aspect)

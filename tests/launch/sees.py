@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from p2w.analysis.monitors import SimilarityMonitor, Validation
+from p2w.analysis.recalibration import TrainingWholes
 from p2w.config import Config, DataConfig, PretextConfig
 from p2w.geometry import sample_boxes
 from p2w.log import Log
 from p2w.model import build_encoder
+from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext
 from p2w.rng import SampleKeys
 from p2w.stream.stream import Stream, open_set
@@ -40,10 +42,15 @@ def main():
             sums = batch.voxels.sum((1, 2, 3)).tolist()
             seen.append((batch.epoch, batch.step, batch.ids.tolist(), boxes.tolist(), sums))
     pretext, model = network()
+    synchronise_batch_norm(model, world.size)  # which a recalibrated copy must not follow
     with torch.no_grad():
         values = dict(Validation(pretext, model, lambda: Stream.validation(data, 12, **share), world)(0))
         config, log = Config(data=DataConfig(batch=12), pretext=PRETEXT), Log(Path(shards), False, 1)
-        values |= SimilarityMonitor(config, model.encoder, data, "val", world, log)(0)
+        wholes = TrainingWholes(data, world)
+        values |= SimilarityMonitor(
+            config, model.encoder, data, "val", world, log,
+            recalibrate=lambda encoder: wholes.recalibrate(encoder, pretext),
+        )(0)  # fmt: skip
     (Path(folder) / f"{world.rank}.json").write_text(json.dumps([seen, values]))
     world.close()
 

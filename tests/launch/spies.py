@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -24,7 +25,7 @@ from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
 from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
-from p2w.train import preflight
+from p2w.train import checkpoint, preflight
 from p2w.train.step import Stepper
 from p2w.train.stop import InterruptibleStream
 
@@ -86,6 +87,23 @@ def die(rank: int, at_step: int, victim: int) -> None:
         return step_of(self, views, step)
 
     Stepper.step = stepped
+
+
+def stop_writing(rank: int, at_step: int, function: str, path: str) -> None:
+    """Rank 0 stops for ever as `function` of the checkpoint module is to touch the unfinished checkpoint of `at_step`.
+
+    The file `path` appears then; the thread that trains goes on until it needs the one that writes.
+    """
+    whole = getattr(checkpoint, function)
+
+    def stopped(*args):
+        if any(isinstance(one, Path) and f".step-{at_step:08d}.tmp" in one.parts for one in args):
+            Path(path).touch()
+            threading.Event().wait()
+        return whole(*args)
+
+    if rank == 0:
+        setattr(checkpoint, function, stopped)
 
 
 def tell(rank: int, at_step: int, victim: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What each network is fed, from the same batch in [0, 1]."""
+"""What each network is fed, from the same batch in [0, 1], and how its weights lie in memory."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,22 @@ import torch
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
-from p2w.model.encoder import normalise_input
+from p2w.model.decoder import EncoderDecoder, build_decoder
+from p2w.model.encoder import normalise_input, set_memory_format
+from p2w.train.isolated_layer import in_channels_last
+
+
+@pytest.mark.parametrize("setting", ["auto", "on", "off"])
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_memory_format_is_the_encoders_unless_it_is_asked_for(setting, faster):
+    encoder = build_encoder("unet3d", 2)
+    encoder.channels_last = faster
+    network = EncoderDecoder(encoder, build_decoder(encoder, False))
+    last = faster if setting == "auto" else setting == "on"
+    layout, _, reason = set_memory_format(network, setting).partition(" (")
+    assert layout == f"channels {'last' if last else 'first'}"
+    assert reason == ("auto: faster for UNet3dEncoder)" if setting == "auto" else "asked for)")
+    assert in_channels_last(network) == last
 
 
 def batch():
@@ -47,4 +62,4 @@ def test_one_grey_channel_is_repeated_and_other_numbers_are_refused():
 
 def test_each_network_says_what_it_wants():
     names = ("unet3d", "resnet10", "i3d", "dense_vnet")
-    assert [build_encoder(name, 2).feeding for name in names] == ["unit", "positive-z", "symmetric", "hu"]
+    assert [build_encoder(name, 2).input_norm for name in names] == ["unit", "positive-z", "symmetric", "hu"]

@@ -80,7 +80,14 @@ def train(name, rank, size):
     optimizer = torch.optim.SGD(network.parameters(), lr=config.optim.lr)
     precision = Precision("fp32", None, "test")
     stepper = Stepper(
-        config, pretext, model, optimizer, Schedule(config.optim, STEPS), precision, torch.device("cpu")
+        config,
+        pretext,
+        model,
+        optimizer,
+        Schedule(config.optim, STEPS),
+        precision,
+        torch.device("cpu"),
+        network,
     )
     share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     states, losses = [], []

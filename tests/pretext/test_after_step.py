@@ -120,7 +120,7 @@ def test_a_teacher_follows_once_a_step_and_a_skipped_step_leaves_no_trace(fused,
 
 
 def test_groups_have_a_rate_and_a_weight_decay_of_their_own():
-    run = stepper(name="sgd", betas=(0.0, 0.0), fused="none")
+    run = stepper(name="sgd", sgd_momentum=0.0, fused="none")
     before = copy.deepcopy(run.model)
     run.step(views(), 0)
     for (name, new), old in zip(run.model.named_parameters(), before.parameters(), strict=True):
@@ -176,6 +176,7 @@ def trainer(tiny_set, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_with_its_teacher_bit_for_bit(trainer):
     whole, steps = trainer("whole", 4), []
     sample = whole.pretext.sample

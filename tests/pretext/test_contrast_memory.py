@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
-from p2w.pretext.contrastive import MocoQueue
+from p2w.pretext.contrastive import Moco
 from p2w.pretext.contrastive.losses import l2_normalise
-from p2w.pretext.contrastive.objectives import ContrastConfig, ProjectionHead
+from p2w.train.optim import Precision, Schedule
+from p2w.train.step import Stepper
 from tests.pretext.contrast_ranks import Plain, build, views
 from tests.pretext.contrast_reference import T, reference_nce, wide
 
@@ -58,13 +59,14 @@ def test_exemplar_is_a_softmax_over_the_wholes_met_before():
 
 
 def test_the_queue_against_numpy_and_its_encoder_follows():
-    _, _, network = build("moco", momentum=0.9)
+    _, pretext, network = build("moco", momentum=0.9)
     source = network.negatives
     with torch.no_grad():
         for parameter in network.encoder.parameters():
             parameter.add_(0.5)
     slow = [p.clone() for p in source.slow_encoder.parameters()]
     queue, given = wide(source.queue), views(0)
+    pretext.after_step(network, 0)
     losses, *_ = network(given.input, *given.extra_inputs)
     for now, before, fast in zip(
         source.slow_encoder.parameters(), slow, network.encoder.parameters(), strict=True
@@ -85,13 +87,79 @@ def test_the_queue_against_numpy_and_its_encoder_follows():
     np.testing.assert_allclose(wide(losses), expected, rtol=1e-5)
 
 
-def test_following_is_spread_over_the_passes_of_a_step():
-    encoder = Plain()
-    head, config = ProjectionHead(6, ContrastConfig()), ContrastConfig(momentum=0.9, queue=16)
-    one, many = MocoQueue(config, encoder, head, 1), MocoQueue(config, encoder, head, 4)
-    moved = Plain()
-    one._follow(moved, head)
-    for _ in range(4):
-        many._follow(moved, head)
-    for a, b in zip(one.slow_encoder.parameters(), many.slow_encoder.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+class UpdatedInTheForwardPass(Moco):
+    """MoCo as earlier versions computed it: the momentum encoder moves as a step begins."""
+
+    def build(self, encoder):
+        network = super().build(encoder)
+
+        def move(queue, inputs):
+            if queue.training:
+                queue.update(*inputs[:2])
+
+        network.negatives.register_forward_pre_hook(move)
+        return network
+
+    def after_step(self, network, step):
+        """Nothing is left to do."""
+
+
+def moco(kind):
+    config, *_ = build("moco", momentum=0.9)
+    torch.manual_seed(0)
+    pretext = kind.from_config(config)
+    network = pretext.build(Plain())
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    precision = Precision("fp32", None, "test")
+    return network, Stepper(
+        config, pretext, network, optimizer, Schedule(config.optim, 3), precision, torch.device("cpu")
+    )
+
+
+def earlier(state):
+    """The state as an earlier version saved it."""
+    return {key: value.clone() for key, value in state.items() if not key.endswith("updates")}
+
+
+def test_losses_and_weights_are_those_of_earlier_versions_bit_for_bit():
+    (now, stepper), (before, reference) = moco(Moco), moco(UpdatedInTheForwardPass)
+    for step, number in enumerate((0, 1, None, 2)):
+        given = views(number or 0)
+        if number is None:  # a step that is skipped
+            given.input[0] = float("nan")
+        results = [one.step(given, step) for one in (stepper, reference)]
+        assert results[0].applied == results[1].applied == (number is not None)
+        if number is not None:
+            assert torch.equal(results[0].loss, results[1].loss)
+        state = earlier(before.state_dict())
+        for key, value in earlier(now.state_dict()).items():
+            assert torch.equal(value, state[key]) == (not key.startswith("negatives.slow")), key
+    assert now.negatives.updates == 3
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_bits():
+    (now, stepper), (before, reference) = moco(Moco), moco(UpdatedInTheForwardPass)
+    for step in (0, 1):
+        reference.step(views(step), step)
+    now.load_state_dict(earlier(before.state_dict()))
+    assert torch.equal(stepper.step(views(2), 2).loss, reference.step(views(2), 2).loss)
+    assert all(
+        torch.equal(a, b) for a, b in zip(now.encoder.parameters(), before.encoder.parameters(), strict=True)
+    )
+    again, _ = moco(Moco)
+    again.load_state_dict(now.state_dict())
+    state = now.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+def test_the_momentum_encoder_moves_once_a_step_of_several_passes():
+    config, _, network = build("moco", momentum=0.9)
+    pretext = Moco.from_config(config)
+    given = views(0)
+    before = [parameter.clone() for parameter in network.negatives.slow_encoder.parameters()]
+    for one in given.split(4):
+        network(one.input, *one.extra_inputs)
+    unmoved = network.negatives.slow_encoder.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(unmoved, before, strict=True))
+    pretext.after_step(network, 0)
+    assert network.negatives.updates == 1

@@ -42,7 +42,7 @@ def test_a_ramp_shows_the_box_and_the_target_the_whole(axis):
     """Linear interpolation of a ramp is the coordinate itself, so the part tells where it was cut."""
     k = keys([11])
     views = Parts2Whole(CONFIG).sample(ramp(axis), k)
-    box = geometry.sample_boxes(k, 0, SHAPE, CONFIG.volume_fraction, CONFIG.aspect_range)[0].double().numpy()
+    box = geometry.sample_boxes(k, 0, SHAPE, CONFIG.volume_fraction, CONFIG.max_aspect)[0].double().numpy()
 
     def expected(start, end, first, last):
         count = CONFIG.size[axis]
@@ -68,7 +68,7 @@ def test_target_is_the_resized_whole_as_torch_resizes_it():
 
 
 def test_a_part_is_a_sixteenth_to_a_quarter_and_no_whole():
-    boxes = geometry.sample_boxes(keys(range(500)), 0, SHAPE, CONFIG.volume_fraction, CONFIG.aspect_range)
+    boxes = geometry.sample_boxes(keys(range(500)), 0, SHAPE, CONFIG.volume_fraction, CONFIG.max_aspect)
     volume = (boxes[:, 3:] - boxes[:, :3]).double().prod(1) / np.prod(SHAPE)
     assert volume.min() > 1 / 16 - 1e-6 and volume.max() < 1 / 4 + 1e-6
 

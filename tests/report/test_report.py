@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from processes import REPO
 
 from p2w import report
-from p2w.config import Config, config_to_json
+from p2w.config import Config, changed_from, config_to_json, read_config
 from p2w.errors import UserError
 from p2w.report import curves, page
 
@@ -106,6 +108,12 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.text))
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Pages without curves: to draw them takes most of the time, and is what two other tests are about."""
+    monkeypatch.setattr(curves, "CHARTS", {})
+
+
 def unpacked(text, shape=(D, H, X)):
     """What the page's script does, slowly."""
     rows = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
@@ -131,7 +139,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert tuple(label.split()[0] for label in labels) == first
 
 
-def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path):
+def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path, no_charts):
     run = write_run(tmp_path / "run")
     arrays = np.load(run / "analysis" / "reconstructions.npz")
     scripts = Page(report.write_report(run).read_text()).scripts
@@ -147,7 +155,7 @@ def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path):
             assert (unpacked(data["output"][row][scale]) == arrays["output"][row, scale]).all()
 
 
-def test_volumes_beyond_the_limit_are_left_out_and_said(tmp_path, monkeypatch):
+def test_volumes_beyond_the_limit_are_left_out_and_said(tmp_path, monkeypatch, no_charts):
     run = write_run(tmp_path / "run")
     save_volumes(run, wholes=4, shape=(8, 16, 16))
     found = page.find_volumes(run, [])
@@ -191,8 +199,7 @@ def test_text_of_a_run_cannot_become_markup(tmp_path):
     "torn", ["config.json", "status.json", "run.json", "metrics.jsonl", "analysis/summary.json"]
 )
 @pytest.mark.parametrize("content", [b"", b'{"step": 1, "tra', b"[1, 2]", b"\xff\x00{", b"[" * 100_000])
-def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, monkeypatch):
-    monkeypatch.setattr(curves, "CHARTS", {})  # drawing is another test's business, and slow
+def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, no_charts):
     run = write_run(tmp_path / "run")
     (run / torn).write_bytes(content)
     said = Page(report.write_report(run).read_text()).said
@@ -203,8 +210,7 @@ def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["short", "text", "pickle", "shape"])
-def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(curves, "CHARTS", {})
+def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage, no_charts):
     run = write_run(tmp_path / "run")
     path = run / "analysis" / "reconstructions.npz"
     shutil.copy(path, run / "figures" / "reconstruction.npz")
@@ -220,16 +226,40 @@ def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage
     assert "analysis/reconstructions.npz: not read" in said and "Reconstructions" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_path, recorded):
+    """A run of an earlier version wrote none down; they are then collected from the pretexts' files."""
+    write_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["mae"]["ratio"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if recorded:
+        run = json.loads((tmp_path / "run.json").read_text())
+        run["starts"][-1]["changed_from"] = changed_from(read_config(tmp_path / "config.json"))
+        assert run["starts"][-1]["changed_from"] == {"optim.lr": 0.001, "mae.ratio": 0.75}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+    code = "import sys\nfrom p2w import report\nreport.main(sys.argv[1:])\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == str(not recorded)
+    said = Page((tmp_path / "report.html").read_text()).said
+    differing = said.partition("setting this run default")[2].partition("All ")[0]
+    assert differing.split() == ["optim.lr", "0.25", "0.001", "mae.ratio", "0.5", "0.75"], differing
+
+
 def test_what_is_missing_is_named_with_its_command(tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(Config()))
     said = Page(report.write_report(tmp_path).read_text()).said
-    assert f"torchrun launch/analyze.py --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
+    assert f"torchrun -m p2w analyze --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
     assert (
         "Curves" not in said.replace("Curves while it trains", "") and "Every setting has its default" in said
     )
 
 
-def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys, no_charts):
     for folder, why in ((tmp_path, "holds no run"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=why):
             report.main([str(folder)])
@@ -239,7 +269,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{run}/report.html  ")
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, no_charts):
     run = write_run(tmp_path / "run")
     (run / "report.html").write_text("old")
 
@@ -286,7 +316,7 @@ def slices(arrays, whole, scale, plane, at):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])
-def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane):
+def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane, no_charts):
     run = write_run(tmp_path / "run")
     arrays = np.load(run / "analysis" / "reconstructions.npz")
     text = report.write_report(run).read_text()

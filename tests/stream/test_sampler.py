@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2w.rng import hash64, splitmix64_array
+from p2w.rng import hash64, splitmix64
 from p2w.stream.sampler import (
     epoch_permutation,
     fixed_order,
@@ -27,7 +28,10 @@ def splitmix_oracle(word: int) -> int:
 
 @given(st.integers(0, 2**64 - 1))
 def test_mix_against_plain_integers(word):
-    assert int(splitmix64_array(np.array([word], np.uint64))[0]) == splitmix_oracle(word)
+    signed = np.array([word], np.uint64).view(np.int64)
+    mixed = splitmix64(signed)
+    assert int(mixed.view(np.uint64)[0]) == splitmix_oracle(word)
+    assert splitmix64(torch.from_numpy(signed)).tolist() == mixed.tolist()
 
 
 def test_splitmix_reference_stream():
@@ -35,7 +39,12 @@ def test_splitmix_reference_stream():
     state = (np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(
         "u8"
     )
-    assert splitmix64_array(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    mixed = splitmix64(state.view(np.int64)).view(np.uint64)
+    assert mixed.tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 @given(SEEDS, EPOCHS, st.integers(1, 300))

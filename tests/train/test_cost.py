@@ -76,6 +76,23 @@ def test_the_page_tells_both_and_the_forecast_takes_the_one_that_would_run(paper
     )
 
 
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 1), (8, 1), (2, 4)])
+def test_in_all_is_the_arithmetic_of_the_forms_that_run_and_the_plain_one_beside_it(paper, ranks, passes):
+    cost = replace(paper, passes=passes)
+    forms = cost.flops(16 / ranks / passes) * ranks * passes * 1000
+    plain = 16 * 1000 * cost.flops_per_sample
+    assert forms < plain
+    assert cost.total(16, ranks, 1000) == (
+        f"{forms / 1e15:.2g} PFLOP forward and backward, up-samplings folded where that is less arithmetic; "
+        f"{plain / 1e15:.2g} in plain forms"
+    )
+    unfolded = replace(cost, folds=())
+    assert unfolded.total(16, ranks, 1000) == f"{plain / 1e15:.2g} PFLOP forward and backward"
+    assert unfolded.total(16, ranks, 10**6) == f"{1000 * plain / 1e15:,.0f} PFLOP forward and backward"
+    said = describe_scaling(unfolded, "NVIDIA H200", ranks=ranks, per_node=8, batch=16, steps=10)[-1]
+    assert "folded" not in said
+
+
 def test_with_skips_nothing_is_folded():
     config = Config(pretext=PretextConfig(skips=True), optim=OptimConfig(accumulate=2))
     facts = run_cost(config, lambda: build_pretext_and_network(config), samples=1, bytes_per_value=2)

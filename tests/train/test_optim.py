@@ -27,12 +27,14 @@ MODEL = torch.nn.Linear(2, 2)
     [
         ("adam", torch.optim.Adam, {"betas": (0.8, 0.99)}),
         ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.99)}),
-        ("sgd", torch.optim.SGD, {"momentum": 0.8}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.7}),
     ],
 )
 @pytest.mark.parametrize(("fused", "said"), [("torch", "torch, fused"), ("none", "torch")])
 def test_optimizer_is_the_one_asked_for(name, kind, group, fused, said):
-    config = OptimConfig(name=name, lr=0.25, betas=(0.8, 0.99), weight_decay=0.125, fused=fused)
+    config = OptimConfig(
+        name=name, lr=0.25, betas=(0.8, 0.99), sgd_momentum=0.7, weight_decay=0.125, fused=fused
+    )
     optimizer, whose = build_optimizer(config, MODEL)
     assert type(optimizer) is kind and whose == said
     found = optimizer.param_groups[0]

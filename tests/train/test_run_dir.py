@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def test_the_same_command_continues_and_every_start_is_noted(run):
-    run.agrees(CONFIG, "abc")
+    run.check_may_continue(CONFIG, "abc")
     run.open(CONFIG, "abc", "elsewhere/shards", MACHINE)
     run.close()
     assert [start["shards"] for start in json.loads((run.path / "run.json").read_text())["starts"]] == [
@@ -37,19 +37,19 @@ def test_the_same_command_continues_and_every_start_is_noted(run):
 def test_another_setting_is_refused_by_name(run):
     other = replace(CONFIG, optim=replace(CONFIG.optim, lr=0.5))
     with pytest.raises(UserError, match=r"optim\.lr was 0\.001, now 0\.5\. A run keeps its settings"):
-        run.agrees(other, "abc")
+        run.check_may_continue(other, "abc")
 
 
 def test_length_and_readers_may_change(run):
     longer = replace(
         CONFIG, train=replace(CONFIG.train, steps=9, log_every=1), data=replace(CONFIG.data, reader_threads=0)
     )
-    run.agrees(longer, "abc")
+    run.check_may_continue(longer, "abc")
 
 
 def test_another_data_set_is_refused(run):
     with pytest.raises(UserError, match=r"was trained on data set abc, now abd; pass the --shards"):
-        run.agrees(CONFIG, "abd")
+        run.check_may_continue(CONFIG, "abd")
 
 
 def test_the_fingerprint_is_of_content_and_not_of_place():
@@ -95,7 +95,7 @@ def test_a_file_in_the_way_is_one_line(tmp_path, below):
     (tmp_path / "file").write_text("")
     folder = RunDir(tmp_path / "file" / below if below else tmp_path / "file")
     with pytest.raises(UserError, match="name a folder"):
-        folder.agrees(CONFIG, "abc")
+        folder.check_may_continue(CONFIG, "abc")
         folder.open(CONFIG, "abc", "shards", MACHINE)
 
 
@@ -104,5 +104,5 @@ def test_a_file_in_the_way_is_one_line(tmp_path, below):
 def test_a_torn_file_is_one_line(run, name, content):
     (run.path / name).write_bytes(content)
     with pytest.raises(UserError, match=str(run.path)) as error:
-        run.agrees(CONFIG, "abc")
+        run.check_may_continue(CONFIG, "abc")
     assert "\n" not in str(error.value)

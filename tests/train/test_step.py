@@ -77,7 +77,7 @@ def test_a_step_against_gradients_by_hand_clipped_and_not():
         (twin(data.input) - data.target).square().mean().backward()
         norm = torch.stack([p.grad.double().square().sum() for p in twin.parameters()]).sum().sqrt()
         scale = min(1.0, limit / float(norm)) if limit else 1.0
-        result = stepper(model, name="sgd", lr=0.5, betas=(0.0, 0.0), clip_norm=limit).step(data, 0)
+        result = stepper(model, name="sgd", lr=0.5, sgd_momentum=0.0, clip_norm=limit).step(data, 0)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-5) and result.applied
         for new, old in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.allclose(new, old - 0.5 * scale * old.grad, atol=1e-7)

@@ -14,6 +14,7 @@ from p2w.model.resencl import ResEncL
 from p2w.weights import export, nnunet
 from p2w.weights import start as weights_start
 from p2w.weights.nnunet import from_nnunet, to_nnunet
+from p2w.weights.prepare_nnunet import intensities
 from p2w.weights.start import load_start
 
 CONFIGURATION = {
@@ -109,7 +110,7 @@ def test_the_published_width_goes_by_its_name(exported):
 
 def test_what_the_readme_says_of_normalisation_is_our_input(exported):
     """nnU-Net's CTNormalization is (clip(x, 0.5 %, 99.5 %) - mean) / std."""
-    told = nnunet.intensities([-1000.0, 1000.0])
+    told = intensities([-1000.0, 1000.0])
     text = (exported / "README.md").read_text()
     assert json.dumps(told) in text and "\n## In nnU-Net\n" in text
     hu = np.array([-3000, -1000, -250, 0, 1000, 3071], np.float32)
@@ -156,6 +157,6 @@ def test_nnunets_own_code_builds_the_network_and_takes_the_weights(exported):
     assert all(torch.equal(a, b) for a, b in zip(ours(x), network.encoder(x), strict=True))
     assert network(x).shape == (1, 3, 32, 64, 64)
     hu = np.random.default_rng(0).integers(-2000, 3000, (8, 8, 8)).astype(np.float32)
-    told = nnunet.intensities([-1000.0, 1000.0])
+    told = intensities([-1000.0, 1000.0])
     scheme = schemes.CTNormalization(intensityproperties=told)
     np.testing.assert_allclose(scheme.run(hu.copy()), (hu.clip(-1000, 1000) + 1000) / 2000, rtol=0, atol=1e-7)

@@ -12,7 +12,13 @@ Batch norm in an encoder averages over a rank's own parts: that, and nothing els
 The paper names these methods in its first section, as what its own replaces; the temperature of 0.7 is from its third.
 """
 
-from p2w.pretext.contrastive.contrastive_pretext import ContrastivePretext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from p2w.model.encoder import Encoder, Network
+from p2w.pretext.contrastive.contrastive_pretext import ContrastiveNetwork, ContrastivePretext
 from p2w.pretext.contrastive.memory_bank import InstanceClasses, MemoryBank, PirlBank
 from p2w.pretext.contrastive.objectives import InBatch, LocalGlobal, MocoQueue, Prototypes
 
@@ -29,6 +35,17 @@ class Moco(ContrastivePretext):
 
     summary = "two parts of a whole -> alike, unlike those of a queue that a momentum encoder made"
     kind = MocoQueue
+
+    def build(self, encoder: Encoder) -> Network:
+        """As for all of the family; the network also takes checkpoints of earlier versions."""
+        network = super().build(encoder)
+        network.register_load_state_dict_pre_hook(_update_copy_of_earlier_version)
+        return network
+
+    def after_step(self, network: nn.Module, step: int) -> None:
+        """Update the momentum encoder."""
+        network = cast(ContrastiveNetwork, network)
+        cast(MocoQueue, network.negatives).update(network.encoder, network.head)
 
 
 class InstDisc(ContrastivePretext):
@@ -64,3 +81,18 @@ class Amdim(ContrastivePretext):
 
     summary = "a part -> like the local features of another part of its whole"
     kind = LocalGlobal
+
+
+def _update_copy_of_earlier_version(
+    network: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any
+) -> None:
+    """Earlier versions updated MoCo's momentum encoder as the next step began: make up for that in what they saved."""
+    own = f"{prefix}negatives."
+    if f"{own}updates" in state or f"{own}next" not in state:
+        return
+    state[f"{own}updates"] = torch.zeros((), dtype=torch.int64)
+    queue = cast(MocoQueue, network.negatives)
+    rate = 1 - queue.config.momentum
+    for name, _ in queue.named_parameters():
+        source = name.removeprefix("slow_")
+        state[own + name] = state[own + name].lerp(state[prefix + source], rate)

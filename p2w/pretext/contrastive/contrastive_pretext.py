@@ -1,4 +1,4 @@
-"""The pretext of the family: two parts of a whole shall be alike, and unlike those of other wholes.
+"""Contrastive pretexts: the features of two parts of a whole become alike, and unlike those of other wholes.
 
 Parts2Whole and a contrastive loss in one framework: what the paper names as its future (in its conclusion).
 
@@ -49,7 +49,7 @@ def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: Contrast
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
     config = settings.pretext
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
-    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.aspect_range)
+    boxes = geometry.sample_boxes(keys, part, shape, config.volume_fraction, config.max_aspect)
     parts = geometry.crop_resize(
         batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
     )
@@ -65,7 +65,7 @@ def mirrored(parts: Tensor, keys: SampleKeys) -> Tensor:
 
 
 class ContrastiveNetwork(Network):
-    """Encoder, head, and where negatives come from. All that couples wholes happens in here.
+    """Encoder, head, and the objective that compares wholes. Nothing else depends on more than one whole.
 
     A part alone (B, 1, d, h, w) becomes embeddings (B, C). With another part and the wholes' ids, on all ranks together, the
     answer is each whole's loss, cosine of its pair, and whether it was nearer than all negatives: (B,) each.
@@ -79,7 +79,7 @@ class ContrastiveNetwork(Network):
         encoder.only_pooled()
 
     def forward(self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None) -> Output:
-        """Where negatives are remembered ones, validation takes those of its own batch, so that steps compare."""
+        """In validation, an objective with a memory is replaced by that of the batch, so that losses of steps compare."""
         if other is None or ids is None:
             return cast(Tensor, self.head(self.encoder.pooled(part)))
         judge = self.negatives if self.training or not self.negatives.remembers else self.in_batch
@@ -88,7 +88,7 @@ class ContrastiveNetwork(Network):
 
 
 class ContrastivePretext(Pretext):
-    """A member of the family: `kind` says where negatives come from. Parts are functions of (seed, epoch, id) alone."""
+    """A pretext of this family: `kind` is its objective. Parts are functions of (seed, epoch, id) alone."""
 
     summary = "two parts of a whole -> alike, unlike those of others"
     groups: ClassVar = {"contrast": ContrastConfig, "intensity": IntensityConfig}
@@ -117,17 +117,17 @@ class ContrastivePretext(Pretext):
         return Views(part, other, extra_inputs=(other, keys.ids))
 
     def build(self, encoder: Encoder) -> Network:
-        """Encoder, head, and what remembers. Raises UserError for a size that the encoder does not take."""
+        """Encoder, head, and the objective. Raises UserError for a size that the encoder does not take."""
         check_size(self.config.pretext.size, encoder)
-        settings, passes = self.config.contrast, self.config.optim.accumulate
+        settings = self.config.contrast
         head = ProjectionHead(encoder.channels[-1], settings)
-        negatives = self.kind(settings, encoder, head, passes)
-        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head, passes))
+        negatives = self.kind(settings, encoder, head)
+        return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head))
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the wholes; `cosine` of the positive pairs, and the share `told` of those nearer than all negatives."""
-        losses, cosine, told = output
-        return losses.mean(), {"cosine": cosine.mean(), "told": told.mean()}
+        """Mean over the wholes; `cosine` of the positive pairs, and `accuracy`, the share nearer than all negatives."""
+        losses, cosine, nearest = output
+        return losses.mean(), {"cosine": cosine.mean(), "accuracy": nearest.mean()}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
         """The two parts."""
@@ -135,7 +135,7 @@ class ContrastivePretext(Pretext):
 
 
 def check_batch(config: ContrastRunConfig) -> None:
-    """Raise UserError where a pass holds a single whole: it would have nothing to differ from."""
+    """Raise UserError where a pass has a single whole, which would have no negatives."""
     if config.data.batch < 2 * config.optim.accumulate:
         raise UserError(
             f"data.batch={config.data.batch} in optim.accumulate={config.optim.accumulate} passes: {config.pretext.name} "
@@ -147,7 +147,7 @@ class BothNetwork(Network):
     """A part alone (B, 1, d, h, w) becomes its whole, as in Parts2Whole.
 
     With another part and the wholes' ids, on all ranks together, the answer is the whole from the first part, from the
-    second if `both`, and InfoNCE, cosine, told (B,) each, of every whole.
+    second if `both`, and of every whole InfoNCE, cosine, and whether its pair is nearer than all negatives, (B,) each.
     """
 
     def __init__(
@@ -203,16 +203,16 @@ class Parts2WholeContrast(Pretext):
         return BothNetwork(encoder, decoder, head, settings.both, settings.temperature)
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and told as in
-        `ContrastivePretext.loss`."""
-        *volumes, losses, cosine, told = cast(tuple[Tensor, ...], output)
+        """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and accuracy as
+        in `ContrastivePretext.loss`."""
+        *volumes, losses, cosine, nearest = cast(tuple[Tensor, ...], output)
         mse = torch.stack([mse_loss(volume.float(), views.target.float()) for volume in volumes]).mean()
         infonce = losses.mean()
         terms = {
             "mse": mse.detach(),
             "infonce": infonce.detach(),
             "cosine": cosine.mean(),
-            "told": told.mean(),
+            "accuracy": nearest.mean(),
         }
         return mse + self.config.contrast.weight * infonce, terms
 

@@ -1,4 +1,4 @@
-"""One vector a whole: remembered (a memory bank) or learned (a class)."""
+"""Objectives with one vector for each whole: a memory bank of earlier embeddings, or learned vectors of classes."""
 
 import copy
 
@@ -18,20 +18,20 @@ from p2w.pretext.contrastive.objectives import ContrastConfig, ContrastiveObject
 
 
 class _Slots(ContrastiveObjective):
-    """`contrast.bank` slots: whole `id` has slot `id % contrast.bank`; slots of no whole met so far are no negatives.
+    """`contrast.bank` slots: whole `id` has slot `id % contrast.bank`; slots that no whole has filled yet are no negatives.
 
     In a set of more sub-scans than slots, wholes that share one count as the same whole.
     """
 
     remembers = True
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros(config.bank, dtype=torch.bool))
 
     def allowed(self, slots: Tensor) -> Tensor:
-        """(B, bank) bool: the slots of the other wholes met so far."""
+        """(B, bank) bool: the filled slots of other wholes, which are the negatives."""
         numbers = torch.arange(len(self.seen), device=slots.device)
         return self.seen[None, :] & (slots[:, None] != numbers[None, :])
 
@@ -43,8 +43,8 @@ class MemoryBank(_Slots):
     the first time is its own positive, and enters as it is.
     """
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.bank: Tensor
         self.register_buffer("bank", torch.zeros(config.bank, head.channels))
 
@@ -58,16 +58,16 @@ class MemoryBank(_Slots):
         return answer
 
     def entries(self, vectors: Tensor, slots: Tensor) -> Tensor:
-        """(B, C): what the bank has of the wholes; their own vectors where it has nothing."""
+        """(B, C): the bank's entries of the wholes; their own vectors where it has none yet."""
         return torch.where(self.seen[slots][:, None], self.bank[slots], vectors.detach())
 
     def against_bank(self, vectors: Tensor, entries: Tensor, slots: Tensor) -> ContrastOutcome:
-        """The bank as it is now: what goes in later leaves the gradient alone."""
+        """InfoNCE against a copy of the bank, so that later updates of the bank do not change the gradient."""
         return info_nce(vectors, entries, self.bank.clone(), self.allowed(slots), self.config.temperature)
 
     @torch.no_grad()
     def put(self, vectors: Tensor, slots: Tensor) -> None:
-        """Into the bank; of a whole that comes twice, the first."""
+        """Update the bank's entries; of a whole that comes twice, the first vector counts."""
         vectors = vectors[first_of_each(slots)]
         momentum = self.config.bank_momentum
         mixed = l2_normalise(momentum * self.bank[slots] + (1 - momentum) * vectors)
@@ -83,8 +83,8 @@ class PirlBank(MemoryBank):
 
     mirrors = True
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.other_head = copy.deepcopy(head)
 
     def forward(
@@ -103,8 +103,8 @@ class PirlBank(MemoryBank):
 class InstanceClasses(_Slots):
     """Exemplar (Dosovitskiy et al. 2014): every whole is a class; a part against one learned vector a class."""
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.vectors = nn.Parameter(torch.randn(config.bank, head.channels) / head.channels**0.5)
 
     def forward(

@@ -1,4 +1,4 @@
-"""What each part is contrasted with: the batch, a queue, local features, or prototypes."""
+"""Contrastive objectives: against the batch, a queue, local features, or prototypes."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from p2w.pretext.settings import Bounds
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
+    """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
     temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.7
     """Divides cosines [P: of its contrastive loss]."""
@@ -40,9 +40,9 @@ class ContrastConfig:
     queue: Annotated[int, Bounds(1, 10**7)] = 4096
     """moco: parts remembered [?]."""
     momentum: Annotated[float, Bounds(0, 1)] = 0.99
-    """moco: share of itself that the following encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
+    """moco: share of itself that the momentum encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
     bank: Annotated[int, Bounds(2, 10**8)] = 32768
-    """instdisc, pirl, exemplar: places for wholes [?]; with fewer than the set has sub-scans, some share one."""
+    """instdisc, pirl, exemplar: entries for wholes [?]; with fewer than the set has sub-scans, some share one."""
     bank_momentum: Annotated[float, Bounds(0, 1)] = 0.5
     """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
     prototypes: Annotated[int, Bounds(2, 10**6)] = 128
@@ -76,22 +76,22 @@ class ProjectionHead(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """Where negatives come from. Called on all ranks, with two parts (B, 1, d, h, w) of each of their wholes and ids (B,).
+    """What each whole is compared with. Called on all ranks, with two parts (B, 1, d, h, w) of each own whole, and ids (B,).
 
-    `passes`: of a step, see optim.accumulate. `remembers`: what it holds is of training wholes and of earlier steps, so that
-    validation is judged by the wholes of its own batch instead. `mirrors`: its second parts are mirrored at random.
+    `remembers`: it keeps embeddings of training wholes from earlier steps, so validation takes the objective of its own
+    batch instead. `mirrors`: its second parts are mirrored at random.
     """
 
     remembers = mirrors = False
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__()
         self.config = config
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
     ) -> ContrastOutcome:
-        """Compare the parts."""
+        """Loss, cosine of the positive pair, and whether it is nearer than all negatives, (B,) each."""
         raise NotImplementedError
 
 
@@ -106,7 +106,7 @@ def in_batch_loss(one: Tensor, two: Tensor, ids: Tensor, temperature: float) -> 
 
 
 class InBatch(ContrastiveObjective):
-    """SimCLR: the batch over all ranks, with gradients. Of a pass, where a step has several."""
+    """SimCLR: negatives are the other wholes of the pass, of all ranks, with gradients."""
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
@@ -117,42 +117,45 @@ class InBatch(ContrastiveObjective):
 
 
 class MocoQueue(ContrastiveObjective):
-    """MoCo: the last `contrast.queue` parts as a copy of encoder and head saw them, which follows these slowly.
+    """MoCo: the last `contrast.queue` parts as a copy of encoder and head saw them, a moving average that `update` advances.
 
     The queue begins as random directions of no whole. It is the same on all ranks: after each pass, what all of them
-    have embedded goes in. Following is once a step; where a step has several passes it is spread over them.
+    have embedded goes in.
     """
 
     remembers = True
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.slow_head = copy.deepcopy(head).requires_grad_(False)
-        self.rate = 1 - config.momentum ** (1 / passes)
         self.queue: Tensor
         self.ids: Tensor
         self.next: Tensor
+        self.updates: Tensor
         self.register_buffer("queue", l2_normalise(torch.randn(config.queue, head.channels)))
         self.register_buffer("ids", torch.full((config.queue,), -1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
     ) -> ContrastOutcome:
-        """First part through the encoder, second through its follower, which then goes into the queue."""
+        """The first part through the encoder, the second through its copy; the latter's embeddings go into the queue."""
         anchor = head(encoder.pooled(part))
         with torch.no_grad():
-            self._follow(encoder, head)
             positive = self.slow_head(self.slow_encoder.pooled(other))
         allowed = ids[:, None] != self.ids[None, :]
         answer = info_nce(anchor, positive, self.queue.clone(), allowed, self.config.temperature)
         self._put(all_gather(positive), all_gather(ids))
         return answer
 
-    def _follow(self, encoder: Encoder, head: ProjectionHead) -> None:
+    @torch.no_grad()
+    def update(self, encoder: Encoder, head: ProjectionHead) -> None:
+        """After a step: move the copy towards encoder and head by 1 - `contrast.momentum`."""
         slow: list[Tensor] = [*self.slow_encoder.parameters(), *self.slow_head.parameters()]
-        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], self.rate)
+        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], 1 - self.config.momentum)
+        self.updates.add_(1)
 
     @torch.no_grad()
     def _put(self, vectors: Tensor, ids: Tensor) -> None:
@@ -166,12 +169,12 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. `told` is the share of cells that are nearer
-    than all negatives.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are
+    nearer than all negatives.
     """
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.cell_head = ProjectionHead(encoder.channels[-1], config)
 
     def forward(
@@ -193,11 +196,11 @@ class Prototypes(ContrastiveObjective):
     """SwAV (Caron et al. 2020): each part predicts to which of `contrast.prototypes` learned vectors the other is assigned.
 
     Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
-    solution. `told` is the share of wholes whose two parts are assigned to the same one.
+    solution. The accuracy is the share of wholes whose two parts are assigned to the same one.
     """
 
-    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead, passes: int) -> None:
-        super().__init__(config, encoder, head, passes)
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, head.channels) / head.channels**0.5)
 
     def forward(

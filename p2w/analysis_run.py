@@ -25,6 +25,7 @@ from p2w.analysis import plots, qualitative, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
 from p2w.analysis.measure import PART_SETS, AnalysisSettings, Cache, Key, Measure
 from p2w.analysis.monitors import Validation
+from p2w.analysis.recalibration import is_early
 from p2w.errors import UserError
 from p2w.files import write_atomic, write_remedy
 from p2w.log import Log, read_metrics
@@ -114,7 +115,7 @@ def _settings(a: Analysis, measure: Measure) -> dict[str, Any]:
     """The settings as used, with those taken from the run, and how negatives are drawn, in words."""
     used = {
         "volume_fraction": a.settings.fraction(a.run.config.pretext),
-        "aspect_range": measure.sets["parts"].aspect_range,
+        "max_aspect": measure.sets["parts"].max_aspect,
         "negatives_drawn": similarity.DRAWN,
     }
     return dataclasses.asdict(a.settings) | used
@@ -183,8 +184,15 @@ def _write(
     if course:
         steps, loss = [one.step or 0 for one in course], [measure.contrastive_loss(one) for one in course]
         found = pearson(loss, mse)
-        over = {"steps": steps, "contrastive_loss": loss, "val_mse": mse, **_correlation(found)}
-        drawn["contrastive"] = plots.contrastive_figure(steps, loss, mse, found)
+        early = [step for step in steps if is_early(step, a.run.config.optim.accumulate)]
+        over = {
+            "steps": steps,
+            "contrastive_loss": loss,
+            "val_mse": mse,
+            "early": early,
+            **_correlation(found),
+        }
+        drawn["contrastive"] = plots.contrastive_figure(steps, loss, mse, found, early)
     if subjects[-1].step == a.step and subjects[-1].label == a.label:
         drawn["retrieval"] = plots.neighbours_figure(qualitative.nearest(measure, subjects[-1]), a.label)
         if build_pretext(a.run.config).reconstructs:
