@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.inference.predict",
         "apply a fine-tuned network to a scan: a mask, or scores of candidates",
     ),
+    "embed": (
+        "p2w.inference.embed",
+        "pooled features of an encoder for every scan of a cohort, without training",
+    ),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": (
         "p2w.weights.start:main_inspect",

@@ -56,6 +56,8 @@ class ModelConfig:
     """Which encoder."""
     width: Annotated[int, Bounds(1)] = 32
     """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I], and others' published size."""
+    init: str = ""
+    """What training starts from: a run, a checkpoint, an exported file, or weights of others; empty: at random."""
 
 
 @dataclass(frozen=True)

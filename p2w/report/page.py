@@ -147,6 +147,9 @@ PICTURES = {  # figures/NAME.png -> caption
     "similarity": "Cosine similarity of pairs of parts before and after training, on validation wholes.",
     "reconstruction": "Middle slices of four fixed wholes: the network's input, its output, the target.",
 }
+# Plots of lines and points, inverted on a dark page; the others show slices of CT, which must stay as they are.
+DRAWINGS = {"tsne", "similarity_networks", "separability_by_scale", "contrastive", "similarity"}
+PICTURE_DPI = 130  # of `analysis.plots.save_figure`
 REDRAWN = {"loss"}  # the page draws this curve itself
 LARGEST_PICTURE, ALL_PICTURES = 3 << 20, 5 << 20  # bytes
 
@@ -158,7 +161,7 @@ def render_report(facts: RunFacts) -> str:
     script = (HERE / "slider.js").read_text()
     sections = [
         run_section.header(facts, GOOD, OPEN),
-        tag("section", results_section.headline_tiles(facts)),
+        tag("section", results_section.headline_tiles(facts), aria_label="Results in numbers"),
         _slider(facts, found),
         _section("Curves", _charts(facts)),
         _section("Representation", results_section.analysis(facts)),
@@ -173,19 +176,24 @@ def render_report(facts: RunFacts) -> str:
         _section("Settings", run_section.settings(facts)),
         _section("Commands", run_section.commands(facts)),
         _section("Not on this page", _missing(facts, found)),
-        tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note"),
+        tag(
+            "footer",
+            tag("p", f"Written {time.strftime(run_section.DATE)} by p2w {__version__}.", class_="note"),
+        ),
     ]
-    return document(facts.run.resolve().name, join_markup(sections), script=script)
+    return document(run_section.title(facts), join_markup(sections), script=script)
 
 
 def _section(title: str, inside: Markup | None) -> Markup:
     """A section with a title; empty when `inside` is empty."""
-    return tag("section", tag("h2", title), inside) if inside else Markup("")
+    name = title.lower().replace(" ", "-")
+    return tag("section", tag("h2", title, id=name), inside, aria_labelledby=name) if inside else Markup("")
 
 
 def _charts(facts: RunFacts) -> Markup | None:
     drawn = curves.charts(facts)
-    return tag("div", *drawn, class_="charts") if drawn else None
+    alone = len(drawn) % 3 == 1  # in the last of the rows of three
+    return tag("div", *drawn, class_="charts of2" if alone else "charts") if drawn else None
 
 
 def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
@@ -229,14 +237,22 @@ def _controls(facts: RunFacts, scales: Iterable[float | None], wholes: int) -> M
         tag("label", Markup(f'<input type="radio" name="plane" value="{plane}">'), plane)
         for plane in ("axial", "coronal", "sagittal")
     ]
-    slider = Markup('<input type="range" name="slice" min="0" value="0" step="1">')
+    slider = Markup('<input type="range" name="slice" min="0" value="0" step="1" aria-label="Slice">')
     return tag(
         "div",
         tag("label", "Whole", _select("whole", [str(at + 1) for at in range(wholes)])),
         tag("label", "Part", _select("scale", names)),
         tag("fieldset", tag("legend", "Plane"), *planes),
-        tag("label", "Slice", slider, tag("output"), class_="slice"),
+        tag(
+            "div",
+            tag("span", "Slice", aria_hidden="true"),
+            slider,
+            tag("output", aria_live="off"),
+            class_="slice",
+        ),
         class_="controls",
+        role="group",
+        aria_label="What the three pictures show",
     )
 
 
@@ -261,10 +277,27 @@ def _pictures(facts: RunFacts) -> Markup | None:
         if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > LARGEST_PICTURE or total > ALL_PICTURES:
             facts.problems.append(f"figures/{name}.png: left out (no PNG, or too large for this page)")
             continue
-        caption = PICTURES.get(name, name)
-        image = f'<img alt="{safe(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        drawn.append(tag("figure", Markup(image), tag("figcaption", caption)))
+        words = name.replace("_", " ").replace("-", " ")
+        words = f"{words[:1].upper()}{words[1:]}"
+        low = _legible_width(data)
+        caption, kind = PICTURES.get(name, f"{words}."), "drawing" if name in DRAWINGS else "photo"
+        image = f'<img alt="{safe(words)}" class="{kind}" style="min-width: {low}px; max-width: {2 * low}px" '
+        image += f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        frame = tag(
+            "div", Markup(image), class_="scroll", role="region", tabindex="0", aria_label=f"Figure: {words}"
+        )
+        drawn.append(tag("figure", frame, tag("figcaption", caption)))
     return tag("div", *drawn, class_="pictures") if drawn else None
+
+
+def _legible_width(png: bytes) -> int:
+    """CSS pixels below which a picture scrolls instead of shrinking: three quarters of the size it was drawn in.
+
+    Labels are drawn in 8 to 10 points, and are read down to 6. At most 1,040, the width of the page.
+    """
+    if len(png) < 24:
+        return 0
+    return min(1040, int.from_bytes(png[16:20], "big") * 72 // PICTURE_DPI)
 
 
 def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from processes import REPO
 from p2w import report
 from p2w.config import Config, changed_from, config_to_json, read_config
 from p2w.errors import UserError
-from p2w.report import curves, page
+from p2w.report import curves, markup, page, results_section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '</script><script>document.title="broken in"</script><img src=x onerror=alert(1)> $x_{$'
@@ -128,7 +129,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
         "my run", "told to stop", "SIGTERM", "0.1455 → 0.0297", "always the mean image: 0.0475", "0.632 → 0.819",
         "40 of 1,000", "640 samples of 16 a step, 5.0 epochs", "45.0 samples/s, best 80.0", "2.0 %", "0.25 s",
         "optim.lr 0.25 0.001", "128 sub-scans of 16 scans", "32 sub-scans of 4 scans", "2.50 (1.00 to 3.00) mm", "abcd",
-        "Of 8 logged steps, 1 had a gradient", "2026-01-01T11:00:00+0000 20 7 node1",
+        "Of 8 logged steps, 1 had a gradient", "2026-01-01 11:00 +0000 20 7 node1",
         "torchrun --nnodes=2 --nproc_per_node=4", "launch/train.py paper --optim.lr 0.25", "--shards 'my shards'",
         "Parts2Whole run 40 0.951 2.31 0.970 0.810 6.500 0.750", "r = 0.912 (95 % interval 0.800 to 0.970, p = 0.001)",
     ):  # fmt: skip
@@ -137,6 +138,75 @@ def test_the_page_says_what_the_files_say(tmp_path):
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     first = ("Loss.", "Separability:", "Contrastive", "Learning", "Gradient", "Throughput,", "Time")
     assert tuple(label.split()[0] for label in labels) == first
+
+
+def test_the_page_serves_narrow_screens_keyboards_and_screen_readers(tmp_path):
+    run = write_run(tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["starts"][-1]["data_set"]["tiling"] = {"tile": [64, 128, 128], "min_std_hu": 50.0, "left_out": 3}
+    (run / "run.json").write_text(json.dumps(facts))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": at, "val/position_loss": 1.0 / at}) + "\n" for at in (50, 60))
+    text = report.write_report(run).read_text()
+    page = Page(text)
+    # Titles tell runs apart, times have one format, no key of a file stands for words, nothing is said twice.
+    assert f"<title>{tmp_path.name}/run: told to stop at step 40 · p2w</title>" in text
+    assert (
+        not re.search(r"\d{4}-\d\d-\d\dT", page.said)
+        and len(set(re.findall(r"\d\d:\d\d ([+-]\d{4})", page.said))) == 1
+    )
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert "Position loss, validation." in captions and not any("_" in one or "/" in one for one in captions)
+    assert (
+        "tiling:" not in page.said
+        and page.said.count("64 \u00d7 128 \u00d7 128") == 1
+        and "sub-scans left out 3" in page.said
+    )
+    # A number stays with its unit, and a command breaks between words.
+    assert "0.25\u00a0s" in text and "2.0\u00a0%" in text and "2.50 (1.00 to 3.00)\u00a0mm" in text
+    blocks = re.findall(r'<pre class="command">(.*?)</pre>', text, re.DOTALL)
+    assert len(blocks) == 3 and all("<span>--run-dir</span>" in one for one in blocks[1:2])
+    assert not any("\u00a0" in one for one in blocks)
+    # What scrolls can be reached by the keyboard and has a name; every control, picture and section has one.
+    attributes = [(tag, attrs) for tag, attrs in page.tags]
+    scrolling = [attrs for _, attrs in attributes if "scroll" in attrs.get("class", "").split()]
+    assert all(
+        one.get("tabindex") == "0" and one.get("aria-label")
+        for one in scrolling
+        if "facts" not in one["class"]
+    )
+    ids = {attrs["id"] for _, attrs in attributes if "id" in attrs}
+    sections = [attrs for tag, attrs in attributes if tag == "section"]
+    assert (
+        all(one.get("aria-label") or one.get("aria-labelledby") in ids for one in sections)
+        and len(sections) > 6
+    )
+    assert all(attrs.get("alt") for tag, attrs in attributes if tag == "img")
+    assert all(
+        attrs.get("aria-label")
+        for tag, attrs in attributes
+        if attrs.get("role") in ("img", "group", "region")
+    )
+    labelled = re.findall(r"<label>[^<]*<(?:select|input)", text)
+    assert (
+        len(labelled) == 5
+        and '<input type="range" name="slice" min="0" value="0" step="1" aria-label="Slice">' in text
+    )
+    headings = [int(tag[1]) for tag, _ in attributes if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+
+
+def test_the_text_of_a_command_block_is_the_command():
+    block = markup.command_lines("p2w report 'a  b' \\\n  --run-dir <x>")
+    assert html.unescape(re.sub(r"</?\w+[^>]*>", "", block)) == "p2w report 'a  b' \\\n  --run-dir <x>"
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_no_tile_is_alone_in_its_row(count, monkeypatch):
+    monkeypatch.setattr(results_section, "TILES", tuple(lambda _: ("name", "1 s", "") for _ in range(count)))
+    columns = int(re.search(r"tiles of(\d)", results_section.headline_tiles(None))[1])
+    assert count == 1 or count % columns != 1 or columns == 1
 
 
 def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path, no_charts):
