@@ -267,8 +267,8 @@ class Prototypes(ContrastiveObjective):
     Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
     solution; where the batch is small, also over the last `contrast.swav_queue` parts before it. `contrast.small_parts`
     further parts of a whole predict both assignments. Validation uses no queue. The accuracy is the share of wholes whose
-    two parts are assigned to the same prototype. In the paper the queue begins to count after 15 epochs, here at once, as far as
-    it is filled; and there prototypes stand still in the first epoch, which is not done here.
+    two parts are assigned to the same prototype. In the paper the queue begins to count after 15 epochs, here at once, as
+    far as it is filled; and there prototypes stand still in the first epoch, which is not done here.
     """
 
     @classmethod
