@@ -234,11 +234,12 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are nearer
-    than all negatives. What differs from the paper, and why: there, global features also predict a finer map, and cells
-    predict cells, in an encoder made so that a cell sees little of the image; here the coarsest map alone is used, since
-    every encoder has one, and its cells may see the whole part. There, scores are inner products, penalised by their square
-    and clipped by a tanh; here they are cosines over a temperature, as in the rest of the family.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that
+    are nearer than all negatives. What differs from the paper, and why: there, global features also predict a finer
+    map, and cells predict cells, in an encoder made so that a cell sees little of the image; here the coarsest map
+    alone is used, since every encoder has one, and its cells may see the whole part. There, scores are inner
+    products, penalised by their square and clipped by a tanh; here they are cosines over a temperature, as in the
+    rest of the family.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
