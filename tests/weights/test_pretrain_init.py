@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -184,3 +188,53 @@ def test_the_command_line_takes_init(trained_run):
     args, _ = parse(["demo", "--init", str(trained_run)])
     assert args.config.model.init == str(trained_run)
     assert parse(["demo", "--model.init", "random"])[0].config.model.init == "random"
+
+
+@pytest.mark.slow
+def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
+    tiny_set, trained_run, tmp_path
+):
+    """At a learning rate of 0 the first checkpoint holds the file's weights; the same command goes on without the file."""
+    init, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(trained_run, init)
+    command = [
+        sys.executable,
+        "-m",
+        "p2w",
+        "train",
+        "demo",
+        "--shards",
+        tiny_set,
+        "--run-dir",
+        run,
+        "--init",
+        init,
+    ]
+    command += [
+        "--data.batch",
+        "4",
+        "--model.width",
+        "2",
+        "--pretext.size",
+        "16",
+        "32",
+        "32",
+        "--optim.lr",
+        "0",
+        "--train.steps",
+        "2",
+    ]
+    command += ["--train.precision", "fp32", "--train.validate-every", "100"]
+    environment = {**os.environ, "P2W_DEVICE": "cpu"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "p2w: unet3d, width 2" in done.stderr and "decoder" in done.stderr
+    trained = load_start(str(run))
+    best = load_start(str(trained_run))
+    weights = {
+        n: v for n, v in best.encoder.state_dict().items() if "running" not in n and "tracked" not in n
+    }
+    assert equal(trained.encoder, weights)
+    shutil.rmtree(init)
+    again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and "has its 2 steps already" in again.stderr, again.stderr
