@@ -129,6 +129,7 @@ def _record_failure(folder: RunDir, reason: str, step: int) -> None:
     """Write into status.json why all ranks leave, if the folder can still be written."""
     with contextlib.suppress(OSError):
         folder.write_status("failed", step, reason)
+    folder.owner.release()  # on rank 0: a start on another node need not wait until this one is stale
 
 
 def _build(
