@@ -28,8 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("p2w.commands.sweep", "run the fine-tunings behind Table 1, Table 2 and Fig. 3"),
     "slurm": ("p2w.commands.slurm", "write the Slurm scripts into a folder, for an installed p2w"),
     "predict": (
-        "p2w.inference.predict",
-        "apply a fine-tuned network to a scan: a mask, or scores of candidates",
+        "p2w.inference.predict_cohort",
+        "apply a fine-tuned network to a scan, or to many: masks, or scores of candidates",
     ),
     "embed": (
         "p2w.inference.embed",

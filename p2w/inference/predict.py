@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +41,7 @@ USAGE = """What a fine-tuned network says of a whole scan.
 
 Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
 scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
+Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
 
@@ -64,10 +65,10 @@ class InferenceInput:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
         return np.stack([cut(crop_box) for cut in self.cuts])
 
-    def stored(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def stored(self, mask: NDArray[Any]) -> NDArray[Any]:
         """A canonical volume in the order of the file."""
         _, order, flips = self.stored_grid.canonical()
-        out = np.zeros(self.stored_grid.size[::-1], np.uint8)
+        out = np.zeros(self.stored_grid.size[::-1], mask.dtype)
         to_canonical(out, order, flips)[...] = mask
         return out
 
@@ -75,6 +76,16 @@ class InferenceInput:
 def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
     sources = [replace(_source(path, model.in_hu), assume_hu=assume_hu) for path in paths]
+    return read_sources(sources, [str(path) for path in paths], paths[0].name, model)
+
+
+def read_sources(
+    sources: Sequence[ScanSource], paths: Sequence[str], name: str, model: FineTunedModel
+) -> InferenceInput:
+    """Read the images `sources` of one scan, one a channel, on one grid; messages call them `paths`, and the scan `name`.
+
+    Raises UserError as `read_input`.
+    """
     cuts: list[Cut] = []
     grids: list[Grid] = []
     first: NDArray[Any] | None = None
@@ -87,9 +98,8 @@ def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = F
         grids.append(grid)
         first = voxels if first is None else first
         if said := source_files.apart(grids[0], grid):
-            raise UserError(f"{path}: {said.replace('its image', str(paths[0]))}")
+            raise UserError(f"{path}: {said.replace('its image', paths[0])}")
     assert first is not None
-    name = paths[0].name
     return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
 
 
@@ -140,8 +150,13 @@ def mask_of(
     threshold: float,
     batch: int,
     dtype: torch.dtype | None,
+    probabilities: NDArray[np.float32] | None = None,
+    shown: bool = True,
 ) -> NDArray[np.uint8]:
-    """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x]."""
+    """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x].
+
+    The predictions themselves are written into `probabilities` [z,y,x], if it is given. `shown`: with a progress bar.
+    """
     windows = windows_of(scan, model, overlap)
     device = next(model.network.parameters()).device
     levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
@@ -150,14 +165,17 @@ def mask_of(
     def predict(crop_boxes: list[CropBox]) -> NDArray[np.float32]:
         stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes]))
         found: NDArray[np.float32] = model.predictions(stack.to(device), dtype).cpu().numpy()
-        progress.step(f"{len(windows):,} windows in all")
-        progress.tick()
+        if shown:
+            progress.step(f"{len(windows):,} windows in all")
+            progress.tick()
         return found
 
     mask = np.zeros(windows.shape, np.uint8)
-    with progress:
+    with progress if shown else nullcontext():
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
             mask[z] = model.kind.to_mask(image, threshold)
+            if probabilities is not None:
+                probabilities[z] = image
     return mask
 
 
@@ -367,7 +385,7 @@ def check_geometry(path: Path, grid: Grid) -> None:
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write uint8 [z,y,x] in the grid's geometry, under another name first. Raises UserError where it cannot be written."""
+    """Write a volume [z,y,x] in the grid's geometry, under another name first. Raises UserError where that fails."""
     image = sitk.GetImageFromArray(mask)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)
