@@ -1,5 +1,5 @@
 # make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
-# make test    install and run every test
+# make test    install and run every test; RECORD=1 notes how long each file took, by which long ones begin early
 # make quick   the quick tests: what to run after every change
 # make lint    style and types
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
@@ -52,12 +52,13 @@ demo: $(VENV)/.installed
 	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
 # Three workers for two cores: a test that waits for a process leaves its core to another.
-PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+# Hundreds of processes import the package: its bytecode is kept for them, also where the environment says otherwise.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 quick: $(VENV)/.tools
 	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm'
 
 test: $(VENV)/.tools
-	$(PYTEST) --numprocesses 3
+	$(PYTEST) --numprocesses 3 $(if $(RECORD),--record-durations)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ class Training:
         self.checkpointer = AsyncCheckpointer(self.checkpoints, TrainConfig(), print)
 
     def step(self) -> None:
+        """Take a training step; returns when the device has done it."""
         self.at += 1
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -57,6 +58,7 @@ class Training:
             torch.cuda.synchronize()
 
     def snapshot(self) -> Snapshot:
+        """What a checkpoint of this step would hold."""
         state = {"optimizer": self.optimizer.state_dict(), "owed": False}
         return Snapshot(self.at, self.model.state_dict(), state, None)
 

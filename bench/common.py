@@ -47,6 +47,7 @@ class Goal:
 
     @property
     def met(self) -> bool:
+        """Whether the measured value reaches the bound."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 

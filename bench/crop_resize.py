@@ -40,15 +40,18 @@ def inputs(batch: int = BATCH, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def level(voxels: Tensor) -> Tensor:
+    """HU of any shape -> float32 with -1000..1000 HU as 0..1, as users scale by hand."""
     return voxels.float().add_(1000).mul_(1 / 2000)
 
 
 def slices(wholes: Tensor, boxes: Tensor) -> list[Tensor]:
+    """The crops of boxes (B, 6) with whole-number edges out of wholes (B, D, H, W), without a copy."""
     corners = boxes.long().tolist()
     return [w[z:z1, y:y1, x:x1] for w, (z, y, x, z1, y1, x1) in zip(wholes, corners, strict=True)]
 
 
 def interpolate(crops: Any) -> Tensor:
+    """Crops (d, h, w) -> (B, 1, d, h, w) of SIZE by torch's trilinear interpolation."""
     return torch.cat([F.interpolate(level(c)[None, None], size=SIZE, mode="trilinear") for c in crops])
 
 
@@ -121,10 +124,12 @@ def dali(crops: list[Tensor], antialias: bool, threads: int) -> Callable[[], Any
 
 
 def has(name: str) -> bool:
+    """Whether the module is installed."""
     return importlib.util.find_spec(name) is not None
 
 
 def cpu_ways(threads: int) -> Ways:
+    """The ways to crop and resize a batch on the CPU, by (group, name); each is a function without arguments."""
     wholes, boxes = inputs()
     crops = slices(wholes, boxes)
     part, target = (torch.empty(BATCH, 1, *SIZE) for _ in range(2))

@@ -47,6 +47,7 @@ class InMemory(Stream):
     """One batch, read before the clock runs, at every step."""
 
     def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:  # type: ignore[override]
+        """The first batch of the epoch, again and again."""
         first = next(super().batches(epoch, step))
         kept = replace(first, voxels=first.voxels.clone())
         self.close()
@@ -59,6 +60,7 @@ class Ready(Parts2Whole):
     kept: Views | None = None
 
     def sample(self, batch_BDHW: torch.Tensor, keys: SampleKeys, step: int = 0) -> Views:
+        """The views of the first batch, again and again."""
         self.kept = self.kept or super().sample(batch_BDHW, keys)
         return self.kept
 
@@ -70,6 +72,7 @@ class Said(Log):
         super().__init__(folder, False, steps)
 
     def line(self, text: str, style: str | None = None) -> None:
+        """Print the line."""
         print(text, flush=True)
 
 

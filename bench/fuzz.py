@@ -110,6 +110,7 @@ class Worker:
         return json.loads(line) if line else ["crash", f"exit code {self.process.wait()}"]
 
     def ask(self, kind: str, number: int) -> tuple[str, str]:
+        """Have case `number` of this kind read: its outcome, and what was said."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{kind} {number}\n")
         self.process.stdin.flush()

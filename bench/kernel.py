@@ -68,6 +68,7 @@ def wrong(device: str, seed: int) -> float:
 
 
 def launches(wholes: Tensor, boxes: Tensor, out: tuple[Tensor, Tensor]) -> int:
+    """The number of kernels that one call of `part_and_whole` launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         part_and_whole(wholes, boxes, SIZE, dtype=torch.bfloat16, out=out)
         torch.cuda.synchronize()
@@ -151,6 +152,7 @@ def copies(wholes: Tensor, out: tuple[Tensor, ...]) -> Callable[[], Any]:
 
 
 def ours(wholes: Tensor, boxes: Tensor, out: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """A function that cuts part and whole into `out`."""
     return lambda: part_and_whole(wholes, boxes, SIZE, dtype=torch.bfloat16, out=(out[0], out[1]))
 
 

@@ -48,6 +48,7 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def network() -> nn.Module:
+    """The paper's network, in channels-last layout."""
     torch.manual_seed(0)
     config = named("paper")
     config = replace(config, pretext=replace(config.pretext, size=SIZE))
@@ -107,6 +108,7 @@ def measured(world: World, rounds: int) -> dict[str, float]:
 
 
 def run(ranks: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each way, measured by `ranks` processes of this file that train together."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         line = [

@@ -28,9 +28,9 @@ from common import RESULTS, Goal, Row, save, show
 
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.scan import quiet_itk, source_files
-from p2w.shards.build import ShardingOptions, build_shards
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
-from p2w.shards.workers import cut_scan
+from p2w.shards.build import BuildOptions, cut_source
+from p2w.shards.build_folder import JobShare
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings, build_shards
 
 FEW, MANY = 2, 8  # scans
 
@@ -57,6 +57,7 @@ def synthetic(path: Path, slices: int) -> None:
 
 
 def read(source: ScanSource) -> None:
+    """Read a scan by SimpleITK alone: the least that cutting it could take."""
     sitk.ReadImage(source.files if source.grid is not None else source.files[0])
 
 
@@ -65,7 +66,8 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def measure(source: ScanSource, folder: BuildFolder, repeats: int) -> dict[str, object]:
+def measure(source: ScanSource, folder: ScanFolder, repeats: int) -> dict[str, object]:
+    """Rates of reading and of cutting one scan, medians of `repeats`; or why it was refused."""
     floor, ours, disk = [], [], []
     for _ in range(repeats):
         started = time.perf_counter(), time.process_time()
@@ -73,7 +75,7 @@ def measure(source: ScanSource, folder: BuildFolder, repeats: int) -> dict[str, 
         floor.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         before = read_bytes()
         started = time.perf_counter(), time.process_time()
-        record = cut_scan(source, folder, JobShare())
+        record = cut_source(source, folder, JobShare())
         ours.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         disk.append(read_bytes() - before)
     if "bad" in record:
@@ -106,6 +108,7 @@ def headers(path: Path, count: int) -> list[str]:
 
 
 def read_path(path: str) -> None:
+    """Read a file by SimpleITK alone."""
     sitk.ReadImage(path)
 
 
@@ -122,7 +125,8 @@ def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
                     build_shards(
                         find_scans([str(scratch / f"of{count}")], str(out)),
                         str(out),
-                        ShardingOptions(workers=workers),
+                        ShardingSettings(),
+                        BuildOptions(workers=workers),
                     )
                     == 0
                 )
@@ -143,6 +147,7 @@ def whole_runs(scratch: Path, repeats: int) -> dict[int, tuple[float, float]]:
 def report(
     rows: list[dict[str, object]], runs: dict[int, tuple[float, float]]
 ) -> tuple[list[Row], list[Goal]]:
+    """Rows and goals for the table."""
     table, goals = [], []
     for one in rows:
         group = f"{'x'.join(map(str, one['shape']))} {one['files'][-1]}, one process"
@@ -199,12 +204,12 @@ def main() -> None:
             os.mkdir(where)
             for file in ("packed.mhd", "plain.mhd"):
                 synthetic(Path(where) / file, 275)
-        folder = BuildFolder(str(scratch / "shards"), ShardingSettings())
+        folder = ScanFolder(str(scratch / "shards"), ShardingSettings())
         found = find_scans([where], folder.root)
         with folder.share_lock(JobShare()):
             folder.prepare(JobShare())
             if options.repeats == 0:  # the process whose memory is measured
-                assert "bad" not in cut_scan(found.sources[0], folder, JobShare())
+                assert "bad" not in cut_source(found.sources[0], folder, JobShare())
                 status = dict(
                     line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
                 )

@@ -84,6 +84,7 @@ class Step:
         self.once: Callable[[], None] = self.captured() if way.graph else self.step
 
     def step(self) -> None:
+        """Take an optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         dtype = DTYPES[self.way.dtype]
         cast = (
@@ -119,6 +120,7 @@ class Step:
 
 
 def network(width: int = 32) -> nn.Module:
+    """The paper's network at this width."""
     encoder = UNet3dEncoder(width)
     return EncoderDecoder(encoder, UNet3dDecoder(encoder.channels, encoder.strides))
 

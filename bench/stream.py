@@ -110,6 +110,8 @@ class Peer:
         return found
 
     def epoch(self, workers: int) -> Callable[[], float]:
+        """A function that runs an epoch in the peer's process and gives its samples a second."""
+
         def run() -> float:
             found = self.ask(f"epoch {workers}")
             assert found["count"] >= self.options.samples // self.options.batch * self.options.batch, found
@@ -118,6 +120,7 @@ class Peer:
         return run
 
     def close(self) -> None:
+        """End the process."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(60)
@@ -147,6 +150,7 @@ def write(folder: str, options: Options) -> None:
 def ours(
     shards: ShardSet, options: Options, readers: int, held: DeviceCache | None = None
 ) -> Callable[[], float]:
+    """A function that runs an epoch of our stream and gives its samples a second."""
     stream = Stream(shards, batch=options.batch, readers=readers, cache=held)
     epochs = itertools.count()
 
@@ -175,6 +179,7 @@ def by_package(run: Callable[[], float]) -> Callable[[], float]:
 
 
 def bound(wholes: np.ndarray, options: Options) -> Callable[[], float]:
+    """A function that copies all samples in memory, in random order, and gives its samples a second."""
     out = np.zeros((options.batch, *SHAPE), np.int16)
 
     def epoch() -> float:
@@ -219,6 +224,7 @@ def cases(folder: str, options: Options) -> tuple[dict[str, Callable[[], float]]
 
 
 def goals(rates: dict[str, list[float]]) -> list[Goal]:
+    """The goals, of rates in samples a second by name."""
     names = [name for name in rates if not name.startswith(("p2w", "np."))]
     best = max(names, key=lambda name: sorted(rates[name])[len(rates[name]) // 2])
     on, off = (

@@ -69,6 +69,7 @@ def from_disk() -> int:
 
 
 def epoch(stream: Stream, number: int = 0) -> float:
+    """Run an epoch; its samples a second."""
     began = time.perf_counter()
     count = sum(
         len(batch.voxels) for batch in itertools.islice(stream.batches(number), stream.steps_per_epoch)
@@ -189,6 +190,7 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
 
 
 def own_mib() -> float:
+    """Memory of this process that no other one shares, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 

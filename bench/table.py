@@ -23,6 +23,7 @@ def results(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a result by their group."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         found.setdefault(row["group"], []).append(row)
@@ -30,6 +31,7 @@ def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def bar(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A bar for the row, as long as its share of the largest value of the group."""
     most = max(other["value"] for other in rows) or 1.0
     return ("█" if row["kind"] == "ours" else "░") * max(1, round(WIDTH * row["value"] / most))
 
@@ -41,14 +43,17 @@ def times(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def number(value: float) -> str:
+    """A value with at most three digits that count, or whole."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def goal(one: dict[str, Any]) -> str:
+    """A goal's rule, such as `>= 3`."""
     return f"{'>=' if one['at_least'] else '<='} {one['bound']:g}"
 
 
 def draw(found: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print all results as tables with bars."""
     for name, result in found.items():
         console.rule(f"{name}: {result['question']}")
         for group, rows in groups(result).items():
@@ -73,6 +78,7 @@ def draw(found: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """All results as a page in Markdown, goals first."""
     lines = [
         "# What was measured",
         "",

@@ -1,4 +1,4 @@
-"""The command `p2w`: everything that is done with data sets, machines and runs besides training.
+"""The command `p2w`: from scans to weights.
 
 p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 """
@@ -6,12 +6,34 @@ p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 import importlib
 import sys
 
+from p2w import __version__
 from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "shard-luna": ("p2w.commands.shard_luna", "cut LUNA16 into shards of sub-scans, for pretraining"),
+    "shard": (
+        "p2w.commands.shard_scans",
+        "cut any folder of scans into shards of sub-scans, for pretraining",
+    ),
+    "train": ("p2w.commands.train", "pretrain an encoder; on several processes: torchrun -m p2w train"),
+    "analyze": (
+        "p2w.commands.analyze",
+        "does a run learn what the paper says? also by torchrun -m p2w analyze",
+    ),
+    "prepare": ("p2w.commands.prepare_target", "prepare the samples of a target task"),
+    "finetune": (
+        "p2w.commands.finetune",
+        "fine-tune a starting point on a target task, in trials; also by torchrun -m p2w finetune",
+    ),
+    "sweep": ("p2w.commands.sweep", "run the fine-tunings behind Table 1, Table 2 and Fig. 3"),
+    "slurm": ("p2w.commands.slurm", "write the Slurm scripts into a folder, for an installed p2w"),
     "predict": (
         "p2w.inference.predict",
         "apply a fine-tuned network to a scan: a mask, or scores of candidates",
+    ),
+    "embed": (
+        "p2w.inference.embed",
+        "pooled features of an encoder for every scan of a cohort, without training",
     ),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": (
@@ -52,6 +74,9 @@ def main() -> int:
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print(usage())
+        return 0
+    if name == "--version":
+        print(f"p2w {__version__}")
         return 0
     if name not in COMMANDS:
         raise UserError(f"p2w {name}: no such command; one of {', '.join(COMMANDS)}")

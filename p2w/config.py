@@ -24,7 +24,7 @@ Amp = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which wholes, in which order."""
+    """The data: batch, order, how it is read, and what happens at a bad sample."""
 
     batch: Annotated[int, Bounds(1)] = 16
     """Wholes a step, over all ranks together [P]. The order of samples depends on it, not on the number of ranks."""
@@ -41,6 +41,11 @@ class DataConfig:
     train on another one in its place, which (data.seed, epoch, sub-scan) decides."""
     max_bad_share: float = 0.01
     """With skip: stop when more than this share of an epoch's samples could not be used."""
+    retry_minutes: Annotated[float, Bounds(0)] = 10.0
+    """How long a web server that fails (5xx, no connection, no answer) is asked again before the run stops. What it refuses
+    (403, 404), and wrong bytes, stop the run at once."""
+    audit_ids: bool = True
+    """Compare a checksum of the sub-scans that all ranks train on with the plan of the epoch, several times a second."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class ModelConfig:
     """Which encoder."""
     width: Annotated[int, Bounds(1)] = 32
     """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I], and others' published size."""
+    init: str = ""
+    """What training starts from: a run, a checkpoint, an exported file, or weights of others; empty: at random."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, precision, and how often to look."""
+    """Length, precision, and how often to validate, probe, log and save."""
 
     steps: Annotated[int, Bounds(0)] = 1000
     """Optimizer steps of the whole run."""
@@ -109,7 +116,7 @@ class TrainConfig:
     validate_every: Annotated[int, Bounds(1)] = 500
     """Steps between validations."""
     probe_every: Annotated[int, Bounds(0)] = 500
-    """Steps between looks at similarity, contrastive loss and pictures of a few wholes; 0 looks only when validating."""
+    """Steps between measurements of similarity and contrastive loss, with pictures, of a few wholes; 0: when validating."""
     early_stop: Annotated[int, Bounds(0)] = 0
     """Stop after this many validations without improvement; 0 never."""
     checkpoint_every: Annotated[int, Bounds(1)] = 500
@@ -175,6 +182,8 @@ MAY_CHANGE = frozenset(
         "data.cache_on_device",
         "data.on_bad_sample",
         "data.max_bad_share",
+        "data.retry_minutes",
+        "data.audit_ids",
         "train.steps",
         "train.checkpoint_every",
         "train.checkpoint_minutes",
@@ -311,9 +320,9 @@ def _build(kind: type, tree: Any, where: str) -> Any:
         raise UserError(f"{where}: unknown setting {unknown[0]}; known are {', '.join(hints)}")
     values = {}
     for name, value in tree.items():
-        hint, place = hints[name], f"{where}: {name}"
+        hint, setting = hints[name], f"{where}: {name}"
         nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        values[name] = _build(hint, value, place) if nested else _fit(hint, value, place)
+        values[name] = _build(hint, value, setting) if nested else _fit(hint, value, setting)
     return kind(**values)
 
 

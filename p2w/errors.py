@@ -3,9 +3,11 @@
 import functools
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -22,6 +24,21 @@ def refuse_old_options(argv: Sequence[str], renamed: Mapping[str, str]) -> None:
         option = argument.partition("=")[0].replace("_", "-")
         if option in renamed:
             raise UserError(f"{option}: is named {renamed[option]} now; pass that")
+
+
+def program(command: str) -> str:
+    """How this process's command was typed, for its help: `p2w COMMAND`, or the script that stands for it."""
+    script = Path(sys.argv[0])
+    return f"p2w {command}" if _is_module(script) else f"{script.parent.name}/{script.name}"
+
+
+def command_line() -> str:
+    """This process's command, quoted, as it follows `python` or `torchrun`: `-m p2w COMMAND …` or a script."""
+    return shlex.join(["-m", "p2w", *sys.argv[1:]] if _is_module(Path(sys.argv[0])) else sys.argv)
+
+
+def _is_module(script: Path) -> bool:
+    return script.name in ("p2w", "__main__.py")
 
 
 def exits(main: Callable[[], int | None]) -> Callable[[], None]:

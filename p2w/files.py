@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import crc32c as package
 
@@ -35,6 +35,22 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_remedy(error: BaseException | None) -> str:
+    """What to do about an error of writing: make room, change permissions, or look after the disk."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in ROOM or any(os.strerror(one) in text for one in ROOM):
+        return "make room"
+    if number in RIGHTS or any(os.strerror(one) in text for one in RIGHTS):
+        return "change its permissions, or name another folder"
+    if number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        return "check the disk or its server"
+    return "mend what the message names"
 
 
 def append(path: Path, line: str) -> None:
@@ -65,6 +81,23 @@ def write_published(path: str, data: bytes, temporary: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
+    """Flush a file or a folder to the disk; a rename inside a flushed folder survives a power cut. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_crc32c(file: BinaryIO) -> int:
+    """CRC-32C of the rest of an unbuffered file. It is computed and read without the GIL, so threads run in parallel."""
+    value, buffer = 0, memoryview(bytearray(4 << 20))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        value = crc32c(buffer[:count], value)
+    return value
 
 
 def parse_json(data: bytes | str, form: Any) -> Any:
@@ -143,9 +176,11 @@ class FileLock:
     >>> lock.release()                    # or the process ends
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], without: str = "") -> None:
+        """`without` says what keeps a second process out where the file system has no locks; by default nothing does."""
+        self.path, self.without = os.fspath(path), without
         self._file: int | None = None
+        self.works = True  # whether the file system has locks, once one was asked for
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock; False when another process has it, unless `wait`.
@@ -155,7 +190,8 @@ class FileLock:
         """
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            acquired = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            found = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), self.without)
+            acquired, self.works = found is not False, found is not None
         except BaseException:
             os.close(file)
             raise
@@ -206,8 +242,8 @@ def is_held(path: str | os.PathLike[str], unknown: bool = True) -> bool:
     return False
 
 
-def _lock(file: int, path: str, how: int) -> bool:
-    """Lock an open file; False when another process has the lock. Raises UserError when locking fails."""
+def _lock(file: int, path: str, how: int, without: str = "") -> bool | None:
+    """Lock an open file; False when another process has the lock, None without locks. Raises UserError when it fails."""
     try:
         fcntl.flock(file, how)
     except OSError as error:
@@ -217,16 +253,20 @@ def _lock(file: int, path: str, how: int) -> bool:
             raise UserError(
                 f"{path}: cannot be locked ({error.strerror}); name a folder on another disk"
             ) from error
-        _warn(os.path.dirname(path) or ".", error.strerror or "no locks")
+        _warn(os.path.dirname(path) or ".", error.strerror or "no locks", without or NOTHING)
+        return None
     return True
 
 
+NOTHING = "nothing keeps a second process out: start no other one on this folder"
+
+
 @functools.cache
-def _warn(folder: str, why: str) -> None:
+def _warn(folder: str, why: str, without: str) -> None:
     """Warn once per folder and process that a file system has no locks."""
     print(
-        f"warning: {folder}: this file system has no locks ({why}), so nothing keeps a second process out: start no "
-        "other one on this folder (Lustre has them when mounted with -o flock)",
+        f"warning: {folder}: this file system has no locks ({why}), so {without} (Lustre has them when mounted with "
+        "-o flock)",
         file=sys.stderr,
         flush=True,
     )

@@ -52,6 +52,8 @@ def sample_boxes(
     of 4 is just allowed at f = 1/16; at f = 1/4 it is lowered to 2, at f = 1 to 1, which gives a single box, the whole.
     Position: uniform over all placements inside the whole, independent along the axes.
 
+    Where `keys.real` says that a sub-scan was filled up with air, "the whole" is its real part: the same box, scaled to it.
+
     On a GPU with Triton it is one kernel launch, and equal to the CPU's boxes to float32 rounding (libraries round
     float64 logarithms differently). Nothing waits for the device.
 
@@ -71,9 +73,10 @@ def sample_boxes(
         from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
 
         depth, height, width = map(int, shape_dhw)
-        return sample_triton.boxes(
+        drawn = sample_triton.boxes(
             keys.ids, _state(keys, part), (depth, height, width), (low, high), max_aspect
         )
+        return boxes_in_real(drawn, shape_dhw, keys.real)
     u = rng.uniforms(keys, part, 7)
     log_f = (low + (high - low) * u[:, :1]).log()
     aspect = u[:, 1:4] - u[:, 1:4].mean(1, keepdim=True)
@@ -81,7 +84,25 @@ def sample_boxes(
     start = u[:, 4:7] * (1 - edge)
     # Lengths are Python numbers: a tensor of them would need a copy to the device, which waits for it.
     corners = [(c[:, k] * n).clamp(max=n) for c in (start, start + edge) for k, n in enumerate(shape_dhw)]
-    return torch.stack(corners, 1).float()
+    return boxes_in_real(torch.stack(corners, 1).float(), shape_dhw, keys.real)
+
+
+def boxes_in_real(boxes: Tensor, shape_dhw: Sequence[int], real: Tensor | None) -> Tensor:
+    """Boxes (B, 6) of wholes of `shape_dhw`, scaled to the real part of each, `real` (B, 3) voxels; None: as they are."""
+    if real is None:
+        return boxes
+    columns = [boxes[:, k] * (real[:, k % 3] / shape_dhw[k % 3]) for k in range(6)]
+    return torch.minimum(torch.stack(columns, 1), real.repeat(1, 2))
+
+
+def whole_boxes(whole: Tensor, real: Tensor | None = None) -> Tensor:
+    """Boxes (B, 6) float32 of all of each whole (B, D, H, W); of its real part, where `real` (B, 3) says how large it is."""
+    if real is not None:
+        return torch.cat((torch.zeros_like(real), real), 1)
+    boxes = torch.zeros(len(whole), 6, device=whole.device)
+    for axis, edge in enumerate(whole.shape[1:]):
+        boxes[:, 3 + axis].fill_(edge)
+    return boxes
 
 
 @torch.no_grad()
@@ -119,10 +140,18 @@ def part_and_whole(
     dtype: torch.dtype = torch.float32,
     antialias: bool = True,
     out: tuple[Tensor, Tensor] | None = None,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one kernel launch."""
+    """(part, target), both (B, 1, d, h, w): `crop_resize` of boxes and of the whole; on a GPU, one kernel launch.
+
+    Of wholes that were filled up with air, the target is the real part, `real` (B, 3) voxels.
+    """
     _check(whole, boxes, size_dhw, window_hu)
     part, target = (_output(o, whole, size_dhw, dtype) for o in (out or (None, None)))
+    if real is not None:
+        for around, made in ((boxes, part), (whole_boxes(whole, real), target)):
+            _run(whole, around, made, None, window_hu=window_hu, antialias=antialias)
+        return part, target
     _run(whole, boxes, part, target, window_hu=window_hu, antialias=antialias)
     return part, target
 

@@ -1,8 +1,7 @@
 """One pretraining run: build data, pretext, network, trainer and monitors from the configuration, train, draw figures."""
 
+import contextlib
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from p2w.analysis.qualitative import Pictures
 from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
+from p2w.errors import command_line
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
 from p2w.model.encoder import set_memory_format
@@ -34,6 +34,7 @@ from p2w.train.preflight import check_numerics, check_rank_consistency
 from p2w.train.run_dir import RunDir, describe_data
 from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
 from p2w.train.watchdog import Watchdog
+from p2w.weights.pretrain_init import initialise
 from p2w.world import World
 
 ENOUGH_FOR_BATCH_NORM = 16  # samples: the batch of the paper
@@ -54,22 +55,39 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     """
     folder, data = RunDir(run), data_fingerprint(shards.meta)
     given = {f"--{name.replace('_', '-')}": value for name, value in settings.flatten(config).items()}
+    streaming = agree_on_order(shards, world)
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
-        return _run(config, shards, folder, data, world, precision, watchdog)
+        shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
+        return _run(config, shards, folder, data, world, precision, watchdog, streaming)
+
+
+def agree_on_order(shards: ShardSet, world: World) -> list[int]:
+    """Give the set the same order on all ranks: the streamed one if any of them must stream. Returns those ranks.
+
+    Ranks that read by ranges can do so in either order. A collective.
+    """
+    streaming = world.gather(torch.tensor([shards.order == "streamed"])).nonzero().flatten().tolist()
+    shards.order = "streamed" if streaming else "shuffled"
+    return [int(rank) for rank in streaming]
 
 
 def _run(
     config: Config, shards: ShardSet, folder: RunDir, data: str, world: World, precision: Precision,
-    watchdog: Watchdog,
+    watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
     """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended."""
     log = Log(folder.path, world.is_main, config.train.steps)
+    if 0 < len(streaming) < world.size:
+        names = ", ".join(map(str, streaming[:8]))
+        log.warn(
+            f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
+        )
     # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
-        command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "precision": precision.name}
+        command = {"command": command_line(), "cwd": os.getcwd(), "precision": precision.name}
         facts = {
             "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
             "changed_from": settings.changed_from(config),
@@ -78,12 +96,18 @@ def _run(
             config,
             data,
             shards.where,
-            {**world.machine(), **command, **facts, "data_set": describe_data(shards)},
+            {**world.machine(), **command, **facts, "order": shards.order, "data_set": describe_data(shards)},
         )
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
                 choice.write(folder.path)
+        trainer.checkpointer.checkpoints.guard = folder.check_owner
+        folder.watch(
+            lambda: trainer.step, log.warn,
+            lambda why: world.abort(1, f"error: {why}; it leaves without saving", at_once=True),
+        )  # fmt: skip
     world.barrier()
+    watchdog.on_exit = lambda reason, step: _record_failure(folder, reason, step)
     outcome = Outcome("failed", 0)
     try:
         outcome = _fit(trainer, validation, monitors, pictures, folder, log)
@@ -101,6 +125,12 @@ def _run(
     return outcome
 
 
+def _record_failure(folder: RunDir, reason: str, step: int) -> None:
+    """Write into status.json why all ranks leave, if the folder can still be written."""
+    with contextlib.suppress(OSError):
+        folder.write_status("failed", step, reason)
+
+
 def _build(
     config: Config, shards: ShardSet, folder: RunDir, world: World, precision: Precision, log: Log,
     watchdog: Watchdog,
@@ -108,11 +138,12 @@ def _build(
     """Build the choice of kernels, the trainer, the validation (None without validation scans), monitors and pictures."""
     torch.manual_seed(config.train.seed)
     pretext, model = build_pretext_and_network(config)
+    model = initialise(pretext, model, config, folder.path, log.line)
     if shares_batch_norm(config, world.size):
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")
     model.to(world.device)
-    log.line(f"memory format   {set_memory_format(model, config.train.channels_last)}")
+    memory_format = set_memory_format(model, config.train.channels_last)
     batch, readers, device = config.data.batch, config.data.reader_threads, world.device
     share: dict[str, Any] = {
         "rank": world.rank, "world_size": world.size, "readers": readers, "device": device,
@@ -150,6 +181,7 @@ def _build(
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
     return (
         choice,
         trainer,

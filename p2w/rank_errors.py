@@ -11,9 +11,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar, cast
 
 from p2w.errors import SharedError, UserError
+from p2w.log import TolerantStream
 from p2w.world import World
 
 SPEAKER_S = 5.0  # longest wait for the rank that prints the message
@@ -72,6 +73,10 @@ def lost_peer_line(world: World, error: Exception) -> str:
 def _leave_together(world: World, line: str) -> NoReturn:
     """Rank 0 prints the message of all ranks; the others exit as soon as it has, or when it is gone."""
     if world.store is None:
+        if not world.speaks:  # before the group had a store: one line a node
+            world.report_to_torchrun(line)
+            time.sleep(SPEAKER_S)
+            world.leave(2)
         world.abort(2, line)
     store = world.store
     if world.is_main:
@@ -112,19 +117,22 @@ Job = TypeVar("Job")
 def run_on_ranks(
     build: Callable[[list[str], World], Job],
     work: Callable[[Job, World], int],
+    argv: list[str] | None = None,
     *,
     alone: Callable[[Job, World], int | None] = lambda job, world: None,
     start: Callable[[Job], World] = lambda job: World.start(),
 ) -> int:
     """The main of such a command. It ends the process, or returns or raises for `p2w.errors.exits` to do so.
 
-    `build` makes a job of the command line and refuses, before the ranks meet, what can be refused by then. `alone` does
-    what needs no other rank, --dry-run for one, and returns the exit code, or None: then the ranks meet (`start`) and
-    `work` does the job, with the exit code as its result.
+    `build` makes a job of `argv`, by default this process's command line, and refuses, before the ranks meet, what can be
+    refused by then. `alone` does what needs no other rank, --dry-run for one, and returns the exit code, or None: then the
+    ranks meet (`start`) and `work` does the job, with the exit code as its result.
     """
     world = World.from_env()
+    sys.stderr = cast(TextIO, TolerantStream(sys.stderr))  # logging never ends a run
     try:
-        job = build(sys.argv[1:], world)
+        world.check_asked()
+        job = build(sys.argv[1:] if argv is None else argv, world)
     except (UserError, SystemExit) as error:
         return refuse(world, error)
     code = alone(job, world)
@@ -136,6 +144,5 @@ def run_on_ranks(
             leave(world, error)
         del job  # what it holds of torch is freed before the process group ends
         world.close()
-    sys.stdout.flush()
     # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
     world.leave(code)

@@ -14,7 +14,7 @@ class Recipe:
     config: Config
 
 
-# torchrun --standalone --nproc_per_node=2 launch/train.py demo --shards demo/shards --run-dir demo/run
+# torchrun --standalone --nproc_per_node=2 -m p2w train demo --shards demo/shards --run-dir demo/run
 # Two CPU cores, some minutes. A quarter of the width at a half of the size: enough to watch it learn. Each rank has batch
 # norm of its own 8 samples: over both, a step takes a third longer on two cores, and docs/evidence.md is measured without.
 DEMO = Recipe(
@@ -28,7 +28,7 @@ DEMO = Recipe(
     ),
 )
 
-# torchrun --nproc_per_node=8 launch/train.py paper --shards shards --run-dir runs/paper
+# torchrun --nproc_per_node=8 -m p2w train paper --shards shards --run-dir runs/paper
 # sbatch slurm/pretrain.sbatch paper
 # The paper's setting: LUNA16 subsets 0-6 cut with --z-margin 25 --min-std 0 (28,144 wholes, 1,759 steps an epoch),
 # parts of 1/16 to 1/4, no skips, batch 16, MSE. Not published, so our choice: Adam 1e-3, halved when ten
@@ -44,7 +44,7 @@ PAPER = Recipe(
     ),
 )
 
-# torchrun --nproc_per_node=8 launch/train.py large --shards shards --run-dir runs/large
+# torchrun --nproc_per_node=8 -m p2w train large --shards shards --run-dir runs/large
 # The paper's network on whole sub-scans at full size, 128x128x64: eight times the arithmetic (4,642 GFLOP a sample).
 LARGE = Recipe(
     "the paper's network at 128x128x64 voxels: eight times the arithmetic of `paper`",
@@ -55,7 +55,7 @@ LARGE = Recipe(
     ),
 )
 
-# torchrun --nproc_per_node=8 launch/train.py genesis --shards shards --run-dir runs/genesis
+# torchrun --nproc_per_node=8 -m p2w train genesis --shards shards --run-dir runs/genesis
 # What Parts2Whole is compared with: Models Genesis on the same wholes, with the length and optimizer of `paper`, and with
 # skips as published; its cubes are 64x64x32 native voxels of the sub-scans.
 GENESIS = Recipe(

@@ -31,11 +31,16 @@ _MIX = (
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Keys of the random numbers of a batch: the run's seed, the epoch, and the ids (B,) int64 of its sub-scans."""
+    """What samples follow from, besides voxels: the run's seed, the epoch, and the ids (B,) int64 of the sub-scans.
+
+    `real` (B, 3) float32 is how many voxels along z, y, x of each sub-scan are the scan's own; the others, behind them, are
+    air that it was filled up with. None: all are its own.
+    """
 
     seed: int
     epoch: int
     ids: Tensor
+    real: Tensor | None = None
 
 
 def _signed(x: int) -> int:

@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import platform
-import secrets
 import signal
 import socket
 import sys
@@ -31,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from p2w import meeting
 from p2w.errors import UserError
 from p2w.resources import total_memory, usable_cores
 
@@ -48,6 +48,7 @@ class World:
     device_reason: str
     agent: int = 0  # process id of the torchrun that started this rank; 0 without one
     store: dist.Store | None = None  # the process group's store; None in one process
+    network: str = ""  # what was found between nodes, as text; empty on one node
 
     WAIT_S: ClassVar[float] = 1800.0  # seconds that a collective may wait for other ranks
     MEET_S: ClassVar[float] = 300.0  # seconds within which all ranks must start
@@ -69,12 +70,14 @@ class World:
     def from_env() -> "World":
         """Read rank and device from the environment, without a process group.
 
-        Raises UserError when a node has fewer CUDA devices than local ranks.
+        Raises UserError when a node has fewer CUDA devices than local ranks, or a variable is not a number.
         """
-        rank = int(os.environ.get("RANK", "0"))
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1, least=1)
+        local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1, least=1)
+        if rank >= size > 1:
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={size}: must be below it; torchrun sets both, unset them without"
+            )
         asked = os.environ.get("P2W_DEVICE", "")
         if asked not in ("", "cpu", "cuda"):
             raise UserError(f"P2W_DEVICE={asked}: must be cpu or cuda; unset it to take what the machine has")
@@ -111,12 +114,39 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             device_id = world.device if world.device.type == "cuda" else None
             timeout = timedelta(seconds=timeout_s)
-            world = replace(world, store=_meet(world, timedelta(seconds=meet_s)))
+            store, network = _meet(world, timedelta(seconds=meet_s))
+            world = replace(world, store=store)
+            if network is not None:
+                chosen = _choose_interface(network)
+                notes = [f"interface {chosen}"] * bool(chosen) + [network.clocks]
+                world = replace(world, network="; ".join(notes))
+                if world.is_main and network.apart_s:
+                    world.report(f"warning: {network.clocks}")
             dist.init_process_group(
                 backend, store=world.store, rank=world.rank, world_size=world.size, timeout=timeout,
                 device_id=device_id,
             )  # fmt: skip
         return world
+
+    def check_asked(self) -> None:
+        """Raise UserError when fewer or more nodes have met than the job asked for; each would train on its own.
+
+        Asked for: P2W_NODES, which slurm/pretrain.sbatch sets, or what torchrun got as --nnodes.
+        """
+        asked = os.environ.get("P2W_NODES") or os.environ.get("PET_NNODES") or ""
+        asked = asked or (meeting.torchrun_nodes(self.agent) if self.agent else "")
+        least, _, most = asked.partition(":")
+        met = _number("GROUP_WORLD_SIZE", self.size // self.local_size or 1)
+        if not least.isdigit() or int(least) <= met <= int(most if most.isdigit() else least):
+            return
+        here = os.environ.get("SLURMD_NODENAME") or self.host
+        missing = [name for name in os.environ.get("P2W_NODE_NAMES", "").split() if name != here]
+        names = f", without {', '.join(missing[:8])}" if met == 1 and missing else ""
+        raise UserError(
+            f"{here}: the job asked for {asked} nodes and {met} met{names}: it would train without the others, or beside "
+            "them. Clocks more than 15 s apart do this to torchrun's rendezvous (compare `date` on every node), and nodes "
+            "that come late: mend it, and start all nodes again"
+        )
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce in place, summed over ranks; any shape, on the CPU or this rank's device."""
@@ -209,21 +239,24 @@ class World:
 
     def report(self, text: str) -> None:
         """Write `text` to stderr in one call, since other ranks write there too; its first line goes to torchrun."""
-        os.write(2, f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
+            os.write(2, f"{text}\n".encode())
         self.report_to_torchrun(text.partition("\n")[0])
 
     @staticmethod
     def report_to_torchrun(line: str) -> None:
         """Make torchrun end its report with `line`; else its own traceback hides the message of this rank."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
+            with contextlib.suppress(OSError):
+                Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
 
     def describe(self) -> str:
         """One line for the log: how many processes, where, on what."""
         nodes = self.size // max(1, self.local_size)
         what = f"{self.size} process(es) on {nodes} node(s)" if self.size > 1 else "one process"
         threads = f", {torch.get_num_threads()} thread(s) each" if self.device.type == "cpu" else ""
-        return f"{what}, {self.device.type} ({self.device_reason}){threads}"
+        network = f"; {self.network}" if self.network else ""
+        return f"{what}, {self.device.type} ({self.device_reason}){threads}{network}"
 
     def machine(self) -> dict[str, str | int]:
         """Host, devices, cores, memory and versions, as recorded with the figures of a run."""
@@ -261,6 +294,18 @@ def _processor() -> str:
     return platform.processor() or "cpu"
 
 
+def _number(name: str, default: int, least: int = 0) -> int:
+    """An environment variable as an integer; unset is `default`. Raises UserError for anything else."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.strip().isascii() or not text.strip().isdigit() or int(text) < least:
+        raise UserError(
+            f"{name}={text}: must be an integer from {least} on; torchrun sets it, unset it without torchrun"
+        )
+    return int(text)
+
+
 def variable(name: str) -> str:
     """An environment variable; empty when it is not set."""
     return os.environ.get(name, "")
@@ -271,13 +316,10 @@ def variables(**more: str) -> dict[str, str]:
     return os.environ | more
 
 
-def _meet(world: World, timeout: timedelta) -> dist.Store:
-    """A store for the ranks of this start alone.
+def _meet(world: World, timeout: timedelta) -> tuple[dist.Store, meeting.Network | None]:
+    """A store for the ranks of this start alone, and what was found between nodes (None on one node).
 
-    torchrun (torch 2.13) keeps one store over its restarts, without a prefix per start: restarted ranks read the addresses
-    that an earlier attempt left, and wait for them for ever (in half of the restarts tried). So every rank draws a random
-    word, rank 0 joins the words until each rank has found its own among them, and the result is the prefix of all keys of
-    this start. Raises UserError when the ranks do not find each other in time.
+    Raises UserError when the ranks do not find each other in time, or a node cannot reach another.
     """
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     try:
@@ -292,29 +334,40 @@ def _meet(world: World, timeout: timedelta) -> dist.Store:
         ) from error
 
 
-def _meet_at(address: str, world: World, timeout: timedelta) -> dist.Store:
+def _meet_at(address: str, world: World, timeout: timedelta) -> tuple[dist.Store, meeting.Network | None]:
     """Do the work of `_meet`; errors are torch's own."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    if world.is_main and (line := meeting.allow_open_files(world.size, world.agent)):
+        world.report(f"warning: {line}")
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
-    own, deadline = secrets.token_hex(4), time.monotonic() + timeout.total_seconds()
-    store.set(f"word/{world.rank}", own)
-    store.set(f"seen/{world.rank}", "")
-    while time.monotonic() < deadline:
-        if world.is_main:
-            words = ".".join(store.get(f"word/{rank}").decode() for rank in range(world.size))
-            store.set("words", words)
-        words = store.get("words").decode()
-        if own in words:
-            store.set(f"seen/{world.rank}", words)
-        if world.is_main and all(store.get(f"seen/{r}").decode() == words for r in range(world.size)):
-            store.set("met", words)
-        met = store.get("met").decode() if store.check(["met"]) else ""
-        if own in met:
-            return dist.PrefixStore(met, store)
-        time.sleep(0.01)
-    raise UserError(
-        f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {address} within "
-        f"{timeout.total_seconds():.0f} s; start all nodes together, with the same number of processes"
+    met = meeting.agree_on_prefix(store, world.rank, world.size, world.local_rank == 0, deadline)
+    if met is None:
+        raise UserError(
+            f"rank {world.rank} on {world.host}: {world.size} ranks did not meet at {address} within "
+            f"{timeout.total_seconds():.0f} s; start all nodes together, with the same number of processes"
+        )
+    if len(met.leaders) < 2:
+        return met.store, None
+    network = meeting.check_network(
+        met, world.rank, world.host, os.environ.get("MASTER_ADDR", ""), timeout.total_seconds()
     )
+    return met.store, network
+
+
+def _choose_interface(network: meeting.Network) -> str:
+    """Let gloo and NCCL use the interface that reaches the other nodes, unless the user has chosen; its name if so.
+
+    gloo takes the address that the host's own name resolves to, which on Debian is 127.0.1.1.
+    """
+    try:
+        default = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        default = ""
+    if not network.interface or default == network.address:
+        return ""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, network.interface)
+    return network.interface
 
 
 class _AllReduceSum(torch.autograd.Function):

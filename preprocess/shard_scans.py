@@ -1,50 +1,7 @@
-"""Cut any folder of CT scans into shards of 128 x 128 x 64 sub-scans for pretraining.
+"""Cut any folder of CT scans into shards: the command `p2w shard`, all of it in p2w/commands/shard_scans.py."""
 
-    python preprocess/shard_scans.py --scans /data/ct --out shards
-    python preprocess/shard_scans.py --scans /data/a /data/b --out shards --exclude '*_mask*' --workers 8
-    python preprocess/shard_scans.py --scans /data/ct --out shards --dry-run
-
-Looks through these folders and all below them for MetaImage (.mhd, .mha), NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr) and
-DICOM series (any file name and order, several series in a folder). Other modalities and localizers are named
-and left out; scans that are damaged or not in HU are named, listed in report.json, and make the exit code 1.
-Everything else is as in shard_luna.py: stop and repeat, `--shard-of i/n` on several machines.
-"""
-
-import dataclasses
-from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
-
-from p2w.ct.discover import find_scans
+from p2w.commands.shard_scans import main
 from p2w.errors import exits
-from p2w.shards.build import ShardingOptions, build_shards
-
-
-@dataclass(frozen=True)
-class ShardScansOptions:
-    """Cut any folder of CT scans into shards of 128 x 128 x 64 sub-scans for pretraining."""
-
-    scans: tuple[str, ...]
-    """Folders of scans; all folders below them are searched too."""
-    out: str
-    """Folder to write, new or of an earlier run of the same settings."""
-    exclude: tuple[str, ...] = ()
-    """Patterns of relative paths to skip, such as '*_mask*'."""
-    allow_gaps: bool = False
-    """Cut DICOM series with missing slices too, as if their slices were adjacent."""
-    sharding: Annotated[ShardingOptions, tyro.conf.arg(name="")] = ShardingOptions()  # noqa: RUF009 (frozen)
-
-
-@exits
-def main() -> int:
-    """Parse the command line, find the scans and cut them."""
-    options = tyro.cli(ShardScansOptions, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    settings = dataclasses.replace(options.sharding.settings, allow_gaps=options.allow_gaps)
-    sharding = dataclasses.replace(options.sharding, settings=settings)
-    found = find_scans(list(options.scans), options.out, options.exclude, options.allow_gaps)
-    return build_shards(found, options.out, sharding)
-
 
 if __name__ == "__main__":
-    main()
+    exits(main)()

@@ -1,5 +1,7 @@
 """What the tests share: their order, a small data set written by the package's own writers, and processes to train on it."""
 
+import collections
+import json
 import os
 import subprocess
 import sys
@@ -15,15 +17,13 @@ PROCESSES = (
     "bench",
     "preprocess",
 )  # folders whose every test starts processes; in this order
-LONGEST = (
-    "bench/test_gpu_day.py",
-    "slurm/test_pretrain.py",
-    "launch/test_same_result.py",
-    "preprocess/test_prepare_target.py",
-    "kernels/test_interpreted.py",
-    "launch/test_analyze.py",
-    "launch/test_train.py",
-)
+DURATIONS = Path(__file__).with_name("durations.json")  # file -> seconds, of files that take long
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-durations", action="store_true", help="write tests/durations.json: long files start early"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Workers take whole files in this order (`--dist loadfile --no-loadscope-reorder`): they come to the long files together,
     and the shortest of those keep all workers busy up to the end.
     """
+    seconds = json.loads(DURATIONS.read_text())
     quick = set()
     for item in items:
         if item.path.parent.name in PROCESSES:
@@ -39,16 +40,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.get_closest_marker("slow"):
             quick.add(item.path)
 
-    def rank(item: pytest.Item) -> tuple[bool, int, int]:
+    def rank(item: pytest.Item) -> tuple[bool, float, int]:
         folder = item.path.parent.name
-        name = f"{folder}/{item.path.name}"
         return (
             item.path not in quick,
-            LONGEST.index(name) if name in LONGEST else len(LONGEST),
+            -seconds.get(item.nodeid.partition("::")[0], 0),
             PROCESSES.index(folder) if folder in PROCESSES else len(PROCESSES),
         )
 
     items.sort(key=rank)
+
+
+class DurationRecorder:
+    """Sums the seconds of each file's tests, of all workers, and writes those of at least `LEAST` seconds."""
+
+    LEAST = 5
+
+    def __init__(self) -> None:
+        self.seconds: collections.Counter[str] = collections.Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        long = {name: round(took) for name, took in self.seconds.most_common() if took >= self.LEAST}
+        DURATIONS.write_text(json.dumps(long, indent=1) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-durations") and not hasattr(
+        config, "workerinput"
+    ):  # xdist's workers report here
+        config.pluginmanager.register(DurationRecorder())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,8 @@ import re
 import pytest
 from processes import REPO
 
-from launch.train import parse
 from p2w import config as settings
+from p2w.commands.train import parse
 from p2w.config import Config
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]

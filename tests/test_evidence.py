@@ -65,6 +65,7 @@ def test_a_page_keeps_the_words_between_its_blocks():
         page.fill(text, "real times", "new")
 
 
+@pytest.mark.slow
 def test_every_pretext_is_compared_at_the_arithmetic_of_parts2whole(tmp_path):
     shown = {
         flags[flags.index("--pretext.name") + 1]

@@ -14,8 +14,9 @@ from p2w.config import Config
 from p2w.errors import UserError
 from p2w.files import FileLock, _warn, is_held
 from p2w.finetune.trial import TrialLock
-from p2w.reproduce.sweep import Sweep, SweepJob, SweepSlots
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.reproduce.sweep_jobs import Sweep, SweepJob, SweepSlots
+from p2w.shards.build_folder import JobShare
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.train.run_dir import RunDir
 
 HOLDER = """
@@ -68,7 +69,7 @@ def sweep(top: Path) -> None:
 
 def cut(top: Path) -> None:
     """A share of a data set is cut and merged."""
-    folder = BuildFolder(str(top / "set"), ShardingSettings())
+    folder = ScanFolder(str(top / "set"), ShardingSettings())
     with folder.share_lock(JobShare()):
         folder.prepare(JobShare())
         with folder.merge_lock():

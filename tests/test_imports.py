@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,23 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files run_owner http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
-    "launch": ("p2w",),
-    "preprocess": ("p2w.errors", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
+    "launch": ("p2w.errors", "p2w.commands"),
+    "preprocess": ("p2w.errors", "p2w.commands"),
+    "p2w.commands": ("p2w",),  # the mains
+    **dict.fromkeys(
+        tuple(f"p2w.commands.{name}" for name in ("shard_luna", "shard_scans", "prepare_target", "slurm")),
+        ("p2w.errors", "p2w.files", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.tasks"),
+    ),
     "p2w": ("p2w.errors",),
     "p2w.__main__": ("p2w",),  # names the commands
     "p2w.doctor": ("p2w",),  # looks at everything a run uses
     "p2w.pretrain": ("p2w",),  # puts the run together
-    "p2w.analyze": ("p2w",),  # puts the analysis together
+    "p2w.analysis_run": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
-    "p2w.world": ("p2w.errors", "p2w.resources"),
+    "p2w.world": ("p2w.errors", "p2w.resources", "p2w.meeting"),
     "p2w.log": ("p2w.errors", "p2w.files"),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
     "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
@@ -33,14 +39,14 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.ct": ("p2w.errors", "p2w.files", "p2w.ct"),
     "p2w.phantom": ("p2w.errors", "p2w.progress", "p2w.phantom"),
     "p2w.rng": ("p2w.errors", "p2w.kernels"),
-    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
-    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
+    "p2w.shards": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
+    "p2w.stream": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),
     "p2w.pretext": (
         "p2w.errors", "p2w.rng", "p2w.geometry", "p2w.kernels", "p2w.model",
         "p2w.pretext",
     ),
     "p2w.train": (*BASE, "p2w.kernels", "p2w.pretext.protocol", "p2w.train"),
-    "p2w.weights": (*BASE, "p2w.pretext", "p2w.train.checkpoint", "p2w.weights"),  # the card says what was shown
+    "p2w.weights": (*BASE, "p2w.pretext", "p2w.shards.mixture", "p2w.train.checkpoint", "p2w.weights"),  # the card
     "p2w.tasks": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.stream", "p2w.tasks",
     ),
@@ -48,11 +54,13 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.finetune.init": (*BASE, "p2w.pretext", "p2w.weights", "p2w.tasks", "p2w.finetune"),  # loads runs
     "p2w.inference": (
         *BASE, "p2w.progress", "p2w.ct", "p2w.train.optim", "p2w.tasks", "p2w.weights", "p2w.finetune", "p2w.inference",
+        "p2w.stats", "p2w.shards.grouping", "p2w.shards.build_folder", "p2w.report.markup", "p2w.analysis.features",
     ),
     "p2w.analysis": (*BASE, "p2w.stats", "p2w.progress", "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.feature_sources": (*BASE, "p2w.train", "p2w.pretext", "p2w.analysis"),  # loads runs
     "p2w.analysis.qualitative": (*BASE, "p2w.train.optim", "p2w.pretext.protocol", "p2w.analysis"),
-    "p2w.report": ("p2w.errors", "p2w.files", "p2w.log", "p2w.config", "p2w.report"),
+    "p2w.run_owner": ("p2w.errors", "p2w.files"),
+    "p2w.report": ("p2w.errors", "p2w.files", "p2w.run_owner", "p2w.log", "p2w.config", "p2w.report"),
     "p2w.reproduce": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.log", "p2w.progress", "p2w.world", "p2w.stats",
         "p2w.train.checkpoint",
@@ -62,6 +70,9 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
 OFFLINE = (
     "preprocess",
     "p2w.files",
+    "p2w.http_client",
+    "p2w.run_owner",
+    "p2w.slurm_nodes",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",
@@ -74,6 +85,15 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
+NAMES = frozenset(map(name_of, FILES))
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def below(name: str, tops: tuple[str, ...]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for top in tops)
 
@@ -82,13 +102,13 @@ def below(name: str, tops: tuple[str, ...]) -> bool:
 def imports(path: Path) -> set[str]:
     """Modules a file imports; `from p2w import geometry` and `from p2w.shards import order` name the submodule."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: relative import"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            submodules = inside & {name_of(file) for file in FILES}
+            submodules = inside & NAMES
             found |= submodules or {node.module}
     return found
 
@@ -117,27 +137,43 @@ def test_offline_modules_reach_no_torch():
         assert not heavy, f"{start} reaches {heavy}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if name_of(path) != "p2w.world"], ids=name_of)
+READS_ENVIRONMENT = (
+    "p2w.world",
+    "p2w.weights.prepare_nnunet",
+)  # the second runs without p2w, beside exported weights
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if name_of(path) not in READS_ENVIRONMENT], ids=name_of
+)
 def test_only_world_reads_the_environment(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
         assert not reads, f"{path}:{node.lineno} reads the environment; p2w.world does"
 
 
 @pytest.mark.slow
 def test_help_imports_nothing_that_only_a_run_needs():
-    """Every rank imports launch/train.py; drawing, statistics, TensorBoard, Triton and streaming come in when used."""
-    heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset", "SimpleITK"}
-    code = f"import sys, runpy; runpy.run_path('launch/train.py'); print(*({heavy} & set(sys.modules)))"
+    """Drawing, statistics, TensorBoard, Triton and streaming come in when used: every rank imports these scripts."""
+    heavy = {"matplotlib", "sklearn", "scipy", "tensorboard", "triton", "webdataset"}
+    scripts = {
+        "train": {"SimpleITK"},
+        "analyze": {"SimpleITK"},
+        "finetune": set(),
+        "sweep": set(),
+    }  # what besides
+    code = "import json, runpy, sys\nfound = {}\n"
+    for name, more in scripts.items():
+        code += f"runpy.run_path('launch/{name}.py')\nfound['{name}'] = sorted({heavy | more} & set(sys.modules))\n"
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{code}print(json.dumps(found))"],
         cwd=REPO,
         env={"PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout.split() == []
+    assert json.loads(run.stdout) == {name: [] for name in scripts}
 
 
 def graph() -> dict[str, set[str]]:
@@ -146,7 +182,7 @@ def graph() -> dict[str, set[str]]:
     typed = {
         name: {
             inner
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in nodes(path)
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             for inner in ast.walk(node)
         }
@@ -155,7 +191,7 @@ def graph() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in names.items():
         of = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("p2w"):
                 inside = {f"{node.module}.{alias.name}" for alias in node.names}
                 of |= inside if inside <= set(names) else inside | {node.module}
@@ -187,5 +223,9 @@ def test_imports_have_no_cycle():
 
 def test_no_two_modules_have_one_basename():
     """So that a name in a traceback, or in an editor's list, says which one it is."""
-    names = [path.stem for path in FILES if path.parts[-2] != "launch" and not path.stem.startswith("__")]
+    names = [
+        path.stem
+        for path in FILES
+        if path.parts[-2] not in ("launch", "preprocess") and not path.stem.startswith("__")
+    ]
     assert sorted(names) == sorted(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -1,13 +1,18 @@
-"""What an editable install of a checkout gives, in an interpreter that knows nothing else."""
+"""What an editable install of a checkout gives, and the wheel, in an interpreter that knows nothing else."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from pathlib import Path
 
 import pytest
 from processes import REPO
+
+import p2w
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +22,8 @@ def checkout(tmp_path_factory):
     """A checkout of the usual name, and beside it `site`, into which it is installed as `pip install --editable` does."""
     pytest.importorskip("setuptools")
     top = tmp_path_factory.mktemp("home")
-    (top / "p2w").mkdir()
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    (top / "p2w" / "docs").mkdir(parents=True)
+    for name in ("pyproject.toml", "setup.cfg", "docs/package.md", "LICENSE"):
         shutil.copy(REPO / name, top / "p2w" / name)
     shutil.copytree(REPO / "p2w", top / "p2w" / "p2w", ignore=shutil.ignore_patterns("__pycache__"))
     (top / "p2w" / "launch").mkdir()
@@ -47,3 +52,90 @@ def test_the_package_is_imported_from_any_folder(checkout, where):
     assert done.returncode == 0, done.stderr
     version, file = done.stdout.split()
     assert version[0].isdigit() and os.path.samefile(file, checkout / "p2w" / "p2w" / "__init__.py")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A virtual environment with this checkout's wheel and the packages it needs: (environment, wheel)."""
+    pytest.importorskip("setuptools")
+    top = tmp_path_factory.mktemp("wheel")
+    source = top / "source"
+    source.mkdir()
+    for name in ("p2w", "slurm", "docs", "setup.cfg", "pyproject.toml", "LICENSE"):
+        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
+        copy(REPO / name, source / name)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(top)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    shutil.rmtree(source)
+    (wheel,) = top.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", top / "env"], check=True)
+    (site,) = (top / "env" / "lib").glob("python*/site-packages")
+    pip = [top / "env" / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    subprocess.run([*pip, "--no-index", "--no-deps", wheel], check=True)
+    needs = Path(sysconfig.get_paths()["purelib"])
+    (site / "needs.pth").write_text(
+        f"{needs}\n"
+    )  # a path alone: its own .pth files, an editable p2w's too, are not read
+    return top / "env", wheel
+
+
+def test_the_wheel_says_what_it_is(installed):
+    _, wheel = installed
+    assert wheel.name.startswith("parts2whole-")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        metadata = file.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert {
+        "p2w/py.typed",
+        "p2w/sbatch/pretrain.sbatch",
+        "p2w/report/style.css",
+        "p2w/report/slider.js",
+    } <= names
+    assert "Name: parts2whole\n" in metadata and "Classifier: Typing :: Typed" in metadata
+    assert not re.search(r"\]\((?!https?:)", metadata), "a relative link in the long description"
+
+
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
+def test_from_scans_to_predictions_with_the_wheel_alone(installed, tmp_path):
+    """Every stage by the commands of the wheel, in a folder that has no checkout."""
+    env, _ = installed
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    clean |= {"PATH": f"{env / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout
+
+    where = run("python", "-c", "import p2w; print(p2w.__file__)")
+    assert where.startswith(str(env))
+    assert run("p2w", "--version") == f"p2w {p2w.__version__}\n"
+    assert "slurm/pretrain.sbatch" in run("p2w", "slurm")
+    run("python", "-m", "p2w.phantom", "--out", "LUNA16", "--scans", "4", "--shape", "64", "128", "128")
+    run(
+        "p2w",
+        "shard-luna",
+        "--luna",
+        "LUNA16",
+        "--out",
+        "shards",
+        "--subsets",
+        "0-9",
+        "--val-fraction",
+        "0.25",
+    )
+    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "p2w")
+    small = ("--train.steps", "4", "--data.batch", "2")
+    run(*torchrun, "train", "demo", "--shards", "shards", "--run-dir", "run", *small)
+    assert "run/report.html" in run("p2w", "report", "run")
+    run("p2w", "export", "run", "--to", "safetensors", "--out", "weights")
+    phantom = ("python", "-m", "p2w.phantom.target_tasks", "--out", "T", "--tasks", "lcs")
+    run(*phantom, "--patients", "4", "--shape", "32", "64", "64")
+    split = ("--train", "0-1", "--val", "2", "--test", "3")
+    run("p2w", "prepare", "lcs", "--source", "T/LiTS", "--out", "lcs", "--size", "8", "16", "16", *split)
+    start = ("--init", "run", "--trials", "1", "--recipe.max-epochs", "1")
+    run("p2w", "finetune", "--task", "lcs", "--run-dir", "tuned", *start)
+    scan = next((tmp_path / "T").rglob("volume-3.nii*"))
+    run("p2w", "predict", "tuned", "--scan", str(scan), "--out", "liver.nii.gz")
+    assert (tmp_path / "liver.nii.gz").stat().st_size > 0
+    assert not list(tmp_path.rglob("launch"))

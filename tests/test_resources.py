@@ -75,6 +75,7 @@ def test_workers_follow_the_containers_memory(machine, monkeypatch):
     assert build.default_workers() == 4 and free_bytes(CPU) == 8 * GIB
 
 
+@pytest.mark.slow
 def test_affinity_is_what_taskset_leaves():
     code = "from p2w.resources import usable_cores; from p2w.world import World; "
     code += "print(usable_cores(), World.from_env().machine()['cores'])"

@@ -24,7 +24,7 @@ from p2w.pretext import PRETEXTS, build_pretext_and_network, pretext_class
 from p2w.train.estimate import run_cost
 
 sys.path.insert(0, str(REPO))
-from launch.train import parse
+from p2w.commands.train import parse
 
 STEPS, LONG, SEEDS = 200, 600, 3
 # What the table compares, with several seeds …

@@ -13,7 +13,7 @@ from PIL import Image
 from targets_page import gate_rows
 
 from p2w.reproduce.render import probability
-from p2w.reproduce.sweep import slug
+from p2w.reproduce.sweep_jobs import slug
 from p2w.stats import Comparison, compare_pretrainings, holm
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {

@@ -48,7 +48,7 @@ def parts_of(
     """For each part number, the parts (W, 1, d, h, w) of all wholes, unchanged and transformed."""
     ids = shards.ids(split)
     voxels, _ = read_sub_scans(shards, ids)
-    keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids))
+    keys = SampleKeys(VALIDATION_SEED, 0, torch.from_numpy(ids), shards.real_voxels(ids))
     found = []
     for part in range(FIRST, FIRST + count):
         boxes = geometry.sample_boxes(keys, part, shards.shape, FRACTION, view.max_aspect)

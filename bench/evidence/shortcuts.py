@@ -134,7 +134,7 @@ def numbers(seen: dict[str, Array], shards: ShardSet, ids: NDArray[np.int64]) ->
     found["centred"] = separability(features - features.mean((0, 1)), scan, tile)["all"]
     found |= {f"against_{name}": value for name, value in separability(features, scan, tile).items()}
     found["error"] = jackknife(features, scan, tile)
-    boxes = PARTS.boxes(ids, shards.shape).double().numpy()
+    boxes = PARTS.boxes(ids, shards).double().numpy()
     edges = np.array(shards.shape)
     centre = (boxes[..., :3] + boxes[..., 3:]) / 2 / edges
     size = np.log((boxes[..., 3:] - boxes[..., :3]).prod(-1, keepdims=True))

@@ -31,7 +31,7 @@ from page import table
 from run import data_jobs
 
 from p2w.files import write_atomic
-from p2w.reproduce.sweep import slug
+from p2w.reproduce.sweep_jobs import slug
 from p2w.reproduce.table import Table, load_table
 from p2w.resources import usable_cores
 from p2w.tasks.reader import open_target

@@ -89,11 +89,11 @@ def _nested_claims(seen: Table, columns: Sequence[Column], against: str) -> dict
         if ours and others:
             tests[column.task] = compare_pretrainings(ours, others)
     adjusted = holm([one.p for one in tests.values()])
-    known = lambda value: value if math.isfinite(value) else None  # noqa: E731
+    finite = lambda value: value if math.isfinite(value) else None  # noqa: E731
     return {
         task: Claim(
-            task, OURS, against, one.difference, one.method, list(one.n), known(one.t), known(one.df), known(one.p),
-            known(p), one.why, "here", known(one.low), known(one.high),
+            task, OURS, against, one.difference, one.method, list(one.n), finite(one.t), finite(one.df), finite(one.p),
+            finite(p), one.why, "here", finite(one.low), finite(one.high),
         )
         for (task, one), p in zip(tests.items(), adjusted, strict=True)
     }  # fmt: skip

@@ -74,17 +74,18 @@ def read_scans(folder: Path) -> None:
     """As preprocess/shard_scans.py finds, forecasts and reads."""
     from p2w.ct.discover import find_scans  # noqa: PLC0415
     from p2w.ct.orientation import BadScan  # noqa: PLC0415
+    from p2w.ct.scan import read_scan  # noqa: PLC0415
     from p2w.errors import UserError  # noqa: PLC0415
-    from p2w.shards.build import forecast_shards  # noqa: PLC0415
-    from p2w.shards.build_folder import ShardingSettings  # noqa: PLC0415
-    from p2w.shards.workers import _read  # noqa: PLC0415
+    from p2w.shards.build import errors_of_readers  # noqa: PLC0415
+    from p2w.shards.scan_shards import ShardingSettings, forecast_shards  # noqa: PLC0415
 
     found = find_scans([str(folder)], str(folder / "out"))
     forecast_shards(found.sources, ShardingSettings())
     reasons = [why for _, why in found.bad]
     for source in found.sources:
         try:
-            _read(source)
+            with errors_of_readers():
+                read_scan(source)
         except BadScan as error:
             reasons.append(str(error))
     if reasons:
@@ -92,6 +93,7 @@ def read_scans(folder: Path) -> None:
 
 
 def make_set(form: str, only: str = "") -> Callable[[Path], None]:
+    """A function that writes a data set of shards of this format into a folder; with `only`, of its files this one."""
     from stream_sets import write_set  # noqa: PLC0415
 
     def make(folder: Path) -> None:
@@ -116,6 +118,7 @@ def make_unsealed(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> None:
+    """Read a manifest as training does."""
     from p2w.shards.manifest import open_manifest  # noqa: PLC0415
     from p2w.stream.local import ShardSet  # noqa: PLC0415
 
@@ -170,6 +173,7 @@ def read_tar_stream(folder: Path) -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
+    """Write a small checkpoint, step 3."""
     import torch  # noqa: PLC0415
 
     from p2w.train.checkpoint import Checkpoints, Snapshot  # noqa: PLC0415
@@ -180,6 +184,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path, reseal: bool = False) -> None:
+    """Read the checkpoint as a resumed run does; with `reseal`, after its checksums were made to fit the damage."""
     from p2w.train import checkpoint  # noqa: PLC0415
 
     if reseal:  # what someone writes who knows how
@@ -194,6 +199,7 @@ def read_checkpoint(folder: Path, reseal: bool = False) -> None:
 
 
 def make_safetensors(folder: Path) -> None:
+    """Write a file of two tensors."""
     import torch  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -214,47 +220,52 @@ def read_safetensors(folder: Path) -> None:
 
 
 def make_config(folder: Path) -> None:
+    """Write the config.json of a run with every default."""
     from p2w.config import Config, config_to_json  # noqa: PLC0415
 
     (folder / "config.json").write_text(config_to_json(Config()))
 
 
 def read_config(folder: Path) -> None:
+    """Read the config.json as training does."""
     from p2w import config  # noqa: PLC0415
 
     config.flatten(config.read_config(folder / "config.json"))
 
 
 def make_settings(folder: Path) -> None:
+    """Write a folder of shards that is being cut, with its settings and records."""
     from ct_files import ct, write  # noqa: PLC0415
 
     from p2w.ct.discover import find_scans  # noqa: PLC0415
-    from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings  # noqa: PLC0415
+    from p2w.shards.build import cut_source  # noqa: PLC0415
+    from p2w.shards.build_folder import JobShare  # noqa: PLC0415
+    from p2w.shards.scan_shards import ScanFolder, ShardingSettings  # noqa: PLC0415
     from p2w.shards.tiling import Tiling  # noqa: PLC0415
-    from p2w.shards.workers import cut_scan  # noqa: PLC0415
 
     write(folder / "scans" / "a.mha", ct((16, 16, 16)))
-    out = BuildFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
+    out = ScanFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
     with out.share_lock(JobShare()):
         out.prepare(JobShare())
         for source in find_scans([str(folder / "scans")], "").sources:
-            cut_scan(source, out, JobShare())
+            cut_source(source, out, JobShare())
 
 
 def read_settings(folder: Path) -> None:
     """settings.json and scans/*.json, as a run that goes on reads them, and the merge."""
     from p2w.ct.discover import find_scans  # noqa: PLC0415
-    from p2w.shards.build import merge_records, unfinished_scans  # noqa: PLC0415
-    from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings  # noqa: PLC0415
+    from p2w.shards.build import merge_records, unfinished_sources  # noqa: PLC0415
+    from p2w.shards.build_folder import JobShare  # noqa: PLC0415
+    from p2w.shards.scan_shards import ScanFolder, ShardingSettings  # noqa: PLC0415
     from p2w.shards.tiling import Tiling  # noqa: PLC0415
 
-    out = BuildFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
+    out = ScanFolder(str(folder / "set"), ShardingSettings(Tiling((8, 8, 8), 0, 0.0)))
     found = find_scans([str(folder / "scans")], str(folder / "set"))
     with out.share_lock(JobShare()):
         out.prepare(JobShare())
-        out.refuse_other_scans(found.sources, found.bad)
+        out.refuse_other_sources(found.sources, found.bad)
         for source in found.sources:
             out.finished(source)
     with out.merge_lock():
-        if not unfinished_scans(found, out):
+        if not unfinished_sources(found, out):
             merge_records(found, out)

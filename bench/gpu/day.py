@@ -43,7 +43,9 @@ class Stage:
 def stages(call: int, out: Path, day: Path, toy: bool) -> list[Stage]:
     """The stages of a call, in order: correctness, speed, science."""
     recipe = "demo" if toy else "paper"
-    rounds = ("--rounds", "1", "--batch", "4") if toy else ("--rounds", "20", "--batch", "16")
+    rounds = (
+        ("--rounds", "1", "--batch", "4", "--threads", "1") if toy else ("--rounds", "20", "--batch", "16")
+    )
     small = ("--small",) if toy else ()
     first = [
         Stage("machine", (f"{HERE}/machine.py",), 25, 5),

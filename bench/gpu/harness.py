@@ -122,6 +122,7 @@ class CollectingLog(Log):
         self.said: list[str] = []
 
     def line(self, text: str, style: str | None = None) -> None:
+        """Keep the line."""
         self.said.append(text)
 
 

@@ -27,6 +27,7 @@ SHAPE = (64, 128, 128)
 
 
 def as_volume(data: bytes) -> np.ndarray:
+    """Bytes -> int16 (z, y, x)."""
     return np.frombuffer(data, np.int16).reshape(SHAPE)
 
 
@@ -39,20 +40,24 @@ class Peer:
         self.built: dict[int, Any] = {}
 
     def samples(self) -> np.ndarray:
+        """All samples, int16 (N, z, y, x), mapped into memory."""
         return np.load(self.source, mmap_mode="r")
 
     def write(self) -> None:
         """Nothing to write: reads all.npy, or the data set of p2w."""
 
     def build(self, workers: int) -> Iterable[Any]:
+        """The loader with so many workers."""
         raise NotImplementedError
 
     def epoch(self, workers: int) -> Iterable[Any]:
+        """Batches of one epoch; the loader is built at the first call."""
         if workers not in self.built:
             self.built[workers] = self.build(workers)
         return self.built[workers]
 
     def loader(self, data: Any, workers: int, **more: Any) -> DataLoader:
+        """Torch's loader of this data set."""
         return DataLoader(data, self.batch, num_workers=workers, persistent_workers=workers > 0, **more)
 
 
@@ -113,6 +118,7 @@ class Mosaicml(Peer):
     """MDS shards of 64 MiB through mosaicml-streaming, shuffled."""
 
     def module(self) -> Any:
+        """The package `streaming`, also where its import of torchvision fails."""
         try:
             import streaming  # noqa: PLC0415
         except (RuntimeError, ImportError):  # PyPI's torchvision does not load beside a CPU build of torch:
@@ -150,6 +156,7 @@ class Mosaicml(Peer):
 
 
 def litdata_sample(place: tuple[str, int]) -> dict[str, np.ndarray]:
+    """The record of sample `place`, (file, number)."""
     return {"voxels": np.array(np.load(place[0], mmap_mode="r")[place[1]])}
 
 
@@ -213,6 +220,7 @@ def cpu_seconds() -> float:
 
 
 def answer(peer: Peer, word: str, workers: int) -> dict[str, Any]:
+    """Do what the command `word` says (write, check, or an epoch) and give its result as plain JSON types."""
     if word == "write":
         shutil.rmtree(peer.folder, ignore_errors=True)
         peer.write()

@@ -57,11 +57,11 @@ class AnalysedRun:
         """Open a run folder. Raises UserError when it is no run, or has no finished checkpoint."""
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{path}: no config.json there, so it is no run folder; name one that launch/train.py has written"
+                f"{path}: no config.json there, so it is no run folder; name one that p2w train has written"
             )
         run = AnalysedRun(path, settings.read_config(path / "config.json"))
         if not run.checkpoints.steps():
-            raise UserError(f"{path}: no checkpoint there yet; train it: launch/train.py --run-dir {path}")
+            raise UserError(f"{path}: no checkpoint there yet; train it: p2w train --run-dir {path}")
         return run
 
     @property

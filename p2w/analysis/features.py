@@ -5,7 +5,6 @@ any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the ne
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,23 +44,26 @@ class PartSet:
         """Number of parts of one whole, P."""
         return self.each * len(self.fractions)
 
-    def boxes(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> Tensor:
-        """Boxes (W, P, 6) float32 of the wholes `ids` of `shape` (z, y, x), range by range; see p2w.geometry."""
-        keys = SampleKeys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids))
+    def boxes(self, ids: NDArray[np.int64], shards: ShardSet) -> Tensor:
+        """Boxes (W, P, 6) float32 of the wholes `ids`, range by range; see p2w.geometry."""
+        real = shards.real_voxels(ids)
+        keys = SampleKeys(VALIDATION_SEED + self.seed, 0, torch.from_numpy(ids), real)
         numbered = [
             (self.first + index * self.each + part, fraction)
             for index, fraction in enumerate(self.fractions)
             for part in range(self.each)
         ]
         each = [
-            geometry.sample_boxes(keys, part, shape, fraction, self.max_aspect) for part, fraction in numbered
+            geometry.sample_boxes(keys, part, shards.shape, fraction, self.max_aspect)
+            for part, fraction in numbered
         ]
         return torch.stack(each, 1)
 
-    def scale(self, ids: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    def scale(self, ids: NDArray[np.int64], shards: ShardSet) -> NDArray[np.float64]:
         """(W, P): volume of each part as a fraction of its whole's."""
-        boxes = self.boxes(ids, shape).double()
-        return ((boxes[..., 3:] - boxes[..., :3]).prod(-1) / math.prod(shape)).numpy()
+        boxes = self.boxes(ids, shards).double().numpy()
+        volumes: NDArray[np.float64] = (boxes[..., 3:] - boxes[..., :3]).prod(-1)
+        return volumes / shards.size_in_voxels(ids).prod(1)[:, None]
 
 
 def log_bins(low: float, count: int) -> tuple[Range, ...]:
@@ -83,7 +85,7 @@ def extract(
     """
     share = -(-len(ids) // world.size)
     mine = ids[world.rank * share : (world.rank + 1) * share]
-    boxes = part_set.boxes(mine, shards.shape).to(world.device)
+    boxes = part_set.boxes(mine, shards).to(world.device)
     voxels = torch.empty(shards.shape, dtype=torch.int16)
     rows: list[Tensor] = []
     with shards.reader(mine) as reader:

@@ -35,7 +35,7 @@ VALIDATION_SEED = 0x9A275
 
 def validation_keys(batch: Batch) -> SampleKeys:
     """The random keys of a validation batch's parts; they never change."""
-    return SampleKeys(VALIDATION_SEED, 0, batch.ids)
+    return SampleKeys(VALIDATION_SEED, 0, batch.ids, batch.real)
 
 
 class Validation:
@@ -129,6 +129,7 @@ class SimilarityMonitor:
         self.order = row.clamp(max=len(mine) - 1)
         self.real = ((row < len(own)) & torch.from_numpy(good)[self.order]).to(world.device)
         self.ids, self.voxels = torch.from_numpy(mine).to(world.device), voxels.to(world.device)
+        self.own = shards.real_voxels(mine, world.device)
         self.pairs: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
@@ -168,7 +169,8 @@ class SimilarityMonitor:
         """Features (rows, PARTS, C) of the parts of some of the volumes."""
         self.before_batch()
         config, index = self.config, index.to(self.ids.device)
-        voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index])
+        own = None if self.own is None else self.own[index]
+        voxels, keys = self.voxels[index], SampleKeys(VALIDATION_SEED, 0, self.ids[index], own)
         shape = (voxels.shape[1], voxels.shape[2], voxels.shape[3])
         each = []
         for part in range(1, 1 + PARTS):  # part 0 is the one that validation uses

@@ -44,8 +44,11 @@ class Pictures:
         if log.speaks:
             voxels, ids = high_contrast_wholes(shards, split)
             self.keys = [shards.key(int(row)) for row in ids]
-            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.shape
-            self.views = pretext.sample(voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device)))
+            self.extent_mm = shards.spacing_mm[ids.numpy()] * shards.size_in_voxels(ids.numpy())
+            real = shards.real_voxels(ids.numpy(), device)
+            self.views = pretext.sample(
+                voxels.to(device), SampleKeys(VALIDATION_SEED, 0, ids.to(device), real)
+            )
 
     def __call__(self, step: int) -> Iterable[tuple[str, float]]:
         """Draw pixels only, because a figure with titles by matplotlib takes ten times as long."""
@@ -125,7 +128,7 @@ def reconstructions(
     model = run.recalibrated_network(step, alone, precision, TrainingWholes(shards, alone))
     view = run.config.pretext
     voxels, ids = high_contrast_wholes(shards, split)
-    keys = SampleKeys(VALIDATION_SEED, 0, ids)
+    keys = SampleKeys(VALIDATION_SEED, 0, ids, shards.real_voxels(ids.numpy()))
     boxes = torch.stack(
         [
             geometry.sample_boxes(keys, 0, shards.shape, (scale, scale), view.max_aspect)
@@ -144,7 +147,7 @@ def reconstructions(
     return {
         "whole": part_stack[:, -1], "part": part_stack, "output": output_stack, "scale": np.array(RECONSTRUCTION_SCALES),
         "keys": np.array([shards.key(int(row)) for row in ids]),
-        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.shape,
+        "extent_mm": shards.spacing_mm[ids.numpy()] * shards.size_in_voxels(ids.numpy()),
     }  # fmt: skip
 
 
@@ -181,7 +184,5 @@ def _picture(measure: Measure, source: FeatureSource, name: str, index: int) -> 
     measure.shards.read_into(int(measure.ids[index]), voxels)
     part_set: PartSet = measure.sets[name]
     return grey(
-        cut_parts(
-            voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards.shape)[0, :1], source.view
-        )
+        cut_parts(voxels, part_set.boxes(measure.ids[index : index + 1], measure.shards)[0, :1], source.view)
     )[0]

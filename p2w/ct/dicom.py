@@ -1,42 +1,66 @@
-"""DICOM series: read the headers, sort the slices, check that they are one CT volume, and read uncompressed pixels.
+"""DICOM headers: the elements of a file up to its pixels, and what a slice of a CT volume needs of them.
 
 Headers are read here, of most files from their first 64 KiB; GDCM would read a file 2.7 times for its header, and 5 times
-for its pixels. So uncompressed pixels are read here too, in one pass that also gives the checksum of the files. GDCM,
-through SimpleITK, reads pixels that are compressed, big-endian, deflated, inverted, mapped by a lookup table or rescaled by
-fractions.
+for its pixels. What makes slices a volume is in `p2w.ct.dicom_series`, their pixels in `p2w.ct.dicom_pixels`.
 
-Tags and encodings: DICOM PS3.5 section 7 and PS3.6. PS3.5 section 8.1.1: a cell of 16 bits has the value in its lowest
-`bits stored` bits, and anything in the others. PS3.3 C.11.1.1: HU = cell x slope + intercept.
+Tags and encodings: DICOM PS3.5 section 7, PS3.6 and PS3.10. Files that break PS3.10 but are common are read too: without
+the preamble of 128 bytes, without a transfer syntax (then the first element shows how it is encoded), or packed by gzip.
 """
 
+import hashlib
 import math
 import os
 import struct
 import zlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from p2w.ct.orientation import BadScan, Grid
-from p2w.files import crc32c
+from p2w.ct.orientation import BadScan
 
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-SYNTAX, LAST, PIXELS = 0x00020010, 0x00281053, 0x7FE00010
+SHORT = {
+    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS", b"ST",
+    b"TM", b"UI", b"UL", b"US",
+}  # fmt: skip
+SYNTAX, LAST, PIXELS = 0x00020010, 0x00283000, 0x7FE00010
+OVERLAY_BIT = 0x60000102  # of the first overlay, in repeating groups 6000, 6002, …
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 DEEPEST = 100  # levels of nested sequences
-UNPACKED = 1 << 24  # most bytes of a deflated header, decompressed
+UNPACKED = 1 << 24  # most bytes of a deflated or gzip-packed header, decompressed
 PACKED_TIMES = 1032  # highest compression ratio, that of zlib: a header that claims more pixels is wrong
 HEAD = 1 << 16  # bytes read at first; nearly every header fits
+GZIP, GZIP_MAGIC = 16 + zlib.MAX_WBITS, b"\x1f\x8b"
+COLOURLESS = ("", "MONOCHROME1", "MONOCHROME2")
+HU_TYPES = ("", "HU", "US", "HU_MOD")  # RescaleType; US: not specified, which many converters write for HU
+
+
+@dataclass(frozen=True)
+class SeriesInfo:
+    """What headers say of a scan, without anything that names a person: identifiers are hashed, of dates only the year.
+
+    Empty text, or 0, where the headers say nothing, as for image files that are not DICOM.
+    """
+
+    patient: str = ""  # salted hash of PatientID
+    study: str = ""  # salted hash of StudyInstanceUID
+    frame_of_reference: str = ""  # salted hash; equal for scans that share their coordinates
+    series: str = ""  # SeriesInstanceUID
+    acquisition: str = ""  # what tells this volume from others of its series, such as "acquisition 2"
+    year: int = 0  # of the study
+    modality: str = ""
+    description: str = ""  # SeriesDescription
+    body_part: str = ""  # BodyPartExamined
+    kernel: str = ""  # ConvolutionKernel
+    maker: str = ""  # Manufacturer
+    thickness_mm: float = 0.0  # SliceThickness
+    contrast: str = ""  # ContrastBolusAgent
+    kvp: float = 0.0
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The header of one DICOM file."""
+    """The header of one DICOM file, or of one frame of it."""
 
     path: str
     nbytes: int
@@ -52,15 +76,60 @@ class Slice:
     position: tuple[float, ...]  # x, y, z of the first pixel, mm
     orientation: tuple[float, ...]  # direction of a row, then of a column
     rescale: tuple[float, ...]  # slope, intercept; shorter when a tag is missing
+    photometric: str = "MONOCHROME2"
+    rescale_type: str = ""
+    patient: bytes = b""  # PatientID as it is written; it never leaves this process unhashed
+    study: str = ""
+    frame_of_reference: str = ""
+    acquisition: str = ""  # AcquisitionNumber
+    time: str = ""  # AcquisitionDateTime, or AcquisitionDate and AcquisitionTime
+    phase: str = ""  # temporal position, trigger time or cardiac phase
+    kernel: str = ""
+    kvp: str = ""
+    thickness: float = 0.0
+    step: float = 0.0  # SpacingBetweenSlices
+    sop_class: str = ""
+    description: str = ""
+    body_part: str = ""
+    maker: str = ""
+    contrast: str = ""
+    date: str = ""  # StudyDate
+    frame: int = 0  # number of the frame in the file, from 0
+
+    def info(self, salt: str, acquisition: str = "") -> SeriesInfo:
+        """What the table of series and the manifest may say of the scan that this slice belongs to."""
+        return SeriesInfo(
+            patient=salted_hash(self.patient.decode("latin-1"), salt),
+            study=salted_hash(self.study, salt),
+            frame_of_reference=salted_hash(self.frame_of_reference, salt),
+            series=self.series,
+            acquisition=acquisition,
+            year=int(self.date[:4]) if self.date[:4].isdecimal() else 0,
+            modality=self.modality,
+            description=self.description,
+            body_part=self.body_part,
+            kernel=self.kernel,
+            maker=self.maker,
+            thickness_mm=self.thickness,
+            contrast=self.contrast,
+            kvp=float(self.kvp) if self.kvp.replace(".", "", 1).isdecimal() else 0.0,
+        )
+
+
+def salted_hash(text: str, salt: str) -> str:
+    """16 hexadecimal digits that stand for an identifier; "" for none. Without the salt nobody can try out names."""
+    return hashlib.sha256(f"{salt}\0{text}".encode()).hexdigest()[:16] if text else ""
 
 
 @dataclass(frozen=True)
-class _Encoding:
+class Encoding:
+    """How the elements of a file are written."""
+
     explicit: bool
     order: str  # "<" or ">"
 
 
-def _element(data: bytes, at: int, code: _Encoding) -> tuple[int, bytes, int, int]:
+def _element(data: bytes, at: int, code: Encoding) -> tuple[int, bytes, int, int]:
     """Tag, value representation, position and length in bytes of the value, of the element at byte `at`."""
     group, number = struct.unpack_from(code.order + "HH", data, at)
     tag = group << 16 | number
@@ -72,7 +141,7 @@ def _element(data: bytes, at: int, code: _Encoding) -> tuple[int, bytes, int, in
     return tag, vr, at + 8, struct.unpack_from(code.order + "H", data, at + 6)[0]
 
 
-def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> int:
+def _skip(data: bytes, at: int, code: Encoding, end: int, depth: int = 0) -> int:
     """The position after a sequence (end=SEQUENCE_END) or an item (end=ITEM_END) of undefined length."""
     if depth > DEEPEST:
         raise struct.error(f"sequences more than {DEEPEST} deep")
@@ -85,63 +154,133 @@ def _skip(data: bytes, at: int, code: _Encoding, end: int, depth: int = 0) -> in
         elif tag == ITEM:
             at = _skip(data, start, code, ITEM_END, depth + 1)
         else:  # an unknown element of undefined length is written in implicit form
-            inner = _Encoding(False, "<") if vr == b"UN" else code
+            inner = Encoding(False, "<") if vr == b"UN" else code
             at = _skip(data, start, inner, SEQUENCE_END, depth + 1)
 
 
-def elements(data: bytes) -> tuple[dict[int, bytes], _Encoding, int, int | None]:
+def _data_set_encoding(data: bytes, at: int, syntax: str) -> Encoding:
+    """The encoding of the elements from byte `at`, as the transfer syntax says; without one, as the first element shows."""
+    if syntax == BIG_ENDIAN:
+        return Encoding(True, ">")
+    vr = data[at + 4 : at + 6]
+    known = vr in LONG or vr in SHORT
+    return Encoding(known if not syntax else syntax != IMPLICIT, "<")
+
+
+def elements(data: bytes) -> tuple[dict[int, bytes], Encoding, int, int | None]:
     """Elements of the top level up to the pixels, their encoding, the byte at which the pixels end, and their length.
 
-    The end is 0 where it cannot be known; the length is None where pixels are compressed or missing. Raises struct.error
-    where `data` ends within the header.
+    A sequence of undefined length has the value b"". The end is 0 where it cannot be known; the length is None where pixels
+    are compressed or missing. Raises struct.error where `data` ends within the header.
     """
-    code, found, at = _Encoding(True, "<"), dict[int, bytes](), 132
+    code, found = Encoding(True, "<"), dict[int, bytes]()
+    at = 132 if data[128:132] == b"DICM" else 0
     in_meta, deflated = True, False
     while at < len(data):
         if in_meta and struct.unpack_from("<H", data, at)[0] != 2:
             in_meta = False
             syntax = found.get(SYNTAX, b"").rstrip(b"\0 ").decode("ascii", "replace")
-            code = _Encoding(syntax != IMPLICIT, ">" if syntax == BIG_ENDIAN else "<")
             deflated = syntax == DEFLATED
             if deflated:
                 data, at = zlib.decompressobj(-15).decompress(data[at:], UNPACKED), 0
+            code = _data_set_encoding(data, at, syntax)
         tag, vr, start, length = _element(data, at, code)
         if tag == PIXELS:
             plain = length != UNDEFINED
             return found, code, start + length if plain and not deflated else 0, length if plain else None
         if length == UNDEFINED:
-            at = _skip(data, start, _Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
-        else:
+            at = _skip(data, start, Encoding(False, "<") if vr == b"UN" else code, SEQUENCE_END)
             if tag <= LAST:
-                found[tag] = data[start : start + length]
+                found[tag] = b""
+        else:
+            if tag <= LAST or tag & 0xFF00FFFF == OVERLAY_BIT:
+                found[OVERLAY_BIT if tag > LAST else tag] = data[start : start + length]
             at = start + length
     if at > len(data):
         raise struct.error("it ends within its header")
     return found, code, 0, None
 
 
-def read_slice(path: str) -> Slice | None:
+def starts_as_dicom(data: bytes) -> bool:
+    """Whether the first bytes of a file (132 are enough) are those of a DICOM file, with its preamble or without."""
+    if data[128:132] == b"DICM":
+        return True
+    if len(data) < 16:
+        return False
+    group, number = struct.unpack_from("<HH", data)
+    if group not in (2, 8) or number > 0x1200:
+        return False
+    if data[4:6] in SHORT or data[4:6] in LONG:
+        return True
+    return (
+        struct.unpack_from("<I", data, 4)[0] <= 256
+    )  # implicit: the first elements are dates, names and uids
+
+
+def unpack_gzip(data: bytes, limit: int) -> bytes:
+    """The first `limit` bytes of a gzip file's content; fewer where it ends earlier. Raises zlib.error."""
+    return zlib.decompressobj(GZIP).decompress(data, limit)
+
+
+def read_slice(path: str, modality: str = "CT") -> Slice | None:
     """The header of one file; None when it is not a DICOM image but another kind of file, a DICOMDIR or a report.
 
+    Whether it has all its pixels is checked where it is a slice of a scan of `modality`.
     Raises BadScan when the file is truncated or its header is damaged.
     """
     with open(path, "rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
         data = file.read(HEAD)
-        if data[128:132] != b"DICM":
-            return None
+        packed = data[:2] == GZIP_MAGIC
+        preamble = False
         try:
+            if not starts_as_dicom(unpack_gzip(data, 132) if packed else data):
+                return None
+            data = unpack_gzip(data + file.read(), UNPACKED) if packed else data
+            preamble = data[128:132] == b"DICM"
             try:
                 found, code, end, length = elements(data)
             except (struct.error, zlib.error):
-                found, code, end, length = elements(data + file.read())
+                if packed:
+                    raise
+                # Without a preamble it may be any kind of file, and a large one.
+                found, code, end, length = elements(data + file.read(-1 if preamble else UNPACKED))
         except (struct.error, zlib.error) as error:
+            if not preamble:
+                return None
             raise BadScan(f"its DICOM header cannot be read ({error}): copy the file again") from error
-    if end > nbytes:
-        raise BadScan(f"truncated: has {nbytes:,} bytes, its pixels end at {end:,}: copy the file again")
+    # Whether pixels of a packed file are missing shows when they are unpacked.
+    one = _slice_of(found, code, path, max(nbytes, end) if packed else nbytes)
+    if one is not None and not_a_scan(one, modality) is None:
+        _check_length(one, found, code, end, length)
+    return one
+
+
+def _check_length(one: Slice, found: dict[int, bytes], code: Encoding, end: int, length: int | None) -> None:
+    """Raise BadScan where the file is too short for the pixels that its header promises."""
+    if end > one.nbytes:
+        raise BadScan(f"truncated: has {one.nbytes:,} bytes, its pixels end at {end:,}: copy the file again")
+    bits = found.get(0x00280100, b"")
+    allocated = struct.unpack(code.order + "H", bits[:2])[0] if len(bits) >= 2 else 8
+    promised = one.rows * one.columns * one.samples * one.frames * (allocated or 8) // 8
+    if promised > (length if length is not None else PACKED_TIMES * one.nbytes):
+        available = (
+            f"its pixels have {length:,}" if length is not None else f"it has {one.nbytes:,}, compressed"
+        )
+        raise BadScan(
+            f"{one.frames} x {one.columns} x {one.rows} pixels take {promised:,} bytes, {available}: copy the file again"
+        )
+
+
+def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -> Slice | None:
+    """The slice that these elements describe; None when they are not those of an image."""
 
     def text(tag: int) -> str:
         return found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+
+    def words(tag: int) -> str:
+        """Free text, on one line."""
+        return " ".join(text(tag).replace("\ufffd", "?").split())[:64]
 
     def numbers(tag: int) -> tuple[float, ...]:
         try:
@@ -154,16 +293,8 @@ def read_slice(path: str) -> Slice | None:
         value = found.get(tag, b"")
         return struct.unpack(code.order + "H", value[:2])[0] if len(value) >= 2 else 0
 
-    if not text(0x0020000E) or not short(0x00280010):
+    if not short(0x00280010):
         return None
-    rows, columns, samples = short(0x00280010), short(0x00280011), short(0x00280002) or 1
-    frames = max(1, int((numbers(0x00280008) or (1,))[0]))
-    promised = rows * columns * samples * frames * (short(0x00280100) or 8) // 8
-    if promised > (length if length is not None else PACKED_TIMES * nbytes):
-        available = f"its pixels have {length:,}" if length is not None else f"it has {nbytes:,}, compressed"
-        raise BadScan(
-            f"{frames} x {columns} x {rows} pixels take {promised:,} bytes, {available}: copy the file again"
-        )
     return Slice(
         path=path,
         nbytes=nbytes,
@@ -171,161 +302,45 @@ def read_slice(path: str) -> Slice | None:
         instance=text(0x00080018) or path,
         modality=text(0x00080060),
         image_type=text(0x00080008),
-        frames=frames,
-        samples=samples,
-        rows=rows,
-        columns=columns,
+        frames=max(1, int((numbers(0x00280008) or (1,))[0])),
+        samples=short(0x00280002) or 1,
+        rows=short(0x00280010),
+        columns=short(0x00280011),
         spacing=numbers(0x00280030),
         position=numbers(0x00200032),
         orientation=numbers(0x00200037),
         rescale=numbers(0x00281053)[:1] + numbers(0x00281052)[:1],
+        photometric=text(0x00280004),
+        rescale_type=text(0x00281054).upper(),
+        patient=found.get(0x00100020, b"").strip(b"\0 "),
+        study=text(0x0020000D),
+        frame_of_reference=text(0x00200052),
+        acquisition=text(0x00200012),
+        time=text(0x0008002A) or text(0x00080022) + text(0x00080032),
+        phase="\\".join(text(tag) for tag in (0x00200100, 0x00181060, 0x00209241)).strip("\\"),
+        kernel=words(0x00181210),
+        kvp=text(0x00180060),
+        thickness=(numbers(0x00180050) or (0.0,))[0],
+        step=abs((numbers(0x00180088) or (0.0,))[0]),
+        sop_class=text(0x00080016),
+        description=words(0x0008103E),
+        body_part=words(0x00180015),
+        maker=words(0x00080070),
+        contrast=words(0x00180010),
+        date=text(0x00080020),
     )
 
 
-def not_a_scan(one: Slice) -> str | None:
-    """Why a sound DICOM image is not a slice of a CT volume; None when it is one."""
-    if one.modality != "CT":
-        return f"modality {one.modality or 'unknown'}, not CT"
+def not_a_scan(one: Slice, modality: str = "CT") -> str | None:
+    """Why a sound DICOM image is not a slice of a volume of `modality` (CT, MR, PT); None when it is one."""
+    if one.modality != modality:
+        return f"modality {one.modality or 'unknown'}, not {modality}"
+    if one.samples > 1 or one.photometric not in COLOURLESS:
+        return "a colour picture (a screenshot, a dose report or a rendering)"
     if "LOCALIZER" in one.image_type.upper():
         return "a localizer"
+    if modality == "CT" and one.rescale_type not in HU_TYPES:
+        return f"its values are {one.rescale_type} (RescaleType), not HU"
     if one.frames == 1 and len(one.position) != 3:
         return "a picture without a position in space (a dose report or screenshot)"
     return None
-
-
-def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Grid]:
-    """The slices of a series sorted along their normal, and their grid. Raises BadScan when they are not one volume."""
-    if any(one.frames > 1 for one in slices):
-        raise BadScan(
-            "an enhanced multi-frame DICOM, which is not read: convert it to NIfTI (dcm2niix) first"
-        )
-    if any(one.samples > 1 for one in slices):
-        raise BadScan("has colour pixels, not CT values")
-    _check_equal("sizes", Counter(f"{one.columns}x{one.rows}" for one in slices))
-    _check_equal("pixel spacings", Counter(str([round(s, 4) for s in one.spacing]) for one in slices))
-    _check_equal("orientations", Counter(str([round(v, 3) + 0.0 for v in one.orientation]) for one in slices))
-    if len(slices[0].orientation) != 6 or len(slices[0].spacing) != 2:
-        raise BadScan("lacks its orientation or pixel spacing (ImageOrientationPatient, PixelSpacing)")
-    bare = sum(len(one.rescale) < 2 for one in slices)
-    if bare:
-        raise BadScan(
-            f"no rescale: RescaleSlope or RescaleIntercept is missing in {bare} of {len(slices)} slices"
-        )
-    if any(len(one.position) != 3 for one in slices):
-        raise BadScan("has slices without a position in space (ImagePositionPatient)")
-    row, column = np.array(slices[0].orientation).reshape(2, 3)
-    normal = np.cross(row, column)
-    slices = sorted(
-        {one.instance: one for one in slices}.values(), key=lambda one: float(normal @ one.position)
-    )
-    positions = np.array([normal @ one.position for one in slices])
-    step = _step(slices, positions, allow_gaps)
-    first = slices[0]
-    grid = Grid(
-        size=(first.columns, first.rows, len(slices)),
-        spacing=(first.spacing[1], first.spacing[0], step),
-        origin=(first.position[0], first.position[1], first.position[2]),
-        direction=tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
-    )
-    return slices, grid
-
-
-def _check_equal(what: str, kinds: Counter[str]) -> None:
-    if len(kinds) > 1:
-        listing = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
-        raise BadScan(f"slices of different {what} in one series: {listing}")
-
-
-def _step(slices: list[Slice], positions: np.ndarray, allow_gaps: bool) -> float:
-    """Distance of adjacent slices in mm. Raises BadScan where slices are missing or share a position."""
-    if len(slices) < 2:
-        return 1.0
-    steps = np.diff(positions)
-    usual = float(np.median(steps))
-    if (steps < 0.01).any():
-        count = int((steps < 0.01).sum())
-        raise BadScan(f"4-D: {count} slices share their position with another slice of the series")
-    wide = np.flatnonzero(steps > 1.5 * usual)
-    if wide.size and not allow_gaps:
-        at = int(wide[0])
-        missing = int(sum(round(float(steps[i]) / usual) - 1 for i in wide))
-        names = " and ".join(os.path.basename(one.path) for one in slices[at : at + 2])
-        raise BadScan(
-            f"{missing} slices missing, {wide.size} gaps: the first is {steps[at]:.2f} mm between {names}, "
-            f"elsewhere {usual:.2f} mm; --allow-gaps cuts it all the same"
-        )
-    return usual
-
-
-SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
-ALLOCATED, STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
-INTERCEPT, SLOPE, TABLE = 0x00281052, 0x00281053, 0x00283000
-INT16 = np.iinfo(np.int16)
-MOST_SLOPE = 1 << 14  # times a cell of 16 bits still fits 32 bits
-
-
-def plain_pixels(files: Sequence[str], size_xyz: Sequence[int]) -> tuple[NDArray[np.int16], int] | None:
-    """HU int16 [z,y,x] (clipped) of slices in this order, and the CRC-32C of all files; None when GDCM is needed.
-
-    Raises OSError when a file cannot be read.
-    """
-    columns, rows, slices = size_xyz
-    hu, checksum = np.empty((slices, rows, columns), np.int16), 0
-    if slices != len(files):
-        return None
-    for path, out in zip(files, hu, strict=True):
-        with open(path, "rb") as file:
-            data = file.read(os.fstat(file.fileno()).st_size)
-        checksum = crc32c(data, checksum)
-        if not _decode(data, out):
-            return None
-    return hu, checksum
-
-
-def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
-    """Fill `out` (rows, columns) with the HU of a file; False when GDCM is needed."""
-    try:
-        found, code, end, length = elements(data)
-    except (struct.error, zlib.error):
-        return False
-    if not end or end > len(data) or length is None or code.order != "<":
-        return False
-
-    def short(tag: int) -> int:
-        value = found.get(tag, b"")
-        return int.from_bytes(value, "little") if len(value) == 2 else -1
-
-    def integer(tag: int) -> int | None:
-        try:
-            value = float(found.get(tag, b"").rstrip(b"\0 "))
-        except ValueError:
-            return None
-        return int(value) if value.is_integer() and abs(value) < 1 << 30 else None
-
-    stored, signed, slope, intercept = short(STORED), short(SIGNED), integer(SLOPE), integer(INTERCEPT)
-    shape = (short(ROWS), short(COLUMNS))
-    if (
-        shape != out.shape
-        or short(SAMPLES) != 1
-        or found.get(COLOURS, b"").strip(b"\0 ") != b"MONOCHROME2"
-        or found.get(FRAMES, b"1").strip(b"\0 ") != b"1"
-        or (short(ALLOCATED), short(HIGH_BIT)) != (16, stored - 1)
-        or not 8 <= stored <= 16
-        or signed not in (0, 1)
-        or slope is None
-        or intercept is None
-        or not 0 < slope <= MOST_SLOPE
-        or TABLE in found
-        or length - 2 * out.size not in (0, 1, 2)  # padding may follow
-    ):
-        return False
-    start = end - length
-    cells = np.frombuffer(data, "<i2" if signed else "<u2", out.size, start).reshape(out.shape)
-    if stored < 16:  # shift the unused upper bits out, and extend the sign
-        cells = (cells << (16 - stored)) >> (16 - stored)
-    values = cells.astype(np.int32)
-    values *= slope
-    values += intercept
-    np.clip(values, INT16.min, INT16.max, out=values)
-    out[:] = values
-    return True

@@ -1,23 +1,40 @@
-"""Find the scans in a folder: in LUNA16's layout, or in any tree of MetaImage, NIfTI, NRRD and DICOM files."""
+"""Find the scans in a folder: in LUNA16's layout, or in any tree of MetaImage, NIfTI, NRRD and DICOM files.
+
+Every file is accounted for: it belongs to a scan, to something bad or left out, or is passed over for a reason.
+"""
 
 import fnmatch
 import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from p2w.ct.dicom import Slice, not_a_scan, order_series, read_slice
+from p2w.ct.dicom import SeriesInfo, Slice, not_a_scan, read_slice, starts_as_dicom
+from p2w.ct.dicom_series import DicomVolume, people_apart, volumes_of
+from p2w.ct.enhanced_dicom import frames_of
 from p2w.ct.orientation import BadScan, Grid
+from p2w.ct.voxel_files import meta_image_files, nrrd_files
 from p2w.errors import UserError
 
 IMAGES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd", ".nhdr")
-# Never a scan, so not even opened: data files of a header, notes, pictures, tables, archives.
-OTHERS = {
-    ".raw", ".zraw", ".csv", ".txt", ".md", ".json", ".xml", ".pdf", ".png", ".jpg", ".zip", ".gz", ".py",
-    ".npy", ".tar", ".arrow", ".parquet",
-}  # fmt: skip
+# Files of these endings are hardly ever scans: only their first bytes are looked at, for those of DICOM.
+ENDINGS = {
+    "tables, notes and programs": ".csv .txt .md .json .xml .py .pdf .html .parquet",
+    "pictures": ".png .jpg .jpeg .gif .bmp .tif",
+    "archives: unpack them": ".zip .tar .7z .rar .tgz",
+    "packed files: unpack them": ".gz .bz2 .xz .zst",
+    "Analyze or NIfTI pairs (.hdr, .img): convert them to .nii": ".hdr .img",
+    "voxels without a header (.raw)": ".raw .zraw .bin",
+    "NumPy arrays, which have no geometry": ".npy .npz",
+    "volumes of FreeSurfer or MINC: convert them to .nii": ".mgz .mgh .mnc",
+    "shards": ".arrow",
+}
+OTHERS = {ending: reason for reason, endings in ENDINGS.items() for ending in endings.split()}
+NO_IMAGE = "files that are no images"
+NO_PIXELS = "DICOM without pixels (reports, plans, DICOMDIR)"
+COPIES = "copies of another DICOM file"
 UID_LENGTH = 100  # a name in a tar may have 155 characters before the last slash, a file name 255 bytes
 
 
@@ -31,16 +48,54 @@ class ScanSource:
     subset: int = -1  # number of LUNA16's subset, -1 for other data
     grid: Grid | None = None  # of a DICOM series, from its headers; None for image files
     exact: bool = True  # False: DICOM values need float, since a slope or intercept is not an integer
+    info: SeriesInfo = SeriesInfo()  # noqa: RUF009 (frozen)
+    assume_hu: bool = False  # take the values for HU without a test
+    # Of slices that have to be resampled: where they lie (x, y, z in mm), and why.
+    positions: tuple[tuple[float, ...], ...] = ()
+    resampled: str = ""
+    # Of a multi-frame series: for each slice, the number of its file and of its frame.
+    frames: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
 class ScanListing:
-    """The scans of a folder. `bad` and `left_out` are (name, why); those left out are sound images, but not CT volumes."""
+    """The scans of a folder. `bad` and `left_out` are (name, why); those left out are sound images, but not CT volumes.
+
+    `files` counts all files seen, `passed_over` those that belong to no scan, by reason.
+    """
 
     sources: list[ScanSource] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     not_images: int = 0
+    files: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
+    infos: dict[str, ScanSource] = field(
+        default_factory=dict
+    )  # by name: what is known of series that are no scans
+
+    def table(self) -> list[str]:
+        """Lines that account for every file seen: how many are images that are read, and why others are passed over."""
+        read = self.files - self.passed_over.total()
+        lines = [
+            f"files seen     {self.files:,}",
+            f"  read         {read:,} files of {len(self.sources):,} scans",
+        ]
+        for reason, count in sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  passed over  {count:,}: {reason}")
+        return lines
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How folders are searched for scans."""
+
+    exclude: tuple[str, ...] = ()  # patterns of relative paths
+    allow_gaps: bool = False  # take series with missing slices, as if their slices were adjacent
+    resample: bool = False  # take series of tilted or uneven slices, to be resampled
+    assume_hu: bool = False  # take values for HU without a test
+    salt: str = ""  # of the hashes in SeriesInfo
+    modality: str = "CT"  # of the DICOM series that are scans, others are left out: CT, MR or PT
 
 
 def parse_subsets(text: str) -> list[int]:
@@ -86,47 +141,76 @@ def find_luna(root: str, subsets: list[int], flag: str = "--luna") -> tuple[Scan
 
 
 def find_scans(
-    roots: list[str], out: str, exclude: tuple[str, ...] = (), allow_gaps: bool = False, flag: str = "--scans"
+    roots: list[str],
+    out: str,
+    exclude: tuple[str, ...] = (),
+    allow_gaps: bool = False,
+    flag: str = "--scans",
+    options: SearchOptions | None = None,
 ) -> ScanListing:
     """All scans below `roots`, except in `out` and in files that match a pattern of `exclude`.
 
     No file is taken twice, even if one root is inside another or links lead to it: the first name counts. `flag` is the
-    option that named the roots, for messages. Raises UserError when there is no image at all.
+    option that named the roots, for messages; `options` has more settings, in place of `exclude` and `allow_gaps`. Raises
+    UserError when there is no image at all.
     """
-    found, series = ScanListing(), defaultdict[str, list[tuple[str, Slice]]](list)
+    search = _Search(options or SearchOptions(exclude, allow_gaps))
+    found = search.found
     roots = _outermost(roots, out)
     folders: set[str] = set()
     names: dict[str, str] = {}  # by real path
     for root in roots:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name the folder of your scans with {flag} DIR")
-        if os.path.realpath(root) == os.path.realpath(out):
+        if out and os.path.realpath(root) == os.path.realpath(out):
             raise UserError(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
-        above = os.path.basename(os.path.abspath(root)) + "/" if len(roots) > 1 else ""
+    for root, above in zip(roots, _root_names(roots), strict=True):
         for path in walk(root, out, folders):
             name = printable(above + os.path.relpath(path, root))
-            if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+            found.files += 1
+            if any(fnmatch.fnmatch(name, pattern) for pattern in search.options.exclude):
+                found.passed_over["excluded (--exclude)"] += 1
                 continue
             first = names.setdefault(os.path.realpath(path), name) if os.path.exists(path) else name
             if first is name:
-                _classify(path, name, found, series)
-            elif name.lower().endswith(IMAGES):
-                found.left_out.append((name, f"the same file as {first}"))
-    for uid, members in sorted(series.items()):
-        _add_series(uid, members, found, allow_gaps)
+                search.classify(path, name)
+            else:
+                found.passed_over["the same files as others, by links"] += 1
+                if name.lower().endswith(IMAGES):
+                    found.left_out.append((name, f"the same file as {first}"))
+    search.finish()
     if not (found.sources or found.bad or found.left_out):
         raise UserError(
-            f"{', '.join(roots)}: no MetaImage, NIfTI, NRRD or DICOM there ({found.not_images} other files): "
-            f"name the folder of your scans with {flag} DIR"
+            f"{', '.join(roots)}: no MetaImage, NIfTI, NRRD or DICOM there ({found.not_images} other files"
+            f"{_reasons(found)}): name the folder of your scans with {flag} DIR"
         )
     return _unique(found)
 
 
+def _reasons(found: ScanListing) -> str:
+    """Why files were passed over, where there is more to say than that they are no images."""
+    told = [
+        f"{count} {reason}" for reason, count in found.passed_over.items() if reason in set(OTHERS.values())
+    ]
+    return f"; {', '.join(told)}" if any(":" in reason for reason in told) else ""
+
+
+def _root_names(roots: Sequence[str]) -> list[str]:
+    """What the names of scans begin with: nothing for one root, else as many last folders of each as tell them apart."""
+    if len(roots) == 1:
+        return [""]
+    parts = [os.path.abspath(root).strip(os.sep).split(os.sep) for root in roots]
+    depth = 1
+    while len({tuple(own[-depth:]) for own in parts}) < len(parts):
+        depth += 1
+    return ["/".join(own[-depth:]) + "/" for own in parts]
+
+
 def _outermost(roots: list[str], out: str) -> list[str]:
     """The roots without those that are searched with another one, being the same folder or below it."""
-    skipped = os.path.realpath(out)
+    skipped = os.path.realpath(out) if out else "\0"
     distinct = {os.path.realpath(root): root for root in roots}
 
     def inside(real: str, other: str) -> bool:
@@ -142,7 +226,7 @@ def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
 
     Folders whose real path is in `seen` are skipped; those that are searched are added to it.
     """
-    seen, skip = set() if seen is None else seen, os.path.realpath(out)
+    seen, skip = set() if seen is None else seen, os.path.realpath(out) if out else ""
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or real == skip:
@@ -166,51 +250,188 @@ def _is_text(path: str) -> bool:
         return False
 
 
-def _classify(path: str, name: str, found: ScanListing, series: dict[str, list[tuple[str, Slice]]]) -> None:
-    """Add a file to the scans, the bad ones, its DICOM series, or the number of other files."""
-    lower = name.lower()
-    if not _is_text(path):
-        found.bad.append((name, "its path is not UTF-8, which ITK cannot open: rename it"))
-        return
-    ending = next(
-        (ending for ending in sorted(IMAGES, key=len, reverse=True) if lower.endswith(ending)), None
-    )
-    if ending and os.path.isfile(path):
-        found.sources.append(ScanSource(safe_uid(name[: -len(ending)]), name, (path,)))
-    elif ending and os.path.islink(path) and not os.path.exists(path):
-        found.bad.append((name, "a link to a file that is not there"))
-    elif os.path.splitext(lower)[1] in OTHERS or not os.path.isfile(path):
-        found.not_images += 1
-    else:
-        try:
-            one = read_slice(path)
-        except (BadScan, OSError) as error:
-            found.bad.append((name, str(error)))
+class _Search:
+    """The listing while files are looked at one after the other; series are put together at the end."""
+
+    def __init__(self, options: SearchOptions) -> None:
+        self.options = options
+        self.found = ScanListing()
+        self.series: dict[str, list[tuple[str, Slice]]] = defaultdict(list)
+        self.nameless: list[str] = []  # DICOM images without a SeriesInstanceUID
+        self.voxel_files: dict[str, str] = {}  # path -> name, of files that may be another's voxels
+        self.damaged: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(
+            list
+        )  # folder, kind of fault
+
+    def pass_over(self, reason: str, count: int = 1) -> None:
+        """Count files that belong to no scan."""
+        self.found.passed_over[reason] += count
+        self.found.not_images += count
+
+    def classify(self, path: str, name: str) -> None:
+        """Add a file to the scans, the bad ones, its DICOM series, or the number of other files."""
+        found, lower = self.found, name.lower()
+        if not _is_text(path):
+            self.bad_file(name, "its path is not UTF-8, which ITK cannot open: rename it")
             return
-        if one is None:
-            found.not_images += 1
+        ending = next(
+            (ending for ending in sorted(IMAGES, key=len, reverse=True) if lower.endswith(ending)), None
+        )
+        if ending and os.path.isfile(path):
+            uid = safe_uid(name[: -len(ending)])
+            found.sources.append(ScanSource(uid, name, (path,), assume_hu=self.options.assume_hu))
+        elif ending and os.path.islink(path) and not os.path.exists(path):
+            self.bad_file(name, "a link to a file that is not there")
+        elif not os.path.isfile(path):
+            self.pass_over("no files (folders, pipes, broken links)")
         else:
-            series[one.series].append((name, one))
+            self._dicom(path, name)
+
+    def _dicom(self, path: str, name: str) -> None:
+        """Add a file to its DICOM series, if it is one, whatever its name."""
+        ending = os.path.splitext(name.lower())[1]
+        reason = OTHERS.get(ending)
+        try:
+            with open(path, "rb") as file:
+                dicom = starts_as_dicom(file.read(132))
+            one = read_slice(path, self.options.modality) if dicom or not reason or ending == ".gz" else None
+        except (BadScan, OSError) as error:
+            self.bad_file(name, str(error))
+            return
+        if one is None and reason:
+            self._other(path, name, ending, reason)
+        elif one is None:
+            self.pass_over(NO_PIXELS if dicom else NO_IMAGE)
+        elif not one.series and not_a_scan(one, self.options.modality) is None:
+            self.nameless.append(name)
+        elif not one.series:
+            self.pass_over(
+                f"DICOM images without SeriesInstanceUID: {not_a_scan(one, self.options.modality)}"
+            )
+        else:
+            self.series[one.series].append((name, one))
+
+    def _other(self, path: str, name: str, ending: str, reason: str) -> None:
+        if ending in (".raw", ".zraw", ".gz", ".img", ".txt", ".bin"):
+            self.voxel_files[os.path.realpath(path)] = name
+        self.pass_over(reason)
+
+    def bad_file(self, name: str, why: str) -> None:
+        """Remember a damaged file; those of one folder and one kind of fault become one line."""
+        self.damaged[os.path.dirname(name), re.sub(r"[\d,]+", "", why)].append((name, why))
+        self.found.passed_over["damaged files"] += 1
+
+    def finish(self) -> None:
+        """Put series together, and name what could not be used."""
+        found = self.found
+        for (folder, _), files in self.damaged.items():
+            if len(files) == 1:
+                found.bad.append(files[0])
+            else:
+                name, why = files[0]
+                found.bad.append(
+                    (folder or ".", f"{len(files)} files, the first {os.path.basename(name)}: {why}")
+                )
+        folders = Counter(os.path.dirname(name) or "." for name in self.nameless)
+        for folder, count in folders.items():
+            why = f"{count} CT images without a SeriesInstanceUID, so nothing says which belong together: give them one"
+            found.bad.append((f"{folder} (no series)", why))
+            found.passed_over["CT images without SeriesInstanceUID"] += count
+        for uid, members in sorted(self.series.items()):
+            self._add_series(uid, members)
+        self._name_voxel_files()
+
+    def _name_voxel_files(self) -> None:
+        """Count voxel files that a header names as what they are, and so as read."""
+        if not self.voxel_files:
+            return
+        for source in self.found.sources:
+            path = source.files[0]
+            lower = path.lower()
+            try:
+                own = meta_image_files(path) if lower.endswith((".mhd", ".mha")) else ()
+                own = nrrd_files(path) if lower.endswith((".nhdr", ".nrrd")) else own
+            except (BadScan, OSError):
+                continue
+            for file in own:
+                name = self.voxel_files.pop(os.path.realpath(file), None)
+                if name is not None:
+                    reason = OTHERS[os.path.splitext(name.lower())[1]]
+                    self.found.passed_over[reason] -= 1
+                    self.found.passed_over += Counter()  # drops reasons of which nothing is left
+
+    def _add_series(self, uid: str, members: list[tuple[str, Slice]]) -> None:
+        """Add a DICOM series to the scans, the bad ones or those left out."""
+        found = self.found
+        name = _series_name(uid, [name for name, _ in members])
+        reasons = Counter(reason for _, one in members if (reason := not_a_scan(one, self.options.modality)))
+        for reason, count in reasons.items():
+            found.passed_over[f"DICOM images: {reason}"] += count
+        slices = [(name, one) for name, one in members if not_a_scan(one, self.options.modality) is None]
+        if not slices:
+            found.left_out.append((name, ", ".join(sorted(reasons))))
+            self._remember(name, [one for _, one in members])
+            return
+        names = {one.path: name for name, one in slices}
+        groups = people_apart([one for _, one in slices])
+        for number, group in enumerate(groups, start=1):
+            own = _series_name(uid, [names[one.path] for one in group])
+            if len(groups) > 1:
+                own += " of several patients or studies under this uid"
+            try:
+                frames = frames_of(group, self.options.modality)
+                volumes = volumes_of(frames, self.options.allow_gaps, self.options.resample)
+            except (BadScan, OSError) as error:
+                found.bad.append((own, str(error)))
+                self._remember(own, group)
+                found.passed_over["slices of bad series"] += len({one.path for one in group})
+                continue
+            for volume in volumes:
+                self._add_volume(uid, own, volume, number if len(groups) > 1 else 0)
+
+    def _remember(self, name: str, slices: list[Slice]) -> None:
+        """Keep what headers say of a series that is no scan, for the table of series."""
+        files = tuple(one.path for one in slices)
+        self.found.infos[name] = ScanSource("", name, files, info=slices[0].info(self.options.salt))
+
+    def _add_volume(self, uid: str, name: str, volume: DicomVolume, group: int) -> None:
+        """Add a scan; `group` is the number of its patient under this uid, 0 where there is one."""
+        first = volume.slices[0]
+        exact = all(float(number).is_integer() for one in volume.slices for number in one.rescale)
+        own = uid
+        if group:  # by a hash of what is unique to it, since the uid is not
+            tells = (
+                f"{first.study}|{first.frame_of_reference}|{first.instance}|{first.position}|{name}|{group}"
+            )
+            own += "-" + hashlib.sha256(tells.encode()).hexdigest()[:8]
+        if volume.part:
+            own += "-" + volume.part.replace(" ", "_")
+            name = f"{name}, {volume.part}"
+        files = tuple(dict.fromkeys(one.path for one in volume.slices))
+        number = {path: i for i, path in enumerate(files)}
+        frames = tuple((number[one.path], one.frame) for one in volume.slices)
+        if volume.copies:
+            self.found.passed_over[COPIES] += volume.copies
+        self.found.sources.append(
+            ScanSource(
+                safe_uid(own),
+                name,
+                files,
+                grid=volume.grid,
+                exact=exact,
+                info=first.info(self.options.salt, volume.part),
+                assume_hu=self.options.assume_hu,
+                positions=volume.positions,
+                resampled=volume.resampled,
+                frames=frames if first.frames > 1 else (),
+            )
+        )
 
 
-def _add_series(uid: str, members: list[tuple[str, Slice]], found: ScanListing, allow_gaps: bool) -> None:
-    """Add a DICOM series to the scans, the bad ones or those left out."""
-    folder = os.path.commonpath([os.path.dirname(name) for name, _ in members])
-    name = f"{folder or '.'} (series {uid})"
-    reasons = {not_a_scan(one) for _, one in members}
-    slices = [one for _, one in members if not_a_scan(one) is None]
-    if not slices:
-        found.left_out.append((name, ", ".join(sorted(reason for reason in reasons if reason))))
-        return
-    try:
-        ordered, grid = order_series(slices, allow_gaps)
-    except BadScan as error:
-        found.bad.append((name, str(error)))
-        return
-    exact = all(float(number).is_integer() for one in ordered for number in one.rescale)
-    found.sources.append(
-        ScanSource(safe_uid(uid), name, tuple(one.path for one in ordered), grid=grid, exact=exact)
-    )
+def _series_name(uid: str, names: list[str]) -> str:
+    """The folder that the files of a series have in common, and its uid."""
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    return f"{folder or '.'} (series {uid})"
 
 
 def safe_uid(text: str) -> str:

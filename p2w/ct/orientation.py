@@ -9,6 +9,7 @@ from p2w.errors import UserError
 
 CANONICAL = "LPS"  # x to the patient's left, y to posterior, z to superior: ITK's and DICOM's axes
 OPPOSITE = {"R": "L", "A": "P", "I": "S"}
+TOLERANCE_MM = 0.2  # a slice may be so far off its place in a volume: headers round positions
 
 
 class BadScan(UserError):
@@ -64,3 +65,28 @@ def to_canonical(array: np.ndarray, order: list[int], flips: list[bool]) -> np.n
     view = array.transpose([2 - axis for axis in reversed(order)])
     steps = tuple(slice(None, None, -1 if flip else 1) for flip in reversed(flips))
     return view[steps]
+
+
+SHEAR_MM = 0.5  # most that the far end of an axis may be off its right angle to another
+
+
+def check_axes(grid: Grid) -> None:
+    """Raise BadScan unless the axes are unit vectors at right angles, and spacing and origin are finite numbers of mm."""
+    matrix = np.array(grid.direction).reshape(3, 3)
+    if not np.isfinite([*grid.direction, *grid.spacing, *grid.origin]).all():
+        raise BadScan(f"invalid orientation: direction {grid.direction}, spacing {grid.spacing} mm")
+    if min(grid.spacing) <= 0:
+        raise BadScan(f"voxel sizes {[round(mm, 4) for mm in grid.spacing]} mm (x, y, z): have to be above 0")
+    lengths = np.linalg.norm(matrix, axis=0)
+    if np.abs(lengths - 1).max() > 1e-3 or abs(np.linalg.det(matrix)) < 0.1:
+        raise BadScan(f"invalid orientation: direction {grid.direction} has axes that are no unit vectors")
+    extent = np.array(grid.size) * grid.spacing
+    cosines = np.abs(matrix.T @ matrix - np.eye(3))
+    off = cosines * np.maximum(extent[:, None], extent[None, :])
+    if off.max() > SHEAR_MM:
+        i, j = np.unravel_index(int(off.argmax()), off.shape)
+        angle = np.degrees(np.arcsin(min(1.0, float(cosines[i, j]))))
+        raise BadScan(
+            f"sheared axes: {'xyz'[i]} and {'xyz'[j]} are {angle:.1f} degrees off a right angle, {off.max():.1f} mm at the "
+            f"far end ({SHEAR_MM:g} mm are tolerated), as of a gantry tilt: resample it to a straight grid"
+        )

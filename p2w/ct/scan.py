@@ -13,31 +13,31 @@ import numpy as np
 import SimpleITK as sitk
 from crc32c import crc32c
 
-from p2w.ct.dicom import plain_pixels
+from p2w.ct.dicom_pixels import correct_gdcm, plain_pixels, unpacked_files
 from p2w.ct.discover import ScanSource
-from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.enhanced_dicom import read_frames
+from p2w.ct.hu_values import check_hu
+from p2w.ct.nifti import read_nifti
+from p2w.ct.orientation import BadScan, Grid, check_axes, to_canonical
+from p2w.ct.straighten import straight_grid, straighten
 from p2w.ct.voxel_files import (
     VoxelLayout,
     check_file_size,
+    check_nrrd,
     check_reader_size,
     last_line,
     memory_limit,
+    meta_image_files,
     meta_image_layout,
-    nifti_layout,
     nrrd_files,
     open_reader,
     read_voxels,
 )
 
 INT16 = np.iinfo(np.int16)
-PADDING_HU = (
-    -1500
-)  # scanners write -2000, -3024 or -32768 outside the field of view; no tissue or air is that low
-AIR_HU = -200  # air and lung lie below, fat and everything denser above
 VOXEL_BYTES = (
     24  # memory that ITK takes for a voxel while it reads: two images of 8 bytes, and one to convert
 )
-RARE = 1e-3  # share of voxels; a CT of a body has more air than this, and more tissue
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,32 @@ def quiet_itk(threads: int) -> None:
 
 def read_grid(source: ScanSource) -> tuple[Grid, int]:
     """The canonical grid and the size in bytes of a scan, from its headers alone. Raises BadScan."""
-    grid, _ = _header(source)
-    return grid.canonical()[0], _nbytes(source)
+    return stored_grid(source).canonical()[0], _nbytes(source)
 
 
 def stored_grid(source: ScanSource) -> Grid:
     """The grid in the stored orientation, whose `canonical()` is the grid of `read_scan`. Raises BadScan."""
-    return _header(source)[0]
+    grid, _ = _header(source)
+    return straight_grid(grid, source.positions) if source.positions else grid
 
 
 def read_scan(source: ScanSource) -> Scan:
     """Read a scan, check it and give it in LPS orientation. Raises BadScan when it is damaged, or not a CT volume in HU."""
-    plain = plain_pixels(source.files, source.grid.size) if source.grid and source.exact else None
+    plain = (
+        plain_pixels(source.files, source.grid.size)
+        if source.grid and source.exact and not source.frames
+        else None
+    )
     if source.grid and plain:
         voxels, checksum = plain
         grid = source.grid
     else:
         array, (slope, intercept), grid, checksum = _read(source)
         voxels = to_int16(array, slope, intercept)
-    check_ct(voxels)
+    if not source.assume_hu:
+        check_hu(voxels)
+    if source.positions:
+        voxels, grid = straighten(voxels, grid, source.positions), straight_grid(grid, source.positions)
     canonical, order, flips = grid.canonical()
     return Scan(source.uid, to_canonical(voxels, order, flips), canonical, _nbytes(source), checksum)
 
@@ -113,6 +120,11 @@ def _nbytes(source: ScanSource) -> int:
 def _read(source: ScanSource) -> tuple[np.ndarray, tuple[float, float], Grid, int]:
     """Stored values [z,y,x] in the stored orientation, (slope, intercept) still to be applied, grid and CRC-32C."""
     grid, layout = _header(source)
+    if source.frames:
+        array = read_frames(source.files, source.frames)
+        if array.shape != grid.size[::-1]:
+            raise BadScan(f"its pixels are {array.shape} (z, y, x), its headers say {grid.size[::-1]}")
+        return array, (1.0, 0.0), grid, _checksum(source.files)
     if layout is None:
         return _read_with_itk(source), (1.0, 0.0), grid, _checksum(source_files(source))
     checksum = 0 if layout.path == source.files[0] else _checksum(source.files)
@@ -124,10 +136,9 @@ def source_files(source: ScanSource) -> tuple[str, ...]:
     """All files of a scan: in some formats the voxels are in another file than the header."""
     path = source.files[0]
     lower = path.lower()
-    if lower.endswith(".mhd"):
-        layout = meta_image_layout(path)
-        return (path,) if layout is None or layout.path == path else (path, layout.path)
-    if lower.endswith(".nhdr"):
+    if lower.endswith((".mhd", ".mha")):
+        return meta_image_files(path)
+    if lower.endswith((".nhdr", ".nrrd")):
         return nrrd_files(path)
     return source.files
 
@@ -151,39 +162,21 @@ def to_int16(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> n
     return out
 
 
-def check_ct(voxels: np.ndarray) -> None:
-    """Raise BadScan unless the values look like HU: some air and some tissue, apart from padding.
-
-    Every fourth row and column of every second slice is checked. Masks, MR or PET images, values scaled to [0, 1] and raw
-    scanner units have no values below -200, where air is; a scan of air or padding alone has none above.
-    """
-    sample = voxels[::2, ::4, ::4]
-    inside = sample[sample > PADDING_HU]
-    if inside.size < RARE * sample.size:
-        raise BadScan("not CT values: nothing but padding")
-    low, high = int(inside.min()), int(inside.max())
-    if np.count_nonzero(inside < AIR_HU) < RARE * inside.size:
-        raise BadScan(
-            f"not CT values: {low} … {high} and nearly none below {AIR_HU} HU, where air is: a mask, "
-            "another modality, or no rescale (raw values: the intercept, often -1024, was not applied)"
-        )
-    if np.count_nonzero(inside > AIR_HU) < RARE * inside.size:
-        raise BadScan(f"not CT values: {low} … {high} and nearly none above {AIR_HU} HU, where tissue is")
-
-
 def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
     """The stored grid, and the layout of the voxels, or None when ITK has to read them. Raises BadScan."""
     if source.grid is not None:
         return source.grid, None
     path = source.files[0]
     lower = path.lower()
-    layout = None
-    if lower.endswith((".mhd", ".mha")):
-        layout = meta_image_layout(path)
-    elif lower.endswith((".nii", ".nii.gz")):
-        layout = nifti_layout(path)
+    if lower.endswith((".nii", ".nii.gz")):
+        voxels, grid = read_nifti(path)
+        check_file_size(voxels)
+        return grid, voxels
+    layout = meta_image_layout(path) if lower.endswith((".mhd", ".mha")) else None
     if layout is not None:
         check_file_size(layout)
+    elif lower.endswith((".nrrd", ".nhdr")):
+        check_nrrd(path)
     reader = open_reader(path)
     size, dimension = list(reader.GetSize()), reader.GetDimension()
     while dimension > 3 and size[dimension - 1] == 1:
@@ -197,10 +190,16 @@ def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
             f"{dimension}-D, of size {'x'.join(map(str, size))}: one volume of 3 dimensions is needed"
         )
     full = reader.GetDimension()
-    direction = np.array(reader.GetDirection()).reshape(full, full)[:3, :3]
+    spacing = np.array(reader.GetSpacing()[:3])
+    # Older ITK wrote negative spacings; the axis then runs the other way.
+    direction = np.array(reader.GetDirection()).reshape(full, full)[:3, :3] * np.sign(spacing)
     grid = Grid(
-        tuple(size[:3]), reader.GetSpacing()[:3], reader.GetOrigin()[:3], tuple(direction.ravel().tolist())
+        tuple(size[:3]),
+        tuple(np.abs(spacing).tolist()),
+        reader.GetOrigin()[:3],
+        tuple((direction + 0.0).ravel().tolist()),
     )
+    check_axes(grid)
     if layout is None:
         check_reader_size(path, reader, sum(os.path.getsize(file) for file in source_files(source)))
     elif layout.count != math.prod(grid.size):
@@ -214,10 +213,11 @@ def _read_with_itk(source: ScanSource) -> np.ndarray:
         if source.grid is not None:
             series = sitk.ImageSeriesReader()
             series.SetImageIO("GDCMImageIO")
-            series.SetFileNames(source.files)
             series.SetOutputPixelType(sitk.sitkInt32 if source.exact else sitk.sitkFloat32)
-            with memory_limit(VOXEL_BYTES * math.prod(source.grid.size)):
-                image = series.Execute()
+            with unpacked_files(source.files) as files:
+                series.SetFileNames(files)
+                with memory_limit(VOXEL_BYTES * math.prod(source.grid.size)):
+                    image = series.Execute()
         else:
             reader = open_reader(source.files[0])
             with memory_limit(VOXEL_BYTES * math.prod(reader.GetSize())):
@@ -227,6 +227,8 @@ def _read_with_itk(source: ScanSource) -> np.ndarray:
     array = sitk.GetArrayFromImage(image)
     if source.grid is not None and array.shape != source.grid.size[::-1]:
         raise BadScan(f"its pixels are {array.shape} (z, y, x), its headers say {source.grid.size[::-1]}")
+    if source.grid is not None:
+        correct_gdcm(array, source.files)
     return array.reshape(array.shape[-3:])
 
 

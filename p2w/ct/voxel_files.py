@@ -1,22 +1,21 @@
-"""Read and verify the voxels of MetaImage and NIfTI files in one pass; all other formats are read by ITK.
+"""Read and verify the voxels of MetaImage and NIfTI files in one pass; NRRD is read by ITK.
 
 SimpleITK hides damage: it reads a truncated `.nii` or `.nii.gz`, and a `.zraw` with a broken stream, into an image without
 an error (seen with SimpleITK 2.5). Here data of the wrong size or with a wrong checksum is a BadScan, and one pass over the
 bytes gives the voxels and the checksum of the file. ITK also trusts the sizes in headers, so they are compared with the
 size of the file before ITK reads it.
 
-Formats: MetaIO header keys as in ITK's documentation; NIfTI-1 and -2 headers as in nifti1.h and nifti2.h; NRRD headers as
-in http://teem.sourceforge.net/nrrd/format.html
+Formats: MetaIO header keys as in ITK's documentation; NRRD headers as in http://teem.sourceforge.net/nrrd/format.html
 """
 
 import contextlib
 import math
 import os
+import re
 import resource
-import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -29,25 +28,14 @@ META_TYPES = {
     "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8",
     "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
 }  # fmt: skip
-NIFTI_TYPES = {
-    2: "u1",
-    4: "i2",
-    8: "i4",
-    16: "f4",
-    64: "f8",
-    256: "i1",
-    512: "u2",
-    768: "u4",
-    1024: "i8",
-    1280: "u8",
-}
 HEADER = 1 << 16  # bytes; longer headers are not read
 LINE = 2048  # most bytes of a line in a MetaImage header; from 4096 on, ITK's parser overflows its buffer (SimpleITK 2.5)
 MOST_DIMS = 10
+MOST_FILES = 1 << 16  # of a list of data files
 SPARE = 1 << 20  # bytes that a compressed stream may have after the voxels
 PIECE = 1 << 20  # bytes decompressed at a time
 MOST_RATIO = 1032  # highest compression ratio of zlib: a header that claims more is wrong
-GZIP = 16 + zlib.MAX_WBITS
+GZIP, MAGIC_GZIP = 16 + zlib.MAX_WBITS, b"\x1f\x8b"
 BOTH = 32 + zlib.MAX_WBITS  # zlib or gzip, detected from the first bytes
 
 
@@ -67,16 +55,21 @@ class VoxelLayout:
     packed_size: int | None = None  # bytes of the compressed voxels, if the header says so
     slope: float = 1.0
     intercept: float = 0.0
+    text: bool = False  # the voxels are numbers in text
+    more: tuple[str, ...] = ()  # further files of as many voxels each
 
     def expected(self) -> int:
         """Size of the voxels in bytes, decompressed."""
         return self.count * self.dtype.itemsize
 
 
-def meta_image_layout(path: str) -> VoxelLayout | None:
-    """The layout of a `.mhd` or `.mha`; None for rare kinds that only ITK reads (text, lists). Raises BadScan."""
+def meta_image_fields(path: str) -> tuple[dict[str, str], list[str], int]:
+    """Fields of a MetaImage header (names in lower case), the lines of a LIST behind them, and the header's length in bytes.
+
+    Raises BadScan for a header that is damaged or tells no voxel size.
+    """
     with open(path, "rb") as file:
-        fields, end = {}, 0
+        fields, listed, end = {}, list[str](), 0
         while line := file.readline(HEADER):
             if len(line) > LINE or any(byte < 32 and byte not in b"\t\r\n" for byte in line):
                 raise BadScan("the MetaImage header is damaged (a line that is not text): copy it again")
@@ -85,35 +78,97 @@ def meta_image_layout(path: str) -> VoxelLayout | None:
             end += len(line)
             if key.strip().lower() == "elementdatafile" or end > HEADER:
                 break
-    data = fields.get("elementdatafile", "")
-    if not data:
+        if fields.get("elementdatafile", "").upper().startswith("LIST"):
+            listed = [
+                line.strip() for line in file.read(HEADER).decode("latin-1").splitlines() if line.strip()
+            ]
+    if not fields.get("elementdatafile"):
         raise BadScan("the MetaImage header names no ElementDataFile: copy it again")
+    sizes = fields.get("elementspacing") or fields.get("elementsize") or ""
+    try:
+        spacing = [float(mm) for mm in sizes.split()]
+    except ValueError as error:
+        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
+    if not spacing:
+        raise BadScan(
+            "has no voxel size (ElementSpacing): 1 mm would be a guess, write the true one into its header"
+        )
+    if not all(math.isfinite(mm) and mm != 0 for mm in spacing):
+        raise BadScan(f"ElementSpacing {sizes}: mm that are not 0 are needed")
+    return fields, listed, end
+
+
+def meta_image_layout(path: str) -> VoxelLayout | None:
+    """The layout of a `.mhd` or `.mha`; None for types of voxels that only ITK reads. Raises BadScan."""
+    fields, listed, end = meta_image_fields(path)
+    data = fields["elementdatafile"]
     dims = _dims(fields)
-    binary = fields.get("binarydata", "true").lower() != "false"
-    if not binary or data.upper() == "LIST" or "%" in data or fields.get("elementtype") not in META_TYPES:
+    if fields.get("elementtype") not in META_TYPES or fields.get("elementnumberofchannels", "1") != "1":
         return None
     local = data.upper() == "LOCAL"
-    if not local and not own_data_file(data):
-        raise BadScan(
-            f"its data file {data!r} is not in the header's folder: put it there, and its bare name in the header"
-        )
+    names = _data_files(data, listed)
+    for name in names:
+        if not own_data_file(name):
+            raise BadScan(
+                f"its data file {name!r} is not in the header's folder: put it there, and its bare name in the header"
+            )
     big = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false")).lower() == "true"
     dtype = np.dtype((">" if big else "<") + META_TYPES[fields["elementtype"]])
     packed = fields.get("compresseddata", "false").lower() == "true"
-    name = path if local else os.path.join(os.path.dirname(path), data)
-    if not os.path.isfile(name):
-        raise BadScan(f"its data file {data} is missing beside it")
+    text = fields.get("binarydata", "true").lower() == "false"
+    if packed and (text or len(names) > 1):
+        raise BadScan("its voxels are compressed and text or a list, which is not read: write it as one .mha")
+    paths = [path] if local else [os.path.join(os.path.dirname(path), name) for name in names]
+    for name, full in zip(names, paths, strict=True):
+        if not local and not os.path.isfile(full):
+            raise BadScan(f"its data file {name} is missing beside it")
     try:
         count = math.prod(dims)
         offset = end if local else int(fields.get("headersize", 0))
         size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
     except ValueError as error:
         raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
+    if count % len(paths):
+        raise BadScan(f"wrong size: {count:,} voxels in {len(paths)} data files")
     if offset == -1:  # in MetaIO: the voxels are the last bytes of the file
-        offset = max(0, os.path.getsize(name) - count * dtype.itemsize)
+        offset = max(0, os.path.getsize(paths[0]) - count // len(paths) * dtype.itemsize)
     if offset < 0 or (size or 0) < 0:
         raise BadScan(f"the MetaImage header is damaged (sizes {offset} and {size}): copy it again")
-    return VoxelLayout(name, offset, dtype, count, packed, own_file=not local, packed_size=size)
+    return VoxelLayout(
+        paths[0], offset, dtype, count, packed, own_file=not local, packed_size=size, text=text, more=tuple(paths[1:])
+    )  # fmt: skip
+
+
+def meta_image_files(path: str) -> tuple[str, ...]:
+    """The header, and the files of its voxels where they are others. Raises BadScan."""
+    layout = meta_image_layout(path)
+    return (path,) if layout is None or layout.path == path else (path, layout.path, *layout.more)
+
+
+def _data_files(data: str, listed: list[str]) -> list[str]:
+    """Names of a MetaImage's data files: one, those of a LIST, or those of a pattern `name%03d.raw first last step`."""
+    if data.upper().startswith("LIST"):
+        if not listed or len(listed) > MOST_FILES:
+            raise BadScan(f"its LIST names {len(listed)} data files")
+        return listed
+    if "%" not in data:
+        return [data]
+    return pattern_files(data)
+
+
+def pattern_files(text: str) -> list[str]:
+    """Names that `name%03d.raw first last step` stands for, as MetaImage and NRRD write them. Raises BadScan."""
+    match = re.fullmatch(
+        r"([^%]*)%(0?\d{0,2})d([^%]*?)\s+(-?\d{1,6})\s+(-?\d{1,6})(?:\s+(-?\d{1,6}))?(?:\s+\d+)?", text
+    )
+    step = int(match[6] or 1) if match else 0
+    if match is None or step == 0:
+        raise BadScan(f"its data files {text[:80]!r}: no pattern `name%03d.raw first last step`")
+    first, last = int(match[4]), int(match[5])
+    numbers = range(first, last + (1 if step > 0 else -1), step)
+    if not 0 < len(numbers) <= MOST_FILES:
+        raise BadScan(f"its data files {text[:80]!r} are {len(numbers)} files")
+    return [f"{match[1]}{number:{match[2]}d}{match[3]}" for number in numbers]
 
 
 def _dims(fields: dict[str, str]) -> list[int]:
@@ -135,40 +190,19 @@ def own_data_file(name: str) -> bool:
     return bool(name) and not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def nifti_layout(path: str) -> VoxelLayout | None:
-    """The layout of a `.nii` or `.nii.gz`; None for voxel types that are left to ITK. Raises BadScan."""
-    packed = path.lower().endswith(".gz")
-    with open(path, "rb") as file:
-        head = file.read(HEADER)
-    try:
-        head = zlib.decompressobj(GZIP).decompress(head, HEADER) if packed else head
-        order = "<" if struct.unpack_from("<i", head)[0] in (348, 540) else ">"
-        if struct.unpack_from(order + "i", head)[0] == 348:
-            dims = struct.unpack_from(order + "8h", head, 40)
-            kind = struct.unpack_from(order + "h", head, 70)[0]
-            offset, slope, intercept = struct.unpack_from(order + "3f", head, 108)
-        else:
-            kind = struct.unpack_from(order + "h", head, 12)[0]
-            dims = struct.unpack_from(order + "8q", head, 16)
-            offset = struct.unpack_from(order + "q", head, 168)[0]
-            slope, intercept = struct.unpack_from(order + "2d", head, 176)
-    except (struct.error, zlib.error) as error:
-        raise BadScan(f"the NIfTI header cannot be read ({error}): copy it again") from error
-    if kind not in NIFTI_TYPES or not 1 <= dims[0] <= 7:
-        return None
-    if min(dims[1 : dims[0] + 1]) < 1 or not 0 <= offset < 1 << 62:  # NaN too
-        raise BadScan(f"the NIfTI header is damaged (dimensions {dims}, voxels at {offset}): copy it again")
-    count = math.prod(dims[1 : dims[0] + 1])
-    if slope == 0 or not np.isfinite([slope, intercept]).all():  # the standard says: no scaling
-        slope, intercept = 1.0, 0.0
-    dtype = np.dtype(order + NIFTI_TYPES[kind])
-    return VoxelLayout(
-        path, int(offset), dtype, count, packed, unpack_first=packed, slope=slope, intercept=intercept
-    )
-
-
 def check_file_size(layout: VoxelLayout) -> None:
     """Raise BadScan when the size of the file does not fit its header. Reads nothing."""
+    if layout.text:
+        if os.path.getsize(layout.path) < 2 * layout.count - 1:
+            raise BadScan(
+                f"truncated: {layout.count:,} numbers do not fit in {os.path.basename(layout.path)}"
+            )
+        return
+    if layout.more:
+        part = replace(layout, count=layout.count // (1 + len(layout.more)), more=())
+        for path in (layout.path, *layout.more):
+            check_file_size(replace(part, path=path))
+        return
     size = os.path.getsize(layout.path)
     need = layout.offset + layout.expected()
     if layout.compressed:
@@ -180,7 +214,8 @@ def check_file_size(layout: VoxelLayout) -> None:
         raise BadScan(
             f"damaged: voxels at byte {layout.offset:,}, {layout.expected():,} of them: copy it again"
         )
-    if size < need or (layout.own_file and not layout.compressed and size != need):
+    exact = not layout.compressed and (layout.own_file or size > need + SPARE)
+    if size < need or (exact and size != need):
         name = os.path.basename(layout.path)
         what = "truncated" if size < need else "wrong size"
         raise BadScan(f"{what}: {name} has {size:,} bytes, its header promises {need:,}")
@@ -192,6 +227,16 @@ def read_voxels(layout: VoxelLayout, crc: int = 0) -> tuple[np.ndarray, int]:
     Raises BadScan when voxels are missing or the checksum of the compression differs.
     """
     check_file_size(layout)
+    if layout.text:
+        return _read_text(layout, crc)
+    if layout.more:
+        part = replace(layout, count=layout.count // (1 + len(layout.more)), more=())
+        flat = np.empty(layout.count, layout.dtype)
+        for number, path in enumerate((layout.path, *layout.more)):
+            flat[number * part.count : (number + 1) * part.count], crc = read_voxels(
+                replace(part, path=path), crc
+            )
+        return flat, crc
     if layout.compressed:
         data, crc = _unpack(layout, crc)
     else:
@@ -202,6 +247,23 @@ def read_voxels(layout: VoxelLayout, crc: int = 0) -> tuple[np.ndarray, int]:
         name = os.path.basename(layout.path)
         raise BadScan(f"wrong size: {name} holds {data.size:,} bytes of voxels, not {layout.expected():,}")
     return data.view(layout.dtype), crc
+
+
+def _read_text(layout: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:
+    """Voxels written as numbers in text, and the checksum. Raises BadScan unless there are as many as the header says."""
+    with open(layout.path, "rb") as file:
+        data = file.read()
+    crc = crc32c(data, crc)
+    words = data[layout.offset :].split(None, layout.count)
+    if len(words) != layout.count:
+        raise BadScan(f"wrong size: {len(words):,} numbers or more, its header promises {layout.count:,}")
+    try:
+        values = (
+            np.array(words, "f8") if layout.dtype.kind == "f" else np.array([int(word) for word in words])
+        )
+        return values.astype(layout.dtype), crc
+    except (ValueError, OverflowError) as error:
+        raise BadScan(f"damaged: its voxels are no numbers ({error})") from error
 
 
 def _unpack(layout: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:
@@ -253,8 +315,7 @@ def _pieces(packed: memoryview, need: int) -> Iterator[bytes]:
 
 
 READERS = {
-    ".mhd": "MetaImageIO", ".mha": "MetaImageIO", ".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO",
-    ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO",
+    ".mhd": "MetaImageIO", ".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO",
 }  # fmt: skip
 
 BESIDE, THREAD = (
@@ -292,8 +353,11 @@ def open_reader(path: str) -> sitk.ImageFileReader:
     lower = path.lower()
     if lower.endswith((".nrrd", ".nhdr")):
         nrrd_files(path)
+    kind = next((kind for ending, kind in READERS.items() if lower.endswith(ending)), None)
+    if kind is None:
+        raise BadScan("is no MetaImage, NIfTI or NRRD by its name; of DICOM, name the folder of the series")
     reader = sitk.ImageFileReader()
-    reader.SetImageIO(next(kind for ending, kind in READERS.items() if lower.endswith(ending)))
+    reader.SetImageIO(kind)
     reader.SetFileName(path)
     try:
         with memory_limit(0):
@@ -315,26 +379,67 @@ def check_reader_size(path: str, reader: sitk.ImageFileReader, nbytes: int) -> N
 
 
 def nrrd_fields(path: str) -> dict[str, str]:
-    """Fields of an NRRD header, names in lower case without blanks."""
+    """Fields of an NRRD header, names in lower case without blanks; `list` has the lines behind `data file: LIST`."""
     with open(path, "rb") as file:
-        text = file.read(HEADER).partition(b"\n\n")[0].decode("latin-1")
-    pairs = (
-        line.partition(":")[::2] for line in text.splitlines() if ":" in line and not line.startswith("#")
-    )
-    return {name.strip().lower().replace(" ", ""): value.strip() for name, value in pairs}
+        text = file.read(HEADER).partition(b"\n\n")[0].decode("latin-1").replace("\r\n", "\n")
+    fields, lines = dict[str, str](), text.splitlines()
+    for number, line in enumerate(lines):
+        name, colon, value = line.partition(":")
+        if not colon or line.startswith("#"):
+            continue
+        key = name.strip().lower().replace(" ", "")
+        fields[key] = value.strip()
+        if key == "datafile" and value.strip().upper().startswith("LIST"):
+            fields["list"] = "\n".join(lines[number + 1 :])
+            break
+    return fields
 
 
 def nrrd_files(path: str) -> tuple[str, ...]:
-    """The header, and its data file if there is one. Raises BadScan when that is in another folder."""
-    data = nrrd_fields(path).get("datafile", "")
-    if not data or data.upper().startswith("LIST") or "%" in data:
+    """The header, and its data files if there are any. Raises BadScan when one is in another folder."""
+    fields = nrrd_fields(path)
+    data = fields.get("datafile", "")
+    if not data:
         return (path,)
-    if not own_data_file(data):
+    if data.upper().startswith("LIST"):
+        names = [line.strip() for line in fields["list"].splitlines() if line.strip()]
+    else:
+        names = pattern_files(data) if "%" in data else [data]
+    for name in names:
+        if not own_data_file(name):
+            raise BadScan(
+                f"its data file {name!r} is not in the header's folder: put it there, and its bare name in the header"
+            )
+    return (
+        path,
+        *(full for name in names if os.path.isfile(full := os.path.join(os.path.dirname(path), name))),
+    )
+
+
+NRRD_SPACES = {
+    "right-anterior-superior", "ras", "left-anterior-superior", "las", "left-posterior-superior", "lps",
+}  # fmt: skip
+
+
+def check_nrrd(path: str) -> None:
+    """Raise BadScan where an NRRD header does not say how large its voxels are or where they lie."""
+    fields = nrrd_fields(path)
+    sizes = fields.get("spacedirections", "") or fields.get("spacings", "")
+    numbers = [
+        float(number) for number in re.findall(r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)", sizes)
+    ]
+    if not numbers or not np.isfinite(numbers).all():
         raise BadScan(
-            f"its data file {data!r} is not in the header's folder: put it there, and its bare name in the header"
+            "has no voxel sizes (space directions, or spacings): 1 mm would be a guess, write them into its header"
         )
-    full = os.path.join(os.path.dirname(path), data)
-    return (path, full) if os.path.isfile(full) else (path,)
+    space = fields.get("space", "").lower()
+    if space not in NRRD_SPACES:
+        raise BadScan(
+            f"space {space!r}: nothing says where left, front and head are; write `space: left-posterior-superior` and "
+            "space directions into its header"
+        )
+    if fields.get("spacedirections", "") == "" and min(numbers) <= 0:
+        raise BadScan(f"spacings {sizes}: have to be above 0")
 
 
 def last_line(error: Exception) -> str:

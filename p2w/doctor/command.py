@@ -25,6 +25,7 @@ from p2w.doctor import machine, network, software
 from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
 from p2w.recipes import named
+from p2w.run_owner import run_state
 from p2w.shards.manifest import data_fingerprint
 from p2w.stream.local import DataError, LocalSet, ShardSet
 from p2w.stream.sampler import Sampler
@@ -44,7 +45,7 @@ It changes nothing. Exit code 0, or 1 when there is a problem. `p2w verify DIR` 
 
 SAMPLE = 24
 LONGEST_S = 3.0  # for reading the sample
-CUT = "python preprocess/shard_luna.py   # or shard_scans.py --scans FOLDER --out shards"
+CUT = "p2w shard-luna   # or p2w shard --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:
@@ -85,13 +86,16 @@ def sample(found: ShardSet) -> Iterator[CheckResult]:
             found.read_into(int(sub_scan), out)
         except DataError as error:
             bad = refused("checksums", error)
-            yield problem("checksums", bad.found, f"{bad.remedy}. All: {full}")
+            yield problem("checksums", bad.found, f"{bad.remedy}. To check every one: {full}")
             return
         done += 1
         if time.perf_counter() - began > LONGEST_S:
             break
     rate = done * found.nbytes / (time.perf_counter() - began)
-    yield ok("checksums", f"{done} of {len(found):,} sub-scans drawn are intact, {size(rate)}/s. All: {full}")
+    yield ok(
+        "checksums",
+        f"{done} sub-scans drawn from {len(found):,}, all intact, {size(rate)}/s. To check every one: {full}",
+    )
 
 
 def batch_size(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
@@ -122,7 +126,7 @@ def run_folder(case: CheckContext, found: ShardSet) -> Iterator[CheckResult]:
         status = json.loads((case.run / "status.json").read_text())
         yield ok(
             "run folder",
-            f"{case.run}: {status['state']} at step {status['step']}; the same command continues it",
+            f"{case.run}: {run_state(case.run, status)} at step {status['step']}; the same command continues it",
         )
     except (OSError, ValueError, LookupError, TypeError):
         yield ok("run folder", f"{case.run}: {'holds no run yet' if case.run.exists() else 'new'}")
@@ -158,7 +162,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
     if thread.is_alive():
         hangs = problem(
             name,
-            f"no answer in {limit_s:.0f} s: a file server, a driver or a name server hangs",
+            f"no answer in {limit_s:.0f} s: probably a file server, a driver or a name server hangs",
             "dmesg | tail; df; nvidia-smi",
         )
         return [*rows, hangs]
@@ -168,7 +172,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
             problem(
                 name,
                 f"the check itself failed: {type(error).__name__}: {text}",
-                "a mistake of p2w doctor: please report this line",
+                "a bug in p2w doctor: please report this line",
             )
         )
     return rows

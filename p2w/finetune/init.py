@@ -63,11 +63,11 @@ def resolve_init(init: str) -> InitRecord:
 
 def _of_run(run: Path, step: int | None) -> InitRecord:
     trained = find_checkpoint(run, step)
-    told: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for one in read_metrics(run):
         if one["step"] == trained.step:
-            told |= one
-    return _record(trained, told.get("val/loss"), told.get("val/mse"))
+            metrics |= one
+    return _record(trained, metrics.get("val/loss"), metrics.get("val/mse"))
 
 
 def _of_card(where: str, card: dict[str, Any]) -> InitRecord:

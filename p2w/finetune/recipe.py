@@ -142,7 +142,7 @@ class Plateau:
 
     @property
     def ended(self) -> bool:
-        """Whether `patience` epochs have brought nothing."""
+        """Whether `patience` epochs in a row brought no lower validation loss."""
         return self.idle >= self.recipe.patience
 
     def state_dict(self) -> dict[str, float]:

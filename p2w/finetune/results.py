@@ -96,7 +96,7 @@ def find_fine_tunings(folders: Iterable[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for top in folders:
         if not top.is_dir():
-            raise UserError(f"{top}: no such folder; name folders that launch/finetune.py wrote")
+            raise UserError(f"{top}: no such folder; name folders that p2w finetune wrote")
         before = len(found)
         already = False
         for folder, inside, files in os.walk(top):
@@ -106,9 +106,7 @@ def find_fine_tunings(folders: Iterable[Path]) -> list[Path]:
                 inside.clear()
             inside[:] = sorted(name for name in inside if not name.startswith("."))
         if len(found) == before and not already:
-            raise UserError(
-                f"{top}: no {RUN_MANIFEST} in it or below; name folders that launch/finetune.py wrote"
-            )
+            raise UserError(f"{top}: no {RUN_MANIFEST} in it or below; name folders that p2w finetune wrote")
     return list(found.values())
 
 
@@ -219,7 +217,7 @@ def _parse(path: Path, form: dict[str, Any]) -> Any:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         return parse_json(path.read_bytes(), form)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a folder that launch/finetune.py wrote") from error
+        raise UserError(f"{path}: {error.strerror}; name a folder that p2w finetune wrote") from error
     except ValueError as error:
         said = str(error).partition("\n")[0]
         raise UserError(

@@ -6,7 +6,6 @@ The same command finds its run there; another one is refused.
 import hashlib
 import json
 import os
-import shlex
 import signal
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from p2w import __version__
-from p2w.errors import UserError
+from p2w.errors import UserError, command_line
 from p2w.files import hold_lock, write_atomic
 from p2w.finetune import recipe as recipes
 from p2w.finetune import results
@@ -57,18 +56,20 @@ def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
 
 def task_fingerprint(meta: dict[str, Any]) -> str:
     """A short name of a target set: a hash of what its manifest says of its samples and their splits."""
-    told = {key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    described = {
+        key: meta.get(key) for key in ("task", "kind", "shape", "window", "settings", "split", "shards")
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
-    """What transfer.json will say. Raises UserError when the folder holds another run's."""
+    """The content for transfer.json. Raises UserError when the folder holds another run's."""
     now = plain_fine_tuning(fine_tuning)
     path = fine_tuning.folder / RUN_MANIFEST
     if not path.exists():
         if (fine_tuning.folder / "config.json").exists() or (fine_tuning.folder / "checkpoints").exists():
             raise UserError(
-                f"{fine_tuning.folder}: is a run of launch/train.py; a fine-tuning gets its own folder: "
+                f"{fine_tuning.folder}: is a run of p2w train; a fine-tuning gets its own folder: "
                 "name it with --run-dir"
             )
         return now
@@ -87,7 +88,7 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
 
 
 def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run keeps, flat."""
+    """The settings that may not change when the run continues, by dotted name."""
     flat = {
         f"recipe.{k}": v
         for k, v in recipes.current_names(tree["recipe"]).items()
@@ -104,7 +105,7 @@ def write_run_manifest(fine_tuning: FineTuning, tree: dict[str, Any], world: Wor
     Under a lock: the tasks of a job array all begin at once.
     """
     path = fine_tuning.folder / RUN_MANIFEST
-    command = {"command": shlex.join(sys.argv), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
+    command = {"command": command_line(), "cwd": os.getcwd(), "p2w": __version__, **world.machine()}
     try:
         fine_tuning.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(str(fine_tuning.folder / ".lock"), "transfer"):
@@ -116,11 +117,11 @@ def write_run_manifest(fine_tuning: FineTuning, tree: dict[str, Any], world: Wor
 
 
 def run_workers(argv: list[str], workers: int) -> int:
-    """Start `workers` processes of this command line and wait for them; a signal is passed on. Returns the worst exit code.
+    """Start `workers` processes of `p2w finetune` with these arguments and wait for them.
 
-    Each has its share of the cores, and with GPUs one of them in turn.
+    A signal is passed on. Returns the worst exit code. Each has its share of the cores, and with GPUs one of them in turn.
     """
-    command = [sys.executable, argv[0], *_without_workers(argv[1:]), "--quiet"]
+    command = [sys.executable, "-m", "p2w", "finetune", *_without_workers(argv), "--quiet"]
     threads = max(1, usable_cores() // workers)
     devices = torch.cuda.device_count()
     children: list[subprocess.Popen[bytes]] = []

@@ -100,7 +100,7 @@ class Samples:
             self.cached = self._read_all()
 
     def __len__(self) -> int:
-        """Samples."""
+        """The number of samples."""
         return len(self.rows)
 
     def batches(self, positions: Sequence[Positions]) -> Iterator[tuple[Tensor, Tensor]]:

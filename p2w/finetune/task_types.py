@@ -181,7 +181,7 @@ class TaskType(ABC):
 
     @abstractmethod
     def predict(self, logits: Tensor) -> Tensor:
-        """What a user is told: (B, D, H, W) float32 in [0, 1] for one answer a voxel, else (B, columns) float32."""
+        """The prediction for the user: (B, D, H, W) float32 in [0, 1] for one answer a voxel, else (B, columns) float32."""
 
     def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
         """One answer a sample: what the columns of `predict` are called in a table."""

@@ -30,7 +30,7 @@ VOTE_EVERY = 8  # batches between the votes of several ranks with GPUs whether t
 
 
 class StopRequested(Exception):
-    """The trial was told to stop; it continues from its last checkpoint."""
+    """A stop request ended the trial early; it continues from its last checkpoint."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class FineTuner:
 
     @property
     def ended(self) -> bool:
-        """No epoch is left to do."""
+        """Whether the trial has ended: no epoch is left."""
         return self.number >= self.recipe.max_epochs or self.plateau.ended
 
     def epoch(self, train: Samples, val: Samples) -> EpochResult:
@@ -180,7 +180,7 @@ class FineTuner:
         )
 
     def _leave_if_stopped(self, number: int) -> None:
-        """Raise StopRequested on all ranks when any was told to stop; several GPUs vote on it at every few batches."""
+        """Raise StopRequested on all ranks when any has a stop request; several GPUs ask one another every few batches."""
         stop_requested = self.stop_requested()
         if number % self.vote_every == 0 and self.world.any(stop_requested):
             raise StopRequested

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from p2w import __version__
 from p2w.errors import UserError
-from p2w.files import FileLock, write_atomic
+from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import TaskType
 from p2w.finetune.trainer import EpochResult, FineTuner
@@ -54,14 +54,14 @@ def is_finished(folder: Path) -> bool:
 
 
 class TrialLock:
-    """The folder of a trial, held by one process at a time (by rank 0 of its ranks)."""
+    """The lock of a trial's folder: one process at a time works in it (rank 0 of its ranks)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = FileLock(folder / ".lock")
 
     def take(self) -> bool:
-        """Make the folder and hold it; False while another process does. Raises UserError when it cannot be written."""
+        """Make the folder and lock it; False while another process has it. Raises UserError when it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return self._lock.acquire()
@@ -71,7 +71,7 @@ class TrialLock:
             ) from error
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self._lock.release()
 
 
@@ -94,7 +94,7 @@ class TrialRun:
     world: World
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, when told to stop."""
+        """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, at a stop request."""
         began = time.monotonic()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, warn=self.log.warn)
         self._resume()
@@ -140,7 +140,7 @@ class TrialRun:
         self.log.rewind(self.tuner.number)
 
     def _train(self) -> None:
-        """Epochs until the end; a checkpoint every now and then, and when told to stop."""
+        """Epochs until the trial ends, with checkpoints in between and at a stop request."""
         saved = said = time.monotonic()
         every = 60 * self.tuner.recipe.checkpoint_minutes
         while not self.tuner.ended:
@@ -183,7 +183,7 @@ class TrialRun:
             self.log.warn(f"{error}; the trial goes on")
 
     def _write(self, result: dict[str, Any], records: Tensor) -> None:
-        """Weights and predictions, then the result; what the trial would have continued from goes."""
+        """Write weights and predictions, then the result; then delete the checkpoints."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
@@ -196,7 +196,7 @@ class TrialRun:
             write_atomic(self.folder / RESULT, json.dumps(result, indent=2))
         except OSError as error:
             raise UserError(
-                f"{self.folder}: not written ({error.strerror}); make room, then repeat the command"
+                f"{self.folder}: not written ({error.strerror}); {write_remedy(error)}, then repeat the command"
             ) from error
         with suppress(OSError):
             shutil.rmtree(self.folder / "checkpoints")

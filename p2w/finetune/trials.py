@@ -144,7 +144,7 @@ def run_trials(
     """Run the trials that are not finished, one after the other, on every rank. Returns index -> finished, already, or busy:
     another process has it.
 
-    Raises StopRequested on all ranks when told to stop.
+    Raises StopRequested on all ranks at a stop request.
     """
     outcome: dict[int, str] = {}
     for index in indices:

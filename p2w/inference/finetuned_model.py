@@ -47,7 +47,7 @@ class FineTunedModel:
 
     @property
     def channels(self) -> int:
-        """How many images it takes."""
+        """The number of channels of its input."""
         return int(self.card["task"]["channels"])
 
     @property
@@ -64,8 +64,18 @@ class FineTunedModel:
 
     @property
     def in_hu(self) -> bool:
-        """Whether it was trained on CT; else each image is scaled by its own smallest and largest value."""
+        """Whether it was trained on CT; else each image is scaled by values of its own."""
         return self.window[0] < 0
+
+    @property
+    def by_percentiles(self) -> bool:
+        """Whether images that are not CT are scaled by their percentiles; else by their smallest and largest value."""
+        return bool(self.card["task"]["settings"].get("values") == "percentiles")
+
+    @property
+    def assumes_hu(self) -> bool:
+        """Whether the task's images were taken for HU without a test."""
+        return bool((self.card["task"].get("settings") or {}).get("assume_hu"))
 
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
@@ -75,8 +85,8 @@ class FineTunedModel:
         """
         task = self.card["task"]
         if "spacing" in task["settings"]:
-            told = task["settings"]["spacing"]
-            return None if told is None else (float(told[0]), float(told[1]), float(told[2]))
+            spacing = task["settings"]["spacing"]
+            return None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         ranges = task.get("spacing_mm")
         if not ranges or any(not math.isclose(low, high, rel_tol=1e-3) for low, high in ranges):
             return None
@@ -93,7 +103,7 @@ class FineTunedModel:
 
 
 def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
-    """Load a trial, its model.safetensors, or of a run of launch/finetune.py the trial with the lowest validation loss.
+    """Load a trial, its model.safetensors, or of a run of p2w finetune the trial with the lowest validation loss.
 
     Raises UserError where there is none, or it is damaged.
     """
@@ -101,17 +111,18 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
     if where.is_dir() and not file.is_file():
         file = _best(where) / MODEL
     card = read_card(file)
-    if said := type_mismatch(card, CARD, "its card"):
+    if problem := type_mismatch(card, CARD, "its card"):
         raise UserError(
-            f"{file}: no fine-tuned weights ({said}); name a run of launch/finetune.py, or a trial of it"
+            f"{file}: no fine-tuned weights ({problem}); name a run of p2w finetune, or a trial of it"
         )
-    told = card["encoder"]
-    encoder = build_encoder(told["name"], told["width"], told["in_channels"])
-    if told["feeding"] not in get_args(InputNorm):
+    described = card["encoder"]
+    encoder = build_encoder(described["name"], described["width"], described["in_channels"])
+    if described["feeding"] not in get_args(InputNorm):
         raise UserError(
-            f"{file}: its card asks to be fed {told['feeding']!r}; one of {', '.join(get_args(InputNorm))}"
+            f"{file}: its card has the input normalisation {described['feeding']!r}; known are "
+            f"{', '.join(get_args(InputNorm))}; use the version of p2w that wrote it"
         )
-    encoder.input_norm = told["feeding"]
+    encoder.input_norm = described["feeding"]
     classes = card["task"].get("classes") or ()
     network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:
@@ -134,6 +145,6 @@ def _best(run: Path) -> Path:
             found.append((loss, path.parent))
     if not found:
         raise UserError(
-            f"{run}: no finished trial with weights there; name a run of launch/finetune.py (with --recipe.keep-weights)"
+            f"{run}: no finished trial with weights there; name a run of p2w finetune (with --recipe.keep-weights)"
         )
     return min(found)[1]

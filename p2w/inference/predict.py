@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +18,9 @@ import tyro
 from numpy.typing import NDArray
 
 from p2w.config import Amp
-from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
@@ -71,9 +72,9 @@ class InferenceInput:
         return out
 
 
-def read_input(paths: Sequence[Path], model: FineTunedModel) -> InferenceInput:
+def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
-    sources = [_source(path) for path in paths]
+    sources = [replace(_source(path, model.in_hu), assume_hu=assume_hu) for path in paths]
     cuts: list[Cut] = []
     grids: list[Grid] = []
     first: NDArray[Any] | None = None
@@ -92,12 +93,19 @@ def read_input(paths: Sequence[Path], model: FineTunedModel) -> InferenceInput:
     return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
 
 
-def _source(path: Path) -> ScanSource:
+def _source(path: Path, in_hu: bool) -> ScanSource:
+    """The scan in a file, or in a folder of DICOM; of a network that was not trained on CT, MR or PET come first."""
     if not path.exists():
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
         return source_files.as_source(path.name, str(path))
-    found = find_scans([str(path)], str(path / ".out"), flag="--scan")  # there is none: nothing is left out
+    for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
+        search = SearchOptions(modality=modality)
+        found = find_scans(
+            [str(path)], str(path / ".out"), flag="--scan", options=search
+        )  # there is no such folder
+        if found.sources:
+            break
     if len(found.sources) != 1:
         why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
         raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")
@@ -110,7 +118,7 @@ def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], G
         scan = read_scan(source)
         return scan.voxels, scan.grid, lambda crop_box: crops.crop_hu(scan.voxels, crop_box)
     image = read_image(source)
-    low, high = intensity_range("image", image)
+    low, high = percentile_range(image.values) if model.by_percentiles else intensity_range("image", image)
     return image.values, image.grid, lambda crop_box: crop_in_range(image.values, crop_box, low, high)
 
 
@@ -240,6 +248,7 @@ def _middle(mask: NDArray[np.uint8]) -> tuple[int, int, int]:
     return z, y, x
 
 
+NIFTI_SIZE = 32_767  # most voxels along an axis of NIfTI-1
 MASKS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
 
@@ -248,7 +257,7 @@ class PredictOptions:
     """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of launch/finetune.py, a trial of it, or its model.safetensors."""
+    """Run of p2w finetune, a trial of it, or its model.safetensors."""
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
@@ -265,6 +274,8 @@ class PredictOptions:
     """Windows at a time."""
     precision: Annotated[Amp, tyro.conf.arg(name="precision")] = "fp32"
     """Precision of the network's arithmetic."""
+    assume_hu: bool = False
+    """Take the scan's values for HU without a test, as where the task's data was prepared so."""
 
 
 def main(argv: list[str]) -> int:
@@ -273,7 +284,9 @@ def main(argv: list[str]) -> int:
     world = World.from_env()
     model = load_finetuned(options.run, world.device)
     _check(options, model)
-    scan = read_input(options.scan, model)
+    scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
+    if model.kind.per_voxel:
+        check_geometry(options.out, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
     if not model.kind.per_voxel:
         assert options.candidates is not None
@@ -326,8 +339,35 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 
 
+def check_geometry(path: Path, grid: Grid) -> None:
+    """Raise UserError where the format of `path` cannot hold the grid, before anything is computed for it.
+
+    A small image of the same spacing, origin and direction is written and read back; no corner of the grid may move.
+    """
+    image = sitk.Image([2, 2, 2], sitk.sitkUInt8)
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    why = ""
+    with tempfile.TemporaryDirectory(prefix="p2w-") as folder:
+        name = os.path.join(
+            folder, "trial" + "".join(path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix])
+        )
+        try:
+            sitk.WriteImage(image, name)
+            written = sitk.ReadImage(name)
+            kept = Grid(grid.size, written.GetSpacing(), written.GetOrigin(), written.GetDirection())
+            why = source_files.apart(grid, kept) or ""
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[-1]
+    if path.name.lower().endswith((".nii", ".nii.gz")) and max(grid.size) > NIFTI_SIZE:
+        why = f"{max(grid.size):,} voxels along an axis, NIfTI-1 holds {NIFTI_SIZE:,}"
+    if why:
+        raise UserError(f"{path}: its format cannot hold where the scan lies ({why}); name --out FILE.mha")
+
+
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write uint8 [z,y,x] in the grid's geometry, beside and then renamed. Raises UserError where it cannot be written."""
+    """Write uint8 [z,y,x] in the grid's geometry, under another name first. Raises UserError where it cannot be written."""
     image = sitk.GetImageFromArray(mask)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)

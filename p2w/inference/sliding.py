@@ -54,6 +54,13 @@ class Windows:
         """The number of windows."""
         return int(np.prod([len(self.starts(axis)) for axis in range(3)]))
 
+    def all_starts(self) -> Iterator[Triple]:
+        """First voxels (z, y, x) of all windows, x running fastest."""
+        for z in self.starts(0):
+            for y in self.starts(1):
+                for x in self.starts(2):
+                    yield z, y, x
+
     def crop_box(self, start: Triple) -> CropBox:
         """A window as a crop of the scan, as the samples of a target set are cut."""
         step = np.array(self.step)
@@ -114,7 +121,7 @@ def _overlap(
 
 
 def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
-    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, held at the ends."""
+    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, constant at the ends."""
     if windows.extent == windows.shape and all(step == 1 for step in windows.step):
         yield from found
         return

@@ -80,17 +80,32 @@ def scale_channels(channels: int, width: int) -> int:
     return max(1, round(channels * width / PUBLISHED_WIDTH))
 
 
-def pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Zeros round (B, C, D, H, W) as TensorFlow's "SAME" wants them: ceil(size / stride) outputs, the odd one behind."""
+Sides = tuple[bool, bool, bool]
+BEHIND: Sides = (False, False, False)  # along no axis is the odd zero in front
+
+
+def pad_same(
+    x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int], front: Sides = BEHIND
+) -> Tensor:
+    """Zeros round (B, C, D, H, W) as TensorFlow's "SAME" wants them: ceil(size / stride) outputs, the odd one behind.
+
+    `front`: the axes (D, H, W) along which it is in front, for kernels that were mirrored along these axes.
+    """
     pads: list[int] = []
-    for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):
+    for size, k, s, first in zip(
+        reversed(x.shape[2:]), reversed(kernel), reversed(stride), reversed(front), strict=True
+    ):
         total = max((-(-size // s) - 1) * s + k - size, 0)
-        pads += [total // 2, total - total // 2]
+        less = total // 2
+        pads += [total - less, less] if first else [less, total - less]
     return functional.pad(x, pads) if any(pads) else x
 
 
 class SameConv3d(Conv3d):
     """Convolution with a cubic kernel and TensorFlow's "SAME" padding; no bias unless asked for."""
+
+    front = BEHIND
+    """The axes along which the odd zero is in front."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, bias: bool = False) -> None:
         # At stride 1 an odd kernel's padding is the same on both sides, which needs no copy of the map.
@@ -99,14 +114,15 @@ class SameConv3d(Conv3d):
 
     def forward(self, x: Tensor, biased: bool = True) -> Tensor:
         """(B, cin, D, H, W) -> (B, cout, ceil(D / stride), …), without the bias unless `biased`."""
-        return super().forward(pad_same(x, self.kernel, self.by) if self.by != (1, 1, 1) else x, biased)
+        padded = pad_same(x, self.kernel, self.by, self.front) if self.by != (1, 1, 1) else x
+        return super().forward(padded, biased)
 
 
-def average_same(x: Tensor) -> Tensor:
-    """Average pool 3x3x3, stride 2, "SAME": the mean of what lies inside, as TensorFlow takes it."""
+def average_same(x: Tensor, front: Sides = BEHIND) -> Tensor:
+    """Average pool 3x3x3, stride 2, "SAME": the mean of what lies inside, as TensorFlow takes it; `front` as in pad_same."""
     kernel, stride = (3, 3, 3), (2, 2, 2)
-    inside = pad_same(torch.ones_like(x[:1, :1]), kernel, stride)
-    mean = functional.avg_pool3d(pad_same(x, kernel, stride), kernel, stride)
+    inside = pad_same(torch.ones_like(x[:1, :1]), kernel, stride, front)
+    mean = functional.avg_pool3d(pad_same(x, kernel, stride, front), kernel, stride)
     return mean / functional.avg_pool3d(inside, kernel, stride)
 
 

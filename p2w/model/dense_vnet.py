@@ -55,7 +55,9 @@ class DenseStack(nn.Module):
 class DenseVNet(Encoder):
     """At width 32 channels are (13, 24, 24, 184), strides (2, 4, 8, 8). Without NiftyNet's dropout and spatial prior.
 
-    Its published weights were trained on HU that nothing normalised (their configuration has no normalisation).
+    Its published weights were trained on HU that nothing normalised (their configuration has no normalisation), on volumes
+    whose rows and columns run the other way. Their kernels are mirrored when they are read, and `mirrored` puts the odd zero
+    of stride-2 layers on the side where it then belongs: `dense_vnet:mirrored=True` is the network of these weights.
     """
 
     input_norm: InputNorm = "hu"
@@ -69,8 +71,9 @@ class DenseVNet(Encoder):
     beside_pooled = tuple(f"blocks.{i}.skip." for i in range(len(STACKS)))
     only_skips = True
 
-    def __init__(self, width: int = 32, in_channels: int = 1) -> None:
+    def __init__(self, width: int = 32, in_channels: int = 1, *, mirrored: bool = False) -> None:
         super().__init__()
+        self.front = (False, mirrored, mirrored)
         down = scale_channels(FIRST, width)
         skips = [scale_channels(skip, width) for _, _, skip in STACKS]
         self.in_channels = in_channels
@@ -86,6 +89,9 @@ class DenseVNet(Encoder):
         self.blocks = nn.ModuleList(blocks)
         self.channels = (in_channels + skips[0], skips[1], skips[2], blocks[-1].cout)
         self.strides = (2, 4, 8, 8)
+        for module in self.modules():
+            if isinstance(module, SameConv3d):
+                module.front = self.front
         initialise(self)
 
     def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module:
@@ -94,7 +100,7 @@ class DenseVNet(Encoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, D, H, W), edges divisible by 8 -> list of features, fine to coarse."""
-        image = self.image_bn(average_same(x))
+        image = self.image_bn(average_same(x, self.front))
         skips, x = [], torch.cat((image, self.initial(x)), dim=1)
         for block in self.blocks:
             skip, x = block(x)

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from p2w.errors import UserError
 from p2w.model.conv import let_train
 
-InputNorm = Literal["unit", "symmetric", "positive-z", "hu"]
-"""unit: [0, 1] as it is. symmetric: [-1, 1]. positive-z: mean 0, deviation 1 over voxels > 0. hu: back to HU, +-1000."""
+InputNorm = Literal["unit", "symmetric", "positive-z", "hu", "z"]
+"""unit: [0, 1] as it is. symmetric: [-1, 1]. positive-z: mean 0, deviation 1 over voxels > 0; z: over all. hu: back to HU,
++-1000."""
 
 
 def normalise_input(x: Tensor, input_norm: InputNorm, channels: int) -> Tensor:
     """(B, C, D, H, W) in [0, 1] -> what a network with `channels` input channels wants, float32, (B, channels, D, H, W).
 
     A pure function: statistics are per sample and channel. One grey channel is repeated for a network of several; any
-    other mismatch raises UserError. "positive-z" treats every voxel alike, also those at 0 (MedicalNet's own code puts
-    noise there, which would make the result random); a channel without spread becomes 0.
+    other mismatch raises UserError. "positive-z" is MedicalNet's rule on the volume that it is given, whose background is 0:
+    here that is [0, 1], so the statistics are those of voxels above -1000 HU (docs/weights.md). It treats every voxel alike,
+    also those at 0 (MedicalNet's own code puts noise there, which would make the result random); a channel without spread
+    becomes 0. "z" is nnssl's: mean 0, deviation 1 over all voxels.
     """
     if x.shape[1] != channels and x.shape[1] != 1:
         raise UserError(
@@ -33,13 +36,14 @@ def normalise_input(x: Tensor, input_norm: InputNorm, channels: int) -> Tensor:
     elif input_norm == "hu":
         x = 2000 * x - 1000
     elif input_norm == "positive-z":
-        x = _positive_z(x)
+        x = _z_score(x, (x > 0).float())
+    elif input_norm == "z":
+        x = _z_score(x, torch.ones_like(x))
     return x.expand(-1, channels, -1, -1, -1)
 
 
-def _positive_z(x: Tensor) -> Tensor:
-    """Mean and (biased) deviation of the voxels > 0 of each sample and channel; no host sync."""
-    inside = (x > 0).float()
+def _z_score(x: Tensor, inside: Tensor) -> Tensor:
+    """Mean and (biased) deviation of the voxels where `inside` is 1, of each sample and channel; no host sync."""
     count = inside.sum((2, 3, 4), keepdim=True).clamp(min=1)
     mean = (x * inside).sum((2, 3, 4), keepdim=True) / count
     deviation = (((x - mean) * inside).square().sum((2, 3, 4), keepdim=True) / count).sqrt()

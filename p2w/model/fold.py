@@ -87,7 +87,7 @@ def fold_and_convolve(x: Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d, biased
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Off; the meta device, on which costs are counted, has none."""
+    """Autocast switched off; on the meta device, which has no autocast, nothing is done."""
     known = torch.amp.autocast_mode.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 

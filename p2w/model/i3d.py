@@ -1,7 +1,7 @@
 """I3D (Carreira and Zisserman 2017): Inception-v1 inflated to three dimensions; the first axis, time, is z here.
 
 Parameter names are those of the public torch weights (`Mixed_3b.b0.conv3d.weight`). Padding is TensorFlow's "SAME"
-throughout, batch norm has eps 1e-3.
+throughout, batch norm has eps 1e-3, and the momentum of the other encoders, 0.1.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -34,7 +34,8 @@ class Unit(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv3d = SameConv3d(cin, cout, kernel, stride)
-        self.bn = BatchNorm3d(cout, eps=1e-3, momentum=0.01, relu=True)
+        # The public torch weights come with momentum 0.01, which keeps a fifth of the statistics of video after 160 steps.
+        self.bn = BatchNorm3d(cout, eps=1e-3, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the three in turn."""

@@ -1,7 +1,7 @@
 """Write synthetic chest CTs in LUNA16's layout.
 
-python -m p2w.phantom                                            # 12 scans to LUNA16/
-python -m p2w.phantom --out LUNA16 --scans 12 --shape 128 256 256 --seed 1 --workers 2
+    python -m p2w.phantom                                            # 12 scans to LUNA16/
+    python -m p2w.phantom --out LUNA16 --scans 12 --shape 128 256 256 --seed 1 --workers 2
 
 Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
@@ -44,7 +44,7 @@ class PhantomArgs:
 @exits
 def main() -> None:
     """Parse the command line, write the scans and print what was written."""
-    args = tyro.cli(PhantomArgs, description=__doc__)
+    args = tyro.cli(PhantomArgs, prog="python -m p2w.phantom", description=__doc__)
     with _follow(args.scans) as done:
         try:
             write_luna(

@@ -1,15 +1,192 @@
-"""The anatomy of one patient: random sizes, positions and densities, and basic shapes as distance fields.
+"""A phantom's body: its frame in mm, labels of voxels, clouds of balls for tubes; one patient's sizes; shapes of organs.
 
-Everything is in the body frame (frame.py): mm, z up, y to the back, x to the patient's left. A distance field is the
-distance to the surface of a shape in mm, negative inside; it is nearly exact near the surface, where painting needs it.
+Points are (..., 3) in z, y, x order. Body axes: z up to the head, y to the back, x to the patient's left;
+origin in the middle of the chest, at the height where the trachea divides. A pose (size, rotation, shift)
+and a smooth warp map body to scan, so that one description of a chest gives many different chests.
+
+A shape is a distance field: the distance to its surface in mm, negative inside; it is nearly exact near the surface, where
+painting needs it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from p2w.phantom.frame import Floats
+Floats = NDArray[np.floating]
+_COARSE_MM = 5.2  # organs are smooth: their distance fields are computed on a grid this fine and interpolated
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Geometry of one phantom: `shape` (z, y, x) voxels of `spacing_mm`, the body's pose and its warp."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    centre_mm: Floats  # (3,) body origin, mm from the first voxel's centre
+    rotation: Floats  # (3, 3) body to scan
+    size: Floats  # (3,) size of this body relative to the reference
+    waves: Floats  # (K, 3) warp: wave vectors, radian a mm of body
+    phases: Floats  # (K,)
+    sway_mm: Floats  # (K, 3) warp: amplitudes
+
+    @classmethod
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        shape: tuple[int, int, int],
+        spacing_mm: tuple[float, float, float] | None,
+        reach_mm: tuple[float, float, float],
+    ) -> "Frame":
+        """Draw a pose; without a spacing, also one with which the scan shows `reach_mm` (z, y, x) of the reference body."""
+        size = rng.uniform([0.92, 0.92, 0.92], [1.08, 1.08, 1.08]) * rng.uniform(0.94, 1.06)
+        margin = rng.uniform([0.95, 1.04, 1.04], [1.06, 1.24, 1.24])
+        if spacing_mm is None:
+            extent = np.array(reach_mm) * size * margin
+            in_plane = extent[1:].max() / max(shape[1:])
+            spacing_mm = (round(float(extent[0] / shape[0]), 3), *(round(float(in_plane), 6),) * 2)
+        extent = np.array(spacing_mm) * (np.array(shape) - 1)
+        centre = extent / 2 + rng.normal(0, [4, 4, 6]) + np.array([27.0, -8.0, 0.0]) * size
+        tilt = np.radians(rng.normal(0, [2.0, 1.5, 2.0]).clip(-5, 5))  # round z, y, x
+        k = 7
+        direction = rng.normal(size=(k, 3))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        length_mm = rng.uniform(110, 320, size=(k, 1))
+        return cls(
+            shape=shape,
+            spacing_mm=spacing_mm,
+            centre_mm=centre,
+            rotation=_turn(0, tilt[0]) @ _turn(1, tilt[1]) @ _turn(2, tilt[2]),
+            size=size,
+            waves=direction * 2 * np.pi / length_mm,
+            phases=rng.uniform(0, 2 * np.pi, k),
+            sway_mm=rng.normal(size=(k, 3)) * 1.5 * (length_mm / 240),
+        )
+
+    def to_body(self, voxel: Floats) -> Floats:
+        """Voxel positions (..., 3) to body mm (..., 3); keeps the float type."""
+        mm = voxel * np.array(self.spacing_mm, voxel.dtype) - self.centre_mm.astype(voxel.dtype)
+        straight = _times(mm, self.rotation / self.size)
+        return straight + self._warp(straight)
+
+    def to_voxel(self, body: Floats) -> Floats:
+        """Body mm (..., 3) to voxel positions (..., 3): the inverse of `to_body` to within 0.1 mm."""
+        straight = body
+        for _ in range(
+            3
+        ):  # a fixed-point iteration: the warp is weak, so each round divides the error by ten
+            straight = body - self._warp(straight)
+        mm = _times(straight * self.size, self.rotation.T) + self.centre_mm
+        return mm / np.array(self.spacing_mm)
+
+    def _warp(self, straight: Floats) -> Floats:
+        kind = straight.dtype.type
+        z, y, x = np.moveaxis(straight, -1, 0)
+        total = np.zeros((3, *z.shape), kind)
+        for (kz, ky, kx), phase, sway in zip(self.waves, self.phases, self.sway_mm, strict=True):
+            wave = np.sin(kind(kz) * z + kind(ky) * y + (kind(kx) * x + kind(phase)))
+            for axis in range(3):
+                total[axis] += kind(sway[axis]) * wave
+        return np.moveaxis(total, 0, -1)
+
+    @cached_property
+    def steps(self) -> tuple[int, int, int]:
+        """Distance of the coarse grid's nodes in voxels, z, y, x."""
+        z, y, x = (max(1, min(6, round(_COARSE_MM / mm))) for mm in self.spacing_mm)
+        return z, y, x
+
+    @cached_property
+    def coarse(self) -> Floats:
+        """Body coordinates of the coarse grid's nodes, (3, z, y, x) float32."""
+        counts = ((n - 1) // step + 2 for n, step in zip(self.shape, self.steps, strict=True))
+        axes = [
+            np.float32(step) * np.arange(n, dtype=np.float32)
+            for n, step in zip(counts, self.steps, strict=True)
+        ]
+        nodes = np.moveaxis(np.stack(np.meshgrid(*axes, indexing="ij")), 0, -1)
+        return np.ascontiguousarray(np.moveaxis(self.to_body(nodes), -1, 0))
+
+
+def _turn(axis: int, angle: float) -> Floats:
+    matrix = np.eye(3)
+    i, j = (a for a in range(3) if a != axis)
+    matrix[i, i] = matrix[j, j] = np.cos(angle)
+    matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+def _times(points: Floats, matrix: Floats) -> Floats:
+    """points (..., 3) @ matrix (3, 3) without BLAS, whose threads slow this down and whose sums differ by machine."""
+    rows = matrix.astype(points.dtype)
+    z, y, x = np.moveaxis(points, -1, 0)
+    return np.moveaxis(np.stack([z * rows[0, j] + y * rows[1, j] + x * rows[2, j] for j in range(3)]), 0, -1)
+
+
+class Label(IntEnum):
+    """Values of a phantom's label map (uint8). A voxel has the label of what fills more than half of it."""
+
+    AIR = 0  # outside the patient; also the padding outside the field of view
+    FAT = 1  # under the skin and between muscles; the skin itself
+    MUSCLE = 2  # also the diaphragm
+    BREAST = 3  # glandular tissue
+    MEDIASTINUM = 4  # fat and nodes between the lungs; abdominal fat
+    HEART = 5  # myocardium and chambers
+    AORTA = 6
+    GREAT_VESSEL = 7  # pulmonary trunk and its two branches, both venae cavae, arch branches
+    OESOPHAGUS = 8
+    LIVER = 9
+    SPLEEN = 10
+    STOMACH = 11  # wall and fluid
+    GAS = 12  # in the stomach
+    LUNG = 13  # parenchyma and fissures
+    VESSEL = 14  # arteries and veins inside the lungs
+    AIRWAY_WALL = 15
+    AIRWAY = 16  # air in the trachea and bronchi
+    SPINE = 17
+    DISC = 18
+    RIB = 19
+    BONE = 20  # sternum, clavicles, scapulae, humeral heads
+    CARTILAGE = 21  # of the ribs
+    NODULE = 22
+    TABLE = 23
+
+
+LUNGS = (Label.LUNG, Label.VESSEL, Label.NODULE)  # labels of a lung mask, which leaves airways out
+
+
+@dataclass(frozen=True)
+class Balls:
+    """Ball `points` (N, 3) in body mm (z, y, x) with `radius` (N,) mm."""
+
+    points: Floats
+    radius: Floats
+
+
+def join_balls(clouds: Sequence[Balls]) -> Balls:
+    """The balls of several clouds as one cloud."""
+    return Balls(np.concatenate([c.points for c in clouds]), np.concatenate([c.radius for c in clouds]))
+
+
+def tube(knots: Sequence[Sequence[float]], step_mm: float) -> Balls:
+    """A smooth tube (Catmull-Rom) through knots (z, y, x, radius), a ball every `step_mm`."""
+    nodes = np.array([[float(value) for value in knot] for knot in knots])
+    before, after = 2 * nodes[:1] - nodes[1:2], 2 * nodes[-1:] - nodes[-2:-1]
+    padded = np.concatenate([before, nodes, after])
+    t = np.linspace(0, 1, 12, endpoint=False)[:, None]
+    curve = []
+    for p, q, r, s in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
+        linear, square, cube = (r - p) / 2, p - 2.5 * q + 2 * r - s / 2, 1.5 * (q - r) + (s - p) / 2
+        curve.append(q + t * linear + t**2 * square + t**3 * cube)
+    fine = np.concatenate([*curve, nodes[-1:]])
+    run = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(fine[:, :3], axis=0), axis=1))])
+    at = np.append(np.arange(0, run[-1], step_mm), run[-1])
+    points = np.stack([np.interp(at, run, fine[:, axis]) for axis in range(4)], axis=1)
+    return Balls(points[:, :3], points[:, 3])
+
 
 ROUND = 2.3  # exponent of the rib cage's super-ellipse: 2 is an ellipse, more is squarer
 

@@ -4,9 +4,8 @@ formula.
 
 import numpy as np
 
-from p2w.phantom.body import Body, smoothstep
+from p2w.phantom.body import Balls, Body, Floats, Label, join_balls, smoothstep, tube
 from p2w.phantom.canvas import Canvas
-from p2w.phantom.frame import Balls, Floats, Label, join_balls, tube
 
 _RIB_STRETCH = np.array([1.7, 1.0, 1.0])  # ribs stand on edge
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from p2w.phantom.frame import Balls, Floats, Frame, Label
+from p2w.phantom.body import Balls, Floats, Frame, Label
 from p2w.phantom.organs import Layer
 
 Box = tuple[slice, slice, slice]

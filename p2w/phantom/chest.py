@@ -7,10 +7,9 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from p2w.errors import UserError
-from p2w.phantom.body import Body, smoothstep
+from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
 from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
-from p2w.phantom.frame import Balls, Floats, Frame, Label
 from p2w.phantom.lungs import lay_tubes, look_up, paint_lungs
 from p2w.phantom.organs import Cavity, layers
 

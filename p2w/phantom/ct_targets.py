@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
-from p2w.phantom.frame import Label
 from p2w.phantom.image_files import blob, put_file, write_image
 
 Shape = tuple[int, int, int]
@@ -51,10 +51,10 @@ def _abdomen(liver: np.ndarray, depth: int) -> slice:
 
 EMBOLI, OTHERS = 8, 12  # candidates a patient
 FOLDS = 3
-# How deep in a vessel an embolus lies at least: it must fit, and voxels must show it.
-WIDE_MM, WIDE_VOXELS = 1.2, 1.25
+# Least distance from the centre of an embolus to the vessel's wall: it must fit, and voxels must show it.
+MIN_DEPTH_MM, MIN_DEPTH_VOXELS = 1.2, 1.25
 BLOOD = (Label.VESSEL, Label.GREAT_VESSEL)
-SPAN_MM = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
+CHEST_SHARE_ZYX = (0.75, 0.62, 0.75)  # share of the chest that such a scan shows
 
 
 def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
@@ -62,7 +62,7 @@ def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
     rng = np.random.default_rng([seed, number, 4])
     own = int(np.random.SeedSequence([seed, number, 104]).generate_state(1)[0])
     spacing = tuple(
-        round(mm * share / n, 4) for mm, n, share in zip((300, 300, 300), shape, SPAN_MM, strict=True)
+        round(mm * share / n, 4) for mm, n, share in zip((300, 300, 300), shape, CHEST_SHARE_ZYX, strict=True)
     )
     scan = make_scan(own, shape, (spacing[0], spacing[1], spacing[2]), contrast=float(rng.uniform(180, 330)))
     hu, marks = _candidates(scan, rng)
@@ -96,7 +96,7 @@ def _candidates(
     blood = np.isin(scan.labels, BLOOD)
     depth = ndimage.distance_transform_edt(blood, step)
     edge = float(step.mean())
-    deep = depth > max(WIDE_MM, WIDE_VOXELS * edge)
+    deep = depth > max(MIN_DEPTH_MM, MIN_DEPTH_VOXELS * edge)
     level = float(np.median(scan.voxels[deep])) if deep.any() else 250.0
     hu = scan.voxels.astype(np.float32)
     positions = np.argwhere(deep)
@@ -107,9 +107,9 @@ def _candidates(
         if centre is None:
             break
         taken.append(centre)
-        wide = float(depth[tuple(centre.astype(int))])
+        depth_here = float(depth[tuple(centre.astype(int))])
         clot = float(rng.uniform(25, 75))
-        radius = float(rng.uniform(0.55, 0.95) * min(wide, 8.0) + 0.6)
+        radius = float(rng.uniform(0.55, 0.95) * min(depth_here, 8.0) + 0.6)
         kind = (
             "embolus" if index < EMBOLI else str(rng.choice(["node", "mixing", "plain"], p=[0.45, 0.3, 0.25]))
         )

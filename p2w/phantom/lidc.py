@@ -9,8 +9,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
-from p2w.phantom.frame import Label
 from p2w.phantom.image_files import put_file
 
 Shape = tuple[int, int, int]

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from p2w.phantom.body import Body
+from p2w.phantom.body import Balls, Body, Floats, Frame, Label, join_balls, tube
 from p2w.phantom.canvas import Canvas
-from p2w.phantom.frame import Balls, Floats, Frame, Label, join_balls, tube
 from p2w.phantom.organs import Cavity
 
 

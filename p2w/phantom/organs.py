@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from p2w.phantom.body import ROUND, Body, ellipsoid, intersection, smoothstep, union
-from p2w.phantom.frame import Floats, Label
+from p2w.phantom.body import ROUND, Body, Floats, Label, ellipsoid, intersection, smoothstep, union
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ from p2w.progress import Progress, say
 
 USAGE = """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-IDRI, LiTS, a CTPA set and BraTS.
 
-python -m p2w.phantom.target_tasks --out phantom-targets                        # all five, 20 patients each
-python -m p2w.phantom.target_tasks --out T --tasks lcs bms --patients 40 --shape 64 128 128 --workers 2
+    python -m p2w.phantom.target_tasks --out phantom-targets                        # all five, 20 patients each
+    python -m p2w.phantom.target_tasks --out T --tasks lcs bms --patients 40 --shape 64 128 128 --workers 2
 
-Then, for instance: python preprocess/prepare_target.py lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27
---test 28-39. Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
+Then, for instance:
+
+    p2w prepare lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27 --test 28-39
+
+Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
 
 
@@ -180,7 +183,7 @@ class TargetPhantomArgs:
 @exits
 def main() -> None:
     """Parse the command line, write the phantoms and print what was written."""
-    args = tyro.cli(TargetPhantomArgs, description=USAGE)
+    args = tyro.cli(TargetPhantomArgs, prog="python -m p2w.phantom.target_tasks", description=USAGE)
     with Progress(len(args.tasks) * args.patients, "patients") as progress:
         try:
             for name in write_targets(

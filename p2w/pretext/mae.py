@@ -76,7 +76,7 @@ class SimMim(Pretext):
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> masked and whole, (B, 1, d, h, w) in [0, 1], and the mask, True where hidden."""
-        whole = resized_whole(batch_BDHW, self.config)
+        whole = resized_whole(batch_BDHW, self.config, keys.real)
         mask = self.mask(keys)
         seen = torch.where(mask, 0.0, whole)
         if self.mae.fill == "mean":

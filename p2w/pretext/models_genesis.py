@@ -104,7 +104,7 @@ def _source(
 def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tensor:
     """(B, V): the slot to which the permutation of block `block` (B, V) maps `slot` (B, V); `volume`, `seeds` (B, N) int64.
 
-    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the places k - slot and slot of a block, k
+    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs the slots k - slot and slot of a block, k
     random, and swaps a pair or not by a random bit of its own. A permutation for any volume, without a table of it.
     """
     size = volume.gather(1, block)
@@ -128,7 +128,7 @@ MARGIN = 3  # voxels between a painted block and the border [C]
 
 @dataclass(frozen=True)
 class GenesisConfig:
-    """Deformations of models_genesis."""
+    """Settings of models_genesis: the deformations."""
 
     cube: Literal["crop", "whole"] = "crop"
     """What is deformed: a random crop of pretext.size native voxels [C], or the whole resized to it."""
@@ -177,9 +177,12 @@ class ModelsGenesis(Pretext):
         return Views(torch.where(self.painted(coins[:, 2], keys), noise, made), cube)
 
     def cube(self, batch_BDHW: Tensor, keys: SampleKeys) -> Tensor:
-        """(B, 1, d, h, w): a random crop at native voxels, or with `genesis.cube whole` all of the whole, resized."""
+        """(B, 1, d, h, w): a random crop at native voxels, or with `genesis.cube whole` all of the whole, resized.
+
+        The crop lies inside what is real of a whole; along an axis where that is less than the crop, it is resized to it.
+        """
         if self.genesis.cube == "whole":
-            return resized_whole(batch_BDHW, self.config)
+            return resized_whole(batch_BDHW, self.config, keys.real)
         size, shape = self.config.size, batch_BDHW.shape[1:]
         if any(edge > there for edge, there in zip(size, shape, strict=True)):
             raise UserError(
@@ -188,8 +191,12 @@ class ModelsGenesis(Pretext):
             )
         room = tuple(there - edge + 1 for edge, there in zip(size, shape, strict=True))
         spans, edges = self.numbers(batch_BDHW.device, room, size)
+        if keys.real is not None:
+            spans = (keys.real.double() - edges + 1).clamp(min=1)
         starts = (rng.uniforms(keys, CUBE, 3) * spans).long()
         boxes = torch.cat((starts, starts + edges), 1).float()
+        if keys.real is not None:
+            boxes = torch.minimum(boxes, keys.real.repeat(1, 2))
         return geometry.crop_resize(batch_BDHW, boxes, size, window_hu=self.config.window_hu, antialias=False)
 
     def painted(self, coin: Tensor, keys: SampleKeys) -> Tensor:

@@ -33,12 +33,13 @@ class PositionConfig:
     """Of the mean squared error of centre and log edges, beside that of the voxels; 0 does not ask [?]."""
 
 
-def part_locations(boxes: Tensor, shape_dhw: Sequence[int]) -> Tensor:
+def part_locations(boxes: Tensor, shape_dhw: Sequence[int], real: Tensor | None = None) -> Tensor:
     """Boxes (B, 6), voxels, of wholes of `shape_dhw` -> (B, 6): centres z, y, x from -1 to 1 (0: the middle of the whole),
-    and natural logarithms of the edges as shares of the whole's."""
+    and natural logarithms of the edges as shares of the whole's. Of wholes filled up with air, `real` (B, 3) is the size."""
     low, high = boxes[:, :3], boxes[:, 3:]
-    columns = [(low[:, k] + high[:, k]) / edge - 1 for k, edge in enumerate(shape_dhw)]
-    columns += [((high[:, k] - low[:, k]) / edge).log() for k, edge in enumerate(shape_dhw)]
+    edges: Sequence[float | Tensor] = shape_dhw if real is None else real.unbind(1)
+    columns = [(low[:, k] + high[:, k]) / edge - 1 for k, edge in enumerate(edges)]
+    columns += [((high[:, k] - low[:, k]) / edge).log() for k, edge in enumerate(edges)]
     return torch.stack(columns, 1)
 
 
@@ -84,9 +85,14 @@ class Parts2Whole(Pretext):
         shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
         boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.max_aspect)
         part, whole = geometry.part_and_whole(
-            batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
+            batch_BDHW,
+            boxes,
+            config.size,
+            window_hu=config.window_hu,
+            antialias=config.antialias,
+            real=keys.real,
         )
-        locations = (part_locations(boxes, shape),) if self.location_weight else ()
+        locations = (part_locations(boxes, shape, keys.real),) if self.location_weight else ()
         return Views(intensity_transform(part, keys, 0, self.intensity), whole, extra_inputs=locations)
 
     def build(self, encoder: Encoder) -> Network:
@@ -104,7 +110,7 @@ class Parts2Whole(Pretext):
             return error, {}
         location_error = location_errors[0].square().mean()
         loss = error + self.location_weight * location_error
-        return loss, {"mse": error.detach(), "place": location_error.detach()}
+        return loss, {"mse": error.detach(), "location": location_error.detach()}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
         """Part and whole."""
@@ -120,8 +126,8 @@ class Autoencoder(Parts2Whole):
     def __init__(self, config: PretextConfig, intensity: IntensityConfig, position: PositionConfig) -> None:
         if position.weight:
             raise UserError(
-                f"position.weight={position.weight}: pretext.name=autoencoder shows no part whose place could be asked for; "
-                "pass --position.weight 0"
+                f"position.weight={position.weight}: pretext.name=autoencoder shows no part, so there is no "
+                "location to predict; pass --position.weight 0"
             )
         super().__init__(replace(config, volume_fraction=(1.0, 1.0)), intensity)
 

@@ -68,6 +68,14 @@ class Pretext(ABC):
     groups: ClassVar[Mapping[str, type]] = {}
     """Name -> dataclass of each group of settings that this pretext reads; a group of `Config` and of the command line."""
 
+    @property
+    def kept_edge(self) -> float:
+        """Share of an edge of what it `shows` that is left where the pretext cuts more away before it resizes.
+
+        The network's voxels are finer by it: cards and nnU-Net's plans state their spacing.
+        """
+        return 1.0
+
     capturable: bool = False
     """Whether network and loss are made of device operations alone, the same ones at every step, so that a CUDA graph of one
     step stands for all. A pretext with an `after_step` of its own is never captured."""

@@ -43,7 +43,7 @@ COINS, OFFSETS, HOLES = 0, 1, 2  # which stream draws what
 
 @dataclass(frozen=True)
 class RubikConfig:
-    """Puzzles of rubiks_cube and rubiks_cube_pp."""
+    """Settings of rubiks_cube and rubiks_cube_pp: the puzzles."""
 
     orders: Annotated[int, Bounds(2, 1000)] = 100
     """rubiks_cube: orders of its 2x2x2 cubes to tell apart, far from one another [P]."""
@@ -76,6 +76,11 @@ class RubiksCube(Pretext):
     reconstructs = False
     shows: Shows = "whole"
 
+    @property
+    def kept_edge(self) -> float:
+        """A cube leaves a gap to its octant's border, and is resized to the octant."""
+        return 1 - self.rubik.gap
+
     def __init__(self, config: PretextConfig, rubik: RubikConfig) -> None:
         self.config, self.rubik = config, rubik
         self._orders: dict[torch.device, Tensor] = {}
@@ -101,7 +106,8 @@ class RubiksCube(Pretext):
         offset = rng.uniforms(keys, OFFSETS, 3 * CUBES).view(-1, CUBES, 3)
         octants = (order // 4, order // 2 % 2, order % 2)
         low, high = [], []
-        for k, edge in enumerate(batch_BDHW.shape[1:]):
+        for k, length in enumerate(batch_BDHW.shape[1:]):
+            edge = length if keys.real is None else keys.real[:, k, None].double()
             half = edge / 2
             start = octants[k] * half + offset[..., k] * (gap * half)
             low.append(start)
@@ -228,7 +234,7 @@ class RubiksCubePp(Pretext):
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> puzzle and whole, (B, 1, d, h, w) in [0, 1]."""
-        whole, grid = resized_whole(batch_BDHW, self.config), self.rubik.grid
+        whole, grid = resized_whole(batch_BDHW, self.config, keys.real), self.rubik.grid
         cubes = split_cubes(whole, grid)
         count = cubes.shape[1]
         order = rng.uniforms(keys, ORDER, count).argsort(stable=True, dim=1)

@@ -66,7 +66,7 @@ def check_value(name: str, value: Any, bounds: Bounds | None) -> None:
 
 @dataclass(frozen=True)
 class PretextConfig:
-    """What is shown and what is asked."""
+    """The pretext, and how its input is cut and scaled."""
 
     name: str = "parts2whole"
     """Which proxy task."""

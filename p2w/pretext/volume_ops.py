@@ -23,11 +23,12 @@ from p2w.pretext.settings import Bounds, PretextConfig
 from p2w.rng import SampleKeys, standard_normals
 
 
-def resized_whole(batch_BDHW: Tensor, config: PretextConfig) -> Tensor:
-    """Wholes, int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1]: all of each, resized to `config.size`."""
-    boxes = torch.zeros(len(batch_BDHW), 6, device=batch_BDHW.device)
-    for axis, edge in enumerate(batch_BDHW.shape[1:]):
-        boxes[:, 3 + axis].fill_(edge)
+def resized_whole(batch_BDHW: Tensor, config: PretextConfig, real: Tensor | None = None) -> Tensor:
+    """Wholes, int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1]: all of each, resized to `config.size`.
+
+    Of wholes that were filled up with air, their real part: `real` (B, 3) is `keys.real`.
+    """
+    boxes = geometry.whole_boxes(batch_BDHW, real)
     return geometry.crop_resize(
         batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias
     )

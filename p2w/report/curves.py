@@ -42,8 +42,32 @@ def charts(facts: RunFacts) -> list[Markup]:
     known = [_chart(name, draw, caption, facts) for name, (draw, caption) in CHARTS.items()]
     names = sorted({name for record in facts.records for name in record})
     more = [name for name in names if name not in DRAWN and not _is_contrastive(name)][:OTHERS]
-    others = [_chart(name, partial(_plain, name=name), f"{name}, as logged.", facts) for name in more]
+    others = [_chart(name, partial(_plain, name=name), words_of(name)[1], facts) for name in more]
     return [chart for chart in (*known, *others) if chart]
+
+
+METRICS = {  # further metrics of metrics.jsonl -> label of the axis, caption
+    "similarity/rank": (
+        "effective rank",
+        "Effective rank of the features: over how many directions they spread.",
+    ),
+    "speed/checkpoint_stall_s": ("waiting (s)", "Time that training waited for a checkpoint."),
+    "speed/looking_share": (
+        "share of time",
+        "Share of the time spent on validation and on comparing features.",
+    ),
+    "data/bad_samples": ("sub-scans", "Sub-scans that were damaged, and for which another one stood in."),
+    "data/bad_share": ("share of sub-scans", "Share of damaged sub-scans, for which another one stood in."),
+}
+
+
+def words_of(name: str) -> tuple[str, str]:
+    """Axis label and caption of a metric without a chart of its own: `val/x_loss` is "x loss", "X loss, validation."."""
+    group, _, rest = name.rpartition("/")
+    words = rest.replace("_", " ").replace("-", " ")
+    where = {"val": "validation", "train": "training"}.get(group, group.replace("/", " ").replace("_", " "))
+    caption = f"{words[:1].upper()}{words[1:]}{', ' if where else ''}{where}."
+    return METRICS.get(name, (words[:30], caption))
 
 
 def _is_contrastive(name: str) -> bool:
@@ -211,7 +235,7 @@ def _waiting(axes: "Axes", facts: RunFacts) -> bool:
 
 def _plain(axes: "Axes", facts: RunFacts, name: str) -> bool:
     """Draw a metric that is not in CHARTS, if it has two values or more."""
-    axes.set_ylabel(name[:40])
+    axes.set_ylabel(words_of(name)[0])
     return len(facts.series(name)[0]) > 1 and _line(axes, facts, name, "", "o-", color=BLUE)
 
 

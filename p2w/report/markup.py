@@ -1,10 +1,19 @@
-"""HTML from untrusted text: everything that is not `Markup` is escaped."""
+"""HTML pages from untrusted text: everything that is not `Markup` is escaped."""
 
+import base64
+import hashlib
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-DASH, TIMES = "\u2013", " \u00d7 "
+HERE = Path(__file__).parent  # of style.css and the scripts
+
+DASH, TIMES, NO_BREAK = "\u2013", " \u00d7 ", "\u00a0"
+UNITS = re.compile(
+    r"(?<=[\d)]) (?=(?:%|s|ms|min|h|d|mm|HU|KiB|MiB|GiB|M parameters|voxels|samples|epochs|steps)\b|%)"
+)
 
 
 class Markup(str):
@@ -32,14 +41,35 @@ def join_markup(parts: Iterable[object]) -> Markup:
     return Markup("\n".join(map(safe, parts)))
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> Markup:
-    """A table that scrolls on a narrow screen; without `head`, the first column has the titles of the rows."""
+def keep_units(text: str) -> str:
+    """The text with every number and its unit on one line, by no-break spaces. Not for commands, which are copied."""
+    return UNITS.sub(NO_BREAK, text)
+
+
+def command_lines(text: str) -> Markup:
+    """A block of commands that a narrow screen breaks between words, never inside `--run-dir`; copied, it is `text`."""
+    lines = [" ".join(tag("span", word) for word in line.split(" ")) for line in text.split("\n")]
+    return tag("pre", Markup("\n".join(lines)), class_="command")
+
+
+def table(
+    head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "", label: str = ""
+) -> Markup:
+    """A table that scrolls on a narrow screen; without `head`, the first column has the titles of the rows.
+
+    One that has a `label` is announced by it, and can be scrolled by the keyboard.
+    """
     body = [
-        tag("tr", *(tag("th" if not head and not at else "td", cell) for at, cell in enumerate(row)))
+        tag(
+            "tr",
+            *(tag("td", cell) if head or at else tag("th", cell, scope="row") for at, cell in enumerate(row)),
+        )
         for row in rows
     ]
     top = [tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))] if head else []
-    return tag("div", tag("table", *top, tag("tbody", *body)), class_=f"scroll {kind}".strip())
+    kind = f"scroll {kind}" if head else f"scroll facts {kind}"
+    region = {"role": "region", "tabindex": "0", "aria_label": label} if label else {}
+    return tag("div", tag("table", *top, tag("tbody", *body)), class_=kind.strip(), **region)
 
 
 def figure(value: float, digits: int = 4) -> str:
@@ -54,3 +84,28 @@ def figure(value: float, digits: int = 4) -> str:
 def several(count: int, one: str, many: str = "") -> str:
     """`1 scan`, `2 scans`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def document(title: str, body: Markup, style: str = "", script: str = "") -> str:
+    """An HTML document in the house style. Its policy allows this script alone and no requests, whatever `body` contains."""
+    policy, code = "default-src 'none'; img-src data:; style-src 'unsafe-inline'", ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, code = f"{policy}; script-src 'sha256-{digest}'", f"<script>{script}</script>\n"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{safe(title)} · p2w</title>
+<style>
+{(HERE / "style.css").read_text()}{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+{code}</body>
+</html>
+"""

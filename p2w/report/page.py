@@ -5,7 +5,6 @@ zlib, then base64. Browsers decompress zlib (DecompressionStream), and with diff
 """
 
 import base64
-import hashlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from p2w import __version__
 from p2w.report import curves, results_section, run_section
-from p2w.report.markup import Markup, join_markup, safe, several, tag
+from p2w.report.markup import HERE, Markup, document, join_markup, safe, several, tag
 from p2w.report.run_reader import RunFacts
 
 LIMIT = 9 << 20  # characters of volumes in a page; the rest of the page takes a few MB at most
@@ -133,7 +132,6 @@ def script_json(data: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-HERE = Path(__file__).parent
 GOOD, OPEN = {"finished", "stopped early"}, {"running", "told to stop"}
 PICTURES = {  # figures/NAME.png -> caption
     "tsne": "t-SNE of features, one panel a network. Circles are parts, diamonds wholes; colour is the whole, size the "
@@ -149,6 +147,9 @@ PICTURES = {  # figures/NAME.png -> caption
     "similarity": "Cosine similarity of pairs of parts before and after training, on validation wholes.",
     "reconstruction": "Middle slices of four fixed wholes: the network's input, its output, the target.",
 }
+# Plots of lines and points, inverted on a dark page; the others show slices of CT, which must stay as they are.
+DRAWINGS = {"tsne", "similarity_networks", "separability_by_scale", "contrastive", "similarity"}
+PICTURE_DPI = 130  # of `analysis.plots.save_figure`
 REDRAWN = {"loss"}  # the page draws this curve itself
 LARGEST_PICTURE, ALL_PICTURES = 3 << 20, 5 << 20  # bytes
 
@@ -160,7 +161,7 @@ def render_report(facts: RunFacts) -> str:
     script = (HERE / "slider.js").read_text()
     sections = [
         run_section.header(facts, GOOD, OPEN),
-        tag("section", results_section.headline_tiles(facts)),
+        tag("section", results_section.headline_tiles(facts), aria_label="Results in numbers"),
         _slider(facts, found),
         _section("Curves", _charts(facts)),
         _section("Representation", results_section.analysis(facts)),
@@ -175,43 +176,24 @@ def render_report(facts: RunFacts) -> str:
         _section("Settings", run_section.settings(facts)),
         _section("Commands", run_section.commands(facts)),
         _section("Not on this page", _missing(facts, found)),
-        tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note"),
+        tag(
+            "footer",
+            tag("p", f"Written {time.strftime(run_section.DATE)} by p2w {__version__}.", class_="note"),
+        ),
     ]
-    return _document(facts.run.resolve().name, join_markup(sections), script)
-
-
-def _document(title: str, body: Markup, script: str) -> str:
-    """The HTML document. Its policy allows this script alone and no requests, whatever the run folder contains."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{safe(title)} · p2w</title>
-<style>
-{(HERE / "style.css").read_text()}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return document(run_section.title(facts), join_markup(sections), script=script)
 
 
 def _section(title: str, inside: Markup | None) -> Markup:
     """A section with a title; empty when `inside` is empty."""
-    return tag("section", tag("h2", title), inside) if inside else Markup("")
+    name = title.lower().replace(" ", "-")
+    return tag("section", tag("h2", title, id=name), inside, aria_labelledby=name) if inside else Markup("")
 
 
 def _charts(facts: RunFacts) -> Markup | None:
     drawn = curves.charts(facts)
-    return tag("div", *drawn, class_="charts") if drawn else None
+    alone = len(drawn) % 3 == 1  # in the last of the rows of three
+    return tag("div", *drawn, class_="charts of2" if alone else "charts") if drawn else None
 
 
 def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
@@ -255,14 +237,22 @@ def _controls(facts: RunFacts, scales: Iterable[float | None], wholes: int) -> M
         tag("label", Markup(f'<input type="radio" name="plane" value="{plane}">'), plane)
         for plane in ("axial", "coronal", "sagittal")
     ]
-    slider = Markup('<input type="range" name="slice" min="0" value="0" step="1">')
+    slider = Markup('<input type="range" name="slice" min="0" value="0" step="1" aria-label="Slice">')
     return tag(
         "div",
         tag("label", "Whole", _select("whole", [str(at + 1) for at in range(wholes)])),
         tag("label", "Part", _select("scale", names)),
         tag("fieldset", tag("legend", "Plane"), *planes),
-        tag("label", "Slice", slider, tag("output"), class_="slice"),
+        tag(
+            "div",
+            tag("span", "Slice", aria_hidden="true"),
+            slider,
+            tag("output", aria_live="off"),
+            class_="slice",
+        ),
         class_="controls",
+        role="group",
+        aria_label="What the three pictures show",
     )
 
 
@@ -287,16 +277,33 @@ def _pictures(facts: RunFacts) -> Markup | None:
         if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > LARGEST_PICTURE or total > ALL_PICTURES:
             facts.problems.append(f"figures/{name}.png: left out (no PNG, or too large for this page)")
             continue
-        caption = PICTURES.get(name, name)
-        image = f'<img alt="{safe(caption)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        drawn.append(tag("figure", Markup(image), tag("figcaption", caption)))
+        words = name.replace("_", " ").replace("-", " ")
+        words = f"{words[:1].upper()}{words[1:]}"
+        low = _legible_width(data)
+        caption, kind = PICTURES.get(name, f"{words}."), "drawing" if name in DRAWINGS else "photo"
+        image = f'<img alt="{safe(words)}" class="{kind}" style="min-width: {low}px; max-width: {2 * low}px" '
+        image += f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        frame = tag(
+            "div", Markup(image), class_="scroll", role="region", tabindex="0", aria_label=f"Figure: {words}"
+        )
+        drawn.append(tag("figure", frame, tag("figcaption", caption)))
     return tag("div", *drawn, class_="pictures") if drawn else None
+
+
+def _legible_width(png: bytes) -> int:
+    """CSS pixels below which a picture scrolls instead of shrinking: three quarters of the size it was drawn in.
+
+    Labels are drawn in 8 to 10 points, and are read down to 6. At most 1,040, the width of the page.
+    """
+    if len(png) < 24:
+        return 0
+    return min(1040, int.from_bytes(png[16:20], "big") * 72 // PICTURE_DPI)
 
 
 def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
     """What is missing, with the command that makes it, and files that could not be read."""
     lines: list[object] = []
-    analyze = tag("code", f"torchrun launch/analyze.py --run-dir {run_section.quoted(facts.run)}")
+    analyze = tag("code", f"torchrun -m p2w analyze --run-dir {run_section.quoted(facts.run)}")
     if not facts.summary:
         lines.append(
             tag(

@@ -4,25 +4,22 @@ import math
 from statistics import fmean, median
 
 from p2w.log import hours_minutes_seconds
-from p2w.report.markup import DASH, Markup, figure, join_markup, several, table, tag
+from p2w.report.markup import DASH, Markup, figure, join_markup, keep_units, several, table, tag
 from p2w.report.run_reader import RunFacts, child, ends, floats, number
 
 
 def headline_tiles(facts: RunFacts) -> Markup:
     """The most important numbers; those that were not logged are left out."""
-    found = (
-        _validation(facts),
-        _separability(facts),
-        _length(facts),
-        _speed(facts),
-        _waiting(facts),
-        _stall(facts),
-    )
+    found = (tile(facts) for tile in TILES)
     boxes = [
-        tag("div", tag("span", name), tag("b", value), tag("span", more))
+        tag("div", tag("dt", name), tag("dd", tag("b", keep_units(value)), tag("span", keep_units(more))))
         for name, value, more in filter(None, found)
     ]
-    return tag("div", *boxes, class_="tiles") if boxes else tag("p", "Nothing is logged yet.")
+    if not boxes:
+        return tag("p", "Nothing is logged yet.")
+    # As many columns as leave no tile alone in its row: one row of up to four, else rows of three, or four for 7 and 8.
+    columns = len(boxes) if len(boxes) <= 4 else 3 if len(boxes) <= 6 else 4
+    return tag("dl", *boxes, class_=f"tiles of{columns}")
 
 
 Tile = tuple[str, str, str]
@@ -97,6 +94,9 @@ def _stall(facts: RunFacts) -> Tile | None:
     )
 
 
+TILES = (_validation, _separability, _length, _speed, _waiting, _stall)
+
+
 def analysis(facts: RunFacts) -> Markup | None:
     """The tables of RUN/analysis/summary.json."""
     summary = facts.summary
@@ -109,7 +109,7 @@ def analysis(facts: RunFacts) -> Markup | None:
         if math.isnan(seconds)
         else f", in {hours_minutes_seconds(seconds)} on {summary.get('device', '?')}"
     )
-    parts = [tag("p", f"At step {summary.get('step', '?')}, on {on}{took}.", class_="note")]
+    parts = [tag("p", keep_units(f"At step {summary.get('step', '?')}, on {on}{took}."), class_="note")]
     networks = {name: child(summary, "networks", name) for name in child(summary, "networks")}
     if networks:
         parts.append(_networks(networks))
@@ -120,11 +120,16 @@ def analysis(facts: RunFacts) -> Markup | None:
         cells = [(figure(scale, 3), figure(auc, 3), figure(apart, 2)) for scale, auc, apart in rows]
         if cells:
             head = ("scale of the parts", "AUC", "d'")
-            parts.append(tag("details", tag("summary", f"{name}: separability by scale"), table(head, cells)))
+            title = f"{name}: separability by scale"
+            parts.append(tag("details", tag("summary", title), table(head, cells, label=title)))
     chosen = child(summary, "settings")
     if chosen:
         parts.append(
-            tag("details", tag("summary", "Settings of the analysis"), table((), sorted(chosen.items())))
+            tag(
+                "details",
+                tag("summary", "Settings of the analysis"),
+                table((), sorted((_title(name), value) for name, value in chosen.items())),
+            )
         )
     return join_markup(parts)
 
@@ -167,15 +172,24 @@ def _networks(networks: dict[str, dict[str, object]]) -> Markup:
         rows.append(("chance", "", DASH, figure(0.5, 3), figure(0.0, 2), DASH, DASH, DASH, *chances))
     note = "Cosine similarity of pairs of parts: positive, of one whole; negative, of two. d' is the distance of the means "
     note += "in standard deviations."
-    return join_markup((table(head, rows), tag("p", note, class_="note")))
+    return join_markup((table(head, rows, label="Networks compared"), tag("p", note, class_="note")))
 
 
 HIDDEN = {"gallery", "n_queries"}  # sizes, which are the same for all networks
 SIMILARITY = (("auc", 3), ("d_prime", 2), ("positive_mean", 3), ("negative_mean", 3))
 
 
+TITLES = {
+    "t": "temperature",
+    "min_std_hu": "least standard deviation (HU)",
+    "top_1": "top 1",
+    "top_5": "top 5",
+}
+
+
 def _title(key: str) -> str:
-    return key.replace("_", " ")
+    """A key of summary.json in words."""
+    return TITLES.get(key, key.replace("_", " "))
 
 
 def _correlation(over: dict[str, object]) -> Markup | None:
@@ -186,4 +200,4 @@ def _correlation(over: dict[str, object]) -> Markup | None:
     (low, high), p = ends(floats(over.get("ci95"))), number(over.get("p_value"))
     text = f"Over {several(len(floats(over.get('steps'))), 'checkpoint')}, contrastive loss and validation MSE go together "
     text += f"with Pearson r = {figure(r, 3)} (95 % interval {figure(low, 3)} to {figure(high, 3)}, p = {p:.2g}); the paper "
-    return tag("p", text + "has 0.93.")
+    return tag("p", keep_units(text + "has 0.93."))

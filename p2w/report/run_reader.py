@@ -11,8 +11,8 @@ from typing import Any
 
 from p2w import config as settings
 from p2w.errors import UserError
-from p2w.files import is_held
 from p2w.log import read_metrics
+from p2w.run_owner import run_state
 
 MARKERS = ("config.json", "status.json", "run.json", "metrics.jsonl")
 LARGEST_JSON = 64 << 20  # bytes; ours are a few kB
@@ -43,9 +43,8 @@ class RunFacts:
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `stopped early`, `told to stop`, `failed`; or `killed` if its lock is free."""
-        state = str(self.status.get("state", "unknown"))
-        return "killed" if state == "running" and not is_held(self.run / ".lock") else state
+        """`running`, `finished`, `stopped early`, `told to stop`, `failed`; or `killed` if its process is gone."""
+        return run_state(self.run, self.status)
 
     @property
     def last_start(self) -> dict[str, Any]:

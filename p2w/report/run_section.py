@@ -2,10 +2,22 @@
 
 import math
 import shlex
+from datetime import datetime
 from pathlib import Path
 
 from p2w.log import hours_minutes_seconds
-from p2w.report.markup import DASH, TIMES, Markup, figure, join_markup, several, table, tag
+from p2w.report.markup import (
+    DASH,
+    TIMES,
+    Markup,
+    command_lines,
+    figure,
+    join_markup,
+    keep_units,
+    several,
+    table,
+    tag,
+)  # fmt: skip
 from p2w.report.run_reader import RunFacts, child, defaults, floats, number
 
 
@@ -34,8 +46,26 @@ def header(facts: RunFacts, good: set[str], running: set[str]) -> Markup:
         tag("h1", facts.run.resolve().name),
         tag("span", state, class_=f"state {kind}"),
         tag("span", why or "", class_="note"),
-        tag("p", " · ".join(what)),
+        tag("p", keep_units(" · ".join(what))),
     )
+
+
+DATE = "%Y-%m-%d %H:%M %z"  # of all times on the page
+
+
+def date(time: object) -> str:
+    """The time of a start as the page writes it; as it stands in the file where it is none."""
+    try:
+        return datetime.strptime(str(time), "%Y-%m-%dT%H:%M:%S%z").strftime(DATE)
+    except (ValueError, OverflowError):
+        return str(time)
+
+
+def title(facts: RunFacts) -> str:
+    """The title of the page, which tells two runs that are open side by side apart: folder, its parent, state, step."""
+    run, step = facts.run.resolve(), number(facts.status.get("step"))
+    at = "" if math.isnan(step) else f" at step {step:,.0f}"
+    return f"{run.parent.name}/{run.name}: {facts.state}{at}"
 
 
 def own_scale(facts: RunFacts) -> str:
@@ -74,9 +104,29 @@ def data_set(facts: RunFacts) -> Markup | None:
     if window:
         rows.append(("window", " to ".join(f"{hu:g}" for hu in window) + " HU"))
     rows += [(axis, text) for axis, text in _spacings(data_facts) if text]
-    rows += [(f"tiling: {name}", value) for name, value in sorted(child(data_facts, "tiling").items())]
+    for name, value in sorted(child(data_facts, "tiling").items()):
+        if name == "tile" and floats(value) == shape:
+            continue  # the sub-scan, said above
+        rows.append((TILING.get(name, name.replace("_", " ")), _in_words(value)))
     rows += [("format", data_facts["format"])] if data_facts.get("format") else []
+    rows = [(name, keep_units(value) if isinstance(value, str) else value) for name, value in rows]
     return table((), [row for row in rows if row[1] != ""]) if start else None
+
+
+def _in_words(value: object) -> object:
+    """A list or an object of JSON as text; other values as they are."""
+    if isinstance(value, list):
+        return TIMES.join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {part}" for key, part in value.items())
+    return value
+
+
+TILING = {
+    "tile": "tile (voxels, z y x)", "z_margin": "slices left out at either end", "left_out": "sub-scans left out",
+    "min_std_hu": "least standard deviation (HU)", "spacing_mm": "resampled to (mm, z y x)",
+    "stride": "stride (voxels, z y x)", "short": "scans that are too short", "body": "least share of the body",
+}  # fmt: skip
 
 
 def _spacings(data_facts: dict[str, object]) -> list[tuple[str, str]]:
@@ -115,7 +165,7 @@ def starts(facts: RunFacts) -> Markup | None:
         rows.append(
             (
                 at + 1,
-                start.get("time", ""),
+                date(start.get("time", "")),
                 figure(step, 0),
                 figure(redone, 0),
                 start.get("host", ""),
@@ -125,7 +175,7 @@ def starts(facts: RunFacts) -> Markup | None:
                 start.get("slurm_job", ""),
             )
         )
-    head = ("", "when", "from step", "steps redone", "host", "processes", "device", "torch", "Slurm job")
+    head = ("start", "when", "from step", "steps redone", "host", "processes", "device", "torch", "Slurm job")
     norms = facts.series("train/grad_norm")[1]
     lost = sum(not math.isfinite(norm) for norm in norms)
     gaps = "Steps redone are those logged before the interruption and not yet in a checkpoint."
@@ -139,7 +189,7 @@ def starts(facts: RunFacts) -> Markup | None:
     return join_markup(
         (
             tag("p", " ".join(filter(None, (total, skipped if norms else "")))),
-            table(head, rows),
+            table(head, rows, "dated", label="Starts of the run"),
             tag("p", gaps, class_="note"),
         )
     )
@@ -156,9 +206,20 @@ def settings(facts: RunFacts) -> Markup | None:
     ]
     changed = [row for row in rows if row[1] != row[2]]
     head = ("setting", "this run", "default")
-    said = table(head, changed) if changed else tag("p", "Every setting has its default.")
+    said = (
+        table(head, changed, label="Settings changed from their default")
+        if changed
+        else tag("p", "Every setting has its default.")
+    )
     return join_markup(
-        (said, tag("details", tag("summary", f"All {len(rows)} settings"), table(head, sorted(rows))))
+        (
+            said,
+            tag(
+                "details",
+                tag("summary", f"All {len(rows)} settings"),
+                table(head, sorted(rows), label="All settings"),
+            ),
+        )
     )
 
 
@@ -175,15 +236,15 @@ def commands(facts: RunFacts) -> Markup:
     launcher = _launcher(start)
     shards = shlex.quote(str(start.get("shards", "shards")))
     own = f"{launcher} {start['command']}" if start.get("command") else ""
-    again = f"{launcher} launch/train.py {run}/config.json --shards {shards} --run-dir"
-    place = f", in {start['cwd']}" if start.get("cwd") else ""
+    again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
+    where = f", in {start['cwd']}" if start.get("cwd") else ""
     parts = [
-        tag("h3", f"Continue it (its own command{place})"),
-        tag("pre", own or f"{again} {run}"),
+        tag("h3", f"Continue it (its own command{where})"),
+        command_lines(own or f"{again} {run}"),
         tag("h3", "The same from the beginning, in another folder"),
-        tag("pre", f"{again} {run}-again"),
+        command_lines(f"{again} {run}-again"),
         tag("h3", "Curves while it trains; this page again"),
-        tag("pre", f"tensorboard --logdir {run}/tensorboard\np2w report {run}"),
+        command_lines(f"tensorboard --logdir {run}/tensorboard\np2w report {run}"),
     ]
     return join_markup(parts)
 

@@ -80,6 +80,7 @@
     at("scale").value = shown.scale;
     at("slice").max = last;
     at("slice").value = shown.slice;
+    at("slice").setAttribute("aria-valuetext", `${shown.plane} slice ${shown.slice + 1} of ${last + 1}`);
     for (const button of root.querySelectorAll("[name=plane]")) button.checked = button.value === shown.plane;
     root.querySelector("output").textContent = `${shown.slice + 1} of ${last + 1}`;
     const [part, output, whole] = await Promise.all([volume("part"), volume("output"), volume("whole")]);

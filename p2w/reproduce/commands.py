@@ -18,7 +18,7 @@ from p2w.reproduce import paper_numbers, render
 from p2w.reproduce.fig3 import Figure3, Panel, build_fig3, fig3_csv, fig3_sentence, fig3_to_json
 from p2w.reproduce.render import latex, table_csv, terminal
 from p2w.reproduce.table import Table, table_to_json
-from p2w.reproduce.table_builder import TableChoice, build_table, chosen, numbers_by_task
+from p2w.reproduce.table_builder import TableChoice, build_table, numbers_by_task, values_by_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, with
     p2w table1 runs/a runs/b --out tables --fraction 0.1 --against Scratch
     p2w table1 runs/table1 --metric ncs=iou         another metric: auc, iou, mean_iou, dice
 
-RUNS are folders that launch/finetune.py wrote, or any folders above them. A run is in the row of its label; `random` is
+RUNS are folders that p2w finetune wrote, or any folders above them. A run is in the row of its label; `random` is
 the paper's Scratch. Cells without enough trials are shown as such.
 """
 
@@ -49,7 +49,7 @@ FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better tran
     p2w fig3 runs/fig3                  prints r; writes runs/fig3/tables/fig3.png, .pdf, .csv, .json, tables.html
     p2w fig3 runs/fig3 --fraction ncc=0.45 ncs=0.1
 
-RUNS are folders that launch/finetune.py wrote from checkpoints of a run (--init RUN@STEP), or any folders above them. Each
+RUNS are folders that p2w finetune wrote from checkpoints of a run (--init RUN@STEP), or any folders above them. Each
 is a point: 1 - validation MSE of the pretraining against the mean score of its fine-tunings. NCC with 45 %, NCS with 10 % of
 the training data, unless --fraction says otherwise.
 """
@@ -60,7 +60,7 @@ class TableOptions:
     """Command line of `p2w table1`, `table2` and `fig3`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS [RUNS ...]")]
-    """Folders that launch/finetune.py wrote, or folders above them."""
+    """Folders that p2w finetune wrote, or folders above them."""
     out: Path | None = None
     """Where files are written; default is `tables` in the first of RUNS."""
     metric: tuple[str, ...] = ()
@@ -84,7 +84,10 @@ class TableOptions:
         """The options as a TableChoice, with `ours` as the default row. Raises UserError for wrong values."""
         if self.correction not in ("holm", "none"):
             raise UserError(f"--correction {self.correction}: must be holm or none")
-        metric, fraction = chosen(self.metric, "--metric"), numbers_by_task(self.fraction, "--fraction")
+        metric, fraction = (
+            values_by_task(self.metric, "--metric"),
+            numbers_by_task(self.fraction, "--fraction"),
+        )
         return TableChoice(metric, fraction, self.ours or ours, self.against, self.correction == "holm")
 
 

@@ -18,10 +18,10 @@ from p2w.reproduce.table import MAYBE, Number
 from p2w.reproduce.table_builder import (
     TableChoice,
     by_fraction,
+    finite,
+    folds_note,
     join_folds,
-    known,
     metric_of,
-    not_all,
     percent,
 )
 from p2w.stats import pearson, summarise, values
@@ -89,7 +89,7 @@ def build_fig3(results: Sequence[FineTuningResult], choice: TableChoice) -> Figu
             )
         kept = join_folds(kept)
         panels.append(_panel(task, kept, share, metric_of(task, kept, choice.metric)))
-        if said := not_all(paper_numbers.TASKS.get(task, task), kept):
+        if said := folds_note(paper_numbers.TASKS.get(task, task), kept):
             notes.append(said)
         unfinished = sum(not one.finished for one in kept)
         if unfinished:
@@ -141,10 +141,22 @@ def _panel(task: str, results: Sequence[FineTuningResult], share: float, metric:
         if scores.n:
             counts = scores.n, one.planned
             points.append(
-                Point(one.step, 1 - one.val_mse, scores.mean, known(scores.sd), *counts, str(one.folder))
+                Point(
+                    one.step,
+                    1 - one.val_mse,
+                    scores.mean,
+                    finite(scores.sd),
+                    *counts,
+                    str(one.folder),
+                )
             )
     found = pearson([point.quality for point in points], [point.mean for point in points])
-    numbers = (known(found.r), known(found.low), known(found.high), known(found.p_value))
+    numbers = (
+        finite(found.r),
+        finite(found.low),
+        finite(found.high),
+        finite(found.p_value),
+    )
     titles = paper_numbers.TASKS.get(task, task), metric, paper_numbers.METRICS.get(metric, metric)
     return Panel(task, *titles, share, points, *numbers, paper_numbers.FIG3_R.get(task))
 

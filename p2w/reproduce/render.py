@@ -10,8 +10,7 @@ from pathlib import Path
 
 from p2w import __version__
 from p2w.errors import UserError
-from p2w.report.markup import Markup, join_markup, safe, table, tag
-from p2w.report.page import HERE
+from p2w.report.markup import Markup, document, join_markup, safe, table, tag
 from p2w.reproduce import fig3
 from p2w.reproduce.table import BEST, EQUIVALENT, Cell, Claim, Number, Table, load_table
 
@@ -199,29 +198,7 @@ def render_tables(folder: Path) -> tuple[str, list[str]]:
             problems.append(str(error))
     head = tag("header", tag("h1", "Target tasks"), tag("p", "With the numbers of the paper, in percent."))
     foot = tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M %Z')} by p2w {__version__}.", class_="note")
-    return _document(join_markup((head, *sections, foot))), problems
-
-
-def _document(body: Markup) -> str:
-    """The HTML document. Its policy allows no scripts and no requests, whatever the files contain."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{safe("Target tasks")} · p2w</title>
-<style>
-{(HERE / "style.css").read_text()}{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    return document("Target tasks", join_markup((head, *sections, foot)), STYLE), problems
 
 
 def _section(one: Table) -> Markup:

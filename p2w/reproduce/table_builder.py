@@ -28,7 +28,7 @@ class Significance:
     p_used: Number = None
 
 
-def known(value: float) -> Number:
+def finite(value: float) -> Number:
     """A number for JSON; None for NaN and infinity."""
     return value if math.isfinite(value) else None
 
@@ -60,7 +60,7 @@ def significance_marks(column: Mapping[str, Trials | Summary], correct: bool) ->
     marks = {best: Significance(BEST)}
     for (row, one), p in zip(found.items(), used, strict=True):
         method = one.method + (f" ({one.why})" if one.why else "")
-        marks[row] = Significance(EQUIVALENT if p >= LEVEL else "", method, known(one.p), known(p))
+        marks[row] = Significance(EQUIVALENT if p >= LEVEL else "", method, finite(one.p), finite(p))
     return marks
 
 
@@ -78,12 +78,12 @@ def claims(
         one = test(judged[ours], judged[other])
         made.append(
             Claim(
-                task, ours, other, known(one.difference), one.method, list(one.n), known(one.t), known(one.df),
-                known(one.p), None, one.why, source, known(one.low), known(one.high),
+                task, ours, other, finite(one.difference), one.method, list(one.n), finite(one.t), finite(one.df),
+                finite(one.p), None, one.why, source, finite(one.low), finite(one.high),
             )
         )  # fmt: skip
     adjusted = holm([math.nan if claim.p is None else claim.p for claim in made])
-    return [replace(claim, p_holm=known(p)) for claim, p in zip(made, adjusted, strict=True)]
+    return [replace(claim, p_holm=finite(p)) for claim, p in zip(made, adjusted, strict=True)]
 
 
 def join_folds(results: Sequence[FineTuningResult]) -> list[FineTuningResult]:
@@ -121,7 +121,7 @@ def _join(group: list[FineTuningResult], folds: list[int]) -> list[FineTuningRes
     ]
 
 
-def not_all(title: str, results: Sequence[FineTuningResult]) -> str | None:
+def folds_note(title: str, results: Sequence[FineTuningResult]) -> str | None:
     """A note on the folds of a column: those that were not tested, or that trials are means; else None."""
     for one in results:
         tested = one.folds or (() if one.fold is None else (one.fold,))
@@ -132,7 +132,7 @@ def not_all(title: str, results: Sequence[FineTuningResult]) -> str | None:
     return None
 
 
-def unlike(title: str, rows: dict[str, FineTuningResult]) -> str | None:
+def mixed_settings_note(title: str, rows: dict[str, FineTuningResult]) -> str | None:
     """A warning if the rows of a column differ in their fine-tuning recipe, or in the width of a network; else None."""
     names = sorted({name for one in rows.values() for name in one.recipe} - {"seed"})
     found = []
@@ -170,7 +170,7 @@ class TableChoice:
     correct: bool
 
 
-def chosen(pairs: Sequence[str], flag: str) -> dict[str, str]:
+def values_by_task(pairs: Sequence[str], flag: str) -> dict[str, str]:
     """`ncc=0.45 ncs=0.1`, or one value for all tasks -> by task, "" for all. Raises UserError."""
     found: dict[str, str] = {}
     for pair in pairs:
@@ -182,9 +182,9 @@ def chosen(pairs: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def numbers_by_task(pairs: Sequence[str], flag: str) -> dict[str, float]:
-    """As `chosen`, for shares of the training data in (0, 1]."""
+    """As `values_by_task`, for shares of the training data in (0, 1]."""
     found = {}
-    for task, value in chosen(pairs, flag).items():
+    for task, value in values_by_task(pairs, flag).items():
         try:
             found[task] = float(value)
         except ValueError as error:
@@ -225,7 +225,9 @@ def metric_of(task: str, transfers: Sequence[FineTuningResult], asked: Mapping[s
     return metric
 
 
-def one_a_row(task: str, results: Sequence[FineTuningResult], row_of: RowOf) -> dict[str, FineTuningResult]:
+def result_by_row(
+    task: str, results: Sequence[FineTuningResult], row_of: RowOf
+) -> dict[str, FineTuningResult]:
     """Results of one task by row. Raises UserError for two results in a row, or of two target sets."""
     found: dict[str, FineTuningResult] = {}
     for one in results:
@@ -257,7 +259,7 @@ def cell(row: str, task: str, trials: Trials, planned: int, folder: str, publish
     """A cell without marks; `trials` are in percent."""
     own, order = summarise(values(trials)), sorted(trials)
     return Cell(
-        row, task, known(own.mean), known(own.sd), own.n, planned,
+        row, task, finite(own.mean), finite(own.sd), own.n, planned,
         paper_mean=published.mean if published else None, paper_sd=published.sd if published else None, trials=order,
         seeds=[trials[index][0] for index in order], values=[trials[index][1] for index in order], folder=folder,
     )  # fmt: skip
@@ -288,7 +290,7 @@ def build_table(
             other += len(some) - len(kept)
             some = join_folds(kept)
         metric = metric_of(task, some, choice.metric)
-        runs[task] = one_a_row(task, some, row_of)
+        runs[task] = result_by_row(task, some, row_of)
         placed[task] = {row: percent(one.metric(metric)) for row, one in runs[task].items()}
         prints = {one.test_set for one in runs[task].values()}
         head = paper_numbers.TASKS.get(task, task), metric, paper_numbers.METRICS.get(metric, metric)
@@ -307,7 +309,9 @@ def build_table(
     footnotes = notes(columns, choice, cells)
     for column in columns:
         own = runs[column.task]
-        footnotes += filter(None, (not_all(column.title, [*own.values()]), unlike(column.title, own)))
+        footnotes += filter(
+            None, (folds_note(column.title, [*own.values()]), mixed_settings_note(column.title, own))
+        )
     if other:
         footnotes.append(
             f"Left out: {several(other, 'run')} with other shares of the training data (--fraction)."

@@ -1,152 +1,58 @@
-"""Build a data set from scans: options of the sharding commands, forecast from headers, worker processes, manifest."""
+"""Build a data set: options of the commands, worker processes, one shard and record for each source, the manifest.
 
-import hashlib
+The same code builds sub-scans from scans (`scan_shards.ScanFolder`) and samples of a target task from its cases
+(`p2w.tasks.prepare.TargetFolder`); a `BuildFolder` says what is cut, and how.
+"""
+
+import contextlib
+import multiprocessing
 import os
+import shutil
+import signal
+import struct
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Annotated, Any
+from multiprocessing.connection import wait as wait_for_end
+from types import FrameType
+from typing import Any
 
 import numpy as np
-import tyro
 
 import p2w
-from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.orientation import CANONICAL, BadScan
-from p2w.ct.scan import read_grid
+from p2w.ct.scan import quiet_itk
 from p2w.errors import UserError
 from p2w.files import canonical_json, write_published
-from p2w.progress import Progress, duration, say
+from p2w.progress import Progress, say
 from p2w.resources import free_disk, free_memory, usable_cores
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings, ShardSource
+from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, JobShare, Source, SourceListing
 from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
-from p2w.shards.tiling import WINDOW_HU
-from p2w.shards.workers import cut_scan, worker_pool
-
-RULE = "by scan: the first of the scans ordered by sha256(seed:uid) are val, the others train"
-
-
-def split_scans(uids: list[str], settings: ShardingSettings) -> set[str]:
-    """The uids of the validation scans: always the same for the same scans, and at least one where there are two."""
-    order = sorted(uids, key=lambda uid: hashlib.sha256(f"{settings.split_seed}:{uid}".encode()).digest())
-    wanted = round(settings.val_fraction * len(uids))
-    if settings.val_fraction > 0:
-        wanted = min(max(wanted, 1), len(uids) - 1)
-    return set(order[: max(0, wanted)])
-
-
-def unfinished_scans(found: ScanListing, folder: BuildFolder) -> list[str]:
-    """Names of the scans that have no record in the folder yet, sound or bad."""
-    return [source.name for source in found.sources if folder.record(source.uid) is None]
-
-
-def merge_records(found: ScanListing, folder: BuildFolder) -> dict[str, Any]:
-    """Write the files that list all scans, the manifest last. Returns the manifest's metadata.
-
-    The caller holds the merge lock, and every scan has a record (`unfinished_scans` is empty).
-    """
-    records = [record for source in found.sources if (record := folder.record(source.uid)) is not None]
-    good = [record for record in records if "bad" not in record]
-    bad = [{"where": where, "why": why} for where, why in found.bad]
-    bad += [{"where": record["name"], "why": record["bad"]} for record in records if "bad" in record]
-    bad.sort(key=lambda entry: entry["where"])
-    form = folder.settings.format
-    full = [record["uid"] for record in good if record["rows"]]
-    val = split_scans(full, folder.settings)
-    rows = [
-        row | {"split": "val" if record["uid"] in val else "train", "shard": f"{record['uid']}.{form}"}
-        for record in good
-        for row in record["rows"]
-    ]
-    meta = _manifest_meta(good, bad, sorted(set(full) - val), sorted(val), folder.settings)
-    report = {
-        "bad_scans": bad,
-        "left_out": [{"where": where, "why": why} for where, why in found.left_out],
-        "files_that_are_no_images": found.not_images,
-    }
-    files = {
-        "train.txt": "".join(f"{uid}.{form}\n" for uid in meta["split"]["train_scans"]).encode(),
-        "val.txt": "".join(f"{uid}.{form}\n" for uid in meta["split"]["val_scans"]).encode(),
-        "report.json": canonical_json(report, indent=1),
-        MANIFEST_NAME: manifest_bytes(rows, meta),
-    }
-    for name, data in files.items():
-        write_published(os.path.join(folder.root, name), data, folder.temporary_path(name, "merge"))
-    return meta
-
-
-def _manifest_meta(
-    good: list[dict[str, Any]],
-    bad: list[dict[str, str]],
-    train: list[str],
-    val: list[str],
-    settings: ShardingSettings,
-) -> dict[str, Any]:
-    source_keys = (
-        "uid",
-        "subset",
-        "nbytes",
-        "checksum",
-        "shape",
-        "spacing_mm",
-        "origin_xyz_mm",
-        "direction_xyz",
-    )
-    return {
-        "schema": MANIFEST_VERSION,
-        "tool": f"p2w {p2w.__version__}",
-        "format": settings.format,
-        "shape": list(settings.tiling.shape),
-        "dtype": "int16",
-        "window_hu": list(WINDOW_HU),
-        "axis_order": "zyx",
-        "orientation": CANONICAL,
-        "tiling": settings.tiling.to_meta() | {"left_out": sum(record["left_out"] for record in good)},
-        "split": {
-            "rule": RULE,
-            "val_fraction": settings.val_fraction,
-            "seed": settings.split_seed,
-            "train_scans": train,
-            "val_scans": val,
-        },
-        "sources": [
-            {key: record[key] for key in source_keys}
-            | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
-            for record in good
-        ],
-        "shards": [
-            {"name": f"{record['uid']}.{settings.format}", **record["shard"]}
-            for record in good
-            if record["shard"]
-        ],
-        "bad_scans": bad,
-    }
-
+from p2w.shards.writer import ShardFile, open_shard
 
 WORKER_BYTES = 2 << 30  # the most memory that a worker takes for a scan of 512 x 512 x 764 voxels
-# Voxels per second and worker, for the estimate of a dry run: measured by bench/shard.py on one 2-core machine, with
-# LUNA16's compressed scans on a local disk. A network disk may be slower.
-VOXELS_PER_SECOND = 40e6
 
 
 @dataclass(frozen=True)
-class ShardingOptions:
-    """Options of `preprocess/shard_luna.py` and `shard_scans.py`: what to cut, and how to go about it."""
+class BuildOptions:
+    """Options of all commands that build a data set: how to go about it; what it holds does not depend on them."""
 
-    settings: Annotated[ShardingSettings, tyro.conf.arg(name="")] = ShardingSettings()  # noqa: RUF009 (frozen)
     workers: int = 0
-    """Scans cut at the same time; 0: one for each core, as far as memory goes (2 GiB each)."""
+    """Shards cut at the same time; 0: one for each core, as far as memory goes (2 GiB each)."""
     shard_of: str = "0/1"
-    """i/n: cut the i-th of n shares of the scans (i from 0), as one task of a job array."""
+    """i/n: cut the i-th of n shares of the scans or cases (i from 0), as one task of a job array."""
     merge: bool = False
     """Cut nothing; write the manifest over what all shares have cut."""
     dry_run: bool = False
-    """Read headers, print scans, sub-scans, bytes, free disk and time, and stop."""
+    """Print what is there, what cutting it gives, its bytes and the free disk, and stop."""
     strict: bool = False
-    """Stop at the first bad scan, with exit code 2."""
+    """Stop at the first bad scan or case, with exit code 2."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a share that does not exist or a negative number of workers."""
@@ -155,191 +61,8 @@ class ShardingOptions:
 
     @property
     def share(self) -> JobShare:
-        """The share of the scans that this process cuts."""
+        """The share of the sources that this process cuts."""
         return JobShare.parse(self.shard_of)
-
-
-@dataclass(frozen=True)
-class ShardingForecast:
-    """Totals over the scans of one share, read from their headers alone."""
-
-    sub_scans: int
-    voxels: int
-    source_bytes: int
-    bad: list[tuple[str, str]]  # name of the scan, what is wrong
-    sound: int  # number of scans
-
-    def out_bytes(self, settings: ShardingSettings) -> int:
-        """Upper bound of the shards' size in bytes."""
-        return self.sub_scans * (2 * int(np.prod(settings.tiling.shape)) + 4096)
-
-
-def build_shards(found: ScanListing, out: str, options: ShardingOptions) -> int:
-    """Cut the scans of a listing into the folder `out`; the last share to end writes the manifest.
-
-    Returns the exit code: 0, or 1 when a scan was bad. Raises UserError when it cannot go on.
-    """
-    for where, why in found.left_out:
-        say(f"left out: {where}: {why}")
-    folder, share = BuildFolder(out, options.settings), options.share
-    mine = share.of(found.sources)
-    if options.dry_run:
-        return _dry_run(found, mine, out, options)
-    with folder.share_lock(share):
-        folder.prepare(share)
-        folder.refuse_other_scans(found.sources, found.bad)
-        for where, why in found.bad:
-            _report_bad(where, why, options.strict)
-        bad = len(found.bad)
-        if not options.merge:
-            bad += _cut(mine, folder, options)
-        with folder.merge_lock():
-            missing = unfinished_scans(found, folder)
-            if not missing:
-                meta = merge_records(found, folder)
-                folder.remove_run_folder()
-    if not missing:
-        return _report_result(meta, folder)
-    where = f"{len(missing)} of {len(found.sources)} scans are not cut yet (the first: {missing[0]})"
-    if options.merge:
-        raise UserError(f"{out}: {where}: run the same command without --merge, for every share")
-    say(f"{out}: share {share.name} is done; {where}; the last share to end writes the manifest")
-    return 1 if bad else 0
-
-
-def _cut(mine: list[ScanSource], folder: BuildFolder[ShardingSettings], options: ShardingOptions) -> int:
-    """Cut the scans of this share that are not finished; the number of bad ones among them."""
-    todo = [source for source in mine if folder.finished(source) is None]
-    if not todo:
-        say(f"{folder.root}: all {len(mine)} scans are cut already")
-        return 0
-    records = [folder.record(source.uid) for source in todo]
-    if any(
-        record is None or "bad" not in record for record in records
-    ):  # a bad scan tried again changes no shard
-        folder.remove_manifest()
-    forecast = forecast_shards(todo, folder.settings)
-    say(
-        f"{len(todo)} scans to cut ({len(mine) - len(todo)} are finished), {forecast.sub_scans:,} sub-scans, "
-        f"{forecast.out_bytes(folder.settings) / 2**30:.1f} GiB"
-    )
-    _check_disk(forecast, folder.root, folder.settings)
-    bad = sub_scans = 0
-
-    def finish(source: ScanSource, record: dict[str, Any]) -> str:
-        nonlocal bad, sub_scans
-        sub_scans += len(record.get("rows", ()))
-        if "bad" in record:
-            bad += 1
-            _report_bad(source.name, record["bad"], options.strict)
-        return f"{sub_scans:,} sub-scans"
-
-    cut_in_workers(
-        cut_scan, [(source, folder, options.share) for source in todo], "scans", options.workers, finish
-    )
-    return bad
-
-
-def cut_in_workers(
-    cut: Callable[..., dict[str, Any]],
-    jobs: Sequence[tuple[Any, ...]],
-    unit: str,
-    workers: int,
-    finish: Callable[[Any, dict[str, Any]], str],
-) -> None:
-    """Call `cut(*job)` for every job in worker processes, and show progress.
-
-    A job starts with its source, which has a `name`. `finish(source, record)` runs in this process as soon as a record is
-    there, and returns the text that the progress shows. `unit` names what is counted, such as "scans"; `workers` 0 means
-    `default_workers`. Raises UserError when a worker process was killed.
-    """
-    progress = Progress(len(jobs), unit)
-    with progress, worker_pool(min(workers or default_workers(), len(jobs))) as submit:
-        waiting = {submit(cut, *job): job[0] for job in jobs}
-        while waiting:
-            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                source = waiting.pop(future)
-                record = result_of_worker(future, source, waiting)
-                progress.step(finish(source, record))
-            progress.tick()
-
-
-def result_of_worker(
-    future: "Future[dict[str, Any]]", source: ShardSource, waiting: dict[Any, Any]
-) -> dict[str, Any]:
-    """The record of one source. Raises UserError when a worker process was killed."""
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        time.sleep(0.2)  # where all processes got a signal, ours may still arrive: its message says more
-        raise UserError(
-            f"a worker was killed while it cut {source.name} or one of the next {len(waiting)} scans (most "
-            "often: out of memory); finished scans are kept: give the same command again with fewer --workers"
-        ) from error
-
-
-def forecast_shards(sources: list[ScanSource], settings: ShardingSettings) -> ShardingForecast:
-    """Totals over these scans; only their headers are read."""
-    sub_scans = voxels = nbytes = sound = 0
-    bad = []
-    for source in sources:
-        try:
-            grid, size = read_grid(source)
-            settings.tiling.check_size(grid.size[::-1])
-        except (BadScan, OSError, ValueError) as error:
-            bad.append((source.name, str(error)))
-            continue
-        sub_scans += settings.tiling.count(grid.size[::-1])
-        voxels += int(np.prod(grid.size))
-        nbytes += size
-        sound += 1
-    return ShardingForecast(sub_scans, voxels, nbytes, bad, sound)
-
-
-def _dry_run(found: ScanListing, mine: list[ScanSource], out: str, options: ShardingOptions) -> int:
-    forecast = forecast_shards(mine, options.settings)
-    bad = sorted(found.bad + forecast.bad)
-    for where, why in bad:
-        say(f"bad scan: {where}: {why}")
-    workers = min(options.workers or default_workers(), max(1, len(mine)))
-    tiling = options.settings.tiling
-    say(
-        f"scans          {forecast.sound:,}, besides {len(bad)} bad ones; {forecast.source_bytes / 2**30:.2f} GiB to read"
-    )
-    say(
-        f"sub-scans      {forecast.sub_scans:,} of {' x '.join(map(str, tiling.shape))} voxels (z, y, x), "
-        f"z margin {tiling.z_margin}"
-    )
-    if tiling.min_std_hu:
-        say(
-            f"               before leaving out those of a standard deviation below {tiling.min_std_hu:g} HU "
-            "(chest CT: 1 in 5)"
-        )
-    say(f"to write       at most {forecast.out_bytes(options.settings) / 2**30:.2f} GiB into {out}")
-    say(f"free there     {free_disk(out) / 2**30:.2f} GiB")
-    seconds = forecast.voxels / VOXELS_PER_SECOND / workers
-    say(
-        f"time           about {duration(seconds)} with {workers} workers, at {VOXELS_PER_SECOND / 1e6:.0f} "
-        "million voxels a second each (measured on another machine with a local disk; yours may differ by a "
-        "factor of 3)"
-    )
-    _check_disk(forecast, out, options.settings)
-    return 1 if bad else 0
-
-
-def _check_disk(forecast: ShardingForecast, out: str, settings: ShardingSettings) -> None:
-    """Raise UserError when the shards cannot fit on the disk of `out`.
-
-    Of a chest CT a fifth of the sub-scans is nearly constant and left out, hardly ever two fifths: 0.6 is the least.
-    """
-    need = forecast.out_bytes(settings) * (0.6 if settings.tiling.min_std_hu else 1.0)
-    free = free_disk(out)
-    if free < need:
-        raise UserError(
-            f"{out}: {free / 2**30:.2f} GiB free, the shards take at least {need / 2**30:.2f} GiB: make "
-            "room, name another --out, or cut fewer scans"
-        )
 
 
 def check_workers(workers: int) -> None:
@@ -353,32 +76,325 @@ def default_workers() -> int:
     return max(1, min(usable_cores(), free_memory() // WORKER_BYTES))
 
 
-def _report_bad(where: str, why: str, strict: bool) -> None:
-    if strict:
-        raise UserError(f"bad scan: {where}: {why} (--strict stops at the first)")
-    say(f"bad scan: {where}: {why}")
+def build_data_set(
+    folder: BuildFolder[Any, Source],
+    listing: SourceListing[Source],
+    options: BuildOptions,
+    report: dict[str, Any] | None = None,
+) -> int:
+    """Cut the sources of a listing into the folder; the last share to end writes the manifest.
+
+    `report` has further entries of report.json. Returns the exit code: 0, or 1 when a source was bad. Raises UserError
+    when it cannot go on.
+    """
+    for where, why in listing.left_out:
+        say(f"left out: {where}: {why}")
+    share = options.share
+    mine = share.of(listing.sources)
+    if options.dry_run:
+        return _dry_run(folder, listing, mine, options)
+    with folder.share_lock(share):
+        folder.prepare(share)
+        folder.refuse_other_sources(listing.sources, listing.bad)
+        for where, why in listing.bad:
+            _report_bad(folder, where, why, options.strict)
+        bad = len(listing.bad)
+        if not options.merge:
+            bad += _cut(folder, listing, mine, options)
+        with folder.merge_lock():
+            missing = unfinished_sources(listing, folder)
+            if not missing:
+                meta = merge_records(listing, folder, report)
+                folder.remove_run_folder()
+    if not missing:
+        return _report_result(meta, folder)
+    many = f"{len(missing)} of {len(listing.sources)} {folder.source_noun}s"
+    where = f"{many} are not cut yet (the first: {missing[0]})"
+    if options.merge:
+        raise UserError(f"{folder.root}: {where}: run the same command without --merge, for every share")
+    say(f"{folder.root}: share {share.name} is done; {where}; the last share to end writes the manifest")
+    return 1 if bad else 0
 
 
-def _report_result(meta: dict[str, Any], folder: BuildFolder[ShardingSettings]) -> int:
-    """Print what the finished set holds; the exit code."""
-    kept = sum(source["sub_scans"] for source in meta["sources"])
-    tiling, parts = meta["tiling"], meta["split"]
-    say(
-        f"{kept + tiling['left_out']:,} sub-scans, {tiling['left_out']:,} left out (standard deviation < "
-        f"{tiling['min_std_hu']:g} HU), {kept:,} sub-scans kept"
-    )
-    if kept == 0:
-        folder.remove_manifest()
-        why = "the scans are all bad or nearly constant, see report.json there"
-        raise UserError(f"{folder.root}: not one sub-scan: {why}")
-    if not parts["val_scans"]:
-        say(
-            "no validation scans: "
-            + ("there is only one scan" if len(parts["train_scans"]) == 1 else "--val-fraction 0")
+def _cut(
+    folder: BuildFolder[Any, Source],
+    listing: SourceListing[Source],
+    mine: list[Source],
+    options: BuildOptions,
+) -> int:
+    """Cut the sources of this share that are not finished; the number of bad ones among them."""
+    nouns = f"{folder.source_noun}s"
+    todo = [source for source in mine if folder.finished(source) is None]
+    if not todo:
+        say(f"{folder.root}: all {len(mine)} {nouns} are cut already")
+        return 0
+    records = [folder.record(source.uid) for source in todo]
+    if any(record is None or "bad" not in record for record in records):
+        folder.remove_manifest()  # to try a bad one again changes no shard
+    forecast = folder.forecast(listing, todo, options.workers or default_workers())
+    say(f"{len(todo)} {nouns} to cut ({len(mine) - len(todo)} are finished), {forecast.text}")
+    _check_disk(forecast, folder)
+    bad = parts = 0
+
+    def finish(source: Source, record: dict[str, Any]) -> str:
+        nonlocal bad, parts
+        parts += len(record.get("rows", ()))
+        if "bad" in record:
+            bad += 1
+            _report_bad(folder, source.name, record["bad"], options.strict)
+        elif remark := folder.remark(record):
+            say(remark)
+        return f"{parts:,} {folder.part_noun}s"
+
+    cut_in_workers(todo, folder, options.share, options.workers, finish)
+    return bad
+
+
+def _dry_run(
+    folder: BuildFolder[Any, Source],
+    listing: SourceListing[Source],
+    mine: list[Source],
+    options: BuildOptions,
+) -> int:
+    workers = min(options.workers or default_workers(), max(1, len(mine)))
+    forecast = folder.forecast(listing, mine, workers)
+    bad = sorted(listing.bad + forecast.bad)
+    for where, why in bad:
+        _report_bad(folder, where, why, strict=False)
+    for line in forecast.lines:
+        say(line)
+    say(f"free there     {free_disk(folder.root) / 2**30:.2f} GiB")
+    _check_disk(forecast, folder)
+    return 1 if bad else 0
+
+
+def _check_disk(forecast: BuildForecast, folder: BuildFolder[Any, Any]) -> None:
+    """Raise UserError when the shards cannot fit on the folder's disk."""
+    need, free = forecast.least_bytes, free_disk(folder.root)
+    if free < need:
+        raise UserError(
+            f"{folder.root}: {free / 2**30:.2f} GiB free, the shards take at least {need / 2**30:.2f} GiB: make "
+            f"room, name another --out, or cut fewer {folder.source_noun}s"
         )
-    size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
-    train, val = len(parts["train_scans"]), len(parts["val_scans"])
-    say(f"{folder.root}: {size:.2f} GiB; scans for training {train}, for validation {val}")
+
+
+def _report_bad(folder: BuildFolder[Any, Any], where: str, why: str, strict: bool) -> None:
+    line = f"bad {folder.source_noun}: {where}: {why}"
+    if strict:
+        raise UserError(f"{line} (--strict stops at the first)")
+    say(line)
+
+
+def _report_result(meta: dict[str, Any], folder: BuildFolder[Any, Any]) -> int:
+    """Print what the finished set holds; the exit code. Raises UserError for an empty set."""
+    nouns, report = f"{folder.source_noun}s", os.path.join(folder.root, "report.json")
+    if not meta["shards"]:
+        folder.remove_manifest()
+        raise UserError(
+            f"{folder.root}: not one {folder.part_noun}: the {nouns} are all bad, or nothing in them is kept, see {report}"
+        )
+    for line in folder.summary(meta):
+        say(line)
     if meta["bad_scans"]:
-        say(f"{len(meta['bad_scans'])} bad scans, see {os.path.join(folder.root, 'report.json')}")
+        say(f"{len(meta['bad_scans'])} bad {nouns}, see {report}")
     return 1 if meta["bad_scans"] else 0
+
+
+def unfinished_sources(listing: SourceListing[Source], folder: BuildFolder[Any, Source]) -> list[str]:
+    """Names of the sources that have no record in the folder yet, sound or bad."""
+    return [source.name for source in listing.sources if folder.record(source.uid) is None]
+
+
+def merge_records(
+    listing: SourceListing[Source], folder: BuildFolder[Any, Source], report: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the files that list all sources, the manifest last. Returns the manifest's metadata.
+
+    The caller holds the merge lock, and every source has a record (`unfinished_sources` is empty).
+    """
+    records = [record for source in listing.sources if (record := folder.record(source.uid)) is not None]
+    good = [record for record in records if "bad" not in record]
+    bad = [{"where": where, "why": why} for where, why in listing.bad]
+    bad += [{"where": record["name"], "why": record["bad"]} for record in records if "bad" in record]
+    bad.sort(key=lambda entry: entry["where"])
+    content, form = folder.content(listing, good), folder.settings.format
+    meta = content.meta | {
+        "schema": MANIFEST_VERSION,
+        "tool": f"p2w {p2w.__version__}",
+        "format": form,
+        "dtype": "int16",
+        "orientation": CANONICAL,
+        "shards": [
+            {"name": f"{record['uid']}.{form}", **record["shard"]} for record in good if record["shard"]
+        ],
+        "bad_scans": bad,
+    }
+    rows = [row | {"shard": f"{row['scan_uid']}.{form}"} for row in content.rows]
+    left_out = [{"where": where, "why": why} for where, why in (*listing.left_out, *content.left_out)]
+    told = {f"bad_{folder.source_noun}s": bad, "left_out": left_out} | (report or {})
+    files = {
+        name: "".join(f"{shard}\n" for shard in shards).encode() for name, shards in content.lists.items()
+    }
+    files |= {
+        "report.json": canonical_json(told, indent=1),
+        MANIFEST_NAME: manifest_bytes(rows, meta, folder.schema),
+    }
+    for name, data in files.items():
+        write_published(os.path.join(folder.root, name), data, folder.temporary_path(name, "merge"))
+    return meta
+
+
+def cut_source(source: Source, folder: BuildFolder[Any, Source], share: JobShare) -> dict[str, Any]:
+    """Read a source, write its shard and its record into the folder, and return the record.
+
+    A bad source gets a record that says why. Raises UserError when the folder cannot be written (a full disk).
+    """
+    record = folder.head(source)
+    temporary = folder.temporary_path(source.uid, share.name)
+    try:
+        os.makedirs(temporary, exist_ok=True)
+        try:
+            with errors_of_readers():
+                cut = folder.cut(source)
+            record |= _write_shard(cut, source.uid, folder, temporary)
+        except BadScan as error:
+            record |= {"bad": str(error)}
+        if not record.get("shard"):  # a shard of an earlier version of this source may exist
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(folder.shard(source.uid))
+        write_published(
+            folder.sidecar(source.uid), canonical_json(record), os.path.join(temporary, "record.json")
+        )
+    except OSError as error:
+        raise folder.unwritable_shard(error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+@contextlib.contextmanager
+def errors_of_readers() -> Iterator[None]:
+    """Raise BadScan for any error of a reader: a damaged file must not stop the others."""
+    try:
+        yield
+    except BadScan:
+        raise
+    except OSError as error:
+        raise BadScan(f"cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise BadScan("does not fit into memory: use fewer --workers, or a machine with more") from error
+    except (ValueError, OverflowError, IndexError, KeyError, struct.error, RuntimeError) as error:
+        raise BadScan(f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def _write_shard(cut: CutSource, uid: str, folder: BuildFolder[Any, Any], temporary: str) -> dict[str, Any]:
+    """Write the shard of a source, rename it into place, and return the rest of the source's record."""
+    assert folder.schema.schema is not None  # ANY_SCHEMA is for reading only
+    path = os.path.join(temporary, os.path.basename(folder.shard(uid)))
+    shard: ShardFile | None = None
+    rows: list[dict[str, Any]] = []
+    try:
+        for row, voxels in cut.parts:
+            shard = shard or open_shard(path, voxels.shape, folder.schema.schema, folder.note)
+            rows.append(shard.add(row, voxels))
+        done = shard.close() if shard else None
+    except BaseException:
+        if shard:
+            shard.abandon()
+        raise
+    if done:
+        os.replace(path, folder.shard(uid))
+    return cut.record | {
+        "rows": rows,
+        "shard": {"nbytes": done.nbytes, "crc32c": done.crc32c} if done else None,
+    }
+
+
+def single(value: float) -> float:
+    """Round to float32, as the manifest does, so that shard, record and manifest agree to the bit."""
+    return float(np.float32(value))
+
+
+def cut_in_workers(
+    sources: Sequence[Source],
+    folder: BuildFolder[Any, Source],
+    share: JobShare,
+    workers: int,
+    finish: Callable[[Source, dict[str, Any]], str],
+) -> None:
+    """Call `cut_source` for every source in worker processes, and show progress.
+
+    `finish(source, record)` runs in this process as soon as a record is there, and returns the text that the progress
+    shows. `workers` 0 means `default_workers`. Raises UserError when a worker process was killed.
+    """
+    nouns = f"{folder.source_noun}s"
+    progress = Progress(len(sources), nouns)
+    with progress, _worker_pool(min(workers or default_workers(), len(sources))) as submit:
+        waiting = {submit(cut_source, source, folder, share): source for source in sources}
+        while waiting:
+            done, _ = wait_for_futures(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                source = waiting.pop(future)
+                try:
+                    record = future.result()
+                except BrokenProcessPool as error:
+                    time.sleep(
+                        0.2
+                    )  # where all processes got a signal, ours may still arrive: its message says more
+                    raise UserError(
+                        f"a worker was killed while it cut {source.name} or one of the next {len(waiting)} {nouns} (most "
+                        f"often: out of memory); finished {nouns} are kept: give the same command again with fewer --workers"
+                    ) from error
+                progress.step(finish(source, record))
+            progress.tick()
+
+
+@contextlib.contextmanager
+def _worker_pool(workers: int) -> Iterator[Callable[..., "Future[dict[str, Any]]"]]:
+    """Start worker processes and give `submit(function, *arguments)`, which returns a future.
+
+    The workers end at once when the block is left or this process ends, whatever the reason.
+    """
+    threads = max(1, usable_cores() // workers)
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
+
+    def submit(*task: Any) -> "Future[dict[str, Any]]":
+        # A worker that starts here inherits that Ctrl-C is ignored, so that none prints a traceback while it imports.
+        # The price: a Ctrl-C within these milliseconds is lost.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return executor.submit(*task)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield submit
+        executor.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        executor.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        for child in multiprocessing.active_children():
+            child.join(5)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    print("stopped: SIGTERM; finished shards are kept, the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
+def _start_worker(threads: int) -> None:
+    """Prepare a worker: it ignores Ctrl-C, which the parent handles, and ends when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_itk(threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_with_parent(sentinel: int) -> None:
+    wait_for_end([sentinel])
+    os._exit(1)

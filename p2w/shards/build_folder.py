@@ -1,32 +1,31 @@
-"""The folder of a data set while it is being built: its settings, finished scans and locks.
+"""The folder of a data set while it is being built: its settings, finished sources and locks.
 
 DIR/
       settings.json    how it is cut; a run with other settings is refused
-      scans/UID.json   the record of one finished scan: its rows, shard and source, or why it is bad
+      scans/UID.json   the record of one finished source (scan or case): its rows, shard and files, or why it is bad
       .run/            locks and unfinished files; removed once the set is complete
 
-A shard is written in `.run`, flushed to the disk and renamed; then its record `scans/UID.json` is. So a scan is finished
+A shard is written in `.run`, flushed to the disk and renamed; then its record `scans/UID.json` is. So a source is finished
 when its record exists and the shard has the size that the record names, and a process may be killed at any moment.
 """
 
 import contextlib
-import json
+import errno
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
-import tyro
 
-from p2w.ct.scan import source_files
 from p2w.errors import UserError
 from p2w.files import canonical_json, hold_lock, is_held, parse_json, write_published
-from p2w.shards import manifest_schema
-from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION, SUB_SCAN_COLUMNS
-from p2w.shards.tiling import WINDOW_HU, Tiling
+from p2w.resources import free_disk
+from p2w.shards.manifest_schema import MANIFEST_NAME, ManifestSchema
 
 
 class DataSetSettings(Protocol):
@@ -52,45 +51,59 @@ class ShardSource(Protocol):
         """Name in messages to the user."""
 
 
-ROW = {
-    "key": str, "scan_uid": str, "subset": int, "z": int, "y": int, "x": int, "mean_hu": float, "std_hu": float,
-    "spacing_x": float, "spacing_y": float, "spacing_z": float, "offset": int, "nbytes": int, "crc32c": int,
-}  # fmt: skip
-COLUMNS = pa.schema([SUB_SCAN_COLUMNS.field(name) for name in ROW])
-NAMED = {"uid": str, "name": str, "subset": int}
-FINISHED = {
-    "nbytes": int, "checksum": str, "left_out": int, "rows": [ROW], "shard": (None, {"nbytes": int, "crc32c": int}),
-}  # fmt: skip
-RECORD = (NAMED | {"bad": str}, NAMED | manifest_schema.GEOMETRY_META | FINISHED)  # scans/UID.json
+S = TypeVar("S", bound=DataSetSettings)
+Source = TypeVar("Source", bound=ShardSource)
+
+
+class SourceListing(Protocol[Source]):
+    """What was found in the user's folders. `bad` and `left_out` are (name, why)."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """The scans or cases to cut, in the order of their shares."""
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """Those that cannot be used."""
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """What is sound but is not for this set."""
 
 
 @dataclass(frozen=True)
-class ShardingSettings:
-    """All options that decide what the finished folder contains; `preprocess/shard_*.py` read them from the command line."""
+class CutSource:
+    """A source that was read. `parts` cuts it; it may update `record`, which is written once all parts were taken."""
 
-    tiling: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling()  # noqa: RUF009 (frozen)
-    format: Literal["tar", "arrow"] = "tar"
-    """tar opens with webdataset, arrow with pyarrow; training reads both alike."""
-    val_fraction: float = 0.1
-    """Share of the scans set aside for validation, at least one of two. Never parts of a scan."""
-    split_seed: int = 0
-    """Another seed sets other scans aside."""
-    allow_gaps: Annotated[bool, tyro.conf.Suppress] = False  # an option of shard_scans.py alone
+    record: dict[str, Any]  # entries of the source's record beside uid, name, rows and shard
+    parts: Iterator[
+        tuple[dict[str, Any], np.ndarray]
+    ]  # row of the manifest, voxels int16 [z,y,x] or [c,z,y,x]
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a fraction outside its range."""
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
 
-    def plain(self) -> dict[str, Any]:
-        """The settings as settings.json holds them."""
-        settings = asdict(self) | {"tiling": self.tiling.to_meta()}
-        return json.loads(canonical_json({"schema": MANIFEST_VERSION, "window_hu": WINDOW_HU, **settings}))
+@dataclass(frozen=True)
+class BuildForecast:
+    """What is known of a set before it is cut."""
+
+    text: str  # number of parts and bytes
+    lines: list[str]  # the same at length, for a dry run
+    least_bytes: float  # of the shards
+    bad: list[tuple[str, str]] = field(default_factory=list)  # sources that cannot be used: name, why
+
+
+@dataclass(frozen=True)
+class DataSetContent:
+    """What the manifest and the lists beside it say, beside what all data sets have in common."""
+
+    rows: list[dict[str, Any]]  # each with its split
+    meta: dict[str, Any]
+    lists: dict[str, list[str]]  # name of a text file -> names of the shards that it lists
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # name, why, for report.json
 
 
 @dataclass(frozen=True)
 class JobShare:
-    """The share of the scans that this process cuts: number `index` (from 0) of `count`."""
+    """The share of the sources that this process cuts: number `index` (from 0) of `count`."""
 
     index: int = 0
     count: int = 1
@@ -113,14 +126,18 @@ class JobShare:
         return sources[self.index :: self.count]
 
 
-S = TypeVar("S", bound=DataSetSettings)
+class BuildFolder(ABC, Generic[S, Source]):
+    """Paths, records and locks of one data set folder that is being built. A subclass says what is cut, and how.
 
+    Workers get it as a pickle, so it holds settings and no list of sources.
+    """
 
-class BuildFolder(Generic[S]):
-    """Paths, records and locks of one data set folder that is being built."""
-
-    form: Any = RECORD  # type of a record, as `files.type_mismatch` checks it
-    columns = COLUMNS  # of its rows
+    source_noun: ClassVar[str]  # what one shard is cut from: "scan"
+    part_noun: ClassVar[str]  # what a shard holds: "sub-scan"
+    form: ClassVar[Any]  # type of a record, as `files.type_mismatch` checks it
+    columns: ClassVar[pa.Schema]  # of its rows
+    schema: ManifestSchema
+    note: dict[str, Any]  # metadata of an Arrow shard
 
     def __init__(self, root: str, settings: S) -> None:
         """Name the folder; nothing is read or written before `prepare`."""
@@ -128,12 +145,41 @@ class BuildFolder(Generic[S]):
         self.settings = settings
         self.running = os.path.join(root, ".run")
 
+    @abstractmethod
+    def nbytes(self, source: Source) -> int:
+        """Total size in bytes of the files that a shard is cut from."""
+
+    @abstractmethod
+    def cut(self, source: Source) -> CutSource:
+        """Read a source; its parts come one by one. Raises BadScan for one that cannot be used."""
+
+    @abstractmethod
+    def forecast(self, listing: SourceListing[Source], sources: list[Source], workers: int) -> BuildForecast:
+        """What cutting `sources`, of all that are listed, will give, as far as that is known before."""
+
+    @abstractmethod
+    def content(self, listing: SourceListing[Source], good: list[dict[str, Any]]) -> DataSetContent:
+        """What the manifest says of a set with these records of sound sources."""
+
+    @abstractmethod
+    def summary(self, meta: dict[str, Any]) -> list[str]:
+        """Lines that tell the user what the finished set holds; `meta` is the manifest's metadata."""
+
+    def head(self, source: Source) -> dict[str, Any]:
+        """Entries with which the record of a source begins, sound or bad."""
+        return {"uid": source.uid, "name": source.name}
+
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A line for the user about a sound source that was cut, or None."""
+        del record
+        return None
+
     def sidecar(self, uid: str) -> str:
-        """Path of the record of a scan."""
+        """Path of the record of a source."""
         return os.path.join(self.root, "scans", f"{uid}.json")
 
     def shard(self, uid: str) -> str:
-        """Path of the shard of a scan."""
+        """Path of the shard of a source."""
         return os.path.join(self.root, f"{uid}.{self.settings.format}")
 
     def temporary_path(self, name: str, share: str) -> str:
@@ -189,12 +235,8 @@ class BuildFolder(Generic[S]):
     def _holds_shards(self) -> bool:
         return any(name.endswith((".tar", ".arrow")) for name in os.listdir(self.root))
 
-    def nbytes(self, source: Any) -> int:
-        """Total size in bytes of the files that a shard is cut from."""
-        return sum(os.path.getsize(path) for path in source_files(source))
-
-    def finished(self, source: ShardSource) -> dict[str, Any] | None:
-        """The record of a scan whose shard and source have the recorded sizes; None when it must be cut (again)."""
+    def finished(self, source: Source) -> dict[str, Any] | None:
+        """The record of a source whose shard and files have the recorded sizes; None when it must be cut (again)."""
         record = self.record(source.uid)
         if record is None or "bad" in record or record["name"] != source.name:
             return None
@@ -209,7 +251,7 @@ class BuildFolder(Generic[S]):
         return record
 
     def record(self, uid: str) -> dict[str, Any] | None:
-        """The record of a scan, sound or bad; None when there is none, or it cannot be used."""
+        """The record of a source, sound or bad; None when there is none, or it cannot be used."""
         try:
             with open(self.sidecar(uid), "rb") as file:
                 record: dict[str, Any] = parse_json(file.read(), self.form)
@@ -218,10 +260,10 @@ class BuildFolder(Generic[S]):
         except (FileNotFoundError, ValueError, OverflowError, pa.ArrowException):
             return None  # ValueError: damaged in a crash, or written by another program
 
-    def refuse_other_scans(self, sources: Sequence[ShardSource], bad: list[tuple[str, str]]) -> None:
-        """Raise UserError when the folder has a scan that is not among those asked for.
+    def refuse_other_sources(self, sources: Sequence[Source], bad: list[tuple[str, str]]) -> None:
+        """Raise UserError when the folder has a source that is not among those asked for.
 
-        A scan that is bad now and was sound once loses its shard and record.
+        A source that is bad now and was sound once loses its shard and record.
         """
         known = {source.uid for source in sources}
         for name in sorted(os.listdir(os.path.join(self.root, "scans"))):
@@ -235,8 +277,8 @@ class BuildFolder(Generic[S]):
                         os.unlink(path)
             else:
                 raise UserError(
-                    f"{self.root} holds the scan {record['name']}, which is not among the {len(known)} asked "
-                    "for: name another --out, or ask for all its scans again"
+                    f"{self.root} holds the {self.source_noun} {record['name']}, which is not among the {len(known)} asked "
+                    f"for: name another --out, or ask for all its {self.source_noun}s again"
                 )
 
     def remove_manifest(self) -> None:
@@ -285,10 +327,23 @@ class BuildFolder(Generic[S]):
                         os.unlink(path)
 
     def _busy(self) -> str:
-        return f"{self.root}: another process cuts the same scans into it; wait for it, or name another --out"
+        return f"{self.root}: another process cuts the same {self.source_noun}s into it; wait for it, or name another --out"
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.root} cannot be written ({error.strerror}): name another with --out DIR")
+
+    def unwritable_shard(self, error: OSError) -> UserError:
+        """The error to raise where a shard or record could not be written: why, and what to do."""
+        kept = f"finished {self.source_noun}s are kept"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            why = error.strerror or error
+            return UserError(f"{self.root}: cannot be written ({why}); {kept}: give the same command again")
+        free = 0
+        with contextlib.suppress(OSError):
+            free = free_disk(self.root)
+        return UserError(
+            f"{self.root}: the disk is full ({free / 2**30:.1f} GiB free); {kept}: make room and give the same command again"
+        )
 
 
 def _setting_differences(theirs: bytes, mine: bytes) -> str:

@@ -29,12 +29,12 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
 from p2w.shards.manifest_schema import (
-    LOCATION_COLUMNS,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     SUB_SCAN_SCHEMA,
     ManifestSchema,
 )
+from p2w.shards.mixture import is_mixture, mixture_fingerprint, relocated
 
 SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"  # the seal is the manifest's checksum of itself
 
@@ -118,12 +118,14 @@ def open_manifest(
 def repair_command(root: str, meta: dict[str, Any]) -> str:
     """The command that cuts damaged shards again; FOLDER in it stands for the scans."""
     if "task" in meta:
-        again = (
-            f"python preprocess/prepare_target.py {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
-        )
+        again = f"p2w prepare {meta['task']} --source FOLDER --out {shlex.quote(root)} …"
         return f"delete the shard, and repeat the command that made the set: {again}"
     luna = any(source["subset"] >= 0 for source in meta.get("sources", []))
-    return f"p2w verify {shlex.quote(root)} --repair --{'luna' if luna else 'scans'} FOLDER"
+    where = "SHARDS" if "://" in root else shlex.quote(root)
+    again = f"p2w verify {where} --repair --{'luna' if luna else 'scans'} FOLDER"
+    return (
+        f"{again} on the folder it was uploaded from, then upload the shard again" if "://" in root else again
+    )
 
 
 def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manifest:
@@ -140,10 +142,7 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
     bare = schema.remove_metadata()
-    has_columns = (
-        set(LOCATION_COLUMNS) <= set(bare.names) if expected.schema is None else bare.equals(expected.schema)
-    )
-    if meta.get("schema") != MANIFEST_VERSION or not has_columns:
+    if meta.get("schema") != MANIFEST_VERSION or not expected.allows(bare):
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )
@@ -177,6 +176,8 @@ def _first_line(error: Exception) -> str:
 
 def data_fingerprint(meta: dict[str, Any]) -> str:
     """16 hexadecimal digits that identify a data set: a hash of its manifest's shape, window, tiling, split and shards."""
+    if "mixture" in meta:
+        return mixture_fingerprint(meta["mixture"])
     identity = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -188,6 +189,8 @@ def candidate_data_paths(near: Path, start: Mapping[str, Any]) -> list[str]:
     folder of the run, or weights exported from it: if the project was moved, the set is below one of its parent folders.
     """
     where, cwd = str(start["shards"]), str(start.get("cwd") or "")
+    if is_mixture(where):
+        return [relocated(where, lambda part: candidate_data_paths(near, {**start, "shards": part})[0])]
     if "://" in where:
         return [where]
     absolute = os.path.join(cwd, where)

@@ -7,7 +7,7 @@ files can hold.
 import math
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,11 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
         raise ValueError(
             f"{keys[at]}: {nbytes[at]:,} bytes from byte {offset[at]:,} of a shard of {size[at]:,} bytes"
         )
+    for axis, name in enumerate(REAL_COLUMNS if REAL_COLUMNS[0] in table.column_names else ()):
+        real, edge = table[name].to_numpy(), meta["shape"][axis]
+        if ((real < 1) | (real > edge)).any():
+            at = int(np.flatnonzero((real < 1) | (real > edge))[0])
+            raise ValueError(f"{keys[at]}: {name} is {real[at]}, not from 1 to {edge}")
     number = {name: index for index, name in enumerate(sizes)}
     shard = np.array([number[name] for name in named], np.int64)
     order = np.lexsort((offset, shard))
@@ -170,6 +175,11 @@ SUB_SCAN_COLUMNS = pa.schema(
     ]
 )
 
+# Further columns of a set of which sub-scans may be filled up with air (`tiling.short` "pad"): how many of their voxels are
+# the scan's own. Behind them, all is air.
+REAL_COLUMNS = tuple(f"real_{axis}" for axis in "zyx")
+PADDED_COLUMNS = pa.schema([*SUB_SCAN_COLUMNS, *((name, pa.int32()) for name in REAL_COLUMNS)])
+
 
 @dataclass(frozen=True)
 class ManifestSchema:
@@ -180,6 +190,13 @@ class ManifestSchema:
     meta: dict[str, Any]  # types of optional metadata, as for `files.type_mismatch`
     made_by: str  # the command that writes such a set
     remedy: str  # what to do where there is no manifest
+    padded: pa.Schema | None = None  # the schema of a set whose sub-scans may be filled up with air
+
+    def allows(self, columns: pa.Schema) -> bool:
+        """Whether a manifest may have these columns."""
+        if self.schema is None:
+            return set(LOCATION_COLUMNS) <= set(columns.names)
+        return any(columns.equals(one) for one in (self.schema, self.padded) if one is not None)
 
 
 LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has
@@ -187,8 +204,12 @@ SUB_SCAN_SCHEMA = ManifestSchema(
     SUB_SCAN_COLUMNS,
     3,
     OPTIONAL_META,
-    "preprocess/shard_luna.py or preprocess/shard_scans.py",
-    "name a data set with --shards, or make one: python preprocess/shard_luna.py or shard_scans.py, with --out shards",
+    "p2w shard-luna or p2w shard",
+    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
+    PADDED_COLUMNS,
 )
+PADDED_SCHEMA = replace(SUB_SCAN_SCHEMA, schema=PADDED_COLUMNS)  # to write such a set
 # Accepts any kind of set, to check its bytes alone.
-ANY_SCHEMA = ManifestSchema(None, None, {}, "preprocess/", SUB_SCAN_SCHEMA.remedy)
+ANY_SCHEMA = ManifestSchema(
+    None, None, {}, "p2w shard-luna, p2w shard or p2w prepare", SUB_SCAN_SCHEMA.remedy
+)

@@ -1,40 +1,74 @@
-"""A scan cut into sub-scans: boxes of one shape that do not overlap, clipped to the HU window.
+"""A scan cut into sub-scans: boxes of one shape, clipped to the HU window.
 
-The first sub-scan starts at slice `z_margin`, row 0, column 0; the grid ends where no complete sub-scan fits before slice
-Z - z_margin, row Y, column X. LUNA16's subsets 0-6 give 35,840 sub-scans with z_margin 0 and 28,144, the number of the
-paper, with 25.
+By default they are the paper's 128 x 128 x 64 native voxels and do not overlap. The first one starts at slice `z_margin`,
+row 0, column 0; the grid ends where no complete sub-scan fits before slice Z - z_margin, row Y, column X. LUNA16's subsets
+0-6 give 35,840 sub-scans with z_margin 0 and 28,144, the number of the paper, with 25.
 
 `min_std_hu` leaves out sub-scans that are nearly constant. The default of 50 HU lies in a gap of the distribution: of 96
 sub-scans of three chest CTs (LIDC-IDRI, RIDER, Lung-PET-CT-Dx), 19 have a standard deviation of 3 to 36 HU and a mean of
 -990 HU or less; they show air outside the body and reconstruction noise. The next ones have 100 HU, 113 HU (the most
 uniform soft tissue, mean 62 HU), and all others 238 HU or more. A crop of air looks like a crop of any other sub-scan of
 air, so it teaches the network nothing and costs a fifth of the computation. 0 keeps every sub-scan, as the paper does.
+
+`short` says what happens to a scan that is smaller than a sub-scan: with "pad" it gives one that is filled up with air
+behind its last slice, row or column. `SubScan.real` is how many voxels along z, y, x are the scan's own; the manifest
+keeps them, and training cuts parts and takes losses inside of them.
+
+`body_only` leaves out sub-scans that show little of a body: less than a tenth of their voxels lies above -900 HU, where
+lung and all other tissue is. It is meant for small sub-scans. Of 672 sub-scans of 64 x 64 x 32 voxels of eight chest CTs
+(LIDC-IDRI, TCGA-THCA, 4D-Lung), 126 show so little, 78 of which `min_std_hu` keeps, for a strip of skin or the table.
 """
 
-from collections.abc import Iterator
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from p2w.ct.orientation import BadScan
+from p2w.ct.orientation import BadScan, Grid
+from p2w.ct.resample import Spacing, check_spacing, resample, resampled_grid
 from p2w.ct.scan import Scan
 from p2w.errors import UserError
+from p2w.files import type_mismatch
 
 SUB_SCAN_SHAPE = (64, 128, 128)  # z, y, x voxels: the paper's 128 x 128 x 64
 WINDOW_HU = (-1000, 1000)
+AIR = WINDOW_HU[0]  # what a short scan is filled up with
+MOST_TILE_VOXELS = 1 << 28  # of a sub-scan: half a GiB
+BODY_HU = -900  # lung and all other tissue lie above; air and its noise, clothes and foam below
+BODY_SHARE = 0.1  # of a sub-scan's own voxels
+# Types of the entries of a manifest's tiling that are there only where they are not as by default.
+OPTIONAL_META = {
+    "stride": [int],
+    "short": str,
+    "body": {"above_hu": int, "share": float},
+    "spacing_mm": [float],
+}
 
 
 @dataclass(frozen=True)
 class Tiling:
     """The grid of sub-scans in a scan, and which of them are kept; `preprocess/shard_*.py` read it from the command line."""
 
-    shape: Annotated[tuple[int, int, int], tyro.conf.Suppress] = SUB_SCAN_SHAPE  # z, y, x voxels
+    shape: Annotated[tuple[int, int, int], tyro.conf.arg(name="tile", metavar="D H W")] = SUB_SCAN_SHAPE
+    """Size of a sub-scan in voxels z y x: the paper's 64 128 128."""
     z_margin: int = 0
     """Slices to leave out at each end of a scan; 25 gives the paper's number of sub-scans."""
     min_std_hu: Annotated[float, tyro.conf.arg(name="min-std")] = 50.0
     """Leave out sub-scans with a lower standard deviation (HU): nearly constant air. 0 keeps all."""
+    stride: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="D H W")] = None
+    """Voxels z y x from one sub-scan to the next; less than --tile makes them overlap. Unset: that of --tile."""
+    short: Literal["skip", "pad"] = "skip"
+    """A scan smaller than --tile: skip names it as a bad scan; pad fills it up with air, which training leaves out of parts
+    and losses."""
+    body_only: bool = False
+    """Leave out sub-scans of which less than a tenth lies above -900 HU, where lung and all other tissue is."""
+    spacing: Annotated[Spacing | None, tyro.conf.arg(metavar="Z Y X")] = None
+    """Resample every scan to this spacing in mm, antialiased. Unset: native voxels, as in the paper."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -44,26 +78,86 @@ class Tiling:
             raise UserError(
                 f"--min-std {self.min_std_hu:g}: HU, from 0 (keep every sub-scan) to below {WINDOW_HU[1]}"
             )
+        if min(self.shape) < 1 or math.prod(self.shape) > MOST_TILE_VOXELS:
+            raise UserError(
+                f"--tile {_spaced(self.shape)}: voxels z y x, each 1 or more, at most {MOST_TILE_VOXELS:,} together; the "
+                f"usual is {_spaced(SUB_SCAN_SHAPE)}"
+            )
+        if self.stride is not None and min(self.stride) < 1:
+            raise UserError(f"--stride {_spaced(self.stride)}: voxels z y x, each 1 or more")
+        if self.spacing is not None:
+            check_spacing(self.spacing)
 
     @staticmethod
     def from_meta(meta: dict[str, Any]) -> "Tiling":
-        """The tiling that `to_meta` has written into a manifest or a settings.json."""
+        """The tiling that `to_meta` has written into a manifest. Raises UserError for impossible values."""
+        present = {name: kind for name, kind in OPTIONAL_META.items() if name in meta}
+        said = type_mismatch(meta, {"tile": [int]} | present, "its tiling")
+        vectors = [meta[name] for name in ("tile", "stride", "spacing_mm") if name in meta]
+        if said or any(len(one) != 3 for one in vectors) or meta.get("short", "pad") != "pad":
+            raise UserError(f"the manifest does not say how the set was cut ({said or meta}): cut it anew")
         depth, height, width = meta["tile"]
-        return Tiling((depth, height, width), meta["z_margin"], meta["min_std_hu"])
+        stride, spacing = (
+            None if meta.get(name) is None else tuple(meta[name]) for name in ("stride", "spacing_mm")
+        )
+        more = {"short": meta.get("short", "skip"), "body_only": "body" in meta}
+        return Tiling(
+            (depth, height, width), meta["z_margin"], meta["min_std_hu"], stride, **more, spacing=spacing
+        )
 
     def to_meta(self) -> dict[str, Any]:
-        """The tiling as manifests and settings.json name it."""
-        return {"tile": list(self.shape), "z_margin": self.z_margin, "min_std_hu": self.min_std_hu}
+        """The tiling as manifests and settings.json name it; what is as by default is left out, as in earlier versions."""
+        meta = {"tile": list(self.shape), "z_margin": self.z_margin, "min_std_hu": self.min_std_hu}
+        if self.stride not in (None, self.shape):
+            meta["stride"] = list(self.stride)
+        if self.short != "skip":
+            meta["short"] = self.short
+        if self.body_only:
+            meta["body"] = {"above_hu": BODY_HU, "share": BODY_SHARE}
+        if self.spacing is not None:
+            meta["spacing_mm"] = list(self.spacing)
+        return meta
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Number of sub-scans along z, y, x in a scan of `shape` [z,y,x]."""
-        depth = max(0, shape[0] - 2 * self.z_margin)
-        return depth // self.shape[0], shape[1] // self.shape[1], shape[2] // self.shape[2]
+    @property
+    def pads(self) -> bool:
+        """Whether sub-scans may be filled up with air, so that their rows say how much of them is real."""
+        return self.short == "pad"
+
+    def rule(self) -> str:
+        """Which sub-scans are left out, in words for a message."""
+        rules = [f"standard deviation < {self.min_std_hu:g} HU"] * bool(self.min_std_hu or not self.body_only)
+        if self.body_only:
+            rules.append(f"less than {BODY_SHARE:.0%} above {BODY_HU} HU")
+        return " or ".join(rules)
+
+    def resampled_grid(self, grid: Grid) -> Grid:
+        """The grid of a scan as it is cut. Raises BadScan when it would be too large."""
+        return grid if self.spacing is None else resampled_grid(grid, self.spacing)
+
+    def resampled(self, scan: Scan) -> Scan:
+        """The scan as it is cut: at the wanted spacing, if there is one. Raises BadScan when it would be too large."""
+        if self.spacing is None:
+            return scan
+        voxels, grid = resample(scan.voxels, scan.grid, self.spacing, WINDOW_HU)
+        return dataclasses.replace(scan, voxels=voxels, grid=grid)
+
+    def starts(self, shape: tuple[int, ...]) -> tuple[range, range, range]:
+        """First voxels of the sub-scans along z, y, x in a scan of `shape` [z,y,x], as it is cut."""
+        z, y, x = (
+            self._along(count, margin, axis)
+            for axis, (count, margin) in enumerate(zip(shape, (self.z_margin, 0, 0), strict=True))
+        )
+        return z, y, x
+
+    def _along(self, count: int, margin: int, axis: int) -> range:
+        tile, step = self.shape[axis], (self.stride or self.shape)[axis]
+        if self.pads and 0 < count - 2 * margin < tile:
+            return range(margin, margin + 1)
+        return range(margin, count - margin - tile + 1, step)
 
     def count(self, shape: tuple[int, ...]) -> int:
-        """Number of sub-scans in a scan of `shape` [z,y,x], before `min_std_hu` leaves some out."""
-        nz, ny, nx = self.grid(shape)
-        return nz * ny * nx
+        """Number of sub-scans in a scan of `shape` [z,y,x], as it is cut, before some are left out for what they show."""
+        return math.prod(map(len, self.starts(shape)))
 
     def check_size(self, shape: tuple[int, ...]) -> None:
         """Raise BadScan when a scan of `shape` [z,y,x] is too small for one sub-scan."""
@@ -71,13 +165,18 @@ class Tiling:
             margin = f" less {self.z_margin} slices at each end" if self.z_margin else ""
             size, needed = " x ".join(map(str, shape)), " x ".join(map(str, self.shape))
             raise BadScan(
-                f"smaller than a sub-scan: {size} voxels (z, y, x){margin}, a sub-scan takes {needed}"
+                f"smaller than a sub-scan: {size} voxels (z, y, x){margin}, a sub-scan takes {needed}; --short pad fills it "
+                "up with air, --tile D H W cuts smaller ones, --spacing Z Y X resamples"
             )
 
 
 @dataclass(frozen=True)
 class SubScan:
-    """Voxels int16 [z,y,x] of one sub-scan, clipped to the window, and its first voxel in the canonical (LPS) scan."""
+    """Voxels int16 [z,y,x] of one sub-scan, clipped to the window, and its first voxel in the canonical (LPS) scan.
+
+    `real` is how many voxels along z, y, x are the scan's own; behind them, all is air. Mean and standard deviation
+    (population) are over the real voxels, after clipping; `body` is the share of them that lies above BODY_HU.
+    """
 
     z: int
     y: int
@@ -85,24 +184,48 @@ class SubScan:
     voxels: np.ndarray
     mean_hu: float
     std_hu: float
+    real: tuple[int, int, int]
+
+    def kept(self, tiling: Tiling) -> bool:
+        """Whether the sub-scan is not left out for what it shows."""
+        return self.std_hu >= tiling.min_std_hu and (not tiling.body_only or shows_body(self.own()))
+
+    def own(self) -> np.ndarray:
+        """The real voxels, a view."""
+        depth, height, width = self.real
+        return self.voxels[:depth, :height, :width]
+
+
+def shows_body(voxels: np.ndarray) -> bool:
+    """Whether at least BODY_SHARE of the voxels (HU) lie above BODY_HU."""
+    return bool(np.count_nonzero(voxels > BODY_HU) >= BODY_SHARE * voxels.size)
 
 
 def cut_sub_scans(scan: Scan, tiling: Tiling) -> Iterator[SubScan]:
-    """Yield all sub-scans of a scan in the order of (z, y, x), nearly constant ones included.
+    """Yield all sub-scans of a scan in the order of (z, y, x), those that are not `kept` included.
 
-    Every sub-scan owns its memory. `mean_hu` and `std_hu` (population) are over all its voxels, after clipping. Raises
-    BadScan when the scan is too small for one.
+    The scan is cut as it is: `Tiling.resampled` comes before. Every sub-scan owns its memory. Raises BadScan when the scan
+    is too small for one.
     """
-    tiling.check_size(scan.voxels.shape)
+    shape = scan.voxels.shape
+    tiling.check_size(shape)
     depth, height, width = tiling.shape
-    nz, ny, nx = tiling.grid(scan.voxels.shape)
-    for z in range(tiling.z_margin, tiling.z_margin + nz * depth, depth):
-        for y in range(0, ny * height, height):
-            for x in range(0, nx * width, width):
-                part = scan.voxels[z : z + depth, y : y + height, x : x + width]
-                voxels = np.empty(tiling.shape, "<i2")
-                np.clip(part, *WINDOW_HU, out=voxels)
-                yield SubScan(z, y, x, voxels, *_mean_std(voxels))
+    end = shape[0] - tiling.z_margin
+    for z, y, x in itertools.product(*tiling.starts(shape)):
+        part = scan.voxels[z : min(z + depth, end), y : y + height, x : x + width]
+        if part.shape == tiling.shape:
+            voxels = np.empty(tiling.shape, "<i2")
+            np.clip(part, *WINDOW_HU, out=voxels)
+            yield SubScan(z, y, x, voxels, *_mean_std(voxels), tiling.shape)
+            continue
+        voxels = np.full(tiling.shape, AIR, "<i2")
+        own = voxels[: part.shape[0], : part.shape[1], : part.shape[2]]
+        np.clip(part, *WINDOW_HU, out=own)
+        yield SubScan(z, y, x, voxels, *_mean_std(own), part.shape)
+
+
+def _spaced(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _mean_std(voxels: np.ndarray) -> tuple[float, float]:

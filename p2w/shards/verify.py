@@ -1,7 +1,8 @@
 """Verify that the shards of a data set are the bytes that were written; cut damaged ones again from their scans.
 
-A repair cuts the scan into `DIR/.repair` with `workers.cut_scan`, the code that cut it first, and takes all settings from
-the manifest. Gaps in DICOM series are always allowed here: if the set was cut without `--allow-gaps`, no series has any.
+A repair cuts the scan into `DIR/.repair` with `build.cut_source`, the code that cut it first, and takes all settings from
+the manifest. Gaps in DICOM series are always allowed here, tilted ones resampled, and values taken for HU: if the set was
+cut without these options, no series that has a shard needs them.
 """
 
 import contextlib
@@ -9,31 +10,34 @@ import os
 import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, get_args
 
 import pyarrow.compute as pc
 import tyro
 from crc32c import crc32c
 
-from p2w.ct.discover import ScanListing, ScanSource, find_luna, find_scans
+from p2w import http_client
+from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
+from p2w.ct.percentiles import Modality
 from p2w.errors import UserError
-from p2w.files import hold_lock
+from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
 from p2w.resources import usable_cores
 from p2w.shards import manifest_schema
 from p2w.shards.build import check_workers, cut_in_workers
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.shards.manifest_schema import ANY_SCHEMA
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.shards.tiling import Tiling
-from p2w.shards.workers import cut_scan
 
 USAGE = """Check that the shards of a data set are the bytes that were written, and repair them from their scans.
 
     p2w verify shards                                    # every byte of every shard, as fast as the disk reads
+    p2w verify https://host/shards                       # the same of a set below a URL, as fast as the network
     p2w verify shards --repair --luna LUNA16             # cut what is damaged again, from LUNA16
-    p2w verify shards --repair --scans /data/a /data/b   # or from the folders that preprocess/shard_scans.py got
+    p2w verify shards --repair --scans /data/a /data/b   # or from the folders that p2w shard got
 
 The manifest has a checksum of itself, of every shard and of every sub-scan. In a shard that differs, every sub-scan is
 checked: either sub-scans are damaged, at which training would stop, or only the bytes between them. Repair cuts the scan
@@ -43,7 +47,8 @@ damaged shard is named; 2: there is no data set.
 """
 
 
-PIECE = 4 << 20  # bytes read at a time
+RETRY_S = 60.0  # how long a web server that fails is asked again
+MOST_MANIFEST = 1 << 30  # bytes of a manifest below a URL
 MOST_NAMED = 8  # damaged sub-scans of one shard that its line names; the others are counted
 
 
@@ -52,13 +57,13 @@ class VerifyOptions:
     """Command line of `p2w verify`."""
 
     shards: tyro.conf.Positional[str] = "shards"
-    """Folder of the data set."""
+    """Folder of the data set, or its http(s) URL."""
     repair: bool = False
     """Cut damaged shards again from their scans, named by --luna or --scans."""
     luna: str | None = None
-    """Folder that holds subset0 … subset9, for a set cut by preprocess/shard_luna.py."""
+    """Folder that holds subset0 … subset9, for a set cut by p2w shard-luna."""
     scans: tuple[str, ...] = ()
-    """The folders that preprocess/shard_scans.py got, in the same order."""
+    """The folders that p2w shard got, in the same order."""
     workers: int = 0
     """Shards read, or scans cut, at the same time; 0: one for each core, as far as memory goes."""
 
@@ -94,7 +99,7 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
     try:
         with open(os.path.join(root, shard["name"]), "rb", buffering=0) as file:
             if fault is None:
-                crc = _checksum(file)
+                crc = file_crc32c(file)
                 if crc == shard["crc32c"]:
                     return None
                 fault = f"crc32c {crc:08x}, the manifest says {shard['crc32c']:08x}"
@@ -107,16 +112,71 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
         return ShardFault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
 
 
+def verify_remote_shard(manifest: Manifest, shard: dict[str, Any]) -> ShardFault | None:
+    """As `verify_shard`, for a set below the http(s) URL `manifest.root`: fetches the shard once, and stores nothing."""
+    url, rows = f"{manifest.root}/{shard['name']}", sorted(_rows(manifest, shard), key=lambda row: row[1])
+    try:
+        for attempt in http_client.Attempts(url, RETRY_S):
+            with attempt:
+                done, whole, found = _fetch_checksums(url, shard["nbytes"], rows)
+                break
+    except http_client.RequestFailed as error:
+        return ShardFault(shard, f"cannot be fetched {error}", [key for key, *_ in rows])
+    if done == shard["nbytes"] and whole == shard["crc32c"]:
+        return None
+    fault = f"crc32c {whole:08x}, the manifest says {shard['crc32c']:08x}"
+    if done != shard["nbytes"]:
+        fault = f"has {'more' if done > shard['nbytes'] else f'{done:,}'} bytes, the manifest says {shard['nbytes']:,}"
+    bad = [
+        key
+        for (key, offset, nbytes, checksum), crc in zip(rows, found, strict=True)
+        if crc != checksum or offset + nbytes > done
+    ]
+    return ShardFault(shard, fault, bad)
+
+
+def _fetch_checksums(
+    url: str, nbytes: int, rows: list[tuple[str, int, int, int]]
+) -> tuple[int, int, list[int]]:
+    """Bytes that arrived, at most one piece more than `nbytes`, their CRC-32C, and that of each of the rows."""
+    done, whole, found = 0, 0, [0] * len(rows)
+    first = 0  # of the rows that have not ended yet
+    with contextlib.closing(http_client.read_pieces(url)) as pieces:
+        for piece in pieces:
+            whole, data = crc32c(piece, whole), memoryview(piece)
+            for number in range(first, len(rows)):
+                _, offset, length, _ = rows[number]
+                if offset >= done + len(piece):
+                    break
+                part = data[max(0, offset - done) : max(0, offset + length - done)]
+                found[number] = crc32c(part, found[number])
+                if number == first and offset + length <= done + len(piece):
+                    first += 1
+            done += len(piece)
+            if done > nbytes:
+                break
+    return done, whole, found
+
+
 def _open_manifest(where: str) -> Manifest:
     """Open the manifest of a set of sub-scans or of a target task's samples; both are checked in the same way."""
+    source: str | bytes = where
+    if "://" in where:
+        source = http_client.fetch(f"{where}/{manifest_schema.MANIFEST_NAME}", MOST_MANIFEST, RETRY_S)
     try:
-        return open_manifest(where)
+        manifest = open_manifest(source)
     except DamagedManifest as error:
-        with contextlib.suppress(DamagedManifest):
-            manifest = open_manifest(where, ANY_SCHEMA)
-            if "task" in manifest.meta:
-                return manifest
-        raise error
+        manifest = _open_samples(source, error)
+    return replace(manifest, root=where) if "://" in where else manifest
+
+
+def _open_samples(source: str | bytes, error: DamagedManifest) -> Manifest:
+    """The manifest of a target task's samples; raises `error` where it is none."""
+    with contextlib.suppress(DamagedManifest):
+        manifest = open_manifest(source, ANY_SCHEMA)
+        if "task" in manifest.meta:
+            return manifest
+    raise error
 
 
 def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int, int]]:
@@ -124,14 +184,6 @@ def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int
     table = manifest.table
     own = table.filter(pc.equal(table["shard"], shard["name"]))
     return list(zip(*(own[name].to_pylist() for name in ("key", "offset", "nbytes", "crc32c")), strict=True))
-
-
-def _checksum(file: BinaryIO) -> int:
-    """CRC-32C of a whole file. crc32c and readinto release the GIL, so threads run in parallel."""
-    crc, buffer = 0, memoryview(bytearray(PIECE))
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]
-        crc = crc32c(buffer[:count], crc)
-    return crc
 
 
 def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
@@ -149,8 +201,9 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
     total, done, began = sum(shard["nbytes"] for shard in shards), 0, time.monotonic()
     found: dict[str, ShardFault] = {}
     progress = Progress(len(shards), "shards")
+    verify_one = verify_remote_shard if "://" in manifest.root else verify_shard
     with progress, ThreadPoolExecutor(max(1, workers)) as pool:
-        tasks = {pool.submit(verify_shard, manifest, shard): shard for shard in shards}
+        tasks = {pool.submit(verify_one, manifest, shard): shard for shard in shards}
         try:
             while tasks:
                 for task in wait(tasks, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -178,12 +231,19 @@ def main(argv: list[str]) -> int:
             "--repair goes with --luna FOLDER or with --scans FOLDER ..., whichever the set was cut from"
         )
     check_workers(options.workers)
-    if "://" in options.shards:
-        raise UserError(
-            f"{options.shards}: only a folder can be verified; training checks what it streams, copy the set to check it"
-        )
+    where = options.shards
+    if "://" in where:
+        if not where.startswith(("http://", "https://")):
+            raise UserError(
+                f"{where}: only a folder or an http(s) URL can be verified; training checks what it streams"
+            )
+        if options.repair:
+            raise UserError(
+                f"{where}: only a folder can be repaired; repair the one that it was uploaded from"
+            )
+        where = where.rstrip("/")
     try:
-        manifest = _open_manifest(options.shards)
+        manifest = _open_manifest(where)
     except DamagedManifest as error:
         again = "repeat the preprocess command that cut the set, it writes the manifest again and no finished shard"
         say(f"damaged: {error}, or {again}")
@@ -222,7 +282,7 @@ def repair_shards(
         _sharding_settings(manifest),
         {source["uid"]: source for source in manifest.meta["sources"]},
     )
-    repair_folder = BuildFolder(os.path.join(manifest.root, ".repair"), settings)
+    repair_folder = ScanFolder(os.path.join(manifest.root, ".repair"), settings)
     busy = f"{manifest.root}: another process repairs it; wait for it"
     with hold_lock(os.path.join(manifest.root, ".run"), "repair", busy):
         found = _find_scans(manifest, luna, scans)
@@ -253,22 +313,36 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     meta = manifest.meta
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
-    return ShardingSettings(Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True)
+    return ShardingSettings(
+        Tiling.from_meta(meta["tiling"]), meta["format"], allow_gaps=True, modality=_modality(manifest)
+    )
+
+
+def _modality(manifest: Manifest) -> Modality:
+    """The modality of the scans. Raises UserError for one that there is not."""
+    told = manifest.meta.get("modality", "ct")
+    if told not in get_args(Modality):
+        raise UserError(f"{manifest.root}: its manifest names the modality {told!r}: cut the set anew")
+    modality: Modality = told
+    return modality
 
 
 def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) -> ScanListing:
     if luna is None:
-        return find_scans(list(scans), manifest.root, allow_gaps=True)
+        search = SearchOptions(
+            allow_gaps=True, resample=True, assume_hu=True, modality=_modality(manifest).upper()
+        )
+        return find_scans(list(scans), manifest.root, options=search)
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
-        raise UserError(f"{manifest.root}: was cut by shard_scans.py: name the folders it got with --scans")
+        raise UserError(f"{manifest.root}: was cut by p2w shard: name the folders it got with --scans")
     return find_luna(luna, sorted(subsets))[0]
 
 
 def _cut(
     manifest: Manifest,
     todo: dict[str, tuple[ScanSource, dict[str, Any]]],
-    repair_folder: BuildFolder[ShardingSettings],
+    repair_folder: ScanFolder,
     workers: int,
 ) -> int:
     """Cut scans and replace those of their shards that come out as the manifest says; the number of replaced ones."""
@@ -281,7 +355,7 @@ def _cut(
         why = _difference(manifest, record, shard, repair_folder)
         if why is None:
             os.replace(repair_folder.shard(source.uid), os.path.join(manifest.root, shard["name"]))
-            _sync(manifest.root)
+            sync_to_disk(manifest.root)
             done += 1
             say(
                 f"repaired: {shard['name']}, from {source.name}: crc32c {shard['crc32c']:08x} as in the manifest"
@@ -290,13 +364,12 @@ def _cut(
             say(f"not repaired: {shard['name']}: its scan {source.name} {why}")
         return f"{done} repaired"
 
-    jobs = [(source, repair_folder, JobShare()) for source, _ in todo.values()]
-    cut_in_workers(cut_scan, jobs, "scans", workers, finish)
+    cut_in_workers([source for source, _ in todo.values()], repair_folder, JobShare(), workers, finish)
     return done
 
 
 def _difference(
-    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: BuildFolder[ShardingSettings]
+    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: ScanFolder
 ) -> str | None:
     """Why the new shard in `folder` is not the one of the manifest; None when, read back from the disk, it is."""
     if "bad" in record:
@@ -310,12 +383,3 @@ def _difference(
     if record["shard"] is None or verify_shard(manifest, shard, folder.root) is not None:
         return f"is the same but gives another shard now; the set was cut by {manifest.meta.get('tool')}: cut it anew"
     return None
-
-
-def _sync(folder: str) -> None:
-    """Flush a folder to the disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

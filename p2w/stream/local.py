@@ -10,6 +10,7 @@ attributes are seconds old, the process still ends; the next start then names th
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -21,10 +22,18 @@ from p2w.errors import UserError
 from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
+from p2w.shards.manifest_schema import REAL_COLUMNS
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
+STREAM_BUFFER = (
+    16  # sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
+)
 _BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
+
+
+Order = Literal["shuffled", "streamed"]
+"""How an epoch is shuffled: as a whole, or by shards and within a buffer, as a stream of shards allows (see `sampler`)."""
 
 
 class DataError(UserError):
@@ -42,6 +51,9 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
+    order: Order = "shuffled"  # a run has one for good; only `tar.TarSet` must have the streamed one
+    retry_s = 0.0  # how long a server that fails is asked again
+    on_wait: Callable[[], None] = staticmethod(lambda: None)  # called while waiting for such a server
 
     def __init__(self, manifest: Manifest, where: str, verify: bool = True) -> None:
         """Index the manifest of the data set at `where`; `verify=False` skips checksums, for measurements."""
@@ -57,6 +69,9 @@ class ShardSet:
         self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
         self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
         self.spacing_mm = np.stack([table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)  # (n, 3)
+        padded = REAL_COLUMNS[0] in table.column_names
+        # Voxels along z, y, x (n, 3) that are the scan's own, in a set whose sub-scans may be filled up with air.
+        self.real = np.stack([table[name].to_numpy() for name in REAL_COLUMNS], 1) if padded else None
         self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
         named = table["shard"].to_pylist()
         number = {name: index for index, name in enumerate(self.shard_names)}
@@ -79,16 +94,41 @@ class ShardSet:
         """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
         return str(self.keys[sub_scan])
 
+    def real_voxels(self, ids: Ids, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: in this set, all."""
+        if self.real is None:
+            return None
+        return torch.from_numpy(self.real[ids].astype(np.float32)).to(device)
+
+    def size_in_voxels(self, ids: Ids) -> NDArray[np.int64]:
+        """(n, 3): size along z, y, x of these sub-scans, without the air that they were filled up with."""
+        if self.real is None:
+            return np.tile(np.array(self.shape, np.int64), (len(ids), 1))
+        return self.real[ids].astype(np.int64)
+
     def shard(self, sub_scan: int) -> str:
         """File name of the shard that holds a sub-scan."""
         return self.shard_names[self.shard_numbers[sub_scan]]
 
+    def call_while_waiting(self, call: Callable[[], None]) -> None:
+        """Have `call` called now and then while a server that fails is waited for."""
+        self.on_wait = call
+
+    def samples_per_epoch(self, ids: Ids) -> int:
+        """Number of sub-scans in an epoch, of which the ids are those of the training split."""
+        return len(ids)
+
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""
+        if self.order == "streamed":
+            shards = self.shard_numbers[ids]
+            return sampler.streamed_order(ids, shards, batch, seed=seed, epoch=epoch, buffer=STREAM_BUFFER)
         return sampler.shuffled_order(ids, batch, seed, epoch)
 
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
         """Ids of every step of a validation pass, (steps, batch), the last one padded."""
+        if self.order == "streamed":
+            return sampler.streamed_fixed_order(ids, batch)
         return sampler.fixed_order(ids, batch)
 
     def reader(

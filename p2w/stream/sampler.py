@@ -124,10 +124,10 @@ class Sampler:
         """Ids (n,) of the split, ascending."""
         return self.shards.ids(self.split)
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
-        """Number of sub-scans in the split."""
-        return len(self.all_ids)
+        """Number of sub-scans in the split; in training, of those in an epoch."""
+        return self.shards.samples_per_epoch(self.all_ids) if self.training else len(self.all_ids)
 
     @property
     def rows(self) -> int:
@@ -145,16 +145,20 @@ class Sampler:
         return self.n // self.batch if self.training else -(-self.n // self.batch)
 
     @functools.cached_property
-    def epoch_ids(self) -> Callable[[int], Ids]:
-        """A function of the epoch that gives the rank's ids (steps, b); the last few epochs are cached."""
+    def epoch_order(self) -> Callable[[int], Ids]:
+        """A function of the epoch that gives the ids of all ranks (steps, B); the last few epochs are cached."""
 
         @functools.lru_cache(maxsize=4)
-        def epoch_ids(epoch: int) -> Ids:
+        def epoch_order(epoch: int) -> Ids:
             if self.training:
-                return self.shards.train_order(self.all_ids, self.batch, self.seed, epoch)[:, self.share]
-            return self.shards.fixed_order(self.all_ids, self.batch)[:, self.share]
+                return self.shards.train_order(self.all_ids, self.batch, self.seed, epoch)
+            return self.shards.fixed_order(self.all_ids, self.batch)
 
-        return epoch_ids
+        return epoch_order
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """The rank's ids of an epoch, (steps, b)."""
+        return self.epoch_order(epoch)[:, self.share]
 
     def positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """Yield (epoch, step) from this position on: without end in training, to the end of the pass in validation."""

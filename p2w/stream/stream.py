@@ -24,14 +24,22 @@ from torch import Tensor
 
 from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
+from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import LocalSet, ShardSet
+from p2w.stream.local import LocalSet, Order, ShardSet
+from p2w.stream.mixed import MixedSet
 from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
 
 
-def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> ShardSet:
-    """Open the data set in a folder, or below an http(s) or s3 URL; `verify=False` skips checksums.
+def open_set(
+    where: str,
+    verify: bool = True,
+    on_bad: OnBadSample = "stop",
+    retry_s: float = 0.0,
+    order: Order | None = None,
+) -> ShardSet:
+    """Open the data set in a folder, or below an http(s) or s3 URL, or a mixture; `verify=False` skips checksums.
 
     From an http(s) server that supports byte ranges, sub-scans are requested one by one, in the order of a local set. From
     other servers, and from s3, tar shards are streamed in another order (see `tar`).
@@ -39,17 +47,30 @@ def open_set(where: str, verify: bool = True, on_bad: OnBadSample = "stop") -> S
     With `on_bad="skip"`, streams read a substitute for a sub-scan whose checksum differs or whose shard can no longer be
     read (see `prefetch.BadSamplePolicy`). A set that misses shards from the start is refused all the same.
 
+    A server that fails is asked again for `retry_s` seconds. `order` is the one that a run has begun with; a set with random
+    access can be read in either order.
+
     Raises:
-        UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed.
+        UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
+            be mixed; or the set can no longer be read in `order`.
     """
     shards: ShardSet
-    if "://" in where:
+    if is_mixture(where):
+        parts = parse_mixture(where)
+        shards = MixedSet([open_set(part.where, verify, retry_s=retry_s) for part in parts], parts)
+    elif "://" in where:
         from p2w.stream.tar import open_url  # noqa: PLC0415 - webdataset, requests: for remote sets only
 
-        shards = open_url(where, verify)
+        shards = open_url(where, verify, retry_s)
     else:
         shards = LocalSet(read_manifest(where), verify)
-    shards.on_bad = on_bad
+    shards.on_bad, shards.retry_s = on_bad, retry_s
+    if order == "shuffled" and shards.order != order:
+        raise UserError(
+            f"{where}: the run began in the order of a set with random access, and the server gives no byte ranges now, so "
+            "that its order would be another: mend the server or the proxy between, or pass --shards a copy in a folder"
+        )
+    shards.order = order or shards.order
     return shards
 
 
@@ -64,6 +85,7 @@ class Batch:
     step: int
     bad: int = 0  # number of rows with a substitute for a sub-scan that could not be read
     fresh: tuple[int, ...] = ()  # rows that were read; the device cache has the others
+    real: Tensor | None = None  # (b, 3) float32 voxels z, y, x that are the scan's own; None: all
 
 
 class Stream:
@@ -182,7 +204,8 @@ class Stream:
                 weight = sampler.weight(at_step) if sampler.training else sampler.weight(at_step) * as_planned
                 bad = int((~as_planned).sum())
                 fresh = tuple(np.flatnonzero(ring[slot][2]).tolist())
-                yield Batch(self._ring[slot], ids, weight, at_epoch, at_step, bad, fresh)
+                real = sampler.shards.real_voxels(ids.numpy())
+                yield Batch(self._ring[slot], ids, weight, at_epoch, at_step, bad, fresh, real)
                 prefetch.release(count)
         finally:
             end()
@@ -260,7 +283,8 @@ def _start_copy(
         ids, weight = (
             small.pin_memory().to(side.device, non_blocking=True) for small in (batch.ids, batch.weight)
         )
-        return replace(batch, voxels=voxels, ids=ids, weight=weight), side.record_event()
+        real = None if batch.real is None else batch.real.pin_memory().to(side.device, non_blocking=True)
+        return replace(batch, voxels=voxels, ids=ids, weight=weight, real=real), side.record_event()
 
 
 def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
@@ -269,4 +293,6 @@ def _wait_for_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
     current.wait_event(copied)
     batch.ids.record_stream(current)
     batch.weight.record_stream(current)
+    if batch.real is not None:
+        batch.real.record_stream(current)
     return batch

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+import threading
 import time
 import tokenize
 from collections import Counter
@@ -27,21 +28,26 @@ import numpy as np
 import webdataset as wds
 from numpy.lib import format as npy
 
+from p2w import http_client
 from p2w.errors import UserError
 from p2w.rng import Ids
 from p2w.shards import manifest_schema
 from p2w.shards.manifest import read_manifest
 from p2w.stream import sampler
-from p2w.stream.http import HttpSet, supports_ranges
-from p2w.stream.local import DataError, SampleReader, ShardSet
+from p2w.stream.http import HttpSet
+from p2w.stream.local import STREAM_BUFFER, DataError, SampleReader, ShardSet
 
-BUFFER = 16  # sub-scans among which a slot shuffles; part of the definition of the order, so not a setting
+BUFFER = STREAM_BUFFER
 _TRIES = 5  # in a row without progress: servers may close a connection while training does not read from it
 _PAUSE = 0.5  # seconds before the first new try, doubled for each further one
+_LONGEST_PAUSE = 30.0
 
 NPY_HEADER = 4096  # bytes at most before the voxels of a .npy; ours has 128
 PIECE = 1 << 20  # bytes read at a time
 MOST_MANIFEST = 1 << 30  # bytes; that of all of LUNA16, the largest set known, has 3 million
+
+# NumPy evaluates headers by `ast`, which Python 3.11.7, for one, cannot do in two threads at a time: SystemError, rarely.
+_HEADERS = threading.Lock()
 
 _PROGRAMS = {
     "http": ("curl", "apt-get install curl"),
@@ -99,12 +105,14 @@ def _open_stream(url: str) -> Iterator[Any]:
             stream.close()
 
 
-def fetch_manifest(url: str) -> bytes:
+def fetch_manifest(url: str, retry_s: float = 0.0) -> bytes:
     """All bytes of the manifest at a URL.
 
     Raises:
         UserError: it cannot be fetched.
     """
+    if not url.startswith("s3:"):
+        return http_client.fetch(url, MOST_MANIFEST, retry_s, pause_s=_PAUSE)
     stream = wds.gopen(tar_source(url))
     try:
         with closing(stream):
@@ -123,16 +131,19 @@ def fetch_manifest(url: str) -> bytes:
         ) from error
 
 
-def open_url(where: str, verify: bool = True) -> ShardSet:
+def open_url(where: str, verify: bool = True, retry_s: float = 0.0) -> ShardSet:
     """Open the set at a URL: read by byte ranges if the server supports them, else streamed.
 
+    A server that fails is asked again for `retry_s` seconds; it never counts as one without byte ranges.
+
     Raises:
-        UserError: there is no manifest; or the set must be streamed, and its shards are not tar.
+        UserError: there is no manifest; the server does not answer; or the set must be streamed, and its shards are not tar.
     """
     where = where.rstrip("/")
+    tar_source(where)  # refuses other schemes
     manifest_url = f"{where}/{manifest_schema.MANIFEST_NAME}"
-    found = read_manifest(fetch_manifest(manifest_url))
-    if not where.startswith("s3:") and supports_ranges(manifest_url):
+    found = read_manifest(fetch_manifest(manifest_url, retry_s))
+    if not where.startswith("s3:") and http_client.supports_ranges(manifest_url, retry_s, pause_s=_PAUSE):
         return HttpSet(found, where, verify)
     shards = TarSet(found, where, verify)
     other = [name for name in shards.shard_names if not name.endswith(".tar")]
@@ -160,15 +171,7 @@ class BoundedStream:
 class TarSet(ShardSet):
     """A data set below a URL, streamed."""
 
-    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
-        """Ids of every step of a training epoch, (steps, batch)."""
-        return sampler.streamed_order(
-            ids, self.shard_numbers[ids], batch, seed=seed, epoch=epoch, buffer=BUFFER
-        )
-
-    def fixed_order(self, ids: Ids, batch: int) -> Ids:
-        """Ids of every step of a validation pass, (steps, batch), the last one padded."""
-        return sampler.streamed_fixed_order(ids, batch)
+    order = "streamed"
 
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
@@ -221,7 +224,7 @@ class _ShardReader:
     ) -> Generator[tuple[int, bytes | DataError], None, None]:
         """Yield the wanted sub-scans of one shard; after a broken stream, try again for those that are missing."""
         url = f"{self.shards.where}/{self.shards.shard_names[number]}"
-        failures = 0
+        failures, since = 0, time.monotonic()
         while wanted:
             before = len(wanted)
             try:
@@ -231,14 +234,18 @@ class _ShardReader:
                 reason = str(error.args[0])
             if not wanted:
                 return
-            failures = 1 if len(wanted) < before else failures + 1
-            if failures == _TRIES:
+            if len(wanted) < before:
+                failures, since = 0, time.monotonic()
+            failures += 1
+            patient = time.monotonic() - since < self.shards.retry_s
+            if failures >= _TRIES and not (patient and not http_client.refuses(url)):
                 raise DataError(
-                    f"{url}: cannot be streamed ({reason}), tried {_TRIES} times: check that the shard is "
+                    f"{url}: cannot be streamed ({reason}), tried {failures} times: check that the shard is "
                     "there and whole, upload it again, or copy the set to a local folder"
                 )
             logging.getLogger(__name__).warning("%s: %s; trying again", url, reason)
-            time.sleep(_PAUSE * 2 ** (failures - 1))
+            self.shards.on_wait()
+            time.sleep(min(_LONGEST_PAUSE, _PAUSE * 2 ** (failures - 1)))
 
     def _stream(
         self, url: str, wanted: dict[str, int]
@@ -269,12 +276,10 @@ class _ShardReader:
         file = tar.extractfile(member)
         data = file.read() if file else b""
         try:
-            start = io.BytesIO(data)
-            npy.read_magic(start)
-            found = npy.read_array_header_1_0(start)
+            found, end = _read_npy_header(data)
         except (ValueError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
             return shards.damaged(sub_scan, f"its .npy header cannot be read ({type(error).__name__})")
-        if found != (shards.shape, False, np.dtype("<i2")) or start.tell() != header:
+        if found != (shards.shape, False, np.dtype("<i2")) or end != header:
             return shards.damaged(sub_scan, f"its .npy holds {found[2]} {found[0]}, not int16 {shards.shape}")
         return data
 
@@ -282,3 +287,11 @@ class _ShardReader:
         """End the stream and its process."""
         self.arrivals.close()
         self.buffered.clear()
+
+
+def _read_npy_header(data: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
+    """((shape, whether in Fortran order, type), bytes of the header) of a .npy. Raises what NumPy raises."""
+    start = io.BytesIO(data)
+    npy.read_magic(start)
+    with _HEADERS:
+        return npy.read_array_header_1_0(start), start.tell()

@@ -1,7 +1,8 @@
 """Crops of images: their geometry, crops of CT in HU, and crops with masks, as tiles or around objects.
 
 Everything is z, y, x in the canonical (LPS) order of `p2w.ct.scan`, world in mm. A crop's axes are the scan's own,
-oblique ones too. Its voxel at `size // 2` lies on the point asked for, rounded to a voxel where voxels stay as they are.
+oblique ones too. Its voxel at `size // 2` lies on the point asked for. If the crop is not resampled, that point is first
+rounded to a voxel.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.orientation import Grid
 from p2w.ct.scan import INT16
@@ -69,7 +69,10 @@ class CropBox:
         return self.first + np.array(self.size) // 2 * self.step
 
     def cut(self, image: NDArray, outside: float) -> NDArray:
-        """The crop, `outside` where the image ends; linear between voxels: float32 then, else of the image's type."""
+        """The crop, `outside` where the image ends.
+
+        If points fall between voxels it is interpolated, as float32; else voxels are copied and keep their type.
+        """
         if (self.step == 1).all() and (self.first == np.rint(self.first)).all():
             return _copy_voxels(image, self.first.astype(int), self.size, outside)
         last = self.first + (np.array(self.size) - 0.5) * self.step
@@ -129,10 +132,10 @@ def _resample_axis(box: NDArray, axis: int, first: float, step: float, size: int
     return total / np.float32(points)
 
 
-def tile_starts(
+def tile_centres(
     low: Sequence[int], high: Sequence[int], size: tuple[int, int, int], step: Floats, stride: float
 ) -> list[Floats]:
-    """Centres of crops that cover the voxels from `low` to below `high`, the cover centred on them.
+    """Centres of crops that cover the voxels from `low` to below `high`; together they are centred on that range.
 
     `step` as in CropBox; `stride` in sizes of a crop: 1 = no overlap.
     """
@@ -213,17 +216,17 @@ class TileSettings:
     """How a scan with a mask is cut into tiles."""
 
     spacing: tuple[float, float, float] | None = None
-    """mm z y x of a sample's voxels; left out: the scan's own."""
+    """mm z y x of a sample's voxels; default: the scan's own."""
     stride: float = 1.0
     """Distance of neighbouring tiles in sizes of a tile: 1 = none overlap, 0.5 = half of each."""
     min_foreground: float = 0.01
-    """Leave out tiles of which a smaller share is foreground; 0 keeps all that hold any."""
+    """Keep tiles with at least this share of foreground; 0: every tile with any."""
     max_tiles: int = 0
     """Tiles kept of each scan, drawn by --seed; 0: all."""
     resample_masks: bool = False
-    """Lay a mask whose geometry is not its image's over it by nearest neighbour, instead of refusing it."""
+    """Resample a mask whose grid differs from its image's, by nearest neighbour, instead of refusing it."""
     seed: int = 0
-    """Draws what is drawn: the tiles that are kept, the split where there is chance in it."""
+    """Random seed of the choice of tiles and, where it is random, of the split."""
 
     def check_tiles(self) -> None:
         """Raise UserError for values that make no tiles."""
@@ -243,6 +246,8 @@ def crops_in_tiles(
     channels: Channels, mask: NDArray, grid: Grid, size: tuple[int, int, int], how: TileSettings, uid: str
 ) -> Iterator[Sample | LeftOut]:
     """Tiles over the bounding box of the mask, in the order of z, y, x."""
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     box = ndimage.find_objects(mask)
     if not box or box[0] is None:
         yield LeftOut(f"{uid}: the mask is empty")
@@ -250,15 +255,13 @@ def crops_in_tiles(
     low, high = [part.start for part in box[0]], [part.stop for part in box[0]]
     step = np.ones(3) if how.spacing is None else np.array(how.spacing) / spacing_zyx(grid)
     kept = []
-    for number, centre in enumerate(tile_starts(low, high, size, step, how.stride)):
+    for number, centre in enumerate(tile_centres(low, high, size, step, how.stride)):
         crop_box = CropBox.around(centre, size, grid, how.spacing)
         piece = crop_box.cut(mask, 0) > HALF
         if piece.any() and piece.mean() >= how.min_foreground:
             kept.append((number, crop_box, piece))
     if how.max_tiles and len(kept) > how.max_tiles:
-        order = np.argsort(
-            [seeded_uniforms(how.seed, uid, str(number)) for number, *_ in kept], kind="stable"
-        )
+        order = np.argsort([seeded_uniform(how.seed, uid, str(number)) for number, *_ in kept], kind="stable")
         kept = [kept[i] for i in sorted(order[: how.max_tiles])]
     if not kept:
         yield LeftOut(f"{uid}: no tile has {how.min_foreground:.0%} foreground")
@@ -293,13 +296,15 @@ def crops_around_objects(
     how: AroundObjects,
     name: str,
     of: str,
-    everything: NDArray | None = None,
+    full_mask: NDArray | None = None,
 ) -> Iterator[Sample | LeftOut]:
-    """Crops around the middle of the mask's bounding box, each moved by chance, a function of seed and `name`.
+    """Crops around the middle of the mask's bounding box, each moved at random, a function of seed and `name`.
 
-    Without moving, a network learns that what it looks for is in the middle. `of`: what the samples are of.
-    `everything`: a mask of which this one is a part, where a sample is to show other parts of it too.
+    Without moving, a network learns that what it looks for is in the middle. `of`: what each sample shows, for the
+    manifest's column of that name. `full_mask`: written to the samples in place of `mask`, where that is a part of it.
     """
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     box = ndimage.find_objects(mask)
     if not box or box[0] is None:
         yield LeftOut(f"{of}: the mask is empty")
@@ -307,18 +312,18 @@ def crops_around_objects(
     centre = np.array([(part.start + part.stop - 1) / 2 for part in box[0]])
     step = np.ones(3) if how.spacing is None else np.array(how.spacing) / spacing_zyx(grid)
     for crop in range(how.crops):
-        move = np.array([seeded_uniforms(how.seed, name, f"{crop} {axis}") - 0.5 for axis in "zyx"])
+        move = np.array([seeded_uniform(how.seed, name, f"{crop} {axis}") - 0.5 for axis in "zyx"])
         crop_box = CropBox.around(
             centre + move * how.jitter * np.array(how.size) * step, how.size, grid, how.spacing
         )
-        piece = crop_box.cut(mask if everything is None else everything, 0) > HALF
+        piece = crop_box.cut(mask if full_mask is None else full_mask, 0) > HALF
         if piece.any():
             yield make_sample(channels(crop_box), crop_box, grid, of, -1, piece)
         else:
             yield LeftOut(f"{of}: too small to fill a voxel of the sample")
 
 
-def seeded_uniforms(seed: int, uid: str, what: str) -> float:
+def seeded_uniform(seed: int, uid: str, what: str) -> float:
     """A number from 0 to below 1, a function of these three alone."""
     digest = hashlib.sha256(f"{seed}:{uid}:{what}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

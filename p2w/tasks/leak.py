@@ -3,16 +3,21 @@
     check_leak(target, open_manifest("shards").meta)     # raises UserError naming the first test scan seen
     check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
 
-A scan is the same when its uid is, or when its file is, byte for byte (size and checksum).
+A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when the
+name that the target task has is the one that the pretraining set was told, whose manifest holds hashes
+(`p2w.shards.grouping`); of a set with a secret salt, patients cannot be compared.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.files import parse_json, type_mismatch
+from p2w.shards.grouping import identity_in_set
 from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
+from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -58,13 +63,13 @@ def check_shards(
 def _checked(
     target: TargetSet,
     of: str,
-    find: Callable[[], tuple[dict[str, Any], str]],
+    find: Callable[[], list[tuple[dict[str, Any], str]]],
     allow_leak: bool,
     fold: int | None,
 ) -> str:
     try:
-        meta, where = find()
-        said = _first_leak(target, meta, fold)
+        sets = find()
+        said = next((leak for meta, _ in sets if (leak := _first_leak(target, meta, fold))), None)
     except UserError as error:
         if allow_leak:
             return f"not checked whether pretraining saw test scans (--allow-leak): {error}"
@@ -75,11 +80,24 @@ def _checked(
         raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
     if said:
         return f"warning: {said} (--allow-leak)"
-    return f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
+    return "; ".join(_no_leak(meta, where) for meta, where in sets)
 
 
-def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
-    """Metadata of the manifest that a run was last trained on, and where it is. Raises UserError when out of reach."""
+def _no_leak(meta: dict[str, Any], where: str) -> str:
+    """What was compared with a set, in words."""
+    line = f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
+    if "salt" not in meta["split"]:
+        return line
+    if meta["split"].get("secret"):
+        return f"{line} (patients were not compared, it hashes them with a secret salt)"
+    return f"{line}, and no patient who is tested on is among theirs"
+
+
+def pretraining_of(run: Path) -> list[tuple[dict[str, Any], str]]:
+    """Metadata of the manifest that a run was last trained on, and where it is; of a mixture, of each of its sets.
+
+    Raises UserError when they are out of reach.
+    """
     path = run / "run.json"
     try:
         starts = parse_json(path.read_bytes(), {"starts": [{"shards": str}]})["starts"]
@@ -92,7 +110,7 @@ def pretraining_of(run: Path) -> tuple[dict[str, Any], str]:
     return _open_first(run, starts[-1], starts[-1].get("data"), str(run))
 
 
-def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[dict[str, Any], str]:
+def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
     """Open the set at the first possible location that holds it. Raises the first one's UserError where none does."""
     refused: UserError | None = None
     for location in candidate_data_paths(near, start):
@@ -104,8 +122,14 @@ def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> tuple[
     raise refused
 
 
-def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
-    """The manifest there, which must still be that of the set `data` (a fingerprint; None: not known)."""
+def _open(where: str, data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
+    """The manifests there, which must still be those of the set `data` (a fingerprint; None: not known)."""
+    if is_mixture(where):
+        from p2w.stream.stream import open_set  # noqa: PLC0415 - torch, and webdataset for remote sets
+
+        if data is not None and data_fingerprint(open_set(where).meta) != data:
+            raise UserError(f"{where}: is another mixture now than {of} was trained on")
+        return [found for part in parse_mixture(where) for found in _open(part.where, None, of)]
     if "://" in where:
         from p2w.stream.stream import open_set  # noqa: PLC0415 - webdataset serves remote sets only
 
@@ -114,7 +138,7 @@ def _open(where: str, data: Any, of: str) -> tuple[dict[str, Any], str]:
         meta = open_manifest(where).meta
     if data is not None and data_fingerprint(meta) != data:
         raise UserError(f"{where}: is another data set now than {of} was trained on")
-    return meta, where
+    return [(meta, where)]
 
 
 def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:
@@ -126,6 +150,7 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
     files = {
         (one["nbytes"], one["checksum"]): one["uid"] for one in pretrain["sources"] if one["uid"] in trained
     }
+    patients, salt = _trained_patients(pretrain, trained)
     for source in target.meta["sources"]:
         if source["uid"] not in _tested(target, fold):
             continue
@@ -134,7 +159,28 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
         for file in source["files"]:
             if other := files.get((file["nbytes"], file["checksum"])):
                 return f"pretraining trained on test scan {source['uid']}: its file {file['file']} is scan {other} there"
+        if other := patients.get(identity_in_set(salted_hash(source["patient"], ""), salt)):
+            return (
+                f"pretraining trained on scan {other} of a patient who is tested on, in scan {source['uid']}"
+            )
     return None
+
+
+def _trained_patients(pretrain: dict[str, Any], trained: set[str]) -> tuple[dict[str, str], str]:
+    """Patient, as the pretraining set hashes them -> one of the scans trained on, and the set's salt.
+
+    Raises UserError for hashes that cannot be.
+    """
+    split = pretrain["split"]
+    if "salt" not in split or split.get("secret"):
+        return {}, ""
+    known = [one for one in pretrain["sources"] if "patient" in one]
+    said = type_mismatch(
+        {"split": split, "sources": known}, {"split": {"salt": str}, "sources": [{"patient": str}]}
+    )
+    if said:
+        raise UserError(f"the manifest of the pretraining set makes no sense ({said}): cut the set again")
+    return {one["patient"]: one["uid"] for one in known if one["uid"] in trained}, split["salt"]
 
 
 def _tested(target: TargetSet, fold: int | None) -> set[str]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.orientation import BadScan
 
@@ -104,6 +103,8 @@ def interior(points: NDArray[np.int64], shape: tuple[int, int]) -> Bools:
 
     Raises BadScan for points outside the slice.
     """
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     if points.min() < 0 or (points >= np.array(shape[::-1])).any():
         raise BadScan(f"an outline leaves the slice of {shape[1]} x {shape[0]} pixels")
     low = points.min(axis=0)

@@ -93,8 +93,7 @@ class Ncs:
                 f"{source}: no readers' XML (LidcReadMessage) below it: put LIDC-IDRI's XML there"
             )
         for scan in found.sources:
-            series = scan.name.rpartition("(series ")[2].removesuffix(")")
-            note = readings.pop(series, None) if scan.grid is not None else None
+            note = readings.pop(scan.info.series, None) if scan.info.series else None
             if note is None:
                 cases.left_out.append((scan.name, "has no readers' XML"))
                 continue

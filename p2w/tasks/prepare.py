@@ -1,171 +1,274 @@
-"""A whole data set of a target task: forecast, workers over cases, manifest. No torch."""
+"""Samples of a target task, cut from its cases into a data set: options, records, dry run and manifest. No torch."""
 
-import math
+import json
 import os
-import shutil
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import tyro
+
+from p2w.ct.scan import source_files
 from p2w.errors import UserError
-from p2w.progress import Progress, say
-from p2w.shards.build import default_workers, result_of_worker
-from p2w.shards.build_folder import JobShare
-from p2w.shards.workers import worker_pool
-from p2w.tasks.sample_writer import TargetFolder, TargetSettings, cut_case, merge_cases
-from p2w.tasks.task import SAMPLE_KINDS, Case, Cases, Split, Task
+from p2w.files import canonical_json
+from p2w.progress import say
+from p2w.shards.build import BuildOptions, build_data_set, single
+from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
+from p2w.shards.manifest_schema import MANIFEST_VERSION
+from p2w.tasks import splits
+from p2w.tasks.task import (
+    SAMPLE_COLUMNS,
+    SAMPLE_KINDS,
+    SAMPLE_SCHEMA,
+    SPLITS,
+    TASK_FILE_META,
+    Case,
+    CutSamples,
+    LeftOut,
+    Sample,
+    Split,
+    Task,
+)
 
 RECORD_HEAD = 4096  # bytes beside the voxels, at most
 
+ROW = {
+    "key": str, "label": int, "scan_uid": str, "of": str, "z": int, "y": int, "x": int, "centre_z": float,
+    "centre_y": float, "centre_x": float, "spacing_z": float, "spacing_y": float, "spacing_x": float,
+    "foreground": float, "patient": str, "offset": int, "nbytes": int, "crc32c": int,
+}  # fmt: skip
+NAMED = {"uid": str, "name": str}
+FINISHED = {
+    "nbytes": int,
+    "files": [TASK_FILE_META],
+    "left_out": [str],
+    "rows": [ROW],
+    "shard": (None, {"nbytes": int, "crc32c": int}),
+}
+
 
 @dataclass(frozen=True)
-class PreparationJob:
-    """What is prepared from which folder, and how."""
+class PreparationOptions:
+    """Options that every task has."""
 
     source: str
+    """Folder that holds the data as it is published."""
     out: str
-    size: tuple[int, int, int]
-    format: str = "tar"
-    share: JobShare = JobShare()  # noqa: RUF009 (frozen)
-    workers: int = 0
-    dry_run: bool = False
-    strict: bool = False
+    """Folder to write, new or of an earlier run of the same settings."""
+    size: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="Z Y X")] = None
+    """Voxels of a stored sample, which is the network's input; default: the paper's."""
+    format: Literal["tar", "arrow"] = "tar"
+    """tar opens with webdataset, arrow with pyarrow; both are read alike."""
+    build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a size out of range."""
+        if self.size and not all(4 <= n <= 1024 for n in self.size):
+            raise UserError(f"--size {' '.join(map(str, self.size))}: voxels z y x, each from 4 to 1024")
 
 
-def prepare_samples(task: Task, job: PreparationJob) -> int:
-    """Do the job; the exit code: 0, or 1 when a case was bad. Raises UserError when it cannot go on."""
+@dataclass(frozen=True)
+class TargetSettings:
+    """All that decides what the finished folder holds, besides the images themselves."""
+
+    task: str
+    options: dict[str, Any]
+    size: tuple[int, int, int]  # z, y, x
+    format: str
+    tables: dict[str, str]  # tables that name samples, by the checksum of each
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON writes them."""
+        told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
+        added = {"structures": "", "assume_hu": False}  # options that folders of earlier versions lack
+        options = {
+            f"option {name}": value
+            for name, value in self.options.items()
+            if name not in added or value != added[name]
+        }
+        return json.loads(
+            canonical_json(told | options | {f"table {name}": crc for name, crc in self.tables.items()})
+        )
+
+
+def prepare_samples(task: Task, options: PreparationOptions) -> int:
+    """Cut the samples of a task; the exit code: 0, or 1 when a case was bad. Raises UserError when it cannot go on."""
     task.check()
-    if not os.path.isdir(job.source):
-        raise UserError(f"{job.source}: no such folder; name the folder of the data with --source DIR")
-    if os.path.realpath(job.source) == os.path.realpath(job.out):
+    source, out = options.source, options.out
+    if not os.path.isdir(source):
+        raise UserError(f"{source}: no such folder; name the folder of the data with --source DIR")
+    if os.path.realpath(source) == os.path.realpath(out):
         raise UserError(
-            f"{job.out}: the set gets a folder of its own, not that of the data: name it with --out DIR"
+            f"{out}: the set gets a folder of its own, not that of the data: name it with --out DIR"
         )
-    say(f"looking through {job.source}")
-    cases = task.find(job.source, job.out).sort()
+    say(f"looking through {source}")
+    cases = task.find(source, out).sort()
     if not cases.cases:
-        raise UserError(
-            f"{job.source}: nothing for task {task.name} there that can be used{_first(cases.bad)}"
+        first = (
+            f"; {len(cases.bad)} bad, the first: {cases.bad[0][0]}: {cases.bad[0][1]}" if cases.bad else ""
         )
-    split = task.split(cases.cases)
-    for where, why in cases.left_out:
-        say(f"left out: {where}: {why}")
-    settings = TargetSettings(task.name, asdict(task), job.size, job.format, cases.tables)  # type: ignore[call-overload]
-    folder = TargetFolder(job.out, settings)
-    mine = job.share.of(cases.cases)
-    if job.dry_run:
-        return _dry_run(task, cases, mine, split, job)
-    with folder.share_lock(job.share):
-        folder.prepare(job.share)
-        folder.refuse_other_scans(cases.cases, cases.bad)
-        for where, why in cases.bad:
-            _bad(where, why, job.strict)
-        bad = len(cases.bad) + _cut(task, mine, folder, job)
-        with folder.merge_lock():
-            missing = [case.name for case in cases.cases if folder.record(case.uid) is None]
-            if not missing:
-                meta = merge_cases(task, cases, split, folder)
-                folder.remove_run_folder()
-    if not missing:
-        return _tell(meta, folder)
-    where = f"{len(missing)} of {len(cases.cases)} cases are not cut yet (the first: {missing[0]})"
-    say(f"{job.out}: share {job.share.name} is done; {where}; the last share to end writes the manifest")
-    return 1 if bad else 0
+        raise UserError(f"{source}: nothing for task {task.name} there that can be used{first}")
+    task.split(cases.cases)  # refuses what cannot be split before anything is cut
+    size, plain = options.size or task.size, asdict(task)  # type: ignore[call-overload]
+    settings = TargetSettings(task.name, plain, size, options.format, cases.tables)
+    return build_data_set(TargetFolder(out, settings, task), cases, options.build)
 
 
-def _first(bad: list[tuple[str, str]]) -> str:
-    return f"; {len(bad)} bad, the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
+class TargetFolder(BuildFolder[TargetSettings, Case]):
+    """The folder of a task's samples that are cut from its cases."""
 
+    source_noun, part_noun = "case", "sample"
+    form = (NAMED | {"bad": str}, NAMED | FINISHED)
+    columns = pa.schema([SAMPLE_COLUMNS.field(name) for name in ROW])
+    schema = SAMPLE_SCHEMA
 
-def _cut(task: Task, mine: list[Case], folder: TargetFolder, job: PreparationJob) -> int:
-    """Cut what is not finished; how many cases of this share are bad."""
-    todo = [case for case in mine if folder.finished(case) is None]
-    if not todo:
-        say(f"{job.out}: all {len(mine)} cases are cut already")
-        return 0
-    records = [folder.record(case.uid) for case in todo]
-    if any(record is None or "bad" not in record for record in records):  # not for another try at a bad case
-        folder.remove_manifest()
-    say(f"{len(todo)} cases to cut ({len(mine) - len(todo)} are finished)")
-    _check_disk(_known_samples(todo), task, job)
-    workers = min(job.workers or default_workers(), len(todo))
-    bad = samples = 0
-    progress = Progress(len(todo), "cases")
-    with progress, worker_pool(workers) as submit:
-        waiting = {submit(cut_case, case, task, folder, job.share): case for case in todo}
-        while waiting:
-            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                case = waiting.pop(future)
-                record = result_of_worker(future, case, waiting)
-                samples += len(record.get("rows", ()))
-                progress.step(f"{samples:,} samples")
-                if "bad" in record:
-                    bad += 1
-                    _bad(case.name, record["bad"], job.strict)
-                elif record["left_out"]:
-                    _name_left_out(case, record["left_out"])
-            progress.tick()
-    return bad
+    def __init__(self, root: str, settings: TargetSettings, task: Task) -> None:
+        """Name the folder; nothing is read or written before `prepare`."""
+        super().__init__(root, settings)
+        self.task = task
+        self.masks = SAMPLE_KINDS[task.kind].masks
+        self.note = {
+            "task": task.name,
+            "window": list(task.window),
+            "channels": list(task.channel_names),
+            "axis_order": "czyx",
+            "orientation": "LPS",
+            "spacing": "mm",
+        }
 
+    def nbytes(self, source: Case) -> int:
+        """Total size in bytes of all files of a case."""
+        images = [path for _, one in source.files for path in source_files(one)]
+        return sum(os.path.getsize(path) for path in [*images, *(path for _, path in source.notes)])
 
-def _name_left_out(case: Case, left_out: list[str]) -> None:
-    more = f" (and {len(left_out) - 1} more, see report.json)" if len(left_out) > 1 else ""
-    say(f"left out: {case.name}: {left_out[0]}{more}")
+    def cut(self, source: Case) -> CutSource:
+        """Read a case; its samples come one by one. Raises BadScan for one that cannot be used."""
+        cut = self.task.cut(source, self.settings.size)
+        record = {"nbytes": self.nbytes(source), "files": cut.files, "left_out": []}
+        return CutSource(record, self._samples(cut, source, record))
 
+    def _samples(
+        self, cut: CutSamples, case: Case, record: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Row and voxels of each sample; what is left out is noted in the record."""
+        number = 0
+        for sample in cut.samples:
+            if isinstance(sample, LeftOut):
+                record["left_out"].append(sample.why)
+            else:
+                yield self._row(number, case, sample), np.ascontiguousarray(sample.record, "<i2")
+                number += 1
 
-def _known_samples(cases: list[Case]) -> int:
-    """The number of samples as far as it is known before cutting: what tables name, and at least one for each case."""
-    return sum(max(1, len(case.candidates)) for case in cases)
+    def _row(self, number: int, case: Case, sample: Sample) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "key": f"{case.uid}/{number:05d}",
+            "scan_uid": case.uid,
+            "patient": case.patient,
+            "of": sample.of,
+            "label": sample.label,
+            "foreground": single(sample.record[-1].mean()) if self.masks else 0.0,
+        }
+        for axis, first, centre, spacing in zip(
+            "zyx", sample.first_voxel, sample.centre_mm, sample.spacing_mm, strict=True
+        ):
+            row |= {axis: round(first), f"centre_{axis}": float(centre), f"spacing_{axis}": single(spacing)}
+        return row
 
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """The first sample that was left out, and how many more there are."""
+        left_out = record["left_out"]
+        if not left_out:
+            return None
+        more = f" (and {len(left_out) - 1} more, see report.json)" if len(left_out) > 1 else ""
+        return f"left out: {record['name']}: {left_out[0]}{more}"
 
-def record_bytes(task: Task, size: tuple[int, int, int]) -> int:
-    """Bytes of one sample in a shard, at most."""
-    channels = len(task.channel_names) + SAMPLE_KINDS[task.kind].masks
-    return 2 * channels * math.prod(size) + RECORD_HEAD
+    def forecast(self, listing: SourceListing[Case], sources: list[Case], workers: int) -> BuildForecast:
+        """Samples as far as tables name them, at least one for each case, and their bytes; cases by split."""
+        del workers
+        task, cases = self.task, listing.sources
+        depth, height, width = self.settings.size
+        one = 2 * (len(task.channel_names) + self.masks) * depth * height * width + RECORD_HEAD
+        known = sum(max(1, len(case.candidates)) for case in sources)
+        marks = [candidate.label for case in sources for candidate in case.candidates]
+        what = f"{len(marks):,} candidates" if marks else "samples from masks"
+        many = "as many as the masks give; they are read when cutting"
+        if marks:
+            positive = sum(label == 1 for label in marks)
+            classes = f", {positive:,} positive" if positive or not self.masks else ""
+            many = f"{len(marks):,}{classes}; {len(marks) * one / 2**30:.2f} GiB into {self.root}"
+        patients = {case.patient for case in cases}
+        lines = [
+            f"task           {task.name}: {task.kind}, {', '.join(task.channel_names)}; {' | '.join(task.classes)}",
+            f"cases          {len(cases):,} of {len(patients):,} patients, besides {len(listing.bad)} bad ones",
+            *(f"  {name:13}{count}" for name, count in _counts(cases, task.split(cases)).items()),
+            f"sample         {depth} x {height} x {width} voxels (z, y, x), {one / 2**20:.2f} MiB",
+            f"samples        {many}",
+        ]
+        least = known * one
+        return BuildForecast(f"{what}, {least / 2**30:.1f} GiB or more", lines, least)
 
+    def content(self, listing: SourceListing[Case], good: list[dict[str, Any]]) -> DataSetContent:
+        """Rows with their split and fold, and the metadata: task, split and cases."""
+        task, split = self.task, self.task.split(listing.sources)
+        patient = {case.uid: case.patient for case in listing.sources}
+        of, fold_of = _split_and_fold(split, {patient[record["uid"]] for record in good if record["rows"]})
+        rows = [
+            row | {"split": of[row["patient"]], "fold": fold_of.get(row["patient"], -1)}
+            for record in good
+            for row in record["rows"]
+        ]
+        channels, size = len(task.channel_names), list(self.settings.size)
+        meta = {
+            "task": task.name,
+            "kind": task.kind,
+            "shape": [channels + self.masks, *size],
+            "channels": channels,
+            "channel_names": list(task.channel_names),
+            "size_zyx": size,
+            "spacing_mm": _spacing(rows),
+            "window": list(task.window),
+            "classes": list(task.classes),
+            "axis_order": "czyx",
+            "settings": self.settings.options,
+            "tables": self.settings.tables,
+            "split": {
+                "rule": split.rule,
+                "seed": split.seed,
+                "folds": split.folds,
+                "val_fraction": split.val_fraction,
+                "samples": {name: sum(row["split"] == name for row in rows) for name in SPLITS},
+                "scans": _scans(rows, split.folds),
+            },
+            "sources": [
+                {"uid": record["uid"], "patient": patient[record["uid"]], "files": record["files"]}
+                | {"left_out": record["left_out"], "samples": len(record["rows"])}
+                for record in good
+            ],
+        }
+        lists = {}
+        if not split.folds:
+            shards = {name: {row["scan_uid"] for row in rows if row["split"] == name} for name in SPLITS}
+            ending = self.settings.format
+            lists = {
+                f"{name}.txt": sorted(f"{uid}.{ending}" for uid in uids) for name, uids in shards.items()
+            }
+        left_out = [(record["name"], why) for record in good for why in record["left_out"]]
+        return DataSetContent(rows, meta, lists, left_out)
 
-def _check_disk(samples: int, task: Task, job: PreparationJob) -> None:
-    need, free = samples * record_bytes(task, job.size), _free(job.out)
-    if free < need:
-        raise UserError(
-            f"{job.out}: {free / 2**30:.2f} GiB free, the samples take at least {need / 2**30:.2f} GiB: make room, name "
-            "another --out, or ask for fewer samples"
-        )
-
-
-def _free(path: str) -> int:
-    path = os.path.abspath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return shutil.disk_usage(path).free
-
-
-def _dry_run(task: Task, cases: Cases, mine: list[Case], split: Split, job: PreparationJob) -> int:
-    for where, why in sorted(cases.bad):
-        say(f"bad: {where}: {why}")
-    patients = {case.patient for case in cases.cases}
-    say(
-        f"task           {task.name}: {task.kind}, {', '.join(task.channel_names)}; {' | '.join(task.classes)}"
-    )
-    say(
-        f"cases          {len(cases.cases):,} of {len(patients):,} patients, besides {len(cases.bad)} bad ones"
-    )
-    for name, count in _counts(cases.cases, split).items():
-        say(f"  {name:13}{count}")
-    one = record_bytes(task, job.size)
-    depth, height, width = job.size
-    say(f"sample         {depth} x {height} x {width} voxels (z, y, x), {one / 2**20:.2f} MiB")
-    total = sum(len(case.candidates) for case in mine)
-    if total:
-        positive = sum(candidate.label == 1 for case in mine for candidate in case.candidates)
-        classes = f", {positive:,} positive" if positive or not SAMPLE_KINDS[task.kind].masks else ""
-        say(f"samples        {total:,}{classes}; {total * one / 2**30:.2f} GiB into {job.out}")
-    else:
-        say("samples        as many as the masks give; they are read when cutting")
-    say(f"free there     {_free(job.out) / 2**30:.2f} GiB")
-    _check_disk(_known_samples(mine), task, job)
-    return 1 if cases.bad else 0
+    def summary(self, meta: dict[str, Any]) -> list[str]:
+        """Lines on samples, split and size of the finished set."""
+        samples = sum(source["samples"] for source in meta["sources"])
+        size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
+        by_split = meta["split"]["samples"]
+        counts = ", ".join(f"{name} {count:,}" for name, count in by_split.items())
+        tested = " where fold 0 is tested on" if meta["split"]["folds"] else ""
+        return [f"{self.root}: {samples:,} samples, {size:.2f} GiB; {counts}{tested}"] + [
+            f"no samples for {name}: too few patients, or a fraction of 0"
+            for name, count in by_split.items()
+            if not count
+        ]
 
 
 def _counts(cases: list[Case], split: Split) -> dict[str, str]:
@@ -190,24 +293,31 @@ def _counts(cases: list[Case], split: Split) -> dict[str, str]:
     return told
 
 
-def _bad(where: str, why: str, strict: bool) -> None:
-    if strict:
-        raise UserError(f"bad case: {where}: {why} (--strict stops at the first)")
-    say(f"bad case: {where}: {why}")
+def _split_and_fold(split: Split, patients: set[str]) -> tuple[dict[str, str], dict[str, int]]:
+    """Split (of fold 0, where there are folds) and fold of every patient that has samples."""
+    if not split.folds:
+        return {patient: split.of[patient] for patient in patients}, {}
+    fold_of = {patient: split.fold_of[patient] for patient in patients}
+    empty = sorted(set(range(split.folds)) - set(fold_of.values()))
+    if empty and patients:
+        raise UserError(f"fold {empty[0]} of {split.folds} has no patient with samples: ask for fewer folds")
+    return splits.split_of_fold(fold_of, 0, split.val_fraction, split.seed), fold_of
 
 
-def _tell(meta: dict[str, Any], folder: TargetFolder) -> int:
-    samples = sum(source["samples"] for source in meta["sources"])
-    if samples == 0:
-        folder.remove_manifest()
-        raise UserError(f"{folder.root}: not one sample: all cases are bad or empty, see report.json there")
-    size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
-    counts = ", ".join(f"{name} {count:,}" for name, count in meta["split"]["samples"].items())
-    of = " where fold 0 is tested on" if meta["split"]["folds"] else ""
-    say(f"{folder.root}: {samples:,} samples, {size:.2f} GiB; {counts}{of}")
-    for name, count in meta["split"]["samples"].items():
-        if not count:
-            say(f"no samples for {name}: too few patients, or a fraction of 0")
-    if meta["bad_scans"]:
-        say(f"{len(meta['bad_scans'])} bad cases, see {os.path.join(folder.root, 'report.json')}")
-    return 1 if meta["bad_scans"] else 0
+def _scans(rows: list[dict[str, Any]], folds: int) -> dict[str, list[str]]:
+    """Scans by split, or by the fold they are tested on: what a pretraining set must not hold is here."""
+    if folds:
+        names = {str(i): {row["scan_uid"] for row in rows if row["fold"] == i} for i in range(folds)}
+    else:
+        names = {name: {row["scan_uid"] for row in rows if row["split"] == name} for name in SPLITS}
+    return {name: sorted(uids) for name, uids in names.items()}
+
+
+def _spacing(rows: list[dict[str, Any]]) -> list[list[float]] | None:
+    """mm z, y, x: [smallest, largest] along each axis; None without samples."""
+    if not rows:
+        return None
+    return [
+        [min(row[f"spacing_{axis}"] for row in rows), max(row[f"spacing_{axis}"] for row in rows)]
+        for axis in "zyx"
+    ]

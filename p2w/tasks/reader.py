@@ -1,4 +1,4 @@
-"""The samples of a target task, read in place from the shards that preprocess/prepare_target.py wrote.
+"""The samples of a target task, read in place from the shards that p2w prepare wrote.
 
     ncc = open_target("targets/ncc")
     rows = ncc.rows("train")                 # of a set with folds: ncc.rows("train", fold=1)

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans, printable, safe_uid, walk
 from p2w.ct.orientation import BadScan, Grid
 from p2w.ct.scan import ImageVolume, read_image
 from p2w.errors import UserError
+from p2w.files import file_crc32c
 from p2w.tasks import crops
 from p2w.tasks.task import SPLITS, CandidatePoint, Case, Cases, Triple
 
@@ -73,14 +72,11 @@ def parse_label(path: str, line: int, text: str) -> int:
 
 def file_checksum(path: str) -> str:
     """CRC-32C of a file, as manifests spell it. Raises UserError."""
-    crc = 0
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                crc = crc32c(piece, crc)
+        with open(path, "rb", buffering=0) as file:
+            return f"crc32c:{file_crc32c(file):08x}"
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
-    return f"crc32c:{crc:08x}"
 
 
 APART = 0.1  # voxels that a corner of the mask may be away from the image's
@@ -166,6 +162,8 @@ def apart(one: Grid, other: Grid) -> str | None:
 
 def _laid_over(mask: NDArray, of: Grid, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The mask resampled to another grid by nearest neighbour, 0 beyond the mask."""
+    from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
+
     to, start = crops.affine(grid)
     origin = crops.to_voxel(of, start)
     matrix = np.stack([crops.to_voxel(of, start + to[:, axis]) - origin for axis in range(3)], axis=1)
@@ -218,7 +216,7 @@ def _names(found: ScanListing) -> dict[str, ScanSource]:
     names: dict[str, list[ScanSource]] = {}
     for scan in found.sources:
         stem = file_stem(scan.name)
-        series = scan.name.rpartition("(series ")[2].rstrip(")") if scan.grid is not None else scan.uid
+        series = scan.info.series or scan.uid
         for name in {scan.uid, series, scan.name, stem, os.path.basename(stem), os.path.basename(scan.name)}:
             names.setdefault(name, []).append(scan)
     return {name: scans[0] for name, scans in names.items() if len(scans) == 1}

@@ -96,8 +96,8 @@ SAMPLE_SCHEMA = ManifestSchema(
     SAMPLE_COLUMNS,
     4,
     TASK_META,
-    "preprocess/prepare_target.py",
-    "make the set: python preprocess/prepare_target.py TASK --source FOLDER --out DIR",
+    "p2w prepare",
+    "make the set: p2w prepare TASK --source FOLDER --out DIR",
 )
 
 Triple = tuple[float, float, float]
@@ -138,6 +138,11 @@ class Cases:
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     tables: dict[str, str] = field(default_factory=dict)  # name -> checksum
+
+    @property
+    def sources(self) -> list[Case]:
+        """The cases, under the name that every listing has."""
+        return self.cases
 
     def sort(self) -> "Cases":
         """Bring them into an order that depends on nothing but their names."""

@@ -40,10 +40,9 @@ from torch import Tensor
 from p2w import __version__
 from p2w.config import TrainConfig
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import file_crc32c, sync_to_disk, write_atomic, write_remedy
 
 FILES = ("model.safetensors", "state.pt")
-CHUNK = 1 << 24
 UNSEALED = '"seal": "00000000"'
 
 
@@ -64,6 +63,9 @@ class Checkpoints:
         self, folder: Path, keep: int = 3, warn: Callable[[str], None] = print, keep_every: int = 0
     ) -> None:
         self.folder, self.keep, self.warn, self.keep_every = folder, keep, warn, keep_every
+        self.guard: Callable[[], None] = lambda: (
+            None
+        )  # raises UserError where this process may no longer write
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -100,7 +102,8 @@ class Checkpoints:
                 *(temporary / name for name in (*FILES, "meta.json", ".")),
                 *([log] if log.is_file() else []),
             ):
-                _sync(path)
+                sync_to_disk(path)
+            self.guard()
             self._publish(temporary, snapshot.step)
             self._mark_best(snapshot)
         except (
@@ -109,8 +112,10 @@ class Checkpoints:
             RuntimeError,
         ) as error:  # each writer raises another one for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
+            # torch's and safetensors' writers do not say why; on a disk that works it is full.
+            remedy = write_remedy(error) if isinstance(error, OSError) else "make room"
             raise UserError(
-                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); make room, then repeat the command"
+                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); {remedy}, then repeat the command"
             ) from error
         self._prune(snapshot.step)
         return final
@@ -130,7 +135,7 @@ class Checkpoints:
                 self._link_latest(max((other for other in self.steps() if other < step), default=None))
             self._delete(final)
         os.replace(temporary, final)
-        _sync(self.folder)
+        sync_to_disk(self.folder)
         self._link_latest(step)
 
     def _read_latest(self) -> int | None:
@@ -149,7 +154,7 @@ class Checkpoints:
             else:
                 os.symlink(self.path(step).name, temporary)
                 os.replace(temporary, link)
-            _sync(self.folder)
+            sync_to_disk(self.folder)
         except OSError:
             with contextlib.suppress(OSError):
                 link.unlink(missing_ok=True)
@@ -265,19 +270,8 @@ def _unseal(path: Path) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            value = crc32c.crc32c(block, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with open(path, "rb", buffering=0) as file:
+        return file_crc32c(file)
 
 
 class AsyncCheckpointer:

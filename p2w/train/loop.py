@@ -23,8 +23,9 @@ from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views, has_after_step
 from p2w.rng import SampleKeys
 from p2w.stream.stream import Batch, Stream
-from p2w.train.budgets import BadSampleBudget, LogWindow, NonfiniteSteps
+from p2w.train.budgets import BadSampleBudget, Collapse, LogWindow, NonfiniteSteps
 from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
+from p2w.train.id_audit import IdAudit
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
 from p2w.train.step import Stepper, StepResult
 from p2w.train.stop import EvaluationInterrupted, StopRequest
@@ -80,11 +81,13 @@ class Trainer:
         self.skips = NonfiniteSteps(config.train.max_nonfinite, world, key, log, lag)
         self._plan_graph()
         self.bad = BadSampleBudget(config.data, world, stream)
+        self.audit = IdAudit(stream.sampler, world, config.data.audit_ids)
         self._stop = StopRequest()
         self._steps_to_poll, self._polled_at, self._polled_step = 1, time.monotonic(), self.step
         # See Stepper.warm_up_ddp. With two ranks, a sum has the same bits in any order.
         self._ddp_warmed_up = world.size < 3
         self.window = LogWindow()
+        self.collapse = Collapse(log)
 
     def resume(self) -> bool:
         """Load the newest intact checkpoint; False when there is none."""
@@ -119,6 +122,7 @@ class Trainer:
         )
         self.checkpointer.durable = (self.step, self.evaluation_pending)
         self.bad.load(state.get("bad_samples", self.bad.state()))
+        self.audit.continue_from(self.step, state.get("ids"))
         self.log.rewind(self.step, evaluated=not self.evaluation_pending)
         return True
 
@@ -131,6 +135,7 @@ class Trainer:
         with StopRequest(self.log.speaks, ignore_after_error=self.world.size > 1) as self._stop:
             try:
                 outcome = self._train(validate, probe)
+                self.audit.check(int(self.world.sum(torch.tensor([self.audit.take()]))), self.step)
                 self.watchdog.at(self.step, "saving")
                 self.checkpointer.wait()
                 if self._unsaved():
@@ -139,8 +144,8 @@ class Trainer:
                 self.checkpointer.wait(AsyncCheckpointer.LEAVING_S if sys.exc_info()[0] else None)
             if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
-                    f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
-                    "command"
+                    f"step {self.step}: could not be saved, the newest checkpoint is older; mend what the warning above "
+                    "names, then repeat the command"
                 )
         return outcome
 
@@ -162,9 +167,12 @@ class Trainer:
             if self._unsaved() and self.checkpointer.should_save(self.step, self.validation):
                 self.save()
             if self.step >= settings.steps:
-                return Outcome("finished", self.step)
+                return Outcome("finished", self.step, self.collapse.why())
             if 0 < settings.early_stop <= schedule.bad:
-                return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+                why = f"{schedule.bad} validations brought nothing"
+                return Outcome(
+                    "stopped early", self.step, "; ".join(filter(None, (why, self.collapse.why())))
+                )
             self.watchdog.at(self.step, "reading data")
             self.train_step(next(batches))
             stopping = self._poll_stop_request()
@@ -180,19 +188,20 @@ class Trainer:
         Each poll also averages the ranks' seconds a step, so that all ranks count the same steps to the next poll.
         """
         if self.world.size == 1:
+            self.audit.check(self.audit.take(), self.step)
             return self._stop.requested or self.world.orphaned()
         self._steps_to_poll -= 1
         if self._steps_to_poll > 0:
             return False
         now = time.monotonic()
         pace = (now - self._polled_at) / max(1, self.step - self._polled_step)
-        requests = float(self._stop.requested or self.world.orphaned())
-        requests, pace = self.world.sum(
-            torch.tensor([requests, pace / self.world.size], dtype=torch.float64)
-        ).tolist()
-        self._steps_to_poll = max(1, min(MAX_STEPS_A_POLL, int(STOP_POLL_S / max(pace, 1e-9))))
+        requested = self._stop.requested or self.world.orphaned()
+        numbers = [int(requested), round(1e9 * pace / self.world.size), self.audit.take()]
+        requests, nanoseconds, audited = self.world.sum(torch.tensor(numbers)).tolist()
+        self.audit.check(audited, self.step)
+        self._steps_to_poll = max(1, min(MAX_STEPS_A_POLL, int(STOP_POLL_S / max(1e-9 * nanoseconds, 1e-9))))
         self._polled_at, self._polled_step = now, self.step
-        return requests > 0
+        return bool(requests > 0)
 
     def _plan_graph(self) -> None:
         """Let steps run as a CUDA graph where that is possible. Raises UserError for `train.cuda_graph=on` where not."""
@@ -233,6 +242,7 @@ class Trainer:
             "skipped": self.skips.in_a_row_now(),
             "bad_samples": self.bad.state(),
             "samples_seen": self.step * self.config.data.batch,
+            "ids": self.audit.last(self.step),
             "owed": self.evaluation_pending,  # a run that must stop leaves before this step's evaluation
         }
         self.checkpointer.save(Snapshot(self.step, self.model.state_dict(), state, self.validation))
@@ -250,6 +260,7 @@ class Trainer:
         self.evaluation_pending = self._validation_due() or (every > 0 and self.step % every == 0)
         self.validation = None
         self.bad.count(batch, self.step)
+        self.audit.add(batch)
         self.skips.add(result, batch.ids, self.step)
         self._log_step(result, len(batch.ids))
 
@@ -260,7 +271,7 @@ class Trainer:
     def _views(self, batch: Batch) -> Views:
         """The network's inputs and targets from this rank's batch, the same for every call at this step."""
         torch.manual_seed(_mix(self.config.train.seed, self.step, self.world.rank))
-        keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids)
+        keys = SampleKeys(self.config.data.seed, batch.epoch, batch.ids, batch.real)
         return self.pretext.sample(batch.voxels, keys, self.step)
 
     def _log_step(self, result: StepResult, samples: int) -> None:
@@ -285,6 +296,7 @@ class Trainer:
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
+        self.collapse.look(result.grad_norm, self.step)
         self.log.progress(self.step, loss, rate, wait)
         self.window = LogWindow(self.stream.wait_seconds, self.checkpointer.stall_s)
 

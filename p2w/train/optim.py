@@ -200,6 +200,8 @@ class Schedule:
             return config.lr * (
                 self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
             )
+        if config.schedule not in ("constant", "plateau"):
+            raise ValueError(f"no schedule {config.schedule!r}")
         return config.lr * self.factor
 
     def observe(self, validation: float) -> None:

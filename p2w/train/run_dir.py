@@ -3,33 +3,40 @@
 RUN/
     config.json     every setting; a run can be started from it
     run.json        data set, machine, versions and command of each start, and the step at which it began
-    status.json     running | finished | stopped early | told to stop | failed, and the step
+    status.json     running | finished | stopped early | told to stop | failed, and the step; while running, host, pid, boot
+                    id and the time of the last sign of life. `p2w.run_owner.run_state` tells a killed run from a live one
+    .lock .owner    keep a second process out, see `p2w.run_owner`
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
 """
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
 from p2w import config as settings
 from p2w.config import Config
 from p2w.errors import UserError
-from p2w.files import FileLock, write_atomic
-from p2w.stream.local import ShardSet
+from p2w.files import FileLock, write_atomic, write_remedy
+from p2w.run_owner import BEAT_S, Owner, described, this_process
+from p2w.stream.local import Order, ShardSet
 
 
 def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
-    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, and `spacing_mm` as
-    [smallest, median, largest], each (z, y, x).
+    Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
+    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
+    facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
         scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
@@ -41,11 +48,22 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
 
 
 class RunDir:
-    """The folder of a run; rank 0 holds its lock, so that one process trains in it at a time."""
+    """The folder of a run; rank 0 is its owner, so that one process trains in it at a time."""
+
+    STATUS_EVERY = 3  # heartbeats
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock")
+        self.owner = Owner(path)
+        self._lock = FileLock(
+            path / ".lock",
+            without=f"a second process is kept out by .owner there, which is touched every {BEAT_S:.0f} s",
+        )
+        self._files: dict[str, str] = {}  # for a folder that is made anew
+        self._place: tuple[int, int] | None = None
+        self._handle = -1
+        self._end, self._writing = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def check_may_continue(self, config: Config, data: str) -> None:
         """Check that a run with this configuration and data fingerprint may begin or continue in the folder.
@@ -82,39 +100,145 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             locked = self._lock.acquire()
+            other = self.owner.other(not locked, have_lock=locked and self._lock.works)
+            if not locked and not other:
+                locked = self._lock.acquire()  # the owner may have just left
         except OSError as error:
             raise UserError(
                 f"{self.path}: {error.strerror}; name a folder you may write with --run-dir"
             ) from error
-        if not locked:
+        if other or (not locked and not self.owner.read()):
+            name = described(other) if other else self._lock.note() or "it left no name"
+            self._lock.release()
             raise UserError(
-                f"{self.path}: another process trains in it ({self._lock.note() or 'it left no name'}); wait for it or end "
-                "it, or name another --run-dir"
+                f"{self.path}: another process trains in it ({name}); wait for it or end it, or name another --run-dir"
             )
-        self._lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
         try:
-            write_atomic(self.path / "config.json", settings.config_to_json(config))
-            write_atomic(self.path / "run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
+            if locked:
+                self._lock.write(f"{socket.gethostname()}, pid {os.getpid()}")
+            self.owner.take()
+            self._write("config.json", settings.config_to_json(config))
+            self._write("run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run-dir") from error
+            raise UserError(
+                f"{self.path}: {error.strerror}; {write_remedy(error)}, or name another --run-dir"
+            ) from error
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file, and keep its text."""
+        write_atomic(self.path / name, text)
+        self._files[name] = text
+
+    def watch(
+        self, step: Callable[[], int], warn: Callable[[str], None], on_lost: Callable[[str], None]
+    ) -> None:
+        """Rank 0: give signs of life from a thread until `close`.
+
+        `warn` gets one line when the folder is moved or deleted, which is then made anew; `on_lost` gets one line when
+        another process has taken over.
+        """
+        self._remember_place()
+        self._thread = threading.Thread(
+            target=self._beat, args=(step, warn, on_lost), name="p2w-owner", daemon=True
+        )
+        self._thread.start()
+
+    def _remember_place(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._handle >= 0:
+                os.close(self._handle)
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            found = os.fstat(self._handle)
+            self._place = (found.st_dev, found.st_ino)
+
+    def _beat(
+        self, step: Callable[[], int], warn: Callable[[str], None], on_lost: Callable[[str], None]
+    ) -> None:
+        count = 0
+        while not self._end.wait(BEAT_S):
+            count += 1
+            with contextlib.suppress(OSError):
+                self._check_place(warn)
+                if other := self.owner.beat():
+                    on_lost(
+                        f"{self.path}: {described(other)} has taken it over while this process gave no sign of life"
+                    )
+                    return
+                if count % self.STATUS_EVERY == 0:
+                    self.write_status("running", step())
+
+    def _check_place(self, warn: Callable[[str], None]) -> None:
+        """Warn, and make the folder anew, where it is no longer at its path. Raises OSError."""
+        try:
+            found = os.stat(self.path)
+            if self._place is None or (found.st_dev, found.st_ino) == self._place:
+                return
+        except FileNotFoundError:
+            pass
+        now = os.readlink(f"/proc/self/fd/{self._handle}") if self._handle >= 0 else "unknown"
+        gone = "was deleted" if now.endswith(" (deleted)") or now == "unknown" else f"was moved to {now}"
+        warn(
+            f"{self.path}: the folder {gone} while the run trains in it; the run goes on in a new one at the same path, "
+            "with the checkpoints from now on"
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remember_place()
+        for name, text in self._files.items():
+            write_atomic(self.path / name, text)
+        self.owner.take()
+
+    def check_owner(self) -> None:
+        """Raise UserError when another process has taken the folder over: before a checkpoint is published."""
+        found = self.owner.read()
+        if found and found.get("word") != self.owner.word:
+            raise UserError(f"{self.path}: {described(found)} trains in it now")
 
     def add_to_start(self, **facts: Any) -> None:
         """Rank 0: add entries to this start in run.json."""
         *before, start = self._starts()
-        write_atomic(self.path / "run.json", json.dumps({"starts": [*before, start | facts]}, indent=2))
+        self._write("run.json", json.dumps({"starts": [*before, start | facts]}, indent=2))
 
     def write_status(self, state: str, step: int, why: str = "") -> None:
-        """Rank 0: write status.json, for schedulers and people."""
-        write_atomic(self.path / "status.json", json.dumps({"state": state, "step": step, "why": why}))
+        """Write status.json, for schedulers and people: rank 0, or the rank that reports why all leave."""
+        alive = {**this_process(), "heartbeat": round(time.time(), 3)} if state == "running" else {}
+        with self._writing:
+            # Not over how it ended; and what the watchdog says of a hang stays, when its end makes a collective fail.
+            if state in ("running", "failed") and self._end.is_set():
+                return
+            if state != "running":
+                self._end.set()  # nothing is written over it
+            write_atomic(
+                self.path / "status.json", json.dumps({"state": state, "step": step, "why": why, **alive})
+            )
 
     def last_start(self) -> dict[str, Any]:
         """The newest start in run.json; empty when there is none. Raises UserError for a run.json that is broken."""
         return (self._starts() or [{}])[-1]
 
+    def order(self) -> Order | None:
+        """The order of sub-scans with which the run in the folder has begun; None for no run, or where that is unknown.
+
+        Runs of earlier versions did not record it; a folder and s3 have one each.
+        """
+        start = self.last_start()
+        if start.get("order") in get_args(Order):
+            return cast(Order, start["order"])
+        shards = str(start.get("shards", "http://"))
+        return None if shards.startswith("http") else "streamed" if shards.startswith("s3:") else "shuffled"
+
     def close(self) -> None:
-        """Release the lock."""
+        """Stop the signs of life, and release the folder."""
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join(BEAT_S)
+            self._thread = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        self.owner.release()
         self._lock.release()
+        self._end = threading.Event()
 
     def _starts(self) -> list[dict[str, Any]]:
         path = self.path / "run.json"

@@ -1,5 +1,6 @@
 """Stop requests: signal handlers that set a flag, and evaluations that all ranks end at the same batch."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,12 +14,14 @@ from p2w.stream.stream import Batch, Stream
 
 
 class StopRequest:
-    """Records SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) inside a `with` block; restores the handlers after it.
+    """Records SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning) and SIGHUP (the terminal goes) inside a `with` block.
+
+    It restores the handlers after the block.
 
     A SIGTERM or SIGINT later than BURST_S after the first one ends the process at once, without saving, with exit code 128
     + its number. Earlier ones change nothing: scancel signals torchrun and its workers, torchrun then signals the workers
     again, and all of that is one request. SIGUSR1 never counts as a second signal, because slurm/pretrain.sbatch repeats it
-    until the run has ended.
+    until the run has ended. SIGHUP does not either, and is left alone where the process was started to ignore it (nohup).
 
     With `ignore_after_error`, the handlers stay in place when the block ends with an error: the process then reports the
     error and exits by itself, and the SIGTERM that torchrun sends because a peer has failed must not cut that short.
@@ -27,7 +30,7 @@ class StopRequest:
     collective would never see the second signal. A thread does: the interpreter writes each signal's number to a socket.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     FORCING = (signal.SIGTERM, signal.SIGINT)  # a second one of these ends the process at once
     BURST_S = 2.0
 
@@ -45,13 +48,11 @@ class StopRequest:
         if self.requested:
             return
         self.name = signal.Signals(number).name
-        if (
-            self.speaks
-        ):  # written to the file descriptor: a signal may come while Python's own stream is locked
-            os.write(
-                2,
-                f"{self.name}: saves after this step, then leaves (a second Ctrl-C or SIGTERM leaves at once)\n".encode(),
-            )
+        if self.speaks:
+            line = f"{self.name}: saves after this step, then leaves (a second Ctrl-C or SIGTERM leaves at once)\n"
+            # To the file descriptor: a signal may come while Python's own stream is locked. The terminal may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())
 
     def _watch(self, numbers: socket.socket) -> None:
         """Runs in a thread: ends the process at a second signal, and returns when the socket is closed."""
@@ -71,6 +72,8 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(numbers,), name="p2w-signals", daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
         return self
 

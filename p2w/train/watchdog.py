@@ -1,15 +1,18 @@
 """Finds the rank that hangs. Ranks train in lockstep, so one rank that stops makes all of them wait without a message.
 
-A thread of each rank writes heartbeats to the rendezvous store and reads those of the others. A heartbeat contains no
-time: the reader checks, by its own monotonic clock, whether it has changed.
+A thread of each rank writes heartbeats to the rendezvous store. Rank 0 reads all of them in one request and writes its own
+with what it has found to the "board", which the others read: two small requests a rank and beat. If every rank read every
+other's, the one store would serve N^2 of them a second. A heartbeat contains no time: the reader checks, by its own
+monotonic clock, whether it has changed.
 
 - A rank without new heartbeats is stopped, dead or cut off. It is named after SILENT_S, or a quarter of `hang_s`.
+  Rank 0 is watched by all others.
 - If all ranks send heartbeats and none makes progress for `hang_s`, the one that is furthest behind is named: it reads,
   validates or saves while the others wait for it.
 - A rank that exited with an error is named after LEFT_S, if the others have not noticed by themselves.
 
-The rank that finds the cause writes it into its heartbeat, so that all ranks give the same reason. Then they exit with
-code 1, and torchrun or Slurm starts the run again.
+Rank 0 writes the cause to the board, so that all ranks give the same reason. Then they exit with code 1, and torchrun or
+Slurm starts the run again.
 """
 
 import contextlib
@@ -17,9 +20,11 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+
+import torch.distributed as dist
 
 from p2w.world import World
 
@@ -32,6 +37,8 @@ PHASES = (
     "drawing",
 )  # in the order of a step
 BEAT_S = 1.0
+RANKS_A_SECOND = 400  # with more ranks than these, beats are further apart: the store answers from one core
+MOST_KEYS = 512  # keys in one request to the store
 SILENT_S = 60.0
 LEFT_S = 5.0
 LAST_BEAT_S = 2.0  # longest wait for the last heartbeat, which tells the others that this rank exits
@@ -53,6 +60,11 @@ class Peer:
     pid: int = 0
     left: str = ""  # "done" or "failed" once the rank has exited
 
+    @property
+    def key(self) -> str:
+        """The key of its heartbeat in the store."""
+        return f"beat/{self.rank}"
+
     def doing(self) -> str:
         """Its phase and step as text."""
         return f"{PHASES[self.progress[1]]} at step {self.progress[0]}"
@@ -69,8 +81,11 @@ class Watchdog:
 
     def __init__(self, world: World, hang_s: float = 600.0) -> None:
         self.world, self.hang_s = world, hang_s
+        self.on_exit: Callable[[str, int], None] = lambda reason, step: (
+            None
+        )  # called before the process is ended
         self.silent_s = min(SILENT_S, hang_s / 4)
-        self.beat_s = min(BEAT_S, self.silent_s / 10)
+        self.beat_s = min(max(BEAT_S, world.size / RANKS_A_SECOND), self.silent_s / 10)
         now = time.monotonic()
         self.peers = [
             Peer(rank, world.host if rank == world.rank else "", now, now) for rank in range(world.size)
@@ -82,8 +97,8 @@ class Watchdog:
         self._failure_seen: float | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="p2w-watchdog", daemon=True)
-        self._origin: Any = None  # torch's stub for it lacks `clone`
-        self._store: Any = None
+        self._store: dist.Store | None = None
+        self._silent: list[int] = []  # ranks that rank 0 names as silent
         self._answer_s = max(2.0, self.silent_s / 4)
         self._exchange_thread: threading.Thread | None = None
         self._store_error = ""
@@ -100,8 +115,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world.size > 1:
-            self._origin = self.world.connection(self._answer_s)
-            self._store = self._origin.clone()
+            self._store = self.world.connection(self._answer_s)
         self._thread.start()
         return self
 
@@ -112,7 +126,7 @@ class Watchdog:
         self._left = "done" if kind is None else "failed"
         self._end.set()
         self._thread.join(LAST_BEAT_S)  # the rank or node of the store may be gone
-        self._store = self._origin = None
+        self._store = None
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -129,7 +143,7 @@ class Watchdog:
         self._exchange()
 
     def _exchange(self) -> str:
-        """Write this rank's heartbeat and read the others'. Returns what is wrong with the store, or "".
+        """Write this rank's heartbeat; read the board, or as rank 0 all heartbeats. Returns what is wrong with the store.
 
         In a thread that may never end: if the store's process is stopped, TCPStore's `check` and `clone` wait for ever,
         whatever time-out is set (torch 2.13).
@@ -143,26 +157,56 @@ class Watchdog:
         return "it does not answer" if thread.is_alive() else self._store_error
 
     def _exchange_beats(self) -> None:
-        """Write this rank's heartbeat and read the others'; an error of the store goes to `_store_error`."""
+        """Do the work of `_exchange`; an error of the store goes to `_store_error`."""
         self._tick += 1
         me = self.peers[self.world.rank]
         beat = [self._tick, self._progress, os.getpid(), self.world.host, self._left, self._reason]
         store, self._store_error = self._store, ""
+        self._read_beat(me, json.dumps(beat))
         if store is None:
-            self._read_beat(me, json.dumps(beat))
             return
         try:
+            if me.rank == 0:
+                self._read_all(store)
+                silent = [peer.rank for peer in self._silent_peers(time.monotonic())]
+                store.set("board", json.dumps([[*beat[:-1], self._reason], silent]))
+                return
             store.set(f"beat/{me.rank}", json.dumps(beat))
-            for peer in self.peers:
-                if peer.tick < 0 and not store.check([f"beat/{peer.rank}"]):
-                    continue
-                self._read_beat(peer, store.get(f"beat/{peer.rank}").decode())
+            if self.peers[0].tick >= 0 or store.check(["board"]):
+                board, self._silent = json.loads(store.get("board"))
+                self._read_beat(self.peers[0], json.dumps(board))
         except RuntimeError as error:
             self._store_error = str(error).partition("\n")[0]
             if self._end.is_set():
                 return  # this rank exits, and to connect again would take up to twice the time-out (torch 2.13)
             with contextlib.suppress(RuntimeError):  # after a time-out an answer may still be on the way
-                self._store = self._origin.clone() if self._origin is not None else None
+                self._store = self.world.connection(self._answer_s) if self._store is not None else None
+
+    def _read_all(self, store: dist.Store) -> None:
+        """Rank 0: read the heartbeats of all other ranks that still run."""
+        others = [peer for peer in self.peers[1:] if not peer.left]
+        for peers in (others[start : start + MOST_KEYS] for start in range(0, len(others), MOST_KEYS)):
+            there = peers
+            if any(peer.tick < 0 for peer in peers) and not store.check([peer.key for peer in peers]):
+                there = [peer for peer in peers if peer.tick >= 0 or store.check([peer.key])]
+            if there:
+                for peer, text in zip(there, store.multi_get([peer.key for peer in there]), strict=True):
+                    self._read_beat(peer, text.decode())
+
+    def _read_node(self) -> None:
+        """Read the heartbeats of this node's ranks, in a thread that is left behind if the store does not answer."""
+        world, store = self.world, self._store
+        first = world.rank - world.local_rank
+
+        def read() -> None:
+            with contextlib.suppress(RuntimeError):
+                for peer in self.peers[max(1, first) : first + world.local_size]:
+                    if store is not None and peer.rank != world.rank and store.check([peer.key]):
+                        self._read_beat(peer, store.get(peer.key).decode())
+
+        thread = threading.Thread(target=read, name="p2w-beat", daemon=True)
+        thread.start()
+        thread.join(self._answer_s)
 
     def _read_beat(self, peer: Peer, text: str) -> None:
         """Update `peer` from its heartbeat."""
@@ -175,11 +219,18 @@ class Watchdog:
         peer.tick, peer.progress, peer.pid, peer.host, peer.left = tick, tuple(progress), pid, host, left
         self._reason = self._reason or reason
 
+    def _silent_peers(self, now: float) -> list[Peer]:
+        """The ranks that this one watches, run, and have given no sign of life for too long."""
+        watched = self.peers[1:] if self.world.rank == 0 else self.peers[:1]
+        return [peer for peer in watched if not peer.left and now - peer.heard > self.silent_s]
+
     def find_hang(self, now: float, store_error: str = "") -> str:
         """One line that names what hangs at the monotonic time `now`; "" while nothing does."""
         me = self.peers[self.world.rank]
-        others = [peer for peer in self.peers if peer is not me]
-        running = [peer for peer in self.peers if not peer.left]
+        # Rank 0 knows all; another rank knows itself and rank 0, and watches its own progress once rank 0 has left.
+        known = self.peers if me.rank == 0 or not self.world.store else [self.peers[0], me]
+        others = [peer for peer in known if peer is not me]
+        running = [peer for peer in known if not peer.left]
         if store_error:
             quiet = now - max((peer.heard for peer in others), default=now)
             if quiet <= self.silent_s:
@@ -188,7 +239,7 @@ class Watchdog:
                 f"no answer from the rendezvous store for {quiet:.0f} s ({store_error}): its node is stopped, dead or cut "
                 "off"
             )
-        silent = [peer for peer in running if peer is not me and now - peer.heard > self.silent_s]
+        silent = self._silent_peers(now)
         if silent:
             return "; ".join(
                 f"{p}: no sign of life for {now - p.heard:.0f} s, last heard of {p.doing()}" for p in silent
@@ -199,9 +250,10 @@ class Watchdog:
             return "; ".join(
                 f"{peer} has left, at step {peer.progress[0]}; its own message says why" for peer in failed
             )
+        watched_by_0 = bool(me.rank and not self.peers[0].left and self.world.store)
         slow = not self._steps or any(PHASES[peer.progress[1]] == "drawing" for peer in running)
         allowed = self.hang_s * (SLOW_FACTOR if slow else 1.0)
-        if not running or min(now - peer.moved for peer in running) <= allowed:
+        if watched_by_0 or not running or min(now - peer.moved for peer in running) <= allowed:
             return ""
         behind = min(peer.progress for peer in running)
         return "; ".join(
@@ -217,14 +269,18 @@ class Watchdog:
         """
         self._reason = reason
         self._exchange()
+        self._read_node()
         now, me = time.monotonic(), self.peers[self.world.rank]
+        silent = {peer.rank for peer in self._silent_peers(now)} | set(self._silent)
         near = [peer for peer in self.peers if peer.host == me.host]
-        alive = [peer.rank for peer in near if not peer.left and now - peer.heard <= self.silent_s]
+        alive = [peer.rank for peer in near if not peer.left and peer.rank not in silent and store_answers]
         if me.rank != min([me.rank, *alive]):
             time.sleep(EXIT_DELAY_S)
             os._exit(1)
+        if me.rank == 0 or 0 in silent or not store_answers:
+            self.on_exit(f"hangs: {reason}", me.progress[0])
         for peer in near:
-            if store_answers and peer.rank not in alive and not peer.left:
+            if store_answers and peer.rank in silent and not peer.left:
                 self.world.end_neighbour(peer.pid)
         # The store may end with this process, so the others get time to read the reason in its heartbeat.
         time.sleep(2 * self.beat_s)

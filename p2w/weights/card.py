@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from p2w import __version__
 from p2w import config as settings
@@ -14,6 +14,8 @@ from p2w.errors import UserError
 from p2w.log import read_metrics
 from p2w.model import Encoder
 from p2w.pretext import build_pretext
+from p2w.pretext.settings import Shows
+from p2w.shards.mixture import relocated
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"
 FINGERPRINT = "the first 16 digits of a SHA-256 over the manifest: shape, window, tiling, split, and each shard's checksum"
@@ -56,6 +58,7 @@ def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]
             "window_hu": list(config.pretext.window_hu),
             "size_zyx": list(config.pretext.size),
             "spacing_mm_zyx": _spacing(config, start.get("data_set")),
+            **_scans(start.get("data_set")),
             "edges_divisible_by": encoder.strides[-1],
         },
         "training": {
@@ -88,9 +91,8 @@ def _figures(trained: Trained) -> dict[str, float]:
 def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start: its fingerprint, and `shards`, a URL or an absolute path."""
     start = _last_start(run)
-    shards = str(start["shards"])
-    if "://" not in shards:
-        shards = os.path.join(str(start.get("cwd") or ""), shards)
+    cwd = str(start.get("cwd") or "")
+    shards = relocated(str(start["shards"]), lambda path: path if "://" in path else os.path.join(cwd, path))
     return {"fingerprint": str(start["data"]), "shards": shards}
 
 
@@ -105,17 +107,33 @@ def _last_start(run: Path) -> dict[str, Any]:
         ) from error
 
 
+def _scans(data_set: Any) -> dict[str, Any]:
+    """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed."""
+    told = data_set if isinstance(data_set, dict) else {}
+    scans = {key: told[key] for key in ("modality", "intensity") if key in told}
+    tiling = told.get("tiling")
+    resampled = tiling.get("spacing_mm") if isinstance(tiling, dict) else None
+    return scans | ({"resampled_to_mm": resampled} if resampled else {})
+
+
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
     """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
 
-    Wholes are resized to the network's size, parts too, which makes them finer.
+    Wholes are resized to the network's size, parts too, which makes them finer. A part's extremes are those of its volume:
+    along one axis it may be longer or shorter. Raises UserError for a pretext that does not say what it shows.
     """
     names = ("scans_smallest", "scans_median", "scans_largest")
-    shows = build_pretext(config).shows
+    pretext = build_pretext(config)
+    shows = pretext.shows
+    if shows not in get_args(Shows):
+        raise UserError(
+            f"pretext {config.pretext.name}: shows {shows!r}, must be one of {', '.join(get_args(Shows))}; the spacing that "
+            "the network saw follows from it"
+        )
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
         edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
-        whole = [mm * edge / size for mm, edge, size in edges]
+        whole = [mm * edge / size * pretext.kept_edge for mm, edge, size in edges]
     except (LookupError, TypeError, ValueError):
         return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
     unit = spread[1] if shows == "crop" else whole
@@ -145,7 +163,7 @@ features = encoder(x)                # list, fine to coarse
 ```
 
 **Input**: {fed["what"]}; window {fed["window_hu"]} HU, axes {fed["axis_order"]}; trained at {fed["size_zyx"]} voxels; any
-size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed["spacing_mm_zyx"])}
+size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_scans(fed)}
 
 **Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}
 ({training["fingerprint_is"]}). All settings are in `card.json`.
@@ -157,10 +175,23 @@ size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_spacing(fed[
 """
 
 
-def _of_spacing(spacing: dict[str, Any]) -> str:
+def _of_scans(fed: dict[str, Any]) -> str:
+    spacing, resampled = fed["spacing_mm_zyx"], fed.get("resampled_to_mm")
+    said = ""
+    if "modality" in fed:
+        low, high = fed["intensity"]["percentiles"]
+        said = (
+            f"The scans are {fed['modality'].upper()}: of each, the percentiles {low} and {high} became the ends of that "
+            "window, so yours become 0 and 1. "
+        )
     if spacing["network"] is None:
-        return "The run did not record the spacing of its scans."
+        return f"{said}The run did not record the spacing of its scans."
+    if resampled:
+        return (
+            f"{said}Scans were resampled to {resampled} mm (z, y, x), and what is cut from them is resized: the network saw "
+            f"{spacing['network_smallest']} to {spacing['network_largest']} mm."
+        )
     return (
-        f"Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
+        f"{said}Scans are not resampled: {spacing['scans_median']} mm (z, y, x; median). What is cut from them is, and the "
         f"network saw {spacing['network_smallest']} to {spacing['network_largest']} mm."
     )

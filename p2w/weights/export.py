@@ -1,7 +1,7 @@
 """Write the weights of a run for other programs.
 
     p2w export runs/paper --to safetensors       one file with its card inside: p2w.load(FILE), or safetensors alone
-    p2w export runs/paper --to models-genesis    torch file under Models Genesis' names: {"state_dict": …}
+    p2w export runs/paper --to models-genesis    torch file for Models Genesis' class (--what all), kernels x, y, z
     p2w export runs/paper --to hub-folder        model.safetensors, card.json, README.md: upload it as it is
     p2w export runs/resencl --to nnunet          folder with nnU-Net's checkpoint_final.pth; of a run of --model.name resencl
 
@@ -9,6 +9,7 @@ The best checkpoint by validation, else the newest, unless --step names one.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from p2w.files import write_atomic
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import markdown, model_card
-from p2w.weights.foreign import to_genesis
+from p2w.weights.foreign import AXIS_ORDER, not_for_genesis_class, to_genesis
 from p2w.weights.load import filled_encoder, find_checkpoint
 
 State = dict[str, Tensor]
@@ -48,6 +49,8 @@ class ExportOptions:
     """The checkpoint; default is the best by validation, else the newest."""
     what: Annotated[Literal["encoder", "all"], tyro.conf.arg(aliases=["--holds"])] = "encoder"
     """The encoder alone, or all weights with the decoder."""
+    nnunet_plans: Path | None = None
+    """Plans of a dataset of nnU-Net, a JSON file: kernels, spacing and patch are turned to that dataset's axes."""
 
 
 def main(argv: list[str]) -> int:
@@ -59,6 +62,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{options.run}: trained {model.name}, and {form.why}; pass --to safetensors")
     if form.encoder_alone and options.what == "all":
         raise UserError(f"--what all: {form.why}, and its decoder is its own; leave it out")
+    if options.nnunet_plans is not None and options.to != "nnunet":
+        raise UserError(
+            f"--nnunet-plans {options.nnunet_plans}: only --to nnunet is for nnU-Net; leave it out"
+        )
+    write = form.write
+    if options.nnunet_plans is not None:
+        write = functools.partial(_nnunet, axes=nnunet.axes_of(options.nnunet_plans))
     snapshot = Checkpoints(trained.run / "checkpoints").load(trained.step)
     encoder = filled_encoder(model.name, model.width, snapshot.model, str(trained.folder))
     state = {
@@ -70,7 +80,7 @@ def main(argv: list[str]) -> int:
     out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        form.write(out, state, card)
+        write(out, state, card)
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); name another with --out") from error
     print(
@@ -84,7 +94,10 @@ def _safetensors(out: Path, state: State, card: dict[str, Any]) -> None:
 
 
 def _models_genesis(out: Path, state: State, card: dict[str, Any]) -> None:
-    """In the form of Models Genesis' PyTorch code: names begin with `module.`; loads with weights_only=True."""
+    """In the form of Models Genesis' PyTorch code: names begin with `module.`, kernels are x, y, z as its arrays are.
+
+    Loads with weights_only=True. Says so where its own class cannot load the file.
+    """
     network = card["encoder"]["name"]
     if network != "unet3d":
         raise UserError(
@@ -94,11 +107,14 @@ def _models_genesis(out: Path, state: State, card: dict[str, Any]) -> None:
     torch.save(
         {
             "state_dict": {f"module.{k}": v for k, v in to_genesis(state).items()},
+            AXIS_ORDER: "xyz",
             "p2w": json.dumps(card),
         },
         packed,
     )
     write_atomic(out, packed.getvalue())
+    if why := not_for_genesis_class(state):
+        print(f"{out}: Models Genesis' own class, UNet3D, cannot load this file: {why}")
 
 
 def _hub_folder(out: Path, state: State, card: dict[str, Any]) -> None:
@@ -108,11 +124,11 @@ def _hub_folder(out: Path, state: State, card: dict[str, Any]) -> None:
         write_atomic(temporary / "README.md", markdown(card))
 
 
-def _nnunet(out: Path, state: State, card: dict[str, Any]) -> None:
+def _nnunet(out: Path, state: State, card: dict[str, Any], axes: list[int] | None = None) -> None:
     with _folder(out) as temporary:
-        nnunet.write_nnunet(temporary, state, card)
+        nnunet.write_nnunet(temporary, state, card, axes)
         write_atomic(temporary / "card.json", json.dumps(card, indent=2, sort_keys=True))
-        write_atomic(temporary / "README.md", markdown(card) + nnunet.readme(card))
+        write_atomic(temporary / "README.md", markdown(card) + nnunet.readme(card, out, axes))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Models Genesis   {"state_dict": {"module.down_tr64.ops.0.conv1.weight": …}}
 MedicalNet       {"state_dict": {"module.layer3.22.conv3.weight": …}}
 I3D              {"Mixed_3b.b0.conv3d.weight": …}
+nnssl            {"network_weights": {"encoder.stem.convs.0.conv.weight": …}, "nnssl_adaptation_plan": …}, ResEncL
 dense V-Net      model.ckpt-3000.index and .data-00000-of-00001, a TensorFlow checkpoint (`p2w.weights.tf_bundle`)
 
 A format whose tensors need at most other names is declared in the encoder's own file (`Encoder.published`, as I3D's is); one
@@ -21,7 +22,8 @@ listed): layers of one kind are numbered where they stand side by side, and a `C
     DenseVNet/conv/                                                         head (as many classes as it was trained on)
 
 Kernels are stored (A, R, S, in, out): its configuration turns volumes to anterior, right, superior [C]. Ours are
-(out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too.
+(out, in, z, y, x) with y towards posterior and x towards left, so rows and columns are mirrored too. TensorFlow pads layers
+of stride 2 behind where edges are even, which is in front of a mirrored axis: the network is `dense_vnet:mirrored=True`.
 """
 
 import pickle
@@ -40,8 +42,9 @@ from torch import Tensor
 from p2w.errors import UserError
 from p2w.model import ENCODERS, build_encoder, factory_class
 from p2w.model.conv import PUBLISHED_WIDTH, scale_channels
-from p2w.model.encoder import PublishedFormat
+from p2w.model.encoder import InputNorm, PublishedFormat
 from p2w.model.resnet3d import BASIC, BLOCKS
+from p2w.weights.prepare_nnunet import ZYX, turn_kernels
 from p2w.weights.tf_bundle import Bundle, prefix_of
 
 State = dict[str, Tensor]
@@ -50,15 +53,15 @@ ENCODER_PREFIX, DECODER_PREFIX = "down_tr", ("up_tr", "out_tr")
 
 
 def to_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop `encoder.` and `decoder.` from the names of an EncoderDecoder's state dict.
+    """An EncoderDecoder's state dict under Models Genesis' names, kernels x, y, z as its arrays are.
 
     Raises UserError for a name of another network.
     """
-    return {_strip(name, ("encoder.", "decoder.")): value for name, value in state.items()}
+    return {_strip(name, ("encoder.", "decoder.")): turn_axes(value) for name, value in state.items()}
 
 
 def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name a Models Genesis state dict (with or without `module.`) as EncoderDecoder does.
+    """A Models Genesis state dict (with or without `module.`) under EncoderDecoder's names, kernels z, y, x.
 
     Raises UserError for a name that is not Models Genesis'.
     """
@@ -66,12 +69,28 @@ def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         name = key.removeprefix("module.")
         if name.startswith(ENCODER_PREFIX):
-            named[f"encoder.{name}"] = value
+            named[f"encoder.{name}"] = turn_axes(value)
         elif name.startswith(DECODER_PREFIX):
-            named[f"decoder.{name}"] = value
+            named[f"decoder.{name}"] = turn_axes(value)
         else:
             raise UserError(f"{key}: not a Models Genesis parameter; expected down_tr…, up_tr… or out_tr…")
     return named
+
+
+def not_for_genesis_class(state: dict[str, Tensor]) -> str:
+    """Why Models Genesis' own class, UNet3D, cannot load these weights of a unet3d; "" where it can.
+
+    The class has one input channel, the published width, and a decoder with skips.
+    """
+    first = state["encoder.down_tr64.ops.0.conv1.weight"]
+    if not any(name.startswith("decoder.") for name in state):
+        return "this is the encoder alone; pass --what all"
+    if tuple(first.shape[:2]) != (PUBLISHED_WIDTH, 1):
+        return f"its first convolution has {PUBLISHED_WIDTH} kernels of 1 channel, and this one {tuple(first.shape[:2])}"
+    joined = state["decoder.up_tr64.ops.0.conv1.weight"].shape[1]
+    if joined != state["decoder.up_tr64.up_conv.weight"].shape[1] + 2 * PUBLISHED_WIDTH:
+        return "its decoder has skips, and this one has none; train with --pretext.skips, or recipe genesis"
+    return ""
 
 
 def _strip(name: str, prefixes: tuple[str, ...]) -> str:
@@ -81,6 +100,7 @@ def _strip(name: str, prefixes: tuple[str, ...]) -> str:
     raise UserError(f"{name}: not a parameter of the U-Net; expected encoder.… or decoder.…")
 
 
+NIFTYNET = "dense_vnet:mirrored=True"
 NIFTYNET_BLOCK = r"dense_feature_stack_block(?:_(\d+))?"
 LAYERS = (
     (
@@ -166,6 +186,8 @@ class PublishedWeights:
     decoder: State | None = None
     notes: tuple[str, ...] = ()
     data: dict[str, str] = field(default_factory=dict)
+    input_norm: InputNorm | None = None
+    """How these weights' input is normalised, where it is not as the encoder says."""
 
 
 def read_published(path: Path) -> PublishedWeights:
@@ -179,8 +201,8 @@ def read_published(path: Path) -> PublishedWeights:
                 f"{prefix}: a TensorFlow checkpoint, but not of NiftyNet's dense V-Net; it has {some}, …"
             )
         state, head = read_niftynet(bundle)
-        note = "kernels turned from anterior, right, superior to z, y, x"
-        return PublishedWeights("NiftyNet", "dense_vnet", state, tuple(head), notes=(note,))
+        note = "kernels turned from anterior, right, superior to z, y, x, y and x mirrored, and so is the padding of strides"
+        return PublishedWeights("NiftyNet", NIFTYNET, state, tuple(head), notes=(note,))
     whole = _file(path)
     tensors = _tensors(whole, path)
     for recognise in READERS.values():
@@ -266,14 +288,15 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
-    """Models Genesis. Its arrays are x, y, z, so kernels are transposed, but not those of a file that p2w exported."""
+    """Models Genesis. Its arrays are x, y, z, so kernels are turned, but not those that early versions of p2w exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
     ours = "p2w" in whole
-    turned = tensors if ours else {k: _zyx(v) for k, v in tensors.items()}
+    as_ours = ours and whole.get(AXIS_ORDER) != "xyz"
+    turned = tensors if as_ours else {k: turn_axes(v) for k, v in tensors.items()}
     encoder = {k: v for k, v in turned.items() if not k.startswith(DECODER_PREFIX)}
     decoder = {k: v for k, v in turned.items() if k.startswith(DECODER_PREFIX)}
-    notes = () if ours else ("kernels turned from x, y, z to z, y, x",)
+    notes = () if as_ours else ("kernels turned from x, y, z to z, y, x",)
     head = () if ours else tuple(decoder)
     return PublishedWeights(
         "Models Genesis' names, written by p2w" if ours else "Models Genesis",
@@ -281,7 +304,11 @@ def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeig
     )  # fmt: skip
 
 
-def _zyx(value: Tensor) -> Tensor:
+AXIS_ORDER = "axis_order"  # key of an exported file that says that its kernels are x, y, z
+
+
+def turn_axes(value: Tensor) -> Tensor:
+    """A kernel (out, in, x, y, z) as (out, in, z, y, x), and the other way round; a norm's values stay."""
     return value.permute(0, 1, 4, 3, 2).contiguous() if value.ndim == 5 else value
 
 
@@ -304,8 +331,53 @@ def _medicalnet(tensors: State, whole: dict[str, Any], path: Path) -> PublishedW
     return PublishedWeights("MedicalNet", f"resnet{depth}", state, head)
 
 
+NNSSL_HEAD = ("decoder.", "seg_layers.", "mask_token", "projector.")
+
+
+def _nnssl(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
+    """nnssl's ResEncL, such as OpenMind's: `encoder.stem`, `encoder.stages`, each tensor under two names, and a decoder.
+
+    Kernels are in the axes that `transpose_forward` of its plan says; its images are z-scored. A file that p2w wrote for
+    nnU-Net and that lost its card is of the same form, and is fed [0, 1].
+    """
+    if "encoder.stem.convs.0.conv.weight" not in tensors:
+        return None
+    pretrain = _pretrain_plan(whole, path)
+    axes = [int(axis) for axis in pretrain.get("transpose_forward") or ZYX]
+    notes: tuple[str, ...] = ()
+    if axes != ZYX:
+        tensors = turn_kernels(tensors, [axes.index(axis) for axis in ZYX])
+        notes = (f"kernels turned from the axes {axes} of its plan to z, y, x",)
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in tensors.items()
+        if name.startswith("encoder.") and ".all_modules." not in name
+    }
+    head = tuple(name for name in tensors if name.startswith(NNSSL_HEAD))
+    unknown = {n: v for n, v in tensors.items() if not n.startswith(("encoder.", *NNSSL_HEAD))}
+    ours = pretrain.get("plans_name") == "p2w"
+    title = "nnU-Net's names, written by p2w" if ours else "nnssl"
+    input_norm: InputNorm = "unit" if ours else "z"
+    return PublishedWeights(title, "resencl", {**state, **unknown}, head, notes=notes, input_norm=input_norm)
+
+
+def _pretrain_plan(whole: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The plan of the pretraining in the file; {} where it has none. Raises UserError for one of another form."""
+    adaptation = whole.get("nnssl_adaptation_plan", {})
+    try:
+        plan = dict(adaptation.get("pretrain_plan", {}))
+        if sorted(int(axis) for axis in plan.get("transpose_forward") or ZYX) != ZYX:
+            raise ValueError(f"transpose_forward is {plan['transpose_forward']}")
+        return plan
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its nnssl_adaptation_plan is not nnssl's ({error}); copy the file again"
+        ) from error
+
+
 READERS: dict[str, Callable[[State, dict[str, Any], Path], PublishedWeights | None]] = {
     # title of a format that takes more than renaming -> (tensors, all that the file holds, path) -> its weights, or None
     "Models Genesis": _genesis,
     "MedicalNet": _medicalnet,
+    "nnssl's ResEncL": _nnssl,
 }

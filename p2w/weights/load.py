@@ -18,7 +18,7 @@ from p2w.model.conv import let_train
 from p2w.model.encoder import InputNorm
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
-from p2w.weights.card import Trained, data_of
+from p2w.weights.card import Trained, data_of, model_card
 from p2w.weights.nnunet import from_nnunet
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
@@ -50,6 +50,23 @@ def load(path: str | Path) -> Encoder:
     encoder = filled_encoder(weights.name, weights.width, weights.state, weights.where, weights.in_channels)
     encoder.input_norm = weights.input_norm
     return encoder
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """The model card of what `load` takes: input (window, axes, size, spacing), encoder, training; plain JSON values.
+
+    Raises UserError when there is none.
+    """
+    path = Path(path)
+    step = None
+    if (path / "meta.json").is_file():
+        path, step = path.resolve().parent.parent, int(path.resolve().name.removeprefix("step-"))
+    if not (path / "checkpoints").is_dir():
+        return exported(path)[1]
+    trained = find_checkpoint(path, step)
+    with torch.device("meta"):
+        encoder = build_encoder(trained.config.model.name, trained.config.model.width)
+    return model_card(trained, encoder, "all")
 
 
 def read_weights(path: Path) -> LoadedWeights:

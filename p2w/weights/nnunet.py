@@ -5,6 +5,7 @@ FOLDER/
                            `nnUNetv2_preprocess_like_nnssl` and `nnUNetv2_plan_like_dynamic` take as -pc
     adaptation_plan.json  config.json   the plan again, and the network, which nnU-Net needs in a folder on Hugging Face
     card.json  README.md   p2w's own: how the input was made, and how to make the same input in nnU-Net
+    prepare_nnunet.py     what fits them to a dataset of nnU-Net: its axes, spacing, patch, intensities
 
 What the file holds: docs/paper.md, 7. nnU-Net reads them in nnunetv2/experiment_planning/like_nnssl.py and
 nnunetv2/training/nnUNetTrainer/pretraining/pretrainedTrainer.py of its git master.
@@ -16,6 +17,7 @@ once, because safetensors requires that.
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from torch import Tensor
 from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.model.resencl import BLOCKS
+from p2w.weights import prepare_nnunet
+from p2w.weights.prepare_nnunet import CHECKPOINT, ZYX, intensities, turn
 
 LISTED = {"conv": "all_modules.0", "norm": "all_modules.1"}
 
@@ -61,7 +65,6 @@ def _parts(name: str) -> tuple[str, str, str]:
     return where, layer, kind
 
 
-CHECKPOINT = "checkpoint_final.pth"
 PUBLISHED_WIDTH = 32  # nnU-Net knows this network by the name ResEncL; others it builds from their arguments
 Card = dict[str, Any]
 
@@ -78,8 +81,9 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
         "data_identifier": f"p2w_{data['fingerprint']}",
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": "noresample",  # parts are cut from the scans without resampling, and resized to one size
-        "normalization_schemes": ["CTNormalization"]
-        * encoder["in_channels"],  # the same as ours, with `intensities`
+        # CT: the same as ours, with `intensities`. Other modalities: nnU-Net has no percentiles, this comes nearest.
+        "normalization_schemes": ["RescaleTo01Normalization" if "modality" in fed else "CTNormalization"]
+        * encoder["in_channels"],
         "use_mask_for_norm": [False] * encoder["in_channels"],
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
@@ -134,26 +138,29 @@ def architecture(channels: list[int]) -> dict[str, Any]:
     }
 
 
-def intensities(window_hu: list[float]) -> dict[str, float]:
-    """`foreground_intensity_properties_per_channel` with which nnU-Net's CTNormalization, (clip(HU, 0.5 %, 99.5 %) - mean) /
-    std, is our input: HU clipped to the window and scaled to [0, 1]."""
-    low, high = window_hu
-    return {"mean": low, "std": high - low, "percentile_00_5": low, "percentile_99_5": high}
+def write_nnunet(out: Path, state: dict[str, Tensor], card: Card, axes: list[int] | None = None) -> None:
+    """Write the folder's files except card.json and README.md; `state` has the tensors `encoder.…`.
 
-
-def write_nnunet(out: Path, state: dict[str, Tensor], card: Card) -> None:
-    """Write the folder's files except card.json and README.md; `state` has the tensors `encoder.…`."""
-    packed, adaptation = io.BytesIO(), nnunet_plan(card)
-    torch.save({"network_weights": to_nnunet(state), "nnssl_adaptation_plan": adaptation}, packed)
+    `axes`: `transpose_forward` of the plan of a dataset that the kernels are turned for.
+    """
+    packed, checkpoint = (
+        io.BytesIO(),
+        {"network_weights": to_nnunet(state), "nnssl_adaptation_plan": nnunet_plan(card)},
+    )
+    checkpoint = turn(checkpoint, axes or ZYX)
+    torch.save(checkpoint, packed)
     write_atomic(out / CHECKPOINT, packed.getvalue())
-    write_atomic(out / "adaptation_plan.json", json.dumps(adaptation, indent=2))
+    write_atomic(out / "adaptation_plan.json", json.dumps(checkpoint["nnssl_adaptation_plan"], indent=2))
     write_atomic(out / "config.json", json.dumps({"p2w": card["p2w"], **card["encoder"]}, indent=2))
+    script = Path(prepare_nnunet.__file__)
+    write_atomic(out / script.name, script.read_text())
 
 
 def read_nnunet(file: Path) -> dict[str, Tensor]:
-    """Read `network_weights` of such a file, without executing code. Raises UserError for any other file."""
+    """Read `network_weights` of such a file, kernels z, y, x. Executes no code; raises UserError for any other file."""
     try:
-        weights = torch.load(file, weights_only=True, map_location="cpu")["network_weights"]
+        checkpoint = turn(torch.load(file, weights_only=True, map_location="cpu"), ZYX)
+        weights = checkpoint["network_weights"]
         return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     except Exception as error:  # torch.load raises many kinds of errors for a damaged or foreign file
         reason = str(error).partition("\n")[0]
@@ -162,36 +169,60 @@ def read_nnunet(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def readme(card: Card) -> str:
-    """Text for README.md: the commands of nnU-Net, and how to set its normalisation."""
+def axes_of(plans: Path) -> list[int]:
+    """`transpose_forward` of nnU-Net's plans of a dataset. Raises UserError when the file has none."""
+    try:
+        axes = [int(axis) for axis in json.loads(plans.read_text())["transpose_forward"]]
+        if sorted(axes) != ZYX:
+            raise ValueError(f"transpose_forward is {axes}")
+        return axes
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{plans}: no plans of nnU-Net ({error}); name nnUNetResEncUNetLPlans.json of the dataset, in its folder below "
+            "nnUNet_preprocessed"
+        ) from error
+
+
+def readme(card: Card, out: Path, axes: list[int] | None = None) -> str:
+    """Text for README.md of the folder `out`: the commands of nnU-Net, and what they make of axes and intensities."""
     window, fed = card["input"]["window_hu"], card["input"]
+    folder = out.resolve()
+    script, checkpoint = (shlex.quote(str(folder / name)) for name in ("prepare_nnunet.py", CHECKPOINT))
+    turned = f"for a dataset of `transpose_forward` {axes}" if axes and axes != ZYX else "z, y, x"
     return f"""
 ## In nnU-Net
 
-Needs nnU-Net's git master (its documentation: finetuning from nnssl checkpoints); PyPI's 2.8.1 lacks these commands.
+Needs nnU-Net's git master, of July 2026 or later; PyPI's 2.8.1 lacks these commands. ID is the number of your dataset.
 
 ```
-nnUNetv2_plan_and_preprocess -d ID -pl nnUNetPlannerResEncL --no_pp     # A: nnU-Net's own plan, these weights
-nnUNetv2_plan_like_dynamic -d ID -n p2w -pc {CHECKPOINT} -pl nnUNetResEncUNetLPlans
+pip install git+https://github.com/MIC-DKFZ/nnUNet.git
+nnUNetv2_plan_and_preprocess -d ID -pl nnUNetPlannerResEncL --no_pp
+python {script} -d ID "$nnUNet_preprocessed"
+nnUNetv2_preprocess -d ID -plans_name ptPlans__p2w -c 3d_fullres
+nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans__p2w -tr PretrainedTrainer
+```
+
+`prepare_nnunet.py` needs torch alone, reads the plan that the second command wrote, writes another beside it, and prints the
+last two commands. They use the spacing and the patch of the pretraining, {fed["spacing_mm_zyx"]["network"]} mm and
+{fed["size_zyx"]} voxels (z, y, x). For nnU-Net's own spacing, patch and network with these weights:
+
+```
+python {script} -d ID "$nnUNet_preprocessed" --plan dataset
+nnUNetv2_preprocess -d ID -plans_name ptPlans_dynamic__p2w -c 3d_fullres
 nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans_dynamic__p2w -tr DynamicPretrainedTrainer
-
-nnUNetv2_preprocess_like_nnssl -d ID -n p2w -pc {CHECKPOINT} -am like_pretrained     # B: spacing, patch of the pretraining
-nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans__p2w____... -tr PretrainedTrainer
 ```
 
-**Normalisation.** This network saw HU clipped to {window} and scaled to [0, 1]. nnU-Net's `CTNormalization`
-does the very same where `foreground_intensity_properties_per_channel["0"]` in its plans holds
+**Axes.** The kernels in `{CHECKPOINT}` are {turned}. nnU-Net moves the axis with the largest voxels to the front, which
+is not z where slices are thinner than pixels; it turns images, but no pretrained kernels. `prepare_nnunet.py` turns
+kernels, spacing and patch as the dataset's plan says. nnU-Net does not mirror images: p2w saw x to the left, y to the back,
+z up (LPS), so nnU-Net's network sees mirrored bodies in files whose axes run the other way.
 
-```
-{json.dumps(intensities(window))}
-```
+**Intensities.** This network saw HU clipped to {window} and scaled to [0, 1]. `prepare_nnunet.py` writes into the plan's
+`foreground_intensity_properties_per_channel` what makes nnU-Net's `CTNormalization` the very same,
+`{json.dumps(intensities(window))}`. nnU-Net's own `nnUNetv2_preprocess_like_nnssl` and
+`nnUNetv2_plan_like_dynamic` take `-pc {checkpoint}` too, but the first z-scores each image, the second
+scales by your data's statistics, and neither turns kernels (`p2w export --to nnunet --nnunet-plans PLANS.json` does).
 
-With A, write these into `nnUNetResEncUNetLPlans.json` between the first command and the second; left as they are, it clips
-to percentiles of your data and scales by their mean and deviation. B always z-scores each image and clips nothing: the norm
-behind the first convolution takes shift and scale out again, but voxels beyond the window differ, and so does the padding at
-a patch's border (0 is {window[0]:g} HU here, the image's mean there).
-
-**Spacing and patch.** `spacing` in the plan, {fed["spacing_mm_zyx"]["network"]} mm (z, y, x), is the middle of what
-the network saw; the patch is that of the pretraining, {fed["size_zyx"]} voxels. For another, edit
-`patch_size` in the plans that nnU-Net writes; edges are divisible by {fed["edges_divisible_by"]}.
+For another patch edit `patch_size` in the plan that `prepare_nnunet.py` wrote; edges are divisible by
+{fed["edges_divisible_by"]}.
 """

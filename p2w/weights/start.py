@@ -6,11 +6,13 @@
 --init resnet_101.pth             MedicalNet, any depth
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
+--init checkpoint_final.pth       nnssl's ResEncL, such as OpenMind's
 
 Tensors of a file are loaded into an encoder with a report: what matched, what was adapted, what is missing, what is left
 over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
 from p2w.model.conv import PUBLISHED_WIDTH
+from p2w.model.decoder import build_decoder
 from p2w.weights import foreign, load
 from p2w.weights.foreign import State
 
@@ -30,7 +33,8 @@ Which weights a file holds, and how many of their tensors fit: what `--init FILE
     p2w inspect Genesis_Chest_CT.pt
     p2w inspect models/model.ckpt-3000 --in-channels 4
 
-Exit code 1 when a part of the network would be missing, 2 when the file cannot be read.
+"whole" is said of an encoder with its decoder, "encoder whole" where the file holds no decoder or a part of one. Exit code 1
+when a part of the encoder would be missing, 2 when the file cannot be read.
 """
 
 COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it, and old files have none
@@ -152,6 +156,8 @@ class StartingPoint:
     """The file or folder that the values were read from, or "random"."""
     pretrained_on: dict[str, str]
     """What is known of the data: `fingerprint` and `shards` of a set of p2w, `what` of other data; empty when nothing is."""
+    other_state: dict[str, Tensor] = field(default_factory=dict)
+    """What a pretext of p2w trained beside encoder and decoder, under the names of its network."""
 
 
 def load_start(
@@ -182,7 +188,8 @@ def examine_weights(
     if _is_ours(path):
         return _from_ours(load.read_weights(path), network, width, in_channels)
     found = foreign.read_published(path)
-    _same(init, network, found.network)
+    # Settings of the network that belong to the file, such as dense_vnet:mirrored=True, need not be asked for.
+    _same(init, network, found.network.partition(":")[0] if network and ":" not in network else found.network)
     widths = foreign.widths(found)
     if not widths or (width is not None and width not in widths):
         its = f"width {widths[0]}" if widths else "no width that this network has"
@@ -190,6 +197,8 @@ def examine_weights(
     at = next((w for w in (width, PUBLISHED_WIDTH) if w in widths), widths[0])
     assert at is not None
     encoder = build_encoder(found.network, at, in_channels)
+    if found.input_norm is not None:
+        encoder.input_norm = found.input_norm
     what = f"{found.format}: {found.network}, width {at}"
     report = load_state(encoder, found.state, what, found.head, found.notes)
     return StartingPoint(encoder, found.network, at, found.decoder, report, init, found.data)
@@ -246,8 +255,9 @@ def _from_ours(
     what = f"p2w: {weights.name}, width {weights.width}"
     report = load_state(encoder, parts["encoder"], what, tuple(head))
     return StartingPoint(
-        encoder, weights.name, weights.width, parts["decoder"] or None, report, weights.where, weights.data
-    )
+        encoder, weights.name, weights.width, parts["decoder"] or None, report, weights.where, weights.data,
+        {name: weights.state[name] for name in head},
+    )  # fmt: skip
 
 
 def _same(where: str, asked: str | None, found: str) -> None:
@@ -282,8 +292,22 @@ def main_inspect(argv: list[str]) -> int:
         f"  encoder    {parameters / 1e6:.2f} M parameters, channels {encoder.channels}, strides {encoder.strides}"
     )
     print(f"  fed        {encoder.input_norm}, {encoder.in_channels} channels")
-    print(f"  decoder    {'is there too' if start.decoder_state else 'none'}")
+    decoder = "none" if start.decoder_state is None else _decoder_of(start)
+    print(f"  decoder    {decoder or 'a part, or that of another network'}")
     for key, value in start.pretrained_on.items():
         print(f"  {key:10} {value}")
-    print("whole: --init takes it" if start.report.whole else "not whole: --init refuses it")
-    return 0 if start.report.whole else 1
+    if not start.report.whole:
+        print("not whole: --init refuses it")
+        return 1
+    what = "" if start.decoder_state and decoder else "encoder "
+    print(f"{what}whole: --init takes it")
+    return 0
+
+
+def _decoder_of(start: StartingPoint) -> str:
+    """Which decoder the weights hold besides the encoder, in words; "" where a tensor of it is missing or left over."""
+    for skips in (True,) if start.encoder.only_skips else (False, True):
+        with contextlib.suppress(UserError):
+            load_decoder(build_decoder(start.encoder, skips), start)
+            return "with skips" if skips else "without skips"
+    return ""

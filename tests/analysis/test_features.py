@@ -46,12 +46,12 @@ def test_scales_are_in_their_ranges_and_the_whole_is_the_whole(tiny_set):
     bins = log_bins(1 / 16, 4)
     assert bins[0][0] == 1 / 16 and bins[-1][1] == 1.0
     np.testing.assert_allclose([high / low for low, high in bins], 2)
-    scale = PartSet("x", 9, 3, bins).scale(shards.ids("val"), shards.shape)
+    scale = PartSet("x", 9, 3, bins).scale(shards.ids("val"), shards)
     assert scale.shape == (8, 12)
     for place, (low, high) in enumerate(bins):
         some = scale[:, 3 * place : 3 * place + 3]
         assert (low - 1e-6 <= some).all() and (some <= high + 1e-6).all() and some.std() > 0
-    whole = PartSet("whole", 0, 1, ((1.0, 1.0),)).boxes(shards.ids("val"), shards.shape)
+    whole = PartSet("whole", 0, 1, ((1.0, 1.0),)).boxes(shards.ids("val"), shards)
     assert (whole == torch.tensor([0, 0, 0, *shards.shape])).all()
 
 

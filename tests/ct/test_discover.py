@@ -61,6 +61,44 @@ def test_several_roots_and_exclude(tmp_path):
     assert [source.uid for source in found.sources] == ["one_ct", "two_ct"]
 
 
+def test_roots_of_one_name_are_two_sets_of_scans(tmp_path):
+    for site in ("siteA", "siteB"):
+        write(tmp_path / site / "ct" / "scan1.nii.gz", ct(SHAPE))
+    found = find(tmp_path / "siteA" / "ct", tmp_path / "siteB" / "ct")
+    assert [source.uid for source in found.sources] == ["siteA_ct_scan1", "siteB_ct_scan1"] and not found.bad
+
+
+def test_every_file_is_accounted_for(tmp_path):
+    write(tmp_path / "a.mhd", ct(SHAPE))
+    write(tmp_path / "b.nii.gz", ct(SHAPE))
+    for name in (
+        "notes.txt",
+        "c.raw",
+        "study.zip",
+        "pair.hdr",
+        "pair.img",
+        "x.tar.gz",
+        "p.png",
+        "what",
+        "v.npy",
+    ):
+        (tmp_path / name).write_bytes(b"something else" * 20)
+    found = find(tmp_path, exclude=("*.npy",))
+    assert found.files == 12 and found.bad == []
+    assert found.passed_over == {
+        "Analyze or NIfTI pairs (.hdr, .img): convert them to .nii": 2,
+        "archives: unpack them": 1,
+        "excluded (--exclude)": 1,
+        "files that are no images": 1,
+        "packed files: unpack them": 1,
+        "pictures": 1,
+        "tables, notes and programs": 1,
+        "voxels without a header (.raw)": 1,  # a.raw belongs to a.mhd
+    }
+    assert found.table()[:2] == ["files seen     12", "  read         3 files of 2 scans"]
+    assert len(found.table()) == 10
+
+
 def test_nested_roots_give_no_scan_twice(tmp_path):
     """Two names of one scan would be two scans for the split, perhaps one in training and one in validation."""
     top = tmp_path / "D"

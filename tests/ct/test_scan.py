@@ -13,8 +13,9 @@ from crc32c import crc32c
 from ct_files import ct, write
 
 from p2w.ct.discover import ScanSource
+from p2w.ct.hu_values import check_hu
 from p2w.ct.orientation import BadScan
-from p2w.ct.scan import check_ct, read_grid, read_scan, source_files, to_int16
+from p2w.ct.scan import read_grid, read_scan, source_files, to_int16
 
 SHAPE = (12, 20, 16)
 NAMES = [
@@ -204,7 +205,8 @@ def test_colour_and_missing_data_and_junk(tmp_path):
         ("DimSize = 16 20 12", "DimSize = -16 20 12", "wrong size"),
         ("DimSize = 16 20 12", "DimSize = a b c", "header is damaged"),
         ("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 1 0 0", "invalid orientation"),
-        ("ElementSpacing", "Spacing", None),  # read as ITK reads it
+        ("ElementSpacing", "Spacing", "has no voxel size"),  # ITK reads 1 mm, which is a guess
+        ("ElementSpacing", "ElementSize", None),  # read as ITK reads it
     ],
 )
 def test_invalid_headers(tmp_path, old, new, reason):
@@ -233,4 +235,4 @@ def test_rounding_and_limits():
 
 def test_real_looking_values_pass():
     for seed in range(3):
-        check_ct(ct((16, 32, 32), seed))
+        check_hu(ct((16, 32, 32), seed))

@@ -102,11 +102,7 @@ def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
     rows = {row.name: row for row in command.shards(replace(case, ranks=3))}
     assert rows["batch"].status == "problem" and "3 ranks" in rows["batch"].found
     nowhere = only(command.shards(replace(case, shards=str(tmp_path / "nowhere"))))
-    assert (
-        nowhere.status == "problem"
-        and "no such folder" in nowhere.found
-        and "preprocess/shard" in nowhere.remedy
-    )
+    assert nowhere.status == "problem" and "no such folder" in nowhere.found and "p2w shard" in nowhere.remedy
 
 
 def test_a_run_folder_of_other_settings(case):

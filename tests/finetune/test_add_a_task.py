@@ -11,7 +11,7 @@ from grades import BallTask, Grades
 from processes import REPO
 from target_sets import write_target_set
 
-from launch import finetune
+from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.results import read_fine_tuning
 from p2w.finetune.task_types import TASK_TYPES
@@ -40,6 +40,7 @@ def write_scans(folder):
         sitk.WriteImage(sitk.GetImageFromArray(voxels), str(folder / f"p{number:02d}_g{number % 3}.nii.gz"))
 
 
+@pytest.mark.slow
 def test_from_scans_to_predictions(ball, tmp_path, monkeypatch, capsys):
     scans, folder, run, out = (tmp_path / name for name in ("scans", "set", "run", "graded.csv"))
     write_scans(scans)

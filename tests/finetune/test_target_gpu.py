@@ -114,6 +114,7 @@ def trained(targets):
     return one.state_dict()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @CPU_AND_GPU
 def test_a_mask_predicted_on_a_device_is_that_of_the_cpu(trained, tmp_path, device, dtype):

@@ -66,6 +66,7 @@ def test_it_goes_on_from_its_state_with_the_same_bits(sets):
     )
 
 
+@pytest.mark.slow
 def test_it_tells_bright_balls_from_faint_ones(sets):
     one = tuner(FineTuneRecipe(batch=8, epoch_steps=9, lr=3e-3))
     for _ in range(8):

@@ -13,6 +13,7 @@ from ct_files import dicom
 from safetensors.torch import save_file
 from torch import nn
 
+from p2w.ct.orientation import Grid
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict
@@ -82,6 +83,37 @@ def test_a_mask_lies_where_its_scan_does(tmp_path, voxels, direction, ending):
     for name in ("GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(written, name)() == pytest.approx(getattr(scan, name)(), abs=1e-5), name
     assert (sitk.GetArrayFromImage(written) == (voxels > 0)).all()
+
+
+STRAIGHT = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_format_holds_what_a_scan_may_have(tmp_path, ending, direction):
+    grid = Grid((30, 36, 20), (0.7, 0.8, 2.5), (-12.5, 30.0, 700.0), tuple(map(float, direction)))
+    predict.check_geometry(tmp_path / f"mask{ending}", grid)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("mask.nii.gz", {"direction": (1.0, 0.0, 0.0, 0.0, 1.0, 0.3, 0.0, 0.0, 0.954)}, "cannot hold"),
+        ("mask.nii", {"size": (40_000, 3, 3)}, "40,000 voxels along an axis, NIfTI-1 holds 32,767"),
+        ("mask.nii.gz", {"origin": (1e12, 0.1, 0.0)}, "cannot hold"),
+    ],
+)
+def test_a_format_that_cannot_hold_the_geometry_is_refused(tmp_path, name, changes, why):
+    grid = {
+        "size": (30, 36, 20),
+        "spacing": (0.7, 0.8, 2.5),
+        "origin": (0.0, 0.0, 0.0),
+        "direction": STRAIGHT,
+    }
+    with pytest.raises(UserError, match=why) as error:
+        predict.check_geometry(tmp_path / name, Grid(**(grid | changes)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (4.0, 0.5, 1.2)])
@@ -246,3 +278,19 @@ def test_memory_does_not_grow_with_the_number_of_slices():
 
     peak(8)  # what is imported and cached once
     assert peak(400) < 2 * peak(40)
+
+
+def test_a_folder_of_mr_is_read_for_a_network_that_was_not_trained_on_ct(tmp_path):
+    values = np.random.default_rng(0).gamma(2.0, 300.0, (8, 16, 16)).astype(np.int16)
+    tags = {"0008|0060": "MR", "0028|1052": "0", "0028|1053": "1"}
+    dicom(tmp_path / "mr", values, "1.2.3", tags=tags)
+    assert predict._source(tmp_path / "mr", in_hu=False).uid == "1.2.3"
+    with pytest.raises(UserError, match="0 scans in it, one is needed"):
+        predict._source(tmp_path / "mr", in_hu=True)
+    task = {"window": [0, 32767], "settings": {"values": "percentiles"}}
+    model = FineTunedModel(Path(), nn.Identity(), {"task": task})
+    voxels, _, cut = predict._channel(predict._source(tmp_path / "mr", in_hu=False), model)
+    low, high = np.percentile(values, (0.5, 99.5))
+    crop = cut(predict.CropBox(np.zeros(3), np.ones(3), values.shape))
+    np.testing.assert_allclose(crop / 32767, np.clip((values - low) / (high - low), 0, 1), atol=1e-4)
+    assert voxels.shape == values.shape

@@ -123,6 +123,7 @@ def test_air_is_exactly_0_and_output_stays_within_0_and_1():
     assert full.max() <= 1 and full.min() >= 1 - 1e-6
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_batch_nor_on_threads():
     whole, boxes = volumes(16), boxes_of(16)
     part, target = part_and_whole(whole, boxes, SIZE)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -22,8 +23,9 @@ from p2w.finetune.samples import Samples
 from p2w.finetune.trials import FineTuning
 from p2w.log import Log
 from p2w.pretext.parts2whole import Parts2Whole
+from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
-from p2w.train import preflight
+from p2w.train import checkpoint, preflight
 from p2w.train.step import Stepper
 from p2w.train.stop import InterruptibleStream
 
@@ -62,6 +64,13 @@ def begin_elsewhere(rank: int, which: int) -> None:
         FineTuning.seed = lambda self, index: 77 + index
 
 
+def read_in_another_order(rank: int, victim: int) -> None:
+    """Rank `victim` reads the set in another order than it says."""
+    if rank == victim:
+        order = ShardSet.train_order
+        ShardSet.train_order = lambda self, ids, batch, seed, epoch: order(self, ids, batch, seed + 1, epoch)
+
+
 def draw_nothing(rank: int) -> None:
     """Neither pictures nor report.html: most of what a tiny run takes."""
     Log.picture = Pictures.figure = lambda self, *_: None
@@ -78,6 +87,23 @@ def die(rank: int, at_step: int, victim: int) -> None:
         return step_of(self, views, step)
 
     Stepper.step = stepped
+
+
+def stop_writing(rank: int, at_step: int, function: str, path: str) -> None:
+    """Rank 0 stops for ever as `function` of the checkpoint module is to touch the unfinished checkpoint of `at_step`.
+
+    The file `path` appears then; the thread that trains goes on until it needs the one that writes.
+    """
+    whole = getattr(checkpoint, function)
+
+    def stopped(*args):
+        if any(isinstance(one, Path) and f".step-{at_step:08d}.tmp" in one.parts for one in args):
+            Path(path).touch()
+            threading.Event().wait()
+        return whole(*args)
+
+    if rank == 0:
+        setattr(checkpoint, function, stopped)
 
 
 def tell(rank: int, at_step: int, victim: int, name: str) -> None:

@@ -14,12 +14,12 @@ from ct_sets import write_structured_set
 from launch_runs import REPO, TINY, metrics, wait_for
 from safetensors.torch import load_file
 
-from launch.analyze import build
 from p2w import config as settings
 from p2w import pretext as p2w_pretext
 from p2w.analysis import plots
 from p2w.analysis.feature_sources import AnalysedRun, parse_against
 from p2w.analysis.monitors import VALIDATION_SEED
+from p2w.commands.analyze import build
 from p2w.errors import UserError
 from p2w.rng import SampleKeys
 from p2w.stream.stream import open_set

@@ -28,7 +28,7 @@ def test_killed_and_continued_it_is_the_run_that_was_not(forge, tiny_set, tmp_pa
     assert weights(killed / "run", 8) == weights(whole / "run", 8)
     assert metrics(killed / "run") == metrics(whole / "run")
     last = metrics(whole / "run")[-1]
-    assert last["similarity/auc"] > 0 and {"val/loss", "val/cosine", "val/told"} <= last.keys()
+    assert last["similarity/auc"] > 0 and {"val/loss", "val/cosine", "val/accuracy"} <= last.keys()
     encoder = p2w.load(whole / "run").state_dict()
     state = load_file(whole / "run" / "checkpoints" / "step-00000008" / "model.safetensors")
     assert status(whole / "run")["state"] == "finished"

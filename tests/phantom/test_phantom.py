@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from p2w.errors import UserError
 from p2w.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
-from p2w.phantom.frame import Frame
+from p2w.phantom.body import Frame
 
 pytestmark = pytest.mark.slow  # seconds of computing
 

@@ -178,6 +178,16 @@ def test_killed_and_repeated_gives_the_same_bytes(command, phantoms, ncc, tmp_pa
     assert command.contents(tmp_path / "a") == command.contents(ncc)
 
 
+def test_two_shares_give_the_same_bytes(command, phantoms, ncc, tmp_path):
+    arguments = (NAME, "ncc", "--source", phantoms / "LUNA16", "--out", tmp_path / "a", *SIZE, *SUBSETS)
+    code, said, err = command.call(*arguments, "--shard-of", "1/2")
+    assert code == 0 and "2 of 4 cases are not cut yet" in said, said + err
+    code, _, err = command.call(*arguments, "--merge")
+    assert code == 2 and "2 of 4 cases are not cut yet" in err and "without --merge" in err
+    code, said, err = command.call(*arguments, "--shard-of", "0/2")
+    assert code == 0 and command.contents(tmp_path / "a") == command.contents(ncc), said + err
+
+
 def test_a_bad_scan_is_named_and_the_others_go_on(command, phantoms, tmp_path):
     source = tmp_path / "LUNA16"
     shutil.copytree(phantoms / "LUNA16", source)
@@ -250,13 +260,13 @@ def test_damaged_sets_are_refused(ncc, tmp_path, capsys):
         open_target(out).read(range(len(target)))
     assert verify([str(ncc)]) == 0 and verify([str(out)]) == 1
     assert f"1 sub-scan: {target.scan_uid[0]}/00000" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"delete the shard.*prepare_target.py ncc"):
+    with pytest.raises(UserError, match=r"delete the shard.*p2w prepare ncc"):
         verify([str(out), "--repair", "--luna", "x"])
     shard.unlink()
-    with pytest.raises(UserError, match=r"is missing.*prepare_target.py ncc"):
+    with pytest.raises(UserError, match=r"is missing.*p2w prepare ncc"):
         open_target(out)
     (out / "manifest.parquet").unlink()
-    with pytest.raises(UserError, match=r"no manifest.parquet there.*prepare_target.py TASK"):
+    with pytest.raises(UserError, match=r"no manifest.parquet there.*p2w prepare TASK"):
         open_target(out)
 
 

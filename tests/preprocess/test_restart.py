@@ -10,8 +10,9 @@ import time
 import pytest
 from ct_files import KEEP_ALL, ct, write
 
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import read_manifest
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.shards.tiling import Tiling
 
 NAME = "shard_luna"
@@ -188,7 +189,7 @@ def test_a_share_with_other_settings_is_refused_before_the_first_shard_is_there(
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", luna, "--out", out, *KEEP_ALL)
     first, share = (
-        BuildFolder(str(out), ShardingSettings(Tiling(z_margin=25, min_std_hu=0.0))),
+        ScanFolder(str(out), ShardingSettings(Tiling(z_margin=25, min_std_hu=0.0))),
         JobShare(0, 2),
     )
     with first.share_lock(share):

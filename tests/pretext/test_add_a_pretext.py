@@ -28,6 +28,7 @@ SMALL = """
 """.split()  # noqa: SIM905
 
 
+@pytest.mark.slow
 def test_a_pretext_added_by_the_page_trains_exports_and_is_in_the_docs(tiny_set, tmp_path):
     for part in ("p2w", "launch", "bench/evidence"):
         shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))

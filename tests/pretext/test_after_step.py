@@ -176,6 +176,7 @@ def trainer(tiny_set, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_with_its_teacher_bit_for_bit(trainer):
     whole, steps = trainer("whole", 4), []
     sample = whole.pretext.sample

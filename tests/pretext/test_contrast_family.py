@@ -122,7 +122,7 @@ def test_swav_against_numpy():
     logs = [s / T - np.log(np.exp(s / T).sum(1, keepdims=True)) for s in scores]
     expected = -0.5 * ((codes[0] * logs[1]).sum(1) + (codes[1] * logs[0]).sum(1)).mean()
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
-    assert float(extras["told"]) == pytest.approx(np.mean(codes[0].argmax(1) == codes[1].argmax(1)))
+    assert float(extras["accuracy"]) == pytest.approx(np.mean(codes[0].argmax(1) == codes[1].argmax(1)))
 
 
 def test_local_against_global_against_numpy():

@@ -42,7 +42,7 @@ def test_loss_is_mse_plus_the_weighted_miss_and_the_input_alone_gives_the_volume
     mse = np.mean((volume.detach().double().numpy() - views.target.double().numpy()) ** 2)
     loss, extras = pretext.loss((volume, misses), views)
     assert float(loss.detach()) == pytest.approx(mse + 0.5 * np.mean(miss**2), rel=1e-5)
-    assert float(extras["place"]) == pytest.approx(np.mean(miss**2), rel=1e-5)
+    assert float(extras["location"]) == pytest.approx(np.mean(miss**2), rel=1e-5)
     loss.backward()
     assert all((weight.grad is not None) is weight.requires_grad for weight in network.parameters())
     validated = network.eval()(views.input, *views.extra_inputs)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from processes import REPO
 from p2w import report
 from p2w.config import Config, changed_from, config_to_json, read_config
 from p2w.errors import UserError
-from p2w.report import curves, page
+from p2w.report import curves, markup, page, results_section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '</script><script>document.title="broken in"</script><img src=x onerror=alert(1)> $x_{$'
@@ -108,6 +109,12 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.text))
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Pages without curves: to draw them takes most of the time, and is what two other tests are about."""
+    monkeypatch.setattr(curves, "CHARTS", {})
+
+
 def unpacked(text, shape=(D, H, X)):
     """What the page's script does, slowly."""
     rows = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
@@ -122,7 +129,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
         "my run", "told to stop", "SIGTERM", "0.1455 → 0.0297", "always the mean image: 0.0475", "0.632 → 0.819",
         "40 of 1,000", "640 samples of 16 a step, 5.0 epochs", "45.0 samples/s, best 80.0", "2.0 %", "0.25 s",
         "optim.lr 0.25 0.001", "128 sub-scans of 16 scans", "32 sub-scans of 4 scans", "2.50 (1.00 to 3.00) mm", "abcd",
-        "Of 8 logged steps, 1 had a gradient", "2026-01-01T11:00:00+0000 20 7 node1",
+        "Of 8 logged steps, 1 had a gradient", "2026-01-01 11:00 +0000 20 7 node1",
         "torchrun --nnodes=2 --nproc_per_node=4", "launch/train.py paper --optim.lr 0.25", "--shards 'my shards'",
         "Parts2Whole run 40 0.951 2.31 0.970 0.810 6.500 0.750", "r = 0.912 (95 % interval 0.800 to 0.970, p = 0.001)",
     ):  # fmt: skip
@@ -133,7 +140,76 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert tuple(label.split()[0] for label in labels) == first
 
 
-def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path):
+def test_the_page_serves_narrow_screens_keyboards_and_screen_readers(tmp_path):
+    run = write_run(tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["starts"][-1]["data_set"]["tiling"] = {"tile": [64, 128, 128], "min_std_hu": 50.0, "left_out": 3}
+    (run / "run.json").write_text(json.dumps(facts))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": at, "val/position_loss": 1.0 / at}) + "\n" for at in (50, 60))
+    text = report.write_report(run).read_text()
+    page = Page(text)
+    # Titles tell runs apart, times have one format, no key of a file stands for words, nothing is said twice.
+    assert f"<title>{tmp_path.name}/run: told to stop at step 40 · p2w</title>" in text
+    assert (
+        not re.search(r"\d{4}-\d\d-\d\dT", page.said)
+        and len(set(re.findall(r"\d\d:\d\d ([+-]\d{4})", page.said))) == 1
+    )
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert "Position loss, validation." in captions and not any("_" in one or "/" in one for one in captions)
+    assert (
+        "tiling:" not in page.said
+        and page.said.count("64 \u00d7 128 \u00d7 128") == 1
+        and "sub-scans left out 3" in page.said
+    )
+    # A number stays with its unit, and a command breaks between words.
+    assert "0.25\u00a0s" in text and "2.0\u00a0%" in text and "2.50 (1.00 to 3.00)\u00a0mm" in text
+    blocks = re.findall(r'<pre class="command">(.*?)</pre>', text, re.DOTALL)
+    assert len(blocks) == 3 and all("<span>--run-dir</span>" in one for one in blocks[1:2])
+    assert not any("\u00a0" in one for one in blocks)
+    # What scrolls can be reached by the keyboard and has a name; every control, picture and section has one.
+    attributes = [(tag, attrs) for tag, attrs in page.tags]
+    scrolling = [attrs for _, attrs in attributes if "scroll" in attrs.get("class", "").split()]
+    assert all(
+        one.get("tabindex") == "0" and one.get("aria-label")
+        for one in scrolling
+        if "facts" not in one["class"]
+    )
+    ids = {attrs["id"] for _, attrs in attributes if "id" in attrs}
+    sections = [attrs for tag, attrs in attributes if tag == "section"]
+    assert (
+        all(one.get("aria-label") or one.get("aria-labelledby") in ids for one in sections)
+        and len(sections) > 6
+    )
+    assert all(attrs.get("alt") for tag, attrs in attributes if tag == "img")
+    assert all(
+        attrs.get("aria-label")
+        for tag, attrs in attributes
+        if attrs.get("role") in ("img", "group", "region")
+    )
+    labelled = re.findall(r"<label>[^<]*<(?:select|input)", text)
+    assert (
+        len(labelled) == 5
+        and '<input type="range" name="slice" min="0" value="0" step="1" aria-label="Slice">' in text
+    )
+    headings = [int(tag[1]) for tag, _ in attributes if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+
+
+def test_the_text_of_a_command_block_is_the_command():
+    block = markup.command_lines("p2w report 'a  b' \\\n  --run-dir <x>")
+    assert html.unescape(re.sub(r"</?\w+[^>]*>", "", block)) == "p2w report 'a  b' \\\n  --run-dir <x>"
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_no_tile_is_alone_in_its_row(count, monkeypatch):
+    monkeypatch.setattr(results_section, "TILES", tuple(lambda _: ("name", "1 s", "") for _ in range(count)))
+    columns = int(re.search(r"tiles of(\d)", results_section.headline_tiles(None))[1])
+    assert count == 1 or count % columns != 1 or columns == 1
+
+
+def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path, no_charts):
     run = write_run(tmp_path / "run")
     arrays = np.load(run / "analysis" / "reconstructions.npz")
     scripts = Page(report.write_report(run).read_text()).scripts
@@ -149,7 +225,7 @@ def test_the_volumes_of_the_page_are_those_of_the_file(tmp_path):
             assert (unpacked(data["output"][row][scale]) == arrays["output"][row, scale]).all()
 
 
-def test_volumes_beyond_the_limit_are_left_out_and_said(tmp_path, monkeypatch):
+def test_volumes_beyond_the_limit_are_left_out_and_said(tmp_path, monkeypatch, no_charts):
     run = write_run(tmp_path / "run")
     save_volumes(run, wholes=4, shape=(8, 16, 16))
     found = page.find_volumes(run, [])
@@ -193,8 +269,7 @@ def test_text_of_a_run_cannot_become_markup(tmp_path):
     "torn", ["config.json", "status.json", "run.json", "metrics.jsonl", "analysis/summary.json"]
 )
 @pytest.mark.parametrize("content", [b"", b'{"step": 1, "tra', b"[1, 2]", b"\xff\x00{", b"[" * 100_000])
-def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, monkeypatch):
-    monkeypatch.setattr(curves, "CHARTS", {})  # drawing is another test's business, and slow
+def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, no_charts):
     run = write_run(tmp_path / "run")
     (run / torn).write_bytes(content)
     said = Page(report.write_report(run).read_text()).said
@@ -205,8 +280,7 @@ def test_a_torn_file_costs_its_own_facts_only(tmp_path, torn, content, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["short", "text", "pickle", "shape"])
-def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(curves, "CHARTS", {})
+def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage, no_charts):
     run = write_run(tmp_path / "run")
     path = run / "analysis" / "reconstructions.npz"
     shutil.copy(path, run / "figures" / "reconstruction.npz")
@@ -222,6 +296,7 @@ def test_volumes_that_cannot_be_read_are_named_and_others_taken(tmp_path, damage
     assert "analysis/reconstructions.npz: not read" in said and "Reconstructions" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False])
 def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_path, recorded):
     """A run of an earlier version wrote none down; they are then collected from the pretexts' files."""
@@ -248,13 +323,13 @@ def test_the_defaults_are_those_that_the_run_wrote_down_and_need_no_torch(tmp_pa
 def test_what_is_missing_is_named_with_its_command(tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(Config()))
     said = Page(report.write_report(tmp_path).read_text()).said
-    assert f"torchrun launch/analyze.py --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
+    assert f"torchrun -m p2w analyze --run-dir {tmp_path}" in said and "Nothing is logged yet" not in said
     assert (
         "Curves" not in said.replace("Curves while it trains", "") and "Every setting has its default" in said
     )
 
 
-def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys, no_charts):
     for folder, why in ((tmp_path, "holds no run"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=why):
             report.main([str(folder)])
@@ -264,7 +339,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{run}/report.html  ")
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, no_charts):
     run = write_run(tmp_path / "run")
     (run / "report.html").write_text("old")
 
@@ -311,7 +386,7 @@ def slices(arrays, whole, scale, plane, at):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])
-def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane):
+def test_in_a_browser_the_slider_shows_the_slices_of_the_file(tmp_path, plane, no_charts):
     run = write_run(tmp_path / "run")
     arrays = np.load(run / "analysis" / "reconstructions.npz")
     text = report.write_report(run).read_text()

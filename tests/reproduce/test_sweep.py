@@ -1,4 +1,4 @@
-"""Sweeps: which commands make a table, and running them with a stand-in for launch/finetune.py in real processes."""
+"""Sweeps: which commands make a table, and running them with a stand-in for `p2w finetune` in real processes."""
 
 import json
 import runpy
@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,14 +15,14 @@ from target_sets import write_target_set
 
 from p2w.errors import UserError
 from p2w.reproduce import paper_numbers
-from p2w.reproduce import sweep as reproduce_sweep
+from p2w.reproduce import sweep_jobs as reproduce_sweep
 
 pytestmark = pytest.mark.slow
 
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 run, trials = Path(given["--run-dir"]), int(given["--trials"])
 if given["--init"] == "broken":
     sys.exit("error: broken: no such file")
@@ -46,11 +45,11 @@ for index in range(trials):
 DRIVER = """
 import sys
 from pathlib import Path
-from p2w.reproduce import sweep as plans
-from p2w.reproduce.sweep import Sweep, SweepSlots as Machine
+from p2w.reproduce import sweep_jobs as plans
+from p2w.reproduce.sweep_jobs import Sweep, SweepSlots as Machine
 top, trials = Path(sys.argv[1]), int(sys.argv[2])
 tasks = {"ncc": plans.SweepTask(top, "ncc", "classification", 0, "f")}
-common = plans.FineTuningPlan(top / "launch", tasks, top / "out", trials, {})
+common = plans.FineTuningPlan(tasks, top / "out", trials, {}, program=(str(top / "stand_in.py"),))
 jobs = plans.table1(common, plans.parse_inits(sys.argv[3:]))
 print("failed", Sweep(jobs, top / "out", Machine(2, 3, 2)).run("trials"), [job.count() for job in jobs])
 """
@@ -59,8 +58,7 @@ print("failed", Sweep(jobs, top / "out", Machine(2, 3, 2)).run("trials"), [job.c
 @pytest.fixture
 def sweep(tmp_path, start):
     """Start the driver on three rows; its output is in `tmp_path/said`."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "finetune.py").write_text(STAND_IN)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "drive.py").write_text(DRIVER)
 
     def begin(trials, *rows):
@@ -152,7 +150,7 @@ def common(top, **more):
             write_target_set(top / name, kind, (1, 1, 1), 2, 3 if name == "bms" else 0, name)
     sets = reproduce_sweep.parse_tasks([str(top / name) for name in names])
     return reproduce_sweep.FineTuningPlan(
-        Path("launch"), sets, top / "out", more.pop("trials", 10), more.pop("fraction", {}), **more
+        sets, top / "out", more.pop("trials", 10), more.pop("fraction", {}), **more
     )
 
 
@@ -197,7 +195,7 @@ def test_table2_pretrains_six_networks_and_names_what_each_row_needs(tmp_path):
     first, rest = jobs[:6], jobs[6:]
     assert all(job.pretrains for job in first) and len(rest) == 12
     assert first[0].line.startswith(
-        "torchrun --standalone --nproc_per_node=4 launch/train.py paper --shards shards"
+        "torchrun --standalone --nproc_per_node=4 -m p2w train paper --shards shards"
     )
     assert first[0].line.endswith("--pretext.volume-fraction 0.0625 1.0 --pretext.skips --train.steps 9")
     assert ["--pretext.skips" in job.command for job in jobs] == [True] + [False] * 17
@@ -221,7 +219,7 @@ def test_table1_rows_networks_and_refusals(tmp_path):
         common(tmp_path, names=("ncc",), width=8, fraction={"": 0.1}, more=("--recipe.lr", "1")), rows
     )
     assert jobs[2].line == (
-        f"python launch/finetune.py --task {tmp_path}/ncc --init m.pth --label MedicalNet --trials 10 --network resnet101 "
+        f"python -m p2w finetune --task {tmp_path}/ncc --init m.pth --label MedicalNet --trials 10 --network resnet101 "
         f"--width 8 --fraction 0.1 --run-dir {tmp_path}/out/ncc/medicalnet --recipe.lr 1"
     )
     for bad in (["=x"], ["a="], ["a=x", "A=y"]):
@@ -266,7 +264,7 @@ def test_the_command_prints_and_writes_an_array(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*base, "--array", str(lists)])
     assert command() == 0
     lines = lists.read_text().splitlines()
-    assert len(lines) == 6 and all(line.startswith("python launch/finetune.py --task ") for line in lines)
+    assert len(lines) == 6 and all(line.startswith("python -m p2w finetune --task ") for line in lines)
     assert f"sbatch --array=1-6 slurm/finetune.sbatch {lists}" in capsys.readouterr().out
     assert len((tmp_path / "jobs-pretraining.txt").read_text().splitlines()) == 6
     monkeypatch.setattr(sys, "argv", [*base, "--dry-run", "--finetune-args=--recipe.lr 1"])

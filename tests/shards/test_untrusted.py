@@ -17,13 +17,14 @@ from stream_sets import write_set
 
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.orientation import BadScan
+from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
-from p2w.shards.build import forecast_shards
-from p2w.shards.build_folder import BuildFolder, JobShare, ShardingSettings
+from p2w.shards.build import errors_of_readers
+from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import manifest_bytes, open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME, SUB_SCAN_COLUMNS
-from p2w.shards.workers import _read
+from p2w.shards.scan_shards import ScanFolder, ShardingSettings, forecast_shards
 from p2w.stream.stream import open_set
 
 REPO = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_a_small_manifest_of_endless_rows_is_not_unpacked(tmp_path):
     write_set(tmp_path)
     manifest = open_manifest(tmp_path)
     row = manifest.table.to_pylist()[0]
-    columns = [pa.array([row[kind.name]] * 2_000_000, kind.type) for kind in SUB_SCAN_COLUMNS]
+    columns = [pa.repeat(pa.scalar(row[kind.name], kind.type), 2_000_000) for kind in SUB_SCAN_COLUMNS]
     meta = {key: value for key, value in manifest.meta.items() if key != "seal"}
     table = pa.table(columns, schema=SUB_SCAN_COLUMNS.with_metadata({b"p2w": canonical_json(meta)}))
     pq.write_table(table, tmp_path / MANIFEST_NAME, compression="zstd")
@@ -122,8 +123,8 @@ def test_json_of_another_form(text):
 
 def reads(path):
     """Why a scan is bad."""
-    with pytest.raises(BadScan) as error:
-        _read(ScanSource("a", path.name, (str(path),)))
+    with pytest.raises(BadScan) as error, errors_of_readers():
+        read_scan(ScanSource("a", path.name, (str(path),)))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -154,13 +155,13 @@ def test_headers_with_wrong_values(tmp_path, name, old, new, says):
 
 def test_a_compressed_stream_may_not_exceed_its_header(tmp_path):
     path = write(tmp_path / "packed.mhd", ct((8, 24, 20)))
-    bomb = zlib.compress(bytes(200 << 20))  # 200 MiB in 200 kB
+    bomb = zlib.compress(bytes(200 << 20), 1)  # 200 MiB in 200 kB
     (tmp_path / "packed.zraw").write_bytes(bomb)
     text = "\n".join(line for line in path.read_text().splitlines() if "CompressedDataSize" not in line)
     path.write_text(text)
     assert "unpacks to more than the 7,680 bytes" in reads(path)
     write(tmp_path / "b.nii.gz", ct((8, 24, 20)))
-    (tmp_path / "b.nii.gz").write_bytes(zlib.compress(bytes(1 << 28), wbits=31))
+    (tmp_path / "b.nii.gz").write_bytes(zlib.compress(bytes(1 << 28), 1, wbits=31))
     assert "\n" not in reads(tmp_path / "b.nii.gz")
 
 
@@ -212,10 +213,11 @@ def test_compressed_dicom_of_other_sizes_than_its_header_gets_no_memory(tmp_path
             data[at + place : at + place + 4] = size.to_bytes(4, "big")
         path.write_bytes(data)
     code = (
-        "import resource, sys\nfrom p2w.ct.discover import find_scans\nfrom p2w.shards.workers import _read\n"
-        "from p2w.ct.orientation import BadScan\n(source,) = find_scans([sys.argv[1]], '').sources\n"
+        "import resource, sys\nfrom p2w.ct.discover import find_scans\nfrom p2w.shards.build import errors_of_readers\n"
+        "from p2w.ct.orientation import BadScan\nfrom p2w.ct.scan import read_scan\n"
+        "(source,) = find_scans([sys.argv[1]], '').sources\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n    _read(source)\nexcept BadScan as error:\n    print(error)\n"
+        "try:\n    with errors_of_readers():\n        read_scan(source)\nexcept BadScan as error:\n    print(error)\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10\n"
     )
     done = subprocess.run(
@@ -249,7 +251,7 @@ def test_invalid_nifti_offsets(tmp_path, offset):
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", '{"tiling": 3}', "[" * 100_000, "\x00", '"x"'])
 def test_settings_and_records_of_another_form(tmp_path, text):
-    folder = BuildFolder(str(tmp_path / "set"), ShardingSettings())
+    folder = ScanFolder(str(tmp_path / "set"), ShardingSettings())
     with folder.share_lock(JobShare()):
         folder.prepare(JobShare())
         Path(folder.sidecar("a")).write_text(text)

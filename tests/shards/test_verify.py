@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from stream_sets import write_set
+from web import nginx
 
 from p2w.errors import UserError
 from p2w.shards import verify
@@ -120,7 +122,7 @@ def test_equal_content_gives_equal_manifests(tmp_path):
         (["nowhere"], "no such folder"),
         (["--repair"], "--luna FOLDER or with --scans"),
         (["--luna", "x"], "--repair goes with"),
-        (["http://host/set"], "only a folder"),
+        (["s3://host/set"], "only a folder"),
         (["--workers", "-1"], "1 or more"),
     ],
 )
@@ -142,3 +144,51 @@ def test_a_shard_that_is_a_link_to_elsewhere_is_damage(tmp_path, capsys):
     (tmp_path / "set" / "1.2.0001.tar").unlink()
     (tmp_path / "set" / "1.2.0001.tar").symlink_to("inside")
     assert call(capsys, tmp_path / "link")[0] == 0
+
+
+@pytest.fixture
+def served(tmp_path):
+    with nginx(tmp_path) as found:
+        yield found
+
+
+@pytest.mark.parametrize("form", ["tar", "arrow"])
+def test_a_set_below_a_url_is_verified_like_its_folder(served, capsys, form):
+    folder, url, _ = served
+    write_set(folder, form, shape=(8, 64, 64))
+    manifest = open_manifest(folder)
+    code, out = call(capsys, f"{url}/")
+    assert code == 0 and f"{url}: sound: manifest, 4 shards, 19 sub-scans" in out
+    rng = np.random.default_rng(7)
+    for trial in range(24):
+        shard = manifest.meta["shards"][rng.integers(4)]
+        path = folder / shard["name"]
+        whole = path.read_bytes()
+        at = int(rng.integers(len(whole)))
+        if trial % 3 == 0:
+            os.truncate(path, at)
+        elif trial % 3 == 1:
+            path.write_bytes(whole + b"more")
+        else:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        (local,), remote = (
+            verify.verify_shards(manifest, 1),
+            verify.verify_remote_shard(replace(manifest, root=url), shard),
+        )
+        assert remote and remote.keys == local.keys
+        path.write_bytes(whole)
+    path.unlink()
+    capsys.readouterr()
+    code, out = call(capsys, url)
+    assert code == 1 and "404 Not Found" in out and "upload the shard again" in out
+
+
+def test_what_cannot_be_verified_below_a_url_is_one_line(served, capsys):
+    _, url, _ = served
+    for argv, says in (
+        ([url], "404 Not Found"), (["s3://bucket/set"], "a folder or an http"),
+        ([url, "--repair", "--luna", "x"], "only a folder can be repaired"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says) as error:
+            call(capsys, *argv)
+        assert "\n" not in str(error.value)

@@ -110,7 +110,9 @@ def test_manifest_is_sorted_and_names_the_bytes(tmp_path, form):
 
 
 def test_a_folder_that_is_no_data_set_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no manifest\.parquet there.*shard_luna\.py or shard_scans"):
+    with pytest.raises(
+        UserError, match=r"no manifest\.parquet there.*p2w shard-luna --out shards, or p2w shard"
+    ):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST_NAME).write_bytes(b"PAR1 of another kind")
     with pytest.raises(UserError, match="not a parquet file"):

@@ -1,5 +1,6 @@
 """Streaming from a web server without byte ranges: the same sub-scans, exactly shared, and a connection that breaks."""
 
+import gc
 import gzip
 import http.server
 import io
@@ -202,7 +203,7 @@ def test_a_shard_without_its_end_is_one_line(served, monkeypatch):
 def test_an_empty_folder_is_refused(served):
     _, url, _ = served
     with pytest.raises(
-        UserError, match=r"manifest\.parquet: cannot be fetched \(curl ended with code 22\)"
+        UserError, match=r"manifest\.parquet: cannot be fetched \(the server answers 404 Not Found\)"
     ) as error:
         open_set(url)
     assert "\n" not in str(error.value)
@@ -305,6 +306,7 @@ def test_addresses(monkeypatch, tmp_path):
         open_set("s3://bucket/set")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("aws") is None, reason="needs the AWS CLI")
 def test_s3_through_the_aws_cli(served, monkeypatch):
     """AWS's own client, asking nginx for the bucket: to read objects it needs no more than HEAD and GET."""
@@ -411,3 +413,41 @@ def test_an_npy_header_that_is_no_python(served, monkeypatch):
     with pytest.raises(DataError, match="header cannot be read") as error:
         shards.read_into(0, np.empty(SHAPE, np.int16))
     assert "\n" not in str(error.value)
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time():
+    """Python 3.11.7 raised SystemError in one of two threads that parse: here wherever the other one may interrupt it."""
+    file = io.BytesIO()
+    np.save(file, np.zeros((2, 3), "<i2"))
+    first, errors, moment = threading.current_thread(), [], [0, 0]
+    threshold = gc.get_threshold()
+
+    def parse():
+        try:
+            assert tar._read_npy_header(file.getvalue()) == (((2, 3), False, np.dtype("<i2")), 128)
+        except SystemError as error:
+            errors.append(error)
+
+    def interrupt(phase, _):
+        if phase == "start" and threading.current_thread() is first:
+            moment[0] += 1
+            if moment[0] == moment[1]:
+                other = threading.Thread(target=parse)  # at another depth of calls
+                other.start()
+                other.join(0.02)
+                others.append(other)
+
+    others = []
+    gc.callbacks.append(interrupt)
+    try:
+        while moment[0] >= moment[1]:
+            moment[:] = [0, moment[1] + 1]
+            gc.set_threshold(3)
+            parse()
+            gc.set_threshold(*threshold)
+    finally:
+        gc.callbacks.remove(interrupt)
+        gc.set_threshold(*threshold)
+    for other in others:
+        other.join()
+    assert moment[1] > 5 and errors == []

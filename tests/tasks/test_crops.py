@@ -64,7 +64,7 @@ def test_beyond_the_image_is_outside():
 
 def test_tiles_cover_the_box_once():
     seen = np.zeros((40, 60, 50), int)
-    for centre in crops.tile_starts((5, 7, 9), (29, 41, 33), (8, 16, 16), np.ones(3), 1.0):
+    for centre in crops.tile_centres((5, 7, 9), (29, 41, 33), (8, 16, 16), np.ones(3), 1.0):
         first = np.rint(centre).astype(int) - np.array([4, 8, 8])
         seen[tuple(slice(f, f + n) for f, n in zip(first, (8, 16, 16), strict=True))] += 1
     assert (seen[5:29, 7:41, 9:33] == 1).all() and seen.max() == 1

@@ -140,6 +140,7 @@ def test_the_best_so_far_may_still_be_on_its_way(tmp_path):
     assert not checkpointer.should_save(2, 0.6) and checkpointer.should_save(2, 0.4)
 
 
+@pytest.mark.slow
 def test_a_run_saves_by_the_clock_and_what_it_keeps_for_good(trainer):  # noqa: F811
     """And says for how many seconds it stood still."""
     run = trainer(

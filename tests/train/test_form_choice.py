@@ -172,6 +172,7 @@ def refuse(call):
     raise AssertionError("nothing is to be timed")
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_taken_again_on_the_same_device_and_anew_on_another(tmp_path, monkeypatch):
     model, warned = network(), []
     first = choose(model)
@@ -195,6 +196,7 @@ def test_what_was_chosen_is_taken_again_on_the_same_device_and_anew_on_another(t
     assert warned == []
 
 
+@pytest.mark.slow
 def test_a_recorded_form_that_is_wrong_or_missing_now_is_left_out(monkeypatch):
     model = network()
     record = choose(model).record

@@ -72,6 +72,7 @@ def test_a_run_whose_gradients_stay_bad_is_given_up(trainer, precision):
         assert run.stepper.scaler.get_scale() == 2.0**16 / 2**4
 
 
+@pytest.mark.slow
 def test_a_step_that_is_read_late_changes_no_bit_and_no_verdict(trainer):
     """As on a GPU: whether a step was skipped is decided where it is computed, and read when the next has been asked for."""
     runs = []

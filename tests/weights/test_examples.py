@@ -5,10 +5,15 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
+import torch
 from processes import REPO
 
+import p2w
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune_torch", "monai_unet_decoder"])
 def test_an_example_takes_its_ten_steps(name, trained_run, monkeypatch, capsys):
     if name.startswith("monai") and importlib.util.find_spec("monai") is None:
@@ -22,7 +27,58 @@ def test_an_example_takes_its_ten_steps(name, trained_run, monkeypatch, capsys):
     assert "torchvision" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["finetune_torch", "monai_unet_decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["SegResNet", "SwinUNETR"])
+@pytest.mark.parametrize("encoder", ["unet3d", "resencl"])
+def test_monais_networks_train_with_an_encoder_in_them(
+    network, encoder, trained_run, resencl_run, monkeypatch, capsys
+):
+    for module in ("monai", "nibabel"):  # MONAI turns images with nibabel
+        pytest.importorskip(module, reason="pip install 'p2w[examples]'")
+    run = trained_run if encoder == "unet3d" else resencl_run
+    monkeypatch.setattr(sys, "argv", ["monai_networks", str(run), network])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPO / "examples" / "monai_networks.py"), run_name="__main__")
+    assert ended.value.code == 0
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    assert len(losses) == 4 and all(0 < loss < 3 for loss in losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["SegResNet", "SwinUNETR"])
+def test_the_encoder_in_monais_network_is_the_pretrained_one_and_all_of_it_is_trained(network, resencl_run):
+    """The decoder is given the encoder's own features, and no parameter is left without a gradient."""
+    pytest.importorskip("monai", reason="pip install 'p2w[examples]'")
+    module = runpy.run_path(str(REPO / "examples" / "monai_networks.py"), run_name="example")
+    encoder, seen = p2w.load(resencl_run), []
+    model = module["network_of"](network, encoder, 3)
+    encoder.register_forward_hook(lambda _module, _input, features: seen.append(features))
+    x = torch.rand(1, 1, 32, 64, 64)
+    logits = model(x)
+    assert logits.shape == (1, 3, 32, 64, 64) and len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], p2w.load(resencl_run)(x), strict=True))
+    logits.square().mean().backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+
+
+def test_monais_transforms_give_the_input_of_the_card(trained_run):
+    """An image with its axes in MONAI's order, R, A, S, becomes the volume that our own pipeline would show."""
+    pytest.importorskip("nibabel", reason="pip install 'p2w[examples]'")
+    monai_data = pytest.importorskip("monai.data", reason="pip install 'p2w[examples]'")
+    module = runpy.run_path(str(REPO / "examples" / "monai_networks.py"), run_name="example")
+    card = p2w.card(trained_run)
+    spacing = card["input"]["spacing_mm_zyx"]["network"]
+    hu = np.random.default_rng(0).integers(-1500, 1500, (40, 70, 66)).astype(np.float32)  # z, y, x in LPS
+    ras = hu[:, ::-1, ::-1].transpose(2, 1, 0).copy()
+    affine = np.diag([spacing[2], spacing[1], spacing[0], 1.0])
+    image = monai_data.MetaTensor(torch.from_numpy(ras)[None], affine=affine)
+    made = module["transforms"](card)({"image": image, "label": image.clone()})["image"]
+    np.testing.assert_allclose(made[0], (hu.clip(-1000, 1000) + 1000) / 2000, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["finetune_torch", "monai_unet_decoder", "monai_networks"])
 def test_an_example_is_short_and_says_how_it_is_run(name):
     text = (REPO / "examples" / f"{name}.py").read_text()
-    assert f"python examples/{name}.py" in text and text.count("\n") < 90
+    assert f"python examples/{name}.py" in text and text.count("\n") < (
+        125 if name == "monai_networks" else 90
+    )

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from formula_weights import formula_volume, formula_weights
 from safetensors.torch import load_file, save_file
 
 import p2w
@@ -127,8 +130,98 @@ def test_models_genesis_is_turned_to_zyx_with_its_decoder(tmp_path):
         load_decoder(build_decoder(start.encoder, skips=False), start)
 
 
+RECORDED = Path(__file__).parent / "recorded" / "models_genesis.npz"
+
+
+@pytest.fixture(scope="module")
+def whole_unet():
+    """Encoder and decoder of the class's size, with the weights of tests/formula_weights.py turned to z, y, x."""
+    with np.load(RECORDED) as recorded:
+        names = json.loads(str(recorded["names"]))
+    theirs = {name: torch.from_numpy(v) for name, v in formula_weights(names).items() if v.ndim}
+    counters = {name: torch.tensor(0) for name, shape in names.items() if not shape}
+    encoder = build_encoder("unet3d", 32)
+    decoder = build_decoder(encoder, skips=True)
+    for module in (encoder, decoder):
+        turned = {k: v.permute(0, 1, 4, 3, 2) if v.ndim == 5 else v for k, v in (theirs | counters).items()}
+        module.load_state_dict({k: turned[k] for k in module.state_dict()})
+    return encoder, decoder, names, theirs
+
+
+def test_models_genesis_own_class_takes_the_export_and_computes_the_same(whole_unet, tmp_path, capsys):
+    """Names, shapes and an output recorded from its class by reference/models_genesis.py; a round trip has the same bits."""
+    encoder, decoder, names, theirs = whole_unet
+    state = {
+        f"{part}.{name}": value
+        for part, module in (("encoder", encoder), ("decoder", decoder))
+        for name, value in module.state_dict().items()
+    }
+    export._models_genesis(tmp_path / "g.pt", state, {"encoder": {"name": "unet3d"}})
+    assert capsys.readouterr().out == ""
+    held = torch.load(tmp_path / "g.pt", weights_only=True)["state_dict"]
+    held = {name.removeprefix("module."): value for name, value in held.items()}
+    assert {name: list(value.shape) for name, value in held.items()} == names  # what its strict load compares
+    assert all(torch.equal(held[name], value) for name, value in theirs.items())
+    back = load_start(str(tmp_path / "g.pt"))
+    assert same(back.encoder, encoder)
+    mine = build_decoder(back.encoder, skips=True)
+    load_decoder(mine, back)
+    assert same(mine, decoder)
+    with np.load(RECORDED) as recorded, torch.no_grad():
+        expected = torch.from_numpy(recorded["output"])
+        volume = torch.from_numpy(formula_volume(tuple(expected.shape))).permute(0, 1, 4, 3, 2)
+        output = torch.sigmoid(mine(back.encoder(volume))).permute(0, 1, 4, 3, 2)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+    assert start.main_inspect([str(tmp_path / "g.pt")]) == 0
+    assert "\nwhole: --init takes it" in capsys.readouterr().out
+
+
+def test_what_models_genesis_own_class_cannot_load_is_told(whole_unet, trained_run, tmp_path, capsys):
+    encoder = whole_unet[0]
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    without = {f"decoder.{n}": v for n, v in build_decoder(encoder, skips=False).state_dict().items()}
+    card = {"encoder": {"name": "unet3d"}}
+    for given, told in (
+        (state, "encoder alone; pass --what all"),
+        (state | without, "has skips, and this one has none"),
+    ):
+        export._models_genesis(tmp_path / "g.pt", given, card)
+        assert f"UNet3D, cannot load this file: {told}" in capsys.readouterr().out.replace(
+            "this is the ", ""
+        ).replace("its decoder ", "")
+    out = str(tmp_path / "narrow.pt")
+    export.main([str(trained_run), "--to", "models-genesis", "--what", "all", "--out", out])
+    assert "cannot load this file: its first convolution has 32 kernels" in capsys.readouterr().out
+
+
+def test_inspect_says_whole_of_wholes_alone(whole_unet, tmp_path, capsys):
+    encoder, decoder, _, _ = whole_unet
+    for parts, dropped, told in (
+        ((encoder, decoder), "", "\nwhole: "),
+        ((encoder,), "", "\nencoder whole: "),
+        ((encoder, decoder), "up_tr128.ops.0.conv1.weight", "\nencoder whole: "),
+        ((encoder, decoder), "down_tr128.ops.0.conv1.weight", "\nnot whole: "),
+    ):
+        state = {
+            name: value for part in parts for name, value in part.state_dict().items() if name != dropped
+        }
+        torch.save({"state_dict": state}, tmp_path / "g.pt")
+        start.main_inspect([str(tmp_path / "g.pt")])
+        assert told in capsys.readouterr().out, dropped
+
+
+def test_a_models_genesis_file_of_an_early_version_is_not_turned(tmp_path):
+    """Early exports hold our kernels as they are, and say nothing of axes."""
+    encoder = trained("unet3d")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in encoder.state_dict().items()}, "p2w": "{}"},
+        tmp_path / "g.pt",
+    )
+    assert same(load_start(str(tmp_path / "g.pt")).encoder, encoder)
+
+
 def test_ours_in_every_form(trained_run, tmp_path):
-    """A run, a checkpoint and all exports give the same encoder; what we export as Models Genesis is not turned."""
+    """A run, a checkpoint and all exports give the same encoder."""
     exported = {}
     for to in ("safetensors", "models-genesis", "hub-folder"):
         exported[to] = tmp_path / to
@@ -252,6 +345,32 @@ def test_a_pretrained_network_of_others_is_fed_what_our_pretraining_fed_it(tmp_p
     }
     with pytest.raises(UserError, match="Models Genesis' names are for unet3d, not resnet10"):
         export._models_genesis(tmp_path / "g.pt", state, card)
+
+
+def test_medicalnets_intensities_are_those_of_its_own_code():
+    """Voxels > 0 of the volume that it is given; recorded by reference/medicalnet.py. Voxels at 0 are noise there."""
+    with np.load(RECORDED.with_name("medicalnet.npz")) as recorded:
+        volume, theirs = torch.from_numpy(recorded["volume"]), torch.from_numpy(recorded["normalised"])
+    ours = normalise_input(volume[None, None], "positive-z", 1)[0, 0]
+    inside = volume > 0
+    assert 0.2 < inside.float().mean() < 0.8 and torch.equal(theirs.isnan(), ~inside)
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=1e-5, atol=1e-5)
+    assert ours[~inside].unique().numel() == 1
+
+
+def test_i3d_forgets_the_statistics_of_video_within_a_short_fine_tuning():
+    torch.manual_seed(0)
+    unit = build_encoder("i3d", 1).Conv3d_1a_7x7.train()
+    unit.bn.running_mean.fill_(100.0)
+    unit.bn.running_var.fill_(100.0)
+    x = torch.rand(2, 1, 8, 16, 16)
+    with torch.no_grad():
+        for _ in range(160):
+            unit(x)
+        made = unit.conv3d(x)
+    mean, var = made.mean(dim=(0, 2, 3, 4)), made.var(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(unit.bn.running_mean, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(unit.bn.running_var, var, rtol=1e-3, atol=1e-3)
 
 
 def test_fine_tuned_weights_are_fed_as_they_were(tmp_path):

@@ -34,6 +34,22 @@ def test_our_dense_vnet_computes_what_niftynets_does():
             np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("even", (32, 16, 24)), ("cube", (16, 16, 16))])
+def test_features_of_even_edges_are_niftynets(name, shape):
+    """NiftyNet takes edges divisible by 8, which are padded on one side; recorded by reference/niftynet_skips.py."""
+    start = load_start(str(GOLDEN), "dense_vnet", 2)
+    assert start.network == "dense_vnet:mirrored=True"
+    x = np.sin(np.arange(np.prod(shape)) ** 1.3).astype(np.float32).reshape(shape)
+    turned = torch.from_numpy(x.transpose(2, 0, 1)[:, ::-1, ::-1].copy())[None, None]
+    with torch.no_grad():
+        features = start.encoder.eval()(turned)
+    with np.load(GOLDEN.with_name("skips_even.npz")) as expected:
+        for i, ours in enumerate((features[0][:, 1:], features[1], features[2])):
+            theirs = expected[f"{name}_{i}"][0].transpose(3, 2, 0, 1)[:, :, ::-1, ::-1]
+            assert ours[0].shape == theirs.shape
+            np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
+
+
 def test_more_channels_see_what_one_saw():
     one = load_start(str(GOLDEN), width=2).encoder.eval()
     start = load_start(str(GOLDEN), width=2, in_channels=3)

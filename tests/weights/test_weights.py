@@ -95,6 +95,23 @@ def test_the_card_tells_spacing_channels_data_and_command(trained_run, tmp_path)
     assert "[1.25, 0.7, 0.7] mm (z, y, x; median)" in text
 
 
+def test_a_card_says_that_scans_were_mr_and_resampled(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "mr")
+    told = json.loads((run / "run.json").read_text())
+    told["starts"][-1]["data_set"] |= {
+        "modality": "mr",
+        "intensity": {"percentiles": [0.5, 99.5], "become": [-1000, 1000]},
+        "tiling": {"tile": [64, 128, 128], "spacing_mm": [2.0, 1.0, 1.0]},
+    }
+    (run / "run.json").write_text(json.dumps(told))
+    export.main([str(run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert card["input"]["modality"] == "mr" and card["input"]["resampled_to_mm"] == [2.0, 1.0, 1.0]
+    assert "The scans are MR: of each, the percentiles 0.5 and 99.5 became the ends" in text
+    assert "Scans were resampled to [2.0, 1.0, 1.0] mm" in text and "not resampled" not in text
+
+
 def test_a_run_that_noted_no_data_set_has_a_card_without_spacing(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "old")
     starts = json.loads((run / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""The pretext of the family: two parts of a whole shall be alike, and unlike those of other wholes.
+"""Contrastive pretexts: the features of two parts of a whole become alike, and unlike those of other wholes.
 
 Parts2Whole and a contrastive loss in one framework: what the paper names as its future (in its conclusion).
 
@@ -83,7 +83,8 @@ def cut_small_parts(batch_BDHW: Tensor, keys: SampleKeys, settings: ContrastRunC
     shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
     least = config.volume_fraction[0]
     numbers = torch.arange(count, device=keys.ids.device)
-    each = SampleKeys(keys.seed, keys.epoch, (keys.ids[:, None] * MANY + numbers).flatten())
+    real = None if keys.real is None else keys.real.repeat_interleave(count, 0)
+    each = SampleKeys(keys.seed, keys.epoch, (keys.ids[:, None] * MANY + numbers).flatten(), real)
     boxes = geometry.sample_boxes(each, SMALL_PARTS, shape, (SMALL * least, least), config.max_aspect)
     parts = _cut_boxes(batch_BDHW, boxes.view(-1, count, 6), settings)
     return intensity_transform(parts.flatten(0, 1)[:, None], each, SMALL_PARTS, settings.intensity).view_as(
@@ -134,7 +135,7 @@ def _divisor(encoder: str, width: int) -> tuple[int, int, int]:
 
 
 class ContrastiveNetwork(Network):
-    """Encoder, head, and where negatives come from. All that couples wholes happens in here.
+    """Encoder, head, and the objective that compares wholes. Nothing else depends on more than one whole.
 
     A part alone (B, 1, d, h, w) becomes embeddings (B, C). With another part and the wholes' ids, on all ranks together, the
     answer is each whole's loss, cosine of its pair, and whether it was nearer than all negatives: (B,) each.
@@ -159,7 +160,7 @@ class ContrastiveNetwork(Network):
 
 
 class ContrastivePretext(Pretext):
-    """A member of the family: `kind` says where negatives come from. Parts are functions of (seed, epoch, id) alone."""
+    """A pretext of this family: `kind` is its objective. Parts are functions of (seed, epoch, id) alone."""
 
     summary = "two parts of a whole -> alike, unlike those of others"
     groups: ClassVar = {"contrast": ContrastConfig, "intensity": IntensityConfig}
@@ -203,7 +204,7 @@ class ContrastivePretext(Pretext):
         return Views(part, other, extra_inputs=(other, keys.ids, *others))
 
     def build(self, encoder: Encoder) -> Network:
-        """Encoder, head, and what remembers. Raises UserError for a size that the encoder does not take."""
+        """Encoder, head, and the objective. Raises UserError for a size that the encoder does not take."""
         check_size(self.config.pretext.size, encoder)
         settings = self.settings
         if self.kind.views(settings):
@@ -213,9 +214,9 @@ class ContrastivePretext(Pretext):
         return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head))
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the wholes; `cosine` of the positive pairs, and the share `told` of those nearer than all negatives."""
-        losses, cosine, told = output
-        return losses.mean(), {"cosine": cosine.mean(), "told": told.mean()}
+        """Mean over the wholes; `cosine` of the positive pairs, and `accuracy`, the share nearer than all negatives."""
+        losses, cosine, nearest = output
+        return losses.mean(), {"cosine": cosine.mean(), "accuracy": nearest.mean()}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
         """The two parts."""
@@ -223,7 +224,7 @@ class ContrastivePretext(Pretext):
 
 
 def check_batch(config: ContrastRunConfig) -> None:
-    """Raise UserError where a pass holds a single whole: it would have nothing to differ from."""
+    """Raise UserError where a pass has a single whole, which would have no negatives."""
     if config.data.batch < 2 * config.optim.accumulate:
         raise UserError(
             f"data.batch={config.data.batch} in optim.accumulate={config.optim.accumulate} passes: {config.pretext.name} "
@@ -235,7 +236,7 @@ class BothNetwork(Network):
     """A part alone (B, 1, d, h, w) becomes its whole, as in Parts2Whole.
 
     With another part and the wholes' ids, on all ranks together, the answer is the whole from the first part, from the
-    second if `both`, and InfoNCE, cosine, told (B,) each, of every whole.
+    second if `both`, and of every whole InfoNCE, cosine, and whether its pair is nearer than all negatives, (B,) each.
     """
 
     def __init__(
@@ -292,16 +293,16 @@ class Parts2WholeContrast(Pretext):
         return BothNetwork(encoder, decoder, head, settings.both, temperature)
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and told as in
-        `ContrastivePretext.loss`."""
-        *volumes, losses, cosine, told = cast(tuple[Tensor, ...], output)
+        """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and accuracy as
+        in `ContrastivePretext.loss`."""
+        *volumes, losses, cosine, nearest = cast(tuple[Tensor, ...], output)
         mse = torch.stack([mse_loss(volume.float(), views.target.float()) for volume in volumes]).mean()
         infonce = losses.mean()
         terms = {
             "mse": mse.detach(),
             "infonce": infonce.detach(),
             "cosine": cosine.mean(),
-            "told": told.mean(),
+            "accuracy": nearest.mean(),
         }
         return mse + self.config.contrast.weight * infonce, terms
 

@@ -101,8 +101,8 @@ def info_nce(
 ) -> ContrastOutcome:
     """-log( exp(s+/t) / (exp(s+/t) + sum exp(s-/t)) ), s cosines (paper, section 3).
 
-    `anchor`, `positive` (B, C), `others` (N, C), all of unit length; `allowed` (B, N): who is a negative of whom. Without
-    any, the loss is 0.
+    `anchor`, `positive` (B, C), `others` (N, C), all of unit length; `allowed` (B, N): which are negatives of which.
+    Without negatives the loss is 0.
     """
     with full_precision(anchor):
         alike = (anchor * positive).sum(1)
@@ -126,8 +126,8 @@ def local_global(
     apart = apart.masked_fill(~allowed[:, :, None], -math.inf).flatten(1)
     against = (apart / temperature).logsumexp(1, keepdim=True)
     losses = (torch.logaddexp(alike / temperature, against) - alike / temperature).mean(1)
-    told = (alike > apart.amax(1, keepdim=True)).float().mean(1)
-    return losses, alike.detach().mean(1), told
+    nearest = (alike > apart.amax(1, keepdim=True)).float().mean(1)
+    return losses, alike.detach().mean(1), nearest
 
 
 @torch.no_grad()
@@ -150,5 +150,5 @@ def sinkhorn(scores: Tensor, counts: Tensor, iterations: int, epsilon: float) ->
 
 def average_outcomes(one: ContrastOutcome, two: ContrastOutcome) -> ContrastOutcome:
     """The mean of two outcomes."""
-    loss, cosine, told = ((a + b) / 2 for a, b in zip(one, two, strict=True))
-    return loss, cosine, told
+    loss, cosine, nearest = ((a + b) / 2 for a, b in zip(one, two, strict=True))
+    return loss, cosine, nearest

@@ -1,4 +1,4 @@
-"""One vector a whole: remembered (a memory bank) or learned (a class)."""
+"""Objectives with one vector for each whole: a memory bank of earlier embeddings, or learned vectors of classes."""
 
 import copy
 
@@ -26,7 +26,7 @@ CUBES = 8
 
 
 class _Slots(ContrastiveObjective):
-    """`contrast.bank` slots: whole `id` has slot `id % contrast.bank`; slots of no whole met so far are no negatives.
+    """`contrast.bank` slots: whole `id` has slot `id % contrast.bank`; slots that no whole has filled yet are no negatives.
 
     In a set of more sub-scans than slots, wholes that share one count as the same whole.
     """
@@ -40,7 +40,7 @@ class _Slots(ContrastiveObjective):
         self.register_buffer("seen", torch.zeros(config.bank, dtype=torch.bool))
 
     def allowed(self, slots: Tensor) -> Tensor:
-        """(B, bank) bool: the slots of the other wholes met so far."""
+        """(B, bank) bool: the filled slots of other wholes, which are the negatives."""
         numbers = torch.arange(len(self.seen), device=slots.device)
         return self.seen[None, :] & (slots[:, None] != numbers[None, :])
 
@@ -68,7 +68,7 @@ class MemoryBank(_Slots):
         return answer
 
     def entries(self, vectors: Tensor, slots: Tensor) -> Tensor:
-        """(B, C): what the bank has of the wholes; their own vectors where it has nothing."""
+        """(B, C): the bank's entries of the wholes; their own vectors where it has none yet."""
         return torch.where(self.seen[slots][:, None], self.bank[slots], vectors.detach())
 
     def against_bank(self, vectors: Tensor, entries: Tensor, slots: Tensor) -> ContrastOutcome:
@@ -77,7 +77,7 @@ class MemoryBank(_Slots):
 
     @torch.no_grad()
     def put(self, vectors: Tensor, slots: Tensor) -> None:
-        """Into the bank; of a whole that comes twice, the first."""
+        """Update the bank's entries; of a whole that comes twice, the first vector counts."""
         vectors = vectors[first_of_each(slots)]
         momentum = self.config.bank_momentum
         mixed = l2_normalise(momentum * self.bank[slots] + (1 - momentum) * vectors)

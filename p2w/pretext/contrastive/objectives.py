@@ -1,4 +1,4 @@
-"""What each part is contrasted with: the batch, a queue, local features, or prototypes."""
+"""Contrastive objectives: against the batch, a queue, local features, or prototypes."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ from p2w.pretext.settings import Bounds
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """Contrastive pretexts, and Parts2Whole with a contrastive loss; names which of them use a setting."""
+    """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
     temperature: Annotated[float | None, Bounds(1e-3, 1e3)] = None
     """Divides cosines; None is the method's own: simclr, swav 0.1 and moco, instdisc, pirl 0.07, as published; exemplar
@@ -139,7 +139,7 @@ def in_batch_loss(one: Tensor, two: Tensor, ids: Tensor, temperature: float) -> 
 
 
 class InBatch(ContrastiveObjective):
-    """SimCLR: the batch over all ranks, with gradients. Of a pass, where a step has several."""
+    """SimCLR: negatives are the other wholes of the pass, of all ranks, with gradients."""
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
@@ -234,11 +234,13 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. `told` is the share of cells that are nearer
-    than all negatives. What differs from the paper, and why: there, global features also predict a finer map, and cells
-    predict cells, in an encoder made so that a cell sees little of the image; here the coarsest map alone is used, since
-    every encoder has one, and its cells may see the whole part. There, scores are inner products, penalised by their square
-    and clipped by a tanh; here they are cosines over a temperature, as in the rest of the family.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are
+    nearer than all negatives.
+
+    What differs from the paper, and why: there, global features also predict a finer map, and cells predict cells, in an
+    encoder made so that a cell sees little of the image; here the coarsest map alone is used, since every encoder has one,
+    and its cells may see the whole part. There, scores are inner products, penalised by their square and clipped by a tanh;
+    here they are cosines over a temperature, as in the rest of the family.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
@@ -266,9 +268,9 @@ class Prototypes(ContrastiveObjective):
 
     Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
     solution; where the batch is small, also over the last `contrast.swav_queue` parts before it. `contrast.small_parts`
-    further parts of a whole predict both assignments. Validation uses no queue. `told` is the share of wholes whose two
-    parts are assigned to the same prototype. In the paper the queue begins to count after 15 epochs, here at once, as far as
-    it is filled; and there prototypes stand still in the first epoch, which is not done here.
+    further parts of a whole predict both assignments. Validation uses no queue. The accuracy is the share of wholes whose
+    two parts are assigned to the same prototype. In the paper the queue begins to count after 15 epochs, here at once, as
+    far as it is filled; and there prototypes stand still in the first epoch, which is not done here.
     """
 
     @classmethod

@@ -94,20 +94,20 @@ class SweepTask:
 class FineTuningPlan:
     """The options that all fine-tunings of a sweep share."""
 
-    launch: Path  # folder of finetune.py and train.py
     tasks: Mapping[str, SweepTask]  # by their name in this sweep
     out: Path
     trials: int
     fraction: Mapping[str, float]  # by task, "" for all
     width: int | None = None
-    more: tuple[str, ...] = ()  # further arguments of launch/finetune.py
+    more: tuple[str, ...] = ()  # further arguments of p2w finetune
     folds: tuple[int, ...] = ()  # folds to test on, for sets with folds; () is all
+    program: tuple[str, ...] = ("-m", "p2w")  # what Python runs
 
     def jobs(
         self, task: str, init: str, label: str, usual: Mapping[str, float], network: str = "", decoder: str = "",
         needs: str = "",
     ) -> list[SweepJob]:  # fmt: skip
-        """One command of launch/finetune.py for each fold; `usual` is the default share of the training data by task."""
+        """One command of p2w finetune for each fold; `usual` is the default share of the training data by task."""
         target = self.tasks[task]
         chosen = sorted(set(self.folds)) or list(range(target.folds))
         if target.folds and not set(chosen) <= set(range(target.folds)):
@@ -136,8 +136,7 @@ class FineTuningPlan:
         flags += ["--fraction", f"{share:g}"] if share != 1 else []
         flags += ["--decoder", decoder] if decoder else []
         command = (
-            "python",
-            str(self.launch / "finetune.py"),
+            *("python", *self.program, "finetune"),
             *map(str, flags),
             "--run-dir",
             str(folder),
@@ -178,9 +177,7 @@ def parse_tasks(texts: Sequence[str]) -> dict[str, SweepTask]:
         name, equals, where = text.partition("=")
         folder = Path(where if equals else text)
         if not folder.is_dir():
-            raise UserError(
-                f"--tasks {text}: no folder {folder}; name sets that preprocess/prepare_target.py wrote"
-            )
+            raise UserError(f"--tasks {text}: no folder {folder}; name sets that p2w prepare wrote")
         meta = open_target(folder).meta
         own = (
             str(meta["task"]).lower(),
@@ -230,7 +227,7 @@ def table2(
         what = ["--pretext.volume-fraction", repr(parts.low), repr(float(parts.high))]
         what += ["--pretext.skips"] if parts.skips else []
         where = ("--shards", shards, "--run-dir", str(run))
-        command = (*start, str(common.launch / "train.py"), recipe, *where, *what, *more)
+        command = (*start, *common.program, "train", recipe, *where, *what, *more)
         jobs.append(SweepJob(f"pretrain-{run.name}", run, command, 1, pretrains=True))
     pretrained = list(jobs)
     for task, target in common.tasks.items():

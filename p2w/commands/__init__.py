@@ -1,0 +1,1 @@
+"""One file a command: its options, what it refuses, and what it calls. `p2w`, launch/ and preprocess/ run them."""

@@ -1,0 +1,299 @@
+"""DICOM series: which slices belong together, and whether their positions are those of one volume.
+
+Slices are a volume when their positions lie on a line along their normal, at equal steps: each place and each step is right
+to `TOLERANCE_MM`. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several
+volumes under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans of their
+own.
+"""
+
+import os
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.ct.dicom import GZIP_MAGIC, Slice
+from p2w.ct.orientation import TOLERANCE_MM, BadScan, Grid
+
+# A slice may also be off its place by this share of a step, and no more: thin slices lie closer than the tolerance.
+STEP_SHARE = 0.2
+TURNED = 1e-3  # most that the direction cosines of one series may differ
+APART_MM = 0.01  # slices that are nearer share their position
+WIDE = 1.5  # times the usual step: a gap
+ROW_OF_GAPS = 2  # more gaps in a row are another step, not missing slices
+# What tells volumes of one series apart, and how a message names it.
+PARTS: dict[str, Callable[[Slice], str]] = {
+    "acquisition": lambda one: one.acquisition,
+    "phase": lambda one: one.phase,
+    "time": lambda one: one.time,
+    "kernel": lambda one: one.kernel,
+    "kV": lambda one: one.kvp,
+    "image type": lambda one: one.image_type,
+}
+FEWEST = 3  # slices of a part
+
+
+@dataclass(frozen=True)
+class DicomVolume:
+    """Slices in the order of their normal, their grid, and what tells the volume from others of its series.
+
+    `positions` is empty where the slices lie as the grid says. Else they have to be resampled: it holds the position (x, y,
+    z in mm) of the first pixel of every slice, and the grid is that of the first slice with the usual step.
+    """
+
+    slices: list[Slice]
+    grid: Grid
+    part: str = ""
+    positions: tuple[tuple[float, ...], ...] = ()
+    resampled: str = ""  # why its slices have to be resampled
+    copies: int = 0  # files left out because they are copies of others
+
+
+def people_apart(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Slices of one SeriesInstanceUID by patient, study and frame of reference: anonymizers give one uid to several.
+
+    A slice that lacks an identifier which all others share belongs to them.
+    """
+    groups = [list(slices)]
+    for identifier in (lambda one: one.patient, lambda one: one.study, lambda one: one.frame_of_reference):
+        groups = [part for group in groups for part in _by_identifier(group, identifier)]
+    return groups
+
+
+def _by_identifier(slices: list[Slice], identifier: Callable[[Slice], object]) -> list[list[Slice]]:
+    found: dict[object, list[Slice]] = defaultdict(list)
+    for one in slices:
+        found[identifier(one)].append(one)
+    named = [value for value in found if value]
+    # An identifier of one or two slices is none: an anonymizer or converter drew a new one for each file.
+    if len(named) < 2 or len(found) > len(slices) // FEWEST:
+        return [slices]
+    return list(found.values())
+
+
+def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) -> list[DicomVolume]:
+    """The volumes of a series: one, or several that its headers tell apart. Raises BadScan when they are none.
+
+    With `resample`, slices that lean away from their normal or lie at uneven steps are a volume to be resampled.
+    """
+    _check_headers(slices)
+    kept = _without_copies(slices)
+    copies = len(slices) - len(kept)
+    mixed = _interleaved(kept)
+    if mixed is not None and (found := _split(kept, allow_gaps, mixed, copies)):
+        return found
+    try:
+        ordered, grid = order_series(kept, allow_gaps)
+        return [DicomVolume(ordered, grid, copies=copies)]
+    except BadScan as why:
+        for name in PARTS:
+            if found := _split(kept, allow_gaps, name, copies):
+                return found
+        if resample and (leaning := _to_resample(kept)):
+            return [replace(leaning, resampled=str(why).partition(";")[0].partition(" (")[0], copies=copies)]
+        raise
+
+
+def _split(slices: list[Slice], allow_gaps: bool, name: str, copies: int) -> list[DicomVolume]:
+    """The volumes that a header field tells apart; none where what it tells apart are not all volumes."""
+    parts: dict[str, list[Slice]] = defaultdict(list)
+    for one in slices:
+        parts[PARTS[name](one)].append(one)
+    if len(parts) < 2 or min(map(len, parts.values())) < FEWEST:
+        return []
+    try:
+        found = [(key, *order_series(part, allow_gaps)) for key, part in sorted(parts.items())]
+    except BadScan:
+        return []
+    return [
+        DicomVolume(ordered, grid, f"{name} {key or 'none'}", copies=copies if i == 0 else 0)
+        for i, (key, ordered, grid) in enumerate(found)
+    ]
+
+
+def _check_headers(slices: list[Slice]) -> None:
+    """Raise BadScan where slices lack what a volume needs, or differ in what has to be equal."""
+    _check_equal("sizes", Counter(f"{one.columns}x{one.rows}" for one in slices))
+    _check_equal("pixel spacings", Counter(str([round(s, 4) for s in one.spacing]) for one in slices))
+    first = slices[0]
+    if len(first.orientation) != 6 or len(first.spacing) != 2:
+        raise BadScan("lacks its orientation or pixel spacing (ImageOrientationPatient, PixelSpacing)")
+    if not all(
+        len(one.orientation) == 6
+        and np.allclose(one.orientation, first.orientation, rtol=0, atol=TURNED)
+        for one in slices
+    ):  # fmt: skip
+        kinds = Counter(str([round(v, 3) + 0.0 for v in one.orientation]) for one in slices)
+        if len(kinds) == 1:
+            kinds = Counter(str(list(one.orientation)) for one in slices)
+        _check_equal("orientations", kinds)
+    if min(first.spacing) <= 0:
+        raise BadScan(f"pixel spacing {first.spacing} mm (PixelSpacing): has to be above 0")
+    bare = sum(len(one.rescale) < 2 for one in slices)
+    if bare:
+        raise BadScan(
+            f"no rescale: RescaleSlope or RescaleIntercept is missing in {bare} of {len(slices)} slices"
+        )
+    if any(one.rescale[0] == 0 for one in slices):
+        raise BadScan("RescaleSlope is 0")
+    if any(len(one.position) != 3 for one in slices):
+        raise BadScan("has slices without a position in space (ImagePositionPatient)")
+    row, column = np.array(first.orientation).reshape(2, 3)
+    lengths = [float(np.linalg.norm(row)), float(np.linalg.norm(column))]
+    if max(abs(length - 1) for length in lengths) > TURNED or abs(float(row @ column)) > TURNED:
+        raise BadScan(
+            f"ImageOrientationPatient {list(first.orientation)}: has to be two unit vectors at a right angle"
+        )
+
+
+def _check_equal(what: str, kinds: Counter[str]) -> None:
+    if len(kinds) > 1:
+        listing = ", ".join(f"{count} of {kind}" for kind, count in sorted(kinds.items()))
+        raise BadScan(f"slices of different {what} in one series: {listing}")
+
+
+def _without_copies(slices: list[Slice]) -> list[Slice]:
+    """The slices without copies of a file: the same SOPInstanceUID, position and bytes.
+
+    Images of one SOPInstanceUID that lie apart are all kept: an anonymizer gave them one. Raises BadScan for images of one
+    SOPInstanceUID and one position that are not the same.
+    """
+    first: dict[tuple[str, tuple[float, ...], int], Slice] = {}
+    kept = []
+    for one in slices:
+        other = first.setdefault((one.instance, one.position, one.frame), one)
+        if other is one:
+            kept.append(one)
+        elif _content(one) != _content(other):
+            names = " and ".join(os.path.basename(path.path) for path in (other, one))
+            raise BadScan(f"two different images have one SOPInstanceUID and one position: {names}")
+    return kept
+
+
+def _content(one: Slice) -> bytes:
+    with open(one.path, "rb") as file:
+        data = file.read()
+    return zlib.decompress(data, 31) if data[:2] == GZIP_MAGIC else data
+
+
+def _normal(one: Slice) -> NDArray[np.float64]:
+    row, column = np.array(one.orientation).reshape(2, 3)
+    normal: NDArray[np.float64] = np.cross(row, column)
+    return normal / np.linalg.norm(normal)
+
+
+def _interleaved(slices: list[Slice]) -> str | None:
+    """The header field of which slices of one value lie between those of another; None where there is none.
+
+    Two acquisitions may be interleaved at equal steps, so equal steps alone prove nothing.
+    """
+    normal = _normal(slices[0])
+    ordered = sorted(slices, key=lambda one: float(normal @ one.position))
+    for name, value in PARTS.items():
+        values = [value(one) for one in ordered]
+        runs = 1 + sum(a != b for a, b in pairwise(values))
+        kinds = len(set(values))
+        if 1 < kinds <= len(ordered) // FEWEST and runs > kinds and all(values):
+            return name
+    return None
+
+
+def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Grid]:
+    """Slices of equal size and orientation sorted along their normal, and their grid.
+
+    Raises BadScan when their positions are not those of one volume.
+    """
+    normal = _normal(slices[0])
+    slices = sorted(slices, key=lambda one: float(normal @ one.position))
+    along = np.array([normal @ one.position for one in slices])
+    _check_line(slices, normal)
+    return slices, grid_of(slices, normal, _step(slices, along, allow_gaps))
+
+
+def grid_of(slices: list[Slice], normal: NDArray[np.float64], step: float) -> Grid:
+    """The grid whose first slice is the first of these."""
+    first = slices[0]
+    row, column = np.array(first.orientation).reshape(2, 3)
+    return Grid(
+        size=(first.columns, first.rows, len(slices)),
+        spacing=(first.spacing[1], first.spacing[0], step),
+        origin=(first.position[0], first.position[1], first.position[2]),
+        direction=tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
+    )
+
+
+def _check_line(slices: list[Slice], normal: NDArray[np.float64]) -> None:
+    """Raise BadScan when positions leave the line along the normal: the gantry was tilted, or the slices drift."""
+    offset = np.array([one.position for one in slices]) - np.array(slices[0].position)
+    along = offset @ normal
+    aside = np.linalg.norm(offset - along[:, None] * normal, axis=1)
+    most = float(aside.max())
+    if most > TOLERANCE_MM:
+        last = int(aside.argmax())
+        angle = np.degrees(np.arctan2(most, abs(float(along[last]))))
+        raise BadScan(
+            f"gantry tilt or drift: positions leave the normal of the slices by up to {most:.1f} mm ({angle:.1f} degrees; "
+            f"{TOLERANCE_MM:g} mm are tolerated); --resample-tilt straightens it"
+        )
+
+
+def _step(slices: list[Slice], along: NDArray[np.float64], allow_gaps: bool) -> float:
+    """Distance of adjacent slices in mm. Raises BadScan where slices are missing, share a position or lie unevenly."""
+    if len(slices) < 2:
+        return slices[0].step or slices[0].thickness or 1.0
+    steps = np.diff(along)
+    usual = float(np.median(steps))
+    if (steps < APART_MM).any():
+        count = int((steps < APART_MM).sum())
+        folders = sorted({os.path.basename(os.path.dirname(one.path)) for one in slices})
+        where = f" (in {len(folders)} folders: {', '.join(folders[:4])})" if len(folders) > 1 else ""
+        raise BadScan(f"4-D: {count} slices share their position with another slice of the series{where}")
+    mean = float(along[-1] - along[0]) / (len(slices) - 1)
+    # Positions are often rounded, so that no step is the true one: then the mean is.
+    step = usual if abs(usual - mean) * (len(slices) - 1) <= TOLERANCE_MM / 10 else mean
+    off = along - along[0] - step * np.arange(len(slices))
+    off -= (off.max() + off.min()) / 2
+    if max(np.abs(off).max(), np.abs(steps - step).max()) <= min(TOLERANCE_MM, STEP_SHARE * step):
+        return step
+    wide = np.flatnonzero(steps > WIDE * usual)
+    if wide.size and _only_gaps(steps, usual):
+        if allow_gaps:
+            return usual
+        at = int(wide[0])
+        missing = int(sum(round(float(steps[i]) / usual) - 1 for i in wide))
+        names = " and ".join(os.path.basename(one.path) for one in slices[at : at + 2])
+        raise BadScan(
+            f"{missing} slices missing, {wide.size} gaps: the first is {steps[at]:.2f} mm between {names}, "
+            f"elsewhere {usual:.2f} mm; --allow-gaps cuts it all the same"
+        )
+    raise BadScan(
+        f"uneven steps: adjacent slices are {steps.min():.2f} to {steps.max():.2f} mm apart "
+        f"({TOLERANCE_MM:g} mm off their place are tolerated); --resample-tilt resamples it to equal steps"
+    )
+
+
+def _only_gaps(steps: NDArray[np.float64], usual: float) -> bool:
+    """Whether the steps are equal but for a few that leave out whole slices."""
+    times = np.maximum(1, np.rint(steps / usual))
+    near = np.abs(steps - times * usual) <= min(TOLERANCE_MM, STEP_SHARE * usual)
+    row = longest = 0
+    for gap in times > 1:
+        row = row + 1 if gap else 0
+        longest = max(longest, row)
+    return bool(near.all()) and longest <= ROW_OF_GAPS
+
+
+def _to_resample(slices: list[Slice]) -> DicomVolume | None:
+    """A volume of slices that lean or lie unevenly, to be resampled at the usual step; None where two share a height."""
+    normal = _normal(slices[0])
+    slices = sorted(slices, key=lambda one: float(normal @ one.position))
+    along = np.array([normal @ one.position for one in slices])
+    steps = np.diff(along)
+    if len(slices) < 2 or (steps < APART_MM).any():
+        return None
+    grid = grid_of(slices, normal, float(np.median(steps)))
+    return DicomVolume(slices, grid, positions=tuple(one.position for one in slices))

@@ -1,0 +1,270 @@
+"""HTTP requests of a data set: what the server answers, and when another try may help. Reaches no torch.
+
+One client, `requests`, fetches manifests, byte ranges and whole shards, so that the same proxies, certificates and .netrc
+hold for all of them. A request takes at most CONNECT_S to connect, READ_S without a byte, and longer than that only while
+SLOWEST bytes a second arrive.
+
+- 5xx, 408, 429, a connection that is refused, reset or silent: tried again, after a pause that doubles up to
+  LONGEST_PAUSE_S, or as long as the server's Retry-After says.
+- Any other status, and a 206 with other bytes than those asked for: final at once.
+"""
+
+import contextlib
+import email.utils
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+
+import requests
+import urllib3
+
+from p2w.errors import UserError
+
+CONNECT_S, READ_S = 30.0, 60.0  # seconds to connect, and without a byte
+SLOWEST = 1000  # bytes a second; an answer slower than this counts as none, once it has taken READ_S
+TRIES = 5  # at least
+PAUSE_S = 0.5  # before the first new try, doubled for each further one
+LONGEST_PAUSE_S = 30.0
+PIECE = 1 << 20  # bytes read at a time
+_RETRY_STATUS = frozenset({408, 429})  # the statuses below 500 after which another try may succeed
+_WITHOUT_RANGES = frozenset(
+    {200, 400, 416, 501}
+)  # answers of a server that cannot give a range of a file that is there
+_own = threading.local()  # each thread keeps its own connections
+
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+
+class RequestFailed(Exception):
+    """A server did not send what was asked for. The message is one line that says why and after how many tries."""
+
+
+class Refused(Exception):
+    """An answer other than the one asked for; `final` when another try is useless, else after `pause_s` if it names one."""
+
+    def __init__(self, reason: str, final: bool, pause_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.final, self.pause_s = final, pause_s
+
+
+def session() -> requests.Session:
+    """This thread's session, which keeps its connections."""
+    if not hasattr(_own, "session"):
+        _own.session = requests.Session()
+    found: requests.Session = _own.session
+    return found
+
+
+class Attempts:
+    """Tries of one request: at least `TRIES`, and until `retry_s` seconds after the first failure.
+
+    >>> for attempt in Attempts(url, retry_s):
+    ...     with attempt: return ask()
+    """
+
+    def __init__(
+        self,
+        url: str,
+        retry_s: float = 0.0,
+        on_wait: Callable[[], None] = lambda: None,
+        pause_s: float = PAUSE_S,
+    ) -> None:
+        """`on_wait` is called at least once a second while waiting for the next try, and once for every failure."""
+        self.url, self.retry_s, self.on_wait, self.pause_s = url, retry_s, on_wait, pause_s
+        self.failed = 0
+        self._first = 0.0
+
+    def __iter__(self) -> Iterator["Attempts"]:
+        """Yield without end; a failure that no other try may mend raises RequestFailed from the `with` block."""
+        while True:
+            yield self
+
+    def __enter__(self) -> "Attempts":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, (*FAILURES, Refused)):
+            return False
+        self.on_wait()
+        self.failed += 1
+        now = time.monotonic()
+        self._first = self._first or now
+        reason = str(error) if isinstance(error, Refused) else innermost_reason(error)
+        pause = min(LONGEST_PAUSE_S, self.pause_s * 2 ** min(self.failed - 1, 20)) * random.uniform(0.75, 1.0)
+        if isinstance(error, Refused) and error.pause_s is not None and self.retry_s:
+            pause = max(0.1, min(error.pause_s, self.retry_s))  # the server knows better
+        patience = (
+            0.0 if f"[Errno {socket.EAI_NONAME}]" in reason else self.retry_s
+        )  # no such host: mistyped, as a rule
+        over = self.failed >= TRIES and now + pause - self._first > patience
+        if over or (isinstance(error, Refused) and error.final):
+            took = f" over {now - self._first:.0f} s" if now - self._first >= 60 else ""
+            raise RequestFailed(f"({reason}), tried {self.failed} times{took}") from error
+        logging.getLogger(__name__).warning("%s: %s; trying again", self.url, reason)
+        end = now + pause
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(1.0, left))
+            self.on_wait()
+        return True
+
+
+def range_headers(start: int, nbytes: int) -> dict[str, str]:
+    """Request headers for a range of bytes of the file, uncompressed."""
+    return {"Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity"}
+
+
+def check_status(answer: requests.Response, wanted: int) -> None:
+    """Raise Refused unless the answer has the status `wanted`."""
+    status = answer.status_code
+    if status == wanted:
+        return
+    final = status < 500 and status not in _RETRY_STATUS
+    raise Refused(f"the server answers {status} {answer.reason}", final, _retry_after(answer))
+
+
+def check_range(answer: requests.Response, start: int, nbytes: int) -> None:
+    """Raise Refused unless the answer has these bytes of the file, as they are."""
+    check_status(answer, 206)
+    found = answer.headers.get("Content-Range", "")
+    if found.partition("/")[0] != f"bytes {start}-{start + nbytes - 1}":
+        raise Refused(f"the server gives '{found}' for bytes {start}-{start + nbytes - 1}", final=True)
+    _check_encoding(answer)
+
+
+def _check_encoding(answer: requests.Response) -> None:
+    packed = answer.headers.get("Content-Encoding", "identity")
+    if packed != "identity":
+        raise Refused(f"the server compresses its answers ({packed})", final=True)
+
+
+def _retry_after(answer: requests.Response) -> float | None:
+    """Seconds to wait as the header Retry-After says, a number or a date; None without a valid one."""
+    said = answer.headers.get("Retry-After", "")
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, float(said))
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    return None
+
+
+def read_range(url: str, start: int, nbytes: int) -> bytes:
+    """Ask once for a range of a file. Raises Refused, or an error of the connection."""
+    headers = range_headers(start, nbytes)
+    with session().get(url, headers=headers, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+        check_range(answer, start, nbytes)
+        data: bytes = answer.raw.read(nbytes, decode_content=False)
+        if len(data) < nbytes:
+            raise Refused(f"{len(data):,} bytes of {nbytes:,} arrived", final=False)
+        answer.raw.read(1)  # reads the end of the answer, so that the connection can be used again
+        return data
+
+
+def read_pieces(url: str, on_piece: Callable[[], None] = lambda: None) -> Generator[bytes, None, None]:
+    """Ask once for a whole file, and yield its bytes in pieces. Raises Refused, or an error of the connection."""
+    own = {"Accept-Encoding": "identity"}
+    with session().get(url, headers=own, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+        check_status(answer, 200)
+        _check_encoding(answer)
+        began, done = time.monotonic(), 0
+        expected = answer.headers.get("Content-Length")
+        while data := answer.raw.read(PIECE, decode_content=False):
+            yield data
+            on_piece()
+            done += len(data)
+            if time.monotonic() - began > READ_S + done / SLOWEST:
+                raise Refused(f"{done:,} bytes in {time.monotonic() - began:.0f} s", final=False)
+        if expected is not None and done != int(expected):
+            raise Refused(f"{done:,} bytes of {int(expected):,} arrived", final=False)
+
+
+def fetch(
+    url: str,
+    most: int,
+    retry_s: float = 0.0,
+    on_wait: Callable[[], None] = lambda: None,
+    pause_s: float = PAUSE_S,
+) -> bytes:
+    """All bytes of a small file.
+
+    Raises:
+        UserError: it cannot be fetched, or has `most` bytes or more.
+    """
+    try:
+        for attempt in Attempts(url, retry_s, on_wait, pause_s):
+            with attempt:
+                return _read_file(url, most, on_wait)
+    except RequestFailed as error:
+        raise UserError(
+            f"{url}: cannot be fetched {error}: check the address, and that it is readable from this machine"
+        ) from error
+    raise AssertionError("not reached")
+
+
+def _read_file(url: str, most: int, on_wait: Callable[[], None]) -> bytes:
+    data = bytearray()
+    for piece in read_pieces(url, on_wait):
+        data += piece
+        if len(data) >= most:
+            raise UserError(f"{url}: has {most:,} bytes or more, which no manifest has: check the address")
+    return bytes(data)
+
+
+def supports_ranges(
+    url: str, retry_s: float = 0.0, on_wait: Callable[[], None] = lambda: None, pause_s: float = PAUSE_S
+) -> bool:
+    """Whether the server answers a request for the first byte of a file, which exists, with that byte alone.
+
+    Raises:
+        UserError: the server refuses or does not answer, so that this remains unknown.
+    """
+    try:
+        for attempt in Attempts(url, retry_s, on_wait, pause_s):
+            with attempt:
+                return _has_ranges(url)
+    except RequestFailed as error:
+        raise UserError(
+            f"{url}: whether the server gives byte ranges could not be found out {error}; the order of a run depends on "
+            "it: repeat the command when the server answers"
+        ) from error
+    raise AssertionError("not reached")
+
+
+def _has_ranges(url: str) -> bool:
+    headers = range_headers(0, 1)
+    with session().get(url, headers=headers, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+        if answer.status_code == 206:
+            with contextlib.suppress(Refused):
+                check_range(answer, 0, 1)
+                return True
+            return False
+        if answer.status_code not in _WITHOUT_RANGES:
+            check_status(answer, 206)
+        answer.close()  # the rest of the file is not read
+        return False
+
+
+def refuses(url: str) -> bool:
+    """Whether an http(s) server answers a request for this file in a way that another try will not change; asked once."""
+    if not url.startswith(("http:", "https:")):
+        return False
+    try:
+        with session().get(url, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+            check_status(answer, 200)
+    except Refused as error:
+        return error.final
+    except FAILURES:
+        return False
+    return False
+
+
+def innermost_reason(error: BaseException) -> str:
+    """The message of the innermost error; the errors around it repeat the address and print objects."""
+    while error.args and isinstance(error.args[-1], BaseException):
+        error = error.args[-1]
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, BaseException):
+        return innermost_reason(reason)
+    return (str(error).splitlines() or [type(error).__name__])[0]

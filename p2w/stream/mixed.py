@@ -1,0 +1,160 @@
+"""A mixture of data sets, from which training draws with weights. Its order is a function of seed and epoch alone.
+
+An epoch takes as many sub-scans of every set as its weight says, and no sub-scan twice: it ends where the first set is used
+up. So a set with a small share is not seen whole in an epoch, but another random share of it in each. Which sub-scans an
+epoch takes, and where in the epoch, are two hashes of (seed, epoch, id); as elsewhere, a position in the run is (epoch,
+step), and resuming is a slice. Validation has all sub-scans of all sets once, whatever the weights.
+
+The id of a sub-scan is its row in the manifests, one after the other in the order of the command line.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from p2w.errors import UserError
+from p2w.rng import Ids, hash64
+from p2w.shards.manifest import data_fingerprint
+from p2w.shards.mixture import BETWEEN, MixturePart
+from p2w.stream.local import SampleReader, ShardSet
+
+MIXING_STREAM = (
+    3  # number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
+)
+
+
+class MixedSet(ShardSet):
+    """Several sets, each with a share of an epoch."""
+
+    def __init__(self, sets: list[ShardSet], parts: list[MixturePart]) -> None:
+        """Put the sets together; a part without weight counts by the size of its training split.
+
+        Raises:
+            UserError: sets of different shapes or windows, an empty one, or one that can only be streamed.
+        """
+        self.sets, self.where = sets, BETWEEN.join(map(str, parts))
+        _check(sets, self.where)
+        first = sets[0]
+        self.shape, self.nbytes, self.verify = first.shape, first.nbytes, first.verify
+        self.on_bad, self.reported_bad = "stop", set()
+        self.min_threads = max(one.min_threads for one in sets)
+        lengths = [len(one) for one in sets]
+        self.starts: Ids = np.cumsum([0, *lengths]).astype(
+            np.int64
+        )  # first id of each set, and the number of all
+        weights = [
+            len(one.ids("train")) if part.weight is None else part.weight
+            for one, part in zip(sets, parts, strict=True)
+        ]
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.keys = pa.chunked_array([chunk for one in sets for chunk in one.keys.chunks], pa.string())
+        self.offsets, self.checksums = (
+            np.concatenate([getattr(one, name) for one in sets]) for name in ("offsets", "checksums")
+        )
+        self.spacing_mm = np.concatenate([one.spacing_mm for one in sets])
+        filled = any(one.real is not None for one in sets)
+        every = [one.size_in_voxels(np.arange(len(one))) for one in sets]
+        self.real = np.concatenate(every) if filled else None
+        self.shard_names = [f"{one.where}/{name}" for one in sets for name in one.shard_names]
+        before = np.cumsum([0, *(len(one.shard_names) for one in sets)])
+        self.shard_numbers = np.concatenate(
+            [one.shard_numbers + at for one, at in zip(sets, before, strict=False)]
+        )
+        self.meta = self._meta(parts)
+
+    def _meta(self, parts: list[MixturePart]) -> dict[str, Any]:
+        """What the sets' manifests have in common, all scans and shards, and the parts of the mixture."""
+        first = self.sets[0].meta
+        splits = [one.meta.get("split", {}) for one in self.sets]
+        told = [
+            {"shards": part.where, "weight": weight, "data": data_fingerprint(one.meta)}
+            for part, weight, one in zip(parts, self.weights, self.sets, strict=True)
+        ]
+        same = ("shape", "dtype", "window_hu", "format", "tiling", "modality", "intensity")
+        return {
+            key: first[key]
+            for key in same
+            if all(one.meta.get(key) == first.get(key) for one in self.sets) and key in first
+        } | {
+            "split": {
+                name: [uid for one in splits for uid in one.get(name, [])]
+                for name in ("train_scans", "val_scans")
+            },
+            "shards": [shard for one in self.sets for shard in one.meta["shards"]],
+            "mixture": told,
+        }
+
+    def call_while_waiting(self, call: Callable[[], None]) -> None:
+        """As for `ShardSet`; the sets are what waits."""
+        for one in self.sets:
+            one.call_while_waiting(call)
+
+    def ids(self, split: str) -> Ids:
+        """Ids of the split of all sets, ascending."""
+        return np.concatenate([one.ids(split) + at for one, at in zip(self.sets, self.starts, strict=False)])
+
+    def _set_of(self, sub_scan: int) -> tuple[ShardSet, int]:
+        """The set of a sub-scan, and its id there."""
+        number = int(np.searchsorted(self.starts, sub_scan, "right")) - 1
+        return self.sets[number], sub_scan - int(self.starts[number])
+
+    def shares(self, ids: Ids) -> list[int]:
+        """How many sub-scans of each set an epoch takes; `ids` are those of the split."""
+        numbers = np.searchsorted(self.starts, ids, "right") - 1
+        sizes = np.bincount(numbers, minlength=len(self.sets))
+        epoch = min(size / weight for size, weight in zip(sizes.tolist(), self.weights, strict=True))
+        return [
+            min(size, math.floor(epoch * weight + 1e-9))
+            for size, weight in zip(sizes.tolist(), self.weights, strict=True)
+        ]
+
+    def samples_per_epoch(self, ids: Ids) -> int:
+        """Number of sub-scans in an epoch."""
+        return sum(self.shares(ids))
+
+    def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
+        """Ids of every step of a training epoch, (steps, batch)."""
+        numbers, chosen = np.searchsorted(self.starts, ids, "right") - 1, []
+        for number, share in enumerate(self.shares(ids)):
+            own = ids[numbers == number]
+            chosen.append(own[np.argsort(hash64(own, seed, epoch))[:share]])
+        taken = np.concatenate(chosen)
+        steps = len(taken) // batch
+        return taken[np.argsort(hash64(taken, seed, epoch, MIXING_STREAM))][: steps * batch].reshape(
+            steps, batch
+        )
+
+    def reader(
+        self, ids: Ids, shuffle: tuple[int, int] | None = None
+    ) -> AbstractContextManager[SampleReader]:
+        """The mixture itself: any number of threads can read any sub-scan of it."""
+        return nullcontext(self)
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
+        own, row = self._set_of(sub_scan)
+        own.on_wait = self.on_wait  # a plain attribute, set once a run has its watchdog
+        own.read_into(row, out)
+
+
+def _check(sets: list[ShardSet], where: str) -> None:
+    first = sets[0]
+    for one in sets:
+        if one.order == "streamed":
+            raise UserError(
+                f"--shards {where}: {one.where} can only be streamed, and a mixture needs folders, or servers with byte "
+                "ranges: copy it to a folder"
+            )
+        if one.shape != first.shape:
+            shapes = " and ".join(" x ".join(map(str, shape)) for shape in (first.shape, one.shape))
+            raise UserError(
+                f"--shards {where}: sub-scans of {shapes} voxels (z, y, x) cannot be mixed: cut the sets with one --tile"
+            )
+        if one.meta.get("window_hu") != first.meta.get("window_hu"):
+            raise UserError(f"--shards {where}: their windows differ: cut the sets with one version of p2w")
+        if not len(one.ids("train")):
+            raise UserError(f"--shards {where}: {one.where} has no sub-scan to train on: leave it out")

@@ -1,0 +1,190 @@
+"""Masks of DICOM series: RTSTRUCT contours and DICOM-SEG segments, laid on the grid of the image that they are of.
+
+Needs the extra p2w[dicom]: pydicom reads RTSTRUCT, highdicom DICOM-SEG.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.ct.discover import ScanListing, ScanSource, printable, safe_uid, walk
+from p2w.ct.enhanced_dicom import read_dataset
+from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.errors import UserError
+from p2w.tasks import crops, source_files
+
+MODALITY = {"rtstruct": "RTSTRUCT", "seg": "SEG"}
+SOP_CLASS = {"rtstruct": b"1.2.840.10008.5.1.4.1.1.481.3", "seg": b"1.2.840.10008.5.1.4.1.1.66.4"}
+HEAD = 4096  # bytes in which a file names its SOP class
+BETWEEN = 0.25  # share of a slice distance that the plane of a contour may be off a slice
+OFF_GRID = 0.1  # voxels that a segment's grid may be off the image's
+
+
+def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSource]]:
+    """RTSTRUCT ("rtstruct") or DICOM-SEG ("seg") files below a folder, by the SeriesInstanceUID that they are of.
+
+    Raises UserError without pydicom.
+    """
+    found: dict[str, list[ScanSource]] = defaultdict(list)
+    for path in walk(source, out):
+        name = printable(os.path.relpath(path, source))
+        with open(path, "rb") as file:  # most are slices, which pydicom would read more slowly
+            if SOP_CLASS[kind] not in file.read(HEAD):
+                continue
+        try:
+            data = read_dataset(path, pixels=False)
+        except BadScan as error:
+            if "p2w[dicom]" in str(error):
+                raise UserError(
+                    f"--masks {kind}: reading them needs pydicom and highdicom: pip install 'p2w[dicom]'"
+                ) from error
+            continue
+        if getattr(data, "Modality", "") == MODALITY[kind]:
+            for series in set(_referenced_series(data)):
+                found[series].append(ScanSource(safe_uid(name), name, (path,)))
+    return found
+
+
+def _referenced_series(data: Any) -> Iterator[str]:
+    """SeriesInstanceUIDs of the images that an RTSTRUCT or SEG refers to."""
+    for one in getattr(data, "ReferencedSeriesSequence", None) or []:
+        yield str(getattr(one, "SeriesInstanceUID", ""))
+    for frame in getattr(data, "ReferencedFrameOfReferenceSequence", None) or []:
+        for study in getattr(frame, "RTReferencedStudySequence", None) or []:
+            for one in getattr(study, "RTReferencedSeriesSequence", None) or []:
+                yield str(getattr(one, "SeriesInstanceUID", ""))
+
+
+def image_names(found: ScanListing) -> dict[str, ScanSource]:
+    """DICOM series by every name that a mask file may have: series uid, folder, and its last part where only one has it."""
+    names: dict[str, list[ScanSource]] = defaultdict(list)
+    for scan in found.sources:
+        if scan.grid is None:
+            continue
+        folder = scan.name.partition(" (series ")[0]
+        for name in {scan.uid, scan.info.series, folder, folder.rpartition("/")[2]}:
+            names[name].append(scan)
+    return {name: scans[0] for name, scans in names.items() if len(scans) == 1}
+
+
+def read_mask(
+    source: ScanSource, kind: str, structures: str, grid: Grid, shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    """The mask (0 and 1) on an image's canonical grid [z,y,x]: all structures whose names match the expression, "" for all.
+
+    Raises BadScan where none matches, or they do not lie on the image's slices.
+    """
+    try:
+        if kind == "rtstruct":
+            return _contours(source, structures, grid, shape)
+        return _segments(source, structures, grid, shape)
+    except BadScan as error:
+        raise BadScan(f"mask {source.name}: {error}") from error
+
+
+def _chosen(names: dict[int, str], structures: str) -> list[int]:
+    chosen = [number for number, name in names.items() if re.search(structures, name, re.IGNORECASE)]
+    if not chosen:
+        raise BadScan(
+            f"no structure is called like {structures!r}: it has {', '.join(sorted(names.values())) or 'none'}"
+        )
+    return chosen
+
+
+def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Filled contours of an RTSTRUCT: a voxel is inside where its centre is; contours within one another are holes."""
+    data = read_dataset(source.files[0], pixels=False)
+    names = {
+        int(one.ROINumber): str(one.ROIName) for one in getattr(data, "StructureSetROISequence", None) or []
+    }
+    chosen = _chosen(names, structures)
+    mask = np.zeros(shape, np.uint8)
+    for roi in getattr(data, "ROIContourSequence", None) or []:
+        if int(roi.ReferencedROINumber) not in chosen:
+            continue
+        own = np.zeros(shape, np.uint8)
+        for contour in getattr(roi, "ContourSequence", None) or []:
+            kind = str(getattr(contour, "ContourGeometricType", "CLOSED_PLANAR"))
+            if kind in ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"):
+                continue  # marks, which enclose nothing
+            points = np.array(contour.ContourData, np.float64).reshape(-1, 3)
+            _fill(own, crops.to_voxel(grid, points[:, ::-1]), names[int(roi.ReferencedROINumber)])
+        mask |= own
+    if not mask.any():
+        raise BadScan("its contours enclose no voxel of the image")
+    return mask
+
+
+def _fill(mask: NDArray[np.uint8], points: NDArray[Any], name: str) -> None:
+    """Invert the voxels of one slice whose centres lie inside a polygon; `points` (n, 3) in voxels z, y, x."""
+    from matplotlib.path import Path  # noqa: PLC0415  (slow to import)
+
+    spread = np.ptp(points, axis=0)
+    axis = int(spread.argmin())
+    level = float(points[:, axis].mean())
+    if spread[axis] > BETWEEN or abs(level - round(level)) > BETWEEN:
+        raise BadScan(
+            f"a contour of {name} lies between the slices of the image, at {'zyx'[axis]} = {level:.2f}"
+        )
+    if not 0 <= round(level) < mask.shape[axis]:
+        raise BadScan(f"a contour of {name} lies outside the image, at {'zyx'[axis]} = {level:.1f}")
+    plane = np.moveaxis(mask, axis, 0)[round(level)]
+    flat = np.delete(points, axis, axis=1)
+    low = np.maximum(np.ceil(flat.min(axis=0)), 0).astype(int)
+    high = np.minimum(np.floor(flat.max(axis=0)) + 1, plane.shape).astype(int)
+    if (high <= low).any():
+        return
+    box = np.stack(np.meshgrid(*map(np.arange, low, high), indexing="ij"), axis=-1)
+    inside = Path(flat).contains_points(box.reshape(-1, 2)).reshape(box.shape[:2])
+    plane[low[0] : high[0], low[1] : high[1]] ^= inside.astype(np.uint8)
+
+
+def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The voxels of chosen segments of a DICOM-SEG; of fractional ones, those of at least one half."""
+    try:
+        from highdicom.seg import segread  # noqa: PLC0415  (an extra)
+    except ImportError as error:
+        raise BadScan("needs highdicom: pip install 'p2w[dicom]'") from error
+    try:
+        segmentation = segread(source.files[0])
+        names = {
+            n: str(segmentation.get_segment_description(n).SegmentLabel) for n in segmentation.segment_numbers
+        }
+        volume = segmentation.get_volume(segment_numbers=_chosen(names, structures))
+    except BadScan:
+        raise
+    except Exception as error:  # highdicom raises whatever its parsers do
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise BadScan(f"cannot be read: {type(error).__name__}: {said}") from error
+    array = np.array((np.asarray(volume.array) >= 0.5).any(axis=-1), np.uint8)
+    affine = np.asarray(volume.affine, float)  # from slice, row and column to x, y, z in mm
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = (affine[:3, :3] / spacing)[:, ::-1]
+    own = Grid(
+        array.shape[::-1], tuple(spacing[::-1].tolist()), tuple(affine[:3, 3].tolist()), tuple(axes.ravel().tolist())
+    )  # fmt: skip
+    canonical, order, flips = own.canonical()
+    return _paste(to_canonical(array, order, flips), canonical, grid, shape)
+
+
+def _paste(part: NDArray[np.uint8], own: Grid, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A mask of some slices of an image in the whole image. Raises BadScan where its voxels are not the image's."""
+    last = np.array(part.shape) - 1
+    ends = crops.to_voxel(grid, crops.to_world(own, np.stack([np.zeros(3), last])))
+    start = np.rint(ends[0]).astype(int)
+    if np.abs(ends - np.stack([start, start + last])).max() > OFF_GRID or source_files.apart(
+        Grid((2, 2, 2), grid.spacing, grid.origin, grid.direction),
+        Grid((2, 2, 2), own.spacing, grid.origin, own.direction),
+    ):
+        raise BadScan("its voxels are not those of the image: export it on the image's own grid")
+    if (start < 0).any() or (start + part.shape > np.array(shape)).any():
+        raise BadScan("reaches beyond the image")
+    mask = np.zeros(shape, np.uint8)
+    z, y, x = (slice(first, first + count) for first, count in zip(start, part.shape, strict=True))
+    mask[z, y, x] = part
+    return mask

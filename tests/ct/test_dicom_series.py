@@ -1,0 +1,222 @@
+"""Slices become a volume only where their positions prove it; whatever else lies under one uid is split or refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+from dicom_files import body, ct_slice, save, write_series
+
+from p2w.ct.discover import SearchOptions, find_scans
+from p2w.ct.orientation import TOLERANCE_MM
+from p2w.ct.scan import read_grid, read_scan
+
+pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+
+
+def find(folder, **options):
+    return find_scans([str(folder)], "", options=SearchOptions(**options))
+
+
+def refused(folder, **options):
+    """Why the only series below a folder is bad."""
+    found = find(folder, **options)
+    assert not found.sources, found.sources
+    ((_, why),) = found.bad
+    assert "\n" not in why
+    return why
+
+
+def tilted(degrees):
+    t = np.radians(degrees)
+    return (1, 0, 0, 0, np.cos(t), -np.sin(t))
+
+
+@pytest.mark.parametrize("degrees", [18.5, -7.0, 1.0])
+def test_a_gantry_tilt_is_refused(tmp_path, degrees):
+    write_series(tmp_path, body(60), iop=tilted(degrees))
+    assert f"({abs(degrees):.1f} degrees; 0.2 mm are tolerated); --resample-tilt" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("slope", [0.05, -1.0])
+def test_a_drift_is_refused(tmp_path, slope):
+    write_series(tmp_path, body(), place=lambda i: (slope * i, 0, 2.5 * i))
+    assert "gantry tilt or drift: positions leave the normal" in refused(tmp_path)
+
+
+def test_a_block_that_leans_as_a_whole_is_sound(tmp_path):
+    """Slices of a turned head are stacked along their own normal: oblique, but straight."""
+    row, column = np.array([1, 0, 0]), np.array(tilted(20.0)[3:])
+    normal = np.cross(row, column)
+    write_series(tmp_path, body(), iop=tilted(20.0), place=lambda i: normal * 2.5 * i)
+    (source,) = find(tmp_path).sources
+    assert read_grid(source)[0].spacing[2] == pytest.approx(2.5, abs=1e-4)
+
+
+HALVES = [2.5 * i for i in range(10)], [2.5 * 9 + 5 * (i + 1) for i in range(10)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_steps_that_change_are_uneven_and_not_missing_slices(tmp_path, turned):
+    heights = HALVES[0] + HALVES[1]
+    heights = [-z for z in heights] if turned else heights
+    write_series(tmp_path, body(20), heights)
+    why = refused(tmp_path, allow_gaps=True)
+    assert why.startswith("uneven steps: adjacent slices are 2.50 to 5.00 mm apart")
+
+
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [0, 2.5, 5, 7.5, 10, 13, 15.5, 18],  # one step is longer
+        [0, 2.5, 5, 7.5, 10, 12.1, 14.6],  # or shorter
+        [2.5 * 1.02**i * i for i in range(12)],  # or each is
+        [0, 0.5, 1, 1.5, 2.12, 2.5, 3],  # thin slices: a fifth of a step is less than the tolerance
+    ],
+)
+def test_uneven_steps_are_refused(tmp_path, heights):
+    write_series(tmp_path, body(len(heights)), heights)
+    assert "uneven steps" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_rounded_positions_are_sound_and_their_mean_step_is_the_true_one(tmp_path, digits):
+    heights = [round(0.625 * i, digits) for i in range(60)]
+    write_series(tmp_path, body(60), heights)
+    (source,) = find(tmp_path).sources
+    grid, _ = read_grid(source)
+    far = grid.spacing[2] * 59
+    assert abs(far - 0.625 * 59) <= TOLERANCE_MM
+
+
+def test_equal_steps_are_kept_to_the_bit(tmp_path):
+    write_series(tmp_path, body(), [100 - 1.25 * i for i in range(12)])
+    (source,) = find(tmp_path).sources
+    assert read_grid(source)[0].spacing[2] == 1.25
+
+
+def test_missing_slices_are_counted(tmp_path):
+    heights = [2.5 * i for i in range(14) if i not in (4, 9)]
+    write_series(tmp_path, body(), heights)
+    assert refused(tmp_path).startswith(
+        "2 slices missing, 2 gaps: the first is 5.00 mm between 0003 and 0004"
+    )
+    assert len(find(tmp_path, allow_gaps=True).sources) == 1
+
+
+@pytest.mark.parametrize("shift", [-1.7, 1.25, 0.0])
+def test_overlapping_acquisitions_are_two_scans(tmp_path, shift):
+    """Also where they interleave at equal steps, or lie at the same places."""
+    hu = body(20)
+    write_series(tmp_path, hu[:14], [2.5 * i for i in range(14)], AcquisitionNumber=1)
+    later = [2.5 * i + shift for i in range(6, 20)]
+    write_series(tmp_path, hu[6:, ::-1], later, AcquisitionNumber=2, first=14, prefix="b")
+    found = find(tmp_path)
+    assert not found.bad
+    assert [source.uid for source in found.sources] == ["1.2.3-acquisition_1", "1.2.3-acquisition_2"]
+    first, second = (read_scan(source) for source in found.sources)
+    np.testing.assert_array_equal(first.voxels, hu[:14])
+    np.testing.assert_array_equal(second.voxels, hu[6:, ::-1])
+    assert second.grid.origin[2] == pytest.approx(later[0])
+    assert found.sources[1].info.series == "1.2.3"
+
+
+@pytest.mark.parametrize(
+    "tag", ["AcquisitionTime", "TemporalPositionIdentifier", "TriggerTime", "ConvolutionKernel", "KVP"]
+)
+def test_other_fields_tell_volumes_apart_too(tmp_path, tag):
+    values = {"AcquisitionTime": ("101010", "101020"), "ConvolutionKernel": ("B30f", "B70f")}.get(
+        tag, ("1", "2")
+    )
+    for number, value in enumerate(values):
+        hu = body()[:, ::-1] if number else body()
+        write_series(tmp_path, hu, first=12 * number, prefix=str(number), **{tag: value})
+    assert len(find(tmp_path).sources) == 2
+
+
+def test_volumes_that_nothing_tells_apart_are_refused(tmp_path):
+    write_series(tmp_path / "a", body())
+    write_series(tmp_path / "b", body()[:, ::-1], first=12)
+    assert refused(tmp_path) == (
+        "4-D: 12 slices share their position with another slice of the series (in 2 folders: a, b)"
+    )
+
+
+def test_acquisitions_end_to_end_are_one_scan(tmp_path):
+    for number in (0, 1):
+        heights = [2.5 * i for i in range(6 * number, 6 * number + 6)]
+        part = body()[6 * number : 6 * number + 6]
+        write_series(
+            tmp_path, part, heights, first=6 * number, prefix=str(number), AcquisitionNumber=number + 1
+        )
+    (source,) = find(tmp_path).sources
+    np.testing.assert_array_equal(read_scan(source).voxels, body())
+
+
+@pytest.mark.parametrize("tag", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])
+def test_two_patients_under_one_uid_are_two_scans(tmp_path, tag):
+    for number, name in enumerate(("A", "B")):
+        heights = [2.5 * (12 * number + i) for i in range(12)]
+        write_series(tmp_path / name, body(), heights, first=12 * number, **{tag: f"1.{number + 1}"})
+    found = find(tmp_path)
+    assert not found.bad and [len(source.files) for source in found.sources] == [12, 12]
+    assert len({source.uid for source in found.sources}) == 2
+    assert all("of several patients or studies under this uid" in source.name for source in found.sources)
+
+
+def test_two_patients_with_the_same_instance_uids_at_one_place_are_two_scans(tmp_path):
+    for name in ("A", "B"):
+        write_series(tmp_path / name, body() if name == "A" else body()[:, ::-1], PatientID=name)
+    assert [len(source.files) for source in find(tmp_path).sources] == [12, 12]
+
+
+def test_slices_without_a_patient_belong_to_the_only_one(tmp_path):
+    for i, image in enumerate(body()):
+        tags = {} if i % 3 else {"PatientID": "A"}
+        save(ct_slice(image, i, (0, 0, 2.5 * i), **tags), tmp_path / str(i))
+    assert len(find(tmp_path).sources[0].files) == 12
+
+
+def test_an_instance_uid_that_many_slices_have_drops_none(tmp_path):
+    for i, image in enumerate(body()):
+        save(ct_slice(image, i, (0, 0, 2.5 * i), SOPInstanceUID=f"1.9.{i // 2}"), tmp_path / str(i))
+    (source,) = find(tmp_path).sources
+    scan = read_scan(source)
+    np.testing.assert_array_equal(scan.voxels, body())
+    assert scan.grid.spacing[2] == 2.5
+
+
+def test_different_images_of_one_instance_uid_and_place_are_refused(tmp_path):
+    write_series(tmp_path / "a", body())
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (source,) = find(tmp_path).sources  # copies
+    assert len(source.files) == 12 and find(tmp_path).passed_over == {"copies of another DICOM file": 12}
+    save(ct_slice(body()[3][::-1], 3, (-10, -20, 7.5)), tmp_path / "b" / "0003")
+    assert "two different images have one SOPInstanceUID and one position: 0003 and 0003" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({"PixelSpacing": ["0", "0.7"]}, "has to be above 0"),
+        ({"RescaleSlope": "0"}, "RescaleSlope is 0"),
+        ({"iop": (1, 0, 0, 0, 0.8, 0)}, "two unit vectors at a right angle"),
+        ({"iop": (1, 0, 0, 0.3, 0.954, 0)}, "two unit vectors at a right angle"),
+        ({"ImageOrientationPatient": None}, "lacks its orientation"),
+    ],
+)
+def test_headers_without_a_geometry(tmp_path, tags, why):
+    write_series(tmp_path, body(), **tags)
+    assert why in refused(tmp_path)
+
+
+def test_slices_of_two_orientations(tmp_path):
+    write_series(tmp_path, body()[:6])
+    write_series(tmp_path, body()[6:], [15 + 2.5 * i for i in range(6)], first=6, prefix="b", iop=tilted(5))
+    assert "slices of different orientations in one series" in refused(tmp_path)
+
+
+def test_a_damaged_series_is_one_line(tmp_path):
+    for path in write_series(tmp_path / "s", body()):
+        path.write_bytes(path.read_bytes()[:-100])
+    ((where, why),) = find(tmp_path).bad
+    assert where == "s" and why.startswith("12 files, the first 0000: truncated: has ")

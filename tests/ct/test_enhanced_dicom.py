@@ -1,0 +1,122 @@
+"""Multi-frame CT becomes the same volume as its slices, and is proven in the same way."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from dicom_files import body, ct_slice, multi_frame, save
+
+from p2w.ct.discover import find_scans
+from p2w.ct.scan import read_grid, read_scan
+
+pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+legacy = pytest.importorskip("highdicom.legacy", reason="pip install 'p2w[test]' brings highdicom")
+
+
+def slices(hu, *, step=2.5, first=0, **tags):
+    return [ct_slice(image, first + i, (-10, -20, step * i), **tags) for i, image in enumerate(hu)]
+
+
+def only(folder):
+    found = find_scans([str(folder)], "")
+    assert not found.bad, found.bad
+    (source,) = found.sources
+    return source
+
+
+def test_frames_in_any_order_with_a_rescale_of_their_own(tmp_path):
+    frames = [ct_slice(image, i, (-10, -20, 2.5 * i), intercept=-1024 - i) for i, image in enumerate(body())]
+    order = np.random.default_rng(0).permutation(12)
+    save(multi_frame([frames[i] for i in order]), tmp_path / "a.dcm")
+    scan = read_scan(only(tmp_path))
+    np.testing.assert_array_equal(scan.voxels, body())
+    assert (scan.grid.spacing, scan.grid.origin) == ((0.7, 0.8, 2.5), (-10, -20, 0))
+    assert read_grid(only(tmp_path)) == (scan.grid, (tmp_path / "a.dcm").stat().st_size)
+
+
+def test_several_files_of_a_series(tmp_path):
+    every = slices(body())
+    save(multi_frame(every[:7], SOPInstanceUID="1.5.1"), tmp_path / "a.dcm")
+    save(multi_frame(every[7:], SOPInstanceUID="1.5.2"), tmp_path / "b.dcm")
+    np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
+
+
+def test_phases_are_scans_of_their_own(tmp_path):
+    later = slices(body()[:, ::-1], TemporalPositionIdentifier="2")
+    save(multi_frame(slices(body(), TemporalPositionIdentifier="1") + later), tmp_path / "a.dcm")
+    first, second = find_scans([str(tmp_path)], "").sources
+    assert (first.uid, second.uid) == ("1.2.3-phase_1", "1.2.3-phase_2")
+    np.testing.assert_array_equal(read_scan(first).voxels, body())
+    np.testing.assert_array_equal(read_scan(second).voxels, body()[:, ::-1])
+
+
+def test_padding_and_monochrome1(tmp_path):
+    hu = body()
+    hu[:, :4, :4] = 30000
+    frames = slices(hu, signed=1, intercept=0)
+    made = multi_frame(frames, PhotometricInterpretation="MONOCHROME1")
+    made.add_new(0x00280120, "SS", 30000)
+    save(made, tmp_path / "a.dcm")
+    hu[:, :4, :4] = -1000
+    np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, hu)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda data: data.PerFrameFunctionalGroupsSequence.pop(), "12 frames with 11 functional groups"),
+        (lambda data: delattr(data, "PerFrameFunctionalGroupsSequence"), "with 0 functional groups"),
+        (lambda data: delattr(data, "SharedFunctionalGroupsSequence"), "lacks its orientation"),
+        (
+            lambda data: data.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence.clear(),
+            "slices without a position",
+        ),
+        (
+            lambda data: data.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence.clear(),
+            "no rescale: .* missing in 1 of 12",
+        ),
+    ],
+)
+def test_functional_groups_that_do_not_say_it(tmp_path, change, why):
+    data = multi_frame(slices(body()))
+    change(data)
+    save(data, tmp_path / "a.dcm")
+    ((_, said),) = find_scans([str(tmp_path)], "").bad
+    assert re.search(why, said), said
+
+
+def test_uneven_frames_are_refused(tmp_path):
+    frames = slices(body())
+    frames[5].ImagePositionPatient = ["-10", "-20", "13.6"]
+    save(multi_frame(frames), tmp_path / "a.dcm")
+    ((_, why),) = find_scans([str(tmp_path)], "").bad
+    assert why.startswith("uneven steps")
+
+
+def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
+    save(multi_frame(slices(body())), tmp_path / "a.dcm")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    ((_, why),) = find_scans([str(tmp_path)], "").bad
+    assert why == "a multi-frame DICOM needs pydicom: pip install 'p2w[dicom]'"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("syntax", ["ExplicitVRLittleEndian", "JPEGLSLossless", "RLELossless"])
+def test_legacy_converted_enhanced_ct(tmp_path, syntax):
+    tags = dict.fromkeys(
+        (
+            "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber",
+            "ReferringPhysicianName", "PositionReferenceIndicator", "Manufacturer",
+        ),
+        "",
+    )  # fmt: skip
+    tags |= {"PatientID": "A", "StudyInstanceUID": "1.7", "FrameOfReferenceUID": "1.8", "SeriesNumber": 1}
+    tags |= {"ContentDate": "20200101", "ContentTime": "101010", "SliceThickness": "2.5"}
+    made = legacy.LegacyConvertedEnhancedCTImage(
+        slices(body(), **tags), "1.5.500", 2, "1.5.501", 1, transfer_syntax_uid=getattr(pydicom.uid, syntax)
+    )
+    save(made, tmp_path / "a.dcm")
+    source = only(tmp_path)
+    np.testing.assert_array_equal(read_scan(source).voxels, body())
+    assert (source.uid, source.info.thickness_mm) == ("1.5.500", 2.5)

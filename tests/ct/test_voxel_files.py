@@ -1,0 +1,141 @@
+"""MetaImage and NRRD: lists of data files, text, and headers that do not say how large voxels are."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from ct_files import ct, write
+
+from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.orientation import BadScan
+from p2w.ct.scan import read_grid, read_scan, source_files
+
+SHAPE = (12, 20, 16)
+
+
+def source(path):
+    return ScanSource("a", path.name, (str(path),))
+
+
+def refused(path):
+    with pytest.raises(BadScan) as error:
+        read_scan(source(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edited(path, old, new):
+    data = path.read_bytes()
+    assert old.encode() in data
+    path.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    return path
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_negative_spacing_turns_the_axis(tmp_path, axis):
+    """As older ITK wrote, and SimpleITK reads them."""
+    spacing = ["0.7", "0.8", "2.5"]
+    path = write(tmp_path / "a.mhd", ct(SHAPE))
+    text = path.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("ElementSpacing"))
+    spacing[axis] = "-" + spacing[axis]
+    edited(path, line, f"ElementSpacing = {' '.join(spacing)}")
+    theirs = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
+    scan = read_scan(source(path))
+    np.testing.assert_array_equal(scan.voxels, sitk.GetArrayFromImage(theirs))
+    assert scan.grid.spacing == pytest.approx((0.7, 0.8, 2.5))
+    np.testing.assert_allclose(scan.grid.origin, theirs.GetOrigin(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "why"),
+    [
+        ("a.mha", "ElementSpacing", "Comment", "no voxel size"),
+        ("a.mha", "ElementSpacing = ", "ElementSpacing = 0 ", "mm that are not 0"),
+        ("a.mha", "ElementSpacing = ", "ElementSpacing = nan ", "mm that are not 0"),
+        (
+            "a.mha",
+            "TransformMatrix = 1 0 0 0 1 0 0 0 1",
+            "TransformMatrix = 1 0 0 0 1 0 0 0.3 1",
+            "no unit vectors",
+        ),
+        (
+            "a.mha",
+            "TransformMatrix = 1 0 0 0 1 0 0 0 1",
+            "TransformMatrix = 1 0 0 0 1 0 0 0.6 0.8",
+            "sheared axes",
+        ),
+        ("a.nrrd", "space: left-posterior-superior\n", "", "nothing says where left"),
+        ("a.nrrd", "space: left-posterior-superior", "space: scanner-xyz", "nothing says where left"),
+        ("a.nrrd", "space directions: (", "space directions: (nan", "no voxel sizes"),
+        ("a.nrrd", "(0,0,2.5)", "(0,1.5,2)", "sheared axes"),
+    ],
+)
+def test_headers_without_a_geometry(tmp_path, name, old, new, why):
+    path = write(tmp_path / name, ct(SHAPE))
+    said = refused(edited(path, old, new))
+    assert why in said or "cannot be read" in said
+
+
+def test_nrrd_spacings_without_directions_are_refused(tmp_path):
+    path = write(tmp_path / "a.nrrd", ct(SHAPE))
+    head, _, data = path.read_bytes().partition(b"\n\n")
+    lines = [line for line in head.splitlines() if not line.startswith((b"space", b"kinds"))]
+    path.write_bytes(b"\n".join([*lines, b"spacings: 0.7 0.8 -2.5"]) + b"\n\n" + data)
+    assert "nothing says where left" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["a.mhd", "a.mha"])
+def test_meta_image_lists(tmp_path, name):
+    hu = ct(SHAPE)
+    write(tmp_path / "a.mhd", hu)
+    for z, image in enumerate(hu):
+        (tmp_path / f"s{z:03d}.raw").write_bytes(image.tobytes())
+    (tmp_path / "a.raw").unlink()
+    text = (tmp_path / "a.mhd").read_text()
+    listed = "LIST\n" + "\n".join(f"s{z:03d}.raw" for z in range(len(hu)))
+    (tmp_path / "a.mhd").unlink()
+    for form in (listed, f"s%03d.raw 0 {len(hu) - 1} 1"):
+        (tmp_path / name).write_text(text.replace("a.raw", form))
+        scan = read_scan(source(tmp_path / name))
+        np.testing.assert_array_equal(scan.voxels, hu)
+        assert len(source_files(source(tmp_path / name))) == 1 + len(hu)
+        assert scan.nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    found = find_scans([str(tmp_path)], "")
+    assert found.passed_over == {} and found.files == 1 + len(hu)  # the voxels belong to the header
+    (tmp_path / "s004.raw").write_bytes(hu[4].tobytes()[:-2])
+    assert "truncated: s004.raw" in refused(tmp_path / name)
+    (tmp_path / "s004.raw").unlink()
+    assert "s004.raw is missing" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_meta_image_text(tmp_path, dtype):
+    hu = ct(SHAPE).astype(dtype)
+    path = write(tmp_path / "a.mha", hu)
+    head = path.read_bytes()[: -hu.nbytes].replace(b"BinaryData = True", b"BinaryData = False")
+    numbers = " ".join(f"{value:g}" for value in hu.ravel()).encode()
+    path.write_bytes(head + numbers + b"\n")
+    np.testing.assert_array_equal(read_scan(source(path)).voxels, hu)
+    path.write_bytes(head + numbers.rpartition(b" ")[0])
+    assert "wrong size" in refused(path)
+    path.write_bytes(head + numbers.replace(b"-3024", b"minus", 1))
+    assert "its voxels are no numbers" in refused(path)
+
+
+@pytest.mark.parametrize("form", ["LIST", "pattern"])
+def test_nrrd_lists(tmp_path, form):
+    hu = ct(SHAPE)
+    path = write(tmp_path / "a.nhdr", hu)
+    raw = next(file for file in tmp_path.iterdir() if file != path)
+    raw.unlink()
+    for z, image in enumerate(hu):
+        (tmp_path / f"s{z}.raw").write_bytes(image.tobytes())
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("data file")]
+    lines = [line.replace("encoding: gzip", "encoding: raw") for line in lines if line]
+    names = "\n".join(f"s{z}.raw" for z in range(len(hu)))
+    last = f"data file: LIST\n{names}\n" if form == "LIST" else f"data file: s%d.raw 0 {len(hu) - 1} 1 2\n"
+    path.write_text("\n".join(lines) + "\n" + last)
+    scan = read_scan(source(path))
+    np.testing.assert_array_equal(scan.voxels, hu)
+    assert scan.nbytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert read_grid(source(path))[1] == scan.nbytes

@@ -1,0 +1,176 @@
+"""DICOM series with masks of every kind: NIfTI, RTSTRUCT contours and DICOM-SEG segments, voxel by voxel."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from dicom_files import body, save, write_series
+
+from p2w.ct.orientation import BadScan
+from p2w.errors import UserError
+from p2w.tasks.custom import Custom
+
+pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+highdicom = pytest.importorskip("highdicom", reason="pip install 'p2w[test]' brings highdicom")
+
+HU = body(12, 40, 44)
+SIZE = (8, 16, 16)
+TAGS = dict.fromkeys(
+    (
+        "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber",
+        "ReferringPhysicianName", "PositionReferenceIndicator",
+    ),
+    "",
+) | {"PatientID": "A1", "SliceThickness": "2.5", "StudyInstanceUID": "1.7", "FrameOfReferenceUID": "1.8"}  # fmt: skip
+TRUTH = np.zeros(HU.shape, np.uint8)
+TRUTH[3:9, 10:20, 12:30] = 1
+TRUTH[4:6, 13:16, 15:20] = 0  # a hole
+
+
+def series(folder):
+    return write_series(folder / "ct", HU, **TAGS)
+
+
+def masks_of(folder, **options):
+    """The mask [z,y,x] of the only case, from its only sample, and the case; it holds the image as far as it reaches."""
+    task = Custom(images="dicom", min_foreground=0.0, **options)
+    task.check()
+    cases = task.find(str(folder), "")
+    assert not cases.bad, cases.bad
+    (case,) = cases.cases
+    samples = list(task.cut(case, HU.shape).samples)
+    (sample,) = samples
+    first = np.array(sample.first_voxel).astype(int)
+    np.testing.assert_array_equal(sample.first_voxel, first)
+    wide = np.pad(np.clip(HU, -1000, 1000), 64, constant_values=-1000)
+    z, y, x = (slice(64 + start, 64 + start + n) for start, n in zip(first, HU.shape, strict=True))
+    np.testing.assert_array_equal(sample.record[0], wide[z, y, x])
+    mask = np.zeros_like(wide)
+    mask[z, y, x] = sample.record[-1]
+    return mask[64:-64, 64:-64, 64:-64], case
+
+
+def mm(x, y, z):
+    """The centre of a voxel of the series in mm."""
+    return -10 + 0.7 * x, -20 + 0.8 * y, 2.5 * z
+
+
+def square(z, y, x):
+    """A contour round voxels z, from y and to y, from x and to x, half a voxel beyond their centres."""
+    (y0, y1), (x0, x1) = y, x
+    corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+    shift = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
+    points = [mm(cx + dx, cy + dy, z) for (cx, cy), (dx, dy) in zip(corners, shift, strict=True)]
+    contour = pydicom.Dataset()
+    contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", 4
+    contour.ContourData = [f"{value:.4f}" for point in points for value in point]
+    return contour
+
+
+def rtstruct(folder, contours, series="1.2.3"):
+    """An RTSTRUCT with these contours of the structure GTV, and a structure BODY of one contour."""
+    data, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
+    data.SOPClassUID = meta.MediaStorageSOPClassUID = pydicom.uid.RTStructureSetStorage
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = "1.9.1"
+    data.file_meta, data.Modality, data.SeriesInstanceUID = meta, "RTSTRUCT", "1.9"
+    one, study, frame = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    one.SeriesInstanceUID, study.RTReferencedSeriesSequence = series, [one]
+    frame.RTReferencedStudySequence, data.ReferencedFrameOfReferenceSequence = [study], [frame]
+    data.StructureSetROISequence, data.ROIContourSequence = [], []
+    for number, (name, own) in enumerate({"GTV": contours, "Body": [square(2, (0, 39), (0, 43))]}.items()):
+        structure, roi = pydicom.Dataset(), pydicom.Dataset()
+        structure.ROINumber, structure.ROIName = number, name
+        roi.ReferencedROINumber, roi.ContourSequence = number, own
+        data.StructureSetROISequence.append(structure)
+        data.ROIContourSequence.append(roi)
+    save(data, folder / "rs.dcm")
+
+
+def gtv():
+    contours = [square(z, (10, 19), (12, 29)) for z in range(3, 9)]
+    return contours + [square(z, (13, 15), (15, 19)) for z in (4, 5)]
+
+
+def test_rtstruct(tmp_path):
+    series(tmp_path)
+    rtstruct(tmp_path, gtv())
+    mask, case = masks_of(tmp_path, masks="rtstruct", structures="^gtv")
+    np.testing.assert_array_equal(mask, TRUTH)
+    assert case.patient == "1.2.3" and case.name == "ct (series 1.2.3)"  # nothing of the PatientID
+    every, _ = masks_of(tmp_path, masks="rtstruct")
+    assert every[2].mean() > 0.4 and (every[3:] == TRUTH[3:]).all()
+
+
+@pytest.mark.parametrize(
+    ("z", "why"), [(3.5, "lies between the slices of the image, at z = 3.50"), (14, "lies outside the image")]
+)
+def test_contours_that_are_not_on_slices(tmp_path, z, why):
+    series(tmp_path)
+    rtstruct(tmp_path, [square(z, (10, 19), (12, 29))])
+    with pytest.raises(BadScan, match=why):
+        masks_of(tmp_path, masks="rtstruct", structures="GTV")
+    with pytest.raises(BadScan, match="no structure is called like 'liver': it has Body, GTV"):
+        masks_of(tmp_path, masks="rtstruct", structures="liver")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
+def test_dicom_seg(tmp_path, kind):
+    paths = series(tmp_path)
+    images = [pydicom.dcmread(path) for path in paths]
+    code = highdicom.sr.CodedConcept("91723000", "SCT", "Anatomical structure")
+    algorithm = highdicom.AlgorithmIdentificationSequence("hand", code, "1")
+    described = [
+        highdicom.seg.SegmentDescription(n, label, code, code, "AUTOMATIC", algorithm)
+        for n, label in ((1, "Tumour"), (2, "Lung"))
+    ]
+    lung = np.zeros_like(TRUTH)
+    lung[1:3, 30:, 30:] = 1
+    pixels = np.stack([TRUTH, lung], axis=-1)
+    made = highdicom.seg.Segmentation(
+        images, pixels if kind == "BINARY" else pixels.astype(np.float32), kind, described, "1.9", 3, "1.9.2", 1,
+        "maker", "model", "1", "1",
+    )  # fmt: skip
+    save(made, tmp_path / "seg.dcm")
+    mask, _ = masks_of(tmp_path, masks="seg", structures="tumour")
+    np.testing.assert_array_equal(mask, TRUTH)
+    mask, _ = masks_of(tmp_path, masks="seg")
+    np.testing.assert_array_equal(mask, TRUTH | lung)
+
+
+@pytest.mark.parametrize("name", ["1.2.3_mask.nii.gz", "ct_mask.nii.gz"])
+def test_nifti(tmp_path, name):
+    """As dcm2niix writes masks: rows the other way round."""
+    series(tmp_path)
+    image = sitk.GetImageFromArray(TRUTH)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin((-10, -20, 0))
+    sitk.WriteImage(sitk.DICOMOrient(image, "RAS"), str(tmp_path / name))
+    mask, _ = masks_of(tmp_path)
+    np.testing.assert_array_equal(mask, TRUTH)
+
+
+def test_what_has_no_mask_or_several_is_named(tmp_path):
+    series(tmp_path)
+    task = Custom(images="dicom", masks="rtstruct")
+    assert task.find(str(tmp_path), "").bad == [
+        ("ct (series 1.2.3)", "has no mask (--masks rtstruct), one is needed")
+    ]
+    rtstruct(tmp_path / "a", gtv())
+    rtstruct(tmp_path / "b", gtv())
+    ((_, why),) = task.find(str(tmp_path), "").bad
+    assert why.startswith("has 2 masks: a/rs.dcm, b/rs.dcm")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masks": "seg"},
+        {"images": "dicom", "masks": "seg", "labels": (1,)},
+        {"images": "dicom", "values": "min-max"},
+        {"images": "dicom", "structures": "("},
+    ],
+)
+def test_options_that_do_not_go_together(options):
+    with pytest.raises(UserError):
+        Custom(**options).check()
