@@ -35,6 +35,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.inference.embed",
         "pooled features of an encoder for every scan of a cohort, without training",
     ),
+    "probe": (
+        "p2w.inference.probe",
+        "what embeddings tell about a label: k-NN and a linear probe, by patient",
+    ),
+    "neighbours": ("p2w.inference.neighbours", "the most similar scans of a cohort; a t-SNE page"),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": (
         "p2w.weights.start:main_inspect",

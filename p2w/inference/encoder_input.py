@@ -45,6 +45,8 @@ class EncoderOptions:
     """Which encoder, for ENCODER `random`; default unet3d."""
     width: int | None = None
     """Width of the encoder, for ENCODER `random`; default the published one."""
+    seed: int = 0
+    """Seed of the weights, for ENCODER `random`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def load_encoder_input(name: str, options: EncoderOptions, device: torch.device)
         raise UserError("--spacing and --native-spacing exclude each other; pass one of them")
     told = _told(name, device)
     if told is None:
-        told = _Told(load_start(name, options.network, options.width).encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            told = _Told(load_start(name, options.network, options.width).encoder)
     elif options.network is not None or options.width is not None:
         raise UserError(f"{name}: names its own network; leave --network and --width out")
     size, window = options.size or told.size, options.window_hu or told.window

@@ -31,7 +31,7 @@ from p2w.rng import SampleKeys
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """Masks of simmim and mae, and mae's decoder."""
+    """Settings of simmim and mae: the mask, and mae's decoder."""
 
     patch: Annotated[tuple[int, int, int], Bounds(1, usual="4 8 8")] = (4, 8, 8)
     """simmim: voxels z y x of a patch [?]; divides pretext.size. mae: a patch is a token of the transformer."""

@@ -33,7 +33,8 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
     Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
-    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
+    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x). Where
+    sub-scans may be filled up with air, `real_shape` is the median of what is real.
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
     facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
@@ -44,6 +45,8 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     if len(shards):
         spread = np.quantile(shards.spacing_mm, (0, 0.5, 1), axis=0).round(4)
         facts["spacing_mm"] = spread.tolist()
+    if shards.real is not None:
+        facts["real_shape"] = np.median(shards.real, axis=0).tolist()
     return facts
 
 

@@ -27,7 +27,6 @@ def scans(tmp_path):
 
 
 def run(scans, out, *more, fed=NATIVE):
-    torch.manual_seed(0)
     return embed.main(["random", "--scans", str(scans), "--out", str(out), "--batch", "3", *fed, *more])
 
 
@@ -37,7 +36,6 @@ def table(out):
 
 def test_features_are_those_of_a_plain_loop(scans, tmp_path):
     assert run(scans, tmp_path / "e.parquet", "--keep-names") == 0
-    torch.manual_seed(0)
     encoder = load_encoder_input(
         "random", EncoderOptions((16, 16, 16), None, True, (-1000, 400), "unet3d", 2), torch.device("cpu")
     ).encoder

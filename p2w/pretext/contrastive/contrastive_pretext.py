@@ -151,7 +151,7 @@ class ContrastiveNetwork(Network):
     def forward(
         self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None, more: Tensor | None = None
     ) -> Output:
-        """Where negatives are remembered ones, validation takes those of its own batch, so that steps compare."""
+        """In validation, an objective with a memory is replaced by that of the batch, so that losses of steps compare."""
         if other is None or ids is None:
             return cast(Tensor, self.head(self.encoder.pooled(part)))
         judge = self.negatives if self.training or not self.negatives.remembers else self.in_batch

@@ -72,7 +72,7 @@ class MemoryBank(_Slots):
         return torch.where(self.seen[slots][:, None], self.bank[slots], vectors.detach())
 
     def against_bank(self, vectors: Tensor, entries: Tensor, slots: Tensor) -> ContrastOutcome:
-        """The bank as it is now: what goes in later leaves the gradient alone."""
+        """InfoNCE against a copy of the bank, so that later updates of the bank do not change the gradient."""
         return info_nce(vectors, entries, self.bank.clone(), self.allowed(slots), self.temperature)
 
     @torch.no_grad()

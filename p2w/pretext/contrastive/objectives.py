@@ -95,11 +95,11 @@ class ProjectionHead(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """Where negatives come from. Called on all ranks, with two parts (B, 1, d, h, w) of each of their wholes, ids (B,), and
+    """What each whole is compared with. Called on all ranks, with two parts (B, 1, d, h, w) of each own whole, ids (B,), and
     further views (B, V, d', h', w') of each whole where `views` says so.
 
-    `remembers`: what it holds is of training wholes and of earlier steps, so that validation is judged by the wholes of its
-    own batch instead. `own_temperature`: where `contrast.temperature` leaves it open.
+    `remembers`: it keeps embeddings of training wholes from earlier steps, so validation takes the objective of its own
+    batch instead. `own_temperature`: where `contrast.temperature` leaves it open.
     """
 
     remembers: ClassVar[bool] = False
@@ -124,7 +124,7 @@ class ContrastiveObjective(nn.Module):
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
         more: Tensor | None = None,
     ) -> ContrastOutcome:  # fmt: skip
-        """Compare the parts."""
+        """Loss, cosine of the positive pair, and whether it is nearer than all negatives, (B,) each."""
         raise NotImplementedError
 
 
@@ -234,13 +234,12 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are
-    nearer than all negatives.
-
-    What differs from the paper, and why: there, global features also predict a finer map, and cells predict cells, in an
-    encoder made so that a cell sees little of the image; here the coarsest map alone is used, since every encoder has one,
-    and its cells may see the whole part. There, scores are inner products, penalised by their square and clipped by a tanh;
-    here they are cosines over a temperature, as in the rest of the family.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that
+    are nearer than all negatives. What differs from the paper, and why: there, global features also predict a finer
+    map, and cells predict cells, in an encoder made so that a cell sees little of the image; here the coarsest map
+    alone is used, since every encoder has one, and its cells may see the whole part. There, scores are inner
+    products, penalised by their square and clipped by a tanh; here they are cosines over a temperature, as in the
+    rest of the family.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
