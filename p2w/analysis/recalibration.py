@@ -87,13 +87,15 @@ class TrainingWholes:
                 f"{self.shards.where}: none of {len(good)} training sub-scans can be read; run p2w verify on it"
             )
         device, kept = self.world.device, torch.from_numpy(np.flatnonzero(good))
-        voxels, ids = voxels[kept].to(device), torch.from_numpy(self.groups[group])[kept].to(device)
+        voxels, chosen = voxels[kept].to(device), self.groups[group][good]
+        ids, real = torch.from_numpy(chosen).to(device), self.shards.real_voxels(chosen, device)
         times = math.ceil(ROWS / len(self.groups[group]))
         for number in range(group, BATCHES, len(self.groups)):
             if number % self.world.size == self.world.rank:
                 epoch = number // len(self.groups) * times
                 views = [
-                    pretext.sample(voxels, SampleKeys(SEED, epoch + time, ids)).input for time in range(times)
+                    pretext.sample(voxels, SampleKeys(SEED, epoch + time, ids, real)).input
+                    for time in range(times)
                 ]
                 self._cut[number] = torch.cat(views).cpu()
 
