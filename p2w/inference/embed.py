@@ -210,7 +210,8 @@ class Parts:
 
     def _merge(self, cohort: Cohort) -> bool:
         bad = [scan for scan in cohort.scans if self.path(scan).with_suffix(".bad").exists()]
-        missing = [s for s in cohort.scans if s not in bad and not self.path(s).exists()]
+        bad_uids = {scan.uid for scan in bad}
+        missing = [s for s in cohort.scans if s.uid not in bad_uids and not self.path(s).exists()]
         if missing:
             say(f"{self.out}: not yet written, {len(missing)} scans of other shares are missing")
             return True
@@ -222,7 +223,7 @@ class Parts:
 
         def windows() -> Iterator[pa.Table]:
             for scan in cohort.scans:
-                if scan not in bad:
+                if scan.uid not in bad_uids:
                     part = self.read(scan)
                     if part is None:
                         raise UserError(

@@ -1,5 +1,7 @@
 """Tables that `p2w embed` wrote, read for probes and neighbours; labels by scan; features made comparable."""
 
+import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,9 +46,17 @@ class Embeddings:
 
     def index_of(self, text: str, salt: str) -> int | None:
         """The scan that a path, uid, name or identifier stands for; None where there is none."""
-        if text in self.names and text:
-            return self.names.index(text)
-        return next((self.scans.index(one) for one in identifiers_of(text, salt) if one in self.scans), None)
+        if text in self._rows_by_name:
+            return self._rows_by_name[text]
+        return next((self._rows[one] for one in identifiers_of(text, salt) if one in self._rows), None)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {scan: row for row, scan in enumerate(self.scans)}
+
+    @functools.cached_property
+    def _rows_by_name(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.names) if name}
 
 
 def read_embeddings(path: Path, features: Features, salt: str) -> Embeddings:
@@ -132,16 +142,16 @@ def centred_directions(values: Doubles) -> Doubles:
 
 
 def neighbours(
-    values: Doubles, query: int, count: int, patients: Sequence[str] | None = None
+    directions: Doubles, query: int, count: int, patients: Sequence[str] | None = None
 ) -> list[tuple[int, float]]:
-    """The `count` scans most similar to scan `query`, with the cosine of `centred_directions`, the most similar first.
+    """The `count` scans most similar to scan `query`, with the cosine, the most similar first.
 
-    The scan itself is left out; with `patients`, so are all of its patient.
+    `directions`: unit vectors (N, C) of `centred_directions`. Left out are the scan itself and, with `patients`, all
+    scans of its patient.
     """
-    directions = centred_directions(values)
     similarity = directions @ directions[query]
     order = np.argsort(-similarity, kind="stable")
-    allowed = [
+    allowed = (
         int(one) for one in order if one != query and (patients is None or patients[one] != patients[query])
-    ]
-    return [(one, float(similarity[one])) for one in allowed[:count]]
+    )
+    return [(one, float(similarity[one])) for one in itertools.islice(allowed, count)]

@@ -89,6 +89,7 @@ def main(argv: list[str]) -> int:
             f"--other-patients: {embeddings.path} does not know the patients of all scans; run p2w embed with --groups"
         )
     patients = embeddings.patients if options.other_patients else None
+    directions = centred_directions(embeddings.values)
     asked = []
     for text in options.query:
         index = embeddings.index_of(text, options.salt)
@@ -99,16 +100,14 @@ def main(argv: list[str]) -> int:
         asked.append(index)
     for index in asked:
         print(embeddings.shown(index))
-        for other, similarity in neighbours(embeddings.values, index, options.k, patients):
+        for other, similarity in neighbours(directions, index, options.k, patients):
             print(f"    {similarity:6.3f}  {embeddings.shown(other)}")
     every = asked or list(range(len(embeddings.scans)))
     if options.out is not None:
         rows = [
             (embeddings.shown(index), rank, embeddings.shown(other), f"{similarity:.6f}")
             for index in every
-            for rank, (other, similarity) in enumerate(
-                neighbours(embeddings.values, index, options.k, patients), 1
-            )
+            for rank, (other, similarity) in enumerate(neighbours(directions, index, options.k, patients), 1)
         ]
         write_rows(options.out, ("scan", "rank", "neighbour", "similarity"), rows)
         print(f"{options.out}: neighbours of {several(len(every), 'scan')}")
@@ -138,13 +137,14 @@ def map_page(
     """An HTML page that needs no network: t-SNE of all scans, coloured by label, and a table of their neighbours."""
     from p2w.analysis.features import tsne  # noqa: PLC0415  (torch)
 
-    points = tsne(centred_directions(embeddings.values), seed)
+    directions = centred_directions(embeddings.values)
+    points = tsne(directions, seed)
     names = [embeddings.shown(index) for index in range(len(embeddings.scans))]
     picture = base64.b64encode(draw_map(points, names, labels)).decode()
     head = ["scan", *(["label"] if labels else []), *(f"neighbour {rank}" for rank in range(1, k + 1))]
     rows = []
     for index, name in enumerate(names[:LISTED]):
-        found = neighbours(embeddings.values, index, k, patients)
+        found = neighbours(directions, index, k, patients)
         cells = [f"{names[other]} ({similarity:.2f})" for other, similarity in found]
         rows.append([name, *([labels[index]] if labels else []), *cells, *[""] * (k - len(cells))])
     more = f"The first {LISTED} of {len(names)}. " if len(names) > LISTED else ""

@@ -110,9 +110,8 @@ def main(argv: list[str]) -> int:
     cohort = list_cohort(options.scans, out=str(options.out), channels=names, modality=modality)
     folder = PredictionFolder(options, model, precision.name)
     folder.prepare()
-    say(
-        f"{len(cohort.scans)} scans; {several(1 + len(model.others), 'network')}, {model.passes} passes a window"
-    )
+    networks, passes = several(1 + len(model.others), "network"), several(model.passes, "pass", "passes")
+    say(f"{several(len(cohort.scans), 'scan')}; {networks}, {passes} a window")
     for name, why in cohort.bad:
         say(f"bad: {name}: {why}")
     bad = predict_scans(share.of(cohort.scans), model, folder, options, precision.apply().dtype)
@@ -274,10 +273,9 @@ def predict_scans(
 
     One thread reads the next scan, another writes the last one.
     """
-    done = [scan for scan in scans if "bad" not in (folder.record(scan) or {"bad": ""})]
-    if done:
-        say(f"{len(done)} scans are done already")
-    todo = [scan for scan in scans if scan not in done]
+    todo = [scan for scan in scans if "bad" in (folder.record(scan) or {"bad": ""})]
+    if len(todo) < len(scans):
+        say(f"{len(scans) - len(todo)} scans are done already")
     progress, bad = Progress(len(todo), "scans"), 0
     writing: Future[None] | None = None
     with (

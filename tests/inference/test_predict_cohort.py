@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict_cohort
+from p2w.inference.encoder_input import EncoderOptions, load_encoder_input
 from p2w.inference.ensemble import EnsembleModel, load_ensemble
 from p2w.inference.finetuned_model import load_finetuned
 from p2w.model import build_encoder
@@ -172,3 +173,18 @@ def test_options_that_cannot_be(run, scans, tmp_path):
     trial(run / "trial-00", kind="classification")
     with pytest.raises(UserError, match="--scans is for segmentation"):
         predict(run, scans, tmp_path / "out")
+
+
+def test_embeddings_of_a_trial_are_fed_as_its_samples_were(run, scans, tmp_path):
+    told = load_encoder_input(str(run), EncoderOptions(), CPU)
+    assert (told.size, told.spacing_mm, told.window) == ((8, 16, 16), None, (-1000.0, 1000.0))
+    network = load_finetuned(run, CPU).network
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(told.encoder.parameters(), network.encoder.parameters(), strict=True)
+    )
+    other = load_encoder_input(str(run), EncoderOptions(spacing=(2.0, 1.0, 1.0)), CPU)
+    assert other.spacing_mm == (2.0, 1.0, 1.0)
+    trial(tmp_path / "mr", window=[0, 32767])
+    with pytest.raises(UserError, match="or scaled by percentiles"):
+        load_encoder_input(str(tmp_path / "mr"), EncoderOptions(), CPU)

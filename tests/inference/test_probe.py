@@ -155,11 +155,12 @@ def test_the_most_similar_scans_come_first():
     rng = np.random.default_rng(3)
     groups = np.repeat(np.arange(4), 3)
     values = 100 + rng.normal(0, 1, (4, 8))[groups] + rng.normal(0, 0.01, (12, 8))
+    directions = centred_directions(values)
     for query in range(12):
-        found = neighbours(values, query, 2)
+        found = neighbours(directions, query, 2)
         assert {groups[one] for one, _ in found} == {groups[query]} and query not in dict(found)
         assert found[0][1] >= found[1][1] > 0.9
-        others = neighbours(values, query, 20, [str(one) for one in groups])
+        others = neighbours(directions, query, 20, [str(one) for one in groups])
         assert len(others) == 9 and groups[query] not in {groups[one] for one, _ in others}
     lengths = np.linalg.norm(centred_directions(np.c_[values, np.full(12, 7.0)]), axis=1)
     np.testing.assert_allclose(lengths, 1)  # a feature without spread is nothing
