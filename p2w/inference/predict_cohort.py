@@ -33,7 +33,15 @@ from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference import predict
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, write_rows
 from p2w.inference.ensemble import EnsembleModel, load_ensemble
-from p2w.inference.predict import MASKS, InferenceInput, draw_preview, mask_of, read_sources, write_mask
+from p2w.inference.predict import (
+    MASKS,
+    InferenceInput,
+    check_geometry,
+    draw_preview,
+    mask_of,
+    read_sources,
+    write_mask,
+)
 from p2w.progress import Progress, say
 from p2w.report.markup import Markup, document, join_markup, several, table, tag
 from p2w.shards.build_folder import JobShare
@@ -85,6 +93,8 @@ class PredictCohortOptions:
     """Precision of the network's arithmetic."""
     shard_of: str = "0/1"
     """i/n: the i-th of n shares of the scans (i from 0), as one task of a job array."""
+    assume_hu: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take the scans' values for HU without a test, as where the task's data was prepared so."""
 
 
 def main(argv: list[str]) -> int:
@@ -107,7 +117,10 @@ def main(argv: list[str]) -> int:
     if model.channels > 1 and len(names) != model.channels:
         names = tuple(f"image{number}" for number in range(model.channels))
     modality = "CT" if model.in_hu else "MR"
-    cohort = list_cohort(options.scans, out=str(options.out), channels=names, modality=modality)
+    assume_hu = options.assume_hu or model.assumes_hu
+    cohort = list_cohort(
+        options.scans, out=str(options.out), channels=names, modality=modality, assume_hu=assume_hu
+    )
     folder = PredictionFolder(options, model, precision.name)
     folder.prepare()
     networks, passes = several(1 + len(model.others), "network"), several(model.passes, "pass", "passes")
@@ -252,12 +265,16 @@ Read = tuple[
 ]  # a scan's voxels, and the state of its files; or None and why it is bad
 
 
-def _read_scans(scans: Sequence[CohortScan], model: EnsembleModel) -> Iterator[Read]:
+def _read_scans(
+    scans: Sequence[CohortScan], model: EnsembleModel, folder: PredictionFolder
+) -> Iterator[Read]:
     for scan in scans:
         try:
             state = scan.state()
             names = [source.name for source in scan.sources]
-            yield scan, read_sources(scan.sources, names, scan.name, model), state
+            image = read_sources(scan.sources, names, scan.name, model)
+            check_geometry(folder.path("masks", scan), image.stored_grid)
+            yield scan, image, state
         except (UserError, OSError) as error:
             yield scan, None, str(error).removeprefix(f"{scan.name}: ")
 
@@ -281,7 +298,7 @@ def predict_scans(
     with (
         progress,
         ThreadPoolExecutor(1, "p2w-write") as pool,
-        ReadAhead(_read_scans(todo, model)) as reading,
+        ReadAhead(_read_scans(todo, model, folder)) as reading,
     ):
         for scan, image, said in reading:
             if image is None:
