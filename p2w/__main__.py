@@ -28,9 +28,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("p2w.commands.sweep", "run the fine-tunings behind Table 1, Table 2 and Fig. 3"),
     "slurm": ("p2w.commands.slurm", "write the Slurm scripts into a folder, for an installed p2w"),
     "predict": (
-        "p2w.inference.predict",
-        "apply a fine-tuned network to a scan: a mask, or scores of candidates",
+        "p2w.inference.predict_cohort",
+        "apply a fine-tuned network to a scan, or to many: masks, or scores of candidates",
     ),
+    "embed": (
+        "p2w.inference.embed",
+        "pooled features of an encoder for every scan of a cohort, without training",
+    ),
+    "probe": (
+        "p2w.inference.probe",
+        "what embeddings tell about a label: k-NN and a linear probe, by patient",
+    ),
+    "neighbours": ("p2w.inference.neighbours", "the most similar scans of a cohort; a t-SNE page"),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
     "inspect": (
         "p2w.weights.start:main_inspect",

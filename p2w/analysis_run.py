@@ -27,7 +27,7 @@ from p2w.analysis.measure import PART_SETS, AnalysisSettings, Cache, Key, Measur
 from p2w.analysis.monitors import Validation
 from p2w.analysis.recalibration import is_early
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import write_atomic, write_remedy
 from p2w.log import Log, read_metrics
 from p2w.pretext import build_pretext
 from p2w.shards.manifest import data_fingerprint
@@ -100,7 +100,8 @@ def analyze(a: Analysis) -> dict[str, Any]:
             summary |= _write(a, measure, subjects, course, mse)
         except OSError as error:
             raise UserError(
-                f"{a.run.path}: figures not written ({error.strerror or error}); make room, then repeat the command"
+                f"{a.run.path}: figures not written ({error.strerror or error}); {write_remedy(error)}, then repeat the "
+                "command"
             ) from error
         summary["seconds"] = round(time.monotonic() - began, 1)
         _save(a.run.path / "analysis" / "summary.json", summary)
@@ -216,7 +217,9 @@ def _save(path: Path, summary: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(_plain(summary), indent=2, allow_nan=False))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make room, then repeat the command") from error
+        raise UserError(
+            f"{path}: {error.strerror}; {write_remedy(error)}, then repeat the command"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -56,6 +56,8 @@ class ModelConfig:
     """Which encoder."""
     width: Annotated[int, Bounds(1)] = 32
     """Channels of the first convolution; 32 is the paper's network (16.75 M parameters) [I], and others' published size."""
+    init: str = ""
+    """What training starts from: a run, a checkpoint, an exported file, or weights of others; empty: at random."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,11 @@ def read_config(path: Path) -> "Config":
             group: current_settings(group, values) if isinstance(values, dict) else values
             for group, values in tree.items()
         }
+        match tree:  # what was called mae fills hidden patches; the group had no decoder then
+            case {"pretext": {"name": "mae"} as own, "mae": {"ratio": _} as mae} if (
+                "decoder_depth" not in mae
+            ):
+                tree["pretext"] = own | {"name": "simmim"}
     return check_config(_build(config_class(), tree, str(path)))
 
 
@@ -264,6 +271,16 @@ RENAMED = {
     "train.look_every": "probe_every",
     "train.amp": "precision",
     "train.max_skipped": "max_nonfinite",
+}
+
+
+# What the contrastive methods did before these settings existed.
+BEFORE_CONTRAST = {
+    "momentum_schedule": "constant",
+    "teacher_norm": "batch",
+    "jigsaw": False,
+    "swav_queue": 0,
+    "small_parts": 0,
 }
 
 
@@ -282,6 +299,12 @@ def current_settings(group: str, values: dict[str, Any]) -> dict[str, Any]:
         case "optim", {"name": "sgd", "betas": [momentum, _]} if "sgd_momentum" not in values:
             del values["betas"]
             values["sgd_momentum"] = momentum
+        case "contrast", {
+            "temperature": _,
+            "bank_momentum": _,
+            "sinkhorn_epsilon": _,
+        }:  # a run's, which has them all
+            values = BEFORE_CONTRAST | values
         case "train", {"channels_last": bool() as on}:
             values["channels_last"] = "auto" if on else "off"  # every encoder of that time was faster with it
     return values
@@ -306,6 +329,8 @@ def _build(kind: type, tree: Any, where: str) -> Any:
 def _fit(hint: Any, value: Any, where: str) -> Any:
     """A JSON value as the field's type wants it."""
     origin = typing.get_origin(hint)
+    if origin is types.UnionType and type(None) in typing.get_args(hint):  # a setting that may be left open
+        return None if value is None else _fit(typing.get_args(hint)[0], value, where)
     if origin is Literal and value in typing.get_args(hint):
         return value
     if origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(hint)):

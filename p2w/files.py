@@ -37,6 +37,22 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
+ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_remedy(error: BaseException | None) -> str:
+    """What to do about an error of writing: make room, change permissions, or look after the disk."""
+    number, text = getattr(error, "errno", None), str(error)
+    if number in ROOM or any(os.strerror(one) in text for one in ROOM):
+        return "make room"
+    if number in RIGHTS or any(os.strerror(one) in text for one in RIGHTS):
+        return "change its permissions, or name another folder"
+    if number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        return "check the disk or its server"
+    return "mend what the message names"
+
+
 def append(path: Path, line: str) -> None:
     """Append a line to a file, or nothing when the disk is full: half a line would damage the next one. Raises OSError."""
     data = line.encode() + b"\n"
@@ -164,6 +180,7 @@ class FileLock:
         """`without` says what keeps a second process out where the file system has no locks; by default nothing does."""
         self.path, self.without = os.fspath(path), without
         self._file: int | None = None
+        self.works = True  # whether the file system has locks, once one was asked for
 
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock; False when another process has it, unless `wait`.
@@ -173,7 +190,8 @@ class FileLock:
         """
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            acquired = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), self.without)
+            found = _lock(file, self.path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), self.without)
+            acquired, self.works = found is not False, found is not None
         except BaseException:
             os.close(file)
             raise
@@ -224,8 +242,8 @@ def is_held(path: str | os.PathLike[str], unknown: bool = True) -> bool:
     return False
 
 
-def _lock(file: int, path: str, how: int, without: str = "") -> bool:
-    """Lock an open file; False when another process has the lock. Raises UserError when locking fails."""
+def _lock(file: int, path: str, how: int, without: str = "") -> bool | None:
+    """Lock an open file; False when another process has the lock, None without locks. Raises UserError when it fails."""
     try:
         fcntl.flock(file, how)
     except OSError as error:
@@ -236,6 +254,7 @@ def _lock(file: int, path: str, how: int, without: str = "") -> bool:
                 f"{path}: cannot be locked ({error.strerror}); name a folder on another disk"
             ) from error
         _warn(os.path.dirname(path) or ".", error.strerror or "no locks", without or NOTHING)
+        return None
     return True
 
 

@@ -50,62 +50,76 @@ def agree_on_prefix(store: dist.Store, rank: int, size: int, leads: bool, deadli
     every rank answers it with one of its own, and the prefix is a digest of all of them. A rank takes a digest only from a
     key that holds its own word, so what an earlier attempt left is nobody's.
     """
-    own = secrets.token_hex(8)
-    pause = max(0.01, size / 10_000)  # all ranks together ask ten thousand times a second at most
-    if rank == 0:
-        return _invite(store, size, own, deadline)
-    asked, offered = "", ""
+    part = Host(store, size) if rank == 0 else Guest(store, rank, leads)
     while time.monotonic() < deadline:
         with contextlib.suppress(dist.DistStoreError):
-            if store.check(["invitation"]):
-                word = store.get("invitation").decode()
-                if word != asked:
-                    store.set(f"{word}/answer/{rank}", f"{own} {int(leads)}")
-                    asked = word
-                if store.check([f"{word}/offer/{rank}/{own}"]):
-                    digest = store.get(f"{word}/offer/{rank}/{own}").decode()
-                    if digest != offered:
-                        store.set(f"{word}/seen/{rank}", digest)
-                        offered = digest
-                    if store.check([f"{digest}/met"]):
-                        leaders = json.loads(store.get(f"{digest}/met"))
-                        return Met(dist.PrefixStore(digest, store), leaders, digest)
-        time.sleep(pause)
+            if met := part.step():
+                return met
+        time.sleep(max(0.01, size / 10_000))  # all ranks together ask ten thousand times a second at most
     return None
 
 
-def _invite(store: dist.Store, size: int, own: str, deadline: float) -> Met | None:
-    """Rank 0's part of `agree_on_prefix`."""
-    others, word = range(1, size), secrets.token_hex(8)
-    store.set("invitation", word)
-    offered: dict[int, str] = {}
-    while time.monotonic() < deadline:
+class Guest:
+    """The part of every other rank in `agree_on_prefix`. Call `step` until it gives the result."""
+
+    def __init__(self, store: dist.Store, rank: int, leads: bool) -> None:
+        self.store, self.rank, self.leads = store, rank, leads
+        self.own, self.asked, self.offered = secrets.token_hex(8), "", ""
+
+    def step(self) -> Met | None:
+        """Answer what has been asked since the last call; the result once all have met. Waits for nobody."""
+        store, rank = self.store, self.rank
+        if not store.check(["invitation"]):
+            return None
+        word = store.get("invitation").decode()
+        if word != self.asked:
+            store.set(f"{word}/answer/{rank}", f"{self.own} {int(self.leads)}")
+            self.asked = word
+        offer = f"{word}/offer/{rank}/{self.own}"
+        if not store.check([offer]):
+            return None
+        digest = store.get(offer).decode()
+        if digest != self.offered:
+            store.set(f"{word}/seen/{rank}", digest)
+            self.offered = digest
+        if not store.check([f"{digest}/met"]):
+            return None
+        return Met(dist.PrefixStore(digest, store), json.loads(store.get(f"{digest}/met")), digest)
+
+
+class Host:
+    """Rank 0's part in `agree_on_prefix`. Call `step` until it gives the result."""
+
+    def __init__(self, store: dist.Store, size: int) -> None:
+        self.store, self.others = store, range(1, size)
+        self.own, self.word = secrets.token_hex(8), secrets.token_hex(8)
+        self.offered: dict[int, str] = {}
+
+    def step(self) -> Met | None:
+        """Read what has been answered since the last call; the result once all have met. Waits for nobody."""
+        store, word, others = self.store, self.word, self.others
         if not store.check(["invitation"]) or store.get("invitation").decode() != word:
-            store.set("invitation", word)  # rank 0 of an earlier attempt was still there
-        if not all(_all_there(store, [f"{word}/answer/{rank}" for rank in others])):
-            time.sleep(max(0.01, size / 10_000))
-            continue
-        answers = _read(store, [f"{word}/answer/{rank}" for rank in others])
-        digest = hashlib.sha256(" ".join((word, own, *answers)).encode()).hexdigest()[:32]
+            store.set("invitation", word)  # the first time, or after rank 0 of an earlier attempt
+        asked = [f"{word}/answer/{rank}" for rank in others]
+        if not _all_there(store, asked):
+            return None
+        answers = _read(store, asked)
+        digest = hashlib.sha256(" ".join((word, self.own, *answers)).encode()).hexdigest()[:32]
         for rank, answer in zip(others, answers, strict=True):
-            if offered.get(rank) != f"{digest} {answer}":
+            if self.offered.get(rank) != f"{digest} {answer}":
                 store.set(f"{word}/offer/{rank}/{answer.split()[0]}", digest)
-                offered[rank] = f"{digest} {answer}"
+                self.offered[rank] = f"{digest} {answer}"
         seen = [f"{word}/seen/{rank}" for rank in others]
-        if all(_all_there(store, seen)) and all(value == digest for value in _read(store, seen)):
-            leaders = [
-                0,
-                *(rank for rank, answer in zip(others, answers, strict=True) if answer.endswith("1")),
-            ]
-            store.set(f"{digest}/met", json.dumps(leaders))
-            return Met(dist.PrefixStore(digest, store), leaders, digest)
-        time.sleep(max(0.01, size / 10_000))
-    return None
+        if not _all_there(store, seen) or any(value != digest for value in _read(store, seen)):
+            return None
+        leaders = [0, *(rank for rank, answer in zip(others, answers, strict=True) if answer.endswith("1"))]
+        store.set(f"{digest}/met", json.dumps(leaders))
+        return Met(dist.PrefixStore(digest, store), leaders, digest)
 
 
-def _all_there(store: dist.Store, keys: list[str]) -> list[bool]:
-    """Whether the keys exist, a few hundred in one request."""
-    return [store.check(keys[start : start + ROOM]) for start in range(0, len(keys), ROOM)]
+def _all_there(store: dist.Store, keys: list[str]) -> bool:
+    """Whether all keys exist; asks for a few hundred in one request."""
+    return all(store.check(keys[start : start + ROOM]) for start in range(0, len(keys), ROOM))
 
 
 def _read(store: dist.Store, keys: list[str]) -> list[str]:

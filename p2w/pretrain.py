@@ -34,6 +34,7 @@ from p2w.train.preflight import check_numerics, check_rank_consistency
 from p2w.train.run_dir import RunDir, describe_data
 from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
 from p2w.train.watchdog import Watchdog
+from p2w.weights.pretrain_init import initialise
 from p2w.world import World
 
 ENOUGH_FOR_BATCH_NORM = 16  # samples: the batch of the paper
@@ -128,6 +129,7 @@ def _record_failure(folder: RunDir, reason: str, step: int) -> None:
     """Write into status.json why all ranks leave, if the folder can still be written."""
     with contextlib.suppress(OSError):
         folder.write_status("failed", step, reason)
+    folder.owner.release()  # on rank 0: a start on another node need not wait until this one is stale
 
 
 def _build(
@@ -137,6 +139,7 @@ def _build(
     """Build the choice of kernels, the trainer, the validation (None without validation scans), monitors and pictures."""
     torch.manual_seed(config.train.seed)
     pretext, model = build_pretext_and_network(config)
+    model = initialise(pretext, model, config, folder.path, log.line)
     if shares_batch_norm(config, world.size):
         synchronise_batch_norm(model, world.size)
         log.line(f"batch norm      over all {world.size} ranks' samples ({config.optim.sync_batchnorm})")

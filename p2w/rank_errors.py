@@ -11,9 +11,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar, cast
 
 from p2w.errors import SharedError, UserError
+from p2w.log import TolerantStream
 from p2w.world import World
 
 SPEAKER_S = 5.0  # longest wait for the rank that prints the message
@@ -128,6 +129,7 @@ def run_on_ranks(
     ranks meet (`start`) and `work` does the job, with the exit code as its result.
     """
     world = World.from_env()
+    sys.stderr = cast(TextIO, TolerantStream(sys.stderr))  # logging never ends a run
     try:
         world.check_asked()
         job = build(sys.argv[1:] if argv is None else argv, world)
@@ -142,6 +144,5 @@ def run_on_ranks(
             leave(world, error)
         del job  # what it holds of torch is freed before the process group ends
         world.close()
-    sys.stdout.flush()
     # Seen with torch 2.13 and pyarrow: threads of the manifest's reader abort an interpreter that is finalised.
     world.leave(code)

@@ -134,14 +134,16 @@ class Owner:
             with contextlib.suppress(OSError):
                 probe.unlink()
 
-    def other(self, locked: bool = False) -> dict[str, Any]:
+    def other(self, locked: bool = False, have_lock: bool = False) -> dict[str, Any]:
         """The process that trains in the folder and is not this one; empty when there is none, or it may be taken over.
 
         Waits for a sign of life, up to STALE_S after the last one; where another process has the lock (`locked`) and is seen
-        to run on this host, that is one.
+        to run on this host, that is one. Where this process has it, in earnest (`have_lock`), those of this boot are dead.
         """
         found = self.read()
         if not found or found.get("word") == self.word or found.get("released") or is_dead(found):
+            return {}
+        if have_lock and boot_id() and found.get("boot_id") == boot_id():
             return {}
         if locked and runs_here(found):
             return found

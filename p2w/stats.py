@@ -236,7 +236,7 @@ def auc_interval(scores: ArrayLike, truth: ArrayLike, patients: Sequence[Hashabl
         bound = TAIL ** (1 / rarer)
         return (bound, 1.0) if area else (0.0, 1 - bound)
     if patients is not None:
-        return bootstrap(_weighted_auc(score, positive), patients)
+        return bootstrap(weighted_auc(score, positive), patients)
     if rarer < 2:
         return UNDEFINED
     half_width = 1.959963984540054 * math.sqrt(variance) / (area * (1 - area))
@@ -258,8 +258,11 @@ def delong(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, float]:
     return float(above.mean()), float(above.var(ddof=1) / m + below.var(ddof=1) / n)
 
 
-def _weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Floats], float]:
-    """A function that gives the AUC from how often each case was drawn; the cases are sorted once for all resamples."""
+def weighted_auc(score: Floats, positive: NDArray[np.bool_]) -> Callable[[Floats], float]:
+    """A function that gives the AUC from how often each case was drawn, NaN where a class was not; for `bootstrap`.
+
+    The cases are sorted once for all resamples.
+    """
     order = np.argsort(score, kind="stable")
     is_positive = positive[order]
     starts = np.flatnonzero(np.concatenate(([True], np.diff(score[order]) > 0)))  # of runs of equal scores

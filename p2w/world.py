@@ -239,14 +239,16 @@ class World:
 
     def report(self, text: str) -> None:
         """Write `text` to stderr in one call, since other ranks write there too; its first line goes to torchrun."""
-        os.write(2, f"{text}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
+            os.write(2, f"{text}\n".encode())
         self.report_to_torchrun(text.partition("\n")[0])
 
     @staticmethod
     def report_to_torchrun(line: str) -> None:
         """Make torchrun end its report with `line`; else its own traceback hides the message of this rank."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
+            with contextlib.suppress(OSError):
+                Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
 
     def describe(self) -> str:
         """One line for the log: how many processes, where, on what."""

@@ -1,8 +1,10 @@
 """DICOM slices as pydicom writes them, with any tag, of a body that tells left from right and head from foot."""
 
 import numpy as np
-import pydicom
-from pydicom.dataset import Dataset, FileMetaDataset
+import pytest
+
+pydicom = pytest.importorskip("pydicom", reason="the extra p2w[test] brings pydicom")
+Dataset, FileMetaDataset = pydicom.dataset.Dataset, pydicom.dataset.FileMetaDataset
 
 CT_IMAGE, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 

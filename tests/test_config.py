@@ -48,7 +48,7 @@ def test_an_option_of_an_earlier_version_is_refused_with_its_new_name():
 def test_without_a_recipe_it_is_the_paper_in_runs_paper():
     args, recipe = parse([])
     assert recipe == "paper"
-    assert (str(args.shards), str(args.folder)) == ("shards", "runs/paper")
+    assert (args.shards, str(args.folder)) == (("shards",), "runs/paper")
 
 
 def test_json_round_trip_and_a_run_from_its_file(tmp_path):

@@ -54,6 +54,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.finetune.init": (*BASE, "p2w.pretext", "p2w.weights", "p2w.tasks", "p2w.finetune"),  # loads runs
     "p2w.inference": (
         *BASE, "p2w.progress", "p2w.ct", "p2w.train.optim", "p2w.tasks", "p2w.weights", "p2w.finetune", "p2w.inference",
+        "p2w.stats", "p2w.shards.grouping", "p2w.shards.build_folder", "p2w.report.markup", "p2w.analysis.features",
     ),
     "p2w.analysis": (*BASE, "p2w.stats", "p2w.progress", "p2w.pretext.protocol", "p2w.analysis"),
     "p2w.analysis.feature_sources": (*BASE, "p2w.train", "p2w.pretext", "p2w.analysis"),  # loads runs
@@ -71,6 +72,7 @@ OFFLINE = (
     "p2w.files",
     "p2w.http_client",
     "p2w.run_owner",
+    "p2w.slurm_nodes",
     "p2w.progress",
     "p2w.stats",
     "p2w.ct",

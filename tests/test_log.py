@@ -1,11 +1,15 @@
 """metrics.jsonl after crashes, restarts and full disks, and lines on the console."""
 
+import errno
+import io
 import json
+import os
+import sys
 
 import pytest
 
 from p2w.files import write_atomic
-from p2w.log import Log, hours_minutes_seconds, read_metrics
+from p2w.log import Log, TolerantStream, hours_minutes_seconds, read_metrics
 
 
 def steps(run):
@@ -94,3 +98,23 @@ def test_a_full_disk_loses_a_line_but_not_the_run(tmp_path, capsys):
     log.metrics(2, {"train/loss": 1.0})
     log.close()
     assert steps(tmp_path) == [2]
+
+
+class FullDisk(io.StringIO):
+    """A stream on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flush = close = lambda self: None
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", TolerantStream(FullDisk()))
+    log = Log(tmp_path, True, 10)
+    log.warn("the disk is full")
+    log.progress(1, 0.5, 1.0, 0.0)
+    print("more", file=sys.stderr, flush=True)
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    with pytest.raises(OSError):
+        print("as it was", file=sys.stderr, flush=True)

@@ -9,14 +9,14 @@ prints it beside every table, with the result of all labels.
 
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import REPO, Job
+from jobs import Job
 from torch import Tensor, nn
 
+from p2w.commands import finetune
 from p2w.errors import UserError, exits
 from p2w.finetune import trials
 from p2w.finetune.results import read_fine_tuning
@@ -94,9 +94,6 @@ def _score(run: Path) -> float:
 
 def main() -> int:
     """launch/finetune.py with the arguments of this command, on networks with zeroed levels."""
-    sys.path.insert(0, str(REPO))
-    from launch import finetune  # noqa: PLC0415
-
     built = trials.network_of
     trials.network_of = lambda *given: without_coarse_levels(built(*given))  # type: ignore[assignment,return-value]
     return finetune.main()

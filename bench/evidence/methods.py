@@ -46,6 +46,7 @@ OTHERS = tuple(
 # … and once more for three times as long, since not all have learned by then.
 LONGER = ("parts2whole", "+ intensity")
 METHODS = CONTENDERS | {name: ["--pretext.name", name] for name in OTHERS}
+METHODS["mae"] += ["--model.name", "vit3d"]  # leaves tokens out, which takes a transformer
 
 
 def share(name: str) -> float:

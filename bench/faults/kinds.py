@@ -211,6 +211,8 @@ KINDS = {
     "SIGINT to torchrun": Kind(told(signal.SIGINT, "agent"), 3, "torchrun"),
     "SIGTERM to a rank": Kind(told(signal.SIGTERM, "rank"), 3),
     "SIGINT to a rank": Kind(told(signal.SIGINT, "rank"), 3),
+    "SIGHUP to torchrun": Kind(told(signal.SIGHUP, "agent"), 3, "torchrun"),
+    "SIGHUP to a rank": Kind(told(signal.SIGHUP, "rank"), 3),
     "SIGUSR1 to a rank": Kind(told(signal.SIGUSR1, "rank"), 3),
     "SIGTERM to all, repeatedly": Kind(told(signal.SIGTERM, "all"), 3),
     "newest checkpoint cut short": Kind(checkpoint_cut, 4, phase="down"),

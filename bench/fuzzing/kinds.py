@@ -1,6 +1,7 @@
 """Every kind of file that p2w reads: how a valid one is made, and how the product reads it."""
 
 import contextlib
+import gzip
 import io
 import json
 import sys
@@ -40,6 +41,29 @@ def kinds() -> dict[str, Kind]:
     def packed_series(folder: Path) -> None:
         dicom(folder / "ct", ct((4, 24, 20)), "1.2.3", compressor="JPEG2000")
 
+    def bare_series(folder: Path) -> None:
+        for path in dicom(folder / "ct", ct((4, 24, 20)), "1.2.3"):
+            path.write_bytes(path.read_bytes()[132:])
+
+    def gzip_series(folder: Path) -> None:
+        for path in dicom(folder / "ct", ct((4, 24, 20)), "1.2.3"):
+            (folder / "ct" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+
+    def listed(folder: Path) -> None:
+        head = write(folder / "a.mhd", ct(SHAPE)).read_text()
+        for z, image in enumerate(ct(SHAPE)):
+            (folder / f"{z}.raw").write_bytes(image.tobytes())
+        (folder / "a.raw").unlink()
+        names = "\n".join(f"{z}.raw" for z in range(SHAPE[0]))
+        (folder / "a.mhd").write_text(head.replace("a.raw", f"LIST\n{names}"))
+
+    def text(folder: Path) -> None:
+        hu = ct(SHAPE)
+        path = write(folder / "a.mha", hu)
+        head = path.read_bytes()[: -hu.nbytes].replace(b"BinaryData = True", b"BinaryData = False")
+        path.write_bytes(head + " ".join(map(str, hu.ravel().tolist())).encode())
+
     names = (
         "a.mhd",
         "packed.mhd",
@@ -54,6 +78,10 @@ def kinds() -> dict[str, Kind]:
     table = {f"scan-{name}": Kind(scan(name), read_scans, expands=1032) for name in names}
     return table | {
         "scan-dicom": Kind(series, read_scans),
+        "scan-dicom-bare": Kind(bare_series, read_scans),
+        "scan-dicom-gzip": Kind(gzip_series, read_scans, expands=1032),
+        "scan-list": Kind(listed, read_scans),
+        "scan-text": Kind(text, read_scans),
         "scan-dicom-packed": Kind(packed_series, read_scans, expands=1032),
         "shard-tar": Kind(make_set("tar"), read_set, ("1.2.0000.tar", "1.2.0001.tar")),
         "shard-arrow": Kind(make_set("arrow"), read_set, ("1.2.0000.arrow", "1.2.0001.arrow")),

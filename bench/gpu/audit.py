@@ -92,7 +92,7 @@ def audit(name: str) -> list[str]:
     config = named("paper")
     config = replace(
         config, pretext=replace(config.pretext, name=name), data=replace(config.data, batch=WHOLES[0]),
-        model=replace(config.model, width=8),
+        model=replace(config.model, width=8, **({"name": "vit3d"} if name == "mae" else {})),
     )  # fmt: skip
     pretext, model = build_pretext_and_network(config)
     with FakeTensorMode(allow_non_fake_inputs=False):

@@ -4,6 +4,7 @@ On the command line: `random`, `histogram`, `pixels`, or a run folder as RUN, RU
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from p2w.errors import UserError
 from p2w.model import Network
 from p2w.model.encoder import set_memory_format
 from p2w.pretext import build_pretext, build_pretext_and_network, pretext_class
+from p2w.pretext.protocol import Pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -67,6 +69,11 @@ class AnalysedRun:
         """The run's checkpoints."""
         return Checkpoints(self.path / "checkpoints")
 
+    @functools.cached_property
+    def pretext(self) -> Pretext:
+        """The run's proxy task."""
+        return build_pretext(self.config)
+
     def step(self, asked: int | None = None) -> int:
         """The step of the checkpoint to analyse: `asked`, else the best by validation, else the newest."""
         steps, best = self.checkpoints.steps(), self.checkpoints.best()
@@ -99,7 +106,7 @@ class AnalysedRun:
     ) -> Network:
         """The same with batch norms recalibrated on training wholes, which is analysed. A collective over `wholes.world`."""
         with autocast(world.device, precision):
-            return wholes.recalibrate(self.network(step, world), build_pretext(self.config))
+            return wholes.recalibrate(self.network(step, world), self.pretext)
 
     def feature_source(
         self, label: str, step: int | None, world: World, precision: Precision

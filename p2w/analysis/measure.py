@@ -28,7 +28,7 @@ from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import NEGATIVES, TEMPERATURE, TESTS, Floats, cosines, draw_pairs, separability
 from p2w.config import PretextConfig
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import write_atomic, write_remedy
 from p2w.geometry import Range
 from p2w.progress import Progress
 from p2w.stream.local import ShardSet
@@ -153,7 +153,9 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, packed.getvalue())
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; make room, then repeat the command") from error
+            raise UserError(
+                f"{path}: {error.strerror}; {write_remedy(error)}, then repeat the command"
+            ) from error
 
     def path(self, key: Key) -> Path:
         """The file of this key."""

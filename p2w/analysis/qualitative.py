@@ -67,8 +67,15 @@ class Pictures:
         if not self.pretext.reconstructs:
             return columns
         *inputs, target = columns
-        output = {"reconstruction": self.model(self.views.input)}
+        output = {"reconstruction": self._output()}
         return {title: columns[title] for title in inputs} | output | {target: columns[target]}
+
+    def _output(self) -> Tensor:
+        """The network's volumes (B, 1, d, h, w). Where the loss has a mask, the network may need to know it too."""
+        views = self.views
+        extra = () if views.mask is None else views.extra_inputs
+        volumes: Tensor = self.model(views.input, *extra)
+        return volumes
 
     def volumes(self) -> bytes:
         """The reconstructions as an npz file, for the slider of report.html; analysis/reconstructions.npz has this form too.
@@ -77,7 +84,7 @@ class Pictures:
         (W, 3), edges z, y, x of the whole; `scale` (S,), here one NaN, because parts have the scales of training.
         """
         views, packed = self.views, io.BytesIO()
-        part, output = grey(views.input)[:, None], grey(self.model(views.input))[:, None]
+        part, output = grey(views.input)[:, None], grey(self._output())[:, None]
         np.savez_compressed(
             packed, whole=grey(views.target), part=part, output=output,
             scale=np.array([np.nan]), keys=np.array(self.keys), extent_mm=self.extent_mm,

@@ -25,7 +25,7 @@ from p2w.rng import SampleKeys
 from p2w.stream.local import DataError, ShardSet
 from p2w.world import World, gather_rows
 
-WHOLES, BATCHES, ROWS = 64, 16, 16
+WHOLES, BATCHES, ROWS = 64, 8, 16
 IDENTITY = ["batch norm recalibrated", WHOLES, BATCHES, ROWS]  # part of the key of cached features
 SEED = VALIDATION_SEED + 0xBA7C4
 YOUNG = 0.01  # share of the first running statistics, mean 0 and variance 1, in those of a checkpoint
@@ -37,7 +37,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class TrainingWholes:
     """The wholes that batch norm is recalibrated on. Each rank reads those of its own batches, when they are first needed.
 
-    They stay in the host's memory, 2 MiB each. One that cannot be read is left out; training reports it when it comes to it.
+    What was cut from them for the last pretext stays in the host's memory, since a monitor needs it again and again. A whole
+    that cannot be read is left out; training reports it when it comes to it.
     """
 
     def __init__(self, shards: ShardSet, world: World) -> None:
@@ -46,7 +47,8 @@ class TrainingWholes:
         groups = max(1, min(WHOLES, len(ids)) // ROWS)
         chosen = spread_ids(ids, min(len(ids), groups * ROWS))
         self.groups = [chosen[group::groups] for group in range(groups)]  # each spread over all scans
-        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pretext: Pretext | None = None
+        self._cut: dict[int, Tensor] = {}  # by the number of the batch
 
     def recalibrate(
         self, network: Module, pretext: Pretext, before_batch: Callable[[], None] = lambda: None
@@ -67,32 +69,35 @@ class TrainingWholes:
                 f"{self.shards.where}: no sub-scan in split 'train', and batch norm is recalibrated on training wholes; cut "
                 "the set with a smaller --val-fraction"
             )
+        if pretext is not self._pretext:
+            self._pretext, self._cut = pretext, {}
         for first in range(0, BATCHES, self.world.size):
             before_batch()
             number = first + self.world.rank
             if number < BATCHES:
-                yield self._views(pretext, number)
+                if number not in self._cut:
+                    self._cut_group(pretext, number % len(self.groups))
+                yield self._cut[number].to(self.world.device)
 
-    def _views(self, pretext: Pretext, number: int) -> Tensor:
-        """Batch `number`: one view of each whole of a group, or as many as fill ROWS where there are fewer wholes."""
-        voxels, ids = self._group(number % len(self.groups))
-        times = math.ceil(ROWS / len(self.groups[0]))
-        epoch = number // len(self.groups) * times
-        views = [pretext.sample(voxels, SampleKeys(SEED, epoch + time, ids)).input for time in range(times)]
-        return torch.cat(views)
-
-    def _group(self, group: int) -> tuple[Tensor, Tensor]:
-        """Voxels int16 (W, D, H, W) and ids (W,) of a group on the device."""
-        if group not in self._read:
-            voxels, good = read_sub_scans(self.shards, self.groups[group], tolerant=True)
-            if not good.any():
-                raise DataError(
-                    f"{self.shards.where}: none of {len(good)} training sub-scans can be read; run p2w verify on it"
-                )
-            kept = torch.from_numpy(np.flatnonzero(good))
-            self._read[group] = voxels[kept], torch.from_numpy(self.groups[group])[kept]
-        voxels, ids = self._read[group]
-        return voxels.to(self.world.device), ids.to(self.world.device)
+    def _cut_group(self, pretext: Pretext, group: int) -> None:
+        """This rank's batches of a group: one view of each of its wholes, or as many as fill ROWS where they are fewer."""
+        voxels, good = read_sub_scans(self.shards, self.groups[group], tolerant=True)
+        if not good.any():
+            raise DataError(
+                f"{self.shards.where}: none of {len(good)} training sub-scans can be read; run p2w verify on it"
+            )
+        device, kept = self.world.device, torch.from_numpy(np.flatnonzero(good))
+        voxels, chosen = voxels[kept].to(device), self.groups[group][good]
+        ids, real = torch.from_numpy(chosen).to(device), self.shards.real_voxels(chosen, device)
+        times = math.ceil(ROWS / len(self.groups[group]))
+        for number in range(group, BATCHES, len(self.groups)):
+            if number % self.world.size == self.world.rank:
+                epoch = number // len(self.groups) * times
+                views = [
+                    pretext.sample(voxels, SampleKeys(SEED, epoch + time, ids, real)).input
+                    for time in range(times)
+                ]
+                self._cut[number] = torch.cat(views).cpu()
 
 
 def is_early(step: int, passes: int = 1) -> bool:

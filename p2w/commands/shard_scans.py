@@ -3,6 +3,8 @@
     p2w shard --scans /data/ct --out shards
     p2w shard --scans /data/a /data/b --out shards --exclude '*_mask*' --workers 8
     p2w shard --scans /data/ct --out shards --dry-run
+    p2w shard --scans /data/ct --out shards --short pad --groups '^([^/]+)/'
+    p2w shard --scans /data/ct --out shards --spacing 1.5 1 1 --tile 64 96 96
 
     p2w shard --scans /data/ct --list
     p2w shard --scans /data/ct --out shards --select "slice_thickness <= 3 and kernel ~ 'B30'"
@@ -11,7 +13,8 @@ Looks through these folders and all below them for MetaImage (.mhd, .mha), NIfTI
 DICOM series (any file name and order, several series in a folder). Other modalities and localizers are named
 and left out; scans that are damaged, whose slices are no straight volume, or that are not in HU are named, listed in
 report.json, and make the exit code 1. At the end every file is accounted for. What is read and what is refused:
-docs/scans.md. Everything else is as for p2w shard-luna: stop and repeat, `--shard-of i/n` on several machines.
+docs/scans.md; other sizes, spacings, modalities and splits: docs/cutting.md. Everything else is as for p2w shard-luna: stop
+and repeat, `--shard-of i/n` on several machines.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc_per_node=2 -m p2w train demo --shards demo/shards --run-dir demo/run
     torchrun --nproc_per_node=8 -m p2w train paper --shards shards --run-dir runs/paper
     torchrun -m p2w train                                    recipe paper, shards/ -> runs/paper
+    torchrun -m p2w train paper --init runs/other            from the weights of a run, or of others' files
     p2w train demo --shards shards --dry-run       what it would do and cost; starts nothing
     p2w train runs/paper/config.json --run-dir runs/again --optim.lr 5e-4
 
@@ -31,6 +32,7 @@ from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.run_dir import RunDir
+from p2w.weights.pretrain_init import read_init
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."
@@ -57,6 +59,8 @@ class Args:
     run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])] = None
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
+    init: str = ""
+    """Start from the weights of a run, or of a file that `p2w inspect` can read; short for --model.init."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -87,6 +91,9 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
         description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}\n\n{MARKS}",
         console_outputs=speaks,
     )
+    if args.init:
+        model = replace(args.config.model, init=args.init)
+        args = replace(args, config=replace(args.config, model=model))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
     return replace(args, config=settings.check_config(args.config), run=run), recipe
 
@@ -122,6 +129,7 @@ def build(argv: list[str], world: World) -> Job:
     with torch.device("meta"):
         build_pretext_and_network(config)
     RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
+    read_init(config, args.folder)
     return Job(args, recipe, shards, precision)
 
 

@@ -1,6 +1,6 @@
 """Whether voxels are HU: air near -1000, soft tissue and water near 0, nothing that no CT has.
 
-Measured on twenty CTs of chest, abdomen and limbs (LIDC-IDRI, RIDER, TCGA-THCA, 4D-Lung, soft-tissue sarcoma): the most
+Measured on eighteen CTs of chest, abdomen and limbs (LIDC-IDRI, RIDER, TCGA-THCA, 4D-Lung, soft-tissue sarcoma): the most
 frequent value above -500 HU is -100 (fat) to 55 (muscle), of those below it -1005 (air) to -885 (lung). With the rescale
 applied twice, all have their peak at the lowest value looked at, and 24 to 49 % of their voxels lie, spread, below -1500.
 """
@@ -26,9 +26,11 @@ MOST_SPREAD = (
 MOST_DENSE = 0.01  # share of voxels above TISSUE_TO: metal and little else
 MOST_SATURATED = 0.01  # share of voxels that may have the highest value, where it is
 BONE_HU = 700  # above: of dense bone alone there is less than MOST_SATURATED
+SCANNER_LIMIT = 3000  # HU; scanners themselves stop at 3071 or above, where metal is
 NO_CT_HU = 30_000  # no CT has such values, metal included
 CLEARLY = 1.5  # times as frequent as anything in the expected range
 FEWEST_VALUES = 3  # different values, below which an image is a drawing that has no peaks
+LOWEST = 1 << 15  # of int16, without its sign
 BIN = 10  # HU of a bin of the histograms
 
 REMEDY = "if they are HU all the same, --assume-hu takes them"
@@ -41,84 +43,103 @@ def check_hu(voxels: NDArray[np.int16]) -> None:
     scanner units have no values below -200, where air is; a scan of air or padding alone has none above. Values that were
     rescaled twice or not at all, inverted, stretched to a window or multiplied have the peaks of air or tissue elsewhere.
     """
-    sample = voxels[::2, ::4, ::4]
-    inside = sample[sample > PADDING_HU]
-    if inside.size < RARE * sample.size:
+    values = _Histogram(voxels[::2, ::4, ::4])
+    inside = values.count(PADDING_HU + 1)
+    if inside < RARE * values.total:
         raise BadScan("not CT values: nothing but padding")
-    low, high = int(inside.min()), int(inside.max())
-    if np.count_nonzero(inside < AIR_HU) < RARE * inside.size:
+    low, high = values.ends(PADDING_HU + 1)
+    if values.count(PADDING_HU + 1, AIR_HU) < RARE * inside:
         raise BadScan(
             f"not CT values: {low} … {high} and nearly none below {AIR_HU} HU, where air is: a mask, "
             "another modality, or no rescale (raw values: the intercept, often -1024, was not applied); of a scan "
             "without air, such as a brain without its skull, --assume-hu takes the values as they are"
         )
-    if np.count_nonzero(inside > AIR_HU) < RARE * inside.size:
+    if values.count(AIR_HU + 1) < RARE * inside:
         raise BadScan(f"not CT values: {low} … {high} and nearly none above {AIR_HU} HU, where tissue is")
-    if np.count_nonzero(inside < AIR_PEAK[1]) < RARE * inside.size:
+    if values.count(PADDING_HU + 1, AIR_PEAK[1]) < RARE * inside:
         raise BadScan(
-            f"not HU: {low} … {high} and nearly none below {AIR_PEAK[1]} HU, where air and lung are: are values multiplied, "
-            f"or is there no air in it? {REMEDY}"
+            f"not HU: {low} … {high} and nearly none below {AIR_PEAK[1]} HU, where air and lung are: are values "
+            f"multiplied, or is there no air in it? {REMEDY}"
         )
-    _check_tails(sample, inside, high)
-    _check_peaks(inside)
+    _check_tails(values, inside, high)
+    _check_peaks(values, inside)
 
 
-def _check_tails(sample: NDArray[np.int16], inside: NDArray[np.int16], high: int) -> None:
+class _Histogram:
+    """How often each value of int16 occurs."""
+
+    def __init__(self, sample: NDArray[np.int16]) -> None:
+        self.counts = np.bincount(sample.astype(np.int32).ravel() + LOWEST, minlength=2 * LOWEST)
+        self.total = int(sample.size)
+
+    def between(self, low: int, high: int = LOWEST) -> NDArray[np.int64]:
+        """The counts of the values from `low` to below `high`."""
+        return self.counts[low + LOWEST : high + LOWEST]
+
+    def count(self, low: int, high: int = LOWEST) -> int:
+        """How many values are from `low` to below `high`."""
+        return int(self.between(low, high).sum())
+
+    def ends(self, low: int) -> tuple[int, int]:
+        """The lowest and the highest value from `low` on."""
+        found = np.flatnonzero(self.between(low))
+        return int(found[0]) + low, int(found[-1]) + low
+
+
+def _check_tails(values: _Histogram, inside: int, high: int) -> None:
     """Raise BadScan where too many voxels are lower or higher than those of a CT."""
-    impossible = np.count_nonzero(inside >= NO_CT_HU)
-    if impossible > RARE * sample.size:
+    impossible = values.count(NO_CT_HU)
+    if impossible > RARE * values.total:
         raise BadScan(
-            f"not HU: {impossible / sample.size:.1%} of the voxels are above {NO_CT_HU:,}: padding that its header does not "
-            "tell (PixelPaddingValue)"
+            f"not HU: {impossible / values.total:.1%} of the voxels are above {NO_CT_HU:,}: padding that its header does "
+            "not tell (PixelPaddingValue)"
         )
-    below = np.sort(np.unique(sample[sample <= PADDING_HU], return_counts=True)[1])
-    spread = int(below[:-PADDING_KINDS].sum())
-    if spread > MOST_SPREAD * sample.size:
+    spread = int(np.sort(values.between(-LOWEST, PADDING_HU + 1))[:-PADDING_KINDS].sum())
+    if spread > MOST_SPREAD * values.total:
         raise BadScan(
-            f"not HU: {spread / sample.size:.0%} of the voxels lie, spread, below {PADDING_HU}, where nothing is: was the "
+            f"not HU: {spread / values.total:.0%} of the voxels lie, spread, below {PADDING_HU}, where nothing is: was the "
             f"rescale applied twice, or are values multiplied? {REMEDY}"
         )
-    if np.count_nonzero(inside > TISSUE_TO) > MOST_DENSE * inside.size:
+    dense = values.count(TISSUE_TO + 1)
+    if dense > MOST_DENSE * inside:
         raise BadScan(
-            f"not HU: {np.count_nonzero(inside > TISSUE_TO) / inside.size:.0%} of the voxels are above {TISSUE_TO}, where "
-            f"only metal is: are values multiplied, or stretched to a window? {REMEDY}"
+            f"not HU: {dense / inside:.0%} of the voxels are above {TISSUE_TO}, where only metal is: are values "
+            f"multiplied, or stretched to a window? {REMEDY}"
         )
-    saturated = np.count_nonzero(inside == high)
-    if high >= BONE_HU and saturated > MOST_SATURATED * inside.size:
+    saturated = values.count(high, high + 1)
+    if BONE_HU <= high < SCANNER_LIMIT and saturated > MOST_SATURATED * inside:
         raise BadScan(
-            f"not HU: {saturated / inside.size:.0%} of the voxels have the highest value, {high}: were values stretched "
+            f"not HU: {saturated / inside:.0%} of the voxels have the highest value, {high}: were values stretched "
             f"to a window? {REMEDY}"
         )
 
 
-def _check_peaks(inside: NDArray[np.int16]) -> None:
+def _check_peaks(values: _Histogram, inside: int) -> None:
     """Raise BadScan where the most frequent values are not those of air and of soft tissue."""
     ranges = (
         ("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK),
         ("air", PADDING_HU, AIR_TO, AIR_PEAK),
     )
     for name, low, high, (least, most) in ranges:
-        peak = _peak_outside(inside, low, high, least, most)
+        counts = values.between(low + 1, high + 1)
+        if counts.sum() < RARE * inside:
+            continue
+        peak = _peak_outside(counts, least - low, most - low)
         if peak is not None:
             raise BadScan(
-                f"not HU: the peak of {name} is at {peak}, not from {least} to {most}: was the rescale applied twice or not "
-                f"at all, or are values inverted, multiplied or stretched to a window? {REMEDY}"
+                f"not HU: the peak of {name} is at {peak + low}, not from {least} to {most}: was the rescale applied twice "
+                f"or not at all, or are values inverted, multiplied or stretched to a window? {REMEDY}"
             )
 
 
-def _peak_outside(inside: NDArray[np.int16], low: int, high: int, least: int, most: int) -> int | None:
-    """The most frequent value from `low` to below `high` where that is not from `least` to `most`, by a clear margin.
+def _peak_outside(counts: NDArray[np.int64], least: int, most: int) -> int | None:
+    """The most frequent value of a histogram where that is not from `least` to `most`, by a clear margin.
 
-    The histogram is smoothed over 50 HU; None where too few voxels or values are in it.
+    The histogram is smoothed over 50 HU; None where too few values are in it.
     """
-    chosen = inside[(inside > low) & (inside < high)]
-    if chosen.size < RARE * inside.size:
-        return None
-    counts = np.bincount(chosen.astype(np.int32) - low, minlength=high - low)
     if np.count_nonzero(counts) < FEWEST_VALUES:
         return None
     smooth = np.convolve(counts.reshape(-1, BIN).sum(axis=1), np.ones(5), "same")
-    allowed = smooth[(least - low) // BIN : (most - low) // BIN + 1].max()
-    if smooth.max() <= CLEARLY * allowed:
+    if smooth.max() <= CLEARLY * smooth[least // BIN : most // BIN + 1].max():
         return None
-    return int(smooth.argmax()) * BIN + low + BIN // 2
+    return int(smooth.argmax()) * BIN + BIN // 2

@@ -103,6 +103,11 @@ def meta_image_layout(path: str) -> VoxelLayout | None:
     fields, listed, end = meta_image_fields(path)
     data = fields["elementdatafile"]
     dims = _dims(fields)
+    sizes = (fields.get("elementspacing") or fields["elementsize"]).split()
+    if len(sizes) < len(dims):
+        raise BadScan(
+            f"ElementSpacing has {len(sizes)} numbers, of {len(dims)} axes: write all into its header"
+        )
     if fields.get("elementtype") not in META_TYPES or fields.get("elementnumberofchannels", "1") != "1":
         return None
     local = data.upper() == "LOCAL"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from p2w import __version__
 from p2w.errors import UserError
-from p2w.files import FileLock, write_atomic
+from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import TaskType
 from p2w.finetune.trainer import EpochResult, FineTuner
@@ -196,7 +196,7 @@ class TrialRun:
             write_atomic(self.folder / RESULT, json.dumps(result, indent=2))
         except OSError as error:
             raise UserError(
-                f"{self.folder}: not written ({error.strerror}); make room, then repeat the command"
+                f"{self.folder}: not written ({error.strerror}); {write_remedy(error)}, then repeat the command"
             ) from error
         with suppress(OSError):
             shutil.rmtree(self.folder / "checkpoints")

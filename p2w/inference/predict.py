@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ import tyro
 from numpy.typing import NDArray
 
 from p2w.config import Amp
-from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
@@ -41,6 +41,7 @@ USAGE = """What a fine-tuned network says of a whole scan.
 
 Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
 scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
+Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
 
@@ -64,17 +65,27 @@ class InferenceInput:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
         return np.stack([cut(crop_box) for cut in self.cuts])
 
-    def stored(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def stored(self, mask: NDArray[Any]) -> NDArray[Any]:
         """A canonical volume in the order of the file."""
         _, order, flips = self.stored_grid.canonical()
-        out = np.zeros(self.stored_grid.size[::-1], np.uint8)
+        out = np.zeros(self.stored_grid.size[::-1], mask.dtype)
         to_canonical(out, order, flips)[...] = mask
         return out
 
 
 def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
     """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
-    sources = [replace(_source(path), assume_hu=assume_hu) for path in paths]
+    sources = [replace(_source(path, model.in_hu), assume_hu=assume_hu) for path in paths]
+    return read_sources(sources, [str(path) for path in paths], paths[0].name, model)
+
+
+def read_sources(
+    sources: Sequence[ScanSource], paths: Sequence[str], name: str, model: FineTunedModel
+) -> InferenceInput:
+    """Read the images `sources` of one scan, one a channel, on one grid; messages call them `paths`, and the scan `name`.
+
+    Raises UserError as `read_input`.
+    """
     cuts: list[Cut] = []
     grids: list[Grid] = []
     first: NDArray[Any] | None = None
@@ -87,18 +98,24 @@ def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = F
         grids.append(grid)
         first = voxels if first is None else first
         if said := source_files.apart(grids[0], grid):
-            raise UserError(f"{path}: {said.replace('its image', str(paths[0]))}")
+            raise UserError(f"{path}: {said.replace('its image', paths[0])}")
     assert first is not None
-    name = paths[0].name
     return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
 
 
-def _source(path: Path) -> ScanSource:
+def _source(path: Path, in_hu: bool) -> ScanSource:
+    """The scan in a file, or in a folder of DICOM; of a network that was not trained on CT, MR or PET come first."""
     if not path.exists():
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
         return source_files.as_source(path.name, str(path))
-    found = find_scans([str(path)], str(path / ".out"), flag="--scan")  # there is none: nothing is left out
+    for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
+        search = SearchOptions(modality=modality)
+        found = find_scans(
+            [str(path)], str(path / ".out"), flag="--scan", options=search
+        )  # there is no such folder
+        if found.sources:
+            break
     if len(found.sources) != 1:
         why = f"; {found.bad[0][0]}: {found.bad[0][1]}" if found.bad else ""
         raise UserError(f"{path}: {len(found.sources)} scans in it, one is needed{why}")
@@ -133,8 +150,13 @@ def mask_of(
     threshold: float,
     batch: int,
     dtype: torch.dtype | None,
+    probabilities: NDArray[np.float32] | None = None,
+    shown: bool = True,
 ) -> NDArray[np.uint8]:
-    """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x]."""
+    """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x].
+
+    The predictions themselves are written into `probabilities` [z,y,x], if it is given. `shown`: with a progress bar.
+    """
     windows = windows_of(scan, model, overlap)
     device = next(model.network.parameters()).device
     levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
@@ -143,14 +165,17 @@ def mask_of(
     def predict(crop_boxes: list[CropBox]) -> NDArray[np.float32]:
         stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes]))
         found: NDArray[np.float32] = model.predictions(stack.to(device), dtype).cpu().numpy()
-        progress.step(f"{len(windows):,} windows in all")
-        progress.tick()
+        if shown:
+            progress.step(f"{len(windows):,} windows in all")
+            progress.tick()
         return found
 
     mask = np.zeros(windows.shape, np.uint8)
-    with progress:
+    with progress if shown else nullcontext():
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
             mask[z] = model.kind.to_mask(image, threshold)
+            if probabilities is not None:
+                probabilities[z] = image
     return mask
 
 
@@ -360,7 +385,7 @@ def check_geometry(path: Path, grid: Grid) -> None:
 
 
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write uint8 [z,y,x] in the grid's geometry, under another name first. Raises UserError where it cannot be written."""
+    """Write a volume [z,y,x] in the grid's geometry, under another name first. Raises UserError where that fails."""
     image = sitk.GetImageFromArray(mask)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)

@@ -54,6 +54,13 @@ class Windows:
         """The number of windows."""
         return int(np.prod([len(self.starts(axis)) for axis in range(3)]))
 
+    def all_starts(self) -> Iterator[Triple]:
+        """First voxels (z, y, x) of all windows, x running fastest."""
+        for z in self.starts(0):
+            for y in self.starts(1):
+                for x in self.starts(2):
+                    yield z, y, x
+
     def crop_box(self, start: Triple) -> CropBox:
         """A window as a crop of the scan, as the samples of a target set are cut."""
         step = np.array(self.step)

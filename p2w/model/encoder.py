@@ -94,6 +94,13 @@ class Encoder(nn.Module):
     """Whether its decoder is made of skips, so that there is none without."""
     published: tuple[PublishedFormat, ...] = ()
     """Files in which others publish weights for it."""
+    token_edge: int = 0
+    """Voxels along each edge of a token, where `visible_tokens` can leave tokens out; 0: it cannot."""
+
+    def visible_tokens(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The coarsest features of some tokens alone, computed without the others: x (B, C, D, H, W) and numbers (B, K) of
+        tokens in the order z, y, x -> (B, K, channels[-1]). Only where `token_edge` is not 0."""
+        raise NotImplementedError(f"{type(self).__name__} has no tokens that could be left out")
 
     def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module | None:
         """A decoder of its own, as `p2w.model.decoder.build_decoder` describes it; None: a general one fits."""

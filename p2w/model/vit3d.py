@@ -61,6 +61,7 @@ class ViT3d(Encoder):
     """
 
     input_convs = ("stem.0.conv1.weight",)
+    token_edge = PATCH
 
     def __init__(self, width: int = 32, in_channels: int = 1, *, depth: int = DEPTH) -> None:
         super().__init__()
@@ -97,18 +98,32 @@ class ViT3d(Encoder):
             raise UserError(
                 f"input {tuple(x.shape[2:])}: each edge must be a multiple of {PATCH}; pad or crop it"
             )
+        features, tokens, grid = self._embed(x)
+        return [*features, self._transform(tokens).transpose(1, 2).unflatten(2, grid)]
+
+    def visible_tokens(self, x: Tensor, kept: Tensor) -> Tensor:
+        """As `Encoder.visible_tokens`: the blocks see the kept tokens alone. The convolutions before them see all of x, so
+        what is not to be seen must not be in it."""
+        tokens = self._embed(x)[1]
+        return self._transform(tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])))
+
+    def _embed(self, x: Tensor) -> tuple[list[Tensor], Tensor, tuple[int, ...]]:
+        """Features of the stem, tokens with positions (B, N, C), and their grid (d, h, w)."""
         features = []
         for level in self.stem:
             x = level(x)
             features.append(x)
         x = self.to_tokens(x)
-        grid = x.shape[2:]
+        grid = tuple(x.shape[2:])
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = tokens + positions(tuple(grid), tokens.shape[2], tokens.device).to(tokens.dtype)
+        return features, tokens + positions(grid, tokens.shape[2], tokens.device).to(tokens.dtype), grid
+
+    def _transform(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
         for block in self.blocks:
             tokens = block(tokens)
-        tokens = self.norm(tokens)
-        return [*features, tokens.transpose(1, 2).unflatten(2, grid)]
+        normed: Tensor = self.norm(tokens)
+        return normed
 
 
 def positions(grid: tuple[int, ...], channels: int, device: torch.device) -> Tensor:

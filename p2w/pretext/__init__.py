@@ -22,6 +22,7 @@ PRETEXTS: dict[str, str] = {
     "models_genesis": "p2w.pretext.models_genesis:ModelsGenesis",
     "rubiks_cube": "p2w.pretext.rubiks_cube:RubiksCube",
     "rubiks_cube_pp": "p2w.pretext.rubiks_cube:RubiksCubePp",
+    "simmim": "p2w.pretext.mae:SimMim",
     "mae": "p2w.pretext.mae:Mae",
     "parts2whole_contrast": "p2w.pretext.contrastive.contrastive_pretext:Parts2WholeContrast",
     "simclr": "p2w.pretext.contrastive:SimClr",

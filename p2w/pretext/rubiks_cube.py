@@ -6,7 +6,10 @@ Input: eight cubes of the whole in one of K orders, each turned or not by 180° 
 order, two turns and the mask of every cube. The encoder sees each cube by itself (Siamese); only the order is read from the
 features of all eight.
 
-Rubik's cube++: restore a volume whose cubes were permuted and turned (Tao et al. 2020).
+Rubik's cube++: restore a volume whose cubes were permuted and turned (after Tao et al. 2020). What may differ: the paper
+calls its puzzle a volume-wise transformation; whether it turns whole layers, as the toy does, or single cubes is in no text
+or code that we could read. Public code of others moves single cubes and turns none. Here every cube is moved and turned by
+itself, which leaves no context at all; the critic is trained in the same backward pass, as a step has only one here.
 
 Input: the whole as a grid of cubes in random order, each turned by 180° or not about two axes. Target: the whole. Loss: mean
 squared error, plus `rubik.adversary` times the loss of a critic that tells restored volumes from real ones; its gradient

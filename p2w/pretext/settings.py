@@ -45,6 +45,8 @@ def check_bounds(group: str, settings: Any) -> None:
 
 def check_value(name: str, value: Any, bounds: Bounds | None) -> None:
     """Check one setting, `name` with its group. Raises UserError as `check_bounds` does."""
+    if value is None:  # left open
+        return
     option = f"--{name.replace('_', '-')}"
     if bounds and isinstance(value, tuple):
         if min(value) < bounds.low:

@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import write_atomic, write_remedy
 from p2w.report import page, run_reader
 
 NAME = "report.html"
@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
         try:
             path = write_report(run)
         except OSError as error:
-            raise UserError(
-                f"{run / NAME}: not written ({error.strerror}); make room, or change the folder's permissions"
-            ) from error
+            raise UserError(f"{run / NAME}: not written ({error.strerror}); {write_remedy(error)}") from error
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB", file=sys.stdout, flush=True)
     return 0

@@ -333,7 +333,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         ]
         train, val = len(parts["train_scans"]), len(parts["val_scans"])
         if not val:
-            why = "there is only one scan" if train == 1 else "--val-fraction 0"
+            alone = f"all scans are of one {parts['group']}" if "group" in parts else "there is only one scan"
+            why = "--val-fraction 0" if not self.settings.val_fraction else alone
             lines.append(f"no validation scans: {why}")
         size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
         lines.append(f"{self.root}: {size:.2f} GiB; scans for training {train}, for validation {val}")

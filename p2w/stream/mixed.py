@@ -137,6 +137,7 @@ class MixedSet(ShardSet):
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
         own, row = self._set_of(sub_scan)
+        own.on_wait = self.on_wait  # a plain attribute, set once a run has its watchdog
         own.read_into(row, out)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from p2w.errors import UserError
 from p2w.rng import Ids, hash64
 from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError, SampleReader
@@ -169,8 +170,14 @@ class Prefetch:
             # Daemon threads, since the interpreter joins all others at exit before it calls the finalizer that stops these.
             thread = threading.Thread(target=self._work, args=(row_reader, epoch, step), daemon=True)
             thread.name = f"p2w-reader-{number}"
+            try:
+                thread.start()
+            except RuntimeError as error:  # "can't start new thread"
+                raise UserError(
+                    f"reader thread {number + 1} of {len(self.row_readers)}: {error}; the limit of processes and threads is "
+                    "reached (ulimit -u, or a container's pids): raise it, or pass fewer --data.reader-threads"
+                ) from error
             self.threads.append(thread)
-            thread.start()
 
     def _work(self, row_reader: RowReader, epoch: int, step: int) -> None:
         try:

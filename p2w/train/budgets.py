@@ -4,6 +4,7 @@ On a GPU, a step's gradient norm is read only after the next step has been launc
 host.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -121,6 +122,33 @@ class NonfiniteSteps:
         cause = "; ".join(causes) or "the loss of every rank was finite"
         self.log.event(step, {"skipped": cause, "grad_norm": str(result.grad_norm), "keys": keys})
         return cause
+
+
+class Collapse:
+    """Notices a network that no longer learns: the gradient of all its weights is 0."""
+
+    LEAST = 1e-12  # norm; a gradient in float32 that is smaller changes nothing
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.since = log, -1
+
+    def look(self, grad_norm: float, step: int) -> None:
+        """Warn when the gradient of a logged step is the first of 0; forget it when it is not any more."""
+        if grad_norm >= self.LEAST or math.isnan(grad_norm):
+            self.since = -1
+        elif self.since < 0:
+            self.since = step
+            self.log.warn(f"step {step}: {self.why()}")
+            self.log.event(step, {"collapsed": self.why()})
+
+    def why(self) -> str:
+        """What has happened, in words; empty for a network that learns."""
+        if self.since < 0:
+            return ""
+        return (
+            f"the network has collapsed: from step {self.since} on its gradient is 0, so that it learns nothing more; begin "
+            "anew with a lower --optim.lr"
+        )
 
 
 class LogWindow:

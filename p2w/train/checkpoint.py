@@ -40,7 +40,7 @@ from torch import Tensor
 from p2w import __version__
 from p2w.config import TrainConfig
 from p2w.errors import UserError
-from p2w.files import file_crc32c, sync_to_disk, write_atomic
+from p2w.files import file_crc32c, sync_to_disk, write_atomic, write_remedy
 
 FILES = ("model.safetensors", "state.pt")
 UNSEALED = '"seal": "00000000"'
@@ -112,8 +112,10 @@ class Checkpoints:
             RuntimeError,
         ) as error:  # each writer raises another one for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
+            # torch's and safetensors' writers do not say why; on a disk that works it is full.
+            remedy = write_remedy(error) if isinstance(error, OSError) else "make room"
             raise UserError(
-                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); make room, then repeat the command"
+                f"{final}: not saved ({str(error).splitlines()[0]}; {self._free()}); {remedy}, then repeat the command"
             ) from error
         self._prune(snapshot.step)
         return final

@@ -23,7 +23,7 @@ from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views, has_after_step
 from p2w.rng import SampleKeys
 from p2w.stream.stream import Batch, Stream
-from p2w.train.budgets import BadSampleBudget, LogWindow, NonfiniteSteps
+from p2w.train.budgets import BadSampleBudget, Collapse, LogWindow, NonfiniteSteps
 from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 from p2w.train.id_audit import IdAudit
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
@@ -87,6 +87,7 @@ class Trainer:
         # See Stepper.warm_up_ddp. With two ranks, a sum has the same bits in any order.
         self._ddp_warmed_up = world.size < 3
         self.window = LogWindow()
+        self.collapse = Collapse(log)
 
     def resume(self) -> bool:
         """Load the newest intact checkpoint; False when there is none."""
@@ -143,8 +144,8 @@ class Trainer:
                 self.checkpointer.wait(AsyncCheckpointer.LEAVING_S if sys.exc_info()[0] else None)
             if self.world.any(self.world.is_main and self._unsaved()):
                 raise UserError(
-                    f"step {self.step}: could not be saved, the newest checkpoint is older; make room, then repeat the "
-                    "command"
+                    f"step {self.step}: could not be saved, the newest checkpoint is older; mend what the warning above "
+                    "names, then repeat the command"
                 )
         return outcome
 
@@ -166,9 +167,12 @@ class Trainer:
             if self._unsaved() and self.checkpointer.should_save(self.step, self.validation):
                 self.save()
             if self.step >= settings.steps:
-                return Outcome("finished", self.step)
+                return Outcome("finished", self.step, self.collapse.why())
             if 0 < settings.early_stop <= schedule.bad:
-                return Outcome("stopped early", self.step, f"{schedule.bad} validations brought nothing")
+                why = f"{schedule.bad} validations brought nothing"
+                return Outcome(
+                    "stopped early", self.step, "; ".join(filter(None, (why, self.collapse.why())))
+                )
             self.watchdog.at(self.step, "reading data")
             self.train_step(next(batches))
             stopping = self._poll_stop_request()
@@ -292,6 +296,7 @@ class Trainer:
             **{f"train/{name}": float(value) for name, value in result.extras.items()},
         }
         self.log.metrics(self.step, record)
+        self.collapse.look(result.grad_norm, self.step)
         self.log.progress(self.step, loss, rate, wait)
         self.window = LogWindow(self.stream.wait_seconds, self.checkpointer.stall_s)
 

@@ -24,7 +24,7 @@ import numpy as np
 from p2w import config as settings
 from p2w.config import Config
 from p2w.errors import UserError
-from p2w.files import FileLock, write_atomic
+from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.run_owner import BEAT_S, Owner, described, this_process
 from p2w.stream.local import Order, ShardSet
 
@@ -33,7 +33,8 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
 
     Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
-    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x).
+    intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x). Where
+    sub-scans may be filled up with air, `real_shape` is the median of what is real.
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
     facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
@@ -44,6 +45,8 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     if len(shards):
         spread = np.quantile(shards.spacing_mm, (0, 0.5, 1), axis=0).round(4)
         facts["spacing_mm"] = spread.tolist()
+    if shards.real is not None:
+        facts["real_shape"] = np.median(shards.real, axis=0).tolist()
     return facts
 
 
@@ -100,7 +103,7 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             locked = self._lock.acquire()
-            other = self.owner.other(not locked)
+            other = self.owner.other(not locked, have_lock=locked and self._lock.works)
             if not locked and not other:
                 locked = self._lock.acquire()  # the owner may have just left
         except OSError as error:
@@ -121,7 +124,9 @@ class RunDir:
             self._write("config.json", settings.config_to_json(config))
             self._write("run.json", json.dumps({"starts": [*self._starts(), start]}, indent=2))
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; make room, or name another --run-dir") from error
+            raise UserError(
+                f"{self.path}: {error.strerror}; {write_remedy(error)}, or name another --run-dir"
+            ) from error
 
     def _write(self, name: str, text: str) -> None:
         """Write a file, and keep its text."""
@@ -201,7 +206,8 @@ class RunDir:
         """Write status.json, for schedulers and people: rank 0, or the rank that reports why all leave."""
         alive = {**this_process(), "heartbeat": round(time.time(), 3)} if state == "running" else {}
         with self._writing:
-            if state == "running" and self._end.is_set():
+            # Not over how it ended; and what the watchdog says of a hang stays, when its end makes a collective fail.
+            if state in ("running", "failed") and self._end.is_set():
                 return
             if state != "running":
                 self._end.set()  # nothing is written over it

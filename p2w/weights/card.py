@@ -132,11 +132,14 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
         )
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
-        edges = zip(spread[1], data_set["shape"], config.pretext.size, strict=True)
+        # Of sub-scans that were filled up with air, the real part is the whole.
+        shape = [float(edge) for edge in data_set.get("real_shape", data_set["shape"])]
+        edges = [*zip(spread[1], shape, config.pretext.size, strict=True)]
         whole = [mm * edge / size * pretext.kept_edge for mm, edge, size in edges]
-    except (LookupError, TypeError, ValueError):
+        crop = [mm * min(1.0, edge / size) for mm, edge, size in edges]
+    except (AttributeError, LookupError, TypeError, ValueError):
         return dict.fromkeys((*names, "network_smallest", "network", "network_largest"))
-    unit = spread[1] if shows == "crop" else whole
+    unit = crop if shows == "crop" else whole
     fractions = config.pretext.volume_fraction if shows == "part" else (1.0, 1.0)
     small, large = (fraction ** (1 / 3) for fraction in fractions)
     edges_of = {"network_smallest": small, "network": math.sqrt(small * large), "network_largest": large}

@@ -3,6 +3,7 @@
 Models Genesis   {"state_dict": {"module.down_tr64.ops.0.conv1.weight": …}}
 MedicalNet       {"state_dict": {"module.layer3.22.conv3.weight": …}}
 I3D              {"Mixed_3b.b0.conv3d.weight": …}
+nnssl            {"network_weights": {"encoder.stem.convs.0.conv.weight": …}, "nnssl_adaptation_plan": …}, ResEncL
 dense V-Net      model.ckpt-3000.index and .data-00000-of-00001, a TensorFlow checkpoint (`p2w.weights.tf_bundle`)
 
 A format whose tensors need at most other names is declared in the encoder's own file (`Encoder.published`, as I3D's is); one
@@ -41,8 +42,9 @@ from torch import Tensor
 from p2w.errors import UserError
 from p2w.model import ENCODERS, build_encoder, factory_class
 from p2w.model.conv import PUBLISHED_WIDTH, scale_channels
-from p2w.model.encoder import PublishedFormat
+from p2w.model.encoder import InputNorm, PublishedFormat
 from p2w.model.resnet3d import BASIC, BLOCKS
+from p2w.weights.prepare_nnunet import ZYX, turn_kernels
 from p2w.weights.tf_bundle import Bundle, prefix_of
 
 State = dict[str, Tensor]
@@ -184,6 +186,8 @@ class PublishedWeights:
     decoder: State | None = None
     notes: tuple[str, ...] = ()
     data: dict[str, str] = field(default_factory=dict)
+    input_norm: InputNorm | None = None
+    """How these weights' input is normalised, where it is not as the encoder says."""
 
 
 def read_published(path: Path) -> PublishedWeights:
@@ -327,8 +331,53 @@ def _medicalnet(tensors: State, whole: dict[str, Any], path: Path) -> PublishedW
     return PublishedWeights("MedicalNet", f"resnet{depth}", state, head)
 
 
+NNSSL_HEAD = ("decoder.", "seg_layers.", "mask_token", "projector.")
+
+
+def _nnssl(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
+    """nnssl's ResEncL, such as OpenMind's: `encoder.stem`, `encoder.stages`, each tensor under two names, and a decoder.
+
+    Kernels are in the axes that `transpose_forward` of its plan says; its images are z-scored. A file that p2w wrote for
+    nnU-Net and that lost its card is of the same form, and is fed [0, 1].
+    """
+    if "encoder.stem.convs.0.conv.weight" not in tensors:
+        return None
+    pretrain = _pretrain_plan(whole, path)
+    axes = [int(axis) for axis in pretrain.get("transpose_forward") or ZYX]
+    notes: tuple[str, ...] = ()
+    if axes != ZYX:
+        tensors = turn_kernels(tensors, [axes.index(axis) for axis in ZYX])
+        notes = (f"kernels turned from the axes {axes} of its plan to z, y, x",)
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in tensors.items()
+        if name.startswith("encoder.") and ".all_modules." not in name
+    }
+    head = tuple(name for name in tensors if name.startswith(NNSSL_HEAD))
+    unknown = {n: v for n, v in tensors.items() if not n.startswith(("encoder.", *NNSSL_HEAD))}
+    ours = pretrain.get("plans_name") == "p2w"
+    title = "nnU-Net's names, written by p2w" if ours else "nnssl"
+    input_norm: InputNorm = "unit" if ours else "z"
+    return PublishedWeights(title, "resencl", {**state, **unknown}, head, notes=notes, input_norm=input_norm)
+
+
+def _pretrain_plan(whole: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The plan of the pretraining in the file; {} where it has none. Raises UserError for one of another form."""
+    adaptation = whole.get("nnssl_adaptation_plan", {})
+    try:
+        plan = dict(adaptation.get("pretrain_plan", {}))
+        if sorted(int(axis) for axis in plan.get("transpose_forward") or ZYX) != ZYX:
+            raise ValueError(f"transpose_forward is {plan['transpose_forward']}")
+        return plan
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its nnssl_adaptation_plan is not nnssl's ({error}); copy the file again"
+        ) from error
+
+
 READERS: dict[str, Callable[[State, dict[str, Any], Path], PublishedWeights | None]] = {
     # title of a format that takes more than renaming -> (tensors, all that the file holds, path) -> its weights, or None
     "Models Genesis": _genesis,
     "MedicalNet": _medicalnet,
+    "nnssl's ResEncL": _nnssl,
 }

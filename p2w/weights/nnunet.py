@@ -17,6 +17,7 @@ once, because safetensors requires that.
 
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,8 @@ def axes_of(plans: Path) -> list[int]:
 def readme(card: Card, out: Path, axes: list[int] | None = None) -> str:
     """Text for README.md of the folder `out`: the commands of nnU-Net, and what they make of axes and intensities."""
     window, fed = card["input"]["window_hu"], card["input"]
-    here = out.resolve()
+    folder = out.resolve()
+    script, checkpoint = (shlex.quote(str(folder / name)) for name in ("prepare_nnunet.py", CHECKPOINT))
     turned = f"for a dataset of `transpose_forward` {axes}" if axes and axes != ZYX else "z, y, x"
     return f"""
 ## In nnU-Net
@@ -195,7 +197,7 @@ Needs nnU-Net's git master, of July 2026 or later; PyPI's 2.8.1 lacks these comm
 ```
 pip install git+https://github.com/MIC-DKFZ/nnUNet.git
 nnUNetv2_plan_and_preprocess -d ID -pl nnUNetPlannerResEncL --no_pp
-python {here / "prepare_nnunet.py"} -d ID
+python {script} -d ID "$nnUNet_preprocessed"
 nnUNetv2_preprocess -d ID -plans_name ptPlans__p2w -c 3d_fullres
 nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans__p2w -tr PretrainedTrainer
 ```
@@ -205,7 +207,7 @@ last two commands. They use the spacing and the patch of the pretraining, {fed["
 {fed["size_zyx"]} voxels (z, y, x). For nnU-Net's own spacing, patch and network with these weights:
 
 ```
-python {here / "prepare_nnunet.py"} -d ID --plan dataset
+python {script} -d ID "$nnUNet_preprocessed" --plan dataset
 nnUNetv2_preprocess -d ID -plans_name ptPlans_dynamic__p2w -c 3d_fullres
 nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans_dynamic__p2w -tr DynamicPretrainedTrainer
 ```
@@ -218,7 +220,7 @@ z up (LPS), so nnU-Net's network sees mirrored bodies in files whose axes run th
 **Intensities.** This network saw HU clipped to {window} and scaled to [0, 1]. `prepare_nnunet.py` writes into the plan's
 `foreground_intensity_properties_per_channel` what makes nnU-Net's `CTNormalization` the very same,
 `{json.dumps(intensities(window))}`. nnU-Net's own `nnUNetv2_preprocess_like_nnssl` and
-`nnUNetv2_plan_like_dynamic` take `-pc {here / CHECKPOINT}` too, but the first z-scores each image, the second
+`nnUNetv2_plan_like_dynamic` take `-pc {checkpoint}` too, but the first z-scores each image, the second
 scales by your data's statistics, and neither turns kernels (`p2w export --to nnunet --nnunet-plans PLANS.json` does).
 
 For another patch edit `patch_size` in the plan that `prepare_nnunet.py` wrote; edges are divisible by

@@ -1,11 +1,11 @@
 """Fit the weights beside this file to one nnU-Net dataset: its axes, and the input that the weights were trained on.
 
-    python prepare_nnunet.py -d ID                   spacing, patch and network of the pretraining
-    python prepare_nnunet.py -d ID --plan dataset    spacing, patch and network that nnU-Net planned
+    python prepare_nnunet.py -d ID "$nnUNet_preprocessed"                   spacing, patch, network of the pretraining
+    python prepare_nnunet.py -d ID "$nnUNet_preprocessed" --plan dataset    those that nnU-Net planned
 
 nnU-Net must have planned the dataset: nnUNetv2_plan_and_preprocess -d ID -pl nnUNetPlannerResEncL --no_pp. This reads that
-plan in $nnUNet_preprocessed, writes another one beside it, and prints the commands that go on from there. It needs Python
-and torch alone, so that it runs where nnU-Net does; p2w export copies it into the folder of the weights.
+plan in nnU-Net's folder nnUNet_preprocessed, writes another one beside it, and prints the commands that go on from there. It
+needs Python and torch alone, so that it runs where nnU-Net does; p2w export copies it into the folder of the weights.
 
 Why a dataset needs it: nnU-Net moves the axis with the largest voxels to the front (`transpose_forward` of its plan), which
 is not z where slices are thinner than pixels. Kernels must be turned in the same way, and so must spacing and patch.
@@ -13,7 +13,6 @@ is not z where slices are thinner than pixels. Kernels must be turned in the sam
 
 import argparse
 import json
-import os
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -30,6 +29,7 @@ def main() -> None:
     """Read the base plan, write the checkpoint in its axes and the plan, print what to run next."""
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("preprocessed", type=Path, help='nnU-Net\'s folder: "$nnUNet_preprocessed"')
     parser.add_argument("-d", type=int, required=True, metavar="ID", help="number of the dataset")
     parser.add_argument(
         "--plan",
@@ -42,18 +42,16 @@ def main() -> None:
     options = parser.parse_args()
     try:
         here = Path(__file__).resolve().parent
-        lines = prepare(here, dataset_folder(options.d), options.d, options.plan, options.base, options.n)
+        folder = dataset_folder(options.preprocessed, options.d)
+        lines = prepare(here, folder, options.d, options.plan, options.base, options.n)
     except (OSError, ValueError, LookupError, TypeError) as error:
         parser.exit(2, f"error: {error}\n")
     print("\n".join(lines))
 
 
-def dataset_folder(number: int) -> Path:
-    """The dataset's folder in $nnUNet_preprocessed. Raises ValueError where there is none, or more than one."""
-    root = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112  nnU-Net's own spelling
-    if not root:
-        raise ValueError("nnUNet_preprocessed is not set; export it as for nnU-Net's own commands")
-    found = sorted(Path(root).glob(f"Dataset{number:03d}_*"))
+def dataset_folder(root: Path, number: int) -> Path:
+    """The dataset's folder in nnUNet_preprocessed. Raises ValueError where there is none, or more than one."""
+    found = sorted(root.glob(f"Dataset{number:03d}_*"))
     if len(found) != 1:
         raise ValueError(
             f"{root}: {len(found)} folders Dataset{number:03d}_*, must be one; plan the dataset first: "
@@ -124,16 +122,25 @@ def turn(checkpoint: dict[str, Any], axes: list[int]) -> dict[str, Any]:
     arguments = adaptation["architecture_plans"]["arch_kwargs"]
     for key in ("kernel_sizes", "strides"):
         arguments[key] = [permuted(one) for one in arguments[key]]
-    kernels: dict[int, torch.Tensor] = {}  # each is stored under two names: one tensor again, in one memory
-    weights = {}
-    for name, value in checkpoint["network_weights"].items():
-        weights[name] = value
+    weights = turn_kernels(checkpoint["network_weights"], order)
+    return {**checkpoint, "network_weights": weights, "nnssl_adaptation_plan": adaptation}
+
+
+def turn_kernels(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
+    """Kernels (out, in, three axes) whose axis j is axis `order[j]` of before; others stay.
+
+    Tensors that share memory, as nnU-Net's second names do, share it again.
+    """
+    kernels: dict[int, torch.Tensor] = {}
+    turned = {}
+    for name, value in weights.items():
+        turned[name] = value
         if value.ndim == 5:
             key = value.data_ptr()
             if key not in kernels:
                 kernels[key] = value.permute(0, 1, *(2 + one for one in order)).contiguous()
-            weights[name] = kernels[key]
-    return {**checkpoint, "network_weights": weights, "nnssl_adaptation_plan": adaptation}
+            turned[name] = kernels[key]
+    return turned
 
 
 def adapted_plans(

@@ -6,6 +6,7 @@
 --init resnet_101.pth             MedicalNet, any depth
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
+--init checkpoint_final.pth       nnssl's ResEncL, such as OpenMind's
 
 Tensors of a file are loaded into an encoder with a report: what matched, what was adapted, what is missing, what is left
 over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
@@ -155,6 +156,8 @@ class StartingPoint:
     """The file or folder that the values were read from, or "random"."""
     pretrained_on: dict[str, str]
     """What is known of the data: `fingerprint` and `shards` of a set of p2w, `what` of other data; empty when nothing is."""
+    other_state: dict[str, Tensor] = field(default_factory=dict)
+    """What a pretext of p2w trained beside encoder and decoder, under the names of its network."""
 
 
 def load_start(
@@ -194,6 +197,8 @@ def examine_weights(
     at = next((w for w in (width, PUBLISHED_WIDTH) if w in widths), widths[0])
     assert at is not None
     encoder = build_encoder(found.network, at, in_channels)
+    if found.input_norm is not None:
+        encoder.input_norm = found.input_norm
     what = f"{found.format}: {found.network}, width {at}"
     report = load_state(encoder, found.state, what, found.head, found.notes)
     return StartingPoint(encoder, found.network, at, found.decoder, report, init, found.data)
@@ -250,8 +255,9 @@ def _from_ours(
     what = f"p2w: {weights.name}, width {weights.width}"
     report = load_state(encoder, parts["encoder"], what, tuple(head))
     return StartingPoint(
-        encoder, weights.name, weights.width, parts["decoder"] or None, report, weights.where, weights.data
-    )
+        encoder, weights.name, weights.width, parts["decoder"] or None, report, weights.where, weights.data,
+        {name: weights.state[name] for name in head},
+    )  # fmt: skip
 
 
 def _same(where: str, asked: str | None, found: str) -> None:

@@ -151,7 +151,8 @@ def test_batches_are_spread_over_the_training_wholes(tmp_path, scans, groups, ro
     assert len(set(together)) == len(together) == min(len(shards.ids("train")), groups * ROWS)
     assert set(together) <= set(shards.ids("train"))
     pretext = build_pretext(CONFIG)
-    views = [wholes._views(pretext, number) for number in range(BATCHES)]
+    views = list(wholes._inputs(pretext, lambda: None))
+    assert all(a is b for a, b in zip(views, wholes._inputs(pretext, lambda: None), strict=True))  # cut once
     assert {len(one) for one in views} == {rows}
     assert len({float(view.sum()) for batch in views for view in batch}) == rows * BATCHES
 
@@ -164,7 +165,7 @@ def test_an_untrained_network_is_recalibrated_and_so_are_all_networks_of_an_anal
     found = source.load(wholes)(parts)
     torch.manual_seed(CONFIG.train.seed)
     pretext, network = build_pretext_and_network(CONFIG)
-    given = [wholes._views(pretext, number) for number in range(BATCHES)]
+    given = list(wholes._inputs(pretext, lambda: None))
     encoder = network.encoder.eval()
     assert not torch.allclose(found, encoder.pooled(parts), rtol=0.1)
     torch.testing.assert_close(found, recalibrated(encoder, given).pooled(parts), rtol=1e-4, atol=1e-5)
@@ -178,7 +179,7 @@ def test_training_wholes_that_cannot_be_read_are_left_out_and_a_set_without_any_
     wholes = TrainingWholes(shards, HERE)
     pretext, network = build_pretext_and_network(CONFIG)
     shards.checksums[damaged] ^= 1
-    assert len(wholes._views(pretext, 0)) == 14  # 7 of 8, twice
+    assert {len(one) for one in wholes._inputs(pretext, lambda: None)} == {14}  # 7 of 8, twice
     wholes.recalibrate(network.encoder, pretext)
     shards._splits[:] = "val"
     with pytest.raises(UserError, match=r"no sub-scan in split 'train'.*--val-fraction"):

@@ -34,6 +34,7 @@ RIGHT = {
     "clipped to a window": lambda hu: np.clip(hu, -1000, 600),
     "padded": lambda hu: np.where(np.arange(hu.shape[2]) < hu.shape[2] // 5, -3024, hu),
     "half a volume": lambda hu: hu[: len(hu) // 2],
+    "metal at the scanner's limit": lambda hu: np.where(np.arange(hu.shape[2]) < 3, 3071, hu),
 }
 
 

@@ -52,6 +52,7 @@ def test_a_negative_spacing_turns_the_axis(tmp_path, axis):
         ("a.mha", "ElementSpacing", "Comment", "no voxel size"),
         ("a.mha", "ElementSpacing = ", "ElementSpacing = 0 ", "mm that are not 0"),
         ("a.mha", "ElementSpacing = ", "ElementSpacing = nan ", "mm that are not 0"),
+        ("a.mha", "ElementSpacing = ", "ElementSpacing = 0.7 0.8\nComment = ", "has 2 numbers, of 3 axes"),
         (
             "a.mha",
             "TransformMatrix = 1 0 0 0 1 0 0 0 1",

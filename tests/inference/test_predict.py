@@ -278,3 +278,19 @@ def test_memory_does_not_grow_with_the_number_of_slices():
 
     peak(8)  # what is imported and cached once
     assert peak(400) < 2 * peak(40)
+
+
+def test_a_folder_of_mr_is_read_for_a_network_that_was_not_trained_on_ct(tmp_path):
+    values = np.random.default_rng(0).gamma(2.0, 300.0, (8, 16, 16)).astype(np.int16)
+    tags = {"0008|0060": "MR", "0028|1052": "0", "0028|1053": "1"}
+    dicom(tmp_path / "mr", values, "1.2.3", tags=tags)
+    assert predict._source(tmp_path / "mr", in_hu=False).uid == "1.2.3"
+    with pytest.raises(UserError, match="0 scans in it, one is needed"):
+        predict._source(tmp_path / "mr", in_hu=True)
+    task = {"window": [0, 32767], "settings": {"values": "percentiles"}}
+    model = FineTunedModel(Path(), nn.Identity(), {"task": task})
+    voxels, _, cut = predict._channel(predict._source(tmp_path / "mr", in_hu=False), model)
+    low, high = np.percentile(values, (0.5, 99.5))
+    crop = cut(predict.CropBox(np.zeros(3), np.ones(3), values.shape))
+    np.testing.assert_allclose(crop / 32767, np.clip((values - low) / (high - low), 0, 1), atol=1e-4)
+    assert voxels.shape == values.shape

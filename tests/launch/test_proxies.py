@@ -8,7 +8,8 @@ NAMES = {
     "models_genesis": "--genesis.blocks 200",
     "rubiks_cube": "--rubik.orders 5",
     "rubiks_cube_pp": "--rubik.critic-width 2",
-    "mae": "",
+    "simmim": "",
+    "mae": "--model.name vit3d:depth=1 --mae.decoder-width 12 --mae.decoder-depth 1",
 }
 FEW = "--train.validate-every 100 --train.probe-every 0 --train.checkpoint-every 2 --pretext.size 16 16 16"
 

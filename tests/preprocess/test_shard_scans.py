@@ -40,6 +40,39 @@ def test_a_mixed_folder(command, tmp_path):
     assert code == 1 and "3 sub-scans kept" in said
 
 
+def test_tilted_series_and_the_table_of_series(command, tmp_path):
+    """A tilt is refused, or straightened where it is asked for, and then the manifest says so."""
+    pytest.importorskip("pydicom")
+    from dicom_files import body, write_series
+
+    scans, t = tmp_path / "scans", np.radians(12)
+    tilt = (1, 0, 0, 0, np.cos(t), -np.sin(t))
+    hu = body(66, 130, 130)
+    write_series(scans / "tilted", hu, series="1.2.1", iop=tilt, PatientID="MEIER", SliceThickness="2.5")
+    write_series(scans / "straight", hu, series="1.2.2", PatientID="MEIER", SliceThickness="5")
+    (scans / "study.zip").write_bytes(b"PK")
+    common = ("--scans", scans, "--min-std", "0")
+    code, said, err = command.call(NAME, *common, "--json")
+    straight, tilted = json.loads(said)
+    assert code == 0 and not err and "MEIER" not in said
+    assert (straight["action"], tilted["action"]) == ("cut into 1", "refuse")
+    assert tilted["why"].startswith("gantry tilt or drift") and straight["patient"] == tilted["patient"]
+    code, said, _ = command.call(NAME, *common, "--out", tmp_path / "a")
+    assert code == 1 and "passed over  66: slices of bad series" in said and "1: archives" in said
+    code, said, _ = command.call(NAME, *common, "--out", tmp_path / "b", "--resample-tilt")
+    assert code == 0 and "read         132 files of 2 scans" in said
+    sources = {source["uid"]: source for source in read_manifest(tmp_path / "b").meta["sources"]}
+    assert (
+        sources["1.2.1"]["resampled"].startswith("gantry tilt or drift")
+        and "resampled" not in sources["1.2.2"]
+    )
+    choice = ("--resample-tilt", "--select", "slice_thickness <= 3")
+    code, said, _ = command.call(NAME, *common, "--out", tmp_path / "c", *choice)
+    assert code == 0 and [one["uid"] for one in read_manifest(tmp_path / "c").meta["sources"]] == ["1.2.1"]
+    code, _, err = command.call(NAME, *common)
+    assert code == 2 and err.startswith("error: --out is missing")
+
+
 @pytest.mark.skipif(not REAL, reason="P2W_REAL_DATA names no folder of real scans")
 @pytest.mark.parametrize(("folder", "count"), [("dicom", 16), ("nifti", 16), ("luna16", 64)])
 def test_real_scans(command, tmp_path, folder, count):

@@ -52,7 +52,17 @@ class Up(nn.Module):
 
 def build(name, **contrast):
     settings = ContrastConfig(
-        **{"hidden": 10, "dim": 5, "queue": 20, "bank": 24, "prototypes": 7, **contrast}
+        **{
+            "temperature": 0.7,
+            "momentum_schedule": "constant",
+            "jigsaw": False,
+            "hidden": 10,
+            "dim": 5,
+            "queue": 20,
+            "bank": 24,
+            "prototypes": 7,
+            **contrast,
+        }
     )
     config = Config(
         data=DataConfig(batch=BATCH), pretext=PretextConfig(name=name, size=SIZE), contrast=settings

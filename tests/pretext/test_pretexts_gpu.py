@@ -21,7 +21,8 @@ def wholes(count=4):
 
 def built(name, device):
     """Pretext and network of width 2, its weights drawn on the CPU."""
-    config = Config(pretext=PretextConfig(name=name, size=(16, 16, 16)), model=ModelConfig(width=2))
+    model = ModelConfig("vit3d:depth=1" if name == "mae" else "unet3d", 2)
+    config = Config(pretext=PretextConfig(name=name, size=(16, 16, 16)), model=model)
     config = replace(config, data=replace(config.data, batch=4))
     torch.manual_seed(0)
     pretext, model = build_pretext_and_network(config)

@@ -63,3 +63,23 @@ def test_what_cannot_be_done_is_one_line(cluster: Cluster):
     job = cluster.sbatch("slurm/finetune.sbatch", "nowhere.txt")
     assert cluster.ended(job)["ExitCode"] == "2:0"
     assert cluster.log(job).count("\n") == 1 and "no file nowhere.txt" in cluster.log(job)
+
+
+def test_a_warning_to_the_last_task_of_an_array_requeues_that_task_alone(cluster: Cluster, balls, tmp_path):
+    """The last task carries the array's own number, which means all of its tasks."""
+    run = tmp_path / "run"
+    argv = ["--task", balls, "--run-dir", run, "--trials", "2", *SMALL]
+    argv += ["--recipe.max-epochs", "60", "--recipe.patience", "60", "--recipe.checkpoint-minutes", "0"]
+    array = cluster.sbatch("--array=0-1", "slurm/finetune.sbatch", *argv)
+    epochs = [run / f"trial-0{trial}" / "metrics.jsonl" for trial in (0, 1)]
+    cluster.wait(
+        f"{array}_1",
+        "epochs of both",
+        lambda: all(path.exists() and path.read_text().count("\n") > 2 for path in epochs),
+    )
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_1")
+    ends = [cluster.ended(f"{array}_{task}") for task in (0, 1)]
+    logs = [cluster.log(f"{array}_{task}") for task in (0, 1)]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0"), ("COMPLETED", "1")], (
+        logs
+    )

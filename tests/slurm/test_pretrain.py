@@ -182,3 +182,39 @@ def test_a_refused_setting_is_one_line_and_final(cluster, pretrain, shards, tmp_
     end = cluster.ended(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")
     assert cluster.log(job).count("\n") == 1 and "papier" in cluster.log(job)
+
+
+def test_the_same_job_twice_ends_the_second_one(cluster: Cluster, pretrain: Start, tmp_path: Path) -> None:
+    """It took the checkpoints of the first one for its own progress, and began anew every 8 s for ever."""
+    run = tmp_path / "run"
+    first = pretrain(run, "--nodes=1", more=("--train.steps=100000",))
+    cluster.wait(first, "first steps", lambda: len(losses(run)) >= 3)
+    second = pretrain(run, "--nodes=1", more=("--train.steps=100000",))
+    end = cluster.ended(second)
+    log = cluster.log(second)
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "2:0"), log
+    assert log.count("another job trains in") == 1, log
+    assert cluster.job(first)["JobState"] == "RUNNING", cluster.log(first)
+    cluster.run("scancel", first)
+    cluster.ended(first)
+    steps = [step for step, _ in losses(run)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_preemption_before_the_first_checkpoint_of_a_late_life_does_not_end_the_job(
+    cluster: Cluster, pretrain: Start, tmp_path: Path
+) -> None:
+    """Three lives got further; the fourth is warned before it trains. All restarts were counted, not those in vain."""
+    run = tmp_path / "run"
+    job = pretrain(run, "--nodes=1", more=("--train.steps=600",))
+    for life in range(4):
+        cluster.wait(job, f"life {life}", lambda life=life: cluster.job(job).get("Restarts") == str(life))
+        cluster.wait(job, "start", lambda: cluster.job(job)["JobState"] == "RUNNING")
+        if life < 3:
+            before = len(losses(run))
+            cluster.wait(job, "steps", lambda before=before: len(losses(run)) > before + 1)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        cluster.wait(job, "requeue", lambda life=life: cluster.log(job).count(": requeued") == life + 1)
+    end = cluster.ended(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "4"), cluster.log(job)
+    assert [step for step, _ in losses(run)] == list(range(1, 601))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stream_sets import SHAPE, write_set
 
 from p2w.errors import UserError
 from p2w.shards.manifest import candidate_data_paths, data_fingerprint
 from p2w.shards.mixture import BETWEEN, parse_mixture
+from p2w.stream.device_cache import DeviceCache
 from p2w.stream.stream import Stream, open_set
 
 
@@ -79,6 +81,17 @@ def test_it_continues_at_any_position(sets):
     whole = take(Stream(mixed(folder), batch=4, seed=3), 40)
     for start in (1, 15, 16, 33):
         same(whole[start:], take(Stream(mixed(folder), batch=4, seed=3), 40 - start, *divmod(start, 16)))
+
+
+def test_a_cache_on_the_device_gives_the_same_batches(sets):
+    folder, _ = sets
+    shards = mixed(folder)
+    cache = DeviceCache(shards, "train", torch.device("cpu"))
+    same(
+        take(Stream(mixed(folder), batch=4, seed=3), 40),
+        take(Stream(shards, batch=4, seed=3, cache=cache), 40),
+    )
+    assert cache.filled.sum() > 60  # of the 80 of both sets
 
 
 def test_validation_has_all_of_all_sets_once(sets):

@@ -358,3 +358,22 @@ def test_batches_on_the_gpu(tmp_path):
     ):
         weights = [[batch.weight.tolist() for batch in stream.batches()] for stream in (cpu, gpu)]
     assert weights[0] == weights[1] and len(weights[0]) == cpu.steps_per_epoch
+
+
+def test_a_limit_of_threads_is_one_line(tmp_path, monkeypatch):
+    """As with ulimit -u: "cannot join thread before it is started" hid it."""
+    write_set(tmp_path)
+    start = threading.Thread.start
+
+    def limited(thread):
+        if thread.name == "p2w-reader-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with (
+        Stream(open_set(os.fspath(tmp_path)), batch=4, readers=2) as stream,
+        pytest.raises(UserError, match=r"reader thread 2 of 2: can't start new thread; .*ulimit -u") as error,
+    ):
+        next(stream.batches())
+    assert "\n" not in str(error.value) and not readers_alive()

@@ -179,7 +179,7 @@ def test_a_disk_that_is_gone_is_one_line_too(tmp_path):
     """Not even its free space can be asked for; the run is to go on until the next try."""
     (tmp_path / "gone").write_text("")
     with pytest.raises(
-        UserError, match=r"not saved \(.*; free space unknown: Not a directory\); make room"
+        UserError, match=r"not saved \(.*; free space unknown: Not a directory\); mend what the message names"
     ) as error:
         Checkpoints(tmp_path / "gone" / "run" / "checkpoints").save(snapshot(1))
     assert "\n" not in str(error.value)

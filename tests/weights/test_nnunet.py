@@ -1,6 +1,10 @@
 """The way into nnU-Net: the keys that it reads and no others, plain types, the same bits; its own code where installed."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,9 +98,11 @@ def test_the_file_alone_is_a_starting_point_as_its_folder_is(exported, tmp_path,
         assert all(torch.equal(value, loaded[name]) for name, value in start.encoder.state_dict().items())
         assert weights_start.main_inspect([str(path)]) == 0 and "--init takes it" in capsys.readouterr().out
         assert resolve_init(str(path)).step == 10
-    (tmp_path / "checkpoint_final.pth").write_bytes(file.read_bytes())  # as nnU-Net writes it: without a card
-    with pytest.raises(UserError, match=r"weights of an unknown network \(encoder\."):
-        load_start(str(tmp_path / "checkpoint_final.pth"))
+    (tmp_path / "checkpoint_final.pth").write_bytes(file.read_bytes())  # as nnU-Net has it: without a card
+    alone = load_start(str(tmp_path / "checkpoint_final.pth"))
+    assert alone.report.what == "nnU-Net's names, written by p2w: resencl, width 1"
+    assert alone.encoder.input_norm == "unit" and alone.pretrained_on == {}
+    assert all(torch.equal(value, loaded[name]) for name, value in alone.encoder.state_dict().items())
 
 
 def test_the_published_width_goes_by_its_name(exported):
@@ -160,3 +166,92 @@ def test_nnunets_own_code_builds_the_network_and_takes_the_weights(exported):
     told = intensities([-1000.0, 1000.0])
     scheme = schemes.CTNormalization(intensityproperties=told)
     np.testing.assert_allclose(scheme.run(hu.copy()), (hu.clip(-1000, 1000) + 1000) / 2000, rtol=0, atol=1e-7)
+
+
+BASE = {
+    "plans_name": "nnUNetResEncUNetLPlans", "transpose_forward": [1, 0, 2],
+    "foreground_intensity_properties_per_channel": {"0": {"mean": 40.0, "std": 90.0, "max": 3000.0}},
+    "configurations": {
+        "3d_fullres": {
+            "spacing": [0.8, 0.5, 0.8], "patch_size": [96, 160, 96], "batch_size": 2,
+            "normalization_schemes": ["CTNormalization"], "data_identifier": "nnUNetPlans_3d_fullres",
+            "architecture": {"network_class_name": "x", "arch_kwargs": {"features_per_stage": [32, 64]}},
+        }
+    },
+}  # fmt: skip
+
+
+def prepared(exported, tmp_path, *options, **changes):
+    """The script of the exported folder, as its README runs it, on a dataset of nnU-Net whose plan is BASE."""
+    folder = tmp_path / "preprocessed" / "Dataset007_Thin"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nnUNetResEncUNetLPlans.json").write_text(json.dumps({**BASE, **changes}))
+    script = [sys.executable, str(exported / "prepare_nnunet.py"), "-d", "7", str(folder.parent), *options]
+    return folder, subprocess.run(script, check=False, capture_output=True, text=True, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_thin_slices_turn_kernels_spacing_and_patch(exported, resencl_run, tmp_path):
+    folder, done = prepared(exported, tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    plans = json.loads((folder / "ptPlans__p2w.json").read_text())
+    told = plans["configurations"]["3d_fullres"]
+    assert (told["spacing"], told["patch_size"]) == ([0.7, 1.25, 0.7], [64, 32, 64])
+    assert plans["foreground_intensity_properties_per_channel"]["0"] == {
+        **intensities([-1000.0, 1000.0]), "max": 3000.0,
+    }  # fmt: skip
+    file = Path(plans["pretrain_info"]["checkpoint_path"])
+    assert file.is_absolute() and file.parent == folder
+    turned = torch.load(file, weights_only=True)["network_weights"]
+    plain_weights = torch.load(exported / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    for name, value in plain_weights.items():
+        assert torch.equal(turned[name], value.transpose(2, 3) if value.ndim == 5 else value), name
+    back = from_nnunet(nnunet.read_nnunet(file))  # read by p2w, kernels are z, y, x again
+    assert all(torch.equal(value, plain_weights[name]) for name, value in back.items())
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    readme = (exported / "README.md").read_text().replace("ID", "7")
+    assert len(commands) == 2 and all(f"\n{line}\n" in readme for line in commands)
+    plain_axes, done = prepared(exported, tmp_path, transpose_forward=[0, 1, 2])
+    plans = json.loads((plain_axes / "ptPlans__p2w.json").read_text())
+    assert plans["pretrain_info"]["checkpoint_path"] == str((exported / "checkpoint_final.pth").resolve())
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_is_one_line(exported, tmp_path):
+    mr = json.loads(json.dumps(BASE["configurations"]))
+    mr["3d_fullres"]["normalization_schemes"] = ["ZScoreNormalization"]
+    for options, changes, told in (
+        ((), {"configurations": mr}, "normalised by ZScoreNormalization"),
+        ((), {"configurations": {"2d": {}}}, "has no 3d_fullres"),
+        ((), {"transpose_forward": [0, 0, 1]}, "each must hold 0, 1 and 2 once"),
+        (("--plan", "dataset"), {}, r"its network has \[32, 64\] channels"),
+        (("--base", "other"), {}, "no such plan; make it with"),
+        (("-d", "8"), {}, "0 folders Dataset008"),
+    ):
+        _, done = prepared(exported, tmp_path, *options, **changes)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert re.search(told, done.stderr), done.stderr
+
+
+def test_the_export_turns_for_a_named_dataset(resencl_run, tmp_path):
+    """Then nnU-Net's own commands find spacing, patch and kernels in the dataset's axes; p2w reads z, y, x back."""
+    (tmp_path / "plans.json").write_text(json.dumps(BASE))
+    out = tmp_path / "out"
+    given = ["--to", "nnunet", "--nnunet-plans", str(tmp_path / "plans.json"), "--out", str(out)]
+    assert export.main([str(resencl_run), *given]) == 0
+    plan = json.loads((out / "adaptation_plan.json").read_text())
+    configuration = plan["pretrain_plan"]["configurations"]["p2w"]
+    assert (configuration["spacing"], configuration["patch_size"]) == ([0.7, 1.25, 0.7], [64, 32, 64])
+    assert plan["pretrain_plan"]["transpose_forward"] == [1, 0, 2] and plan[
+        "recommended_downstream_patchsize"
+    ] == [64, 32, 64]
+    ours = p2w.load(resencl_run).state_dict()
+    held = torch.load(out / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    first = "stem.convs.0.conv.weight"
+    assert torch.equal(held[f"encoder.{first}"], ours[first].transpose(2, 3))
+    assert all(torch.equal(value, ours[name]) for name, value in p2w.load(out).state_dict().items())
+    with pytest.raises(UserError, match="only --to nnunet is for nnU-Net"):
+        export.main([str(resencl_run), "--to", "safetensors", *given[2:4]])
+    (tmp_path / "plans.json").write_text("{}")
+    with pytest.raises(UserError, match="no plans of nnU-Net"):
+        export.main([str(resencl_run), *given])

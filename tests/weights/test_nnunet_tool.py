@@ -10,6 +10,7 @@ With P2W_REAL_DATA, the volumes are blocks of a real scan.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_the_readmes_commands_give_the_same_features(resencl_run, dataset, tmp_p
     if plan == 1:
         steps = commands(readme, 0)[0][:1] + steps
     for step in steps:
-        first, *rest = step.split()
+        first, *rest = shlex.split(step.replace("$nnUNet_preprocessed", dataset["nnUNet_preprocessed"]))
         program = sys.executable if first == "python" else str(Path(sys.executable).with_name(first))
         done = subprocess.run(
             [program, *rest], env=dataset, cwd=tmp_path, check=False, capture_output=True, text=True

@@ -112,6 +112,17 @@ def test_a_card_says_that_scans_were_mr_and_resampled(trained_run, tmp_path):
     assert "Scans were resampled to [2.0, 1.0, 1.0] mm" in text and "not resampled" not in text
 
 
+def test_the_spacing_of_filled_up_sub_scans_is_that_of_their_real_part(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "short")
+    told = json.loads((run / "run.json").read_text())
+    told["starts"][-1]["data_set"] |= {"real_shape": [30.0, 128.0, 128.0]}
+    (run / "run.json").write_text(json.dumps(told))
+    export.main([str(run), "--to", "hub-folder", "--out", str(tmp_path / "out")])
+    spacing = json.loads((tmp_path / "out" / "card.json").read_text())["input"]["spacing_mm_zyx"]
+    whole = [1.25 * 30 / 16, 0.7 * 128 / 32, 0.7 * 128 / 32]
+    assert spacing["network"] == pytest.approx([mm / 2 for mm in whole], abs=1e-4)
+
+
 def test_a_run_that_noted_no_data_set_has_a_card_without_spacing(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "old")
     starts = json.loads((run / "run.json").read_text())

@@ -3,13 +3,15 @@
     SimClr     parts of the other wholes of the batch, over all ranks, with gradients       objectives.InBatch
     Moco       a queue of what a slowly following copy of the encoder made of them          objectives.MocoQueue
     InstDisc   a memory bank with one entry a whole, which is also the positive             memory_bank.MemoryBank
-    Pirl       the same bank; a mirrored second part is compared with it too                memory_bank.PirlBank
+    Pirl       the same bank; a jigsaw of the second part is compared with it too           memory_bank.PirlBank
     Exemplar   a learned vector for each whole: every whole is a class                      memory_bank.InstanceClasses
     Swav       no negatives: prototypes, to which a batch is assigned in equal shares       objectives.Prototypes
     Amdim      cells of one part's features against all of another part                     objectives.LocalGlobal
 
 Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
-The paper names these methods in its first section, as what its own replaces; the temperature of 0.7 is from its third.
+The paper names these methods in its first section, as what its own replaces. Temperatures are those of the methods' own
+papers; the 0.7 of its third section is for measuring features that were trained without a contrastive loss: with it,
+exemplar's loss among 28,144 classes could not fall below 8.8 of 10.2 nats.
 """
 
 from typing import Any, cast
@@ -45,7 +47,8 @@ class Moco(ContrastivePretext):
     def after_step(self, network: nn.Module, step: int) -> None:
         """Update the momentum encoder."""
         network = cast(ContrastiveNetwork, network)
-        cast(MocoQueue, network.negatives).update(network.encoder, network.head)
+        queue = cast(MocoQueue, network.negatives)
+        queue.update(network.encoder, network.head, step, self.config.train.steps)
 
 
 class InstDisc(ContrastivePretext):
@@ -58,7 +61,7 @@ class InstDisc(ContrastivePretext):
 class Pirl(ContrastivePretext):
     """PIRL (Misra and van der Maaten 2020)."""
 
-    summary = "a part, and a mirrored one -> like earlier parts of their whole in a memory bank"
+    summary = "a part, and a jigsaw -> like earlier parts of their whole in a memory bank"
     kind = PirlBank
 
 

@@ -6,7 +6,9 @@ The encoder sees two parts of each whole in one pass. Each is to reconstruct the
 to be alike and unlike those of other wholes: mean squared error + `contrast.weight` x InfoNCE, negatives of all ranks.
 """
 
-from typing import ClassVar, Protocol, Self, cast
+import functools
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn.functional import mse_loss
 
 from p2w import geometry, rng
 from p2w.errors import UserError
+from p2w.model import build_encoder
 from p2w.model.decoder import build_decoder
 from p2w.model.encoder import Encoder, Network, Output
 from p2w.pretext.contrastive.objectives import (
@@ -44,6 +47,10 @@ class ContrastRunConfig(RunConfig, Protocol):
     def intensity(self) -> IntensityConfig:
         """How the parts' intensities are changed."""
 
+    @property
+    def train(self) -> Any:
+        """How long the run is."""
+
 
 def cut_part(batch_BDHW: Tensor, keys: SampleKeys, part: int, settings: ContrastRunConfig) -> Tensor:
     """Part number `part` of wholes int16 HU (B, D, H, W) -> (B, 1, d, h, w) in [0, 1], its intensities transformed."""
@@ -64,6 +71,69 @@ def mirrored(parts: Tensor, keys: SampleKeys) -> Tensor:
     return parts
 
 
+SMALL = 0.25  # volume of a small part, as a share of the least volume of a part
+RIM = 0.25  # share of a cube's edge that a jigsaw leaves out, so that cubes do not fit edge to edge; PIRL: 1 - 64 / 85
+JIGSAW, SMALL_PARTS = 1001, 1002  # the keys' numbers for a jigsaw, and for small parts
+MANY = 64  # at most so many small parts has a whole; each has a key of its own
+
+
+def cut_small_parts(batch_BDHW: Tensor, keys: SampleKeys, settings: ContrastRunConfig) -> Tensor:
+    """Wholes int16 HU (B, D, H, W) -> `contrast.small_parts` further parts of each, (B, V, d', h', w') in [0, 1]."""
+    config, count = settings.pretext, settings.contrast.small_parts
+    shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
+    least = config.volume_fraction[0]
+    numbers = torch.arange(count, device=keys.ids.device)
+    real = None if keys.real is None else keys.real.repeat_interleave(count, 0)
+    each = SampleKeys(keys.seed, keys.epoch, (keys.ids[:, None] * MANY + numbers).flatten(), real)
+    boxes = geometry.sample_boxes(each, SMALL_PARTS, shape, (SMALL * least, least), config.max_aspect)
+    parts = _cut_boxes(batch_BDHW, boxes.view(-1, count, 6), settings)
+    return intensity_transform(parts.flatten(0, 1)[:, None], each, SMALL_PARTS, settings.intensity).view_as(
+        parts
+    )
+
+
+def cut_jigsaw(batch_BDHW: Tensor, keys: SampleKeys, settings: ContrastRunConfig) -> Tensor:
+    """Wholes int16 HU (B, D, H, W) -> eight cubes of part 1 of each in random order, (B, 8, d', h', w') in [0, 1]."""
+    config, shape = settings.pretext, (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
+    boxes = geometry.sample_boxes(keys, 1, shape, config.volume_fraction, config.max_aspect)[:, None]
+    u = rng.uniforms(keys, JIGSAW, 32)
+    octant = u[:, :8].argsort(dim=1, stable=True)  # which octant each cube is of
+    corner = torch.stack((octant // 4, octant // 2 % 2, octant % 2), 2)
+    half = (boxes[..., 3:] - boxes[..., :3]) / 2
+    low = boxes[..., :3] + (corner + RIM * u[:, 8:].view(-1, 8, 3).float()) * half
+    high = torch.minimum(low + (1 - RIM) * half, boxes[..., 3:])
+    cubes = _cut_boxes(batch_BDHW, torch.cat((low, high), 2), settings)
+    together = cubes.flatten(1, 2)[:, None]  # one change of intensities for a part, as for others
+    return intensity_transform(together, keys, 1, settings.intensity).view_as(cubes)
+
+
+def _cut_boxes(batch_BDHW: Tensor, boxes: Tensor, settings: ContrastRunConfig) -> Tensor:
+    """Boxes (B, V, 6) of the wholes, each at half a part's edges: (B, V, d', h', w') in [0, 1]."""
+    config, size = settings.pretext, half_size(settings)
+    cut = [
+        geometry.crop_resize(batch_BDHW, one, size, window_hu=config.window_hu, antialias=config.antialias)
+        for one in boxes.unbind(1)
+    ]
+    return torch.cat(cut, 1)
+
+
+def half_size(settings: ContrastRunConfig) -> geometry.Size:
+    """The size of small parts and of a jigsaw's cubes: half the edges of a part, rounded up to the encoder's multiples."""
+    by = _divisor(settings.model.name, settings.model.width)
+    edges = [
+        -(-edge // (2 * multiple)) * multiple
+        for edge, multiple in zip(settings.pretext.size, by, strict=True)
+    ]
+    return edges[0], edges[1], edges[2]
+
+
+@functools.cache
+def _divisor(encoder: str, width: int) -> tuple[int, int, int]:
+    """The numbers that the edges of an encoder's input must be multiples of."""
+    with torch.device("meta"):
+        return build_encoder(encoder, width).divisor
+
+
 class ContrastiveNetwork(Network):
     """Encoder, head, and the objective that compares wholes. Nothing else depends on more than one whole.
 
@@ -78,12 +148,14 @@ class ContrastiveNetwork(Network):
         self.encoder, self.head, self.negatives, self.in_batch = encoder, head, negatives, in_batch
         encoder.only_pooled()
 
-    def forward(self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None) -> Output:
+    def forward(
+        self, part: Tensor, other: Tensor | None = None, ids: Tensor | None = None, more: Tensor | None = None
+    ) -> Output:
         """In validation, an objective with a memory is replaced by that of the batch, so that losses of steps compare."""
         if other is None or ids is None:
             return cast(Tensor, self.head(self.encoder.pooled(part)))
         judge = self.negatives if self.training or not self.negatives.remembers else self.in_batch
-        answer: Output = judge(self.encoder, self.head, part, other, ids)
+        answer: Output = judge(self.encoder, self.head, part, other, ids, more)
         return answer
 
 
@@ -99,11 +171,22 @@ class ContrastivePretext(Pretext):
     def __init__(self, config: ContrastRunConfig) -> None:
         """Raise UserError for a batch too small to hold negatives, or too large for the queue."""
         check_batch(config)
+        self.settings = self._resolved(config)
         if self.kind is MocoQueue and config.contrast.queue < config.data.batch:
             raise UserError(
                 f"contrast.queue={config.contrast.queue}: must hold a batch, {config.data.batch}; pass --contrast.queue 4096"
             )
         self.config = config
+
+    def _resolved(self, config: ContrastRunConfig) -> ContrastConfig:
+        """The settings with the method's own temperature where it is left open, and no queue for SwAV where a pass has as
+        many wholes as there are prototypes."""
+        settings = config.contrast
+        if settings.temperature is None:
+            settings = replace(settings, temperature=self.kind.own_temperature)
+        if config.data.batch // config.optim.accumulate >= settings.prototypes:
+            settings = replace(settings, swav_queue=0)
+        return settings
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Self:
@@ -111,15 +194,21 @@ class ContrastivePretext(Pretext):
         return cls(cast(ContrastRunConfig, config))
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
-        """Wholes, int16 HU (B, D, H, W) -> parts 0 and 1 of each, (B, 1, d, h, w) in [0, 1], and the wholes' ids (B,)."""
+        """Wholes, int16 HU (B, D, H, W) -> parts 0 and 1 of each, (B, 1, d, h, w) in [0, 1], and the wholes' ids (B,); for
+        SwAV and PIRL also small parts or a jigsaw's cubes (B, V, d', h', w')."""
         part, other = (cut_part(batch_BDHW, keys, number, self.config) for number in (0, 1))
-        other = mirrored(other, keys) if self.kind.mirrors else other
-        return Views(part, other, extra_inputs=(other, keys.ids))
+        other = mirrored(other, keys) if self.kind.mirrors(self.settings) else other
+        more = self.kind.views(self.settings)
+        cut = {"small parts": cut_small_parts, "jigsaw": cut_jigsaw}
+        others = (cut[more](batch_BDHW, keys, self.config),) if more else ()
+        return Views(part, other, extra_inputs=(other, keys.ids, *others))
 
     def build(self, encoder: Encoder) -> Network:
         """Encoder, head, and the objective. Raises UserError for a size that the encoder does not take."""
         check_size(self.config.pretext.size, encoder)
-        settings = self.config.contrast
+        settings = self.settings
+        if self.kind.views(settings):
+            check_size(half_size(self.config), encoder)
         head = ProjectionHead(encoder.channels[-1], settings)
         negatives = self.kind(settings, encoder, head)
         return ContrastiveNetwork(encoder, head, negatives, InBatch(settings, encoder, head))
@@ -200,7 +289,8 @@ class Parts2WholeContrast(Pretext):
         settings = self.config.contrast
         decoder = build_decoder(encoder, self.config.pretext.skips)
         head = ProjectionHead(encoder.channels[-1], settings)
-        return BothNetwork(encoder, decoder, head, settings.both, settings.temperature)
+        temperature = InBatch.own_temperature if settings.temperature is None else settings.temperature
+        return BothNetwork(encoder, decoder, head, settings.both, temperature)
 
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error + weight x InfoNCE, in float32. For the log: both terms, and cosine and accuracy as

@@ -55,6 +55,18 @@ def _all_gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Give each of the floating tensors the mean of all ranks', in place."""
+    if _is_single_process() or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 # Of each of a rank's wholes (B,): its loss; cosine of its positive pair; 1 where no negative is nearer than the positive.
 ContrastOutcome = tuple[Tensor, Tensor, Tensor]
 

@@ -1,8 +1,9 @@
 """Contrastive objectives: against the batch, a queue, local features, or prototypes."""
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from p2w.pretext.contrastive.losses import (
     all_gather,
     all_gather_with_gradient,
     average_outcomes,
+    average_over_ranks,
     full_precision,
     info_nce,
     l2_normalise,
@@ -27,8 +29,9 @@ from p2w.pretext.settings import Bounds
 class ContrastConfig:
     """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
-    temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.7
-    """Divides cosines [P: of its contrastive loss]."""
+    temperature: Annotated[float | None, Bounds(1e-3, 1e3)] = None
+    """Divides cosines; None is the method's own: simclr, swav 0.1 and moco, instdisc, pirl 0.07, as published; exemplar
+    0.07, amdim, parts2whole_contrast 0.1 [?]. The paper's 0.7 is for measuring features that were not trained so."""
     hidden: Annotated[int, Bounds(0, 65536)] = 256
     """Width of the hidden layer between pooled features and embedding [?]; 0: the features are the embedding."""
     dim: Annotated[int, Bounds(1, 65536)] = 128
@@ -41,16 +44,32 @@ class ContrastConfig:
     """moco: parts remembered [?]."""
     momentum: Annotated[float, Bounds(0, 1)] = 0.99
     """moco: share of itself that the momentum encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
+    momentum_schedule: Literal["cosine", "constant"] = "cosine"
+    """moco: the momentum rises to 1 at the last step as half a cosine (MoCo v3), or stays."""
+    teacher_norm: Literal["running", "batch"] = "running"
+    """moco: batch norm of the momentum encoder by running statistics that follow the encoder's (EMAN, Cai et al. 2021), or
+    by its batch, which has the wholes of the encoder's batch: then statistics tell which part belongs to which."""
     bank: Annotated[int, Bounds(2, 10**8)] = 32768
     """instdisc, pirl, exemplar: entries for wholes [?]; with fewer than the set has sub-scans, some share one."""
     bank_momentum: Annotated[float, Bounds(0, 1)] = 0.5
     """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
+    jigsaw: bool = True
+    """pirl: its other view is a jigsaw of eight cubes, as published (there nine patches), or a mirrored part."""
     prototypes: Annotated[int, Bounds(2, 10**6)] = 128
     """swav: prototypes [?]."""
+    swav_queue: Annotated[int, Bounds(0, 10**7)] = 512
+    """swav: earlier parts that are assigned beside those of a batch, where a pass has fewer wholes than there are prototypes
+    [?: 3,840 for 3,000 prototypes]."""
+    small_parts: Annotated[int, Bounds(0, 64)] = 6
+    """swav: further parts of each whole, of a quarter of the volume and at half the edges, that predict the assignments of
+    the two [P of SwAV: 6]."""
     sinkhorn_iterations: Annotated[int, Bounds(1, 1000)] = 3
     """swav: how often assignments are balanced [?]."""
     sinkhorn_epsilon: Annotated[float, Bounds(1e-3, 1e3)] = 0.05
     """swav: how soft assignments are; smaller is harder [?]."""
+
+
+OtherViews = Literal["small parts", "jigsaw"] | None
 
 
 class ProjectionHead(nn.Module):
@@ -76,21 +95,35 @@ class ProjectionHead(nn.Module):
 
 
 class ContrastiveObjective(nn.Module):
-    """What each whole is compared with. Called on all ranks, with two parts (B, 1, d, h, w) of each own whole, and ids (B,).
+    """What each whole is compared with. Called on all ranks, with two parts (B, 1, d, h, w) of each own whole, ids (B,), and
+    further views (B, V, d', h', w') of each whole where `views` says so.
 
     `remembers`: it keeps embeddings of training wholes from earlier steps, so validation takes the objective of its own
-    batch instead. `mirrors`: its second parts are mirrored at random.
+    batch instead. `own_temperature`: where `contrast.temperature` leaves it open.
     """
 
-    remembers = mirrors = False
+    remembers: ClassVar[bool] = False
+    own_temperature: ClassVar[float] = 0.1
+
+    @classmethod
+    def views(cls, config: ContrastConfig) -> OtherViews:
+        """What else of each whole it sees beside two parts."""
+        return None
+
+    @classmethod
+    def mirrors(cls, config: ContrastConfig) -> bool:
+        """Whether second parts are mirrored at random."""
+        return False
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__()
         self.config = config
+        self.temperature = self.own_temperature if config.temperature is None else config.temperature
 
     def forward(
-        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
-    ) -> ContrastOutcome:
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
         """Loss, cosine of the positive pair, and whether it is nearer than all negatives, (B,) each."""
         raise NotImplementedError
 
@@ -109,26 +142,30 @@ class InBatch(ContrastiveObjective):
     """SimCLR: negatives are the other wholes of the pass, of all ranks, with gradients."""
 
     def forward(
-        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
-    ) -> ContrastOutcome:
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
         """One pass of the encoder over both parts; each part is the anchor once."""
         one, two = head(encoder.pooled(torch.cat((part, other)))).chunk(2)
-        return in_batch_loss(one, two, ids, self.config.temperature)
+        return in_batch_loss(one, two, ids, self.temperature)
 
 
 class MocoQueue(ContrastiveObjective):
     """MoCo: the last `contrast.queue` parts as a copy of encoder and head saw them, a moving average that `update` advances.
 
     The queue begins as random directions of no whole. It is the same on all ranks: after each pass, what all of them
-    have embedded goes in.
+    have embedded goes in. No batch statistics reach the copy (see contrast.teacher_norm), where MoCo shuffles its batch over
+    GPUs: that needs several, and batch norm of each alone.
     """
 
     remembers = True
+    own_temperature = 0.07
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__(config, encoder, head)
         self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.slow_head = copy.deepcopy(head).requires_grad_(False)
+        self.train()  # a module begins in training mode without being told
         self.queue: Tensor
         self.ids: Tensor
         self.next: Tensor
@@ -139,23 +176,51 @@ class MocoQueue(ContrastiveObjective):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
-    ) -> ContrastOutcome:
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
         """The first part through the encoder, the second through its copy; the latter's embeddings go into the queue."""
         anchor = head(encoder.pooled(part))
         with torch.no_grad():
             positive = self.slow_head(self.slow_encoder.pooled(other))
         allowed = ids[:, None] != self.ids[None, :]
-        answer = info_nce(anchor, positive, self.queue.clone(), allowed, self.config.temperature)
+        answer = info_nce(anchor, positive, self.queue.clone(), allowed, self.temperature)
         self._put(all_gather(positive), all_gather(ids))
         return answer
 
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; but the copy's batch norm stays with running statistics, unless set otherwise."""
+        super().train(mode)
+        if self.config.teacher_norm == "running":
+            self.slow_encoder.eval()
+        return self
+
     @torch.no_grad()
-    def update(self, encoder: Encoder, head: ProjectionHead) -> None:
-        """After a step: move the copy towards encoder and head by 1 - `contrast.momentum`."""
+    def update(self, encoder: Encoder, head: ProjectionHead, step: int = 0, steps: int = 0) -> None:
+        """After step number `step` of `steps`: move the copy towards encoder and head by 1 - the momentum of that step."""
+        rate = 1 - self.momentum(step, steps)
         slow: list[Tensor] = [*self.slow_encoder.parameters(), *self.slow_head.parameters()]
-        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], 1 - self.config.momentum)
+        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], rate)
+        if self.config.teacher_norm == "running":
+            fast_stats, slow_stats = (
+                [buffer for buffer in part.buffers() if buffer.is_floating_point()]
+                for part in (encoder, self.slow_encoder)
+            )
+            # Each rank's batch norm may keep statistics of its own, and a checkpoint has rank 0's: what trains must not
+            # depend on them.
+            average_over_ranks(fast_stats)
+            if (
+                slow_stats
+            ):  # the first steps count alike, as what statistics begin with, 0 and 1, is of no use
+                torch._foreach_lerp_(slow_stats, fast_stats, max(rate, 1 / (step + 1)))
         self.updates.add_(1)
+
+    def momentum(self, step: int, steps: int) -> float:
+        """The share of itself that the copy keeps at a step."""
+        start = self.config.momentum
+        if self.config.momentum_schedule == "constant" or steps < 1:
+            return start
+        return 1 - (1 - start) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
     @torch.no_grad()
     def _put(self, vectors: Tensor, ids: Tensor) -> None:
@@ -169,8 +234,12 @@ class MocoQueue(ContrastiveObjective):
 class LocalGlobal(ContrastiveObjective):
     """AMDIM (Bachman et al. 2019): one part as a whole against every cell of the other's coarsest features, and the reverse.
 
-    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that are
-    nearer than all negatives.
+    Negatives are the cells of all other wholes of all ranks, with gradients. The accuracy is the share of cells that
+    are nearer than all negatives. What differs from the paper, and why: there, global features also predict a finer
+    map, and cells predict cells, in an encoder made so that a cell sees little of the image; here the coarsest map
+    alone is used, since every encoder has one, and its cells may see the whole part. There, scores are inner
+    products, penalised by their square and clipped by a tanh; here they are cosines over a temperature, as in the
+    rest of the family.
     """
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
@@ -178,14 +247,15 @@ class LocalGlobal(ContrastiveObjective):
         self.cell_head = ProjectionHead(encoder.channels[-1], config)
 
     def forward(
-        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
-    ) -> ContrastOutcome:
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
         """One pass of the encoder over both parts."""
         features = encoder(torch.cat((part, other)))[-1].float().flatten(2)
         one, two = head(features.mean(2)).chunk(2)
         cells = torch.stack(self.cell_head(features.transpose(1, 2)).chunk(2), 1)
         everyone, allowed = all_gather_with_gradient(cells), negative_mask(ids, all_gather(ids))
-        temperature = self.config.temperature
+        temperature = self.temperature
         return average_outcomes(
             local_global(one, cells[:, 1], everyone[:, 1], allowed, temperature),
             local_global(two, cells[:, 0], everyone[:, 0], allowed, temperature),
@@ -196,31 +266,70 @@ class Prototypes(ContrastiveObjective):
     """SwAV (Caron et al. 2020): each part predicts to which of `contrast.prototypes` learned vectors the other is assigned.
 
     Assignments fill all prototypes alike over the batch of all ranks, so that equal embeddings of all wholes are no
-    solution. The accuracy is the share of wholes whose two parts are assigned to the same one.
+    solution; where the batch is small, also over the last `contrast.swav_queue` parts before it. `contrast.small_parts`
+    further parts of a whole predict both assignments. Validation uses no queue. The accuracy is the share of wholes whose
+    two parts are assigned to the same prototype. In the paper the queue begins to count after 15 epochs, here at once, as
+    far as it is filled; and there prototypes stand still in the first epoch, which is not done here.
     """
+
+    @classmethod
+    def views(cls, config: ContrastConfig) -> OtherViews:
+        """Small parts, where there are any."""
+        return "small parts" if config.small_parts else None
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__(config, encoder, head)
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, head.channels) / head.channels**0.5)
+        self.queue: Tensor
+        self.entries: Tensor
+        if config.swav_queue:  # first parts, then second ones
+            self.register_buffer("queue", torch.zeros(2, config.swav_queue, head.channels))
+            self.register_buffer("entries", torch.zeros((), dtype=torch.int64))  # that ever came in
 
     def forward(
-        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor
-    ) -> ContrastOutcome:
-        """One pass of the encoder over both parts; the loss is the mean of both cross-entropies."""
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
+        """One pass of the encoder over both parts, another over small ones; the loss is the mean cross-entropy of all."""
         vectors = head(encoder.pooled(torch.cat((part, other))))
         with full_precision(vectors):
-            scores = (vectors @ l2_normalise(self.prototypes).T).chunk(2)
-        codes = self._assign(scores, ids)
-        logs = [(score / self.config.temperature).log_softmax(1) for score in scores]
-        losses = -(codes[0] * logs[1] + codes[1] * logs[0]).sum(1) / 2
+            prototypes = l2_normalise(self.prototypes)
+            scores = (vectors @ prototypes.T).chunk(2)
+        codes = self._assign(scores, ids, prototypes.detach())
+        logs = [(score / self.temperature).log_softmax(1) for score in scores]
+        told = codes[0] * logs[1] + codes[1] * logs[0]
+        if more is not None:
+            small = head(encoder.pooled(more.flatten(0, 1)[:, None])).unflatten(0, more.shape[:2])
+            with full_precision(small):
+                seen = (small @ prototypes.T / self.temperature).log_softmax(2).sum(1)
+            told = (told + (codes[0] + codes[1]) * seen) / (1 + more.shape[1])
+        losses = -told.sum(1) / 2
         one, two = vectors.detach().chunk(2)
+        if self.training and self.config.swav_queue:
+            self._put(all_gather(one), all_gather(two))
         return losses, (one * two).sum(1), (codes[0].argmax(1) == codes[1].argmax(1)).float()
 
-    def _assign(self, scores: tuple[Tensor, ...], ids: Tensor) -> list[Tensor]:
+    def _assign(self, scores: tuple[Tensor, ...], ids: Tensor, prototypes: Tensor) -> list[Tensor]:
         """Codes (B, P) of this rank's wholes for each of the parts, from the scores of all ranks."""
         everyone, all_ids = all_gather(torch.cat(scores, 1)), all_gather(ids)
         nobody = torch.full_like(all_ids[:1], -1)
         counts = negative_mask(nobody, all_ids)[0]
         mine = (all_ids[None, :] == ids[:, None]).int().argmax(1)  # a whole that comes twice: its first index
         settings = self.config.sinkhorn_iterations, self.config.sinkhorn_epsilon
-        return [sinkhorn(part, counts, *settings)[mine] for part in everyone.chunk(2, 1)]
+        parts = list(everyone.chunk(2, 1))
+        if self.training and self.config.swav_queue:
+            with full_precision(prototypes):
+                earlier = self.queue @ prototypes.T
+            filled = torch.arange(earlier.shape[1], device=ids.device) < self.entries
+            counts = torch.cat((counts, filled))
+            parts = [torch.cat(both) for both in zip(parts, earlier, strict=True)]
+        return [sinkhorn(part, counts, *settings)[mine] for part in parts]
+
+    @torch.no_grad()
+    def _put(self, one: Tensor, two: Tensor) -> None:
+        """Overwrite the oldest entries; of a batch larger than the queue, the last remain."""
+        size = self.queue.shape[1]
+        latest = torch.stack((one, two))[:, -size:]
+        slots = (self.entries + torch.arange(latest.shape[1], device=one.device)) % size
+        self.queue.index_copy_(1, slots, latest)
+        self.entries.add_(latest.shape[1])
