@@ -29,6 +29,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO)]
 
 from p2w.meeting import Guest, Host, Met, allow_open_files  # noqa: E402
+from p2w.resources import usable_cores  # noqa: E402
 from p2w.train.watchdog import Watchdog  # noqa: E402
 from p2w.world import World  # noqa: E402
 
@@ -135,7 +136,7 @@ def beat(stores: list[dist.Store], server: Server, seconds: float) -> dict[str, 
 def write(rows: list[dict], out: Path) -> None:
     """Write the table, with the machine."""
     machine = {
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(), "cores": usable_cores(), "torch": torch.__version__,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -103,11 +103,8 @@ def main() -> int:
     scan, rng = make_scan(seed=0, shape=(64, 128, 128)), np.random.default_rng(0)
     z, y, x = scan.spacing_mm
     affine = np.array([[0, 0, -x, 0], [0, -y, 0, 0], [z, 0, 0, 0], [0, 0, 0, 1]])  # RAS+ of a z, y, x array
-    arrays = {
-        "image": scan.voxels.astype(np.float32),
-        "label": np.isin(scan.labels, LUNGS).astype(np.float32),
-    }
-    images = {key: MetaTensor(array[None], affine=affine) for key, array in arrays.items()}
+    arrays = {"image": scan.voxels, "label": np.isin(scan.labels, LUNGS)}
+    images = {key: MetaTensor(array[None].astype(np.float32), affine=affine) for key, array in arrays.items()}
     images = transforms(p2w.card(sys.argv[1]))(images)
     volume, mask = images["image"].as_tensor()[0], images["label"].as_tensor()[0]
     for step in range(STEPS):

@@ -145,7 +145,7 @@ def test_a_folder_that_goes_is_said_and_made_anew(start, tmp_path, how):
     while not (run / ".owner").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert json.loads((run / ".owner").read_text())["pid"] == first.pid
-    RunDir(run).agrees(Config(), "data")  # settings and starts are there too
+    RunDir(run).check_may_continue(Config(), "data")  # settings and starts are there too
 
 
 @pytest.mark.slow

@@ -123,11 +123,11 @@ def tell(rank: int, at_step: int, victim: int, name: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    def encoded(self, index):
+    def encoded(self, encoder, index):
         if looking[0] and kind is SimilarityMonitor:
             looking[0] = False
             os.kill(os.getpid(), signal.SIGTERM)
-        return pooled(self, index)
+        return pooled(self, encoder, index)
 
     kind.__call__, InterruptibleStream.batches, SimilarityMonitor._pooled = called, handed, encoded
 

@@ -240,7 +240,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(forge, trained, tmp_path):
     codes, _, err = forge.run(tmp_path, "--run-dir", empty, script=SCRIPT)
     assert (
         codes == [2]
-        and err == f"error: {empty}: no checkpoint there yet; train it: launch/train.py --run-dir {empty}\n"
+        and err == f"error: {empty}: no checkpoint there yet; train it: p2w train --run-dir {empty}\n"
     )
 
 

@@ -190,7 +190,7 @@ def test_refusals_are_one_line(forge, balls, bright, tmp_path):
         (("--decoder", "pretrained"), "holds no decoder"),
         (("--task", bright, "--decoder", "pretrained"), "classification, which has no decoder"),
         (("--network", "resencl", "--width", 2), "prepare the set with --size 32 32 64"),
-        (("--width", 2, "--run-dir", tmp_path / "pretrained"), "is a run of launch/train.py"),
+        (("--width", 2, "--run-dir", tmp_path / "pretrained"), "is a run of p2w train"),
     ):
         codes, _, err = forge.run(tmp_path, *ok, *more, script=SCRIPT)
         assert codes == [2] and said in err and "Traceback" not in err, (more, err)

@@ -109,7 +109,7 @@ def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
     argv = ["demo", *TINY, *sizes, "--shards", tiny_set, "--run-dir"]
     run, reached = tmp_path / "run", tmp_path / "reached"
     folder = run / "checkpoints"
-    for at, function in ((2, "save_file"), (4, "_checksum"), (6, "_sync")):
+    for at, function in ((2, "save_file"), (4, "_checksum"), (6, "sync_to_disk")):
         spies = (("stop_writing", at, function, str(reached)),)
         pids = forge.start(tmp_path, *argv, run, ranks=2, spies=spies)
         wait_for(reached.exists, f"the checkpoint of step {at}")

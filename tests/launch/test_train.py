@@ -167,7 +167,7 @@ def test_help_names_recipes_and_settings(forge, tmp_path):
 
 def test_the_defaults_name_the_folder_that_is_missing(forge, tmp_path):
     codes, _, err = forge.run(tmp_path)
-    assert codes == [2] and err.startswith("error: shards: no such folder") and "preprocess" in err
+    assert codes == [2] and err.startswith("error: shards: no such folder") and "p2w shard-luna" in err
 
 
 def test_bf16_accumulation_clipping_and_many_epochs(forge, tiny_set, tmp_path):

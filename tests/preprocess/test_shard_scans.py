@@ -70,7 +70,7 @@ def test_tilted_series_and_the_table_of_series(command, tmp_path):
     code, said, _ = command.call(NAME, *common, "--out", tmp_path / "c", *choice)
     assert code == 0 and [one["uid"] for one in read_manifest(tmp_path / "c").meta["sources"]] == ["1.2.1"]
     code, _, err = command.call(NAME, *common)
-    assert code == 2 and err.startswith("error: --out is missing")
+    assert code == 2 and err.startswith("error: --out DIR is missing")
 
 
 @pytest.mark.skipif(not REAL, reason="P2W_REAL_DATA names no folder of real scans")

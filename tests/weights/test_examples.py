@@ -28,8 +28,9 @@ def test_an_example_takes_its_ten_steps(name, trained_run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["SegResNet", "SwinUNETR"])
-@pytest.mark.parametrize("encoder", ["unet3d", "resencl"])
+@pytest.mark.parametrize(
+    ("encoder", "network"), [("unet3d", "SegResNet"), ("unet3d", "SwinUNETR"), ("resencl", "SegResNet")]
+)
 def test_monais_networks_train_with_an_encoder_in_them(
     network, encoder, trained_run, resencl_run, monkeypatch, capsys
 ):
