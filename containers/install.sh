@@ -3,7 +3,7 @@
 # The Dockerfile and p2w.def run this; `containers/try.sh` runs it in a root made by debootstrap.
 #
 #   TORCH_INDEX   the index that torch comes from: https://download.pytorch.org/whl/cpu for machines without a GPU, …/cu126
-#                 for V100, Pascal or drivers older than 570; empty: PyPI's build, for the newest CUDA
+#                 for V100, Pascal or drivers older than 580; empty: PyPI's build, for the newest CUDA
 #   SOURCE        the checkout, or a wheel of it (default: the folder above this one)
 set -eu
 
@@ -24,7 +24,7 @@ fi
 if [ -d "$source" ]; then
     # A copy: the build leaves files behind, and the checkout may be read-only.
     copy=$(mktemp -d)
-    cp -r "$source"/p2w "$source"/setup.cfg "$source"/pyproject.toml "$source"/README.md "$source"/LICENSE "$copy"
+    cp -r "$source"/p2w "$source"/slurm "$source"/docs "$source"/setup.cfg "$source"/pyproject.toml "$source"/README.md "$source"/LICENSE "$copy"
     $pip "$copy[fast]"
     rm -rf "$copy"
 else

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Copy the scripts. Raises UserError for one that is there with other contents."""
     out = tyro.cli(SlurmOptions, args=argv, prog=program("slurm"), description=__doc__).out
     scripts = {out / path.name: path.read_bytes() for path in sorted(SCRIPTS.glob("*.sbatch"))}
+    if not scripts:
+        raise UserError(f"{SCRIPTS}: no scripts there, so this installation is not whole: install p2w again")
     for path, text in scripts.items():
         if path.exists() and path.read_bytes() != text:
             raise UserError(
