@@ -93,6 +93,7 @@ def names() -> str:
 
 
 def main() -> None:
+    """Train and compare the methods, and fill docs/methods.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
