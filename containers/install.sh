@@ -30,5 +30,9 @@ if [ -d "$source" ]; then
 else
     $pip "$source[fast]"
 fi
-for name in python torchrun p2w; do ln -sf "/opt/p2w/bin/$name" "/usr/local/bin/$name"; done
-p2w --help >/dev/null
+# Not links: Python looks for its virtual environment beside the path that it was called by.
+for name in python torchrun p2w; do
+    printf '#!/bin/sh\nexec /opt/p2w/bin/%s "$@"\n' "$name" >"/usr/local/bin/$name"
+    chmod +x "/usr/local/bin/$name"
+done
+python -c "import p2w" && p2w --help >/dev/null
