@@ -68,10 +68,10 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     shutil.rmtree(source)
     (wheel,) = top.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", top / "env"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", top / "env"], check=True)
     (site,) = (top / "env" / "lib").glob("python*/site-packages")
-    pip = [top / "env" / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "--no-index", "--no-deps", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", top / "env" / "bin" / "python", "--quiet", "install"]
+    subprocess.run([*pip, "--disable-pip-version-check", "--no-index", "--no-deps", wheel], check=True)
     needs = Path(sysconfig.get_paths()["purelib"])
     (site / "needs.pth").write_text(
         f"{needs}\n"
