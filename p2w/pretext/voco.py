@@ -146,8 +146,8 @@ class PlaceNetwork(Network):
     def __init__(self, encoder: Encoder, voco: VocoConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        # Features of a new encoder are nearly parallel, and cosines of nearly 1 have nearly no gradient: batch norm takes off
-        # what all crops have in common.
+        # Features of a new encoder are nearly parallel, and cosines of nearly 1 have nearly no gradient: batch norm takes
+        # off what all crops have in common.
         self.head = nn.Sequential(
             nn.Linear(encoder.channels[-1], voco.hidden),
             nn.BatchNorm1d(voco.hidden),
