@@ -249,7 +249,7 @@ def work(job: Job, world: World) -> int:
 def _show(job: Job) -> None:
     """Print what came out: of the one run, or of the folds that are finished so far."""
     if job.args.folds:
-        report_folds(job.args.run, job.args.folds)
+        report_folds(job.args.run, job.args.folds, job.first.fine_tuning.kind)
     else:
         show_results(job.args.run)
 

@@ -21,7 +21,7 @@ import torch
 from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.finetune.results import RUN_MANIFEST, read_fine_tuning
-from p2w.finetune.task_types import task_type
+from p2w.finetune.task_types import TaskType
 from p2w.finetune.trial import PREDICTIONS, folder_of
 from p2w.tasks.reader import TargetSet
 from p2w.tasks.splits import check_folds, deal_folds
@@ -71,7 +71,7 @@ def folds_of_run(run: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def summarise_folds(run: Path, folds: int) -> dict[str, Any] | None:
+def summarise_folds(run: Path, folds: int, kind: TaskType) -> dict[str, Any] | None:
     """The summary of a cross-validation, as JSON writes it; None while trials are missing.
 
     Of each metric: its value over the test samples of all folds together with the 95 % interval by patient (`all`, `ci95`),
@@ -103,7 +103,6 @@ def summarise_folds(run: Path, folds: int) -> dict[str, Any] | None:
             )
     metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     tested: set[str] = set()
-    kind = task_type(first.kind)
     for index in range(first.planned):
         parts = [_predictions(folder_of(one.folder, index) / PREDICTIONS) for one in found]
         records = torch.from_numpy(np.concatenate([part["records"] for part in parts]))
@@ -143,9 +142,9 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def report_folds(run: Path, folds: int) -> None:
+def report_folds(run: Path, folds: int, kind: TaskType) -> None:
     """Write and print the summary of a cross-validation, or say which folds are missing."""
-    summary = summarise_folds(run, folds)
+    summary = summarise_folds(run, folds, kind)
     if summary is None:
         missing = [fold for fold in range(folds) if not _is_done(fold_folder(run, fold))]
         print(
@@ -160,10 +159,14 @@ def report_folds(run: Path, folds: int) -> None:
         f"{folds} folds, {summary['patients']} patients, each tested once; {summary['trials']} trial(s) a fold"
     )
     for name, row in summary["metrics"].items():
-        low, high = (math.nan if end is None else 100 * end for end in row["ci95"])
-        value, mean = (math.nan if row[key] is None else 100 * row[key] for key in ("all", "mean_of_folds"))
-        spread = "" if row["sd_of_folds"] is None else f" +- {100 * row['sd_of_folds']:.2f}"
-        print(f"{name:14} {value:6.2f} ({low:.2f} to {high:.2f} by patient)   folds {mean:.2f}{spread}")
+        low, high = map(_figure, row["ci95"])
+        spread = "" if row["sd_of_folds"] is None else f" +- {_figure(row['sd_of_folds'])}"
+        mean = _figure(row["mean_of_folds"])
+        print(f"{name:14} {_figure(row['all'])} ({low} to {high} by patient)   folds {mean}{spread}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _is_done(folder: Path) -> bool:

@@ -223,7 +223,13 @@ class FineTuner:
         if self.recipe.stop_on == "loss":
             return loss, None
         patients = [samples.source.patient[row] for row in samples.rows]
-        return loss, self.kind.judge(records, patients)[0][self.kind.compared]
+        metric = self.kind.judge(records, patients)[0].get(self.kind.compared)
+        if metric is None:
+            raise UserError(
+                f"the validation samples have no {self.kind.compared}, as where one class alone is among them; pass "
+                "--recipe.stop-on loss"
+            )
+        return loss, metric
 
     @torch.no_grad()
     def records(self, samples: Samples) -> Tensor:

@@ -1,6 +1,7 @@
 """Predictions of a fine-tuned network on whole scans: reading a scan, masks, tables of candidates, a preview."""
 
 import csv
+import hashlib
 import io
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -23,6 +24,9 @@ from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
+from p2w.inference.dicom_seg import ENDING as SEG_ENDING
+from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
+from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 from p2w.inference.sliding import Windows, on_scan, slices
 from p2w.progress import Progress
@@ -36,6 +40,7 @@ USAGE = """What a fine-tuned network says of a whole scan.
 
     p2w predict runs/lcs-p2w --scan scan.nii.gz --out liver.nii.gz                       a mask in the scan's own geometry
     p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
+    p2w predict runs/lcs-p2w --scan DICOMFOLDER --out liver.dcm --format dicom-seg       a DICOM segmentation of the series
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
 
@@ -60,6 +65,7 @@ class InferenceInput:
     voxels: NDArray[Any]  # of the first channel, canonical [z,y,x]
     grid: Grid
     stored_grid: Grid
+    source: ScanSource  # of the first channel
 
     def crop(self, crop_box: CropBox) -> NDArray[np.int16]:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
@@ -100,7 +106,9 @@ def read_sources(
         if said := source_files.apart(grids[0], grid):
             raise UserError(f"{path}: {said.replace('its image', paths[0])}")
     assert first is not None
-    return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
+    return InferenceInput(
+        name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]), sources[0]
+    )
 
 
 def _source(path: Path, in_hu: bool) -> ScanSource:
@@ -279,7 +287,9 @@ class PredictOptions:
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
-    """The mask (.nii.gz, .mha, …), or the table (.csv)."""
+    """The mask (.nii.gz, .mha, …; .dcm with --format dicom-seg), or the table (.csv)."""
+    format: Literal["image", "dicom-seg"] = "image"
+    """dicom-seg: of a DICOM series, write a DICOM segmentation object that refers to it."""
     candidates: Path | None = None
     """Table of candidates to classify."""
     preview: Path | None = None
@@ -303,7 +313,9 @@ def main(argv: list[str]) -> int:
     model = load_finetuned(options.run, world.device)
     _check(options, model)
     scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
-    if model.kind.per_voxel:
+    if options.format == DICOM_SEG:
+        check_dicom_source(scan.source)
+    elif model.kind.per_voxel:
         check_geometry(options.out, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
     if not model.kind.per_voxel:
@@ -313,7 +325,11 @@ def main(argv: list[str]) -> int:
         print(f"{options.out}: {count} candidates")
         return 0
     mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype)
-    write_mask(options.out, scan.stored(mask), scan.stored_grid)
+    if options.format == DICOM_SEG:
+        weights = hashlib.sha256(model.file.read_bytes()).hexdigest()
+        write_dicom_seg(options.out, {segment_name(model): scan.stored(mask)}, scan.source, weights)
+    else:
+        write_mask(options.out, scan.stored(mask), scan.stored_grid)
     millilitres = int(mask.sum()) * float(np.prod(scan.grid.spacing)) / 1000
     print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {model.file}")
     if options.preview is not None:
@@ -328,9 +344,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def segment_name(model: FineTunedModel) -> str:
+    """What a DICOM segmentation calls the foreground."""
+    return model.classes[-1] if model.classes else "foreground"
+
+
 def _check(options: PredictOptions, model: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
     name = options.out.name.lower()
+    endings = (SEG_ENDING,) if options.format == DICOM_SEG else MASKS
+    if options.format == DICOM_SEG and not model.kind.per_voxel:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     if not model.kind.per_voxel:
         if options.candidates is None or not name.endswith(".csv"):
             raise UserError(
@@ -338,9 +362,9 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
             )
         if options.preview is not None:
             raise UserError(f"--preview {options.preview}: {model.file} makes no mask to draw; leave it out")
-    elif options.candidates is not None or not name.endswith(MASKS):
+    elif options.candidates is not None or not name.endswith(endings):
         raise UserError(
-            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
+            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(endings)}"
         )
     if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
         raise UserError(

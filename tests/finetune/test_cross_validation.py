@@ -13,12 +13,13 @@ from p2w.errors import UserError
 from p2w.finetune.cross_validation import SUMMARY, folds_of_run, report_folds, summarise_folds, with_folds
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.results import read_fine_tuning
-from p2w.finetune.task_types import segmentation
+from p2w.finetune.task_types import segmentation, task_type
 from p2w.tasks.leak import _tested
 from p2w.tasks.reader import open_target
 from p2w.world import World
 
 WORLD = World(0, 1, 0, 1, "here", torch.device("cpu"), "test")
+KIND = task_type("segmentation")
 SMALL = "--width 2 --trials 2 --recipe.batch 8 --recipe.max-epochs 1 --recipe.epoch-steps 0".split()  # noqa: SIM905
 
 
@@ -114,10 +115,10 @@ def test_folds_of_other_settings_or_missing_make_no_summary(run, tmp_path, capsy
     told = json.loads(transfer.read_text())
     transfer.write_text(json.dumps(told | {"recipe": told["recipe"] | {"lr": 0.5}}))
     with pytest.raises(UserError, match="fold-2: its recipe is not that of"):
-        summarise_folds(copied, 3)
+        summarise_folds(copied, 3, KIND)
     (copied / "fold-1" / "trial-01" / "result.json").unlink()
-    assert summarise_folds(copied, 3) is None
-    report_folds(copied, 3)
+    assert summarise_folds(copied, 3, KIND) is None
+    report_folds(copied, 3, KIND)
     assert "folds 1 are not finished" in capsys.readouterr().out
 
 
