@@ -61,7 +61,7 @@ class Args:
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     init: str = ""
-    """Start from the weights of a run, or of a file that `p2w inspect` can read; short for --model.init."""
+    """Start from the weights of a run, a file that `p2w inspect` can read, or hf://org/name; short for --model.init."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

@@ -1,7 +1,6 @@
 """Predictions of a fine-tuned network on whole scans: reading a scan, masks, tables of candidates, a preview."""
 
 import csv
-import hashlib
 import io
 import math
 import os
@@ -27,7 +26,8 @@ from p2w.errors import UserError
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
-from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
+from p2w.inference.ensemble import load_ensemble
+from p2w.inference.finetuned_model import FineTunedModel
 from p2w.inference.sliding import Windows, on_scan, slices
 from p2w.progress import Progress
 from p2w.tasks import crops, source_files
@@ -44,8 +44,9 @@ USAGE = """What a fine-tuned network says of a whole scan.
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
 
-Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
-scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
+Of a run, the trial with the lowest validation loss; of a cross-validation (p2w finetune --folds), the mean over one of each
+fold. Masks: windows of the training crops' size and spacing slide over the scan and overlap; what is more probable than
+--threshold is 1. The mask has the scan's size, spacing, origin and direction.
 Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
@@ -283,7 +284,7 @@ class PredictOptions:
     """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune, a trial of it, or its model.safetensors."""
+    """Run of p2w finetune, all folds of a cross-validation, a trial, or its model.safetensors."""
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
@@ -310,7 +311,7 @@ def main(argv: list[str]) -> int:
     """Parse, read, predict, write."""
     options = tyro.cli(PredictOptions, args=argv, prog="p2w predict", description=USAGE)
     world = World.from_env()
-    model = load_finetuned(options.run, world.device)
+    model = load_ensemble([options.run], False, (), world.device)
     _check(options, model)
     scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
     if options.format == DICOM_SEG:
@@ -326,8 +327,8 @@ def main(argv: list[str]) -> int:
         return 0
     mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype)
     if options.format == DICOM_SEG:
-        weights = hashlib.sha256(model.file.read_bytes()).hexdigest()
-        write_dicom_seg(options.out, {segment_name(model): scan.stored(mask)}, scan.source, weights)
+        masks = {segment_name(model): scan.stored(mask)}
+        write_dicom_seg(options.out, masks, scan.source, "".join(model.weights()))
     else:
         write_mask(options.out, scan.stored(mask), scan.stored_grid)
     millilitres = int(mask.sum()) * float(np.prod(scan.grid.spacing)) / 1000

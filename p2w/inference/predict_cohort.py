@@ -70,7 +70,8 @@ class PredictCohortOptions:
     """Which networks, which scans, and where the results are written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune (its best trial), a trial of it, or its model.safetensors; of a task of segmentation."""
+    """Run of p2w finetune (its best trial), all folds of a cross-validation, a trial, or its model.safetensors; of a task of
+    segmentation."""
     scans: str
     """Folder of scans, table.csv, list.txt with one path a line, or one image file."""
     out: Path

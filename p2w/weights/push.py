@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
             f"--licence {options.licence} --data-licence {options.data_licence!r}: a name of the Hub's, such as cc-by-4.0; "
             "and words on the training data"
         )
+    if not (options.run / "checkpoints").is_dir():
+        raise UserError(f"{options.run}: is no run of p2w train; its encoders are what can be published")
     files, step = files_to_publish(options, repo)
     if found := [said for name, data in files.items() for said in private_text(name, data)]:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
@@ -121,7 +123,7 @@ def public_card(card: dict[str, Any]) -> dict[str, Any]:
 
 
 PRIVATE = {
-    "an absolute path": re.compile(r"(?<![\w.:/<-])(?:/[\w.+@-]*[\w+@-]){2,}|\b[A-Za-z]:\\[\w\\.-]+|(?<!\w)~/[\w./-]+|\bfile://\S+"),
+    "an absolute path": re.compile(r"(?<![\w.:/<-])/[\w.+@-]+[\w+@-](?:/[\w.+@-]*[\w+@-])*|\b[A-Za-z]:\\[\w\\.-]+|(?<!\w)~/[\w./-]+|\bfile://\S+"),
     "an address on a network": re.compile(r"\b(?:https?|s3|gs|ftp|ssh)://(?!huggingface\.co\b)\S+|\b\d{1,3}(?:\.\d{1,3}){3}\b(?!\.\d)"),
     "an e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.[a-zA-Z][\w.-]*\b"),
     "a DICOM uid": re.compile(r"\b[0-2](?:\.\d+){5,}\b"),

@@ -14,6 +14,7 @@ from p2w.finetune.cross_validation import SUMMARY, folds_of_run, report_folds, s
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.results import read_fine_tuning
 from p2w.finetune.task_types import segmentation, task_type
+from p2w.inference.ensemble import load_ensemble
 from p2w.tasks.leak import _tested
 from p2w.tasks.reader import open_target
 from p2w.world import World
@@ -134,3 +135,13 @@ def test_the_recipe_is_named_beside_its_settings(balls, tmp_path):
         finetune.parse([*base, "--recipe=best"])
     with pytest.raises(UserError, match=r"no-channels-last: is named --recipe\.channels-last off now"):
         finetune.parse([*base, "--recipe.no-channels-last"])
+
+
+def test_predict_averages_the_folds(run, tmp_path):
+    device = torch.device("cpu")
+    together = load_ensemble([run], False, (), device)
+    alone = [load_ensemble([folder], False, (), device) for folder in folds_of_run(run)]
+    assert together.passes == 3 and together.weights() == [one.weights()[0] for one in alone]
+    crops = torch.randint(-1000, 1000, (2, 1, 8, 16, 16), dtype=torch.int16)
+    wanted = torch.stack([one.predictions(crops, None) for one in alone]).mean(0)
+    torch.testing.assert_close(together.predictions(crops, None), wanted)

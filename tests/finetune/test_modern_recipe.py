@@ -255,3 +255,15 @@ def test_the_best_epoch_is_that_of_the_metric(sets, monkeypatch):
     assert [epoch.best for epoch in epochs] == [True, True, False, False]
     assert one.best_metric() == {"best_val_iou": 0.5}
     assert one.best_val_loss == 0.7  # of the two epochs with the best metric, the one with the lower loss
+
+
+def test_ranks_share_out_one_augmented_batch(sets):
+    samples, positions = sets["segmentation", "train"], np.arange(7)
+    x, target = next(samples.batches([positions]))
+    whole = tuner()._augmented(x, target, samples, positions, 12)
+    assert not torch.equal(whole[0], x)
+    for rank in range(2):
+        its = tuner(rank=rank, ranks=2)
+        part = its._augmented(x[rank::2], target[rank::2], samples, positions[rank::2], 12)
+        torch.testing.assert_close(part[0], whole[0][rank::2], rtol=0, atol=1e-6)
+        assert torch.equal(part[1], whole[1][rank::2])

@@ -65,6 +65,8 @@ def test_what_is_pushed_is_what_is_loaded(client, pushed, trained_run):
     encoder = p2w.load("hf://org/small")
     assert equal(encoder, p2w.load(trained_run)) and encoder.strides == (1, 2, 4, 8)
     assert equal(p2w.load(f"hf://org/small@{pushed}"), encoder)
+    client.commit("org/other", {"sub/theirs.safetensors": files["model.safetensors"]})
+    assert equal(p2w.load("hf://org/other/sub/theirs.safetensors"), encoder)
     told = p2w.card("hf://org/small")
     assert told == json.loads(files["card.json"])
     assert told["training"]["step"] == 10 and told["training"]["data"] == {"fingerprint": "0123456789abcdef"}
@@ -158,6 +160,7 @@ def test_another_branch_leaves_main_alone(client, pushed, trained_run):
         ("at /scratch/jdoe/scans", "an absolute path, '/scratch/jdoe/scans'"),
         (r"C:\Users\jdoe\scans", "an absolute path"),
         ("~/scans/ours", "an absolute path"),
+        ("below /scans", "an absolute path, '/scans'"),
         ("by jane.doe@hospital.org", "an e-mail address, 'jane.doe@hospital.org'"),
         ("s3://bucket/scans", "an address on a network"),
         ("on 10.1.2.3", "an address on a network"),
@@ -204,3 +207,5 @@ def test_names_are_taken_apart():
             parse_hub_name(wrong)
     with pytest.raises(UserError, match="--licence CC BY"):
         push.main(["runs/x", "org/name", "--licence", "CC BY", "--data-licence", "ours"])
+    with pytest.raises(UserError, match="runs/x: is no run of p2w train"):
+        push.main(["runs/x", "org/name", *LICENCES])
