@@ -31,7 +31,7 @@ def balls(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(balls, tmp_path_factory):
-    """Three folds of two trials, one fold by a job of its own."""
+    """Two folds of two trials, one fold by a job of its own."""
     folder = tmp_path_factory.mktemp("cv") / "run"
     for more in (["--fold", "1"], []):
         argv = [
@@ -42,7 +42,7 @@ def run(balls, tmp_path_factory):
             "--run-dir",
             str(folder),
             "--folds",
-            "3",
+            "2",
             *SMALL,
             *more,
         ]
@@ -53,9 +53,9 @@ def run(balls, tmp_path_factory):
 
 def test_every_patient_is_tested_once_and_trained_on_otherwise(balls):
     source = open_target(balls)
-    one = with_folds(source, 3)
+    one = with_folds(source, 2)
     tested = []
-    for fold in range(3):
+    for fold in range(2):
         parts = {
             split: {one.patient[row] for row in one.rows(split, fold)} for split in ("train", "val", "test")
         }
@@ -65,7 +65,7 @@ def test_every_patient_is_tested_once_and_trained_on_otherwise(balls):
         scans = {one.scan_uid[row] for row in one.rows("test", fold)}
         assert scans == _tested(one, fold)  # what the leak check compares with
     assert sorted(tested) == sorted(set(source.patient))
-    assert (with_folds(source, 3).fold == one.fold).all()
+    assert (with_folds(source, 2).fold == one.fold).all()
 
 
 def test_folds_that_cannot_be_are_refused(balls, run, tmp_path):
@@ -79,21 +79,21 @@ def test_folds_that_cannot_be_are_refused(balls, run, tmp_path):
     with pytest.raises(UserError, match="has 4 folds of its own"):
         with_folds(own, 3)
     base = ["--task", str(balls), "--init", "random", *SMALL]
-    with pytest.raises(UserError, match="no fold 3; the set has folds 0 to 2"):
-        finetune.build([*base, "--run-dir", str(tmp_path / "new"), "--folds", "3", "--fold", "3"], WORLD)
+    with pytest.raises(UserError, match="no fold 2; the set has folds 0 to 1"):
+        finetune.build([*base, "--run-dir", str(tmp_path / "new"), "--folds", "2", "--fold", "2"], WORLD)
     with pytest.raises(UserError, match="is a cross-validation; repeat its --folds"):
         finetune.build([*base, "--run-dir", str(run)], WORLD)
     with pytest.raises(UserError, match="is a run without --folds"):
-        finetune.build([*base, "--run-dir", str(run / "fold-0"), "--folds", "3"], WORLD)
+        finetune.build([*base, "--run-dir", str(run / "fold-0"), "--folds", "2"], WORLD)
     with pytest.raises(UserError, match=r"task was .*, now"):
-        finetune.build([*base, "--run-dir", str(run), "--folds", "4"], WORLD)
+        finetune.build([*base, "--run-dir", str(run), "--folds", "3"], WORLD)
 
 
 def test_the_summary_is_that_of_all_patients_together(run):
     told = json.loads((run / SUMMARY).read_text())
-    assert (told["folds"], told["trials"], told["patients"], told["task"]) == (3, 2, 9, "toy")
+    assert (told["folds"], told["trials"], told["patients"], told["task"]) == (2, 2, 9, "toy")
     folders = folds_of_run(run)
-    assert [folder.name for folder in folders] == ["fold-0", "fold-1", "fold-2"]
+    assert [folder.name for folder in folders] == ["fold-0", "fold-1"]
     found, ends, folds = [], [], []
     for trial in range(2):
         arrays = [dict(np.load(folder / f"trial-{trial:02d}" / "predictions.npz")) for folder in folders]
@@ -112,14 +112,14 @@ def test_the_summary_is_that_of_all_patients_together(run):
 
 def test_folds_of_other_settings_or_missing_make_no_summary(run, tmp_path, capsys):
     copied = shutil.copytree(run, tmp_path / "run")
-    transfer = copied / "fold-2" / "transfer.json"
+    transfer = copied / "fold-1" / "transfer.json"
     told = json.loads(transfer.read_text())
     transfer.write_text(json.dumps(told | {"recipe": told["recipe"] | {"lr": 0.5}}))
-    with pytest.raises(UserError, match="fold-2: its recipe is not that of"):
-        summarise_folds(copied, 3, KIND)
+    with pytest.raises(UserError, match="fold-1: its recipe is not that of"):
+        summarise_folds(copied, 2, KIND)
     (copied / "fold-1" / "trial-01" / "result.json").unlink()
-    assert summarise_folds(copied, 3, KIND) is None
-    report_folds(copied, 3, KIND)
+    assert summarise_folds(copied, 2, KIND) is None
+    report_folds(copied, 2, KIND)
     assert "folds 1 are not finished" in capsys.readouterr().out
 
 
@@ -141,7 +141,7 @@ def test_predict_averages_the_folds(run, tmp_path):
     device = torch.device("cpu")
     together = load_ensemble([run], False, (), device)
     alone = [load_ensemble([folder], False, (), device) for folder in folds_of_run(run)]
-    assert together.passes == 3 and together.weights() == [one.weights()[0] for one in alone]
+    assert together.passes == 2 and together.weights() == [one.weights()[0] for one in alone]
     crops = torch.randint(-1000, 1000, (2, 1, 8, 16, 16), dtype=torch.int16)
     wanted = torch.stack([one.predictions(crops, None) for one in alone]).mean(0)
     torch.testing.assert_close(together.predictions(crops, None), wanted)
