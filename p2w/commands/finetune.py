@@ -123,13 +123,14 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
 
 
 def _recipe_name(argv: list[str]) -> str:
-    """What follows `--recipe`, which decides the other settings' defaults."""
-    for number, word in enumerate(argv):
-        if word == "--recipe" and number + 1 < len(argv):
-            return argv[number + 1]
-        if word.startswith("--recipe="):
-            return word.partition("=")[2]
-    return "paper"
+    """What follows the last `--recipe`, which decides the other settings' defaults."""
+    named = "paper"
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--recipe":
+            named = following
+        elif word.startswith("--recipe="):
+            named = word.partition("=")[2]
+    return named
 
 
 def _defaults(recipe: FineTuneRecipe) -> Any:

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from target_sets import write_target_set
 
+from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.deep_supervision import DeepSupervision, at_size, decoder_levels, wants_supervision
 from p2w.finetune.layer_rates import encoder_blocks, rate_shares, set_rate
@@ -23,7 +26,7 @@ from p2w.finetune.recipe import (
 )
 from p2w.finetune.samples import Samples, epoch_batches, oversampled
 from p2w.finetune.task_types import soft_dice, task_type
-from p2w.finetune.trainer import FineTuner
+from p2w.finetune.trainer import FineTuner, StopRequested
 from p2w.model import ENCODERS, build_encoder
 from p2w.tasks.reader import open_target
 from p2w.train.optim import Precision
@@ -267,3 +270,37 @@ def test_ranks_share_out_one_augmented_batch(sets):
         part = its._augmented(x[rank::2], target[rank::2], samples, positions[rank::2], 12)
         torch.testing.assert_close(part[0], whole[0][rank::2], rtol=0, atol=1e-6)
         assert torch.equal(part[1], whole[1][rank::2])
+
+
+@pytest.mark.slow
+def test_an_interrupted_trial_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """Through its checkpoint's file: averaged weights, heads of the levels, counts of steps."""
+    balls = write_target_set(tmp_path / "set", counts=(4, 2, 2), each=2)
+    world = World(0, 1, 0, 1, "here", torch.device("cpu"), "test")
+    settings = (
+        "--recipe modern --width 2 --trials 1 --recipe.batch 4 --recipe.epoch-steps 0 --recipe.max-epochs 3"
+    )
+    more = "--recipe.warmup-epochs 1 --recipe.checkpoint-minutes 0 --init random"
+
+    def tune(run, stop_after=9):
+        real = FineTuner.epoch
+
+        def epoch(self, train, val):
+            if self.number == stop_after:
+                raise StopRequested
+            return real(self, train, val)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FineTuner, "epoch", epoch)
+            argv = ["--task", str(balls), "--run-dir", str(tmp_path / run), *settings.split(), *more.split()]
+            return finetune.work(finetune.build(argv, world), world)
+
+    assert tune("whole") == 0
+    assert tune("parts", 2) == finetune.STOPPED and list((tmp_path / "parts/trial-00/checkpoints").iterdir())
+    assert tune("parts") == 0
+    found = [load_file(tmp_path / run / "trial-00" / "model.safetensors") for run in ("whole", "parts")]
+    assert equal(*found)
+    one, two = (
+        json.loads((tmp_path / run / "trial-00" / "result.json").read_text()) for run in ("whole", "parts")
+    )
+    assert one | {"seconds": 0} == two | {"seconds": 0} and 0 <= one["best_val_iou"] <= 1
