@@ -8,8 +8,8 @@
     p2w sweep fig3 … --array jobs.txt        writes them for sbatch --array=1-52 slurm/finetune.sbatch jobs.txt
 
 Then: p2w table1 runs/table1. A command whose trials are all finished is skipped, so the same sweep continues after it was
-stopped, however that came; a trial under way goes on after its last checkpoint. Exit code 1 when a job failed; its log is
-named.
+stopped or killed; a trial that was interrupted goes on after its last checkpoint. Exit code 1 when a job failed; the name
+of its log is printed.
 """
 
 import shlex
@@ -29,7 +29,7 @@ from p2w.reproduce.table_builder import numbers_by_task
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What all three have."""
+    """Options of all three sweeps."""
 
     tasks: tuple[str, ...]
     """Target sets, folders that p2w prepare wrote: DIR, whose last part is the task's name, or NAME=DIR."""
@@ -46,9 +46,9 @@ class Common:
     finetune_args: str = ""
     """Further arguments of p2w finetune: --finetune-args='--recipe.max-epochs 30'."""
     jobs: int = 1
-    """Commands side by side."""
+    """How many commands run at a time."""
     threads: int = 0
-    """Threads of each; 0: its share of the cores."""
+    """Threads of each command; 0: its share of the cores."""
     gpus: int = 0
     """GPUs that the commands take in turn, one each; 0: all that there are."""
     array: Path | None = None
@@ -57,7 +57,7 @@ class Common:
     """Print the commands; run nothing."""
 
     def transfers(self) -> sweep_jobs.FineTuningPlan:
-        """What the jobs have in common, checked. Raises UserError."""
+        """The plan that all jobs share. Raises UserError for options that cannot be done."""
         least = {"--trials": self.trials, "--jobs": self.jobs}
         if wrong := next((flag for flag, value in least.items() if value < 1), None):
             raise UserError(f"{wrong} {least[wrong]}: must be at least 1")
