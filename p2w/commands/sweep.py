@@ -78,7 +78,7 @@ class Table1(Common):
     """Rows: LABEL=INIT or LABEL=INIT,NETWORK; INIT is random, RUN, RUN@STEP or a file of weights."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         return sweep_jobs.table1(self.transfers(), sweep_jobs.parse_inits(self.inits))
 
 
@@ -87,7 +87,7 @@ class Table2(Common):
     """Five ranges of scale, and skip connections: pretrained, then fine-tuned."""
 
     shards: str = "shards"
-    """What is pretrained on."""
+    """The shards to pretrain on."""
     recipe: str = "paper"
     """Recipe of the pretraining."""
     ranks: int = 1
@@ -96,7 +96,7 @@ class Table2(Common):
     """Further arguments of p2w train: --train-args='--train.steps 5000'."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         if self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         more = shlex.split(self.train_args)
@@ -108,14 +108,14 @@ class Fig3(Common):
     """Checkpoints of one pretraining."""
 
     pretrained: Path
-    """The run; train it with --train.keep-every 1759, the steps between validations."""
+    """The run whose checkpoints are fine-tuned; train it with --train.keep-every 1759, the steps between validations."""
     checkpoints: int = paper_numbers.CHECKPOINTS
-    """How many of them, evenly spread."""
+    """How many checkpoints, evenly spread over the run."""
     trials: int = paper_numbers.FINE_TUNINGS
     """Fine-tunings of each checkpoint on each task."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         if self.checkpoints < 2:
             raise UserError(f"--checkpoints {self.checkpoints}: must be at least 2")
         return sweep_jobs.fig3(self.transfers(), self.pretrained, self.checkpoints)
@@ -129,7 +129,7 @@ Args = (
 
 
 def show(jobs: list[SweepJob]) -> None:
-    """Every command; one that is finished, or begun, says so behind it."""
+    """Print every command, and behind it whether it is finished or begun."""
     for job in jobs:
         count = job.count()
         state = "  # done" if count == job.units else f"  # {count} of {job.units} done" if count else ""
@@ -138,7 +138,7 @@ def show(jobs: list[SweepJob]) -> None:
 
 
 def write_array(jobs: list[SweepJob], path: Path) -> None:
-    """Files of commands for Slurm; pretrainings have one of their own. Raises UserError."""
+    """Write files of commands for Slurm arrays, one file for pretrainings and one for the rest. Raises UserError."""
     groups = {path: [job for job in jobs if not job.pretrains]}
     groups[path.with_stem(f"{path.stem}-pretraining")] = [job for job in jobs if job.pretrains]
     for where, some in groups.items():
@@ -155,7 +155,7 @@ def write_array(jobs: list[SweepJob], path: Path) -> None:
 
 
 def work(jobs: list[SweepJob], args: Table1 | Table2 | Fig3) -> int:
-    """Pretrainings, then fine-tunings of those that succeeded; the exit code."""
+    """Do the pretrainings, then the fine-tunings of those that succeeded; the exit code."""
     import torch  # noqa: PLC0415
 
     gpus = args.gpus or torch.cuda.device_count()
