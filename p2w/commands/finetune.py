@@ -66,7 +66,7 @@ class Args:
     run: Annotated[Path, tyro.conf.arg(aliases=["--run-dir"])]
     """Folder of the results. Under torchrun with Python 3.11 spell it --run-dir, see p2w train --help."""
     label: str = ""
-    """What tables call the starting point; default: the folder of the run, the file's name, or Scratch."""
+    """The name of the starting point in tables; default: the folder of the run, the file's name, or Scratch."""
     network: str | None = None
     """Which encoder; default unet3d, or that of the file."""
     width: int | None = None
@@ -134,7 +134,7 @@ def _recipe_name(argv: list[str]) -> str:
 
 
 def _defaults(recipe: FineTuneRecipe) -> Any:
-    """Arguments with the recipe filled in; what the user must name is missing."""
+    """Arguments with the recipe's values as defaults; required options have none."""
     return Args(task=tyro.MISSING, init=tyro.MISSING, run=tyro.MISSING, recipe=recipe)
 
 
@@ -256,7 +256,7 @@ def _show(job: Job) -> None:
 
 
 def _stop_check(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable[[], bool]:
-    """Whether this rank was told to stop; every call is a sign that it gets further."""
+    """Whether this rank has a stop request; to the watchdog every call is progress."""
     calls = 0
 
     def stop_requested() -> bool:
@@ -269,7 +269,7 @@ def _stop_check(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable
 
 
 def alone(job: Job, world: World) -> int | None:
-    """--dry-run, and --workers, whose processes share the trials: the exit code; else None."""
+    """Do what --dry-run or --workers ask for, and return the exit code; None where neither is given."""
     if job.args.dry_run:
         if world.is_main:
             for fold in job.folds:

@@ -250,9 +250,9 @@ class Plateau:
         return self.idle >= self.recipe.patience
 
     def state_dict(self) -> dict[str, float]:
-        """All that `load_state_dict` needs, as plain numbers."""
+        """The state for `load_state_dict`, as plain numbers."""
         return {name: value for name, value in vars(self).items() if name != "recipe"}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up where `state_dict` left off."""
+        """Restore what `state_dict` returned."""
         vars(self).update(state)

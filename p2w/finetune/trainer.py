@@ -300,7 +300,7 @@ class FineTuner:
         return self._copy(self.network), state
 
     def load_state_dict(self, epoch: int, weights: State, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` left off, after `epoch` epochs."""
+        """Restore what `state_dict` returned, after `epoch` epochs."""
         self.network.load_state_dict(weights)
         load_optimizer(self.optimizer, state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])

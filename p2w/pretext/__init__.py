@@ -1,7 +1,7 @@
 """Pretexts by name: what the network is shown, what it must answer, and the loss between the two.
 
-A new pretext is one file here, one line in PRETEXTS, one test file: docs/add_a_pretext.md. The train loop knows none by
-name. This module imports no torch; a pretext's file is imported when it is first asked for.
+A new pretext is one file here, one line in PRETEXTS, one test file: docs/add_a_pretext.md. The train loop does not depend on
+which one it trains. This module imports no torch; a pretext's file is imported when it is first asked for.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Masked volumes: restore the patches that were hidden. SimMIM on any encoder, MAE on a transformer.
 
-Both: of the whole, resized, `mae.ratio` of its patches are hidden. Target: the whole. Loss: mean squared error over the
+In both, the whole is resized and `mae.ratio` of its patches are hidden. Target: the whole. Loss: mean squared error over the
 hidden voxels alone.
 
 SimMIM (Xie et al. 2022): hidden patches are filled, and the encoder computes on all of them. There the fill is a learned
@@ -38,7 +38,7 @@ class MaeConfig:
     ratio: Annotated[float, Bounds(0, 1)] = 0.75
     """Share of the patches that are hidden [P: He et al. 2022]."""
     fill: Literal["mean", "zero"] = "mean"
-    """What stands in hidden patches: the mean of what is seen of that whole, or 0 [?]."""
+    """Value of hidden patches: the mean of the visible voxels of that whole, or 0 [?]."""
     decoder_depth: Annotated[int, Bounds(1, 64)] = 4
     """mae: blocks of the decoder [?: 8 for a ViT-L]."""
     decoder_width: Annotated[int, Bounds(6, 65536)] = 192
@@ -132,7 +132,7 @@ class SimMim(Pretext):
         return (error * views.mask).sum() / views.mask.sum(), {}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
-        """What is seen, and the whole."""
+        """The visible patches, and the whole."""
         return {"masked": views.input, "whole": views.target}
 
 
@@ -151,7 +151,7 @@ class Mae(SimMim):
         return (PATCH, PATCH, PATCH)
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
-        """As SimMIM's, and which patches are hidden, (B, N) bool."""
+        """As for SimMIM, with the mask of hidden patches (B, N) bool as an extra input."""
         views = super().sample(batch_BDHW, keys, step)
         return replace(views, extra_inputs=(self.hidden_patches(keys),))
 
@@ -191,7 +191,7 @@ class MaskedAutoencoder(Network):
         nn.init.normal_(self.hidden_token, std=0.02)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Tokens that are seen, through the encoder; then all places, through the decoder."""
+        """Visible tokens go through the encoder, then all places through the decoder."""
         grid = tuple(edge // PATCH for edge in x.shape[2:])
         places = grid[0] * grid[1] * grid[2]
         if hidden is None:

@@ -51,7 +51,7 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
-    order: Order = "shuffled"  # a run has one for good; only `tar.TarSet` must have the streamed one
+    order: Order = "shuffled"  # a run keeps its order for good; `tar.TarSet` has the streamed one alone
     retry_s = 0.0  # how long a server that fails is asked again
     on_wait: Callable[[], None] = staticmethod(lambda: None)  # called while waiting for such a server
 
@@ -95,7 +95,7 @@ class ShardSet:
         return str(self.keys[sub_scan])
 
     def real_voxels(self, ids: Ids, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: in this set, all."""
+        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: all of them."""
         if self.real is None:
             return None
         return torch.from_numpy(self.real[ids].astype(np.float32)).to(device)
@@ -134,7 +134,7 @@ class ShardSet:
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """A reader for one thread, which asks for these ids in this order, made from `shuffle`, its (seed, epoch)."""
+        """A reader for one thread, which will ask for `ids` in this order; `shuffle` is the (seed, epoch) of that order."""
         raise NotImplementedError
 
     def read_into(self, sub_scan: int, out: Any) -> None:

@@ -1,4 +1,4 @@
-"""Do all ranks together train on the sub-scans of the plan, each slot on its own? A sum of 64-bit checksums says so.
+"""Checks, by a sum of 64-bit checksums, that all ranks together train on the planned sub-scans, each in its own slot.
 
 Each rank adds a checksum of (epoch, step, slot, id) for every row that it trains on, and rank 0 subtracts those of the whole
 batch: over all ranks the sum is 0 modulo 2^64, unless a rank has another order. The sum goes with the all-reduce that asks

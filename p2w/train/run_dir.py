@@ -62,7 +62,9 @@ class RunDir:
             path / ".lock",
             without=f"a second process is kept out by .owner there, which is touched every {BEAT_S:.0f} s",
         )
-        self._files: dict[str, str] = {}  # for a folder that is made anew
+        self._files: dict[
+            str, str
+        ] = {}  # what was written, in case the folder is deleted and has to be made again
         self._place: tuple[int, int] | None = None
         self._handle = -1
         self._end, self._writing = threading.Event(), threading.Lock()
@@ -136,7 +138,7 @@ class RunDir:
     def watch(
         self, step: Callable[[], int], warn: Callable[[str], None], on_lost: Callable[[str], None]
     ) -> None:
-        """Rank 0: give signs of life from a thread until `close`.
+        """Rank 0: write the heartbeat from a thread until `close`.
 
         `warn` gets one line when the folder is moved or deleted, which is then made anew; `on_lost` gets one line when
         another process has taken over.
@@ -206,11 +208,11 @@ class RunDir:
         """Write status.json, for schedulers and people: rank 0, or the rank that reports why all leave."""
         alive = {**this_process(), "heartbeat": round(time.time(), 3)} if state == "running" else {}
         with self._writing:
-            # Not over how it ended; and what the watchdog says of a hang stays, when its end makes a collective fail.
+            # The final state stays: when the watchdog has reported a hang, a collective fails next, and must not replace it.
             if state in ("running", "failed") and self._end.is_set():
                 return
             if state != "running":
-                self._end.set()  # nothing is written over it
+                self._end.set()  # the heartbeat does not overwrite it
             write_atomic(
                 self.path / "status.json", json.dumps({"state": state, "step": step, "why": why, **alive})
             )
@@ -231,7 +233,7 @@ class RunDir:
         return None if shards.startswith("http") else "streamed" if shards.startswith("s3:") else "shuffled"
 
     def close(self) -> None:
-        """Stop the signs of life, and release the folder."""
+        """Stop the heartbeat, and release the folder."""
         self._end.set()
         if self._thread is not None:
             self._thread.join(BEAT_S)

@@ -76,7 +76,7 @@ def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]
 
 
 def _figures(trained: Trained) -> dict[str, float]:
-    """The metrics of validation and monitors at that step."""
+    """The metrics of validation and of the monitors at the checkpoint's step."""
     found: dict[str, float] = {}
     for record in read_metrics(trained.run):
         if record["step"] == trained.step:
@@ -108,7 +108,7 @@ def _last_start(run: Path) -> dict[str, Any]:
 
 
 def _scans(data_set: Any) -> dict[str, Any]:
-    """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed."""
+    """Modality and scaling of intensities of scans that are not CT, and the spacing of scans that were resampled."""
     told = data_set if isinstance(data_set, dict) else {}
     scans = {key: told[key] for key in ("modality", "intensity") if key in told}
     tiling = told.get("tiling")
@@ -117,10 +117,11 @@ def _scans(data_set: Any) -> dict[str, Any]:
 
 
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
-    """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
+    """Spacing in mm (z, y, x) of the scans and of the network's input: smallest, geometric middle, largest; None: unknown.
 
-    Wholes are resized to the network's size, parts too, which makes them finer. A part's extremes are those of its volume:
-    along one axis it may be longer or shorter. Raises UserError for a pretext that does not say what it shows.
+    Wholes and parts are both resized to the network's size, so the voxels of parts are finer. The extremes are those of the
+    smallest and the largest part by volume: along a single axis a part may be longer or shorter. Raises UserError for a
+    pretext that does not say what it shows.
     """
     names = ("scans_smallest", "scans_median", "scans_largest")
     pretext = build_pretext(config)
@@ -132,7 +133,7 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
         )
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
-        # Of sub-scans that were filled up with air, the real part is the whole.
+        # Where sub-scans were filled up with air, only their real voxels count as the whole.
         shape = [float(edge) for edge in data_set.get("real_shape", data_set["shape"])]
         edges = [*zip(spread[1], shape, config.pretext.size, strict=True)]
         whole = [mm * edge / size * pretext.kept_edge for mm, edge, size in edges]

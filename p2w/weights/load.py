@@ -37,7 +37,7 @@ class LoadedWeights:
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
     input_norm: InputNorm = "unit"
-    """Range of the network's input. Our pretraining uses "unit", [0, 1]; weights from elsewhere have what they need."""
+    """How the network's input is normalised: "unit", [0, 1], after our pretraining; published weights may need another."""
 
 
 def load(path: str | Path) -> Encoder:
@@ -119,7 +119,7 @@ def exported(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:
-    """Fingerprint and shards of the data set in a card; empty when it names none."""
+    """Fingerprint and location of the data set that a card names; empty when it names none."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}

@@ -35,16 +35,16 @@ Which weights a file holds, and how many of their tensors fit: what `--init FILE
     p2w inspect Genesis_Chest_CT.pt
     p2w inspect models/model.ckpt-3000 --in-channels 4
 
-"whole" is said of an encoder with its decoder, "encoder whole" where the file holds no decoder or a part of one. Exit code 1
-when a part of the encoder would be missing, 2 when the file cannot be read.
+It says "whole" for an encoder with its decoder, and "encoder whole" if the file holds no decoder or only a part of one. Exit
+code 1 when a part of the encoder would be missing, 2 when the file cannot be read.
 """
 
-COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it, and old files have none
+COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and old files lack it
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors of the network (of the file, in `unexpected` and `head`)."""
+    """How tensors of a file fit a network, as lists of the network's names (`unexpected` and `head`: the file's names)."""
 
     what: str
     """Which format, network and width."""
@@ -79,8 +79,8 @@ def load_state(
 ) -> LoadReport:
     """Load `state` (names of `encoder`) where names and shapes agree, input channels adapted, and say what happened.
 
-    The encoder takes the values as float32 on its own device; what the report does not call matched or adapted keeps what
-    it had.
+    The encoder takes the values as float32 on its own device; other tensors keep their
+    values.
     """
     wanted = encoder.state_dict()
     taken: State = {}
@@ -121,7 +121,7 @@ def adapt(encoder: Encoder, name: str, value: Tensor, shape: torch.Size) -> Tens
         return value.mean().expand(n).clone()
     if name not in encoder.input_convs or value.ndim != 5:
         return None
-    image = value.shape[1] - (shape[1] - n)  # what is not the image comes behind it, and has its own number
+    image = value.shape[1] - (shape[1] - n)  # channels after those of the image have a number of their own
     if image < 1 or value.shape[:1] + value.shape[2:] != shape[:1] + shape[2:]:
         return None
     shared = value[:, :image].sum(1, keepdim=True) / n
@@ -157,9 +157,9 @@ class StartingPoint:
     source: str
     """The file or folder that the values were read from, or "random"."""
     pretrained_on: dict[str, str]
-    """What is known of the data: `fingerprint` and `shards` of a set of p2w, `what` of other data; empty when nothing is."""
+    """The data it was trained on: `fingerprint` and `shards` of a set of p2w, or `what`, a description; empty if unknown."""
     other_state: dict[str, Tensor] = field(default_factory=dict)
-    """What a pretext of p2w trained beside encoder and decoder, under the names of its network."""
+    """Weights that a pretext of p2w trained besides encoder and decoder, under the names of its network."""
 
 
 def load_start(

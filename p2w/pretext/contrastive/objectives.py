@@ -37,14 +37,14 @@ class ContrastConfig:
     dim: Annotated[int, Bounds(1, 65536)] = 128
     """Channels of the embedding [?]."""
     weight: Annotated[float, Bounds(0, 1e6)] = 0.01
-    """parts2whole_contrast: of InfoNCE beside mean squared error [?]."""
+    """parts2whole_contrast: weight of InfoNCE beside the mean squared error [?]."""
     both: bool = True
     """parts2whole_contrast: reconstruct the whole from both parts, not from the first alone [?]."""
     queue: Annotated[int, Bounds(1, 10**7)] = 4096
-    """moco: parts remembered [?]."""
+    """moco: how many parts the queue holds [?]."""
     momentum: Annotated[float, Bounds(0, 1)] = 0.99
-    """moco, dino: share of itself that the momentum encoder keeps at a step [?]; MoCo's 0.999 and DINO's 0.996 are for
-    runs of 100,000 steps."""
+    """moco, dino: share of its weights that the momentum encoder keeps at a step [?]; MoCo's 0.999 and DINO's 0.996 are
+    for runs of 100,000 steps."""
     momentum_schedule: Literal["cosine", "constant"] = "cosine"
     """moco, dino: the momentum rises to 1 at the last step as half a cosine (MoCo v3), or stays."""
     teacher_norm: Literal["running", "batch"] = "running"
@@ -53,11 +53,11 @@ class ContrastConfig:
     bank: Annotated[int, Bounds(2, 10**8)] = 32768
     """instdisc, pirl, exemplar: entries for wholes [?]; with fewer than the set has sub-scans, some share one."""
     bank_momentum: Annotated[float, Bounds(0, 1)] = 0.5
-    """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
+    """instdisc, pirl: share of its value that an entry keeps when its whole comes again [?]."""
     jigsaw: bool = True
     """pirl: its other view is a jigsaw of eight cubes, as published (there nine patches), or a mirrored part."""
     prototypes: Annotated[int, Bounds(2, 10**6)] = 128
-    """swav, dino: prototypes [?]; DINO's outputs are 65,536."""
+    """swav, dino: number of prototypes [?]; DINO has 65,536 outputs."""
     swav_queue: Annotated[int, Bounds(0, 10**7)] = 512
     """swav: earlier parts that are assigned beside those of a batch, where a pass has fewer wholes than there are prototypes
     [?: 3,840 for 3,000 prototypes]."""
@@ -69,7 +69,7 @@ class ContrastConfig:
     centre_momentum: Annotated[float, Bounds(0, 1)] = 0.9
     """dino: share of itself that the mean of what the teacher assigns keeps at a step [P of DINO]."""
     sinkhorn_iterations: Annotated[int, Bounds(1, 1000)] = 3
-    """swav: how often assignments are balanced [?]."""
+    """swav: iterations of the Sinkhorn algorithm, which balances the assignments [?]."""
     sinkhorn_epsilon: Annotated[float, Bounds(1e-3, 1e3)] = 0.05
     """swav: how soft assignments are; smaller is harder [?]."""
 
@@ -112,7 +112,7 @@ class ContrastiveObjective(nn.Module):
 
     @classmethod
     def views(cls, config: ContrastConfig) -> OtherViews:
-        """What else of each whole it sees beside two parts."""
+        """Which further views of each whole it needs beside two parts."""
         return None
 
     @classmethod
@@ -168,7 +168,7 @@ class MomentumTeacher(ContrastiveObjective):
         super().__init__(config, encoder, head)
         self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.slow_head = copy.deepcopy(head).requires_grad_(False)
-        self.train()  # a module begins in training mode without being told
+        self.train()  # a new module is in training mode without a call of it, which sets the copy's batch norm
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -195,7 +195,7 @@ class MomentumTeacher(ContrastiveObjective):
             average_over_ranks(fast_stats)
             if (
                 slow_stats
-            ):  # the first steps count alike, as what statistics begin with, 0 and 1, is of no use
+            ):  # the first steps count alike, because the initial statistics, 0 and 1, mean nothing
                 torch._foreach_lerp_(slow_stats, fast_stats, max(rate, 1 / (step + 1)))
         self.updates.add_(1)
 
@@ -205,7 +205,7 @@ class MomentumTeacher(ContrastiveObjective):
         return list(slow), [*encoder.parameters(), *head.parameters()]
 
     def momentum(self, step: int, steps: int) -> float:
-        """The share of itself that the copy keeps at a step."""
+        """The share of its weights that the copy keeps at a step."""
         start = self.config.momentum
         if self.config.momentum_schedule == "constant" or steps < 1:
             return start
@@ -305,7 +305,9 @@ class Prototypes(ContrastiveObjective):
         self.entries: Tensor
         if config.swav_queue:  # first parts, then second ones
             self.register_buffer("queue", torch.zeros(2, config.swav_queue, head.channels))
-            self.register_buffer("entries", torch.zeros((), dtype=torch.int64))  # that ever came in
+            self.register_buffer(
+                "entries", torch.zeros((), dtype=torch.int64)
+            )  # parts that have ever come in
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
