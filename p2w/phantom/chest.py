@@ -306,7 +306,7 @@ def make_scan(
     Without `spacing_mm` (z, y, x) the voxels are sized so that the scan holds the whole chest: at 512 x 512
     that is 0.6 to 0.9 mm in the plane, at 256 x 256 twice that. `contrast`: HU above plain blood in vessels and heart;
     without, drawn, and none in most patients. `equal_hu`: HU of liver, spleen, heart, blood and oesophagus alike, without
-    contrast agent, so that they are told apart by place and shape alone. `regions`: a map of organs, lobes and vertebrae too.
+    contrast agent, so that they are told apart by place and shape alone. `regions`: a map of organs, lobes and vertebrae.
     Raises UserError for a shape or spacing that cannot be a chest CT.
     """
     check_phantom(seed, shape, spacing_mm)
