@@ -51,6 +51,7 @@ TASKS: dict[str, TaskFormat] = {
     "lcs": TaskFormat("LiTS", ct_targets.write_lits_patient),
     "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
     "bms": TaskFormat("BraTS", brats.write_brats_patient),
+    "organs": TaskFormat("Organs", ct_targets.write_organs_patient, ct_targets.write_organs_table),
 }
 
 
@@ -168,7 +169,13 @@ class TargetPhantomArgs:
 
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
-    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms"], ...] = ("ncc", "ncs", "lcs", "ecc", "bms")
+    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs"], ...] = (
+        "ncc",
+        "ncs",
+        "lcs",
+        "ecc",
+        "bms",
+    )
     """Names of the tasks."""
     patients: int = 20
     """Number of patients of each task."""
