@@ -102,7 +102,7 @@ PROBABILITIES = (
 USUAL = Augmentation(
     flip=0.5, rotation=0.2, scaling=0.2, brightness=0.15, contrast=0.15, gamma=0.3, blur=0.2, low_resolution=0.25, noise=0.1,
 )  # fmt: skip
-"""nnU-Net's probabilities (Isensee et al. 2021, supplement 4), its ranges brought to values in [0, 1]."""
+"""nnU-Net's probabilities (Isensee et al. 2021); ranges for values in [0, 1] are our choice."""
 
 
 @dataclass(frozen=True)
