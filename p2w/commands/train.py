@@ -126,6 +126,7 @@ def build(argv: list[str], world: World) -> Job:
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
     )
+    config.log.check_installed()
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
     ).rows

@@ -20,7 +20,7 @@ import torch
 from p2w import __version__
 from p2w.errors import UserError
 from p2w.finetune.init import InitRecord, network_of
-from p2w.finetune.recipe import FineTuneRecipe
+from p2w.finetune.recipe import FineTuneRecipe, plain_recipe
 from p2w.finetune.samples import Rows, Samples, data_fraction, fixed_batches
 from p2w.finetune.task_types import TaskType, task_type
 from p2w.finetune.trainer import FineTuner
@@ -28,6 +28,7 @@ from p2w.finetune.trial import TrialLock, TrialRun, folder_of, is_finished
 from p2w.log import Log
 from p2w.model import Encoder, Network
 from p2w.tasks.reader import TargetSet
+from p2w.trackers import LogConfig
 from p2w.train.optim import Precision
 from p2w.weights.start import StartingPoint, load_start
 from p2w.world import World
@@ -50,6 +51,7 @@ class FineTuning:
     fold: int | None
     recipe: FineTuneRecipe
     folder: Path
+    log: LogConfig = field(default=LogConfig(to="none"), compare=False)
     cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -172,7 +174,8 @@ def one_trial(
 ) -> TrialRun:
     """Build a trial on this rank."""
     folder, seed = folder_of(fine_tuning.folder, index), fine_tuning.seed(index)
-    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs)
+    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs, fine_tuning.log)
+    log.describe(f"{fine_tuning.folder.absolute().name}/{folder.name}", tracked_settings(fine_tuning, index))
     network, start = fine_tuning.build(index)
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
@@ -189,6 +192,21 @@ def one_trial(
         [fine_tuning.source.patient[row] for row in rows["test"]],
         trial_card(fine_tuning, index, network, start), log, world, fine_tuning.fold is not None,
     )  # fmt: skip
+
+
+def tracked_settings(fine_tuning: FineTuning, index: int) -> dict[str, Any]:
+    """What trackers are told of a trial."""
+    recipe = {f"recipe.{name}": value for name, value in plain_recipe(fine_tuning.recipe).items()}
+    return recipe | {
+        "task": str(fine_tuning.source.meta["task"]),
+        "init": fine_tuning.label,
+        "fraction": fine_tuning.fraction,
+        "fold": fine_tuning.fold,
+        "trial": index,
+        "seed": fine_tuning.seed(index),
+        "p2w": __version__,
+        "torch": torch.__version__,
+    }
 
 
 def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: StartingPoint) -> dict[str, Any]:

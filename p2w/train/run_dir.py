@@ -7,6 +7,7 @@ RUN/
                     id and the time of the last sign of life. `p2w.run_owner.run_state` tells a killed run from a live one
     .lock .owner    keep a second process out, see `p2w.run_owner`
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
+    trackers.json   trackers.log  wandb/  mlruns/   where `--log.to` names trackers, see `p2w.trackers`
 """
 
 import contextlib
