@@ -78,6 +78,10 @@ class SampleSet(Protocol):
     def meta(self) -> dict[str, Any]:
         """The set's metadata. Its `window` is used: the stored values that become 0 and 1."""
 
+    @property
+    def spacing_mm(self) -> NDArray[np.float32]:
+        """(n, 3): the edges of the voxels of every row of the set, z, y, x."""
+
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Voxels int16 (B, C, D, H, W) and targets of these rows."""
 
@@ -102,6 +106,10 @@ class Samples:
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.rows)
+
+    def spacing_mm(self, positions: Positions) -> NDArray[np.float32]:
+        """(B, 3): the edges of the voxels of the samples at these positions, z, y, x."""
+        return self.source.spacing_mm[self.rows[np.asarray(positions, np.int64)]]
 
     def batches(self, positions: Sequence[Positions]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each list of positions: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
