@@ -142,6 +142,10 @@ class Samples:
         """The number of samples."""
         return len(self.rows)
 
+    def spacing_mm(self, positions: Positions) -> NDArray[np.float32]:
+        """(B, 3): the edges of the voxels of the samples at these positions, z, y, x."""
+        return self.source.spacing_mm[self.rows[np.asarray(positions, np.int64)]]
+
     def batches(self, positions: Sequence[Positions]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each list of positions: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""
         if not len(positions):

@@ -4,6 +4,7 @@ RUN/trial-00/
     result.json         seed, metrics, intervals; written last: a folder without it is unfinished
     predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels;
                         of a fold also all that metrics need, `records`
+    test.png            how good they are, of kinds of several classes: Dice by patient, ROC curves, true over predicted
     model.safetensors   the weights of the best epoch by validation, and a card that says what they are
     metrics.jsonl       a line an epoch; trackers.json, trackers.log where `--log.to` names a tracker
     checkpoints/        while it is unfinished: what it continues from
@@ -36,6 +37,7 @@ from p2w.world import World
 
 LINE_EVERY_S = 10.0
 RESULT, MODEL, PREDICTIONS = "result.json", "model.safetensors", "predictions.npz"
+PICTURE = "test.png"
 
 
 def folder_of(run: Path, index: int) -> Path:
@@ -114,7 +116,7 @@ class TrialRun:
         self._resume()
         self._train()
         self.tuner.take_best()
-        records = self.tuner.records(self.test)
+        records = self.tuner.records(self.test, test=True)
         metrics, intervals = self.tuner.kind.judge(records, self.patients)
         result = {
             "trial": self.index,
@@ -217,6 +219,8 @@ class TrialRun:
                 data = save(self.tuner.best, {"format": "pt", "p2w": json.dumps(card, sort_keys=True)})
                 write_atomic(self.folder / MODEL, data)
             write_atomic(self.folder / PREDICTIONS, packed.getvalue())
+            if png := self.kind.picture(records, self.patients):
+                write_atomic(self.folder / PICTURE, png)
             write_atomic(self.folder / RESULT, json.dumps(result, indent=2))
         except OSError as error:
             raise UserError(

@@ -54,10 +54,16 @@ class FineTuning:
     log: LogConfig = field(default=LogConfig(to="none"), compare=False)
     cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def kind(self) -> TaskType:
-        """The kind of the task."""
-        return task_type(self.source.kind)
+        """The kind of the task, which knows the set's classes."""
+        return task_type(self.source.kind).for_set(self.source.meta)
+
+    def trial_kind(self, index: int) -> TaskType:
+        """The kind, which knows the training targets of a trial too."""
+        return task_type(self.source.kind).for_set(
+            self.source.meta, self.source.targets[self.training_rows(index)]
+        )
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
@@ -111,7 +117,10 @@ def check_data(fine_tuning: FineTuning, ranks: int) -> None:
             )
     judged = ("val",) if fine_tuning.recipe.stop_on == "metric" else ()
     for split in ("train", *judged, "test"):
-        if said := fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]]):
+        said = fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]])
+        if split == "train":
+            said = said or fine_tuning.kind.problem_of_targets(fine_tuning.source.targets[rows[split]])
+        if said:
             option = "; --recipe.stop-on loss does without" if split == "val" else ""
             raise UserError(f"{where}: the samples to {split} {said}{option}")
     if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
@@ -179,7 +188,8 @@ def one_trial(
     network, start = fine_tuning.build(index)
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
-    tuner = FineTuner(network, fine_tuning.kind, fine_tuning.recipe, precision, world, seed, stop_requested)
+    kind = fine_tuning.trial_kind(index)
+    tuner = FineTuner(network, kind, fine_tuning.recipe, precision, world, seed, stop_requested)
     if fine_tuning.recipe.freeze and fine_tuning.recipe.recalibrate:
         tuner.recalibrate(train)
     if world.is_main:
@@ -187,7 +197,7 @@ def one_trial(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
         )
     return TrialRun(
-        index, seed, folder, tuner, fine_tuning.kind, train, val, test,
+        index, seed, folder, tuner, kind, train, val, test,
         [fine_tuning.source.key[row] for row in rows["test"]],
         [fine_tuning.source.patient[row] for row in rows["test"]],
         trial_card(fine_tuning, index, network, start), log, world, fine_tuning.fold is not None,
@@ -226,7 +236,7 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
         "task": {
             key: meta.get(key)
             for key in ("task", "channels", "channel_names", "size_zyx", "window", "spacing_mm", "classes", "settings")
-        },
+        } | ({"target": dict(target)} if (target := fine_tuning.trial_kind(index).target) else {}),
         "init": fine_tuning.label,
         "trial": index,
         "seed": fine_tuning.seed(index),

@@ -191,13 +191,14 @@ class ManifestSchema:
     meta: dict[str, Any]  # types of optional metadata, as for `files.type_mismatch`
     made_by: str  # the command that writes such a set
     remedy: str  # what to do where there is no manifest
-    padded: pa.Schema | None = None  # the schema of a set whose sub-scans may be filled up with air
+    # The schema of a set with further columns: sub-scans that may be filled up with air, samples with targets.
+    wider: pa.Schema | None = None
 
     def allows(self, columns: pa.Schema) -> bool:
         """Whether a manifest may have these columns."""
         if self.schema is None:
             return set(LOCATION_COLUMNS) <= set(columns.names)
-        return any(columns.equals(one) for one in (self.schema, self.padded) if one is not None)
+        return any(columns.equals(one) for one in (self.schema, self.wider) if one is not None)
 
 
 LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has

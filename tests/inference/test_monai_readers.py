@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from p2w.ct.orientation import Grid
-from p2w.inference.predict import write_mask
+from p2w.inference.mask_files import write_mask
 
 READERS = {"NibabelReader": ("nibabel", (".nii.gz", ".nii")), "ITKReader": ("itk", (".nii.gz", ".mha", ".nrrd")),
            "NrrdReader": ("nrrd", (".nrrd",))}  # fmt: skip
