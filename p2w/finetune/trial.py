@@ -2,8 +2,9 @@
 
 RUN/trial-00/
     result.json         seed, metrics, intervals; written last: a folder without it is unfinished
-    predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels
-    model.safetensors   the weights with the lowest validation loss, and a card that says what they are
+    predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels;
+                        of a fold also all that metrics need, `records`
+    model.safetensors   the weights of the best epoch by validation, and a card that says what they are
     metrics.jsonl       a line an epoch
     checkpoints/        while it is unfinished: what it continues from
 """
@@ -92,6 +93,7 @@ class TrialRun:
     card: dict[str, Any]
     log: Log
     world: World
+    keep_records: bool = False  # in predictions.npz, for metrics over several folds
 
     def run(self) -> dict[str, Any]:
         """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, at a stop request."""
@@ -109,13 +111,14 @@ class TrialRun:
             "metrics": metrics,
             "ci95": {name: _numbers(interval) for name, interval in intervals.items()},
             "epochs": self.tuner.number,
-            "best_val_loss": self.tuner.plateau.best,
+            "best_val_loss": self.tuner.best_val_loss,
             "seconds": round(time.monotonic() - began, 1),
             "n_train": len(self.train),
             "n_val": len(self.val),
             "n_test": len(self.test),
             "test_patients": len(set(self.patients)),
             "test_predictions": PREDICTIONS,
+            **self.tuner.best_metric(),
             "device": self.world.device.type,
             "ranks": self.world.size,
             "p2w": __version__,
@@ -148,7 +151,9 @@ class TrialRun:
                 epoch = self.tuner.epoch(self.train, self.val)
             except UserError as error:
                 raise type(error)(f"{self.folder}: {error}") from error
-            facts = {name: value for name, value in vars(epoch).items() if name != "number"}
+            facts = {
+                name: value for name, value in vars(epoch).items() if name != "number" and value is not None
+            }
             self.log.event(epoch.number, facts)
             now = time.monotonic()
             if now - said >= LINE_EVERY_S or self.tuner.ended:
@@ -166,10 +171,13 @@ class TrialRun:
             if left
             else "ends"
         )
-        speed = epoch.samples / epoch.seconds
+        speed, best = epoch.samples / epoch.seconds, self.tuner.plateau.best
+        said = f"{epoch.val_loss:.4f} (best {best:.4f})"
+        if epoch.val_metric is not None:
+            said = f"{epoch.val_loss:.4f}, {self.kind.compared} {epoch.val_metric:.4f} (best {-best:.4f})"
         return (
-            f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
-            f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
+            f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {said}  rate "
+            f"{epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
         )
 
     def _save(self) -> None:
@@ -185,6 +193,8 @@ class TrialRun:
     def _write(self, result: dict[str, Any], records: Tensor) -> None:
         """Write weights and predictions, then the result; then delete the checkpoints."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
+        if self.keep_records:
+            arrays["records"] = records.numpy()
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
         try:

@@ -107,9 +107,11 @@ def check_data(fine_tuning: FineTuning, ranks: int) -> None:
                 f"{where}: no sample to {'train' if split == 'train' else split}; prepare the set again with other splits, "
                 "or name another --fold"
             )
-    for split in ("train", "test"):
+    judged = ("val",) if fine_tuning.recipe.stop_on == "metric" else ()
+    for split in ("train", *judged, "test"):
         if said := fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]]):
-            raise UserError(f"{where}: the samples to {split} {said}")
+            option = "; --recipe.stop-on loss does without" if split == "val" else ""
+            raise UserError(f"{where}: the samples to {split} {said}{option}")
     if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
         task, kind = fine_tuning.source.meta["task"], fine_tuning.kind.name
         raise UserError(f"--decoder pretrained: {task} is {kind}, which has no decoder; leave it out")
@@ -185,7 +187,7 @@ def one_trial(
         index, seed, folder, tuner, fine_tuning.kind, train, val, test,
         [fine_tuning.source.key[row] for row in rows["test"]],
         [fine_tuning.source.patient[row] for row in rows["test"]],
-        trial_card(fine_tuning, index, network, start), log, world,
+        trial_card(fine_tuning, index, network, start), log, world, fine_tuning.fold is not None,
     )  # fmt: skip
 
 

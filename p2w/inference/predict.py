@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -23,7 +23,11 @@ from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
-from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
+from p2w.inference.dicom_seg import ENDING as SEG_ENDING
+from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
+from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
+from p2w.inference.ensemble import load_ensemble
+from p2w.inference.finetuned_model import FineTunedModel
 from p2w.inference.sliding import Windows, on_scan, slices
 from p2w.progress import Progress
 from p2w.tasks import crops, source_files
@@ -36,11 +40,13 @@ USAGE = """What a fine-tuned network says of a whole scan.
 
     p2w predict runs/lcs-p2w --scan scan.nii.gz --out liver.nii.gz                       a mask in the scan's own geometry
     p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
+    p2w predict runs/lcs-p2w --scan DICOMFOLDER --out liver.dcm --format dicom-seg       a DICOM segmentation of the series
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
 
-Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
-scan and overlap; what is more probable than --threshold is 1. The mask has the scan's size, spacing, origin and direction.
+Of a run, the trial with the lowest validation loss; of a cross-validation (p2w finetune --folds), the mean over one of each
+fold. Masks: windows of the training crops' size and spacing slide over the scan and overlap; what is more probable than
+--threshold is 1. The mask has the scan's size, spacing, origin and direction.
 Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
@@ -60,6 +66,7 @@ class InferenceInput:
     voxels: NDArray[Any]  # of the first channel, canonical [z,y,x]
     grid: Grid
     stored_grid: Grid
+    source: ScanSource  # of the first channel
 
     def crop(self, crop_box: CropBox) -> NDArray[np.int16]:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
@@ -100,7 +107,9 @@ def read_sources(
         if said := source_files.apart(grids[0], grid):
             raise UserError(f"{path}: {said.replace('its image', paths[0])}")
     assert first is not None
-    return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
+    return InferenceInput(
+        name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]), sources[0]
+    )
 
 
 def _source(path: Path, in_hu: bool) -> ScanSource:
@@ -275,11 +284,13 @@ class PredictOptions:
     """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune, a trial of it, or its model.safetensors."""
+    """Run of p2w finetune, all folds of a cross-validation, a trial, or its model.safetensors."""
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
-    """The mask (.nii.gz, .mha, …), or the table (.csv)."""
+    """The mask (.nii.gz, .mha, …; .dcm with --format dicom-seg), or the table (.csv)."""
+    format: Literal["image", "dicom-seg"] = "image"
+    """dicom-seg: of a DICOM series, write a DICOM segmentation object that refers to it."""
     candidates: Path | None = None
     """Table of candidates to classify."""
     preview: Path | None = None
@@ -300,10 +311,12 @@ def main(argv: list[str]) -> int:
     """Parse, read, predict, write."""
     options = tyro.cli(PredictOptions, args=argv, prog="p2w predict", description=USAGE)
     world = World.from_env()
-    model = load_finetuned(options.run, world.device)
+    model = load_ensemble([options.run], False, (), world.device)
     _check(options, model)
     scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
-    if model.kind.per_voxel:
+    if options.format == DICOM_SEG:
+        check_dicom_source(scan.source)
+    elif model.kind.per_voxel:
         check_geometry(options.out, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
     if not model.kind.per_voxel:
@@ -313,7 +326,11 @@ def main(argv: list[str]) -> int:
         print(f"{options.out}: {count} candidates")
         return 0
     mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype)
-    write_mask(options.out, scan.stored(mask), scan.stored_grid)
+    if options.format == DICOM_SEG:
+        masks = {segment_name(model): scan.stored(mask)}
+        write_dicom_seg(options.out, masks, scan.source, "".join(model.weights()))
+    else:
+        write_mask(options.out, scan.stored(mask), scan.stored_grid)
     millilitres = int(mask.sum()) * float(np.prod(scan.grid.spacing)) / 1000
     print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {model.file}")
     if options.preview is not None:
@@ -328,9 +345,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def segment_name(model: FineTunedModel) -> str:
+    """What a DICOM segmentation calls the foreground."""
+    return model.classes[-1] if model.classes else "foreground"
+
+
 def _check(options: PredictOptions, model: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
     name = options.out.name.lower()
+    endings = (SEG_ENDING,) if options.format == DICOM_SEG else MASKS
+    if options.format == DICOM_SEG and not model.kind.per_voxel:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     if not model.kind.per_voxel:
         if options.candidates is None or not name.endswith(".csv"):
             raise UserError(
@@ -338,9 +363,9 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
             )
         if options.preview is not None:
             raise UserError(f"--preview {options.preview}: {model.file} makes no mask to draw; leave it out")
-    elif options.candidates is not None or not name.endswith(MASKS):
+    elif options.candidates is not None or not name.endswith(endings):
         raise UserError(
-            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
+            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(endings)}"
         )
     if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
         raise UserError(

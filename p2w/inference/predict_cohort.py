@@ -1,6 +1,6 @@
 """Predictions of a fine-tuned network, or of several, on many scans: masks, probabilities, overlays and a page.
 
-    OUT/masks/UID.nii.gz            in the scan's own geometry
+    OUT/masks/UID.nii.gz            in the scan's own geometry; UID.dcm with --format dicom-seg
     OUT/probabilities/UID.nii.gz    float32 (--probabilities)
     OUT/overlays/UID.png            the mask's outline over three slices
     OUT/records/UID.json            written last: what was predicted of which files, or why a scan is bad
@@ -32,6 +32,9 @@ from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference import predict
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, write_rows
+from p2w.inference.dicom_seg import ENDING as SEG_ENDING
+from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
+from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.ensemble import EnsembleModel, load_ensemble
 from p2w.inference.predict import (
     MASKS,
@@ -40,6 +43,7 @@ from p2w.inference.predict import (
     draw_preview,
     mask_of,
     read_sources,
+    segment_name,
     write_mask,
 )
 from p2w.progress import Progress, say
@@ -66,7 +70,8 @@ class PredictCohortOptions:
     """Which networks, which scans, and where the results are written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune (its best trial), a trial of it, or its model.safetensors; of a task of segmentation."""
+    """Run of p2w finetune (its best trial), all folds of a cross-validation, a trial, or its model.safetensors; of a task of
+    segmentation."""
     scans: str
     """Folder of scans, table.csv, list.txt with one path a line, or one image file."""
     out: Path
@@ -81,6 +86,8 @@ class PredictCohortOptions:
     """Also write the probabilities, float32."""
     ending: str = ".nii.gz"
     """Format of masks and probabilities: .nii.gz, .nii, .mha, .mhd or .nrrd."""
+    format: Literal["image", "dicom-seg"] = "image"
+    """dicom-seg: of DICOM series, write masks as DICOM segmentation objects that refer to them."""
     overlays: bool = True
     """Draw the mask's outline over three slices of each scan."""
     overlap: float = 0.5
@@ -150,15 +157,18 @@ class PredictionFolder:
     def __init__(self, options: PredictCohortOptions, model: EnsembleModel, precision: str) -> None:
         """Nothing is read or written before `prepare`."""
         self.root, self.ending, self.task = options.out, options.ending, str(model.card["task"]["task"])
+        self.name, self.dicom = segment_name(model), options.format == DICOM_SEG
         self.kinds = [
             "masks",
             *(["probabilities"] * options.probabilities),
             *(["overlays"] * options.overlays),
         ]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "weights": model.weights(), "flips": sorted(model.flips), "overlap": options.overlap,
             "threshold": options.threshold, "precision": precision, "ending": options.ending,
         }  # fmt: skip
+        if self.dicom:
+            self.settings["format"] = DICOM_SEG
 
     def prepare(self) -> None:
         """Make the folders. Raises UserError when predictions of other settings are there, or nothing can be written."""
@@ -168,11 +178,12 @@ class PredictionFolder:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 there = json.loads(file.read_bytes())
-                other = [key for key, value in self.settings.items() if there.get(key) != value]
+                keys = dict.fromkeys((*self.settings, "format"))
+                other = [key for key in keys if there.get(key) != self.settings.get(key)]
                 if other:
                     raise UserError(
                         f"{self.root}: holds predictions of other settings ({other[0]}: {there.get(other[0])!r}, now "
-                        f"{self.settings[other[0]]!r}); name another --out"
+                        f"{self.settings.get(other[0])!r}); name another --out"
                     )
             write_atomic(file, canonical_json(self.settings, 2))
         except (OSError, ValueError) as error:
@@ -182,7 +193,8 @@ class PredictionFolder:
 
     def path(self, kind: str, scan: CohortScan) -> Path:
         """The file of a scan: of `masks`, `probabilities`, `overlays` or `records`."""
-        ending = {"overlays": ".png", "records": ".json"}.get(kind, self.ending)
+        others = {"overlays": ".png", "records": ".json"} | ({"masks": SEG_ENDING} if self.dicom else {})
+        ending = others.get(kind, self.ending)
         return self.root / kind / f"{scan.uid}{ending}"
 
     def record(self, scan: CohortScan) -> dict[str, Any] | None:
@@ -273,7 +285,10 @@ def _read_scans(
             state = scan.state()
             names = [source.name for source in scan.sources]
             image = read_sources(scan.sources, names, scan.name, model)
-            check_geometry(folder.path("masks", scan), image.stored_grid)
+            if folder.dicom:
+                check_dicom_source(image.source)
+            for kind in set(folder.kinds) & ({"probabilities"} if folder.dicom else {"masks"}):
+                check_geometry(folder.path(kind, scan), image.stored_grid)
             yield scan, image, state
         except (UserError, OSError) as error:
             yield scan, None, str(error).removeprefix(f"{scan.name}: ")
@@ -335,7 +350,13 @@ def _writer(
     """A function that writes the files of a scan and then its record."""
 
     def write() -> None:
-        write_mask(folder.path("masks", scan), image.stored(mask), image.stored_grid)
+        if folder.dicom:
+            weights = "".join(folder.settings["weights"])
+            write_dicom_seg(
+                folder.path("masks", scan), {folder.name: image.stored(mask)}, image.source, weights
+            )
+        else:
+            write_mask(folder.path("masks", scan), image.stored(mask), image.stored_grid)
         if found is not None:
             write_mask(folder.path("probabilities", scan), image.stored(found), image.stored_grid)
         count = int(np.count_nonzero(mask))

@@ -24,6 +24,8 @@ PRETEXTS: dict[str, str] = {
     "rubiks_cube_pp": "p2w.pretext.rubiks_cube:RubiksCubePp",
     "simmim": "p2w.pretext.mae:SimMim",
     "mae": "p2w.pretext.mae:Mae",
+    "spark": "p2w.pretext.spark:Spark",
+    "voco": "p2w.pretext.voco:Voco",
     "parts2whole_contrast": "p2w.pretext.contrastive.contrastive_pretext:Parts2WholeContrast",
     "simclr": "p2w.pretext.contrastive:SimClr",
     "moco": "p2w.pretext.contrastive:Moco",
@@ -31,6 +33,7 @@ PRETEXTS: dict[str, str] = {
     "pirl": "p2w.pretext.contrastive:Pirl",
     "exemplar": "p2w.pretext.contrastive:Exemplar",
     "swav": "p2w.pretext.contrastive:Swav",
+    "dino": "p2w.pretext.contrastive:Dino",
     "amdim": "p2w.pretext.contrastive:Amdim",
 }
 

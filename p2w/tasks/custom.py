@@ -230,7 +230,9 @@ class Custom(TileSettings):
         channels, grid, shape, file_record = self._image(case)
         source = case.source("mask")
         if self.masks in MODALITY:
-            mask = dicom_masks.read_mask(source, self.masks, self.structures, grid, shape)
+            mask = dicom_masks.read_mask(
+                source, self.masks, self.structures, case.source("image"), grid, shape
+            )
             record = {"role": "mask", "file": source.name, "nbytes": os.path.getsize(source.files[0])}
             files = [file_record, record | {"checksum": source_files.file_checksum(source.files[0])}]
         else:

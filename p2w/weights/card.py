@@ -151,10 +151,11 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
 def markdown(card: dict[str, Any]) -> str:
     """The card as README.md of a hub folder."""
     encoder, fed, training = card["encoder"], card["input"], card["training"]
+    where = card.get("repository", "this folder")
     figures = "".join(f"| {name} | {value:.4f} |\n" for name, value in training["figures"].items())
     return f"""---
 library_name: p2w
-tags: [medical-imaging, ct, self-supervised, parts2whole]
+{_front(card)}tags: [medical-imaging, ct, self-supervised, parts2whole]
 ---
 
 # {encoder["name"]}, width {encoder["width"]}, pretrained with p2w ({training["config"]["pretext"]["name"]})
@@ -162,7 +163,7 @@ tags: [medical-imaging, ct, self-supervised, parts2whole]
 ```python
 import p2w
 
-encoder = p2w.load("this folder")    # .channels {tuple(encoder["channels"])}, .strides {tuple(encoder["strides"])}
+encoder = p2w.load("{where}")    # .channels {tuple(encoder["channels"])}, .strides {tuple(encoder["strides"])}
 features = encoder(x)                # list, fine to coarse
 ```
 
@@ -175,8 +176,21 @@ size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_scans(fed)}
 | at that step | |
 |---|---|
 {figures}
-{card["notice"]}
+{_licences(card)}{card["notice"]}
 """
+
+
+def _front(card: dict[str, Any]) -> str:
+    """Lines of the page's YAML that only a published card has."""
+    known = {"license": card.get("licence"), "pipeline_tag": card.get("pipeline_tag")}
+    return "".join(f"{name}: {value}\n" for name, value in known.items() if value)
+
+
+def _licences(card: dict[str, Any]) -> str:
+    """A paragraph on the licences of weights and data, of a published card."""
+    if "licence" not in card:
+        return ""
+    return f"**Licence**: of the weights {card['licence']}. Trained on: {card['data_licence']}.\n\n"
 
 
 def _of_scans(fed: dict[str, Any]) -> str:

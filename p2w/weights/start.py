@@ -7,13 +7,14 @@
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
 --init checkpoint_final.pth       nnssl's ResEncL, such as OpenMind's
+--init hf://org/name              any of these on the Hugging Face Hub, see p2w.weights.hub
 
 Tensors of a file are loaded into an encoder with a report: what matched, what was adapted, what is missing, what is left
 over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from p2w.model.conv import PUBLISHED_WIDTH
 from p2w.model.decoder import build_decoder
 from p2w.weights import foreign, load
 from p2w.weights.foreign import State
+from p2w.weights.hub import download, is_hub_name
 
 INSPECT_USAGE = """\
 Which weights a file holds, and how many of their tensors fit: what `--init FILE` would do, without training.
@@ -184,6 +186,9 @@ def examine_weights(
         return StartingPoint(
             encoder, network, width, None, LoadReport(f"{network}, width {width}: random"), RANDOM, {}
         )
+    if is_hub_name(init):
+        file, name = download(init)
+        return replace(examine_weights(str(file), network, width, in_channels), source=str(name))
     path = Path(init)
     if _is_ours(path):
         return _from_ours(load.read_weights(path), network, width, in_channels)
