@@ -1,4 +1,5 @@
-"""Phantoms of CT tasks: abdomens in LiTS' format (lcs), CT pulmonary angiograms with emboli (ecc), organs told by place.
+"""Phantoms of CT tasks: abdomens in LiTS' format (lcs), CT pulmonary angiograms with emboli (ecc), DICOM with liver masks,
+organs told by place.
 
 lcs uses the lower half of a chest phantom, where liver, spleen and stomach touch and have similar HU.
 
@@ -17,6 +18,7 @@ from p2w.phantom.anatomy import Region
 from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
 from p2w.phantom.image_files import blob, put_file, write_image
+from p2w.phantom.lidc import uids, write_series
 
 Shape = tuple[int, int, int]
 
@@ -48,6 +50,18 @@ def write_lits_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
 def _abdomen(liver: np.ndarray, depth: int) -> slice:
     """The lowest slices of a scan, as many as requested: they show the liver."""
     return slice(0, min(depth, liver.shape[0]))
+
+
+def write_dicom_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """Write P001/000001.dcm …, a chest as a DICOM series, and P001_liver.nii.gz, the mask of its liver."""
+    scan = make_scan(int(np.random.SeedSequence([seed, number, 105]).generate_state(1)[0]), shape)
+    patient = f"P{number + 1:03d}"
+    study, series = uids("dicom", seed, number)
+    (folder / patient).mkdir()
+    tags = {"0010|0020": f"{seed}-{number + 1}", "0020|000d": study, "0020|000e": series}
+    write_series(folder / patient, scan, tags)
+    liver = (scan.labels == Label.LIVER).astype(np.uint8)
+    write_image(folder / f"{patient}_liver.nii.gz", liver, scan.spacing_mm, scan.origin_mm, False)
 
 
 EMBOLI, OTHERS = 8, 12  # candidates a patient
