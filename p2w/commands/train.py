@@ -118,6 +118,7 @@ def build(argv: list[str], world: World) -> Job:
         on_bad=config.data.on_bad_sample,
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
+        order_version=RunDir(args.folder).order_version(),
     )
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
