@@ -96,7 +96,14 @@ def _run(
             config,
             data,
             shards.where,
-            {**world.machine(), **command, **facts, "order": shards.order, "data_set": describe_data(shards)},
+            {
+                **world.machine(),
+                **command,
+                **facts,
+                "order": shards.order,
+                "order_version": trainer.stream.sampler.order_version,
+                "data_set": describe_data(shards),
+            },
         )
         versions = {"p2w": __version__, "torch": torch.__version__}
         about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
