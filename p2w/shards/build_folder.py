@@ -93,7 +93,7 @@ class BuildForecast:
 
 @dataclass(frozen=True)
 class DataSetContent:
-    """What the manifest and the lists beside it say, beside what all data sets have in common."""
+    """The parts of the manifest, and of the lists beside it, that differ between kinds of data sets."""
 
     rows: list[dict[str, Any]]  # each with its split
     meta: dict[str, Any]
@@ -134,8 +134,8 @@ class BuildFolder(ABC, Generic[S, Source]):
 
     source_noun: ClassVar[str]  # what one shard is cut from: "scan"
     part_noun: ClassVar[str]  # what a shard holds: "sub-scan"
-    form: ClassVar[Any]  # type of a record, as `files.type_mismatch` checks it
-    columns: ClassVar[pa.Schema]  # of its rows
+    form: Any  # type of a record, as `files.type_mismatch` checks it
+    columns: pa.Schema  # of its rows
     schema: ManifestSchema
     note: dict[str, Any]  # metadata of an Arrow shard
     sample_note: dict[str, Any] | None = None  # what the JSON of a sample in a tar says beside its columns
@@ -176,7 +176,7 @@ class BuildFolder(ABC, Generic[S, Source]):
         return None
 
     def adopt_version(self, theirs: bytes) -> None:
-        """Go on in the version in which an earlier p2w began the folder; `theirs` is its settings.json."""
+        """Settings to continue a folder that an earlier version of p2w began; `theirs` is its settings.json."""
 
     def sidecar(self, uid: str) -> str:
         """Path of the record of a source."""
