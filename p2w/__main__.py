@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.inference.predict_cohort",
         "apply a fine-tuned network to a scan, or to many: masks, or scores of candidates",
     ),
+    "score": (
+        "p2w.inference.score",
+        "predicted masks beside the true ones: Dice, IoU, surfaces in mm, by class",
+    ),
     "embed": (
         "p2w.inference.embed",
         "pooled features of an encoder for every scan of a cohort, without training",

@@ -46,6 +46,7 @@ from p2w.finetune.trials import FineTuning, check_crop_size, check_data, run_tri
 from p2w.log import Log
 from p2w.rank_errors import run_on_ranks
 from p2w.tasks.reader import TargetSet, open_target
+from p2w.trackers import LogConfig
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.preflight import check_rank_consistency
 from p2w.train.stop import StopRequest
@@ -99,6 +100,7 @@ class Args:
     """The settings below to begin with: the paper's protocol, or augmentation and what else is usual today. The help shows
     those of the recipe that is named before --help."""
     recipe: FineTuneRecipe = field(default_factory=FineTuneRecipe)
+    log: LogConfig = field(default_factory=lambda: LogConfig(to="none"))
 
 
 def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
@@ -177,6 +179,7 @@ def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, source = parse(argv, speaks=world.speaks)
     check_recipe(args.recipe)
+    args.log.check_installed()
     if not 1 <= args.trials <= 1000 or any(not 0 <= one < args.trials for one in args.trial):
         raise UserError(f"--trials {args.trials} --trial {args.trial}: from 1 to 1000, numbered from 0")
     if args.workers < 1 or (args.workers > 1 and world.size > 1):
@@ -196,7 +199,7 @@ def build(argv: list[str], world: World) -> Job:
         folder = args.run if fold is None or not args.folds else fold_folder(args.run, fold)
         fine_tuning = FineTuning(
             source, init, args.label or label_of(args.init), args.network, args.width, args.trials,
-            args.fraction, args.decoder == "pretrained", fold, args.recipe, folder,
+            args.fraction, args.decoder == "pretrained", fold, args.recipe, folder, args.log,
         )  # fmt: skip
         check_data(fine_tuning, world.size)
         said = init_leak(init, source, args.allow_leak, fold)

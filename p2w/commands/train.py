@@ -125,7 +125,9 @@ def build(argv: list[str], world: World) -> Job:
         on_bad=config.data.on_bad_sample,
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
+        order_version=RunDir(args.folder).order_version(),
     )
+    config.log.check_installed()
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
     ).rows

@@ -1,4 +1,4 @@
-"""Multi-frame CT (Enhanced CT and Legacy Converted Enhanced CT): frames as slices. Needs pydicom, the extra p2w[dicom].
+"""Multi-frame CT (Enhanced CT and Legacy Converted Enhanced CT): frames as slices. Needs pydicom, of the extra `dicom`.
 
 Frames carry their geometry and rescale in functional groups, shared or of each frame (DICOM PS3.3 C.7.6.16).
 """
@@ -16,7 +16,7 @@ from p2w.ct.dicom import Slice, not_a_scan
 from p2w.ct.dicom_pixels import AIR, PixelForm, darken_padding, fill_padding, unpacked_files
 from p2w.ct.orientation import BadScan
 
-MISSING = "needs pydicom: pip install 'p2w[dicom]'"
+MISSING = "needs pydicom: pip install 'parts2whole[dicom]'"
 
 
 def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:

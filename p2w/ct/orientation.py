@@ -16,6 +16,9 @@ TOLERANCE_MM = 0.2  # a slice may be so far off its place in a volume: headers r
 class BadScan(UserError):
     """A scan cannot be used. The message is one line without the scan's name."""
 
+    ends_build = False
+    """Whether no other scan is to be cut either, since what is wrong is the command and not the scan."""
+
 
 @dataclass(frozen=True)
 class Grid:

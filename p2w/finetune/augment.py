@@ -41,14 +41,14 @@ class Augmentation:
     """Largest factor, at least 1; log-uniform from its inverse to it."""
     brightness: float = 0.0
     """Probability of adding a constant."""
-    brightness_shift: float = 0.1
-    """Largest constant, either way, as a share of the window: 0.1 is 200 HU of [-1000, 1000]."""
+    brightness_shift: float = 0.025
+    """Largest constant, either way, as a share of the window: 0.025 is 50 HU of [-1000, 1000]."""
     contrast: float = 0.0
     """Probability of multiplying the distances from the mean of each channel."""
     contrast_change: float = 0.25
     """Factor: uniform within 1 - this and 1 + this."""
     gamma: float = 0.0
-    """Probability of raising values to a power."""
+    """Probability of raising values to a power; each channel keeps its mean and deviation."""
     gamma_factor: float = 1.5
     """Largest power, at least 1; log-uniform from its inverse to it."""
     blur: float = 0.0
@@ -61,8 +61,8 @@ class Augmentation:
     """Smallest share of the voxels of an edge, above 0; uniform up to 1."""
     noise: float = 0.0
     """Probability of Gaussian noise."""
-    noise_std: float = 0.05
-    """Largest standard deviation, as a share of the window; uniform from 0."""
+    noise_std: float = 0.025
+    """Largest standard deviation, as a share of the window: 0.025 is 50 HU of [-1000, 1000]; uniform from 0."""
 
     @property
     def on(self) -> bool:
@@ -102,7 +102,7 @@ PROBABILITIES = (
 USUAL = Augmentation(
     flip=0.5, rotation=0.2, scaling=0.2, brightness=0.15, contrast=0.15, gamma=0.3, blur=0.2, low_resolution=0.25, noise=0.1,
 )  # fmt: skip
-"""nnU-Net's probabilities (Isensee et al. 2021, supplement 4), its ranges brought to values in [0, 1]."""
+"""nnU-Net's probabilities (Isensee et al. 2021); ranges for values in [0, 1] are our choice."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,15 @@ def _contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gamma(x: Tensor, power: Tensor) -> Tensor:
-    return x.clamp(0, 1) ** power
+    made = x.clamp(0, 1) ** power
+    (mean, deviation), (before, spread) = _moments(made), _moments(x)
+    return (made - mean) * (spread / deviation.clamp(min=1e-6)) + before
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (B, C, 1, 1, 1) of each channel."""
+    mean = x.mean((2, 3, 4), keepdim=True)
+    return mean, (x - mean).square().mean((2, 3, 4), keepdim=True).sqrt()
 
 
 def _blur_of(radius: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from p2w.errors import UserError
 from p2w.finetune.task_types import TaskType
 from p2w.model import Network
-from p2w.model.unet3d import UpBlock
+from p2w.model.unet3d import ConvNormAct, UpBlock
 from p2w.world import World
 
 
@@ -47,8 +47,8 @@ class DeepSupervision(nn.Module):
         self._levels = tuple(levels)  # in a tuple they are not modules of this one
         out = network.get_submodule("decoder.out_tr.final_conv")
         assert isinstance(out, nn.Conv3d)
-        widths = [level.ops[1].conv1.out_channels for level in levels]
-        self.heads = nn.ModuleList(nn.Conv3d(int(width), out.out_channels, 1) for width in widths)
+        widths = [_width(level) for level in levels]
+        self.heads = nn.ModuleList(nn.Conv3d(width, out.out_channels, 1) for width in widths)
         self._features: list[Tensor] = []
 
     @contextmanager
@@ -81,6 +81,13 @@ class DeepSupervision(nn.Module):
         losses = [kind.loss(one, at_size(target, one.shape[2:]), batch, world) for one in every]
         parts = [loss * (weight / sum(weights)) for loss, weight in zip(losses, weights, strict=True)]
         return torch.stack(parts).sum()
+
+
+def _width(level: UpBlock) -> int:
+    """The channels of what a block computes."""
+    last = level.ops[1]
+    assert isinstance(last, ConvNormAct)
+    return last.conv1.out_channels
 
 
 def at_size(target: Tensor, size: torch.Size) -> Tensor:

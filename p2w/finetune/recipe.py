@@ -99,6 +99,7 @@ PUBLISHED = {  # task: batch, patience [C]
 
 RecipeName = Literal["paper", "modern"]
 MODERN = {
+    "lr": 2e-3,  # at its peak: over a cosine the mean is the paper's
     "stop_on": "metric",
     "patience": 50,
     "max_epochs": 100,

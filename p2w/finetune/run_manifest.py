@@ -217,8 +217,9 @@ def show_results(run: Path) -> None:
     found = results.read_fine_tuning(run)
     names = list(dict.fromkeys(name for trial in found.trials for name in trial.metrics))
     for name in names:
-        values = [trial.metrics[name] for trial in found.trials if name in trial.metrics]
-        spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        scale = 100 if results.is_share(name) else 1
+        values = [scale * trial.metrics[name] for trial in found.trials if name in trial.metrics]
+        spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         print(
-            f"{name:14} {100 * statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)"
+            f"{name:14} {statistics.fmean(values):6.2f}{spread}   ({len(values)} of {found.planned} trials)"
         )

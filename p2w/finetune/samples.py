@@ -101,10 +101,21 @@ class SampleSet(Protocol):
     def meta(self) -> dict[str, Any]:
         """The set's metadata. Its `window` is used: the stored values that become 0 and 1."""
 
-    patient: Sequence[str]
-    label: NDArray[np.int8]
-    foreground: NDArray[np.float32]
-    spacing_mm: NDArray[np.float32]  # (n, 3) z, y, x
+    @property
+    def patient(self) -> Sequence[str]:
+        """(n,): who each row of the set is of."""
+
+    @property
+    def label(self) -> NDArray[np.int8]:
+        """(n,): -1 where there is a mask instead."""
+
+    @property
+    def foreground(self) -> NDArray[np.float32]:
+        """(n,): the share of the voxels in the mask."""
+
+    @property
+    def spacing_mm(self) -> NDArray[np.float32]:
+        """(n, 3): the edges of the voxels of every row of the set, z, y, x."""
 
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
         """Voxels int16 (B, C, D, H, W) and targets of these rows."""
@@ -130,6 +141,10 @@ class Samples:
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.rows)
+
+    def spacing_mm(self, positions: Positions) -> NDArray[np.float32]:
+        """(B, 3): the edges of the voxels of the samples at these positions, z, y, x."""
+        return self.source.spacing_mm[self.rows[np.asarray(positions, np.int64)]]
 
     def batches(self, positions: Sequence[Positions]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each list of positions: volumes (B, C, D, H, W) float32 in [0, 1], and targets, on the device."""

@@ -1,7 +1,8 @@
-"""Kinds of target tasks, one class each: network, loss, metrics, and what a prediction is.
+"""Kinds of target tasks, one class each: network, loss, metrics, and what a prediction is; here the paper's two.
 
-A set's `meta["kind"]` names the class. Whatever trains, judges or predicts asks it, and knows no kind by name. What the
-samples of a kind hold is declared in `p2w.tasks.task.SAMPLE_KINDS`, which needs no torch. The recipe for another kind is
+Those of several classes are in `segmentation_kinds.py` and `answer_kinds.py`, the interface in `task_interface.py`. A set's
+`meta["kind"]` names the class. Whatever trains, judges or predicts asks it, and knows no kind by name. What the samples of a
+kind hold is declared in `p2w.tasks.task.SAMPLE_KINDS`, which needs no torch. The recipe for another kind is
 docs/add_a_task.md.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
@@ -21,7 +22,6 @@ Metrics of classification:
     auc_patient    over patients: the highest probability of a patient's samples, against whether any is positive
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,14 +33,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from p2w import stats
 from p2w.errors import UserError
+from p2w.finetune.answer_kinds import MultiClass, MultiLabel, Regression
+from p2w.finetune.segmentation_kinds import MultiClassSegmentation, MultiLabelSegmentation
+from p2w.finetune.task_interface import Intervals, Measures, TaskType
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Classifier, Segmenter, build_decoder
 from p2w.tasks.task import CLASSIFICATION, SAMPLE_KINDS, SEGMENTATION
 from p2w.world import World, all_reduce_sum
 
 Floats = NDArray[np.float64]
-Measures = dict[str, float]
-Intervals = dict[str, stats.Interval]
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 HIT, PREDICTED, TRUE, VOXELS = range(4)  # columns of a sample's counts
@@ -134,71 +135,13 @@ def _numbers(patients: Sequence[str]) -> NDArray[np.intp]:
 SMOOTH = 1.0  # of soft Dice, as in Models Genesis' code (docs/paper.md)
 
 
-class TaskType(ABC):
-    """A kind of task: all that training, judging and predicting need to know of it."""
-
-    name: str
-    """The kind's name in manifests and cards, a key of `p2w.tasks.task.SAMPLE_KINDS`."""
-    compared: str
-    """The metric that tables compare, unless a task names another."""
-    per_voxel: bool
-    """True: one answer a voxel. The network ends in a decoder, and what is predicted of a scan is a mask of its size, drawn
-    over its slices. False: one answer a sample. The network pools its features, and what is predicted is a table with a row
-    for each candidate."""
-    needed_labels: tuple[int, ...] = ()
-    """Labels that every fraction of the training data must hold."""
-
-    @abstractmethod
-    def network(self, encoder: Encoder, classes: Sequence[str] = (), skips: bool = True) -> Network:
-        """The encoder with a head for `classes`, whose weights draw from torch's generator.
-
-        `skips`: whether a decoder joins the encoder's features at every level.
-        """
-
-    def problem_of(self, labels: NDArray[np.int8]) -> str:
-        """Why nothing can be learned from samples of these labels, as the end of a sentence; "" where something can."""
-        return ""
-
-    @abstractmethod
-    def loss(self, logits: Tensor, target: Tensor, batch: int, world: World) -> Tensor:
-        """The loss of this rank's share of a batch of `batch` samples; its mean over ranks is the loss of the batch."""
-
-    @abstractmethod
-    def record(self, logits: Tensor, target: Tensor) -> Tensor:
-        """All that loss and metrics need of each sample, (B, …) float64 on the logits' device."""
-
-    @abstractmethod
-    def loss_of(self, records: Tensor) -> float:
-        """The loss of a batch of records, as `loss` would give it."""
-
-    @abstractmethod
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """Metrics in [0, 1] and their 95 % intervals, of the records of all test samples."""
-
-    @abstractmethod
-    def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
-        """Arrays for predictions.npz, with one entry a sample."""
-
-    @abstractmethod
-    def predict(self, logits: Tensor) -> Tensor:
-        """The prediction for the user: (B, D, H, W) float32 in [0, 1] for one answer a voxel, else (B, columns) float32."""
-
-    def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
-        """One answer a sample: what the columns of `predict` are called in a table."""
-        return ("probability",)
-
-    def to_mask(self, predicted: NDArray[np.float32], threshold: float) -> NDArray[np.uint8]:
-        """One answer a voxel: what `predict` gave for voxels, averaged over windows -> the values written into a mask."""
-        return (predicted > threshold).astype(np.uint8)
-
-
 class Classification(TaskType):
     """Is it one, or not: one probability a sample, binary cross-entropy, AUC."""
 
     name = CLASSIFICATION
     compared = "auc"
     per_voxel = False
-    needed_labels = SAMPLE_KINDS[CLASSIFICATION].labels
+    needed_labels = SAMPLE_KINDS[CLASSIFICATION].labels_of(2)
 
     def network(self, encoder: Encoder, classes: Sequence[str] = (), skips: bool = True) -> Network:
         """Pooled features, a hidden layer, one logit."""
@@ -296,11 +239,22 @@ def soft_dice(sums: Tensor) -> Tensor:
     return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + sums[2] + SMOOTH)
 
 
-TASK_TYPES: dict[str, TaskType] = {kind.name: kind for kind in (Classification(), Segmentation())}
+TASK_TYPES: dict[str, TaskType] = {
+    kind.name: kind
+    for kind in (
+        Classification(),
+        Segmentation(),
+        MultiClassSegmentation(),
+        MultiLabelSegmentation(),
+        MultiClass(),
+        MultiLabel(),
+        Regression(),
+    )
+}
 
 
 def task_type(name: str) -> TaskType:
-    """The kind of that name. Raises UserError when there is none."""
+    """The kind of that name; `for_set` gives the one of a set. Raises UserError when there is none."""
     if name not in TASK_TYPES:
         raise UserError(f"a task of kind {name!r}: must be one of {', '.join(TASK_TYPES)}")
     return TASK_TYPES[name]

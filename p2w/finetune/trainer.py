@@ -232,8 +232,11 @@ class FineTuner:
         return loss, metric
 
     @torch.no_grad()
-    def records(self, samples: Samples) -> Tensor:
-        """What loss and metrics need of each sample, (N, …) float64 on the CPU, in the split's order, on every rank."""
+    def records(self, samples: Samples, test: bool = False) -> Tensor:
+        """What loss and metrics need of each sample, (N, …) float64 on the CPU, in the split's order, on every rank.
+
+        `test`: with the columns that the test alone needs (`TaskType.test_record`).
+        """
         network = self.judged.eval()
         rank, size = self.world.rank, self.world.size
         every = range(len(samples))
@@ -250,7 +253,10 @@ class FineTuner:
             x, target = next(batches_of)
             with self._autocast():
                 logits = network(x)
-            found.append(self.kind.record(logits, target))
+            if test:
+                found.append(self.kind.test_record(logits, target, samples.spacing_mm(positions)))
+            else:
+                found.append(self.kind.record(logits, target))
         return gather_rows(torch.cat(found), self.world, len(samples)).cpu()
 
     def _autocast(self) -> torch.autocast:

@@ -4,8 +4,9 @@ RUN/trial-00/
     result.json         seed, metrics, intervals; written last: a folder without it is unfinished
     predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels;
                         of a fold also all that metrics need, `records`
+    test.png            how good they are, of kinds of several classes: Dice by patient, ROC curves, true over predicted
     model.safetensors   the weights of the best epoch by validation, and a card that says what they are
-    metrics.jsonl       a line an epoch
+    metrics.jsonl       a line an epoch; trackers.json, trackers.log where `--log.to` names a tracker
     checkpoints/        while it is unfinished: what it continues from
 """
 
@@ -29,13 +30,14 @@ from p2w.errors import UserError
 from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import TaskType
-from p2w.finetune.trainer import EpochResult, FineTuner
+from p2w.finetune.trainer import EpochResult, FineTuner, StopRequested
 from p2w.log import Log, hours_minutes_seconds
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.world import World
 
 LINE_EVERY_S = 10.0
 RESULT, MODEL, PREDICTIONS = "result.json", "model.safetensors", "predictions.npz"
+PICTURE = "test.png"
 
 
 def folder_of(run: Path, index: int) -> Path:
@@ -97,12 +99,24 @@ class TrialRun:
 
     def run(self) -> dict[str, Any]:
         """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, at a stop request."""
+        state = "failed"
+        try:
+            result = self._run()
+            state = "finished"
+        except StopRequested:
+            state = "told to stop"
+            raise
+        finally:
+            self.log.close(state)
+        return result
+
+    def _run(self) -> dict[str, Any]:
         began = time.monotonic()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, warn=self.log.warn)
         self._resume()
         self._train()
         self.tuner.take_best()
-        records = self.tuner.records(self.test)
+        records = self.tuner.records(self.test, test=True)
         metrics, intervals = self.tuner.kind.judge(records, self.patients)
         result = {
             "trial": self.index,
@@ -126,6 +140,8 @@ class TrialRun:
         }
         if self.world.is_main:
             self._write(result, records)
+            test = {f"test/{name}": float(value) for name, value in metrics.items()}
+            self.log.send(self.tuner.number, test)
         self.world.barrier()
         return result
 
@@ -154,7 +170,7 @@ class TrialRun:
             facts = {
                 name: value for name, value in vars(epoch).items() if name != "number" and value is not None
             }
-            self.log.event(epoch.number, facts)
+            self.log.metrics(epoch.number, facts)
             now = time.monotonic()
             if now - said >= LINE_EVERY_S or self.tuner.ended:
                 said = now
@@ -203,6 +219,8 @@ class TrialRun:
                 data = save(self.tuner.best, {"format": "pt", "p2w": json.dumps(card, sort_keys=True)})
                 write_atomic(self.folder / MODEL, data)
             write_atomic(self.folder / PREDICTIONS, packed.getvalue())
+            if png := self.kind.picture(records, self.patients):
+                write_atomic(self.folder / PICTURE, png)
             write_atomic(self.folder / RESULT, json.dumps(result, indent=2))
         except OSError as error:
             raise UserError(

@@ -20,7 +20,7 @@ import torch
 from p2w import __version__
 from p2w.errors import UserError
 from p2w.finetune.init import InitRecord, network_of
-from p2w.finetune.recipe import FineTuneRecipe
+from p2w.finetune.recipe import FineTuneRecipe, plain_recipe
 from p2w.finetune.samples import Rows, Samples, data_fraction, fixed_batches
 from p2w.finetune.task_types import TaskType, task_type
 from p2w.finetune.trainer import FineTuner
@@ -28,6 +28,7 @@ from p2w.finetune.trial import TrialLock, TrialRun, folder_of, is_finished
 from p2w.log import Log
 from p2w.model import Encoder, Network
 from p2w.tasks.reader import TargetSet
+from p2w.trackers import LogConfig
 from p2w.train.optim import Precision
 from p2w.weights.start import StartingPoint, load_start
 from p2w.world import World
@@ -50,12 +51,19 @@ class FineTuning:
     fold: int | None
     recipe: FineTuneRecipe
     folder: Path
+    log: LogConfig = field(default=LogConfig(to="none"), compare=False)
     cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def kind(self) -> TaskType:
-        """The kind of the task."""
-        return task_type(self.source.kind)
+        """The kind of the task, which knows the set's classes."""
+        return task_type(self.source.kind).for_set(self.source.meta)
+
+    def trial_kind(self, index: int) -> TaskType:
+        """The kind, which knows the training targets of a trial too."""
+        return task_type(self.source.kind).for_set(
+            self.source.meta, self.source.targets[self.training_rows(index)]
+        )
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
@@ -109,7 +117,10 @@ def check_data(fine_tuning: FineTuning, ranks: int) -> None:
             )
     judged = ("val",) if fine_tuning.recipe.stop_on == "metric" else ()
     for split in ("train", *judged, "test"):
-        if said := fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]]):
+        said = fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]])
+        if split == "train":
+            said = said or fine_tuning.kind.problem_of_targets(fine_tuning.source.targets[rows[split]])
+        if said:
             option = "; --recipe.stop-on loss does without" if split == "val" else ""
             raise UserError(f"{where}: the samples to {split} {said}{option}")
     if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
@@ -172,11 +183,13 @@ def one_trial(
 ) -> TrialRun:
     """Build a trial on this rank."""
     folder, seed = folder_of(fine_tuning.folder, index), fine_tuning.seed(index)
-    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs)
+    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs, fine_tuning.log)
+    log.describe(f"{fine_tuning.folder.absolute().name}/{folder.name}", tracked_settings(fine_tuning, index))
     network, start = fine_tuning.build(index)
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
-    tuner = FineTuner(network, fine_tuning.kind, fine_tuning.recipe, precision, world, seed, stop_requested)
+    kind = fine_tuning.trial_kind(index)
+    tuner = FineTuner(network, kind, fine_tuning.recipe, precision, world, seed, stop_requested)
     if fine_tuning.recipe.freeze and fine_tuning.recipe.recalibrate:
         tuner.recalibrate(train)
     if world.is_main:
@@ -184,11 +197,26 @@ def one_trial(
             f"trial {index}  seed {seed}  {len(train)} samples to train, {len(val)} to validate, {len(test)} to test"
         )
     return TrialRun(
-        index, seed, folder, tuner, fine_tuning.kind, train, val, test,
+        index, seed, folder, tuner, kind, train, val, test,
         [fine_tuning.source.key[row] for row in rows["test"]],
         [fine_tuning.source.patient[row] for row in rows["test"]],
         trial_card(fine_tuning, index, network, start), log, world, fine_tuning.fold is not None,
     )  # fmt: skip
+
+
+def tracked_settings(fine_tuning: FineTuning, index: int) -> dict[str, Any]:
+    """What trackers are told of a trial."""
+    recipe = {f"recipe.{name}": value for name, value in plain_recipe(fine_tuning.recipe).items()}
+    return recipe | {
+        "task": str(fine_tuning.source.meta["task"]),
+        "init": fine_tuning.label,
+        "fraction": fine_tuning.fraction,
+        "fold": fine_tuning.fold,
+        "trial": index,
+        "seed": fine_tuning.seed(index),
+        "p2w": __version__,
+        "torch": torch.__version__,
+    }
 
 
 def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: StartingPoint) -> dict[str, Any]:
@@ -208,7 +236,7 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
         "task": {
             key: meta.get(key)
             for key in ("task", "channels", "channel_names", "size_zyx", "window", "spacing_mm", "classes", "settings")
-        },
+        } | ({"target": dict(target)} if (target := fine_tuning.trial_kind(index).target) else {}),
         "init": fine_tuning.label,
         "trial": index,
         "seed": fine_tuning.seed(index),

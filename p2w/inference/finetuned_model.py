@@ -37,8 +37,8 @@ class FineTunedModel:
 
     @property
     def kind(self) -> TaskType:
-        """The kind of the task that it was fine-tuned on."""
-        return task_type(self.card["kind"])
+        """The kind of the task that it was fine-tuned on, which knows the task's classes."""
+        return task_type(self.card["kind"]).for_set(self.card["task"])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -76,6 +76,11 @@ class FineTunedModel:
     def assumes_hu(self) -> bool:
         """Whether the task's images were taken for HU without a test."""
         return bool((self.card["task"].get("settings") or {}).get("assume_hu"))
+
+    @property
+    def of_whole_scans(self) -> bool:
+        """Whether a sample was a whole scan, and so is what it tells something of."""
+        return not self.kind.per_voxel and (self.card["task"].get("target") or {}).get("sample") == "scan"
 
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
@@ -124,6 +129,10 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
         )
     encoder.input_norm = described["feeding"]
     classes = card["task"].get("classes") or ()
+    try:
+        task_type(card["kind"]).for_set(card["task"]).mask_legend()
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{file}: its card does not fit its classes ({error}); copy it again") from error
     network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:
         network.load_state_dict(load_file(file))

@@ -1,18 +1,15 @@
-"""Predictions of a fine-tuned network on whole scans: reading a scan, masks, tables of candidates, a preview."""
+"""Predictions of a fine-tuned network on whole scans: reading a scan, masks, tables of candidates or of the scan."""
 
 import csv
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 import tyro
 from numpy.typing import NDArray
@@ -26,8 +23,17 @@ from p2w.errors import UserError
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
+from p2w.inference.drawing import draw_preview
 from p2w.inference.ensemble import load_ensemble
 from p2w.inference.finetuned_model import FineTunedModel
+from p2w.inference.mask_files import (
+    ENDING,
+    MASKS,
+    check_geometry,
+    publish_text,
+    write_classes,
+    write_volumes,
+)
 from p2w.inference.sliding import Windows, on_scan, slices
 from p2w.progress import Progress
 from p2w.tasks import crops, source_files
@@ -42,11 +48,15 @@ USAGE = """What a fine-tuned network says of a whole scan.
     p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
     p2w predict runs/lcs-p2w --scan DICOMFOLDER --out liver.dcm --format dicom-seg       a DICOM segmentation of the series
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
+    p2w predict runs/sts --scan scan.nii.gz --out labels.nii.gz --probabilities labels   a label map, labels.labels.json
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
+    p2w predict runs/age --scan scan.nii.gz --out age.csv                                what it says of the whole scan
 
 Of a run, the trial with the lowest validation loss; of a cross-validation (p2w finetune --folds), the mean over one of each
 fold. Masks: windows of the training crops' size and spacing slide over the scan and overlap; what is more probable than
---threshold is 1. The mask has the scan's size, spacing, origin and direction.
+--threshold is 1. A mask has the scan's size, spacing, origin and direction. Of several classes it is a label map in the
+values of the training masks, with FILE.labels.json beside it; of labels that may overlap, --out is a folder that gets a mask
+of each.
 Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
@@ -152,6 +162,12 @@ def windows_of(scan: InferenceInput, model: FineTunedModel, overlap: float) -> W
     return Windows((z, y, x), model.size, step, overlap)
 
 
+def probabilities_for(scan: InferenceInput, model: FineTunedModel) -> NDArray[np.float32]:
+    """An array for the probabilities of a scan: [z,y,x], or [k,z,y,x] of several classes."""
+    classes = len(model.kind.layers())
+    return np.empty((*([classes] if classes else []), *scan.voxels.shape), np.float32)
+
+
 def mask_of(
     scan: InferenceInput,
     model: FineTunedModel,
@@ -161,10 +177,11 @@ def mask_of(
     dtype: torch.dtype | None,
     probabilities: NDArray[np.float32] | None = None,
     shown: bool = True,
-) -> NDArray[np.uint8]:
+) -> NDArray[Any]:
     """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x].
 
-    The predictions themselves are written into `probabilities` [z,y,x], if it is given. `shown`: with a progress bar.
+    The predictions themselves are written into `probabilities` (see `probabilities_for`), if it is given. `shown`: with a
+    progress bar.
     """
     windows = windows_of(scan, model, overlap)
     device = next(model.network.parameters()).device
@@ -179,13 +196,26 @@ def mask_of(
             progress.tick()
         return found
 
-    mask = np.zeros(windows.shape, np.uint8)
+    mask: NDArray[Any] | None = None
+    kind = model.kind
     with progress if shown else nullcontext():
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
-            mask[z] = model.kind.to_mask(image, threshold)
+            values = kind.to_mask(image, threshold)
+            mask = np.zeros(windows.shape, values.dtype) if mask is None else mask
+            mask[z] = values
             if probabilities is not None:
-                probabilities[z] = image
+                probabilities[..., z, :, :] = image
+    assert mask is not None
     return mask
+
+
+def answers_of(scan: InferenceInput, model: FineTunedModel, dtype: torch.dtype | None) -> list[float]:
+    """What a network of whole scans says of one: a number for each of `columns`."""
+    device = next(model.network.parameters()).device
+    box = CropBox.of_whole(model.size, scan.grid, model.spacing_mm)
+    stack = torch.from_numpy(scan.crop(box)[None]).to(device)
+    found: list[list[float]] = model.predictions(stack, dtype).cpu().tolist()
+    return found[0]
 
 
 def scores_of(
@@ -228,57 +258,6 @@ def scores_of(
     return text.getvalue(), len(world)
 
 
-AXES = ("axial, patient's left on the right", "coronal", "sagittal, front on the left")
-
-
-def draw_preview(path: Path, voxels: NDArray[Any], mask: NDArray[np.uint8], grid: Grid, title: str) -> None:
-    """A PNG of the axial slice with most of the mask, and the coronal and sagittal slices through the middle of it.
-
-    `voxels`, `mask`: canonical [z,y,x]; without any mask, the middle of the scan. Raises UserError where it cannot write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    where = _middle(mask)
-    spacing = grid.spacing[::-1]
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, panel in enumerate(figure.subplots(1, 3)):
-        index: list[Any] = [slice(None)] * 3
-        index[axis] = where[axis]
-        image, outline = voxels[tuple(index)], mask[tuple(index)]
-        rows, columns = (number for number in range(3) if number != axis)
-        low, high = np.percentile(voxels[::4, ::8, ::8], (1, 99.5))
-        panel.imshow(
-            image, cmap="gray", vmin=low, vmax=high, aspect=spacing[rows] / spacing[columns],
-            origin="upper" if axis == 0 else "lower", interpolation="nearest",
-        )  # fmt: skip
-        if outline.any():
-            panel.contour(outline, levels=[0.5], colors="#ff3b30", linewidths=1.2)
-        panel.set_title(f"{AXES[axis]}: {'zyx'[axis]} = {where[axis]}", fontsize=9)
-        panel.set_axis_off()
-    millilitres = int(mask.sum()) * float(np.prod(spacing)) / 1000
-    figure.suptitle(f"{title}: {millilitres:.1f} ml", fontsize=11)
-    try:
-        figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); name another --preview") from error
-
-
-def _middle(mask: NDArray[np.uint8]) -> tuple[int, int, int]:
-    """The z with most of the mask, and y and x in the middle of the mask there."""
-    areas = mask.sum((1, 2), dtype=np.int64)
-    if not areas.any():
-        return mask.shape[0] // 2, mask.shape[1] // 2, mask.shape[2] // 2
-    z = int(areas.argmax())
-    y, x = (int(np.median(at)) for at in np.nonzero(mask[z]))
-    return z, y, x
-
-
-NIFTI_SIZE = 32_767  # most voxels along an axis of NIfTI-1
-MASKS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
-
-
 @dataclass(frozen=True)
 class PredictOptions:
     """Which network, which scan, and where the result is written."""
@@ -288,11 +267,13 @@ class PredictOptions:
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
-    """The mask (.nii.gz, .mha, …; .dcm with --format dicom-seg), or the table (.csv)."""
+    """The mask (.nii.gz, .mha, …; .dcm with --format dicom-seg), the folder of masks, or the table (.csv)."""
     format: Literal["image", "dicom-seg"] = "image"
     """dicom-seg: of a DICOM series, write a DICOM segmentation object that refers to it."""
     candidates: Path | None = None
     """Table of candidates to classify."""
+    probabilities: Path | None = None
+    """Also write probabilities, float32: a file; of several classes a folder that gets a file of each."""
     preview: Path | None = None
     """Also draw the mask's outline over three slices of the scan: a PNG."""
     overlap: float = 0.5
@@ -314,59 +295,63 @@ def main(argv: list[str]) -> int:
     model = load_ensemble([options.run], False, (), world.device)
     _check(options, model)
     scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
+    kind = model.kind
     if options.format == DICOM_SEG:
         check_dicom_source(scan.source)
-    elif model.kind.per_voxel:
-        check_geometry(options.out, scan.stored_grid)
+    elif kind.per_voxel:
+        file = options.out / f"mask{ENDING}" if kind.separate_files else options.out
+        check_geometry(file, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
-    if not model.kind.per_voxel:
+    if model.of_whole_scans:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("scan", *kind.columns(model.classes)))
+        rows.writerow((scan.name, *(f"{value:.6f}" for value in answers_of(scan, model, dtype))))
+        publish_text(options.out, text.getvalue())
+        print(f"{options.out}: 1 scan, by {model.file}")
+        return 0
+    if not kind.per_voxel:
         assert options.candidates is not None
         table, count = scores_of(scan, model, options.candidates, options.batch, dtype)
-        _publish_text(options.out, table)
+        publish_text(options.out, table)
         print(f"{options.out}: {count} candidates")
         return 0
-    mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype)
+    found = None if options.probabilities is None else probabilities_for(scan, model)
+    mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype, found)
     if options.format == DICOM_SEG:
-        masks = {segment_name(model): scan.stored(mask)}
-        write_dicom_seg(options.out, masks, scan.source, "".join(model.weights()))
+        write_dicom_seg(options.out, segments_of(mask, scan, model), scan.source, "".join(model.weights()))
     else:
-        write_mask(options.out, scan.stored(mask), scan.stored_grid)
-    millilitres = int(mask.sum()) * float(np.prod(scan.grid.spacing)) / 1000
-    print(f"{options.out}: {int(mask.sum()):,} voxels, {millilitres:.1f} ml, by {model.file}")
-    if options.preview is not None:
-        draw_preview(
-            options.preview,
-            scan.voxels,
-            mask,
-            scan.grid,
-            f"{scan.name}, {model.card['task']['task']}",
+        write_classes(options.out, mask, scan, kind, ENDING)
+    if options.probabilities is not None and found is not None:
+        volumes = dict(zip(kind.layers(), found, strict=True)) if kind.layers() else {"": found}
+        write_volumes(options.probabilities, volumes, scan, ENDING)
+    for name, inside in kind.mask_classes(mask).items():
+        count = int(np.count_nonzero(inside))
+        millilitres = count * float(np.prod(scan.grid.spacing)) / 1000
+        print(
+            f"{options.out}: {f'{name}: ' if name else ''}{count:,} voxels, {millilitres:.1f} ml, by {model.file}"
         )
+    if options.preview is not None:
+        title = f"{scan.name}, {model.card['task']['task']}"
+        draw_preview(options.preview, scan.voxels, mask, scan.grid, title, kind.mask_classes)
         print(f"{options.preview}: drawn")
     return 0
 
 
-def segment_name(model: FineTunedModel) -> str:
-    """What a DICOM segmentation calls the foreground."""
-    return model.classes[-1] if model.classes else "foreground"
+def segments_of(
+    mask: NDArray[Any], scan: "InferenceInput", model: FineTunedModel
+) -> dict[str, NDArray[np.bool_]]:
+    """The segments of a canonical mask by name, in the stored order of the scan; they may overlap."""
+    single = model.classes[-1] if model.classes else "foreground"
+    return {name or single: scan.stored(inside) for name, inside in model.kind.mask_classes(mask).items()}
 
 
 def _check(options: PredictOptions, model: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
-    name = options.out.name.lower()
-    endings = (SEG_ENDING,) if options.format == DICOM_SEG else MASKS
-    if options.format == DICOM_SEG and not model.kind.per_voxel:
-        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
-    if not model.kind.per_voxel:
-        if options.candidates is None or not name.endswith(".csv"):
-            raise UserError(
-                f"{model.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
-            )
-        if options.preview is not None:
-            raise UserError(f"--preview {options.preview}: {model.file} makes no mask to draw; leave it out")
-    elif options.candidates is not None or not name.endswith(endings):
-        raise UserError(
-            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(endings)}"
-        )
+    if model.kind.per_voxel:
+        _check_masks(options, model)
+    else:
+        _check_answers(options, model)
     if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
         raise UserError(
             f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
@@ -377,62 +362,54 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
         raise UserError(
             f"--scan names {len(options.scan)} image(s), the network takes {model.channels}: {', '.join(names)}"
         )
-    for flag, path in (("--out", options.out), ("--preview", options.preview)):
+    for flag, path in (
+        ("--out", options.out),
+        ("--preview", options.preview),
+        ("--probabilities", options.probabilities),
+    ):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 
 
-def check_geometry(path: Path, grid: Grid) -> None:
-    """Raise UserError where the format of `path` cannot hold the grid, before anything is computed for it.
-
-    A small image of the same spacing, origin and direction is written and read back; no corner of the grid may move.
-    """
-    image = sitk.Image([2, 2, 2], sitk.sitkUInt8)
-    image.SetSpacing(grid.spacing)
-    image.SetOrigin(grid.origin)
-    image.SetDirection(grid.direction)
-    why = ""
-    with tempfile.TemporaryDirectory(prefix="p2w-") as folder:
-        name = os.path.join(
-            folder, "trial" + "".join(path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix])
+def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
+    """`_check` of a network that says something of candidates, or of the whole scan."""
+    if options.format == DICOM_SEG:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
+    is_table = options.out.name.lower().endswith(".csv")
+    if model.of_whole_scans and (options.candidates is not None or not is_table):
+        raise UserError(f"{model.file}: is of whole scans: leave --candidates out, and name --out FILE.csv")
+    if not model.of_whole_scans and (options.candidates is None or not is_table):
+        raise UserError(
+            f"{model.file}: classifies candidates: name their table with --candidates, and --out FILE.csv"
         )
-        try:
-            sitk.WriteImage(image, name)
-            written = sitk.ReadImage(name)
-            kept = Grid(grid.size, written.GetSpacing(), written.GetOrigin(), written.GetDirection())
-            why = source_files.apart(grid, kept) or ""
-        except RuntimeError as error:
-            why = str(error).strip().splitlines()[-1]
-    if path.name.lower().endswith((".nii", ".nii.gz")) and max(grid.size) > NIFTI_SIZE:
-        why = f"{max(grid.size):,} voxels along an axis, NIfTI-1 holds {NIFTI_SIZE:,}"
-    if why:
-        raise UserError(f"{path}: its format cannot hold where the scan lies ({why}); name --out FILE.mha")
+    for flag, path in (("--preview", options.preview), ("--probabilities", options.probabilities)):
+        if path is not None:
+            raise UserError(f"{flag} {path}: {model.file} makes no mask; leave it out")
 
 
-def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
-    """Write a volume [z,y,x] in the grid's geometry, under another name first. Raises UserError where that fails."""
-    image = sitk.GetImageFromArray(mask)
-    image.SetSpacing(grid.spacing)
-    image.SetOrigin(grid.origin)
-    image.SetDirection(grid.direction)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent) as beside:
-            sitk.WriteImage(image, os.path.join(beside, path.name), useCompression=True)
-            for written in sorted(
-                os.listdir(beside), key=lambda name: name == path.name
-            ):  # voxels, then the header
-                os.replace(os.path.join(beside, written), path.parent / written)
-    except (OSError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: not written ({said}); name another --out") from error
-
-
-def _publish_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text)
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise UserError(f"{path}: not written ({error.strerror}); name another --out") from error
+def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
+    """`_check` of a network that segments."""
+    name, layers = options.out.name.lower(), model.kind.layers()
+    if options.format == DICOM_SEG:
+        if options.candidates is not None or not name.endswith(SEG_ENDING):
+            raise UserError(
+                f"{model.file}: segments: leave --candidates out, and name --out FILE{SEG_ENDING}"
+            )
+    elif model.kind.separate_files:
+        if options.candidates is not None or name.endswith((*MASKS, ".csv")) or options.out.is_file():
+            raise UserError(
+                f"{model.file}: its labels may overlap, each gets a mask: leave --candidates out, and name a folder with "
+                "--out"
+            )
+    elif options.candidates is not None or not name.endswith(MASKS):
+        raise UserError(
+            f"{model.file}: segments: leave --candidates out, and name --out with one of {', '.join(MASKS)}"
+        )
+    into = options.probabilities
+    if into is not None and bool(layers) == into.name.lower().endswith(MASKS):
+        rule = (
+            f"a folder, which gets a file for each of {len(layers)} classes"
+            if layers
+            else f"one of {', '.join(MASKS)}"
+        )
+        raise UserError(f"--probabilities {into}: name {rule}")

@@ -1,15 +1,19 @@
 """Predictions of a fine-tuned network, or of several, on many scans: masks, probabilities, overlays and a page.
 
-    OUT/masks/UID.nii.gz            in the scan's own geometry; UID.dcm with --format dicom-seg
-    OUT/probabilities/UID.nii.gz    float32 (--probabilities)
+    OUT/masks/UID.nii.gz            in the scan's own geometry; UID.dcm with --format dicom-seg; of labels that may overlap
+                                    UID/NAME.nii.gz
+    OUT/labels.json                 which value is which class, where there are several
+    OUT/probabilities/UID.nii.gz    float32 (--probabilities); of several classes UID/NAME.nii.gz
     OUT/overlays/UID.png            the mask's outline over three slices
     OUT/records/UID.json            written last: what was predicted of which files, or why a scan is bad
     OUT/predictions.json            the settings
     OUT/volumes.csv, index.html     written when all scans have their records
+    OUT/answers.csv                 of a network of whole scans, in place of masks and all that is made of them
 
 Reading the next scan and writing the last one go on while the network computes. Memory for a scan of N voxels: 2 N bytes for
-each of these three, 5 N for masks, or 18 N with --probabilities, and three times a window's height of slices as float32: for
-1,000 slices of 512 x 512 about 3 GiB, or 6 GiB with --probabilities, beside what reading a file takes.
+each of these three, 5 N for masks, or 18 N with --probabilities (12 N more for each further class), and three times a
+window's height of slices as float32, of each class: for 1,000 slices of 512 x 512 about 3 GiB, or 6 GiB with
+--probabilities, beside what reading a file takes.
 """
 
 import base64
@@ -35,16 +39,16 @@ from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, wri
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
+from p2w.inference.drawing import draw_preview
 from p2w.inference.ensemble import EnsembleModel, load_ensemble
+from p2w.inference.mask_files import MASKS, check_geometry, write_volumes
 from p2w.inference.predict import (
-    MASKS,
     InferenceInput,
-    check_geometry,
-    draw_preview,
+    answers_of,
     mask_of,
+    probabilities_for,
     read_sources,
-    segment_name,
-    write_mask,
+    segments_of,
 )
 from p2w.progress import Progress, say
 from p2w.report.markup import Markup, document, join_markup, several, table, tag
@@ -71,7 +75,7 @@ class PredictCohortOptions:
 
     run: tyro.conf.Positional[Path]
     """Run of p2w finetune (its best trial), all folds of a cross-validation, a trial, or its model.safetensors; of a task of
-    segmentation."""
+    segmentation, or of whole scans."""
     scans: str
     """Folder of scans, table.csv, list.txt with one path a line, or one image file."""
     out: Path
@@ -115,10 +119,14 @@ def main(argv: list[str]) -> int:
     _check(options)
     world = World.from_env()
     model = load_ensemble([options.run, *options.ensemble], options.all_trials, options.flips, world.device)
-    if not model.kind.per_voxel:
+    if not model.kind.per_voxel and not model.of_whole_scans:
         raise UserError(
             f"{model.file}: classifies candidates: --scans is for segmentation; name one scan with --scan"
         )
+    if options.format == DICOM_SEG and not model.kind.per_voxel:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
+    if options.probabilities and not model.kind.per_voxel:
+        raise UserError("--probabilities: is for segmentation; answers.csv holds those of whole scans")
     precision = choose_precision(options.precision, world.device)
     names = tuple(model.card["task"].get("channel_names") or ())
     if model.channels > 1 and len(names) != model.channels:
@@ -128,7 +136,7 @@ def main(argv: list[str]) -> int:
     cohort = list_cohort(
         options.scans, out=str(options.out), channels=names, modality=modality, assume_hu=assume_hu
     )
-    folder = PredictionFolder(options, model, precision.name)
+    folder = (PredictionFolder if model.kind.per_voxel else AnswerFolder)(options, model, precision.name)
     folder.prepare()
     networks, passes = several(1 + len(model.others), "network"), several(model.passes, "pass", "passes")
     say(f"{several(len(cohort.scans), 'scan')}; {networks}, {passes} a window")
@@ -157,7 +165,11 @@ class PredictionFolder:
     def __init__(self, options: PredictCohortOptions, model: EnsembleModel, precision: str) -> None:
         """Nothing is read or written before `prepare`."""
         self.root, self.ending, self.task = options.out, options.ending, str(model.card["task"]["task"])
-        self.name, self.dicom = segment_name(model), options.format == DICOM_SEG
+        self.model, self.type, self.dicom = model, model.kind, options.format == DICOM_SEG
+        self.in_folders = {
+            "masks": self.type.separate_files and not self.dicom,
+            "probabilities": bool(self.type.layers()),
+        }  # of each scan
         self.kinds = [
             "masks",
             *(["probabilities"] * options.probabilities),
@@ -186,6 +198,8 @@ class PredictionFolder:
                         f"{self.settings.get(other[0])!r}); name another --out"
                     )
             write_atomic(file, canonical_json(self.settings, 2))
+            if legend := self.type.mask_legend():
+                write_atomic(self.root / "labels.json", canonical_json(legend, 2))
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -194,7 +208,7 @@ class PredictionFolder:
     def path(self, kind: str, scan: CohortScan) -> Path:
         """The file of a scan: of `masks`, `probabilities`, `overlays` or `records`."""
         others = {"overlays": ".png", "records": ".json"} | ({"masks": SEG_ENDING} if self.dicom else {})
-        ending = others.get(kind, self.ending)
+        ending = "" if self.in_folders.get(kind) else others.get(kind, self.ending)
         return self.root / kind / f"{scan.uid}{ending}"
 
     def record(self, scan: CohortScan) -> dict[str, Any] | None:
@@ -203,9 +217,7 @@ class PredictionFolder:
             told = json.loads(self.path("records", scan).read_bytes())
             fits = told["settings"] == self.settings
             if "bad" not in told:
-                fits &= told["state"] == scan.state() and all(
-                    self.path(k, scan).is_file() for k in self.kinds
-                )
+                fits &= told["state"] == scan.state() and all(self.path(k, scan).exists() for k in self.kinds)
         except (OSError, ValueError, LookupError, TypeError, BadScan):
             return None
         return told if fits else None
@@ -230,18 +242,44 @@ class PredictionFolder:
                 return True
             good = [(scan, told) for scan, told in records if told is not None and "bad" not in told]
             bad = [(s.name, str(told["bad"])) for s, told in records if told is not None and "bad" in told]
-            head = ("scan", "mask", "voxels", "ml")
-            rows = [
-                (s.name, self.path("masks", s).name, told["voxels"], f"{told['ml']:.3f}") for s, told in good
-            ]
-            write_rows(self.root / "volumes.csv", head, rows)
-            write_atomic(self.root / "index.html", self.page(good, [*cohort.bad, *bad]))
+            self.publish(good, [*cohort.bad, *bad])
         except OSError as error:
             raise UserError(f"{self.root}: cannot be written ({error}); repeat the command") from error
         finally:
             lock.release()
-        say(f"{self.root}/index.html: {several(len(good), 'scan')}, {len(bad) + len(cohort.bad)} bad")
+        say(f"{self.root}/{self.published}: {several(len(good), 'scan')}, {len(bad) + len(cohort.bad)} bad")
         return not bad
+
+    published = "index.html"
+
+    def publish(
+        self, good: Sequence[tuple[CohortScan, dict[str, Any]]], bad: Sequence[tuple[str, str]]
+    ) -> None:
+        """Write the table of volumes, in all and of each class, and the page."""
+        names = list(self.type.mask_classes(np.zeros(1, np.uint16)))
+        names = names if names != [""] else []
+        head = ("scan", "mask", "voxels", "ml", *(f"ml:{name}" for name in names))
+        rows = []
+        for s, told in good:
+            each = [f"{told['classes'][name]:.3f}" for name in names]
+            rows.append((s.name, self.path("masks", s).name, told["voxels"], f"{told['ml']:.3f}", *each))
+        write_rows(self.root / "volumes.csv", head, rows)
+        write_atomic(self.root / "index.html", self.page(good, bad))
+
+    def compute(
+        self,
+        scan: CohortScan,
+        image: InferenceInput,
+        state: str,
+        options: PredictCohortOptions,
+        dtype: torch.dtype | None,
+    ) -> Callable[[], None]:
+        """Predict a scan; a function that writes its files and then its record."""
+        found = probabilities_for(image, self.model) if options.probabilities else None
+        mask = mask_of(
+            image, self.model, options.overlap, options.threshold, options.batch, dtype, found, shown=False
+        )
+        return _writer(self, scan, state, image, mask, found, options.overlays)
 
     def page(self, good: Sequence[tuple[CohortScan, dict[str, Any]]], bad: Sequence[tuple[str, str]]) -> str:
         """An HTML page that needs no network: a table of volumes, what is bad, and overlays."""
@@ -272,6 +310,35 @@ class PredictionFolder:
         return document(f"{self.task}: predictions", Markup(join_markup([head, *sections])))
 
 
+class AnswerFolder(PredictionFolder):
+    """The folder of what a network says of whole scans: a record of each, and answers.csv."""
+
+    published = "answers.csv"
+
+    def __init__(self, options: PredictCohortOptions, model: EnsembleModel, precision: str) -> None:
+        super().__init__(options, model, precision)
+        self.kinds = []
+
+    def publish(
+        self, good: Sequence[tuple[CohortScan, dict[str, Any]]], bad: Sequence[tuple[str, str]]
+    ) -> None:
+        """Write the table."""
+        rows = [(scan.name, *(f"{value:.6f}" for value in told["answers"])) for scan, told in good]
+        write_rows(self.root / self.published, ("scan", *self.type.columns(self.model.classes)), rows)
+
+    def compute(
+        self,
+        scan: CohortScan,
+        image: InferenceInput,
+        state: str,
+        options: PredictCohortOptions,
+        dtype: torch.dtype | None,
+    ) -> Callable[[], None]:
+        """Predict a scan; a function that writes its record."""
+        answers = answers_of(image, self.model, dtype)
+        return lambda: self.write_record(scan, {"state": state, "answers": answers})
+
+
 Read = tuple[
     CohortScan, InferenceInput | None, str
 ]  # a scan's voxels, and the state of its files; or None and why it is bad
@@ -287,8 +354,8 @@ def _read_scans(
             image = read_sources(scan.sources, names, scan.name, model)
             if folder.dicom:
                 check_dicom_source(image.source)
-            for kind in set(folder.kinds) & ({"probabilities"} if folder.dicom else {"masks"}):
-                check_geometry(folder.path(kind, scan), image.stored_grid)
+            if model.kind.per_voxel and (not folder.dicom or "probabilities" in folder.kinds):
+                check_geometry(folder.root / f"mask{folder.ending}", image.stored_grid)
             yield scan, image, state
         except (UserError, OSError) as error:
             yield scan, None, str(error).removeprefix(f"{scan.name}: ")
@@ -323,14 +390,11 @@ def predict_scans(
                 progress.step("one bad")
                 continue
             begin = time.monotonic()
-            found = np.empty(image.voxels.shape, np.float32) if options.probabilities else None
-            mask = mask_of(
-                image, model, options.overlap, options.threshold, options.batch, dtype, found, shown=False
-            )
+            write = folder.compute(scan, image, said, options, dtype)
             if writing is not None:
                 writing.result()  # so that no more than one scan waits to be written
-            writing = pool.submit(_writer(folder, scan, said, image, mask, found, options.overlays))
-            del image, mask, found
+            writing = pool.submit(write)
+            del image, write
             progress.step(f"{time.monotonic() - begin:.1f} s of computing for the last")
             progress.tick()
         if writing is not None:
@@ -343,30 +407,33 @@ def _writer(
     scan: CohortScan,
     state: str,
     image: InferenceInput,
-    mask: NDArray[np.uint8],
+    mask: NDArray[Any],
     found: NDArray[np.float32] | None,
     overlays: bool,
 ) -> Callable[[], None]:
     """A function that writes the files of a scan and then its record."""
 
     def write() -> None:
+        kind, layers = folder.type, folder.type.layers()
         if folder.dicom:
-            weights = "".join(folder.settings["weights"])
+            segments = segments_of(mask, image, folder.model)
             write_dicom_seg(
-                folder.path("masks", scan), {folder.name: image.stored(mask)}, image.source, weights
+                folder.path("masks", scan), segments, image.source, "".join(folder.settings["weights"])
             )
         else:
-            write_mask(folder.path("masks", scan), image.stored(mask), image.stored_grid)
+            write_volumes(folder.path("masks", scan), kind.mask_files(mask), image, folder.ending)
         if found is not None:
-            write_mask(folder.path("probabilities", scan), image.stored(found), image.stored_grid)
-        count = int(np.count_nonzero(mask))
-        millilitres = count * float(np.prod(image.grid.spacing)) / 1000
+            volumes = dict(zip(layers, found, strict=True)) if layers else {"": found}
+            write_volumes(folder.path("probabilities", scan), volumes, image, folder.ending)
+        count, voxel = int(np.count_nonzero(mask)), float(np.prod(image.grid.spacing)) / 1000
+        millilitres = count * voxel
+        classes = {name: np.count_nonzero(own) * voxel for name, own in kind.mask_classes(mask).items()}
         if overlays:
-            draw_preview(
-                folder.path("overlays", scan), image.voxels, mask, image.grid, f"{scan.name}, {folder.task}"
-            )
+            title = f"{scan.name}, {folder.task}"
+            png = folder.path("overlays", scan)
+            draw_preview(png, image.voxels, mask, image.grid, title, kind.mask_classes)
         shape = [int(n) for n in mask.shape]
-        told = {"state": state, "voxels": count, "ml": millilitres, "shape_zyx": shape}
+        told = {"state": state, "voxels": count, "ml": millilitres, "shape_zyx": shape, "classes": classes}
         folder.write_record(scan, told)
 
     return write

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from p2w.tasks.crops import CropBox
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.float32]  # volumes and slices may have an axis of classes before the others
 Triple = tuple[int, int, int]
 SIGMA = 1 / 8  # of a window's edge: how fast its weight falls towards the rim
 LEAST = 1e-3  # weight of a window's corner voxel along an axis, so that none has no weight
-# A batch of crops to probabilities (B, D, H, W)
+# A batch of crops to probabilities (B, D, H, W), or (B, K, D, H, W) of K classes
 Predict = Callable[[list[CropBox]], Floats]
 
 
@@ -75,7 +75,8 @@ def weight(size: int) -> Floats:
 
 
 def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
-    """Probabilities (H, W) of every slice of the windows' grid, from the first on: the weighted mean of all windows there.
+    """Probabilities (H, W), or (K, H, W), of every slice of the windows' grid, from the first on: the weighted mean of all
+    windows there.
 
     The sum of weights at a voxel is a product of three sums along the axes, so that no volume of it is needed.
     """
@@ -84,21 +85,26 @@ def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
     kernel = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None, :]
     sums = [_summed(windows.starts(axis), axes[axis], windows.extent[axis]) for axis in range(3)]
     plane = sums[1][:, None] * sums[2][None, :]
-    buffer = np.zeros((windows.size[0], height, width), np.float32)
+    buffer: Floats | None = None
     across = [(y, x) for y in windows.starts(1) for x in windows.starts(2)]
     z_starts = windows.starts(0)
     for z, following in zip(z_starts, [*z_starts[1:], depth], strict=True):
         for begin in range(0, len(across), batch):
             some = across[begin : begin + batch]
             found = predict([windows.crop_box((z, y, x)) for y, x in some])
+            if buffer is None:
+                buffer = np.zeros((*found.shape[1:-3], windows.size[0], height, width), np.float32)
             for (y, x), probability in zip(some, found, strict=True):
                 into, source = _overlap((0, y, x), (windows.size[0], height, width), windows.size)
-                buffer[into] += (probability * kernel)[source]
+                (z_at, y_at, x_at), (z_of, y_of, x_of) = into, source
+                buffer[..., z_at, y_at, x_at] += (probability * kernel)[..., z_of, y_of, x_of]
+        assert buffer is not None
         skipped = max(0, -z)  # rows of a window that begins above a scan smaller than it
         done = following - max(z, 0)
         for row in range(done):
-            yield buffer[skipped + row] / (plane * sums[0][max(z, 0) + row])
-        buffer = np.concatenate((buffer[done:], np.zeros_like(buffer[:done])))
+            yield buffer[..., skipped + row, :, :] / (plane * sums[0][max(z, 0) + row])
+        kept = buffer[..., done:, :, :]
+        buffer = np.concatenate((kept, np.zeros_like(buffer[..., :done, :, :])), axis=-3)
 
 
 def _summed(starts: list[int], own: Floats, extent: int) -> Floats:
@@ -121,7 +127,8 @@ def _overlap(
 
 
 def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
-    """Slices on the windows' grid -> every slice (H, W) of the scan, linear between voxels, constant at the ends."""
+    """Slices on the windows' grid -> every slice (H, W) or (K, H, W) of the scan, linear between voxels, constant at the
+    ends."""
     if windows.extent == windows.shape and all(step == 1 for step in windows.step):
         yield from found
         return
@@ -134,7 +141,7 @@ def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
     z = 0
     before: Floats | None = None
     for number, image in enumerate(found):
-        here = _along(_along(image, at[1], 0), at[2], 1)
+        here = _along(_along(image, at[1], -2), at[2], -1)
         while z < windows.shape[0] and at[0][z] <= number:
             share = np.float32(number - at[0][z])
             yield here if before is None or share == 0 else before * share + here * (1 - share)
@@ -146,6 +153,6 @@ def _along(image: Floats, at: NDArray[np.float64], axis: int) -> Floats:
     """Values at fractional positions along an axis."""
     left = np.minimum(at.astype(int), max(0, image.shape[axis] - 2))
     right = np.minimum(left + 1, image.shape[axis] - 1)
-    share = (at - left).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
+    share = (at - left).astype(np.float32).reshape((-1, 1) if axis == -2 else (1, -1))
     below = image.take(left, axis)
     return below + (image.take(right, axis) - below) * share

@@ -1,4 +1,5 @@
-"""Phantoms of CT tasks: abdomens in LiTS' format (lcs), CT pulmonary angiograms with emboli (ecc), DICOM with liver masks.
+"""Phantoms of CT tasks: abdomens in LiTS' format (lcs), CT pulmonary angiograms with emboli (ecc), DICOM with liver masks,
+organs told by place.
 
 lcs uses the lower half of a chest phantom, where liver, spleen and stomach touch and have similar HU.
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.phantom.anatomy import Region
 from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
 from p2w.phantom.image_files import blob, put_file, write_image
@@ -179,3 +181,35 @@ def _around(depth: NDArray, centre: NDArray) -> NDArray:
     if padded.shape == (7, 7, 7):
         return padded
     return np.pad(padded, [(0, 7 - n) for n in padded.shape], mode="edge")
+
+
+def write_organs_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """Write a chest and a map of its regions (p2w.phantom.anatomy.Region), in nnU-Net's layout.
+
+    Liver, spleen, heart, vessels and oesophagus have the same HU; lobes and levels of the spine never differ in theirs. A
+    mask of them asks where in the body a voxel lies, and not how bright it is.
+    """
+    rng = np.random.default_rng([seed, number, 6])
+    own = int(np.random.SeedSequence([seed, number, 106]).generate_state(1)[0])
+    scan = make_scan(own, shape, equal_hu=float(rng.uniform(38, 58)), regions=True)
+    assert scan.regions is not None
+    for part, values, name in (
+        ("imagesTr", scan.voxels, f"organs_{number:04d}_0000.nii.gz"),
+        ("labelsTr", scan.regions, f"organs_{number:04d}.nii.gz"),
+    ):
+        (folder / part).mkdir(parents=True)
+        write_image(folder / part / name, values, scan.spacing_mm, scan.origin_mm)
+
+
+def write_organs_table(out: Path, parts: list[Path]) -> None:
+    """Write dataset.json, as nnU-Net wants it."""
+    names = {
+        ("background" if region is Region.OTHER else region.name.lower()): int(region) for region in Region
+    }
+    table = {
+        "channel_names": {"0": "CT"},
+        "labels": names,
+        "numTraining": len(parts),
+        "file_ending": ".nii.gz",
+    }
+    put_file(out / "dataset.json", (json.dumps(table, indent=1) + "\n").encode())

@@ -140,6 +140,8 @@ def _cut(
     def finish(source: Source, record: dict[str, Any]) -> str:
         nonlocal bad, parts
         parts += len(record.get("rows", ()))
+        if record.get("ends_build"):
+            raise UserError(f"{source.name}: {record['bad']}")
         if "bad" in record:
             bad += 1
             _report_bad(folder, source.name, record["bad"], options.strict)
@@ -261,7 +263,7 @@ def cut_source(source: Source, folder: BuildFolder[Any, Source], share: JobShare
                 cut = folder.cut(source)
             record |= _write_shard(cut, source.uid, folder, temporary)
         except BadScan as error:
-            record |= {"bad": str(error)}
+            record |= {"bad": str(error)} | ({"ends_build": True} if error.ends_build else {})
         if not record.get("shard"):  # a shard of an earlier version of this source may exist
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(folder.shard(source.uid))

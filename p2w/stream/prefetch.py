@@ -127,21 +127,26 @@ class RowReader:
     def fill(self, epoch: int, step: int, buffer: BatchBuffer) -> None:
         """Read these rows of one batch into the buffer; call it with steps in ascending order."""
         voxels, read, fresh = buffer
-        ids = self.sampler.epoch_ids(epoch)
+        sampler = self.sampler
         if epoch != self.epoch:
             self.close()
-            shuffle = (self.sampler.seed, epoch) if self.sampler.training else None
-            wanted = [ids[step:, row] for row in self.rows]
+            shuffle = (sampler.seed, epoch) if sampler.training else None
+            # A reader with random access need not know what it will be asked for; of a large set that takes long.
+            if sampler.shards.order == "shuffled":
+                wanted = [np.zeros(0, np.int64)] * len(self.rows)
+            else:
+                wanted = [sampler.ids_from(epoch, step, row) for row in self.rows]
             if self.schedule:
                 wanted = [own[self.schedule.missing(own, epoch, step)] for own in wanted]
-            readers = [self.sampler.shards.reader(own, shuffle) for own in wanted]
+            readers = [sampler.shards.reader(own, shuffle) for own in wanted]
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
+        ids = sampler.step_ids(epoch, step)[sampler.share]
         for row, reader in zip(self.rows, self.readers, strict=True):
-            fresh[row] = self.schedule is None or self.schedule.missing(ids[step, row, None], epoch, step)[0]
-            read[row] = ids[step, row]
+            fresh[row] = self.schedule is None or self.schedule.missing(ids[row, None], epoch, step)[0]
+            read[row] = ids[row]
             if fresh[row]:
-                read[row] = self.policy.read(reader, int(ids[step, row]), epoch, voxels[row])
+                read[row] = self.policy.read(reader, int(ids[row]), epoch, voxels[row])
                 if self.schedule:
                     self.schedule.add(read[row, None], epoch, step)
 

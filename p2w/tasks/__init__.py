@@ -15,4 +15,5 @@ TASKS: dict[str, type[Task]] = {
     "ecc": Ecc,
     "bms": Bms,
     "general": Custom,
+    "custom": Custom,  # another name of the same; data sets say general
 }

@@ -63,6 +63,15 @@ class CropBox:
         step = np.asarray(spacing_mm, float) / spacing_zyx(grid)
         return cls(np.asarray(centre, float) - half * step, step, size)
 
+    @classmethod
+    def of_whole(
+        cls, size: tuple[int, int, int], grid: Grid, spacing_mm: Sequence[float] | None
+    ) -> "CropBox":
+        """A crop of `size` whose middle is the scan's: a sample of the whole scan."""
+        step = np.ones(3) if spacing_mm is None else np.asarray(spacing_mm, float) / spacing_zyx(grid)
+        first = (np.array(grid.size[::-1]) - 1 - (np.array(size) - 1) * step) / 2
+        return cls(np.rint(first) if (step == 1).all() else first, step, size)
+
     @property
     def centre(self) -> Floats:
         """The voxel of the scan under the crop's voxel size // 2."""
@@ -86,6 +95,35 @@ class CropBox:
             out = _resample_axis(out, axis, self.first[axis] - low[axis], self.step[axis], self.size[axis])
         inside = self.inside(image.shape)
         return out if inside is None else np.where(inside, out, np.float32(outside))
+
+    def cut_labels(self, labels: NDArray[np.integer], bits: int = 0) -> NDArray[np.int16]:
+        """The crop of a mask whose voxels hold the number of a class (0: background), or each of `bits` bits a class.
+
+        If points fall between voxels, a voxel gets the class that most of it belongs to; of bits, each class that more than
+        half of it belongs to. Background where the scan ends.
+        """
+        if (self.step == 1).all() and (self.first == np.rint(self.first)).all():
+            return _copy_voxels(labels, self.first.astype(int), self.size, 0).astype(np.int16)
+        last = self.first + (np.array(self.size) - 0.5) * self.step
+        low = np.clip(np.floor(self.first - self.step / 2).astype(int), 0, None)
+        high = np.minimum(np.ceil(last).astype(int) + 1, labels.shape)
+        out = np.zeros(self.size, np.int16)
+        if (low >= high).any():
+            return out
+        box = labels[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        inside = CropBox(self.first - low, self.step, self.size)
+        if bits:
+            for bit in range(bits):
+                if (own := (box >> bit) & 1).any():
+                    out |= (inside.cut(own, 0) > HALF).astype(np.int16) << bit
+            return out
+        most = np.zeros(self.size, np.float32)
+        for number in np.unique(box):
+            share = inside.cut((box == number).astype(np.uint8), float(number == 0))
+            larger = share > most  # of equal shares the lower number has it
+            out[larger] = number
+            most[larger] = share[larger]
+        return out
 
     def inside(self, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
         """Which voxels of the crop lie in an image of `shape`; None: all of them."""
@@ -170,12 +208,14 @@ def make_sample(
     of: str,
     label: int,
     mask: NDArray | None = None,
+    targets: tuple[float, ...] = (),
 ) -> Sample:
-    """Make one sample from crops int16 [z,y,x] and a mask of 0 and 1."""
+    """Make one sample from crops int16 [z,y,x] and a mask: 0 and 1, numbers of classes, or bits."""
     layers = [*channels] if mask is None else [*channels, mask.astype(np.int16)]
     spacing = crop_box.step * spacing_zyx(grid)
     centre = to_world(grid, crop_box.centre)
-    return Sample(np.stack(layers), of, label, _triple(crop_box.first), _triple(centre), _triple(spacing))
+    first = _triple(crop_box.first)
+    return Sample(np.stack(layers), of, label, first, _triple(centre), _triple(spacing), targets)
 
 
 def _triple(values: NDArray) -> tuple[float, float, float]:
@@ -204,11 +244,13 @@ def crop_candidates(
             yield LeftOut(f"{candidate.of}: ({at}) is voxel ({where}), outside the scan of {size_xyz}")
             continue
         crop_box = CropBox.around(centre, size, grid, spacing_mm)
-        yield make_sample([crop_hu(voxels, crop_box)], crop_box, grid, candidate.of, candidate.label)
+        voxels_of = [crop_hu(voxels, crop_box)]
+        yield make_sample(voxels_of, crop_box, grid, candidate.of, candidate.label, targets=candidate.targets)
 
 
 HALF = 0.5  # a voxel belongs to the mask when more than this of it does
 Channels = Callable[[CropBox], Sequence[NDArray]]  # where a crop lies -> its channels, int16 [z,y,x]
+CutLabels = Callable[[CropBox], NDArray[np.int16]]  # where a crop lies -> its classes or bits [z,y,x]
 
 
 @dataclass(frozen=True)
@@ -243,9 +285,18 @@ class TileSettings:
 
 
 def crops_in_tiles(
-    channels: Channels, mask: NDArray, grid: Grid, size: tuple[int, int, int], how: TileSettings, uid: str
+    channels: Channels,
+    mask: NDArray,
+    grid: Grid,
+    size: tuple[int, int, int],
+    how: TileSettings,
+    uid: str,
+    labels: CutLabels | None = None,
 ) -> Iterator[Sample | LeftOut]:
-    """Tiles over the bounding box of the mask, in the order of z, y, x."""
+    """Tiles over the bounding box of the mask (0 and 1), in the order of z, y, x.
+
+    `labels` gives what is written in place of the mask, where that has several classes.
+    """
     from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
 
     box = ndimage.find_objects(mask)
@@ -266,7 +317,8 @@ def crops_in_tiles(
     if not kept:
         yield LeftOut(f"{uid}: no tile has {how.min_foreground:.0%} foreground")
     for number, crop_box, piece in kept:
-        yield make_sample(channels(crop_box), crop_box, grid, f"tile {number}", -1, piece)
+        written = piece if labels is None else labels(crop_box)
+        yield make_sample(channels(crop_box), crop_box, grid, f"tile {number}", -1, written)
 
 
 @dataclass(frozen=True)
@@ -297,11 +349,13 @@ def crops_around_objects(
     name: str,
     of: str,
     full_mask: NDArray | None = None,
+    labels: CutLabels | None = None,
 ) -> Iterator[Sample | LeftOut]:
     """Crops around the middle of the mask's bounding box, each moved at random, a function of seed and `name`.
 
     Without moving, a network learns that what it looks for is in the middle. `of`: what each sample shows, for the
-    manifest's column of that name. `full_mask`: written to the samples in place of `mask`, where that is a part of it.
+    manifest's column of that name. `full_mask`: written to the samples in place of `mask`, where that is a part of it;
+    `labels` gives what is written where the mask has several classes.
     """
     from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
 
@@ -318,7 +372,8 @@ def crops_around_objects(
         )
         piece = crop_box.cut(mask if full_mask is None else full_mask, 0) > HALF
         if piece.any():
-            yield make_sample(channels(crop_box), crop_box, grid, of, -1, piece)
+            written = piece if labels is None else labels(crop_box)
+            yield make_sample(channels(crop_box), crop_box, grid, of, -1, written)
         else:
             yield LeftOut(f"{of}: too small to fill a voxel of the sample")
 

@@ -4,19 +4,37 @@ import os
 import re
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import tyro
 
 from p2w.ct.discover import SearchOptions, find_scans
-from p2w.ct.orientation import Grid
-from p2w.ct.percentiles import percentile_range
-from p2w.ct.scan import read_image, read_scan
+from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
-from p2w.tasks.bms import TOP, crop_in_range, intensity_range
-from p2w.tasks.crops import AroundObjects, Channels, TileSettings, crops_around_objects, crops_in_tiles
+from p2w.tasks.answer_tables import AnswerRow, read_answers, refuse_two_rows
+from p2w.tasks.bms import TOP
+from p2w.tasks.case_samples import Declared, SampleCutter, read_channels, read_classes
+from p2w.tasks.crops import AroundObjects, TileSettings
+from p2w.tasks.dataset_folders import read_decathlon, read_nnunet, read_structures
 from p2w.tasks.dicom_masks import MODALITY
+from p2w.tasks.label_values import BACKGROUND, parse_label_names
+from p2w.tasks.random_crops import RandomCrops
 from p2w.tasks.splits import check_folds, split_by_folds, split_by_table_folds
-from p2w.tasks.task import CLASSIFICATION, SEGMENTATION, SPLITS, WINDOW_HU, Case, Cases, CutSamples, Split
+from p2w.tasks.task import (
+    CLASSIFICATION,
+    MULTI_CLASS_SEGMENTATION,
+    MULTI_LABEL_SEGMENTATION,
+    SEGMENTATION,
+    SPLITS,
+    WINDOW_HU,
+    CandidatePoint,
+    Case,
+    Cases,
+    CutSamples,
+    Split,
+)
 
 DICOM = "dicom"  # in place of a pattern of images
 
@@ -36,14 +54,33 @@ class Custom(TileSettings):
     """Take values for HU without a test: for CT without air, such as brains without skull or cropped organs."""
     labels: tuple[int, ...] = ()
     """Values of a mask that are foreground; default: every value except 0."""
-    around: Literal["tiles", "object"] = "tiles"
-    """tiles over all that is foreground, or one crop round it."""
+    layout: Literal["pairs", "structures", "nnunet", "decathlon"] = "pairs"
+    """pairs: --images and --masks. structures: --masks names a folder with a mask file a structure, such as
+    '*/segmentations' (TotalSegmentator). nnunet, decathlon: --source holds a dataset.json of nnU-Net, or of the Medical
+    Segmentation Decathlon."""
+    label_names: tuple[str, ...] = ()
+    """NAME=VALUE of each class in the masks, such as tumour=1 body=2: makes it multi-class. NAME=1,2 is a region; regions
+    may overlap, which makes it multi-label. With --answer class: NAME=TEXT of the table's classes, in order."""
+    overlapping: bool = False
+    """With --layout structures: a voxel may be of several structures, up to 15 of them."""
+    around: Literal["tiles", "object", "foreground", "scan"] = "tiles"
+    """tiles over all that is foreground; object: crops round all of it; foreground: crops drawn at random, a share of them
+    around a voxel of a class; scan: one sample of the whole scan, at --spacing."""
     jitter: float = 0.25
     """With --around object: the crop is moved at random by up to half this share of its size, along each axis."""
     crops: int = 1
-    """With --around object: crops of each image, each moved at random."""
+    """With --around object or foreground: crops of each image."""
+    foreground_share: float = 0.5
+    """With --around foreground: this share of the crops lies around a voxel of a class, of each class in turn."""
     table: str = ""
     """Candidates patient,series,x,y,z,label[,fold][,split]: makes it a classification; x, y, z in LPS mm."""
+    scan_table: str = ""
+    """Answers for whole scans: a CSV or TSV table scan,label[,patient][,fold][,split]; a sample is the scan at --spacing."""
+    answer: Literal["class", "labels", "value"] | None = None
+    """What --table or --scan-table tells. class: one of several classes; labels: columns of 0, 1 or nothing (unknown).
+    value: a number, for regression. Default: class of --scan-table; of --table 0 or 1."""
+    answer_columns: tuple[str, ...] = ("label",)
+    """Columns of the table with the answer."""
     values: Literal["hu", "min-max", "percentiles"] = "hu"
     """hu: CT, clipped to [-1000, 1000]. min-max: any modality, scaled by each image's own smallest and largest value;
     percentiles: by its percentiles 0.5 and 99.5, as `p2w shard --modality mr` scales what is pretrained on."""
@@ -58,23 +95,36 @@ class Custom(TileSettings):
     val_fraction: float = 0.15
     """With folds: of the patients outside the test fold, this share is for validation."""
 
+    declared: Annotated[Declared, tyro.conf.Suppress] = Declared()  # noqa: RUF009 (frozen)
+
     name: ClassVar[str] = "general"
     size: ClassVar[tuple[int, int, int]] = (32, 64, 64)
 
     @property
     def kind(self) -> str:
-        """With a table of candidates, classification; without, segmentation."""
-        return CLASSIFICATION if self.table else SEGMENTATION
+        """Classification with a table of candidates, segmentation without, or what the source declares."""
+        return self.declared.kind or (CLASSIFICATION if self.table else SEGMENTATION)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What 0 and 1 mean."""
-        return ("negative", "positive") if self.table else ("background", "foreground")
+        """What 0 and 1 mean, or the classes, regions, labels or values that the source declares."""
+        if self.declared.kind == MULTI_CLASS_SEGMENTATION:
+            return (BACKGROUND, *self.declared.classes)
+        if self.declared.kind:
+            return self.declared.classes
+        return ("negative", "positive") if self.table else (BACKGROUND, "foreground")
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """What training and predicting need to know beside the classes: values in mask files, of whole scans or crops."""
+        if self.declared.values:
+            return {"values": self.declared.values, "order": self.declared.order}
+        return {"sample": "crop" if self.table else "scan"} if self.declared.kind else {}
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        """One channel, CT or another modality."""
-        return ("ct" if self.values == "hu" else "image",)
+        """Those that the source declares, else one channel, CT or another modality."""
+        return self.declared.channels or ("ct" if self.values == "hu" else "image",)
 
     @property
     def window(self) -> tuple[float, float]:
@@ -90,7 +140,7 @@ class Custom(TileSettings):
             check_folds(self.folds, self.val_fraction)
         if self.folds and self.split_table:
             raise UserError("--folds and --split-table: choose one")
-        if self.table and self.values != "hu":
+        if self.table and self.values != "hu" and not self.answer:
             raise UserError("--table goes with CT: --values hu")
         if self.masks in MODALITY and (self.images != DICOM or self.labels):
             raise UserError(
@@ -98,7 +148,8 @@ class Custom(TileSettings):
             )
         if self.images == DICOM and self.values != "hu":
             raise UserError("--images dicom: is CT, --values hu")
-        self._around(self.size).check()
+        self._around(self.size).check() if self.around == "object" else self._drawn(self.size).check()
+        self._check_layout()
         try:
             re.compile(self.structures)
         except re.error as error:
@@ -111,15 +162,142 @@ class Custom(TileSettings):
         except re.error as error:
             raise UserError(f"--patient {self.patient!r}: is no regular expression ({error})") from error
 
+    def _check_layout(self) -> None:
+        """Raise UserError for options of layouts and answers that do not go together."""
+        if self.layout != "pairs" and (self.images == DICOM or self.labels or self.table or self.scan_table):
+            raise UserError(
+                f"--layout {self.layout}: goes without --labels, --table, --scan-table and --images dicom"
+            )
+        if self.overlapping and self.layout != "structures":
+            raise UserError(
+                "--overlapping: goes with --layout structures; regions are declared with --label-names NAME=1,2"
+            )
+        if self.label_names and self.layout != "pairs":
+            raise UserError(f"--label-names: --layout {self.layout} names the classes itself; leave it out")
+        if self.label_names and (self.labels or self.masks in MODALITY):
+            raise UserError(
+                "--label-names: goes with mask files that hold a value a class, and without --labels"
+            )
+        if self.label_names and self.answer not in ("class", None):
+            raise UserError(f"--label-names: --answer {self.answer} has columns and no classes; leave it out")
+        if self.table and self.label_names and self.answer is None:
+            raise UserError("--label-names with --table: goes with --answer class")
+        if self.table and self.scan_table:
+            raise UserError("--table and --scan-table: choose one")
+        if not (self.table or self.scan_table) and self.answer is not None:
+            raise UserError(f"--answer {self.answer}: goes with --table or --scan-table")
+        whole = "--scan-table" if self.scan_table else "--around scan" if self.around == "scan" else ""
+        if whole and self.spacing is None:
+            raise UserError(
+                f"{whole}: name --spacing Z Y X, the mm of a sample's voxels; a sample shows --size of them in the "
+                "middle of the scan"
+            )
+
+    def _drawn(self, size: tuple[int, int, int]) -> RandomCrops:
+        return RandomCrops(size, self.spacing, self.crops, self.foreground_share, self.seed)
+
     def _around(self, size: tuple[int, int, int]) -> AroundObjects:
         return AroundObjects(size, self.spacing, self.jitter, self.crops, self.seed)
 
     def find(self, source: str, out: str) -> Cases:
-        """One case for each image with its mask, or for each scan that the table names."""
+        """One case for each image with its mask or masks, or for each scan that the table names."""
+        if self.scan_table or (self.table and self.answer):
+            return self._find_answers(source, out)
         if self.table:
             return source_files.cases_of(source, out, self.table, ras=False)
-        if self.images == DICOM:
-            return self._find_dicom(source, out)
+        if self.layout != "pairs":
+            return self._find_layout(source, out)
+        cases = self._find_dicom(source, out) if self.images == DICOM else self._find_pairs(source, out)
+        if self.label_names:
+            labels = parse_label_names(self.label_names)
+            cases.task = replace(self, declared=Declared((), labels.names, labels.values, (), labels.kind))
+        return cases
+
+    def _find_layout(self, source: str, out: str) -> Cases:
+        """The cases of a layout that says itself what the classes are."""
+        if self.layout == "structures":
+            found = read_structures(source, out, self.images, self.masks, self.structures, self.overlapping)
+            kind = MULTI_LABEL_SEGMENTATION if self.overlapping else MULTI_CLASS_SEGMENTATION
+        else:
+            found = (read_nnunet if self.layout == "nnunet" else read_decathlon)(source, out)
+            kind = found.labels.kind
+            in_hu = [name.strip().lower() == "ct" for name in found.channels]
+            if self.values == "hu" and not all(in_hu):
+                raise UserError(
+                    f"{source}: its channels are {', '.join(found.channels)}: --values hu is for CT alone; name --values "
+                    "percentiles or min-max"
+                )
+        declared = Declared(found.channels, found.labels.names, found.labels.values, found.labels.order, kind)
+        cases = found.cases
+        cases.task = replace(self, declared=declared)
+        if self.patient:
+            every, cases.cases = cases.cases, []
+            for case in every:
+                if (match := re.search(self.patient, case.name)) and match[1]:
+                    cases.cases.append(replace(case, patient=match[1]))
+                else:
+                    cases.bad.append((case.name, f"its name does not match --patient {self.patient!r}"))
+        return cases
+
+    def _find_answers(self, source: str, out: str) -> Cases:
+        """One case for each scan that a table of answers names. Raises UserError for a row of a scan that is not there."""
+        path, answer = self.scan_table or self.table, self.answer or "class"
+        table = read_answers(path, answer, self.answer_columns, self.label_names, points=bool(self.table))
+        modality = "CT" if self.values == "hu" else "MR"
+        search = SearchOptions(modality=modality, assume_hu=self.assume_hu, salt=secrets.token_hex(16))
+        found = find_scans([source], out, flag="--source", options=search)
+        names = source_files.scans_by_name(found)
+        rows: dict[str, list[AnswerRow]] = {}
+        for row in table.rows:
+            scan = names.get(row.scan) or names.get(source_files.file_stem(row.scan))
+            bad = next((why for name, why in found.bad if name == row.scan), "")
+            if scan is None and not bad:
+                raise UserError(
+                    f"{path}, line {row.line}: scan {row.scan} is not below {source}, or several are called so: name a path "
+                    "below it, or leave the row out"
+                )
+            if scan is not None:
+                rows.setdefault(scan.uid, []).append(replace(row, scan=scan.uid))
+        cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
+        cases.tables = {os.path.basename(path): source_files.file_checksum(path)}
+        first_of: dict[str, str] = {}
+        for scan in found.sources:
+            own = rows.get(scan.uid)
+            if own is None:
+                continue
+            if self.scan_table:
+                refuse_two_rows(path, own)
+            of = os.path.basename(path)
+            marks = tuple(CandidatePoint(f"{of}:{row.line}", row.xyz, row.label, row.targets) for row in own)
+            first, roles = own[0], (("image", scan),)
+            if any(
+                (row.patient, row.split, row.fold) != (first.patient, first.split, first.fold) for row in own
+            ):
+                raise UserError(
+                    f"{path}, line {own[-1].line}: {scan.name} is of another patient, split or fold than in line "
+                    f"{first.line}"
+                )
+            patient = first.patient
+            if not patient and self.patient:
+                match = re.search(self.patient, scan.name)
+                if match is None or not match[1]:
+                    cases.bad.append((scan.name, f"its name does not match --patient {self.patient!r}"))
+                    continue
+                patient = match[1]
+            # Series of one patient stay together; the name tells nothing of the PatientID.
+            patient = patient or first_of.setdefault(scan.info.patient or scan.uid, scan.uid)
+            cases.cases.append(Case(scan.uid, scan.name, patient, roles, (), marks, first.split, first.fold))
+        if table.unanswered:
+            cases.left_out.append((path, f"{table.unanswered} rows without an answer"))
+        if unlisted := len(found.sources) - len(cases.cases):
+            cases.left_out.append(
+                (source, f"{unlisted} scans that the table does not name, or without an answer")
+            )
+        cases.task = replace(self, declared=Declared((), table.classes, (), (), table.kind))
+        return cases
+
+    def _find_pairs(self, source: str, out: str) -> Cases:
+        """One case for each image file with its mask file."""
         files = source_files.files_below(source, out)
         masks = source_files.matching(self.masks, files)
         images = {
@@ -221,47 +399,31 @@ class Custom(TileSettings):
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:
         """Crops with masks, or crops around candidates."""
-        if self.table:
+        if self.table and not self.answer:
             scan = read_scan(replace(case.source("ct"), assume_hu=self.assume_hu))
             files = [crops.file_record("ct", case.name, scan.nbytes, scan.checksum)]
             return CutSamples(
                 files, crops.crop_candidates(scan.voxels, scan.grid, case.candidates, size, self.spacing)
             )
-        channels, grid, shape, file_record = self._image(case)
+        channels, grid, shape, files = read_channels(case, self.values, self.assume_hu)
+        how = SampleCutter(size, self.around, self, self._around(size), self._drawn(size))
+        if case.candidates:
+            return CutSamples(files, how.of_answers(channels, grid, shape, case.candidates))
+        if self.declared.kind:
+            labels, more = read_classes(
+                case, self.declared, self.overlapping, self.resample_masks, grid, shape
+            )
+            bits = len(self.declared.classes) if self.kind == MULTI_LABEL_SEGMENTATION else 0
+            return CutSamples([*files, *more], how.of_classes(channels, labels, grid, case.uid, bits))
         source = case.source("mask")
         if self.masks in MODALITY:
             mask = dicom_masks.read_mask(
                 source, self.masks, self.structures, case.source("image"), grid, shape
             )
             record = {"role": "mask", "file": source.name, "nbytes": os.path.getsize(source.files[0])}
-            files = [file_record, record | {"checksum": source_files.file_checksum(source.files[0])}]
+            files.append(record | {"checksum": source_files.file_checksum(source.files[0])})
         else:
-            mask, file = source_files.read_mask(source, grid, shape, self.labels, self.resample_masks)
-            files = [file_record, crops.file_record("mask", source.name, file.nbytes, file.checksum)]
-        if self.around == "tiles":
-            return CutSamples(files, crops_in_tiles(channels, mask, grid, size, self, case.uid))
-        return CutSamples(
-            files, crops_around_objects(channels, mask, grid, self._around(size), case.uid, "object")
-        )
-
-    def _image(self, case: Case) -> tuple[Channels, Grid, tuple[int, ...], dict[str, Any]]:
-        """A function that cuts the image's channels, its grid, its shape, and what its file is."""
-        if self.values == "hu":
-            scan = read_scan(replace(case.source("image"), assume_hu=self.assume_hu))
-            record = crops.file_record("image", case.name, scan.nbytes, scan.checksum)
-            return (
-                lambda crop_box: [crops.crop_hu(scan.voxels, crop_box)],
-                scan.grid,
-                scan.voxels.shape,
-                record,
-            )
-        image = read_image(case.source("image"))
-        by_percentiles = self.values == "percentiles"
-        low, high = percentile_range(image.values) if by_percentiles else intensity_range("image", image)
-        record = crops.file_record("image", case.name, image.nbytes, image.checksum)
-        return (
-            lambda crop_box: [crop_in_range(image.values, crop_box, low, high)],
-            image.grid,
-            image.values.shape,
-            record,
-        )
+            read, file = source_files.read_mask(source, grid, shape, self.labels, self.resample_masks)
+            mask = read.astype(np.uint8, copy=False)
+            files.append(crops.file_record("mask", source.name, file.nbytes, file.checksum))
+        return CutSamples(files, how.of_mask(channels, mask, grid, case.uid))

@@ -1,6 +1,6 @@
 """Masks of DICOM series: RTSTRUCT contours and DICOM-SEG segments, laid on the grid of the image that they are of.
 
-Needs the extra p2w[dicom]: pydicom reads RTSTRUCT, highdicom DICOM-SEG.
+Needs the extra parts2whole[dicom]: pydicom reads RTSTRUCT, highdicom DICOM-SEG.
 """
 
 import os
@@ -45,9 +45,9 @@ def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSour
         except (struct.error, zlib.error, OSError):  # find_scans names it
             continue
         except BadScan as error:
-            if "p2w[dicom]" in str(error):
+            if "parts2whole[dicom]" in str(error):
                 raise UserError(
-                    f"--masks {kind}: reading them needs pydicom and highdicom: pip install 'p2w[dicom]'"
+                    f"--masks {kind}: reading them needs pydicom and highdicom: pip install 'parts2whole[dicom]'"
                 ) from error
             continue
         if getattr(data, "Modality", "") == MODALITY[kind]:
@@ -191,7 +191,7 @@ def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
     try:
         from highdicom.seg import segread  # noqa: PLC0415  (an extra)
     except ImportError as error:
-        raise BadScan("needs highdicom: pip install 'p2w[dicom]'") from error
+        raise BadScan("needs highdicom: pip install 'parts2whole[dicom]'") from error
     try:
         segmentation = segread(source.files[0])
         names = {

@@ -1,6 +1,7 @@
 """Samples of a target task, cut from its cases into a data set: options, records, dry run and manifest. No torch."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,11 +19,16 @@ from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
 from p2w.shards.manifest_schema import MANIFEST_VERSION
 from p2w.tasks import splits
+from p2w.tasks.case_samples import IN_PART
 from p2w.tasks.task import (
+    CLASSIFICATION,
+    REGRESSION,
     SAMPLE_COLUMNS,
     SAMPLE_KINDS,
     SAMPLE_SCHEMA,
     SPLITS,
+    TARGET_COLUMNS,
+    TARGET_SCHEMA,
     TASK_FILE_META,
     Case,
     CutSamples,
@@ -39,6 +45,7 @@ ROW = {
     "centre_y": float, "centre_x": float, "spacing_z": float, "spacing_y": float, "spacing_x": float,
     "foreground": float, "patient": str, "offset": int, "nbytes": int, "crc32c": int,
 }  # fmt: skip
+TARGET_ROW = {**ROW, "targets": [(float, None)]}
 NAMED = {"uid": str, "name": str}
 FINISHED = {
     "nbytes": int,
@@ -47,6 +54,14 @@ FINISHED = {
     "rows": [ROW],
     "shard": (None, {"nbytes": int, "crc32c": int}),
 }
+
+
+# Options of tasks, and their defaults, that folders of earlier versions were cut without.
+OPTIONS_ADDED: dict[str, Any] = {
+    "structures": "", "assume_hu": False, "layout": "pairs", "label_names": (), "overlapping": False, "scan_table": "",
+    "answer": None, "answer_columns": ("label",), "foreground_share": 0.5,
+    "declared": {"channels": (), "classes": (), "values": (), "order": (), "kind": ""},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class TargetSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
         told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
-        added = {"structures": "", "assume_hu": False}  # options that folders of earlier versions lack
+        added = OPTIONS_ADDED  # options that folders of earlier versions lack
         options = {
             f"option {name}": value
             for name, value in self.options.items()
@@ -110,6 +125,7 @@ def prepare_samples(task: Task, options: PreparationOptions) -> int:
             f"; {len(cases.bad)} bad, the first: {cases.bad[0][0]}: {cases.bad[0][1]}" if cases.bad else ""
         )
         raise UserError(f"{source}: nothing for task {task.name} there that can be used{first}")
+    task = cases.task or task
     task.split(cases.cases)  # refuses what cannot be split before anything is cut
     size, plain = options.size or task.size, asdict(task)  # type: ignore[call-overload]
     settings = TargetSettings(task.name, plain, size, options.format, cases.tables)
@@ -128,7 +144,12 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
         """Name the folder; nothing is read or written before `prepare`."""
         super().__init__(root, settings)
         self.task = task
-        self.masks = SAMPLE_KINDS[task.kind].masks
+        self.kind = SAMPLE_KINDS[task.kind]
+        self.masks = self.kind.masks
+        if self.kind.targets:
+            self.schema, row = TARGET_SCHEMA, TARGET_ROW
+            self.form = (NAMED | {"bad": str}, NAMED | FINISHED | {"rows": [row]})
+            self.columns = pa.schema([TARGET_COLUMNS.field(name) for name in row])
         self.note = {
             "task": task.name,
             "window": list(task.window),
@@ -168,13 +189,24 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "patient": case.patient,
             "of": sample.of,
             "label": sample.label,
-            "foreground": single(sample.record[-1].mean()) if self.masks else 0.0,
+            "foreground": single((sample.record[-1] != 0).mean()) if self.masks else 0.0,
         }
+        if self.kind.targets:
+            row["targets"] = [None if math.isnan(value) else value for value in self._targets(sample)]
         for axis, first, centre, spacing in zip(
             "zyx", sample.first_voxel, sample.centre_mm, sample.spacing_mm, strict=True
         ):
             row |= {axis: round(first), f"centre_{axis}": float(centre), f"spacing_{axis}": single(spacing)}
         return row
+
+    def _targets(self, sample: Sample) -> list[float]:
+        """What the column of that name holds: of a mask, the share of the voxels that each class has."""
+        if not self.masks:
+            return list(sample.targets)
+        mask, count = sample.record[-1], len(self.task.classes)
+        if self.kind.bits:
+            return [float(((mask >> bit) & 1).mean()) for bit in range(count)]
+        return (np.bincount(mask.ravel(), minlength=count)[1:] / mask.size).tolist()
 
     def remark(self, record: dict[str, Any]) -> str | None:
         """The first sample that was left out, and how many more there are."""
@@ -196,13 +228,16 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
         many = "as many as the masks give; they are read when cutting"
         if marks:
             positive = sum(label == 1 for label in marks)
-            classes = f", {positive:,} positive" if positive or not self.masks else ""
+            classes = f", {positive:,} positive" if task.kind == CLASSIFICATION else ""
             many = f"{len(marks):,}{classes}; {len(marks) * one / 2**30:.2f} GiB into {self.root}"
         patients = {case.patient for case in cases}
         lines = [
             f"task           {task.name}: {task.kind}, {', '.join(task.channel_names)}; {' | '.join(task.classes)}",
             f"cases          {len(cases):,} of {len(patients):,} patients, besides {len(listing.bad)} bad ones",
-            *(f"  {name:13}{count}" for name, count in _counts(cases, task.split(cases)).items()),
+            *(
+                f"  {name:13}{count}"
+                for name, count in _counts(cases, task.split(cases), task.kind == CLASSIFICATION).items()
+            ),
             f"sample         {depth} x {height} x {width} voxels (z, y, x), {one / 2**20:.2f} MiB",
             f"samples        {many}",
         ]
@@ -219,8 +254,11 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             for record in good
             for row in record["rows"]
         ]
+        refuse_missing_classes(rows, task, split)
+        if in_part := sum(row["of"].endswith(IN_PART) for row in rows):
+            say(f"{in_part} of {len(rows)} scans are larger than a sample, which shows their middle")
         channels, size = len(task.channel_names), list(self.settings.size)
-        meta = {
+        meta: dict[str, Any] = {
             "task": task.name,
             "kind": task.kind,
             "shape": [channels + self.masks, *size],
@@ -247,6 +285,8 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
                 for record in good
             ],
         }
+        if target := getattr(task, "target", {}):  # what a kind needs to know beside the classes' names
+            meta["target"] = target
         lists = {}
         if not split.folds:
             shards = {name: {row["scan_uid"] for row in rows if row["split"] == name} for name in SPLITS}
@@ -271,7 +311,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
         ]
 
 
-def _counts(cases: list[Case], split: Split) -> dict[str, str]:
+def _counts(cases: list[Case], split: Split, binary: bool) -> dict[str, str]:
     """How many cases, patients and candidates each split or fold has."""
     found: dict[str, list[Case]] = {}
     for case in cases:
@@ -284,11 +324,10 @@ def _counts(cases: list[Case], split: Split) -> dict[str, str]:
         if not own and split.folds and name in ("train", "val", "test"):
             continue
         candidates = [candidate for case in own for candidate in case.candidates]
-        many = (
-            f", {len(candidates):,} marks, {sum(m.label == 1 for m in candidates):,} positive"
-            if candidates
-            else ""
-        )
+        positive = sum(mark.label == 1 for mark in candidates)
+        many = f", {len(candidates):,} marks" if candidates else ""
+        if candidates and binary:
+            many += f", {positive:,} positive"
         told[name] = f"{len(own):,} cases of {len({case.patient for case in own}):,} patients{many}"
     return told
 
@@ -321,3 +360,35 @@ def _spacing(rows: list[dict[str, Any]]) -> list[list[float]] | None:
         [min(row[f"spacing_{axis}"] for row in rows), max(row[f"spacing_{axis}"] for row in rows)]
         for axis in "zyx"
     ]
+
+
+def refuse_missing_classes(rows: list[dict[str, Any]], task: Task, split: Split) -> None:
+    """Raise UserError for a class of which no sample, or no sample to train on, has anything.
+
+    Of a set with folds, the training samples are checked when a fold is fine-tuned on.
+    """
+    kind, classes = SAMPLE_KINDS[task.kind], task.classes
+    if not rows or (not kind.targets and kind.labels is not None):
+        return
+    names = classes if kind.bits or not kind.masks else classes[1:]
+
+    def held(some: list[dict[str, Any]]) -> list[int]:
+        """How many samples have each class, or of regression a value."""
+        if not kind.targets:
+            return [sum(row["label"] == label for row in some) for label in range(len(names))]
+        at_least = -math.inf if task.kind == REGRESSION else 1e-12
+        return [
+            sum(row["targets"][k] is not None and row["targets"][k] > at_least for row in some)
+            for k in range(len(names))
+        ]
+
+    training = [row for row in rows if split.folds or row["split"] == "train"]
+    for name, count, trained in zip(names, held(rows), held(training), strict=True):
+        what = "value" if task.kind == REGRESSION else "case"
+        if not count:
+            raise UserError(f"{name}: has no {what} in any sample; declare only what the data holds")
+        if not trained and training:
+            raise UserError(
+                f"{name}: has no {what} in the training split, {count} elsewhere: another --seed, --fractions or "
+                "--split-table, or --folds"
+            )

@@ -46,6 +46,7 @@ class TargetSet:
     centre_mm: NDArray[np.float64]  # (n, 3) world z, y, x of the voxel at size // 2
     spacing_mm: NDArray[np.float32]  # (n, 3) z, y, x of the crop's voxels
     foreground: NDArray[np.float32]  # share of the voxels in the mask
+    targets: NDArray[np.float64]  # (n, classes) of kinds that have them, NaN: unknown; else (n, 0)
     _records: LocalSet = field(repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -105,7 +106,9 @@ class TargetSet:
         return np.flatnonzero(self.splits(fold) == split).astype(np.int64)
 
     def read(self, rows: Any) -> tuple[Tensor, Tensor]:
-        """Voxels int16 (B, C, D, H, W), and masks uint8 (B, 1, D, H, W) where the kind has them, else labels float32 (B,).
+        """Voxels int16 (B, C, D, H, W), and masks (B, 1, D, H, W) where the kind has them: uint8, of 0 and 1 or of numbers
+        of classes; int16 where each class has a bit. Else targets float32 (B, K) where it has those, NaN for unknown
+        ones, else labels float32 (B,).
 
         On the CPU, memory of their own. Every record's checksum is compared with the manifest's.
 
@@ -116,8 +119,12 @@ class TargetSet:
         records = torch.empty((len(chosen), *self._records.shape), dtype=torch.int16)
         for position, row in enumerate(chosen):
             self._records.read_into(row, records[position])
-        if SAMPLE_KINDS[self.kind].masks:
-            return records[:, :-1].contiguous(), records[:, -1:].to(torch.uint8)
+        kind = SAMPLE_KINDS[self.kind]
+        if kind.masks:
+            masks = records[:, -1:]
+            return records[:, :-1].contiguous(), masks.contiguous() if kind.bits else masks.to(torch.uint8)
+        if kind.targets:
+            return records, torch.from_numpy(self.targets[chosen].astype(np.float32))
         return records, torch.from_numpy(self.label[chosen].astype(np.float32))
 
 
@@ -138,7 +145,7 @@ def open_target(path: str | os.PathLike[str]) -> TargetSet:
     return TargetSet(
         where=manifest.root,
         meta=manifest.meta,
-        key=table["key"].to_pylist(),
+        key=manifest.keys.to_pylist(),
         patient=table["patient"].to_pylist(),
         scan_uid=table["scan_uid"].to_pylist(),
         of=table["of"].to_pylist(),
@@ -149,8 +156,24 @@ def open_target(path: str | os.PathLike[str]) -> TargetSet:
         centre_mm=triple("centre_"),
         spacing_mm=triple("spacing_"),
         foreground=table["foreground"].to_numpy(),
+        targets=_targets(manifest),
         _records=LocalSet(manifest),
     )
+
+
+def _targets(manifest: Manifest) -> NDArray[np.float64]:
+    """The column of that name as (n, classes), (n, 0) where there is none. Raises UserError for rows of other lengths."""
+    if "targets" not in manifest.table.column_names:
+        return np.zeros((len(manifest.table), 0))
+    meta = manifest.meta
+    kind, rows = SAMPLE_KINDS[meta["kind"]], manifest.table["targets"].to_pylist()
+    width = len(meta["classes"]) - (kind.masks and not kind.bits)
+    if any(len(row) != width for row in rows):
+        raise UserError(
+            f"{manifest.root}: its manifest makes no sense (targets are not {width} a sample): prepare the set again"
+        )
+    values = [[np.nan if value is None else value for value in row] for row in rows]
+    return np.array(values, np.float64).reshape(len(rows), width)
 
 
 def _check(manifest: Manifest) -> None:
@@ -164,7 +187,7 @@ def _check(manifest: Manifest) -> None:
         )
     kind = SAMPLE_KINDS[meta["kind"]]
     shape = [meta["channels"] + kind.masks, *meta["size_zyx"]]
-    labels = set(kind.labels)
+    labels = set(kind.labels_of(len(meta["classes"])))
     wrong = None
     if meta["shape"] != shape:
         wrong = f"its records are {meta['shape']}, its channels and size make {shape}"
@@ -174,6 +197,10 @@ def _check(manifest: Manifest) -> None:
         wrong = f"it has splits other than {', '.join(SPLITS)}"
     elif not set(table["label"].to_pylist()) <= labels:
         wrong = f"it has labels other than {sorted(labels)}"
+    elif kind.targets != ("targets" in table.column_names):
+        wrong = f"of the kind {kind.name} it has to have {'' if kind.targets else 'no '}column targets"
+    elif not isinstance(meta.get("target", {}), dict):
+        wrong = "its target is no object"
     elif not set(table["fold"].to_pylist()) <= set(range(meta["split"]["folds"]) or [-1]):
         wrong = f"it has folds beyond its {meta['split']['folds']}"
     if wrong:

@@ -23,11 +23,12 @@ from p2w.tasks.task import SPLITS, CandidatePoint, Case, Cases, Triple
 def read_csv(path: str, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
     """Line number and the values of the columns asked for; each column by any of its names, in any case.
 
-    A column whose names end with "" may be lacking: its values are "" then. Raises UserError.
+    Values are apart by commas, or by tabs in a .tsv. A column whose names end with "" may be lacking: its values are ""
+    then. Raises UserError.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
+            rows = csv.reader(file, delimiter="\t" if path.lower().endswith((".tsv", ".tab")) else ",")
             head = [name.strip().lower() for name in next(rows, [])]
             at = [_column(path, head, names) for names in columns]
             for row in rows:
@@ -125,12 +126,19 @@ def as_source(name: str, path: str, uid: str | None = None) -> ScanSource:
 
 def read_mask(
     source: ScanSource, grid: Grid, shape: tuple[int, ...], labels: tuple[int, ...], resample: bool
-) -> tuple[NDArray[np.uint8], ImageVolume]:
+) -> tuple[NDArray[np.integer], ImageVolume]:
     """The mask as 0 and 1 on an image's grid, and the file; `labels`: what is foreground, () for all but 0.
 
     Raises BadScan when it holds anything but whole numbers, or lies elsewhere than the image and is not to be resampled
     (by nearest neighbour).
     """
+    image = read_labels(source)
+    mask = (np.isin(image.values, labels) if labels else image.values != 0).astype(np.uint8)
+    return on_grid(mask, image.grid, source, grid, shape, resample), image
+
+
+def read_labels(source: ScanSource) -> ImageVolume:
+    """A mask file as it is. Raises BadScan when it cannot be read, or holds anything but whole numbers."""
     try:
         image = read_image(source)
     except BadScan as error:
@@ -138,15 +146,29 @@ def read_mask(
     values = image.values
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         raise BadScan(f"mask {source.name}: values that are no whole numbers: it is no mask")
-    mask = (np.isin(values, labels) if labels else values != 0).astype(np.uint8)
-    said = apart(grid, image.grid)
+    return image
+
+
+def on_grid(
+    mask: NDArray[np.integer],
+    own: Grid,
+    source: ScanSource,
+    grid: Grid,
+    shape: tuple[int, ...],
+    resample: bool,
+) -> NDArray[np.integer]:
+    """A mask on its grid `own` as one on an image's grid.
+
+    Raises BadScan where it lies elsewhere than the image, unless it is to be resampled (by nearest neighbour).
+    """
+    said = apart(grid, own)
     if said is None:
-        return mask, image
+        return mask
     if not resample:
         raise BadScan(
             f"mask {source.name}: {said}; --resample-masks lays it over the image by nearest neighbour"
         )
-    return _laid_over(mask, image.grid, grid, shape), image
+    return _laid_over(mask, own, grid, shape)
 
 
 def apart(one: Grid, other: Grid) -> str | None:
@@ -161,7 +183,9 @@ def apart(one: Grid, other: Grid) -> str | None:
     return f"lies up to {most:.1f} voxels away from its image" if most > APART else None
 
 
-def _laid_over(mask: NDArray, of: Grid, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _laid_over(
+    mask: NDArray[np.integer], of: Grid, grid: Grid, shape: tuple[int, ...]
+) -> NDArray[np.integer]:
     """The mask resampled to another grid by nearest neighbour, 0 beyond the mask."""
     from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and ranks need none of it
 
@@ -195,7 +219,7 @@ def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
     found = find_scans([source], out, flag="--source")
     cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
     cases.tables = {os.path.basename(table): file_checksum(table)}
-    names = _names(found)
+    names = scans_by_name(found)
     for series, said in sorted(listed.items()):
         scan = names.get(series)
         if scan is None:
@@ -212,7 +236,7 @@ def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
     return cases
 
 
-def _names(found: ScanListing) -> dict[str, ScanSource]:
+def scans_by_name(found: ScanListing) -> dict[str, ScanSource]:
     """Scans by every name that a table may use: uid, path below the folder, and file name where only one scan has it."""
     names: dict[str, list[ScanSource]] = {}
     for scan in found.sources:
@@ -231,7 +255,7 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
         if not series:
             raise UserError(f"{path}, line {line}: no series")
         own = patient or series
-        at = _fold(path, line, fold), _split(path, line, split)
+        at = parse_fold(path, line, fold), _split(path, line, split)
         said = listed.setdefault(series, Series(line, own, *at))
         if said.patient != own:
             raise UserError(
@@ -251,7 +275,8 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
     return listed
 
 
-def _fold(path: str, line: int, text: str) -> int:
+def parse_fold(path: str, line: int, text: str) -> int:
+    """The fold of a row, -1 for none. Raises UserError."""
     if text in ("", "-1"):
         return -1
     if not text.isdecimal() or int(text) > 99:

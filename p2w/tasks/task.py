@@ -4,13 +4,14 @@ A task finds cases, splits them by patient and cuts samples.
 
 A task is a frozen dataclass whose fields are its options on the command line; it travels to worker processes.
 
-A record is one int16 array [c,z,y,x]: the channels of the crop and, where the kind has one, its mask (0 or 1) as the last.
+A record is one int16 array [c,z,y,x]: the channels of the crop and, where the kind has one, its mask as the last: 0 or 1,
+the number of a class, or a bit for each of several classes (`SampleKind`).
 Shards, manifest and folder are those of pretraining (`p2w.shards.writer`, `p2w.shards.manifest`), so a set opens with
 stock webdataset and pyarrow, and every record is read in place and carries its checksum.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -28,16 +29,44 @@ class SampleKind:
     name: str
     """The name in manifests, run folders and cards."""
     masks: bool
-    """Whether the last layer of a record is a mask; otherwise the label is what is learned."""
-    labels: tuple[int, ...]
-    """The labels that a sample may have, as int8; -1 stands for no label."""
+    """Whether the last layer of a record is a mask; otherwise the label or the targets are what is learned."""
+    labels: tuple[int, ...] | None
+    """The labels that a sample may have, as int8; -1 stands for no label; None: from 0 to the number of classes - 1."""
+    bits: bool = False
+    """Whether bit k of a voxel of the mask says that it belongs to class k: classes may overlap. At most `MOST_BITS`."""
+    targets: bool = False
+    """Whether samples have `targets`, one number for each class. With a mask, the share of the voxels that the class has
+    (background has none); without, what is learned, NaN where it is unknown."""
+
+    def labels_of(self, classes: int) -> tuple[int, ...]:
+        """The labels that a sample may have where there are so many classes."""
+        return tuple(range(classes)) if self.labels is None else self.labels
 
 
 CLASSIFICATION, SEGMENTATION = "classification", "segmentation"
+MULTI_CLASS_SEGMENTATION, MULTI_LABEL_SEGMENTATION = "multi-class segmentation", "multi-label segmentation"
+MULTI_CLASS, MULTI_LABEL, REGRESSION = (
+    "multi-class classification",
+    "multi-label classification",
+    "regression",
+)
 SAMPLE_KINDS = {
-    CLASSIFICATION: SampleKind(CLASSIFICATION, masks=False, labels=(0, 1)),
-    SEGMENTATION: SampleKind(SEGMENTATION, masks=True, labels=(-1,)),
+    kind.name: kind
+    for kind in (
+        SampleKind(CLASSIFICATION, masks=False, labels=(0, 1)),
+        SampleKind(SEGMENTATION, masks=True, labels=(-1,)),
+        SampleKind(MULTI_CLASS_SEGMENTATION, masks=True, labels=(-1,), targets=True),
+        SampleKind(MULTI_LABEL_SEGMENTATION, masks=True, labels=(-1,), bits=True, targets=True),
+        SampleKind(MULTI_CLASS, masks=False, labels=None),
+        SampleKind(MULTI_LABEL, masks=False, labels=(-1,), targets=True),
+        SampleKind(REGRESSION, masks=False, labels=(-1,), targets=True),
+    )
 }
+MOST_CLASSES, MOST_BITS, MOST_LABEL = (
+    255,
+    15,
+    127,
+)  # of a mask, of a mask whose classes overlap, of a sample's label
 SPLITS = ("train", "val", "test")
 WINDOW_HU = (-1000, 1000)
 
@@ -72,6 +101,10 @@ SAMPLE_COLUMNS = pa.schema(
         ("foreground", pa.float32()),  # share of the voxels in the mask; 0 where there is none
     ]
 )
+# Columns of a set whose kind has `SampleKind.targets`.
+TARGET_COLUMNS = pa.schema(
+    [*SAMPLE_COLUMNS, ("targets", pa.list_(pa.float64()))]
+)  # a number a class; null: unknown
 TASK_FILE_META = {"role": str, "file": str, "nbytes": int, "checksum": str}
 TASK_SOURCE_META = {"uid": str, "patient": str, "files": [TASK_FILE_META], "samples": int, "left_out": [str]}
 TASK_META = {
@@ -98,18 +131,21 @@ SAMPLE_SCHEMA = ManifestSchema(
     TASK_META,
     "p2w prepare",
     "make the set: p2w prepare TASK --source FOLDER --out DIR",
+    TARGET_COLUMNS,
 )
+TARGET_SCHEMA = replace(SAMPLE_SCHEMA, schema=TARGET_COLUMNS)  # to write a set with targets
 
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class CandidatePoint:
-    """A point (x, y, z) that a table names; `of` says which row it is."""
+    """A point (x, y, z) that a table names; `of` says which row it is. `xyz` is NaN where the row is of the whole scan."""
 
     of: str
     xyz: Triple
-    label: int
+    label: int  # -1: there are targets instead
+    targets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,12 +168,16 @@ class Case:
 
 @dataclass
 class Cases:
-    """What a folder holds for a task. `bad` and `left_out` are (name, why); `tables` are files that name samples."""
+    """What a folder holds for a task. `bad` and `left_out` are (name, why); `tables` are files that name samples.
+
+    `task` is the task with what the source itself says of its channels and classes; None: as the options say.
+    """
 
     cases: list[Case] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     tables: dict[str, str] = field(default_factory=dict)  # name -> checksum
+    task: "Task | None" = None
 
     @property
     def sources(self) -> list[Case]:
@@ -162,6 +202,7 @@ class Sample:
     first_voxel: Triple
     centre_mm: Triple
     spacing_mm: Triple
+    targets: tuple[float, ...] = ()  # of a kind without a mask; those of a mask are counted in it
 
 
 @dataclass(frozen=True)

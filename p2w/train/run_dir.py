@@ -7,6 +7,7 @@ RUN/
                     id and the time of the last sign of life. `p2w.run_owner.run_state` tells a killed run from a live one
     .lock .owner    keep a second process out, see `p2w.run_owner`
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
+    trackers.json   trackers.log  wandb/  mlruns/   where `--log.to` names trackers, see `p2w.trackers`
 """
 
 import contextlib
@@ -40,8 +41,7 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
-        scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
-        facts[split] = {"sub_scans": len(ids), "scans": len(scans)}
+        facts[split] = {"sub_scans": len(ids), "scans": len(shards.scan_uids(ids))}
     if len(shards):
         spread = np.quantile(shards.spacing_mm, (0, 0.5, 1), axis=0).round(4)
         facts["spacing_mm"] = spread.tolist()
@@ -231,6 +231,17 @@ class RunDir:
             return cast(Order, start["order"])
         shards = str(start.get("shards", "http://"))
         return None if shards.startswith("http") else "streamed" if shards.startswith("s3:") else "shuffled"
+
+    def order_version(self) -> int:
+        """Version of the order with which the run in the folder has begun (see `p2w.stream.sampler`); 0 for no run."""
+        start = self.last_start()
+        found = start.get("order_version", 1 if start else 0)
+        if found not in (0, 1, 2):
+            raise UserError(
+                f"{self.path / 'run.json'}: the run has its sub-scans in an order of version {found!r}, which this p2w does "
+                "not have: continue it with the version of p2w that it began with"
+            )
+        return int(found)
 
     def close(self) -> None:
         """Stop the heartbeat, and release the folder."""

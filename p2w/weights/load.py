@@ -74,8 +74,8 @@ def card(path: str | Path) -> dict[str, Any]:
 def read_weights(path: Path) -> LoadedWeights:
     """All weights at a path that `load` accepts. Raises UserError as `load` does."""
     if is_hub_name(path):
-        file, name = download(path)
-        return replace(read_weights(file), where=str(name))
+        found, pinned = download(path)
+        return replace(read_weights(found), where=str(pinned))
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find_checkpoint(path).folder
     if path.is_dir() and (path / "meta.json").is_file():

@@ -11,7 +11,7 @@ from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import BadScan
 from p2w.ct.scan import read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def only(folder):

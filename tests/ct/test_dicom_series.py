@@ -10,7 +10,7 @@ from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import TOLERANCE_MM
 from p2w.ct.scan import read_grid, read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def find(folder, **options):

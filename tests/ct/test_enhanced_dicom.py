@@ -12,8 +12,8 @@ from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import BadScan
 from p2w.ct.scan import read_grid, read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
-legacy = pytest.importorskip("highdicom.legacy", reason="pip install 'p2w[test]' brings highdicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
+legacy = pytest.importorskip("highdicom.legacy", reason="pip install 'parts2whole[test]' brings highdicom")
 
 
 def slices(hu, *, step=2.5, first=0, **tags):
@@ -100,7 +100,7 @@ def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
     save(multi_frame(slices(body())), tmp_path / "a.dcm")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     ((_, why),) = find_scans([str(tmp_path)], "").bad
-    assert why == "a multi-frame DICOM needs pydicom: pip install 'p2w[dicom]'"
+    assert why == "a multi-frame DICOM needs pydicom: pip install 'parts2whole[dicom]'"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -117,7 +117,7 @@ def along_all_axes(volume, how):
 NAIVE = {
     "brightness": lambda v, a: v + a,
     "contrast": lambda v, a: (v - v.mean()) * a + v.mean(),
-    "gamma": lambda v, a: v**a,
+    "gamma": lambda v, a: (v**a - (v**a).mean()) / (v**a).std() * v.std() + v.mean(),
     "blur": lambda v, a: along_all_axes(v, lambda line: blurred(line, a, 3)),
     "low_resolution": lambda v, a: along_all_axes(v, lambda line: low_resolution(line, a)),
 }
@@ -148,8 +148,8 @@ def test_noise_has_its_deviation_and_ranges_are_kept():
     drawn = draw(Augmentation(**dict.fromkeys(PROBABILITIES, 1.0)), SampleKeys(0, 0, torch.arange(4000)))
     ends = {name: (float(v.min()), float(v.max())) for name, (_, v) in drawn.amount.items()}
     wanted = {
-        "brightness": (-0.1, 0.1), "contrast": (0.75, 1.25), "gamma": (1 / 1.5, 1.5), "blur": (0.5, 1.0),
-        "low_resolution": (0.5, 1.0), "noise": (0, 0.05),
+        "brightness": (-0.025, 0.025), "contrast": (0.75, 1.25), "gamma": (1 / 1.5, 1.5), "blur": (0.5, 1.0),
+        "low_resolution": (0.5, 1.0), "noise": (0, 0.025),
     }  # fmt: skip
     assert ends == {name: pytest.approx(pair, abs=2e-3) for name, pair in wanted.items()}
     assert float(drawn.factor.max()) == pytest.approx(1.4, abs=2e-3)

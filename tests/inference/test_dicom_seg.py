@@ -47,9 +47,10 @@ def source_of(folder):
 
 def again(folder, out):
     """The mask as p2w prepare reads it, on the scan's canonical grid; by the series that the object refers to."""
-    scan = read_scan(source_of(folder))
+    source = source_of(folder)
+    scan = read_scan(source)
     (seg,) = masks_by_series(str(out), "", "seg")["1.2.3"]
-    return read_mask(seg, "seg", "", scan.grid, scan.voxels.shape)
+    return read_mask(seg, "seg", "", source, scan.grid, scan.voxels.shape)
 
 
 def stored(folder, mask):

@@ -16,7 +16,7 @@ from torch import nn
 from p2w.ct.orientation import Grid
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
-from p2w.inference import predict
+from p2w.inference import mask_files, predict
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 from p2w.inference.predict import mask_of, read_input
 from p2w.inference.sliding import Windows, slices
@@ -77,7 +77,7 @@ def test_a_mask_lies_where_its_scan_does(tmp_path, voxels, direction, ending):
     network = fitted(spacing=None)
     subject = read_input([path], network)
     mask = mask_of(subject, network, 0.5, 0.5, 3, None)
-    predict.write_mask(out, subject.stored(mask), subject.stored_grid)
+    mask_files.write_mask(out, subject.stored(mask), subject.stored_grid)
     scan, written = sitk.ReadImage(str(path)), sitk.ReadImage(str(out))
     assert written.GetSize() == scan.GetSize() and written.GetPixelID() == sitk.sitkUInt8
     for name in ("GetSpacing", "GetOrigin", "GetDirection"):
@@ -231,7 +231,7 @@ def test_a_dicom_folder_is_looked_at_where_one_stands(tmp_path, voxels, monkeypa
     network = fitted(spacing=None)
     subject = read_input([Path()], network)
     mask = mask_of(subject, network, 0.5, 0.5, 3, None)
-    predict.write_mask(tmp_path / "mask.nii.gz", subject.stored(mask), subject.stored_grid)
+    mask_files.write_mask(tmp_path / "mask.nii.gz", subject.stored(mask), subject.stored_grid)
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
     series, mask = sitk.ReadImage(names), sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
     assert (sitk.GetArrayFromImage(mask) == (sitk.GetArrayFromImage(series) > 0)).all()

@@ -63,3 +63,19 @@ def test_a_smooth_volume_survives_the_way_to_another_grid_and_back(step):
     inside = (slice(3, -3),) * 3
     tolerance = 0.5 if step == (1.0, 1.0, 1.0) else 15
     assert np.abs(back - volume)[inside].max() < tolerance
+
+
+@pytest.mark.parametrize(("shape", "size"), CASES)
+@pytest.mark.parametrize("step", [(1.0, 1.0, 1.0), (1.7, 0.6, 1.2)])
+def test_several_classes_are_each_as_one_alone(shape, size, step):
+    windows = Windows(shape, size, step, 0.5)
+
+    def predict(places, classes):
+        found = np.stack([own(place) for place in places])
+        return np.stack([found**k for k in classes], 1) if len(classes) > 1 else found ** classes[0]
+
+    together = np.stack(list(on_scan(slices(windows, lambda p: predict(p, (1, 2, 3)), 3), windows)), 1)
+    assert together.shape == (3, *shape)
+    for k in (1, 2, 3):
+        alone = np.stack(list(on_scan(slices(windows, lambda p, k=k: predict(p, (k,)), 3), windows)))
+        assert (together[k - 1] == alone).all()

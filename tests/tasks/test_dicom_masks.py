@@ -11,8 +11,8 @@ from p2w.ct.orientation import BadScan
 from p2w.errors import UserError
 from p2w.tasks.custom import Custom
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
-highdicom = pytest.importorskip("highdicom", reason="pip install 'p2w[test]' brings highdicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
+highdicom = pytest.importorskip("highdicom", reason="pip install 'parts2whole[test]' brings highdicom")
 
 HU = body(12, 40, 44)
 SIZE = (8, 16, 16)

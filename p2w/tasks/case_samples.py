@@ -1,0 +1,188 @@
+"""From one case of `p2w.tasks.custom` to its samples: images, masks of several classes, answers. No torch."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2w.ct.orientation import BadScan, Grid
+from p2w.ct.percentiles import percentile_range
+from p2w.ct.scan import read_image, read_scan
+from p2w.tasks import crops, source_files
+from p2w.tasks.bms import crop_in_range, intensity_range
+from p2w.tasks.crops import (
+    AroundObjects,
+    Channels,
+    CropBox,
+    TileSettings,
+    crops_around_objects,
+    crops_in_tiles,
+    make_sample,
+)
+from p2w.tasks.dataset_folders import STRUCTURE
+from p2w.tasks.label_values import LabelValues, WrongLabels, present_values
+from p2w.tasks.random_crops import RandomCrops
+from p2w.tasks.task import CandidatePoint, Case, LeftOut, Sample
+
+IN_PART = " (larger than the sample, which shows its middle)"
+FileRecord = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a source says itself of a set, found before anything is cut: its channels, classes and kind of task."""
+
+    channels: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    values: tuple[tuple[int, ...], ...] = ()  # of a mask file, for each class
+    order: tuple[int, ...] = ()  # of regions, see `LabelValues`
+    kind: str = ""
+
+
+def read_channels(
+    case: Case, values: str, assume_hu: bool
+) -> tuple[Channels, Grid, tuple[int, ...], list[FileRecord]]:
+    """A function that cuts the channels of all images of a case, their grid, its shape, and what their files are.
+
+    `values`: hu, min-max or percentiles. Raises BadScan for images on grids of their own.
+    """
+    every = [_channel(case, role, values, assume_hu) for role, _ in case.files if role.startswith("image")]
+    cut, grid, shape, record = every[0]
+    for _, other, _, file in every[1:]:
+        if said := source_files.apart(grid, other):
+            raise BadScan(f"{file['file']} {said.replace('its image', record['file'])}")
+    if len(every) == 1:
+        return cut, grid, shape, [record]
+    return (
+        lambda crop_box: [channel for own, *_ in every for channel in own(crop_box)],
+        grid,
+        shape,
+        [file for *_, file in every],
+    )
+
+
+def _channel(
+    case: Case, role: str, values: str, assume_hu: bool
+) -> tuple[Channels, Grid, tuple[int, ...], FileRecord]:
+    """A function that cuts one image, its grid, its shape, and what its file is."""
+    name = case.name if role == "image" else case.source(role).name
+    if values == "hu":
+        scan = read_scan(replace(case.source(role), assume_hu=assume_hu))
+        record = crops.file_record(role, name, scan.nbytes, scan.checksum)
+        return lambda crop_box: [crops.crop_hu(scan.voxels, crop_box)], scan.grid, scan.voxels.shape, record
+    image = read_image(case.source(role))
+    low, high = percentile_range(image.values) if values == "percentiles" else intensity_range(role, image)
+    record = crops.file_record(role, name, image.nbytes, image.checksum)
+    return (
+        lambda crop_box: [crop_in_range(image.values, crop_box, low, high)],
+        image.grid,
+        image.values.shape,
+        record,
+    )
+
+
+def read_classes(
+    case: Case, declared: Declared, overlapping: bool, resample: bool, grid: Grid, shape: tuple[int, ...]
+) -> tuple[NDArray[np.int16], list[FileRecord]]:
+    """The classes of a case on its image's grid, as numbers or bits, and what their files are.
+
+    Raises WrongLabels for values that are not declared, and for structures that overlap and may not.
+    """
+    own = [(role, source) for role, source in case.files if role.startswith(STRUCTURE)]
+    if not own:
+        source = case.source("mask")
+        image = source_files.read_labels(source)
+        found = LabelValues(declared.classes, declared.values, declared.order).encode(
+            image.values, source.name
+        )
+        placed = source_files.on_grid(found, image.grid, source, grid, shape, resample)
+        record = crops.file_record("mask", source.name, image.nbytes, image.checksum)
+        return placed.astype(np.int16, copy=False), [record]
+    labels, files = np.zeros(shape, np.int16), []
+    for number, (role, source) in enumerate(own):
+        image = source_files.read_labels(source)
+        values = present_values(image.values)
+        if len(values - {0}) > 1:
+            told = ", ".join(map(str, sorted(values)[:5]))
+            raise BadScan(
+                f"mask {source.name}: holds the values {told}: the mask of a structure holds 0 and one other"
+            )
+        inside = (image.values != 0).astype(np.uint8)
+        mask = source_files.on_grid(inside, image.grid, source, grid, shape, resample).astype(bool)
+        files.append(crops.file_record("mask", source.name, image.nbytes, image.checksum))
+        if overlapping:
+            labels |= mask.astype(np.int16) << number
+            continue
+        if (twice := labels[mask]).any():
+            other = declared.classes[int(twice.max()) - 1]
+            raise WrongLabels(
+                f"masks {other} and {role.removeprefix(STRUCTURE)} overlap in {np.count_nonzero(twice):,} voxels; with "
+                "--overlapping they may"
+            )
+        labels[mask] = number + 1
+    return labels, files
+
+
+@dataclass(frozen=True)
+class SampleCutter:
+    """How a case that was read becomes samples of `size`: tiles, crops round objects, random crops, or one of the scan."""
+
+    size: tuple[int, int, int]
+    around: str  # tiles, object, foreground or scan
+    tiles: TileSettings
+    objects: AroundObjects
+    drawn: RandomCrops
+
+    def of_mask(
+        self, channels: Channels, mask: NDArray[np.uint8], grid: Grid, uid: str
+    ) -> Iterator[Sample | LeftOut]:
+        """Samples of a mask of 0 and 1."""
+        if self.around == "tiles":
+            return crops_in_tiles(channels, mask, grid, self.size, self.tiles, uid)
+        if self.around == "object":
+            return crops_around_objects(channels, mask, grid, self.objects, uid, "object")
+        return self.of_classes(channels, mask.astype(np.int16), grid, uid, 0)
+
+    def of_classes(
+        self, channels: Channels, labels: NDArray[np.int16], grid: Grid, uid: str, bits: int
+    ) -> Iterator[Sample | LeftOut]:
+        """Samples of a mask of class numbers, or of `bits` bits."""
+        if self.around == "foreground":
+            return self.drawn.cut(channels, labels, grid, uid, bits)
+        if self.around == "scan":
+            box = CropBox.of_whole(self.size, grid, self.tiles.spacing)
+            of = "the scan" + self._in_part(box, labels.shape)
+            return iter([make_sample(channels(box), box, grid, of, -1, box.cut_labels(labels, bits))])
+
+        def cut(crop_box: CropBox) -> NDArray[np.int16]:
+            return crop_box.cut_labels(labels, bits)
+
+        any_class = (labels != 0).astype(np.uint8)
+        if self.around == "tiles":
+            return crops_in_tiles(channels, any_class, grid, self.size, self.tiles, uid, cut)
+        return crops_around_objects(channels, any_class, grid, self.objects, uid, "object", labels=cut)
+
+    def of_answers(
+        self, channels: Channels, grid: Grid, shape: Sequence[int], marks: Iterable[CandidatePoint]
+    ) -> Iterator[Sample | LeftOut]:
+        """A sample of the scan, or around each point, with what a table says of it; points outside the scan are left out."""
+        for mark in marks:
+            if math.isnan(mark.xyz[0]):
+                box = CropBox.of_whole(self.size, grid, self.tiles.spacing)
+                of = mark.of + self._in_part(box, shape)
+                yield make_sample(channels(box), box, grid, of, mark.label, targets=mark.targets)
+                continue
+            centre = crops.to_voxel(grid, np.array(mark.xyz[::-1]))
+            if ((centre < -0.5) | (centre > np.array(shape) - 0.5)).any():
+                at = ", ".join(f"{value:.6g}" for value in mark.xyz)
+                yield LeftOut(f"{mark.of}: ({at}) is outside the scan; x, y, z are LPS mm")
+                continue
+            box = CropBox.around(centre, self.size, grid, self.tiles.spacing)
+            yield make_sample(channels(box), box, grid, mark.of, mark.label, targets=mark.targets)
+
+    def _in_part(self, box: CropBox, shape: Sequence[int]) -> str:
+        beyond = np.array(shape) > np.array(self.size) * box.step + 1e-6
+        return IN_PART if beyond.any() else ""
