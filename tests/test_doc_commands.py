@@ -90,6 +90,7 @@ def test_a_command_that_is_wrong_is_seen():
     for command, words in (
         ("shard", ["--scan", "FOLDER", "--out", "shards"]),
         ("finetune", ["--task", "targets/ours", "--run-dir", "runs/ours"]),
+        ("finetune", []),
         ("predict", ["runs/ours", "more", "--scan", "scan.nii.gz", "--out", "mask.nii.gz"]),
         ("prepare", ["generic", "--source", "A", "--out", "B"]),
     ):

@@ -18,6 +18,7 @@ Exit code 0 when no trial is left to this process, 2 for bad input, 143 when tol
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
 def _recipe_name(argv: list[str]) -> str:
     """What follows the last `--recipe`, which decides the other settings' defaults."""
     named = "paper"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*argv, ""]):
         if word == "--recipe":
             named = following
         elif word.startswith("--recipe="):
