@@ -363,6 +363,7 @@ def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
 
 def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
     """`_check` of a network that segments."""
+    model.check_threshold(options.threshold, PredictOptions.threshold)
     name, layers = options.out.name.lower(), model.kind.layers()
     if model.kind.separate_files:
         if options.candidates is not None or name.endswith((*MASKS, ".csv")) or options.out.is_file():
