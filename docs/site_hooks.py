@@ -1,58 +1,106 @@
-"""What `make docs` makes beside the pages of docs/: the first page, the options of every command, the public functions."""
+"""What `make docs` makes beside the pages of docs/: the first page, the options of every command, every public function."""
 
-import os
+import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
-from p2w.__main__ import COMMANDS
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import command_options  # noqa: E402  (beside this file, which mkdocs loads by its path)
+
 OUTSIDE = re.compile(
     r"\[([^\]]+)\]\((?:\.\./)+([^)]+)\)"
 )  # links to files of the repository that are no pages
-PUBLIC = (  # p2w.load is p2w.weights.load.load
-    "p2w.weights.load.load", "p2w.weights.start.load_start", "p2w.model.decoder.build_decoder",
-    "p2w.tasks.reader.open_target", "p2w.shards.manifest.read_manifest", "p2w.stream.stream.open_set",
-    "p2w.report.write_report",
-)  # fmt: skip
+MAIN = {  # what most people call; p2w.load is p2w.weights.load.load
+    "p2w.weights.load.load": "an encoder from a run, a checkpoint or an exported file",
+    "p2w.weights.load.card": "what the weights say of themselves: window, spacing, size, data",
+    "p2w.weights.start.load_start": "the same, or weights that others published",
+    "p2w.model.build_encoder": "a new encoder by its name",
+    "p2w.model.decoder.build_decoder": "a decoder behind any encoder",
+    "p2w.shards.manifest.read_manifest": "what a data set says of itself",
+    "p2w.stream.stream.open_set": "the data set as batches in a fixed order",
+    "p2w.tasks.reader.open_target": "the samples of a target task",
+    "p2w.ct.scan.read_scan": "one scan as int16 HU [z, y, x]",
+    "p2w.phantom.chest.make_scan": "a phantom scan with known anatomy",
+    "p2w.report.write_report": "the page of a run",
+}
+
+
+def rooms() -> list[str]:
+    """Folders and single modules of p2w that have a page of their own. Commands have the page of their options."""
+    folders = [path.parent.name for path in sorted((ROOT / "p2w").glob("*/__init__.py"))]
+    modules = [path.stem for path in sorted((ROOT / "p2w").glob("*.py")) if not path.stem.startswith("_")]
+    return [name for name in [*folders, *modules] if name != "commands"]
+
+
+def on_config(config: Any) -> Any:
+    """Add the rooms to the menu of the reference."""
+    (reference,) = (entry["Reference"] for entry in config["nav"] if "Reference" in entry)
+    reference.append({"Python, room by room": [f"reference/python/{room}.md" for room in rooms()]})
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
-    readme = (
-        (ROOT / "README.md")
-        .read_text()
-        .replace("](docs/", "](")
-        .replace("](CONTRIBUTING.md)", "](../CONTRIBUTING.md)")
-    )
-    readme = re.sub(r"\]\(((?:bench|examples)/[^)]+|CHANGELOG\.md)\)", r"](../\1)", readme)
-    pages = {"index.md": readme, "reference/commands.md": commands(), "reference/python.md": functions()}
+    pages = {
+        "index.md": first_page(),
+        "reference/commands.md": command_options.page(),
+        "reference/python.md": functions(),
+    }
+    pages["notebook.md"] = notebook()
+    for room in rooms():
+        pages[f"reference/python/{room}.md"] = f"::: p2w.{room}\n    options: {{heading_level: 1}}\n"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
+def first_page() -> str:
+    """The README, and the pictures of docs/look.md behind it."""
+    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    readme = re.sub(
+        r"\]\(((?:bench|examples)/[^)]+|CHANGELOG\.md|CONTRIBUTING\.md|CITATION\.cff)\)", r"](../\1)", readme
+    )
+    look = (ROOT / "docs" / "look.md").read_text()
+    return f"{readme}\n{look.replace('# ', '## ', 1)}"
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Name a file outside docs/ instead of linking to it: the site is read without the repository."""
+    markdown = re.sub(r"\]\((?:\.\./)+examples/look_inside\.ipynb\)", "](notebook.md)", markdown)
     return OUTSIDE.sub(r"\1 (`\2` of the repository)", markdown)
 
 
-def commands() -> str:
-    """The help of every command, as it prints it."""
-    env = os.environ | {"COLUMNS": "110", "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "TERM": "dumb"}
-    parts = ["# Commands\n"]
-    for name, (_, summary) in COMMANDS.items():
-        line = [sys.executable, "-m", "p2w", name, "--help"]
-        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-        parts.append(f"## p2w {name}\n\n{summary}\n\n````text\n{done.stdout.rstrip()}\n````\n")
-    return "\n".join(parts)
+def notebook() -> str:
+    """The notebook as a page: its text, its code, and what it printed and drew when it was committed."""
+    path = ROOT / "examples" / "look_inside.ipynb"
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text.replace("../docs/", ""))
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for one in cell["outputs"]:
+            data = one.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"].split())
+                parts.append(f'<img src="data:image/png;base64,{picture}" alt="what this cell draws">')
+            elif text := "".join(one.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    parts.insert(1, f"(It is `examples/{path.name}` in the repository, shown as it was last run.)")
+    return "\n\n".join(parts) + "\n"
 
 
 def functions() -> str:
-    """References to the public functions, which mkdocstrings fills in from their docstrings."""
-    return "# Python\n\n" + "\n\n".join(f"::: {name}" for name in PUBLIC) + "\n"
+    """The page of the main functions, with links to the rooms; mkdocstrings fills in docstrings and signatures."""
+    main = "\n".join(f"| [`{name}`](#{name}) | {what} |" for name, what in MAIN.items())
+    others = ", ".join(f"[{room}](python/{room}.md)" for room in rooms())
+    text = f"# Python\n\n| function | gives |\n| --- | --- |\n{main}\n\nEverything public, by room: {others}.\n\n"
+    return (
+        text + "\n\n".join(f"::: {name}\n    options: {{show_root_full_path: true}}" for name in MAIN) + "\n"
+    )

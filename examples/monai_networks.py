@@ -1,6 +1,6 @@
 """A pretrained encoder in MONAI's SegResNet or SwinUNETR: segments the lungs of a phantom scan, a few steps.
 
-    pip install 'p2w[examples]'
+    pip install 'parts2whole[examples]'
     python examples/monai_networks.py runs/paper SegResNet     a run, a checkpoint, an exported file or folder
     python examples/monai_networks.py runs/paper SwinUNETR
 

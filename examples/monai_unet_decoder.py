@@ -1,6 +1,6 @@
 """MONAI's U-Net decoder on a pretrained encoder: segments the lungs of a phantom scan, a few steps.
 
-    pip install 'p2w[examples]'
+    pip install 'parts2whole[examples]'
     python examples/monai_unet_decoder.py runs/paper     a run, a checkpoint, an exported file or folder
 
 Any encoder whose finest features have the input's size (unet3d, resencl, vit3d): MONAI's blocks see channels and strides.

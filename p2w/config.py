@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from p2w.errors import UserError
 from p2w.pretext import pretext_groups
 from p2w.pretext.settings import Bounds, PretextConfig, check_bounds
+from p2w.trackers import LogConfig
 
 Amp = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 
@@ -146,6 +147,7 @@ class BaseConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 if TYPE_CHECKING:
@@ -155,7 +157,7 @@ if TYPE_CHECKING:
 
         def __init__(
             self, data: DataConfig = ..., pretext: PretextConfig = ..., model: ModelConfig = ...,
-            optim: OptimConfig = ..., train: TrainConfig = ..., **groups: Any,
+            optim: OptimConfig = ..., train: TrainConfig = ..., log: LogConfig = ..., **groups: Any,
         ) -> None: ...  # fmt: skip
 
 
@@ -197,6 +199,8 @@ MAY_CHANGE = frozenset(
         "train.cuda_graph",
         "train.kernels",
         "train.hang_minutes",
+        "log.to",
+        "log.pictures",
     }
 )
 
@@ -223,6 +227,7 @@ def check_config(config: "Config") -> "Config":
             f"{config.optim.betas[0]}"
         )
     config.pretext.check()
+    config.log.trackers()
     return config
 
 

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,7 +128,7 @@ def type_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
             return f"{where} lacks {lacking!r}"
         inside = ((value[key], one, f"{key!r} of {where}") for key, one in form.items())
     elif isinstance(form, list):
-        if not isinstance(value, list):
+        if not isinstance(value, Sequence) or isinstance(value, str):  # a list, or one that lies in a table
             return f"{where} is not a list"
         inside = ((one, form[0], f"entry {index} of {where}") for index, one in enumerate(value))
     else:

@@ -1,4 +1,4 @@
-"""Log of a run: lines and progress on the console, `metrics.jsonl` and TensorBoard. Only rank 0 writes.
+"""Log of a run: lines and progress on the console, `metrics.jsonl`, TensorBoard and other trackers. Only rank 0 writes.
 
 On a terminal there is a progress bar with rate and time left; without one, a line every ten seconds.
 """
@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,6 +15,7 @@ import rich.progress as rp
 from rich.console import Console
 
 from p2w.files import append, write_atomic
+from p2w.trackers import PROCESSES, TENSORBOARD, LogConfig, TrackerProcess, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,13 +47,15 @@ class TolerantStream:
 
 
 class Log:
-    """Console, `metrics.jsonl` and TensorBoard of a run folder. On ranks other than 0 every method does nothing."""
+    """Console, `metrics.jsonl` and trackers of a run folder. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, run: Path, speaks: bool, total_steps: int) -> None:
+    def __init__(self, run: Path, speaks: bool, total_steps: int, settings: LogConfig | None = None) -> None:
         self.run, self.speaks, self.total = run, speaks, total_steps
+        self.settings = settings or LogConfig()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._writer: Any = None
-        self._board = True  # TensorBoard's files can be written
+        self._board = TENSORBOARD in self.settings.trackers()  # and its files can be written
+        self._trackers: list[TrackerProcess] = []
         self._bar: rp.Progress | None = None
         self._task: rp.TaskID | None = None
         self._last_line = 0.0
@@ -75,6 +78,11 @@ class Log:
         except OSError as error:
             self.warn(f"{self.run / what}: not written ({error.strerror or error}); the run goes on without")
 
+    def describe(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Tell the trackers what the run is called and its settings. Those in processes get nothing without."""
+        names = [name for name in self.settings.trackers() if name in PROCESSES and self.speaks]
+        self._trackers = [TrackerProcess(tracker, self, name, settings) for tracker in names]
+
     def rewind(self, step: int, evaluated: bool = True) -> None:
         """Drop the records of `metrics.jsonl` after `step`, which will be written again, and a line truncated by a crash.
 
@@ -92,39 +100,60 @@ class Log:
         write_atomic(path, "".join(f"{text}\n" for text in kept))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append one JSON object to `metrics.jsonl` and its numbers to TensorBoard."""
+        """Append one JSON object to `metrics.jsonl`, and its numbers to the trackers."""
         if not self.speaks:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
         with self.tolerate("metrics.jsonl"):
             append(self.run / "metrics.jsonl", json.dumps(record))
-        with self._on_board(step) as board:
+        self.send(step, values)
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        """Send numbers to the trackers alone: of what a file of its own has, such as result.json."""
+        if not self.speaks:
+            return
+
+        def on_board(board: Any) -> None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
 
+        self._on_board(step, on_board)
+        for tracker in self._trackers:
+            tracker.scalars(step, time.time(), values)
+
     def event(self, step: int, facts: dict[str, Any]) -> None:
-        """Append one JSON object to `metrics.jsonl` alone: an event is no curve for TensorBoard."""
-        if self.speaks:
-            with self.tolerate("metrics.jsonl"):
-                append(
-                    self.run / "metrics.jsonl",
-                    json.dumps({"step": step, "time": round(time.time(), 3), **facts}),
-                )
+        """Append one JSON object to `metrics.jsonl`. Trackers are told that it happened, not of which samples.
+
+        TensorBoard is not: an event is no curve.
+        """
+        if not self.speaks:
+            return
+        now = round(time.time(), 3)
+        with self.tolerate("metrics.jsonl"):
+            append(self.run / "metrics.jsonl", json.dumps({"step": step, "time": now, **facts}))
+        for tracker in self._trackers:
+            tracker.scalars(step, now, {f"event/{name}": 1.0 for name in list(facts)[:1]})
 
     def picture(self, name: str, pixels: "NDArray[np.uint8]", step: int) -> None:
-        """Add a grey image (H, W) to TensorBoard."""
-        if self.speaks:
-            with self._on_board(step) as board:
-                board.add_image(name, pixels, step, dataformats="HW")
+        """Send a grey image (H, W) to the trackers."""
+        if not self.speaks:
+            return
+        self._on_board(step, lambda board: board.add_image(name, pixels, step, dataformats="HW"))
+        if self.settings.pictures:
+            for tracker in self._trackers:
+                tracker.picture(step, name, pixels)
 
-    @contextlib.contextmanager
-    def _on_board(self, step: int) -> Iterator[Any]:
-        """TensorBoard's writer; after a failed write, one that does nothing."""
-        board = self._writer_from(step) if self._board else _NullWriter()
-        self._board, before = False, self._board
-        with self.tolerate("tensorboard"):
-            yield board
-            self._board = before
+    def _on_board(self, step: int, send: Callable[[Any], None]) -> None:
+        """Call `send` with TensorBoard's writer, where it is asked for and has not failed: then it gets nothing more."""
+        if not self._board:
+            return
+        self._board = False
+        try:
+            with self.tolerate(TENSORBOARD):
+                send(self._writer_from(step))
+                self._board = True
+        except Exception as error:  # whatever a tracker raises, training goes on
+            self.warn(f"{TENSORBOARD}: {one_line(error)}; it is off, and the run goes on")
 
     def _writer_from(self, step: int) -> Any:
         """TensorBoard's writer, created at the first use; it hides what an earlier start has logged after `step`."""
@@ -165,23 +194,14 @@ class Log:
         assert self._task is not None
         self._bar.update(self._task, completed=step, description=text)
 
-    def close(self) -> None:
-        """Stop the bar and flush TensorBoard."""
+    def close(self, state: str = "finished") -> None:
+        """Stop the bar and flush the trackers, which are told how the run ended: as in status.json."""
         if self._bar is not None:
             self._bar.stop()
         if self._writer is not None:
-            with self.tolerate("tensorboard"):
-                self._writer.close()
-
-
-class _NullWriter:
-    """A writer with the methods of TensorBoard's that does nothing."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Drop it."""
-
-    def add_image(self, name: str, pixels: "NDArray[np.uint8]", step: int, dataformats: str) -> None:
-        """Drop it."""
+            self._on_board(0, lambda board: board.close())
+        for tracker in self._trackers:
+            tracker.close(state)
 
 
 def hours_minutes_seconds(seconds: float) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from p2w import __version__, report
 from p2w import config as settings
-from p2w import report
 from p2w.analysis import plots
 from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
@@ -77,7 +77,7 @@ def _run(
     watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
     """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended."""
-    log = Log(folder.path, world.is_main, config.train.steps)
+    log = Log(folder.path, world.is_main, config.train.steps, config.log)
     if 0 < len(streaming) < world.size:
         names = ", ".join(map(str, streaming[:8]))
         log.warn(
@@ -96,7 +96,20 @@ def _run(
             config,
             data,
             shards.where,
-            {**world.machine(), **command, **facts, "order": shards.order, "data_set": describe_data(shards)},
+            {
+                **world.machine(),
+                **command,
+                **facts,
+                "order": shards.order,
+                "order_version": trainer.stream.sampler.order_version,
+                "data_set": describe_data(shards),
+            },
+        )
+        versions = {"p2w": __version__, "torch": torch.__version__}
+        about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
+        log.describe(
+            folder.path.absolute().name,
+            settings.flatten(config) | {"parameters": facts["parameters"]} | about,
         )
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
@@ -121,7 +134,7 @@ def _run(
             with log.tolerate("report.html"):
                 log.line(f"report          {report.write_report(folder.path)}")
             folder.close()
-        log.close()
+        log.close(outcome.state)
     return outcome
 
 
@@ -257,6 +270,8 @@ def _fit(
         picture = pictures.figure()
         volumes = pictures.volumes() if pictures.pretext.reconstructs else b""
     with log.tolerate("figures"):
+        # The similarity monitor makes the folder, unless there is only one volume to compare.
+        (folder.path / "figures").mkdir(exist_ok=True)
         if volumes:
             write_atomic(folder.path / "figures" / "reconstruction.npz", volumes)
         drawn = plots.save_figure(picture, folder.path, "reconstruction" if volumes else "views")

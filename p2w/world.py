@@ -129,9 +129,9 @@ class World:
         return world
 
     def check_asked(self) -> None:
-        """Raise UserError when fewer or more nodes have met than the job asked for; each would train on its own.
+        """Raise UserError when fewer or more nodes have met than the job asked for: each group would train by itself.
 
-        Asked for: P2W_NODES, which slurm/pretrain.sbatch sets, or what torchrun got as --nnodes.
+        The number that was asked for is P2W_NODES, which slurm/pretrain.sbatch sets, else torchrun's --nnodes.
         """
         asked = os.environ.get("P2W_NODES") or os.environ.get("PET_NNODES") or ""
         asked = asked or (meeting.torchrun_nodes(self.agent) if self.agent else "")

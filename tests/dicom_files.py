@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pydicom = pytest.importorskip("pydicom", reason="the extra p2w[test] brings pydicom")
+pydicom = pytest.importorskip("pydicom", reason="the extra parts2whole[test] brings pydicom")
 Dataset, FileMetaDataset = pydicom.dataset.Dataset, pydicom.dataset.FileMetaDataset
 
 CT_IMAGE, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"

@@ -35,6 +35,17 @@ def test_an_option_in_the_docs_is_taken(page, flag, values):
         parse([flag, *values])
 
 
+def test_extras_are_named_by_the_distribution():
+    """The index's `p2w` is another project: what a page or a message tells users to install is `parts2whole[…]`."""
+    extras = re.findall(
+        r"^(\w+) =$", (REPO / "setup.cfg").read_text().partition("extras_require]")[2], re.MULTILINE
+    )
+    assert {"dicom", "wandb", "mlflow"} <= set(extras)
+    files = [*PAGES, *(REPO / "p2w").rglob("*.py"), *(REPO / "examples").glob("*.py")]
+    wrong = rf"p2w\[({'|'.join(extras)})\]"
+    assert [str(file) for file in files if re.search(wrong, file.read_text())] == []
+
+
 TREE = (REPO / "docs" / "architecture.md").read_text().partition("## The tree")[2]
 BLOCKS = re.findall(r"```\n(.*?)```", TREE, re.DOTALL)
 

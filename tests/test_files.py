@@ -22,6 +22,8 @@ def test_blocks_of_an_array_add_up():
     assert found == package(data)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("awscrt") is None, reason="needs awscrt (pip install p2w[fast])")
+@pytest.mark.skipif(
+    importlib.util.find_spec("awscrt") is None, reason="needs awscrt (pip install parts2whole[fast])"
+)
 def test_the_faster_library_is_taken():
     assert LIBRARY == "awscrt"

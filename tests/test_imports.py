@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for top in ("p2w", "launch", "preprocess") for path in (REPO / top).rglob("*.py"))
 BASE = tuple(
     f"p2w.{room}"
-    for room in "errors files run_owner http_client resources config world log rng geometry model stream".split()  # noqa: SIM905
+    for room in "errors files run_owner http_client resources config world log trackers rng geometry model stream".split()  # noqa: SIM905
 )
 MAY = {  # the longest prefix that fits a module says which modules of p2w it may import
     "launch": ("p2w.errors", "p2w.commands"),
@@ -30,9 +30,11 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.analysis_run": ("p2w",),  # puts the analysis together
     "p2w.rank_errors": ("p2w.errors", "p2w.world", "p2w.log", "p2w.files"),
     "p2w.world": ("p2w.errors", "p2w.resources", "p2w.meeting"),
-    "p2w.log": ("p2w.errors", "p2w.files"),
+    "p2w.log": ("p2w.errors", "p2w.files", "p2w.trackers"),
+    "p2w.trackers": ("p2w.errors", "p2w.files", "p2w.world"),
+    "p2w.tracker_process": ("p2w.trackers",),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
-    "p2w.config": ("p2w.errors", "p2w.pretext"),  # collects the settings in the pretexts' files
+    "p2w.config": ("p2w.errors", "p2w.pretext", "p2w.trackers"),  # collects the settings in the pretexts' files
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
     "p2w.geometry": ("p2w.errors", "p2w.rng", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),

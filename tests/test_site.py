@@ -23,11 +23,21 @@ def test_the_site_builds_strictly_and_opens_from_disk(tmp_path):
     done = subprocess.run(line, cwd=REPO, env=env, capture_output=True, text=True, timeout=230, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     commands = (tmp_path / "reference" / "commands.html").read_text()
-    assert all(f"p2w {name}</h2>" in re.sub(r"<a [^>]*>.*?</a>", "", commands) for name in COMMANDS)
+    assert all(re.search(rf"<h2[^>]*>p2w {name}\b", commands) for name in COMMANDS)
     assert "--optim.lr" in commands and "--repair" in commands
     assert "build_decoder" in (tmp_path / "reference" / "python.html").read_text()
-    for page in (path.name for path in (REPO / "docs").glob("*.md") if path.name != "package.md"):
-        text = (tmp_path / page.replace(".md", ".html")).read_text()
+    rooms = {path.parent.name for path in (REPO / "p2w").glob("*/__init__.py")} - {"commands"}
+    assert rooms <= {path.stem for path in (tmp_path / "reference" / "python").glob("*.html")}
+    assert "read_scan" in (tmp_path / "reference" / "python" / "ct.html").read_text()
+    assert (tmp_path / "notebook.html").read_text().count("data:image/png;base64,") == 3
+    sources = {path.stem for path in (REPO / "docs").glob("*.md")} - {
+        "package",
+        "look",
+    }  # the first page has look.md
+    pages = list(tmp_path.glob("**/*.html"))
+    assert sources | {"index", "notebook"} <= {path.stem for path in pages}
+    for page in pages:
+        text = page.read_text()
         assert not re.search(r'(?:src|href)="(?:https?:)?//[^"]*\.(?:js|css|woff2?)"', text), page
-        for target in re.findall(r'href="([^":#]+\.html)', text):
-            assert (tmp_path / target).is_file(), f"{page}: {target}"
+        for target in re.findall(r'(?:href|src)="([^":#?]+\.(?:html|png|svg|js|css))', text):
+            assert (page.parent / target).is_file(), f"{page}: {target}"

@@ -1,4 +1,4 @@
-"""Which pretext should one take? All of them at equal compute. Fills docs/methods.md, and the README's table of pretexts.
+"""Which pretext should one take? All of them at equal compute. Fills docs/methods.md.
 
     make methods                                             # phantom; an hour and a half on two free cores
     python bench/evidence/methods.py --folder evidence --seeds 3
@@ -102,8 +102,8 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     parser.add_argument("--names-only", action="store_true", help="write the table of pretexts alone")
     args = parser.parse_args()
-    for path in filter(Path.exists, (REPO / "docs" / "methods.md", REPO / "README.md")):
-        path.write_text(page.fill(path.read_text(), "pretexts", names()))
+    path = REPO / "docs" / "methods.md"
+    path.write_text(page.fill(path.read_text(), "pretexts", names()))
     if args.names_only:
         return
     folder, seeds = args.folder.resolve(), range(args.seeds)

@@ -87,7 +87,7 @@ def build(argv: list[str], world: World) -> Analysis:
 
 
 def _shards(args: Args) -> ShardSet:
-    """The data set that the run was trained on, and no other."""
+    """The data set that the run was trained on. Raises UserError for any other."""
     last = RunDir(args.run).last_start()
     if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
@@ -103,7 +103,7 @@ def _shards(args: Args) -> ShardSet:
 
 
 def show(summary: dict[str, Any], run: Path) -> None:
-    """A short table, and where things lie."""
+    """Print a short table, and the paths of the results."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 

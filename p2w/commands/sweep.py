@@ -8,8 +8,8 @@
     p2w sweep fig3 … --array jobs.txt        writes them for sbatch --array=1-52 slurm/finetune.sbatch jobs.txt
 
 Then: p2w table1 runs/table1. A command whose trials are all finished is skipped, so the same sweep continues after it was
-stopped, however that came; a trial under way goes on after its last checkpoint. Exit code 1 when a job failed; its log is
-named.
+stopped or killed; a trial that was interrupted goes on after its last checkpoint. Exit code 1 when a job failed; the name
+of its log is printed.
 """
 
 import shlex
@@ -29,7 +29,7 @@ from p2w.reproduce.table_builder import numbers_by_task
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What all three have."""
+    """Options of all three sweeps."""
 
     tasks: tuple[str, ...]
     """Target sets, folders that p2w prepare wrote: DIR, whose last part is the task's name, or NAME=DIR."""
@@ -46,9 +46,9 @@ class Common:
     finetune_args: str = ""
     """Further arguments of p2w finetune: --finetune-args='--recipe.max-epochs 30'."""
     jobs: int = 1
-    """Commands side by side."""
+    """How many commands run at a time."""
     threads: int = 0
-    """Threads of each; 0: its share of the cores."""
+    """Threads of each command; 0: its share of the cores."""
     gpus: int = 0
     """GPUs that the commands take in turn, one each; 0: all that there are."""
     array: Path | None = None
@@ -57,7 +57,7 @@ class Common:
     """Print the commands; run nothing."""
 
     def transfers(self) -> sweep_jobs.FineTuningPlan:
-        """What the jobs have in common, checked. Raises UserError."""
+        """The plan that all jobs share. Raises UserError for options that cannot be done."""
         least = {"--trials": self.trials, "--jobs": self.jobs}
         if wrong := next((flag for flag, value in least.items() if value < 1), None):
             raise UserError(f"{wrong} {least[wrong]}: must be at least 1")
@@ -78,7 +78,7 @@ class Table1(Common):
     """Rows: LABEL=INIT or LABEL=INIT,NETWORK; INIT is random, RUN, RUN@STEP or a file of weights."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         return sweep_jobs.table1(self.transfers(), sweep_jobs.parse_inits(self.inits))
 
 
@@ -87,7 +87,7 @@ class Table2(Common):
     """Five ranges of scale, and skip connections: pretrained, then fine-tuned."""
 
     shards: str = "shards"
-    """What is pretrained on."""
+    """The shards to pretrain on."""
     recipe: str = "paper"
     """Recipe of the pretraining."""
     ranks: int = 1
@@ -96,7 +96,7 @@ class Table2(Common):
     """Further arguments of p2w train: --train-args='--train.steps 5000'."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         if self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         more = shlex.split(self.train_args)
@@ -108,14 +108,14 @@ class Fig3(Common):
     """Checkpoints of one pretraining."""
 
     pretrained: Path
-    """The run; train it with --train.keep-every 1759, the steps between validations."""
+    """The run whose checkpoints are fine-tuned; train it with --train.keep-every 1759, the steps between validations."""
     checkpoints: int = paper_numbers.CHECKPOINTS
-    """How many of them, evenly spread."""
+    """How many checkpoints, evenly spread over the run."""
     trials: int = paper_numbers.FINE_TUNINGS
     """Fine-tunings of each checkpoint on each task."""
 
     def plan(self) -> list[SweepJob]:
-        """The jobs. Raises UserError."""
+        """The jobs of this sweep. Raises UserError for starting points or sets that cannot be used."""
         if self.checkpoints < 2:
             raise UserError(f"--checkpoints {self.checkpoints}: must be at least 2")
         return sweep_jobs.fig3(self.transfers(), self.pretrained, self.checkpoints)
@@ -129,7 +129,7 @@ Args = (
 
 
 def show(jobs: list[SweepJob]) -> None:
-    """Every command; one that is finished, or begun, says so behind it."""
+    """Print every command, and behind it whether it is finished or begun."""
     for job in jobs:
         count = job.count()
         state = "  # done" if count == job.units else f"  # {count} of {job.units} done" if count else ""
@@ -138,7 +138,7 @@ def show(jobs: list[SweepJob]) -> None:
 
 
 def write_array(jobs: list[SweepJob], path: Path) -> None:
-    """Files of commands for Slurm; pretrainings have one of their own. Raises UserError."""
+    """Write files of commands for Slurm arrays, one file for pretrainings and one for the rest. Raises UserError."""
     groups = {path: [job for job in jobs if not job.pretrains]}
     groups[path.with_stem(f"{path.stem}-pretraining")] = [job for job in jobs if job.pretrains]
     for where, some in groups.items():
@@ -155,7 +155,7 @@ def write_array(jobs: list[SweepJob], path: Path) -> None:
 
 
 def work(jobs: list[SweepJob], args: Table1 | Table2 | Fig3) -> int:
-    """Pretrainings, then fine-tunings of those that succeeded; the exit code."""
+    """Do the pretrainings, then the fine-tunings of those that succeeded; the exit code."""
     import torch  # noqa: PLC0415
 
     gpus = args.gpus or torch.cuda.device_count()

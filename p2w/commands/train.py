@@ -32,6 +32,7 @@ from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.run_dir import RunDir
+from p2w.weights.hub import pin
 from p2w.weights.pretrain_init import read_init
 from p2w.world import World
 
@@ -60,7 +61,7 @@ class Args:
     """Folder of the run; default runs/RECIPE. Under torchrun with Python 3.11 spell it --run-dir: torchrun's own parser
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     init: str = ""
-    """Start from the weights of a run, or of a file that `p2w inspect` can read; short for --model.init."""
+    """Start from the weights of a run, a file that `p2w inspect` can read, or hf://org/name; short for --model.init."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -91,11 +92,17 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, str]:
         description=f"{__doc__}\nRecipes (defaults below are those of {recipe}):\n\n{table}\n\n{MARKS}",
         console_outputs=speaks,
     )
-    if args.init:
-        model = replace(args.config.model, init=args.init)
-        args = replace(args, config=replace(args.config, model=model))
     run = args.run or Path("runs") / (f"{Path(recipe).resolve().parent.name}-again" if from_file else recipe)
+    if init := args.init or args.config.model.init:
+        model = replace(args.config.model, init=pin(init, _recorded_init(run)))
+        args = replace(args, config=replace(args.config, model=model))
     return replace(args, config=settings.check_config(args.config), run=run), recipe
+
+
+def _recorded_init(run: Path) -> str | None:
+    """The starting point of a run that continues; None where none has begun."""
+    path = run / "config.json"
+    return settings.read_config(path).model.init if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,9 @@ def build(argv: list[str], world: World) -> Job:
         on_bad=config.data.on_bad_sample,
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
+        order_version=RunDir(args.folder).order_version(),
     )
+    config.log.check_installed()
     rows = Sampler(
         shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
     ).rows

@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -219,22 +219,23 @@ def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
 
 
 def fill_padding(
-    hu: NDArray[Any], values: NDArray[Any], form: PixelForm, cells: NDArray[Any] | None = None
+    hu: NDArray[Any],
+    values: NDArray[Any],
+    form: PixelForm,
+    cells: NDArray[Any] | None = None,
+    air: float = AIR,
+    tissue_end: float = TISSUE_END,
 ) -> None:
-    """Set padding of a slice `hu` (rows, columns) to air where it is brighter; `values` are those stored.
+    """Set padding of a slice `hu` (rows, columns) to `air` where it is brighter; `values` are those stored.
 
-    Some headers name a padding value that tissue has too, such as 0 for 0 HU. So padding in the range of tissue counts only
-    where it reaches the border of the slice.
+    Some headers name a padding value that tissue has too, such as 0 for 0 HU. So padding in the range of tissue, up to
+    `tissue_end`, counts only where it reaches the border of the slice.
     """
-    assert form.padding is not None
-    low, high = form.padding
-    padded = (values >= low) & (values <= high)
-    if form.cells and cells is not None:
-        padded = np.isin(cells.view(np.uint16), form.cells)
-    padded &= hu > AIR
+    padded = _padded(values, form, cells)
+    padded &= hu > air
     if not padded.any():
         return
-    inside = padded & (hu <= TISSUE_END)
+    inside = padded & (hu <= tissue_end)
     if inside.any():
         from scipy import ndimage  # noqa: PLC0415  scipy takes long to import, and few scans need it
 
@@ -242,37 +243,75 @@ def fill_padding(
         border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
         inside &= ~np.isin(labels, border[border > 0])
         padded &= ~inside
-    hu[padded] = AIR
+    hu[padded] = air
 
 
-def correct_gdcm(hu: NDArray[Any], files: Sequence[str]) -> None:
-    """Put right, in place, what GDCM makes of slices [z,y,x]: inverted MONOCHROME1, and padding. Raises BadScan."""
+def _padded(values: NDArray[Any], form: PixelForm, cells: NDArray[Any] | None = None) -> NDArray[np.bool_]:
+    """Where stored values are padding."""
+    assert form.padding is not None
+    if form.cells and cells is not None:
+        return np.isin(cells.view(np.uint16), form.cells)
+    low, high = form.padding
+    return (values >= low) & (values <= high)
+
+
+def darken_padding(image: NDArray[Any], padded: Sequence[tuple[NDArray[Any], PixelForm] | None]) -> None:
+    """Set padding of an image [z,y,x] that is not in HU, such as MR, to its lowest value that is none, where it is brighter.
+
+    `padded` has, of every slice with padding, the stored values (rows, columns) and how they are to be understood.
+    """
+    lowest = math.inf
+    for one, slice_padding in zip(image, padded, strict=True):
+        real = one if slice_padding is None else one[~_padded(*slice_padding)]
+        lowest = min(lowest, float(real.min())) if real.size else lowest
+    for one, slice_padding in zip(image, padded, strict=True):
+        if slice_padding is not None and lowest < math.inf:
+            fill_padding(one, *slice_padding, air=lowest, tissue_end=math.inf)
+
+
+def correct_gdcm(hu: NDArray[Any], files: Sequence[str], in_hu: bool = True) -> None:
+    """Put right, in place, what GDCM makes of slices [z,y,x]: inverted MONOCHROME1, and padding. Raises BadScan.
+
+    Without `in_hu` the values are those of another modality, whose padding becomes as dark as its darkest voxel.
+    """
+    padded: list[tuple[NDArray[Any], PixelForm] | None] = []
     for path, image in zip(files, hu, strict=True):
+        padded.append(None)
         with open(path, "rb") as file:
             found, code, _, _ = elements(_unpacked(file.read(), path, 1 << 28))
         form = PixelForm.of(found, code)
-        if not form.inverted and not form.bright_padding:
+        if not in_hu and math.isnan(form.slope + form.intercept):  # of MR without a rescale
+            form = replace(form, slope=1.0, intercept=0.0)
+        has_padding = form.bright_padding if in_hu else form.padding is not None
+        if not form.inverted and not has_padding:
             continue
         values = np.rint((image.astype(np.float64) - form.intercept) / form.slope)
         if form.inverted:  # GDCM has turned v into -1 - v, or into the highest value - v
             values = (-1 if form.signed else (1 << form.stored) - 1) - values
             image[...] = values * form.slope + form.intercept
-        if form.bright_padding:
+        if in_hu and has_padding:
             fill_padding(image, values, form)
+        elif has_padding:
+            padded[-1] = (values, form)
+    if any(padded):
+        darken_padding(hu, padded)
 
 
 @contextmanager
 def unpacked_files(files: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The files for GDCM, which reads none that is packed by gzip: those are unpacked into a temporary folder."""
-    with open(files[0], "rb") as file:
-        packed = file.read(2) == GZIP_MAGIC
+    packed = [path for path in files if _is_packed(path)]
     if not packed:
         yield tuple(files)
         return
     with TemporaryDirectory(prefix="p2w-") as folder:
-        names = []
-        for number, path in enumerate(files):
-            names.append(os.path.join(folder, f"{number}.dcm"))
-            with open(path, "rb") as packed_file, open(names[-1], "wb") as out:
+        names = {path: os.path.join(folder, f"{number}.dcm") for number, path in enumerate(packed)}
+        for path, name in names.items():
+            with open(path, "rb") as packed_file, open(name, "wb") as out:
                 out.write(_unpacked(packed_file.read(), path, 1 << 28))
-        yield tuple(names)
+        yield tuple(names.get(path, path) for path in files)
+
+
+def _is_packed(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC

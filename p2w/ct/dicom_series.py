@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.dicom import GZIP_MAGIC, Slice
-from p2w.ct.orientation import TOLERANCE_MM, BadScan, Grid
+from p2w.ct.orientation import TOLERANCE_MM, BadScan, Grid, check_voxel_size
 
 # A slice may also be off its place by this share of a step, and no more: thin slices lie closer than the tolerance.
 STEP_SHARE = 0.2
@@ -80,6 +80,7 @@ def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) ->
 
     With `resample`, slices that lean away from their normal or lie at uneven steps are a volume to be resampled.
     """
+    slices = _with_rescale(slices)
     _check_headers(slices)
     kept = _without_copies(slices)
     copies = len(slices) - len(kept)
@@ -110,9 +111,21 @@ def _split(slices: list[Slice], allow_gaps: bool, name: str, copies: int) -> lis
     except BadScan:
         return []
     return [
-        DicomVolume(ordered, grid, f"{name} {key or 'none'}", copies=copies if i == 0 else 0)
+        DicomVolume(ordered, grid, f"{name} {_part_label(name, key, i)}", copies=copies if i == 0 else 0)
         for i, (key, ordered, grid) in enumerate(found)
     ]
+
+
+def _part_label(name: str, key: str, number: int) -> str:
+    """What a volume is called among those of its series; times become numbers, since a date may tell who it is."""
+    return str(number + 1) if name == "time" else key or "none"
+
+
+def _with_rescale(slices: list[Slice]) -> list[Slice]:
+    """The slices, of MR without any rescale with the one that changes nothing: its values have no unit."""
+    if any(one.rescale or one.modality != "MR" for one in slices):
+        return slices
+    return [replace(one, rescale=(1.0, 0.0)) for one in slices]
 
 
 def _check_headers(slices: list[Slice]) -> None:
@@ -211,7 +224,9 @@ def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Gr
     slices = sorted(slices, key=lambda one: float(normal @ one.position))
     along = np.array([normal @ one.position for one in slices])
     _check_line(slices, normal)
-    return slices, grid_of(slices, normal, _step(slices, along, allow_gaps))
+    grid = grid_of(slices, normal, _step(slices, along, allow_gaps))
+    check_voxel_size(grid.spacing)
+    return slices, grid
 
 
 def grid_of(slices: list[Slice], normal: NDArray[np.float64], step: float) -> Grid:
@@ -244,7 +259,12 @@ def _check_line(slices: list[Slice], normal: NDArray[np.float64]) -> None:
 def _step(slices: list[Slice], along: NDArray[np.float64], allow_gaps: bool) -> float:
     """Distance of adjacent slices in mm. Raises BadScan where slices are missing, share a position or lie unevenly."""
     if len(slices) < 2:
-        return slices[0].step or slices[0].thickness or 1.0
+        step = slices[0].step or slices[0].thickness
+        if step <= 0:
+            raise BadScan(
+                "one slice alone, whose header tells no SliceThickness: nothing says how thick it is"
+            )
+        return step
     steps = np.diff(along)
     usual = float(np.median(steps))
     if (steps < APART_MM).any():

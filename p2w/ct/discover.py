@@ -8,14 +8,16 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2w.ct.dicom import SeriesInfo, Slice, not_a_scan, read_slice, starts_as_dicom
 from p2w.ct.dicom_series import DicomVolume, people_apart, volumes_of
 from p2w.ct.enhanced_dicom import frames_of
+from p2w.ct.meta_image import meta_image_files
 from p2w.ct.orientation import BadScan, Grid
-from p2w.ct.voxel_files import meta_image_files, nrrd_files
+from p2w.ct.scan_folders import is_text, names_of_roots, outermost_roots, printable, safe_uid, walk
+from p2w.ct.voxel_files import nrrd_files
 from p2w.errors import UserError
 
 IMAGES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd", ".nhdr")
@@ -35,7 +37,6 @@ OTHERS = {ending: reason for reason, endings in ENDINGS.items() for ending in en
 NO_IMAGE = "files that are no images"
 NO_PIXELS = "DICOM without pixels (reports, plans, DICOMDIR)"
 COPIES = "copies of another DICOM file"
-UID_LENGTH = 100  # a name in a tar may have 155 characters before the last slash, a file name 255 bytes
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def find_scans(
     """
     search = _Search(options or SearchOptions(exclude, allow_gaps))
     found = search.found
-    roots = _outermost(roots, out)
+    roots = outermost_roots(roots, out)
     folders: set[str] = set()
     names: dict[str, str] = {}  # by real path
     for root in roots:
@@ -166,8 +167,8 @@ def find_scans(
             raise UserError(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
-    for root, above in zip(roots, _root_names(roots), strict=True):
-        for path in walk(root, out, folders):
+    for root, above in zip(roots, names_of_roots(roots), strict=True):
+        for path in walk(root, out, folders, search.unreadable(root, above)):
             name = printable(above + os.path.relpath(path, root))
             found.files += 1
             if any(fnmatch.fnmatch(name, pattern) for pattern in search.options.exclude):
@@ -197,59 +198,6 @@ def _reasons(found: ScanListing) -> str:
     return f"; {', '.join(told)}" if any(":" in reason for reason in told) else ""
 
 
-def _root_names(roots: Sequence[str]) -> list[str]:
-    """What the names of scans begin with: nothing for one root, else as many last folders of each as tell them apart."""
-    if len(roots) == 1:
-        return [""]
-    parts = [os.path.abspath(root).strip(os.sep).split(os.sep) for root in roots]
-    depth = 1
-    while len({tuple(own[-depth:]) for own in parts}) < len(parts):
-        depth += 1
-    return ["/".join(own[-depth:]) + "/" for own in parts]
-
-
-def _outermost(roots: list[str], out: str) -> list[str]:
-    """The roots without those that are searched with another one, being the same folder or below it."""
-    skipped = os.path.realpath(out) if out else "\0"
-    distinct = {os.path.realpath(root): root for root in roots}
-
-    def inside(real: str, other: str) -> bool:
-        below = os.path.relpath(real, other).split(os.sep)
-        hidden = any(name.startswith(".") for name in below)  # or `..`: it lies elsewhere
-        return real != other and not hidden and not f"{real}/".startswith(f"{skipped}/")
-
-    return [root for real, root in distinct.items() if not any(inside(real, other) for other in distinct)]
-
-
-def walk(root: str, out: str, seen: set[str] | None = None) -> Iterator[str]:
-    """Yield the files below `root` in a fixed order, without hidden ones and `out`; links are followed, loops are not.
-
-    Folders whose real path is in `seen` are skipped; those that are searched are added to it.
-    """
-    seen, skip = set() if seen is None else seen, os.path.realpath(out) if out else ""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen or real == skip:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
-
-
-def printable(name: str) -> str:
-    """A path as one line of valid text, whatever bytes the file system has in it."""
-    name = name.replace(os.sep, "/").replace("\n", "\\n").replace("\r", "\\r")
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _is_text(path: str) -> bool:
-    try:
-        return bool(path.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 class _Search:
     """The listing while files are looked at one after the other; series are put together at the end."""
 
@@ -268,10 +216,19 @@ class _Search:
         self.found.passed_over[reason] += count
         self.found.not_images += count
 
+    def unreadable(self, root: str, above: str) -> Callable[[OSError], None]:
+        """A function that names a folder below `root` that cannot be read among the bad ones."""
+
+        def name_it(error: OSError) -> None:
+            name = printable(above + os.path.relpath(str(error.filename), root))
+            self.found.bad.append((name, f"the folder cannot be read ({error.strerror}), nor what is in it"))
+
+        return name_it
+
     def classify(self, path: str, name: str) -> None:
         """Add a file to the scans, the bad ones, its DICOM series, or the number of other files."""
         found, lower = self.found, name.lower()
-        if not _is_text(path):
+        if not is_text(path):
             self.bad_file(name, "its path is not UTF-8, which ITK cannot open: rename it")
             return
         ending = next(
@@ -423,7 +380,7 @@ class _Search:
                 assume_hu=self.options.assume_hu,
                 positions=volume.positions,
                 resampled=volume.resampled,
-                frames=frames if first.frames > 1 else (),
+                frames=frames if any(one.frames > 1 for one in volume.slices) else (),
             )
         )
 
@@ -432,14 +389,6 @@ def _series_name(uid: str, names: list[str]) -> str:
     """The folder that the files of a series have in common, and its uid."""
     folder = os.path.commonpath([os.path.dirname(name) for name in names])
     return f"{folder or '.'} (series {uid})"
-
-
-def safe_uid(text: str) -> str:
-    """A name that is valid in every file system and tar; if it had to be changed, with a hash of the original."""
-    clean = re.sub(r"[^A-Za-z0-9._-]", "_", text.replace("/", "_")).lstrip(".-") or "_"
-    if clean == text.replace("/", "_") and len(clean) <= UID_LENGTH:
-        return clean
-    return f"{clean[: UID_LENGTH - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _unique(found: ScanListing) -> ScanListing:

@@ -1,4 +1,4 @@
-"""Multi-frame CT (Enhanced CT and Legacy Converted Enhanced CT): frames as slices. Needs pydicom, the extra p2w[dicom].
+"""Multi-frame CT (Enhanced CT and Legacy Converted Enhanced CT): frames as slices. Needs pydicom, of the extra `dicom`.
 
 Frames carry their geometry and rescale in functional groups, shared or of each frame (DICOM PS3.3 C.7.6.16).
 """
@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.dicom import Slice, not_a_scan
-from p2w.ct.dicom_pixels import AIR, PixelForm, fill_padding
+from p2w.ct.dicom_pixels import AIR, PixelForm, darken_padding, fill_padding, unpacked_files
 from p2w.ct.orientation import BadScan
 
-MISSING = "needs pydicom: pip install 'p2w[dicom]'"
+MISSING = "needs pydicom: pip install 'parts2whole[dicom]'"
 
 
 def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:
@@ -28,7 +28,8 @@ def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:
         found += _frames(one) if one.frames > 1 else [one]
     usable = [one for one in found if not_a_scan(one, modality) is None]
     if not usable:
-        raise BadScan("a multi-frame DICOM of localizers")
+        reasons = sorted({str(not_a_scan(one, modality)) for one in found})
+        raise BadScan(f"a multi-frame DICOM of which every frame is left out: {', '.join(reasons)}")
     return usable
 
 
@@ -39,7 +40,10 @@ def read_dataset(path: str, pixels: bool = True) -> Any:
     except ImportError as error:
         raise BadScan(f"a multi-frame DICOM {MISSING}") from error
     try:
-        return pydicom.dcmread(path, stop_before_pixels=not pixels)
+        with unpacked_files((path,)) as files:  # force: without the preamble, as p2w.ct.dicom reads it too
+            return pydicom.dcmread(files[0], stop_before_pixels=not pixels, force=True)
+    except BadScan:
+        raise
     except Exception as error:  # pydicom raises whatever its parsers do
         raise BadScan(f"cannot be read: {type(error).__name__}: {_line(error)}") from error
 
@@ -107,13 +111,17 @@ def _frame(one: Slice, number: int, groups: Any, shared: Any) -> Slice:
     )
 
 
-def read_frames(files: Sequence[str], frames: Sequence[tuple[int, int]]) -> NDArray[np.int16]:
-    """HU int16 [z,y,x] of frames (number of the file, number of the frame in it), in this order. Raises BadScan."""
-    out: NDArray[np.int16] | None = None
+def read_frames(files: Sequence[str], frames: Sequence[tuple[int, int]], in_hu: bool = True) -> NDArray[Any]:
+    """HU int16 [z,y,x] of frames (number of the file, number of the frame in it), in this order. Raises BadScan.
+
+    Without `in_hu`, the values of another modality as float32.
+    """
+    out: NDArray[Any] | None = None
+    padded: list[tuple[NDArray[Any], PixelForm] | None] = [None] * len(frames)
     for number, path in enumerate(files):
         data = read_dataset(path)
         try:
-            cells = data.pixel_array
+            cells = _cells(data)
         except Exception as error:  # pydicom raises whatever its decoders do
             raise BadScan(
                 f"the pixels of {os.path.basename(path)} cannot be read ({_line(error)}); compressed ones may need "
@@ -126,16 +134,35 @@ def read_frames(files: Sequence[str], frames: Sequence[tuple[int, int]]) -> NDAr
             if file != number:
                 continue
             if out is None:
-                out = np.empty((len(frames), *cells.shape[1:]), np.int16)
+                out = np.empty((len(frames), *cells.shape[1:]), np.int16 if in_hu else np.float32)
+            if cells.shape[1:] != out.shape[1:]:
+                raise BadScan("its files have frames of different sizes")
             slope, intercept = slices[frame]
-            hu = np.rint(cells[frame].astype(np.float64) * slope + intercept)
-            out[z] = np.clip(hu, -32768, 32767)
-            if form.padding is not None:
-                one = replace(form, slope=slope, intercept=intercept)
-                if one.bright_padding:
-                    fill_padding(out[z], cells[frame], one)
+            values = form.values(cells[frame]) if cells.dtype.itemsize == 2 else cells[frame]
+            scaled = values.astype(np.float64) * slope + intercept
+            out[z] = np.clip(np.rint(scaled), -32768, 32767) if in_hu else scaled
+            one = replace(form, slope=slope, intercept=intercept)
+            if in_hu and one.bright_padding:
+                fill_padding(out[z], values, one)
+            elif not in_hu and form.padding is not None:
+                padded[z] = (values, one)
     assert out is not None
+    if any(padded):
+        darken_padding(out, padded)
     return out
+
+
+def _cells(data: Any) -> NDArray[Any]:
+    """The cells of all frames as they are stored, [frame,y,x] or [y,x]: pydicom would drop the bits above those stored."""
+    if data.BitsAllocated != 16 or data.file_meta.TransferSyntaxUID.is_compressed:
+        cells: NDArray[Any] = data.pixel_array
+        return cells
+    order = "<" if data.is_little_endian else ">"
+    shape = (int(getattr(data, "NumberOfFrames", 1) or 1), data.Rows, data.Columns)
+    stored = np.frombuffer(
+        data.PixelData, order + ("i2" if data.PixelRepresentation else "u2"), math.prod(shape)
+    )
+    return stored.reshape(shape).astype(stored.dtype.newbyteorder("="))
 
 
 def _form(data: Any) -> PixelForm:
@@ -147,11 +174,12 @@ def _form(data: Any) -> PixelForm:
         )
     ends = None
     if (padding := getattr(data, "PixelPaddingValue", None)) is not None:
-        limits = int(padding), int(getattr(data, "PixelPaddingRangeLimit", None) or padding)
+        limit = getattr(data, "PixelPaddingRangeLimit", None)
+        limits = int(padding), int(padding if limit is None else limit)
         ends = (min(limits), max(limits))
     return PixelForm(
         stored=stored, high=high, allocated=allocated, signed=int(data.PixelRepresentation), inverted=False, slope=1.0,
-        intercept=float(AIR), padding=ends, cells=(), overlay=False,
+        intercept=float(AIR), padding=ends, cells=(), overlay=0x60000102 in data,
     )  # fmt: skip
 
 
@@ -159,7 +187,10 @@ def _frames_rescale(path: str, data: Any, count: int) -> list[tuple[float, float
     """Slope and intercept of every frame."""
     shared = next(iter(getattr(data, "SharedFunctionalGroupsSequence", None) or [None]))
     found = []
-    for groups in list(getattr(data, "PerFrameFunctionalGroupsSequence", None) or [])[:count]:
+    own = list(getattr(data, "PerFrameFunctionalGroupsSequence", None) or [])
+    for groups in own[:count] or [None] * (
+        count == 1
+    ):  # a file of one frame may be a slice among multi-frame files
         values = None
         for level in (groups, shared):
             sequence = getattr(level, "PixelValueTransformationSequence", None) if level is not None else None
@@ -168,6 +199,8 @@ def _frames_rescale(path: str, data: Any, count: int) -> list[tuple[float, float
                 break
         if values is None and "RescaleSlope" in data:
             values = (float(data.RescaleSlope), float(data.RescaleIntercept))
+        if values is None and getattr(data, "Modality", "") == "MR":
+            values = (1.0, 0.0)
         if values is None:
             raise BadScan(f"no rescale in {os.path.basename(path)}")
         found.append(values)

@@ -98,6 +98,8 @@ def read_nifti(path: str) -> tuple[VoxelLayout, Grid]:
         raise BadScan(f"the NIfTI header cannot be read ({error}): copy it again") from error
     dims = _size(header)
     slope, intercept = header.slope, header.intercept
+    if slope not in (0, 1) and math.isfinite(slope) and not math.isfinite(intercept):
+        raise BadScan(f"scl_slope is {slope:g}, but scl_inter is {intercept}: set it, 0 for none")
     if slope == 0 or not np.isfinite([slope, intercept]).all():  # the standard says: no scaling
         slope, intercept = 1.0, 0.0
     dtype = np.dtype(header.order + NIFTI_TYPES[header.kind])

@@ -1,5 +1,6 @@
 """The grid of an image in the patient's space (mm), and its canonical orientation LPS."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,20 @@ def to_canonical(array: np.ndarray, order: list[int], flips: list[bool]) -> np.n
     return view[steps]
 
 
+VOXEL_MM = (0.01, 100.0)  # smallest and largest voxel of a scan of a person: beyond, the unit is not mm
 SHEAR_MM = 0.5  # most that the far end of an axis may be off its right angle to another
+
+
+def check_voxel_size(spacing_xyz: Sequence[float]) -> None:
+    """Raise BadScan unless these are sizes in mm that voxels of a scan can have."""
+    sizes = [float(f"{mm:.4g}") for mm in spacing_xyz]
+    if min(spacing_xyz) <= 0:
+        raise BadScan(f"voxel sizes {sizes} mm (x, y, z): have to be above 0")
+    low, high = VOXEL_MM
+    if not all(low <= mm <= high for mm in spacing_xyz):
+        raise BadScan(
+            f"voxel sizes {sizes} mm (x, y, z): have to be from {low:g} to {high:g}; are they in another unit than mm?"
+        )
 
 
 def check_axes(grid: Grid) -> None:
@@ -78,8 +92,7 @@ def check_axes(grid: Grid) -> None:
     matrix = np.array(grid.direction).reshape(3, 3)
     if not np.isfinite([*grid.direction, *grid.spacing, *grid.origin]).all():
         raise BadScan(f"invalid orientation: direction {grid.direction}, spacing {grid.spacing} mm")
-    if min(grid.spacing) <= 0:
-        raise BadScan(f"voxel sizes {[round(mm, 4) for mm in grid.spacing]} mm (x, y, z): have to be above 0")
+    check_voxel_size(grid.spacing)
     lengths = np.linalg.norm(matrix, axis=0)
     if np.abs(lengths - 1).max() > 1e-3 or abs(np.linalg.det(matrix)) < 0.1:
         raise BadScan(f"invalid orientation: direction {grid.direction} has axes that are no unit vectors")

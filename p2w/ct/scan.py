@@ -17,6 +17,7 @@ from p2w.ct.dicom_pixels import correct_gdcm, plain_pixels, unpacked_files
 from p2w.ct.discover import ScanSource
 from p2w.ct.enhanced_dicom import read_frames
 from p2w.ct.hu_values import check_hu
+from p2w.ct.meta_image import meta_image_files, meta_image_layout
 from p2w.ct.nifti import read_nifti
 from p2w.ct.orientation import BadScan, Grid, check_axes, to_canonical
 from p2w.ct.straighten import straight_grid, straighten
@@ -27,8 +28,6 @@ from p2w.ct.voxel_files import (
     check_reader_size,
     last_line,
     memory_limit,
-    meta_image_files,
-    meta_image_layout,
     nrrd_files,
     open_reader,
     read_voxels,
@@ -121,7 +120,7 @@ def _read(source: ScanSource) -> tuple[np.ndarray, tuple[float, float], Grid, in
     """Stored values [z,y,x] in the stored orientation, (slope, intercept) still to be applied, grid and CRC-32C."""
     grid, layout = _header(source)
     if source.frames:
-        array = read_frames(source.files, source.frames)
+        array = read_frames(source.files, source.frames, source.info.modality == "CT")
         if array.shape != grid.size[::-1]:
             raise BadScan(f"its pixels are {array.shape} (z, y, x), its headers say {grid.size[::-1]}")
         return array, (1.0, 0.0), grid, _checksum(source.files)
@@ -228,7 +227,7 @@ def _read_with_itk(source: ScanSource) -> np.ndarray:
     if source.grid is not None and array.shape != source.grid.size[::-1]:
         raise BadScan(f"its pixels are {array.shape} (z, y, x), its headers say {source.grid.size[::-1]}")
     if source.grid is not None:
-        correct_gdcm(array, source.files)
+        correct_gdcm(array, source.files, source.info.modality == "CT")
     return array.reshape(array.shape[-3:])
 
 

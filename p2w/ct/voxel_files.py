@@ -5,7 +5,7 @@ an error (seen with SimpleITK 2.5). Here data of the wrong size or with a wrong 
 bytes gives the voxels and the checksum of the file. ITK also trusts the sizes in headers, so they are compared with the
 size of the file before ITK reads it.
 
-Formats: MetaIO header keys as in ITK's documentation; NRRD headers as in http://teem.sourceforge.net/nrrd/format.html
+NRRD headers as in http://teem.sourceforge.net/nrrd/format.html; MetaImage's are read in `p2w.ct.meta_image`
 """
 
 import contextlib
@@ -23,14 +23,7 @@ from crc32c import crc32c
 
 from p2w.ct.orientation import BadScan
 
-META_TYPES = {
-    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
-    "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8",
-    "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
-}  # fmt: skip
 HEADER = 1 << 16  # bytes; longer headers are not read
-LINE = 2048  # most bytes of a line in a MetaImage header; from 4096 on, ITK's parser overflows its buffer (SimpleITK 2.5)
-MOST_DIMS = 10
 MOST_FILES = 1 << 16  # of a list of data files
 SPARE = 1 << 20  # bytes that a compressed stream may have after the voxels
 PIECE = 1 << 20  # bytes decompressed at a time
@@ -63,104 +56,6 @@ class VoxelLayout:
         return self.count * self.dtype.itemsize
 
 
-def meta_image_fields(path: str) -> tuple[dict[str, str], list[str], int]:
-    """Fields of a MetaImage header (names in lower case), the lines of a LIST behind them, and the header's length in bytes.
-
-    Raises BadScan for a header that is damaged or tells no voxel size.
-    """
-    with open(path, "rb") as file:
-        fields, listed, end = {}, list[str](), 0
-        while line := file.readline(HEADER):
-            if len(line) > LINE or any(byte < 32 and byte not in b"\t\r\n" for byte in line):
-                raise BadScan("the MetaImage header is damaged (a line that is not text): copy it again")
-            key, _, value = line.decode("latin-1").partition("=")
-            fields[key.strip().lower()] = value.strip()
-            end += len(line)
-            if key.strip().lower() == "elementdatafile" or end > HEADER:
-                break
-        if fields.get("elementdatafile", "").upper().startswith("LIST"):
-            listed = [
-                line.strip() for line in file.read(HEADER).decode("latin-1").splitlines() if line.strip()
-            ]
-    if not fields.get("elementdatafile"):
-        raise BadScan("the MetaImage header names no ElementDataFile: copy it again")
-    sizes = fields.get("elementspacing") or fields.get("elementsize") or ""
-    try:
-        spacing = [float(mm) for mm in sizes.split()]
-    except ValueError as error:
-        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
-    if not spacing:
-        raise BadScan(
-            "has no voxel size (ElementSpacing): 1 mm would be a guess, write the true one into its header"
-        )
-    if not all(math.isfinite(mm) and mm != 0 for mm in spacing):
-        raise BadScan(f"ElementSpacing {sizes}: mm that are not 0 are needed")
-    return fields, listed, end
-
-
-def meta_image_layout(path: str) -> VoxelLayout | None:
-    """The layout of a `.mhd` or `.mha`; None for types of voxels that only ITK reads. Raises BadScan."""
-    fields, listed, end = meta_image_fields(path)
-    data = fields["elementdatafile"]
-    dims = _dims(fields)
-    sizes = (fields.get("elementspacing") or fields["elementsize"]).split()
-    if len(sizes) < len(dims):
-        raise BadScan(
-            f"ElementSpacing has {len(sizes)} numbers, of {len(dims)} axes: write all into its header"
-        )
-    if fields.get("elementtype") not in META_TYPES or fields.get("elementnumberofchannels", "1") != "1":
-        return None
-    local = data.upper() == "LOCAL"
-    names = _data_files(data, listed)
-    for name in names:
-        if not own_data_file(name):
-            raise BadScan(
-                f"its data file {name!r} is not in the header's folder: put it there, and its bare name in the header"
-            )
-    big = fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb", "false")).lower() == "true"
-    dtype = np.dtype((">" if big else "<") + META_TYPES[fields["elementtype"]])
-    packed = fields.get("compresseddata", "false").lower() == "true"
-    text = fields.get("binarydata", "true").lower() == "false"
-    if packed and (text or len(names) > 1):
-        raise BadScan("its voxels are compressed and text or a list, which is not read: write it as one .mha")
-    paths = [path] if local else [os.path.join(os.path.dirname(path), name) for name in names]
-    for name, full in zip(names, paths, strict=True):
-        if not local and not os.path.isfile(full):
-            raise BadScan(f"its data file {name} is missing beside it")
-    try:
-        count = math.prod(dims)
-        offset = end if local else int(fields.get("headersize", 0))
-        size = int(fields["compresseddatasize"]) if packed and "compresseddatasize" in fields else None
-    except ValueError as error:
-        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
-    if count % len(paths):
-        raise BadScan(f"wrong size: {count:,} voxels in {len(paths)} data files")
-    if offset == -1:  # in MetaIO: the voxels are the last bytes of the file
-        offset = max(0, os.path.getsize(paths[0]) - count // len(paths) * dtype.itemsize)
-    if offset < 0 or (size or 0) < 0:
-        raise BadScan(f"the MetaImage header is damaged (sizes {offset} and {size}): copy it again")
-    return VoxelLayout(
-        paths[0], offset, dtype, count, packed, own_file=not local, packed_size=size, text=text, more=tuple(paths[1:])
-    )  # fmt: skip
-
-
-def meta_image_files(path: str) -> tuple[str, ...]:
-    """The header, and the files of its voxels where they are others. Raises BadScan."""
-    layout = meta_image_layout(path)
-    return (path,) if layout is None or layout.path == path else (path, layout.path, *layout.more)
-
-
-def _data_files(data: str, listed: list[str]) -> list[str]:
-    """Names of a MetaImage's data files: one, those of a LIST, or those of a pattern `name%03d.raw first last step`."""
-    if data.upper().startswith("LIST"):
-        if not listed or len(listed) > MOST_FILES:
-            raise BadScan(f"its LIST names {len(listed)} data files")
-        return listed
-    if "%" not in data:
-        return [data]
-    return pattern_files(data)
-
-
 def pattern_files(text: str) -> list[str]:
     """Names that `name%03d.raw first last step` stands for, as MetaImage and NRRD write them. Raises BadScan."""
     match = re.fullmatch(
@@ -174,20 +69,6 @@ def pattern_files(text: str) -> list[str]:
     if not 0 < len(numbers) <= MOST_FILES:
         raise BadScan(f"its data files {text[:80]!r} are {len(numbers)} files")
     return [f"{match[1]}{number:{match[2]}d}{match[3]}" for number in numbers]
-
-
-def _dims(fields: dict[str, str]) -> list[int]:
-    """Number of voxels along x, y, z, ... of a MetaImage. Raises BadScan."""
-    try:
-        dims = [int(n) for n in fields.get("dimsize", "").split()]
-        given = int(fields.get("ndims", len(dims)))
-    except ValueError as error:
-        raise BadScan(f"the MetaImage header is damaged ({error}): copy it again") from error
-    if not 1 <= len(dims) <= MOST_DIMS or given != len(dims) or min(dims) < 1:
-        raise BadScan(
-            f"wrong size: the MetaImage header is damaged (DimSize {dims[:MOST_DIMS]}, NDims {given}): copy it again"
-        )
-    return dims
 
 
 def own_data_file(name: str) -> bool:
@@ -390,7 +271,7 @@ def nrrd_fields(path: str) -> dict[str, str]:
     fields, lines = dict[str, str](), text.splitlines()
     for number, line in enumerate(lines):
         name, colon, value = line.partition(":")
-        if not colon or line.startswith("#"):
+        if not colon or line.startswith("#") or value.startswith("="):  # key:=value is a remark
             continue
         key = name.strip().lower().replace(" ", "")
         fields[key] = value.strip()
@@ -443,6 +324,15 @@ def check_nrrd(path: str) -> None:
             f"space {space!r}: nothing says where left, front and head are; write `space: left-posterior-superior` and "
             "space directions into its header"
         )
+    units = set(re.findall(r'"([^"]*)"', fields.get("spaceunits", ""))) - {"mm", "???", ""}
+    if units:
+        raise BadScan(f"space units {', '.join(sorted(units))}: readers take sizes for mm; write them in mm")
+    for key in ("oldmin", "oldmax"):
+        if fields.get(key, "nan").lower() != "nan":
+            raise BadScan(
+                f"has old {key[3:]} {fields[key]}: its values were quantized, and readers do not undo it; write the values "
+                "that are meant"
+            )
     if fields.get("spacedirections", "") == "" and min(numbers) <= 0:
         raise BadScan(f"spacings {sizes}: have to be above 0")
 

@@ -14,6 +14,7 @@ from p2w.pretext import build_pretext
 from p2w.tasks.leak import check_run, check_shards
 from p2w.tasks.reader import TargetSet
 from p2w.weights.card import Trained
+from p2w.weights.hub import download, is_hub_name
 from p2w.weights.load import exported, find_checkpoint
 from p2w.weights.start import RANDOM, StartingPoint, load_decoder, load_start
 
@@ -39,10 +40,13 @@ class InitRecord:
 def resolve_init(init: str) -> InitRecord:
     """`random`, a run (its best checkpoint, else the newest), RUN@STEP, or any file that `load_start` reads.
 
-    Raises UserError for a run without checkpoints, or a step that it does not have.
+    Raises UserError for a run without checkpoints, a step that it does not have, or what the Hub does not.
     """
     if init == RANDOM:
         return InitRecord(RANDOM)
+    if is_hub_name(init):
+        file, pinned = download(init)
+        return _of_file(str(pinned), file)
     name, at, step = init.rpartition("@")
     if at and not Path(init).exists():
         if not step.isdecimal():
@@ -56,9 +60,14 @@ def resolve_init(init: str) -> InitRecord:
     if (path / "meta.json").is_file():
         path = path.resolve()
         return _of_run(path.parent.parent, int(path.name.removeprefix("step-")))
+    return _of_file(str(path), path)
+
+
+def _of_file(where: str, file: Path) -> InitRecord:
+    """The record of a file of weights, which may have a card."""
     with contextlib.suppress(UserError):
-        return _of_card(str(path), exported(path)[1])
-    return InitRecord(str(path))
+        return _of_card(where, exported(file)[1])
+    return InitRecord(where)
 
 
 def _of_run(run: Path, step: int | None) -> InitRecord:

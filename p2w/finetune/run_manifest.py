@@ -89,6 +89,14 @@ def check_run_manifest(fine_tuning: FineTuning) -> dict[str, Any]:
     return now
 
 
+def recorded_init(folder: Path) -> str | None:
+    """The starting point in the transfer.json of a folder; None where there is none, or it cannot be read."""
+    try:
+        return str(json.loads((folder / RUN_MANIFEST).read_text())["init"]["source"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def kept_settings(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings that may not change when the run continues, by dotted name."""
     flat = {
@@ -178,13 +186,32 @@ def show_fine_tuning_plan(
         "network": f"{start.network}, width {start.width}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M",
         "decoder": tree["decoder"],
         "an epoch": f"{steps} steps of up to {recipe.batch} samples, at most {recipe.max_epochs:,} epochs",
+        "passes": _passes(fine_tuning, steps, counts[0]),
         "processes": f"{world.describe()}; {precision.name} ({precision.reason})",
         "trials": f"{fine_tuning.trials}, seeds {seeds} -> {fine_tuning.folder}",
-        "recipe": "  ".join(
-            f"{name} {value}" for name, value in recipes.current_names(tree["recipe"]).items()
-        ),
+        "recipe": "  ".join(f"{name} {value}" for name, value in _told(tree["recipe"]).items()),
     }
+    if fine_tuning.fold is not None:
+        lines["fold"] = (
+            f"{fine_tuning.fold} of {fine_tuning.source.folds}: {tree['samples']['test']} samples to test"
+        )
     print("\n".join(f"{name:12}{text}" for name, text in lines.items()))
+
+
+def _told(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a plan names: all but those of transforms and parts that are off."""
+    named = recipes.current_names(recipe)
+    off = {name for name in recipes.SINCE if named[name] == recipes.DEFAULTS[name]}
+    off |= {n for n in named if n.startswith("augment.") and named[n] == recipes.DEFAULTS[n]}
+    return {name: value for name, value in named.items() if name not in off}
+
+
+def _passes(fine_tuning: FineTuning, steps: int, count: int) -> str:
+    """How often samples go through the network in an epoch: what it costs, whatever a pass takes on this machine."""
+    recipe, val = fine_tuning.recipe, len(fine_tuning.rows["val"])
+    trained = sum(map(len, epoch_batches(count, recipe.batch, recipe.epoch_steps, 0, 0)))
+    at_most = recipe.max_epochs * steps
+    return f"{trained:,} samples trained on and {val:,} validated an epoch; at most {at_most:,} steps a trial"
 
 
 def show_results(run: Path) -> None:

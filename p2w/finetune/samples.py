@@ -67,6 +67,29 @@ def epoch_batches(count: int, batch: int, least: int, seed: int, epoch: int) -> 
     return found
 
 
+def oversampled(
+    batches: list[NDArray[np.int64]], foreground: NDArray[np.bool_], share: float, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """The batches of an epoch, with samples of `foreground` in the place of others until they are `share` of each batch.
+
+    The first samples of a batch that have none are replaced, by foreground that is not in the batch while there is some.
+    """
+    rng = np.random.default_rng((seed, epoch, OVERSAMPLED))
+    every = np.flatnonzero(foreground)
+    found = []
+    for drawn_batch in batches:
+        batch = drawn_batch.copy()
+        lacking = math.ceil(round(share * len(batch), 9)) - int(foreground[batch].sum())
+        if lacking > 0 and len(every):
+            others = np.setdiff1d(every, batch)
+            drawn = rng.permutation(others)[:lacking]
+            drawn = np.concatenate((drawn, rng.choice(every, lacking - len(drawn))))
+            batch[np.flatnonzero(~foreground[batch])[:lacking]] = drawn
+        found.append(batch)
+    return found
+
+
+OVERSAMPLED = 1 << 20  # a key of its own: epochs are repeated less often than this
 CHUNK = 64  # samples read at a time
 Positions = Sequence[int] | NDArray[np.int64]
 
@@ -77,6 +100,18 @@ class SampleSet(Protocol):
     @property
     def meta(self) -> dict[str, Any]:
         """The set's metadata. Its `window` is used: the stored values that become 0 and 1."""
+
+    @property
+    def patient(self) -> Sequence[str]:
+        """(n,): who each row of the set is of."""
+
+    @property
+    def label(self) -> NDArray[np.int8]:
+        """(n,): -1 where there is a mask instead."""
+
+    @property
+    def foreground(self) -> NDArray[np.float32]:
+        """(n,): the share of the voxels in the mask."""
 
     @property
     def spacing_mm(self) -> NDArray[np.float32]:
@@ -118,7 +153,7 @@ class Samples:
         if self.cached is not None:
             voxels, targets = self.cached
             every = torch.from_numpy(np.concatenate([np.asarray(some, np.int64) for some in positions]))
-            every = self._pinned(every).to(self.device, non_blocking=True)  # one copy for all batches
+            every = self.pinned(every).to(self.device, non_blocking=True)  # one copy for all batches
             for at in every.split([len(some) for some in positions]):
                 yield self._unit(voxels[at]), targets[at]
             return
@@ -138,9 +173,10 @@ class Samples:
     def _read(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Voxels and targets of these positions; for a GPU in pinned memory, from which they are copied beside its work."""
         voxels, targets = self.source.read(self.rows[np.asarray(positions, np.int64)])
-        return self._pinned(voxels), self._pinned(targets)
+        return self.pinned(voxels), self.pinned(targets)
 
-    def _pinned(self, part: Tensor) -> Tensor:
+    def pinned(self, part: Tensor) -> Tensor:
+        """The tensor in memory from which a GPU copies beside its work; on a CPU itself."""
         return part.pin_memory() if self.device.type == "cuda" else part
 
     def _own_device(self) -> None:

@@ -1,9 +1,12 @@
-"""Fine-tuning: epochs of steps, a validation after each, the rate halved on a plateau, the best weights kept.
+"""Fine-tuning: epochs of steps, a validation after each, the best weights kept. How: p2w.finetune.recipe.
 
-A trial continues from whole epochs: its state is (epoch, weights, optimizer, plateau, best weights), and the order of an
-epoch's samples is a function of (seed, epoch). So a trial that was interrupted ends, on the CPU, with the same bits.
+A trial continues from whole epochs: its state is (epoch, weights, their average, optimizer, plateau, best weights), and the
+order of an epoch's samples and their augmentation are functions of (seed, epoch). So a trial that was interrupted ends, on
+the CPU, with the same bits.
 """
 
+import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -15,12 +18,16 @@ import torch
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.finetune.recipe import FineTuneRecipe, Plateau
-from p2w.finetune.samples import Samples, epoch_batches, fixed_batches
+from p2w.finetune.augment import augment
+from p2w.finetune.deep_supervision import DeepSupervision, wants_supervision
+from p2w.finetune.layer_rates import build_tuning_optimizer, set_rate
+from p2w.finetune.recipe import FineTuneRecipe, Plateau, rate_at
+from p2w.finetune.samples import Positions, Samples, epoch_batches, fixed_batches, oversampled
 from p2w.finetune.task_types import TaskType
 from p2w.model import Network
-from p2w.model.conv import for_optimizer
+from p2w.model.encoder import set_memory_format
 from p2w.model.norm import recalibrated, synchronise_batch_norm
+from p2w.rng import SampleKeys
 from p2w.train.optim import Precision, load_optimizer
 from p2w.world import World, average_gradients, gather_rows
 
@@ -35,7 +42,7 @@ class StopRequested(Exception):
 
 @dataclass
 class EpochResult:
-    """The result of an epoch; losses are means over the whole split."""
+    """The result of an epoch; losses are means over the whole split, `lr` is the rate of its last step."""
 
     number: int
     train_loss: float
@@ -45,6 +52,7 @@ class EpochResult:
     idle: int
     samples: int
     seconds: float
+    val_metric: float | None = None  # the task's own metric, of a trial that stops on it
 
 
 class FineTuner:
@@ -59,21 +67,28 @@ class FineTuner:
         if recipe.freeze:
             network.encoder.requires_grad_(False)
         network.to(world.device)
-        if recipe.channels_last:
-            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub knows 2D only
+        set_memory_format(network, recipe.channels_last)
         self.network = synchronise_batch_norm(network, world.size)
         self.encoder = network.encoder
-        self.trained = [weight for weight in self.network.parameters() if weight.requires_grad]
-        # On a CPU torch's fused Adam rounds differently, and published results are those of the other.
-        fused = True if world.device.type == "cuda" else None
-        weights = for_optimizer(self.network)
-        self.optimizer = torch.optim.Adam(weights, lr=recipe.lr, eps=recipe.adam_eps, fused=fused)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False) if recipe.ema else None
+        self.supervision: DeepSupervision | None = None
+        if wants_supervision(network, recipe.deep_supervision):
+            self.supervision = DeepSupervision(network).to(world.device)
+        beside = list(self.supervision.parameters()) if self.supervision else []
+        self.trained = [weight for weight in self.network.parameters() if weight.requires_grad] + beside
+        self.optimizer = build_tuning_optimizer(self.network, beside, recipe, world.device)
         # A GPU's steps take milliseconds, and a vote would hold up the queue of the next ones.
         self.vote_every = VOTE_EVERY if world.device.type == "cuda" and world.size > 1 else 1
         self.plateau = Plateau(recipe)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "fp16")
-        self.number = 0
-        self.best: State = self._copy()
+        self.number = self.steps = 0
+        self.best_val_loss = math.inf
+        self.best: State = self._copy(self.judged)
+
+    @property
+    def judged(self) -> Network:
+        """The network that is validated, tested and saved: the averaged one, where weights are averaged."""
+        return self.network if self.averaged is None else self.averaged
 
     def recalibrate(self, samples: Samples) -> None:
         """Give the encoder the running statistics of at most BATCHES batches of these samples, spread over all of them.
@@ -89,7 +104,9 @@ class FineTuner:
         with self._autocast():
             found = recalibrated(self.network, inputs, lambda rows: gather_rows(rows, self.world, count))
         self.encoder.load_state_dict(found.encoder.state_dict())
-        self.best = self._copy()
+        if self.averaged is not None:
+            self.averaged.encoder.load_state_dict(found.encoder.state_dict())
+        self.best = self._copy(self.judged)
 
     @property
     def ended(self) -> bool:
@@ -101,55 +118,118 @@ class FineTuner:
 
         Raises StopRequested, or UserError for a loss that is not finite.
         """
-        began, lr = time.monotonic(), self.plateau.lr
-        train_loss, seen = self._train(train, lr)
-        val_loss = self._validate(val)
-        if not math.isfinite(train_loss + val_loss):
+        began = time.monotonic()
+        train_loss, seen, lr = self._train(train)
+        val_loss, metric = self._validate(val)
+        if not math.isfinite(train_loss + val_loss + (metric or 0)):
             raise UserError(
                 f"epoch {self.number + 1}: the loss is not finite (training {train_loss}, validation {val_loss}) at rate "
                 f"{lr:g}; try a smaller --recipe.lr, or --recipe.precision fp32"
             )
         self.number += 1
-        best = self.plateau.observe(val_loss)
-        if best:
-            self.best = self._copy()
+        best = self.plateau.observe(val_loss if metric is None else -metric)
+        # Early in a trial a metric of masks may stand still while the loss falls.
+        tied = metric is not None and -metric == self.plateau.best and val_loss < self.best_val_loss
+        if best or tied:
+            self.best, self.best_val_loss = self._copy(self.judged), val_loss
         seconds = time.monotonic() - began
-        return EpochResult(self.number, train_loss, val_loss, lr, best, self.plateau.idle, seen, seconds)
+        return EpochResult(
+            self.number, train_loss, val_loss, lr, best, self.plateau.idle, seen, seconds, metric
+        )
 
-    def _train(self, samples: Samples, lr: float) -> tuple[float, int]:
-        """The steps of an epoch, each rank on its share of every batch. Mean loss over the samples, and their number."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _train(self, samples: Samples) -> tuple[float, int, float]:
+        """The steps of an epoch, each rank on its share of every batch: mean loss, number of samples, last rate."""
         self.network.train()
         if self.recipe.freeze:
             self.encoder.eval()
         # Layers that draw (dropout) do it anew each epoch, and the same after an interruption.
         torch.manual_seed((self.seed * 1_000_003 + self.number) * 1_000_003 + self.world.rank)
-        whole = epoch_batches(
-            len(samples), self.recipe.batch, self.recipe.epoch_steps, self.seed, self.number
-        )
+        whole = self._batches(samples)
         share = [batch[self.world.rank :: self.world.size] for batch in whole]
-        summed = torch.zeros((), device=self.world.device)
-        for number, (batch, (x, target)) in enumerate(zip(whole, samples.batches(share), strict=True)):
-            self._leave_if_stopped(number)
-            self.optimizer.zero_grad(set_to_none=True)
-            with self._autocast():
-                logits = self.network(x)
-            loss = self.kind.loss(logits, target, len(batch), self.world)
-            self.scaler.scale(loss).backward()
-            average_gradients(self.trained, self.world)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            summed += loss.detach() * len(batch)
-        seen = sum(map(len, whole))
-        return float(self.world.sum(summed)) / self.world.size / seen, seen
+        summed, first, lr = torch.zeros((), device=self.world.device), 0, 0.0
+        watched = contextlib.nullcontext() if self.supervision is None else self.supervision.watching()
+        with watched:
+            for number, (batch, (x, target)) in enumerate(zip(whole, samples.batches(share), strict=True)):
+                self._leave_if_stopped(number)
+                lr = rate_at(self.recipe, self.number + (number + 1) / len(whole), self.plateau.lr)
+                set_rate(self.optimizer, lr)
+                if self.recipe.augment.on:
+                    x, target = self._augmented(x, target, samples, share[number], first)  # noqa: PLW2901
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = self._loss(x, target, len(batch))
+                self.scaler.scale(loss).backward()
+                average_gradients(self.trained, self.world)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self._average()
+                summed += loss.detach() * len(batch)
+                first += len(batch)
+        return float(self.world.sum(summed)) / self.world.size / first, first, lr
 
-    def _validate(self, samples: Samples) -> float:
-        """The mean over batches of their loss, weighted by samples. Batches are those of the split's order."""
+    def _batches(self, samples: Samples) -> list[Positions]:
+        """The batches of the epoch, positions among the samples, the same on every rank."""
+        recipe, source = self.recipe, samples.source
+        whole = epoch_batches(len(samples), recipe.batch, recipe.epoch_steps, self.seed, self.number)
+        if recipe.oversample:
+            foreground = ((source.foreground > 0) | (source.label > 0))[samples.rows]
+            whole = oversampled(whole, foreground, recipe.oversample, self.seed, self.number)
+        return [*whole]
+
+    def _augmented(
+        self, x: Tensor, target: Tensor, samples: Samples, positions: Positions, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of a batch whose first sample is number `first` of the epoch, augmented."""
+        rank, size = self.world.rank, self.world.size
+        numbers = torch.arange(len(x), device=x.device) * size + (first + rank)
+        keys = SampleKeys(self.seed, self.number, numbers)
+        rows = samples.rows[np.asarray(positions, np.int64)]
+        spacing = samples.pinned(torch.from_numpy(samples.source.spacing_mm[rows]))
+        return augment(x, target, self.recipe.augment, keys, spacing.to(x.device, non_blocking=True))
+
+    def _loss(self, x: Tensor, target: Tensor, batch: int) -> Tensor:
+        """The loss of this rank's share of a batch of `batch` samples, over all levels of the decoder where asked for."""
+        coarser: list[Tensor] = []
+        with self._autocast():
+            logits = self.network(x)
+            if self.supervision is not None:
+                coarser = self.supervision.logits()
+        if self.supervision is None:
+            return self.kind.loss(logits, target, batch, self.world)
+        return self.supervision.loss(logits, coarser, target, self.kind, batch, self.world)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take the weights and statistics after a step into their average, where there is one."""
+        self.steps += 1
+        if self.averaged is None:
+            return
+        decay = min(self.recipe.ema, (1 + self.steps) / (10 + self.steps))
+        pairs = [*zip(_values(self.averaged), _values(self.network), strict=True)]
+        means, now = ([*side] for side in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True))
+        torch._foreach_lerp_(means, now, 1 - decay)
+        for mean, value in pairs:
+            if not mean.is_floating_point():  # counts of batches
+                mean.copy_(value)
+
+    def _validate(self, samples: Samples) -> tuple[float, float | None]:
+        """The mean over batches of their loss, weighted by samples, and, of a trial that stops on it, the task's metric.
+
+        Batches are those of the split's order.
+        """
         records = self.records(samples)
         ends = fixed_batches(len(samples), self.recipe.batch)
         parts = [records[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        return sum(self.kind.loss_of(part) * len(part) for part in parts) / len(samples)
+        loss = sum(self.kind.loss_of(part) * len(part) for part in parts) / len(samples)
+        if self.recipe.stop_on == "loss":
+            return loss, None
+        patients = [samples.source.patient[row] for row in samples.rows]
+        metric = self.kind.judge(records, patients)[0].get(self.kind.compared)
+        if metric is None:
+            raise UserError(
+                f"the validation samples have no {self.kind.compared}, as where one class alone is among them; pass "
+                "--recipe.stop-on loss"
+            )
+        return loss, metric
 
     @torch.no_grad()
     def records(self, samples: Samples, test: bool = False) -> Tensor:
@@ -157,7 +237,7 @@ class FineTuner:
 
         `test`: with the columns that the test alone needs (`TaskType.test_record`).
         """
-        self.network.eval()
+        network = self.judged.eval()
         rank, size = self.world.rank, self.world.size
         every = range(len(samples))
         together = self.recipe.batch * size
@@ -172,7 +252,7 @@ class FineTuner:
                 continue
             x, target = next(batches_of)
             with self._autocast():
-                logits = self.network(x)
+                logits = network(x)
             if test:
                 found.append(self.kind.test_record(logits, target, samples.spacing_mm(positions)))
             else:
@@ -191,30 +271,55 @@ class FineTuner:
         if number % self.vote_every == 0 and self.world.any(stop_requested):
             raise StopRequested
 
-    def _copy(self) -> State:
+    def _copy(self, network: Network) -> State:
         """The weights as they are, on the CPU and in memory of their own."""
         return {
             name: value.detach().to("cpu", copy=True).contiguous()
-            for name, value in self.network.state_dict().items()
+            for name, value in network.state_dict().items()
         }
+
+    def best_metric(self) -> dict[str, float]:
+        """The best value of the task's metric on the validation samples, by its name; of a trial that stops on it."""
+        if self.recipe.stop_on == "loss":
+            return {}
+        return {f"best_val_{self.kind.compared}": -self.plateau.best}
 
     def take_best(self) -> None:
         """Bring the best weights back into the network."""
         self.network.load_state_dict(self.best)
+        self.judged.load_state_dict(self.best)
 
     def state_dict(self) -> tuple[State, dict[str, Any]]:
         """Weights, and all else that the trial continues from: plain types and tensors."""
-        return self._copy(), {
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
+            "best_val_loss": self.best_val_loss,
+            "steps": self.steps,
         }
+        if self.averaged is not None:
+            state["averaged"] = self._copy(self.averaged)
+        if self.supervision is not None:
+            state["supervision"] = {k: v.cpu().clone() for k, v in self.supervision.state_dict().items()}
+        return self._copy(self.network), state
 
     def load_state_dict(self, epoch: int, weights: State, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` left off, after `epoch` epochs."""
+        """Restore what `state_dict` returned, after `epoch` epochs."""
         self.network.load_state_dict(weights)
         load_optimizer(self.optimizer, state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.number = state["best"], epoch
+        # Earlier versions stopped on the loss, and had nothing else to keep.
+        self.best_val_loss, self.steps = state.get("best_val_loss", self.plateau.best), state.get("steps", 0)
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        if self.supervision is not None:
+            self.supervision.load_state_dict(state["supervision"])
+
+
+def _values(network: Network) -> list[Tensor]:
+    """Weights, then buffers, in the network's order."""
+    return [*network.parameters(), *network.buffers()]

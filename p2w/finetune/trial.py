@@ -2,10 +2,11 @@
 
 RUN/trial-00/
     result.json         seed, metrics, intervals; written last: a folder without it is unfinished
-    predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels
+    predictions.npz     what was predicted for each test sample: key, patient; probability and label, or counts of voxels;
+                        of a fold also all that metrics need, `records`
     test.png            how good they are, of kinds of several classes: Dice by patient, ROC curves, true over predicted
-    model.safetensors   the weights with the lowest validation loss, and a card that says what they are
-    metrics.jsonl       a line an epoch
+    model.safetensors   the weights of the best epoch by validation, and a card that says what they are
+    metrics.jsonl       a line an epoch; trackers.json, trackers.log where `--log.to` names a tracker
     checkpoints/        while it is unfinished: what it continues from
 """
 
@@ -29,7 +30,7 @@ from p2w.errors import UserError
 from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import TaskType
-from p2w.finetune.trainer import EpochResult, FineTuner
+from p2w.finetune.trainer import EpochResult, FineTuner, StopRequested
 from p2w.log import Log, hours_minutes_seconds
 from p2w.train.checkpoint import Checkpoints, Snapshot
 from p2w.world import World
@@ -94,9 +95,22 @@ class TrialRun:
     card: dict[str, Any]
     log: Log
     world: World
+    keep_records: bool = False  # in predictions.npz, for metrics over several folds
 
     def run(self) -> dict[str, Any]:
         """Train to the end, judge, write the result and return it. Raises StopRequested, on all ranks, at a stop request."""
+        state = "failed"
+        try:
+            result = self._run()
+            state = "finished"
+        except StopRequested:
+            state = "told to stop"
+            raise
+        finally:
+            self.log.close(state)
+        return result
+
+    def _run(self) -> dict[str, Any]:
         began = time.monotonic()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=1, warn=self.log.warn)
         self._resume()
@@ -111,13 +125,14 @@ class TrialRun:
             "metrics": metrics,
             "ci95": {name: _numbers(interval) for name, interval in intervals.items()},
             "epochs": self.tuner.number,
-            "best_val_loss": self.tuner.plateau.best,
+            "best_val_loss": self.tuner.best_val_loss,
             "seconds": round(time.monotonic() - began, 1),
             "n_train": len(self.train),
             "n_val": len(self.val),
             "n_test": len(self.test),
             "test_patients": len(set(self.patients)),
             "test_predictions": PREDICTIONS,
+            **self.tuner.best_metric(),
             "device": self.world.device.type,
             "ranks": self.world.size,
             "p2w": __version__,
@@ -125,6 +140,8 @@ class TrialRun:
         }
         if self.world.is_main:
             self._write(result, records)
+            test = {f"test/{name}": float(value) for name, value in metrics.items()}
+            self.log.send(self.tuner.number, test)
         self.world.barrier()
         return result
 
@@ -150,8 +167,10 @@ class TrialRun:
                 epoch = self.tuner.epoch(self.train, self.val)
             except UserError as error:
                 raise type(error)(f"{self.folder}: {error}") from error
-            facts = {name: value for name, value in vars(epoch).items() if name != "number"}
-            self.log.event(epoch.number, facts)
+            facts = {
+                name: value for name, value in vars(epoch).items() if name != "number" and value is not None
+            }
+            self.log.metrics(epoch.number, facts)
             now = time.monotonic()
             if now - said >= LINE_EVERY_S or self.tuner.ended:
                 said = now
@@ -168,10 +187,13 @@ class TrialRun:
             if left
             else "ends"
         )
-        speed = epoch.samples / epoch.seconds
+        speed, best = epoch.samples / epoch.seconds, self.tuner.plateau.best
+        said = f"{epoch.val_loss:.4f} (best {best:.4f})"
+        if epoch.val_metric is not None:
+            said = f"{epoch.val_loss:.4f}, {self.kind.compared} {epoch.val_metric:.4f} (best {-best:.4f})"
         return (
-            f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {epoch.val_loss:.4f} "
-            f"(best {self.tuner.plateau.best:.4f})  rate {epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
+            f"trial {self.index}  epoch {epoch.number}  loss {epoch.train_loss:.4f}  validation {said}  rate "
+            f"{epoch.lr:.1e}  {speed:.1f} samples/s  {tail}"
         )
 
     def _save(self) -> None:
@@ -187,6 +209,8 @@ class TrialRun:
     def _write(self, result: dict[str, Any], records: Tensor) -> None:
         """Write weights and predictions, then the result; then delete the checkpoints."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
+        if self.keep_records:
+            arrays["records"] = records.numpy()
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
         try:

@@ -20,7 +20,7 @@ import torch
 from p2w import __version__
 from p2w.errors import UserError
 from p2w.finetune.init import InitRecord, network_of
-from p2w.finetune.recipe import FineTuneRecipe
+from p2w.finetune.recipe import FineTuneRecipe, plain_recipe
 from p2w.finetune.samples import Rows, Samples, data_fraction, fixed_batches
 from p2w.finetune.task_types import TaskType, task_type
 from p2w.finetune.trainer import FineTuner
@@ -28,6 +28,7 @@ from p2w.finetune.trial import TrialLock, TrialRun, folder_of, is_finished
 from p2w.log import Log
 from p2w.model import Encoder, Network
 from p2w.tasks.reader import TargetSet
+from p2w.trackers import LogConfig
 from p2w.train.optim import Precision
 from p2w.weights.start import StartingPoint, load_start
 from p2w.world import World
@@ -50,6 +51,7 @@ class FineTuning:
     fold: int | None
     recipe: FineTuneRecipe
     folder: Path
+    log: LogConfig = field(default=LogConfig(to="none"), compare=False)
     cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -113,12 +115,14 @@ def check_data(fine_tuning: FineTuning, ranks: int) -> None:
                 f"{where}: no sample to {'train' if split == 'train' else split}; prepare the set again with other splits, "
                 "or name another --fold"
             )
-    for split in ("train", "test"):
+    judged = ("val",) if fine_tuning.recipe.stop_on == "metric" else ()
+    for split in ("train", *judged, "test"):
         said = fine_tuning.kind.problem_of(fine_tuning.source.label[rows[split]])
         if split == "train":
             said = said or fine_tuning.kind.problem_of_targets(fine_tuning.source.targets[rows[split]])
         if said:
-            raise UserError(f"{where}: the samples to {split} {said}")
+            option = "; --recipe.stop-on loss does without" if split == "val" else ""
+            raise UserError(f"{where}: the samples to {split} {said}{option}")
     if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
         task, kind = fine_tuning.source.meta["task"], fine_tuning.kind.name
         raise UserError(f"--decoder pretrained: {task} is {kind}, which has no decoder; leave it out")
@@ -179,7 +183,8 @@ def one_trial(
 ) -> TrialRun:
     """Build a trial on this rank."""
     folder, seed = folder_of(fine_tuning.folder, index), fine_tuning.seed(index)
-    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs)
+    log = Log(folder, world.is_main, fine_tuning.recipe.max_epochs, fine_tuning.log)
+    log.describe(f"{fine_tuning.folder.absolute().name}/{folder.name}", tracked_settings(fine_tuning, index))
     network, start = fine_tuning.build(index)
     rows = fine_tuning.rows | {"train": fine_tuning.training_rows(index)}
     train, val, test = (fine_tuning.samples(split, rows[split], world) for split in ("train", "val", "test"))
@@ -195,8 +200,23 @@ def one_trial(
         index, seed, folder, tuner, kind, train, val, test,
         [fine_tuning.source.key[row] for row in rows["test"]],
         [fine_tuning.source.patient[row] for row in rows["test"]],
-        trial_card(fine_tuning, index, network, start), log, world,
+        trial_card(fine_tuning, index, network, start), log, world, fine_tuning.fold is not None,
     )  # fmt: skip
+
+
+def tracked_settings(fine_tuning: FineTuning, index: int) -> dict[str, Any]:
+    """What trackers are told of a trial."""
+    recipe = {f"recipe.{name}": value for name, value in plain_recipe(fine_tuning.recipe).items()}
+    return recipe | {
+        "task": str(fine_tuning.source.meta["task"]),
+        "init": fine_tuning.label,
+        "fraction": fine_tuning.fraction,
+        "fold": fine_tuning.fold,
+        "trial": index,
+        "seed": fine_tuning.seed(index),
+        "p2w": __version__,
+        "torch": torch.__version__,
+    }
 
 
 def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: StartingPoint) -> dict[str, Any]:

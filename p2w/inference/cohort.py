@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from p2w.ct.dicom import salted_hash
-from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_scans, safe_uid
+from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan
 from p2w.ct.scan import source_files
+from p2w.ct.scan_folders import safe_uid
 from p2w.errors import UserError
 from p2w.shards.grouping import GroupingOptions
 from p2w.tasks.source_files import as_source, file_stem, read_csv

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from p2w.errors import UserError
+from p2w.finetune.cross_validation import folds_of_run
 from p2w.finetune.trial import MODEL, RESULT
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 
@@ -59,10 +60,13 @@ def load_ensemble(
 ) -> EnsembleModel:
     """The networks of `runs` as one; `all_trials`: of each run every finished trial, not the best alone.
 
+    Of a cross-validation, all folds that there are.
+
     Raises UserError where one cannot be loaded, or was trained on samples of another kind, size, spacing or window.
     """
     if len(set(flips)) < len(flips):
         raise UserError(f"--flips {' '.join(flips)}: each axis once, such as --flips y x")
+    runs = [fold for run in runs for fold in (folds_of_run(run) or [run])]
     files = [file for run in runs for file in (_trials(run) if all_trials else [run])]
     models = [load_finetuned(file, device) for file in files]
     first, *others = models

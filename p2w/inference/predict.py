@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.percentiles import percentile_range
 from p2w.ct.scan import read_image, read_scan, stored_grid
 from p2w.errors import UserError
+from p2w.inference.dicom_seg import ENDING as SEG_ENDING
+from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
+from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
-from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
+from p2w.inference.ensemble import load_ensemble
+from p2w.inference.finetuned_model import FineTunedModel
 from p2w.inference.mask_files import (
     ENDING,
     MASKS,
@@ -42,15 +46,17 @@ USAGE = """What a fine-tuned network says of a whole scan.
 
     p2w predict runs/lcs-p2w --scan scan.nii.gz --out liver.nii.gz                       a mask in the scan's own geometry
     p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
+    p2w predict runs/lcs-p2w --scan DICOMFOLDER --out liver.dcm --format dicom-seg       a DICOM segmentation of the series
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
     p2w predict runs/sts --scan scan.nii.gz --out labels.nii.gz --probabilities labels   a label map, labels.labels.json
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
     p2w predict runs/age --scan scan.nii.gz --out age.csv                                what it says of the whole scan
 
-Of a run, the trial with the lowest validation loss. Masks: windows of the training crops' size and spacing slide over the
-scan and overlap; what is more probable than --threshold is 1. A mask has the scan's size, spacing, origin and direction.
-Of several classes it is a label map in the values of the training masks, with FILE.labels.json beside it; of labels that may
-overlap, --out is a folder that gets a mask of each.
+Of a run, the trial with the lowest validation loss; of a cross-validation (p2w finetune --folds), the mean over one of each
+fold. Masks: windows of the training crops' size and spacing slide over the scan and overlap; what is more probable than
+--threshold is 1. A mask has the scan's size, spacing, origin and direction. Of several classes it is a label map in the
+values of the training masks, with FILE.labels.json beside it; of labels that may overlap, --out is a folder that gets a mask
+of each.
 Many scans, an ensemble, flips, probabilities: p2w predict --scans --help.
 Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column series or seriesuid, the rows of this scan.
 """
@@ -70,6 +76,7 @@ class InferenceInput:
     voxels: NDArray[Any]  # of the first channel, canonical [z,y,x]
     grid: Grid
     stored_grid: Grid
+    source: ScanSource  # of the first channel
 
     def crop(self, crop_box: CropBox) -> NDArray[np.int16]:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
@@ -110,7 +117,9 @@ def read_sources(
         if said := source_files.apart(grids[0], grid):
             raise UserError(f"{path}: {said.replace('its image', paths[0])}")
     assert first is not None
-    return InferenceInput(name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]))
+    return InferenceInput(
+        name, sources[0].uid, tuple(cuts), first, grids[0], stored_grid(sources[0]), sources[0]
+    )
 
 
 def _source(path: Path, in_hu: bool) -> ScanSource:
@@ -254,11 +263,13 @@ class PredictOptions:
     """Which network, which scan, and where the result is written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune, a trial of it, or its model.safetensors."""
+    """Run of p2w finetune, all folds of a cross-validation, a trial, or its model.safetensors."""
     scan: tuple[Path, ...]
     """MetaImage, NIfTI or NRRD file, or the folder of one DICOM series; several for a network of several channels."""
     out: Path
-    """The mask (.nii.gz, .mha, …), the folder of masks, or the table (.csv)."""
+    """The mask (.nii.gz, .mha, …; .dcm with --format dicom-seg), the folder of masks, or the table (.csv)."""
+    format: Literal["image", "dicom-seg"] = "image"
+    """dicom-seg: of a DICOM series, write a DICOM segmentation object that refers to it."""
     candidates: Path | None = None
     """Table of candidates to classify."""
     probabilities: Path | None = None
@@ -281,11 +292,13 @@ def main(argv: list[str]) -> int:
     """Parse, read, predict, write."""
     options = tyro.cli(PredictOptions, args=argv, prog="p2w predict", description=USAGE)
     world = World.from_env()
-    model = load_finetuned(options.run, world.device)
+    model = load_ensemble([options.run], False, (), world.device)
     _check(options, model)
     scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
     kind = model.kind
-    if kind.per_voxel:
+    if options.format == DICOM_SEG:
+        check_dicom_source(scan.source)
+    elif kind.per_voxel:
         file = options.out / f"mask{ENDING}" if kind.separate_files else options.out
         check_geometry(file, scan.stored_grid)
     dtype = choose_precision(options.precision, world.device).apply().dtype
@@ -305,7 +318,10 @@ def main(argv: list[str]) -> int:
         return 0
     found = None if options.probabilities is None else probabilities_for(scan, model)
     mask = mask_of(scan, model, options.overlap, options.threshold, options.batch, dtype, found)
-    write_classes(options.out, mask, scan, kind, ENDING)
+    if options.format == DICOM_SEG:
+        write_dicom_seg(options.out, segments_of(mask, scan, model), scan.source, "".join(model.weights()))
+    else:
+        write_classes(options.out, mask, scan, kind, ENDING)
     if options.probabilities is not None and found is not None:
         volumes = dict(zip(kind.layers(), found, strict=True)) if kind.layers() else {"": found}
         write_volumes(options.probabilities, volumes, scan, ENDING)
@@ -320,6 +336,14 @@ def main(argv: list[str]) -> int:
         draw_preview(options.preview, scan.voxels, mask, scan.grid, title, kind.mask_classes)
         print(f"{options.preview}: drawn")
     return 0
+
+
+def segments_of(
+    mask: NDArray[Any], scan: "InferenceInput", model: FineTunedModel
+) -> dict[str, NDArray[np.bool_]]:
+    """The segments of a canonical mask by name, in the stored order of the scan; they may overlap."""
+    single = model.classes[-1] if model.classes else "foreground"
+    return {name or single: scan.stored(inside) for name, inside in model.kind.mask_classes(mask).items()}
 
 
 def _check(options: PredictOptions, model: FineTunedModel) -> None:
@@ -349,6 +373,8 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
 
 def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
     """`_check` of a network that says something of candidates, or of the whole scan."""
+    if options.format == DICOM_SEG:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     is_table = options.out.name.lower().endswith(".csv")
     if model.of_whole_scans and (options.candidates is not None or not is_table):
         raise UserError(f"{model.file}: is of whole scans: leave --candidates out, and name --out FILE.csv")
@@ -365,7 +391,12 @@ def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
     """`_check` of a network that segments."""
     model.check_threshold(options.threshold, PredictOptions.threshold)
     name, layers = options.out.name.lower(), model.kind.layers()
-    if model.kind.separate_files:
+    if options.format == DICOM_SEG:
+        if options.candidates is not None or not name.endswith(SEG_ENDING):
+            raise UserError(
+                f"{model.file}: segments: leave --candidates out, and name --out FILE{SEG_ENDING}"
+            )
+    elif model.kind.separate_files:
         if options.candidates is not None or name.endswith((*MASKS, ".csv")) or options.out.is_file():
             raise UserError(
                 f"{model.file}: its labels may overlap, each gets a mask: leave --candidates out, and name a folder with "

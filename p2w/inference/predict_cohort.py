@@ -1,6 +1,7 @@
 """Predictions of a fine-tuned network, or of several, on many scans: masks, probabilities, overlays and a page.
 
-    OUT/masks/UID.nii.gz            in the scan's own geometry; of labels that may overlap UID/NAME.nii.gz
+    OUT/masks/UID.nii.gz            in the scan's own geometry; UID.dcm with --format dicom-seg; of labels that may overlap
+                                    UID/NAME.nii.gz
     OUT/labels.json                 which value is which class, where there are several
     OUT/probabilities/UID.nii.gz    float32 (--probabilities); of several classes UID/NAME.nii.gz
     OUT/overlays/UID.png            the mask's outline over three slices
@@ -35,10 +36,20 @@ from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference import predict
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, write_rows
+from p2w.inference.dicom_seg import ENDING as SEG_ENDING
+from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
+from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
 from p2w.inference.ensemble import EnsembleModel, load_ensemble
 from p2w.inference.mask_files import MASKS, check_geometry, write_volumes
-from p2w.inference.predict import InferenceInput, answers_of, mask_of, probabilities_for, read_sources
+from p2w.inference.predict import (
+    InferenceInput,
+    answers_of,
+    mask_of,
+    probabilities_for,
+    read_sources,
+    segments_of,
+)
 from p2w.progress import Progress, say
 from p2w.report.markup import Markup, document, join_markup, several, table, tag
 from p2w.shards.build_folder import JobShare
@@ -63,8 +74,8 @@ class PredictCohortOptions:
     """Which networks, which scans, and where the results are written."""
 
     run: tyro.conf.Positional[Path]
-    """Run of p2w finetune (its best trial), a trial of it, or its model.safetensors; of a task of segmentation, or of whole
-    scans."""
+    """Run of p2w finetune (its best trial), all folds of a cross-validation, a trial, or its model.safetensors; of a task of
+    segmentation, or of whole scans."""
     scans: str
     """Folder of scans, table.csv, list.txt with one path a line, or one image file."""
     out: Path
@@ -79,6 +90,8 @@ class PredictCohortOptions:
     """Also write the probabilities, float32."""
     ending: str = ".nii.gz"
     """Format of masks and probabilities: .nii.gz, .nii, .mha, .mhd or .nrrd."""
+    format: Literal["image", "dicom-seg"] = "image"
+    """dicom-seg: of DICOM series, write masks as DICOM segmentation objects that refer to them."""
     overlays: bool = True
     """Draw the mask's outline over three slices of each scan."""
     overlap: float = 0.5
@@ -110,6 +123,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{model.file}: classifies candidates: --scans is for segmentation; name one scan with --scan"
         )
+    if options.format == DICOM_SEG and not model.kind.per_voxel:
+        raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     if options.probabilities and not model.kind.per_voxel:
         raise UserError("--probabilities: is for segmentation; answers.csv holds those of whole scans")
     model.check_threshold(options.threshold, PredictCohortOptions.threshold)
@@ -151,9 +166,9 @@ class PredictionFolder:
     def __init__(self, options: PredictCohortOptions, model: EnsembleModel, precision: str) -> None:
         """Nothing is read or written before `prepare`."""
         self.root, self.ending, self.task = options.out, options.ending, str(model.card["task"]["task"])
-        self.model, self.type = model, model.kind
+        self.model, self.type, self.dicom = model, model.kind, options.format == DICOM_SEG
         self.in_folders = {
-            "masks": self.type.separate_files,
+            "masks": self.type.separate_files and not self.dicom,
             "probabilities": bool(self.type.layers()),
         }  # of each scan
         self.kinds = [
@@ -161,10 +176,12 @@ class PredictionFolder:
             *(["probabilities"] * options.probabilities),
             *(["overlays"] * options.overlays),
         ]
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "weights": model.weights(), "flips": sorted(model.flips), "overlap": options.overlap,
             "threshold": options.threshold, "precision": precision, "ending": options.ending,
         }  # fmt: skip
+        if self.dicom:
+            self.settings["format"] = DICOM_SEG
 
     def prepare(self) -> None:
         """Make the folders. Raises UserError when predictions of other settings are there, or nothing can be written."""
@@ -174,11 +191,12 @@ class PredictionFolder:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 there = json.loads(file.read_bytes())
-                other = [key for key, value in self.settings.items() if there.get(key) != value]
+                keys = dict.fromkeys((*self.settings, "format"))
+                other = [key for key in keys if there.get(key) != self.settings.get(key)]
                 if other:
                     raise UserError(
                         f"{self.root}: holds predictions of other settings ({other[0]}: {there.get(other[0])!r}, now "
-                        f"{self.settings[other[0]]!r}); name another --out"
+                        f"{self.settings.get(other[0])!r}); name another --out"
                     )
             write_atomic(file, canonical_json(self.settings, 2))
             if legend := self.type.mask_legend():
@@ -190,8 +208,8 @@ class PredictionFolder:
 
     def path(self, kind: str, scan: CohortScan) -> Path:
         """The file of a scan: of `masks`, `probabilities`, `overlays` or `records`."""
-        ending = {"overlays": ".png", "records": ".json"}.get(kind, self.ending)
-        ending = "" if self.in_folders.get(kind) else ending
+        others = {"overlays": ".png", "records": ".json"} | ({"masks": SEG_ENDING} if self.dicom else {})
+        ending = "" if self.in_folders.get(kind) else others.get(kind, self.ending)
         return self.root / kind / f"{scan.uid}{ending}"
 
     def record(self, scan: CohortScan) -> dict[str, Any] | None:
@@ -335,10 +353,10 @@ def _read_scans(
             state = scan.state()
             names = [source.name for source in scan.sources]
             image = read_sources(scan.sources, names, scan.name, model)
-            if model.kind.per_voxel:
-                check_geometry(
-                    Path(f"{folder.path('masks', scan)}").with_name(f"mask{folder.ending}"), image.stored_grid
-                )
+            if folder.dicom:
+                check_dicom_source(image.source)
+            if model.kind.per_voxel and (not folder.dicom or "probabilities" in folder.kinds):
+                check_geometry(folder.root / f"mask{folder.ending}", image.stored_grid)
             yield scan, image, state
         except (UserError, OSError) as error:
             yield scan, None, str(error).removeprefix(f"{scan.name}: ")
@@ -398,7 +416,13 @@ def _writer(
 
     def write() -> None:
         kind, layers = folder.type, folder.type.layers()
-        write_volumes(folder.path("masks", scan), kind.mask_files(mask), image, folder.ending)
+        if folder.dicom:
+            segments = segments_of(mask, image, folder.model)
+            write_dicom_seg(
+                folder.path("masks", scan), segments, image.source, "".join(folder.settings["weights"])
+            )
+        else:
+            write_volumes(folder.path("masks", scan), kind.mask_files(mask), image, folder.ending)
         if found is not None:
             volumes = dict(zip(layers, found, strict=True)) if layers else {"": found}
             write_volumes(folder.path("probabilities", scan), volumes, image, folder.ending)

@@ -11,7 +11,7 @@ from p2w.errors import UserError
 
 
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d`, (B, Cin, D, H, W) -> (B, Cout, D', H', W'), that leaves bf16 on a CPU for maps of two slices.
+    """`nn.Conv3d`, (B, Cin, D, H, W) -> (B, Cout, D', H', W'), that uses no bf16 on a CPU for maps of two slices.
 
     oneDNN 3.12 (torch 2.13, AMX) reads memory that it never wrote when it computes the weights' gradient of a bf16
     convolution of 3 slices over a map of D = 2: of 15 sizes tried, all five with D = 2 gave values up to infinity, all
@@ -22,7 +22,7 @@ class Conv3d(nn.Conv3d):
     """Whether a batch norm follows directly, which subtracts the bias again; see `freeze_cancelled_bias`."""
 
     def forward(self, x: Tensor, biased: bool = True) -> Tensor:
-        """Convolve, in float32 where bf16 is not to be trusted; without the bias unless `biased`."""
+        """Convolve, in float32 where bf16 gives wrong values; without the bias unless `biased`."""
         bias = self.bias if biased else None
         if x.device.type == "cpu" and x.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
@@ -81,15 +81,15 @@ def scale_channels(channels: int, width: int) -> int:
 
 
 Sides = tuple[bool, bool, bool]
-BEHIND: Sides = (False, False, False)  # along no axis is the odd zero in front
+BEHIND: Sides = (False, False, False)  # an odd zero goes to the end of every axis
 
 
 def pad_same(
     x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int], front: Sides = BEHIND
 ) -> Tensor:
-    """Zeros round (B, C, D, H, W) as TensorFlow's "SAME" wants them: ceil(size / stride) outputs, the odd one behind.
+    """Pad (B, C, D, H, W) with zeros as TensorFlow's "SAME" does, for ceil(size / stride) outputs; an odd zero goes last.
 
-    `front`: the axes (D, H, W) along which it is in front, for kernels that were mirrored along these axes.
+    `front`: the axes (D, H, W) along which it goes first instead, for kernels that were mirrored along these axes.
     """
     pads: list[int] = []
     for size, k, s, first in zip(
@@ -105,7 +105,7 @@ class SameConv3d(Conv3d):
     """Convolution with a cubic kernel and TensorFlow's "SAME" padding; no bias unless asked for."""
 
     front = BEHIND
-    """The axes along which the odd zero is in front."""
+    """The axes along which an odd zero goes first."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, bias: bool = False) -> None:
         # At stride 1 an odd kernel's padding is the same on both sides, which needs no copy of the map.
@@ -119,7 +119,7 @@ class SameConv3d(Conv3d):
 
 
 def average_same(x: Tensor, front: Sides = BEHIND) -> Tensor:
-    """Average pool 3x3x3, stride 2, "SAME": the mean of what lies inside, as TensorFlow takes it; `front` as in pad_same."""
+    """3x3x3 average pooling of stride 2, "SAME"; as in TensorFlow the mean leaves padding out. `front`: see pad_same."""
     kernel, stride = (3, 3, 3), (2, 2, 2)
     inside = pad_same(torch.ones_like(x[:1, :1]), kernel, stride, front)
     mean = functional.avg_pool3d(pad_same(x, kernel, stride, front), kernel, stride)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from p2w.model.encoder import Encoder, Network, normalise_input
 from p2w.model.unet3d import ConvNormAct, Final, UNet3dDecoder, UpBlock
 
-WIDEST = 256  # channels of a general decoder's level: the paper's decoder has 256 | 128 | 64
+WIDEST = 256  # most channels of a level of the general decoder; the paper's decoder has 256 | 128 | 64
 
 
 def build_decoder(encoder: Encoder, skips: bool, out_channels: int = 1) -> nn.Module:
@@ -117,7 +117,7 @@ class Classifier(Network):
 
 
 class Segmenter(Network):
-    """Encoder and decoder, as many logits a voxel as the decoder has output channels."""
+    """Encoder and decoder without a sigmoid: a logit for each voxel and output channel of the decoder."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()

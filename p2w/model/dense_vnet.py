@@ -1,10 +1,11 @@
 """NiftyNet's dense V-Net (Gibson et al. 2018): three dense stacks and a head without a decoding path.
 
-The input is averaged to half its size beside a 5x5x5 stride-2 convolution; stacks of 5, 10 and 10 convolutions growing by
-4, 8 and 16 follow, each with a skip convolution (12, 24, 24 channels) and, but for the last, one of stride 2 downwards (24).
+The input is averaged to half its size, and joined with the output of a 5x5x5 convolution of stride 2. Three stacks follow:
+5, 10 and 10 convolutions, each of which adds 4, 8 or 16 channels. Every stack has a skip convolution (12, 24, 24 channels),
+and the first two have a convolution of stride 2 that leads to the next stack (24 channels).
 
-How it fits the encoder's protocol: `features` are the image at half size with the first skip, the second, the third, and,
-last, the third dense stack, which classification pools. The head reads the skips alone and is this network's decoder.
+As an `Encoder` it returns four features: the image at half size joined with the first skip, the second skip, the third skip,
+and the output of the third stack, which classification pools. The head, this network's decoder, reads the skips alone.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -23,7 +24,7 @@ FIRST = 24  # channels of the first convolution and of those downwards
 
 
 class SameConvNorm(nn.Module):
-    """Convolution and batch norm, then ReLU but for the network's first: (B, cin, D, H, W) -> (B, cout, …)."""
+    """Convolution, batch norm and, with `relu`, ReLU: (B, cin, D, H, W) -> (B, cout, …)."""
 
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> None:
         super().__init__()
@@ -31,12 +32,12 @@ class SameConvNorm(nn.Module):
         self.bn = BatchNorm3d(cout, relu=relu)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply them in turn."""
+        """Apply the layers one after the other."""
         return self.bn(self.conv(x))
 
 
 class DenseStack(nn.Module):
-    """Convolutions that each see all before them; then the skip, and where there is a coarser stack the way down."""
+    """Convolutions that each read the outputs of all earlier ones, a skip convolution, and with `down` one of stride 2."""
 
     def __init__(self, cin: int, convolutions: int, growth: int, skip: int, down: int | None) -> None:
         super().__init__()
@@ -46,18 +47,19 @@ class DenseStack(nn.Module):
         self.down = None if down is None else SameConvNorm(self.cout, down, stride=2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, cin, D, H, W) -> skip (B, skip, D, H, W), and (B, down, D/2, …) or, in the last, the stack itself."""
+        """(B, cin, D, H, W) -> skip (B, skip, D, H, W), and (B, down, D/2, …); without `down` the stack's output instead."""
         for conv in self.stack:
             x = torch.cat((x, conv(x)), dim=1)
         return self.skip(x), x if self.down is None else self.down(x)
 
 
 class DenseVNet(Encoder):
-    """At width 32 channels are (13, 24, 24, 184), strides (2, 4, 8, 8). Without NiftyNet's dropout and spatial prior.
+    """The encoder, without NiftyNet's dropout and spatial prior; width 32: channels (13, 24, 24, 184), strides (2, 4, 8, 8).
 
-    Its published weights were trained on HU that nothing normalised (their configuration has no normalisation), on volumes
-    whose rows and columns run the other way. Their kernels are mirrored when they are read, and `mirrored` puts the odd zero
-    of stride-2 layers on the side where it then belongs: `dense_vnet:mirrored=True` is the network of these weights.
+    Its published weights were trained on HU without normalisation (their configuration has none), on volumes whose rows and
+    columns run in the opposite direction. Their kernels are mirrored when they are read. A layer of stride 2 pads an even
+    edge on one side only, and for mirrored kernels that has to be the other side, which `mirrored` does: the network of
+    the published weights is `dense_vnet:mirrored=True`.
     """
 
     input_norm: InputNorm = "hu"
@@ -95,7 +97,7 @@ class DenseVNet(Encoder):
         initialise(self)
 
     def build_decoder(self, skips: bool, out_channels: int = 1) -> nn.Module:
-        """NiftyNet's head. Raises UserError without skips."""
+        """Return NiftyNet's head. Raises UserError without skips."""
         return DenseVNetHead(self.channels, skips, out_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -109,9 +111,9 @@ class DenseVNet(Encoder):
 
 
 class DenseVNetHead(nn.Module):
-    """Skips resized to half the input's size, joined, one 3x3x3 convolution, resized to full: the way to a mask.
+    """The decoder: skips are resized to half the input's size and joined; a 3x3x3 convolution and a resize follow.
 
-    Raises UserError without skips, because skips are all that it reads.
+    Raises UserError without skips, because it reads nothing else.
     """
 
     def __init__(self, channels: tuple[int, ...], skips: bool = True, out_channels: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""What an encoder is: all that decoders, heads and pretexts may know of one; and the input that it was trained on.
+"""The interface of encoders, all that decoders, heads and pretexts may rely on; and how their input is normalised.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -56,10 +56,10 @@ Output = Tensor | tuple[Tensor, ...]  # of a network; every tensor has one entry
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """A file of others that holds this network's weights under the network's own names, maybe after renaming."""
+    """How a file of published weights of this network is recognised, and its names become those of the network."""
 
     title: str
-    """What people call it."""
+    """What people call these weights."""
     known_by: str
     """The name of a tensor (without `module.`) that such a file has and no other network's file."""
     head: tuple[str, ...] = ()
@@ -91,9 +91,9 @@ class Encoder(nn.Module):
     beside_pooled: tuple[str, ...] = ()
     """Prefixes of parameters that `pooled` does not depend on."""
     only_skips: bool = False
-    """Whether its decoder is made of skips, so that there is none without."""
+    """Whether its decoder reads the skips alone, so that it cannot be had without them."""
     published: tuple[PublishedFormat, ...] = ()
-    """Files in which others publish weights for it."""
+    """Formats of the published weights for it."""
     token_edge: int = 0
     """Voxels along each edge of a token, where `visible_tokens` can leave tokens out; 0: it cannot."""
 

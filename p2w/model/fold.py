@@ -1,4 +1,4 @@
-"""An up-sampling and the convolution behind it as one: less arithmetic where nothing stands between the two.
+"""An up-sampling and the convolution after it, computed as one: less arithmetic if no other layer lies between them.
 
 ConvTranspose3d(kernel 2, stride 2) and then Conv3d(kernel 3, padding 1) are linear. Together they are one
 ConvTranspose3d(kernel 4, stride 2, padding 1), whose weights follow from theirs: along an axis, the up-sampling puts voxel i
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FOLDED = "folded"  # the form's name
-CHANNELS = (
-    8  # tensor cores take a multiple of it: beside the channel of ones, others of weight 0 fill up to one
-)
+CHANNELS = 8  # tensor cores take multiples of it: channels of weight 0 are added to the channel of ones until one is reached
 
 
 @dataclass(frozen=True)
@@ -104,5 +102,5 @@ def fold_cost(up: nn.ConvTranspose3d, conv: nn.Conv3d, size: tuple[int, int, int
 
 
 def _filled(channels: int) -> int:
-    """The channels and at least one more, up to what tensor cores take."""
+    """`channels` plus at least one, rounded up to a multiple that tensor cores take."""
     return (channels // CHANNELS + 1) * CHANNELS

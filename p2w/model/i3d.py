@@ -38,12 +38,12 @@ class Unit(nn.Module):
         self.bn = BatchNorm3d(cout, eps=1e-3, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the three in turn."""
+        """Apply the three layers one after the other."""
         return self.bn(self.conv3d(x))
 
 
 class Mixed(nn.Module):
-    """Four branches side by side, their channels in a row."""
+    """Four branches on the same input, whose outputs are concatenated along the channels."""
 
     def __init__(self, cin: int, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -106,5 +106,5 @@ class I3D(Encoder):
 
 
 def _pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Max-pool with "SAME" padding; zeros beside a ReLU's output are never the only maximum."""
+    """Max-pool with "SAME" padding; zeros do not change the maximum of a ReLU's outputs."""
     return functional.max_pool3d(pad_same(x, kernel, stride), kernel, stride)

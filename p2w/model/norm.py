@@ -49,12 +49,12 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
         self.relu = relu
 
     def extra_repr(self) -> str:
-        """The settings that torch's own text does not show."""
+        """The settings that torch's own representation leaves out."""
         more = f", relu={self.relu}" + ", over all ranks" * self.over_ranks
         return super().extra_repr() + more
 
     def possible_forms(self) -> tuple[str, ...]:
-        """Over all ranks there is one computation by torch, whether the view is flat or not."""
+        """Synchronised over ranks there is a single computation, whatever the form says."""
         return (PLAIN, *(() if self.over_ranks else (FLAT,)), *((FUSED,) if self.relu else ()))
 
     def forms(self, device: torch.device, dtype: torch.dtype | None, samples: int) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class BatchNorm3d(Formed, nn.BatchNorm3d):
 
 
 class SynchronisedBatchNorm(_BatchNorm):
-    """What `synchronise_batch_norm` makes of torch's nn.BatchNorm1d, 2d and 3d: statistics of all ranks' samples."""
+    """Replaces torch's nn.BatchNorm1d, 2d and 3d in `synchronise_batch_norm`: statistics of all ranks' samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, …) -> the same shape; in training all ranks must call it together."""
@@ -138,7 +138,7 @@ def convolve(conv: Conv3d, norm: BatchNorm3d, x: Tensor) -> Tensor:
 
 
 def normalise(conv: Conv3d, norm: BatchNorm3d, convolved: Tensor) -> Tensor:
-    """`norm` of what `convolve` gave, whose running mean takes in the bias that was left out there."""
+    """Apply `norm` to the output of `convolve`; its running mean includes the bias that was left out there."""
     return norm(convolved, conv.bias if leaves_bias_out(conv, norm) else None)
 
 
@@ -178,7 +178,7 @@ def synchronise_batch_norm(network: Module, ranks: int) -> Module:
         if isinstance(module, BatchNorm3d):
             module.over_ranks = True
         elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            module.__class__ = SynchronisedBatchNorm  # it holds the same, and forward alone differs
+            module.__class__ = SynchronisedBatchNorm  # the same tensors; only `forward` differs
         elif isinstance(module, _BatchNorm) and not isinstance(
             module, SynchronisedBatchNorm | nn.SyncBatchNorm
         ):
@@ -282,7 +282,7 @@ class _NormOverRanks(torch.autograd.Function):
 
 
 def _map(x: Tensor) -> Tensor:
-    """x (B, C, …) as torch's kernels are fastest with it: on a GPU five axes as four, on a CPU as it is."""
+    """View x (B, C, …) in the way in which torch's kernels are fastest: on a GPU with four axes, on a CPU as it is."""
     return x.flatten(2, 3) if x.is_cuda and x.ndim == 5 else x
 
 
@@ -293,12 +293,12 @@ def _normalised(
     if not x.numel():
         return torch.empty_like(x)
     out = torch.native_batch_norm(_map(x), weight, bias, mean, variance, False, 0.0, eps)[0]
-    # No view in autograd's eyes, so that ReLU may work in place on what a Function returns.
+    # Not a view for autograd, so that ReLU may work in place on the output of a Function.
     return out if out.shape == x.shape else torch.ops.aten._unsafe_view(out, x.shape)
 
 
 class _OwnBatchNorm(_BatchNorm):
-    """What `recalibrated` makes of batch norms that would talk to other ranks: statistics of this rank's batch."""
+    """Replaces synchronised batch norms in `recalibrated`: statistics of this rank's batch, without other ranks."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of axes."""

@@ -1,8 +1,8 @@
-"""nnU-Net's residual encoder, ResEncL (Isensee et al. 2024, "nnU-Net Revisited"): the way into nnU-Net.
+"""nnU-Net's residual encoder, ResEncL (Isensee et al. 2024, "nnU-Net Revisited"): for weights that nnU-Net can load.
 
 Six stages of residual blocks, each of which halves the edges but the first. Parameter names are those of nnU-Net's
-`ResidualEncoderUNet.encoder`, each once (`p2w.weights.nnunet` says them twice, as nnU-Net does). Strides are 2 along
-every axis; nnU-Net's anisotropic plans take these weights too, its own trainer averages the kernels.
+`ResidualEncoderUNet.encoder`, each once (`p2w.weights.nnunet` writes each under two names, as nnU-Net does). Strides are 2
+along every axis; nnU-Net's anisotropic plans take these weights too, its own trainer averages the kernels.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column.
 """
@@ -34,13 +34,13 @@ class ConvInstanceNorm(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply them in turn."""
+        """Apply the layers one after the other."""
         x = self.norm(self.conv(x))
         return nn.functional.leaky_relu_(x, SLOPE) if self.acts else x
 
 
 class ResidualBlock(nn.Module):
-    """Two ConvNorm beside a shortcut, which averages where the block strides and projects where channels change."""
+    """Two ConvNorm and a shortcut, which averages if the block has a stride and projects if channels change."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """`count` blocks, of which the first strides."""
+    """`count` blocks; the first has the stride."""
 
     def __init__(self, cin: int, cout: int, stride: int, count: int) -> None:
         super().__init__()

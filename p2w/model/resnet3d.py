@@ -31,7 +31,7 @@ SHORTCUT_A = (18, 34)  # depths whose shortcut drops voxels and appends zeros in
 class ShortcutA(nn.Module):
     """Take every stride-th voxel and append channels of zeros: (B, C, D, H, W) -> (B, cout, D/stride, …).
 
-    Nothing to learn. The gradient passes, which MedicalNet's own code cuts off here; features are the same.
+    It has no parameters. Gradients pass through it; MedicalNet's own code cuts them off here, with the same features.
     """
 
     def __init__(self, cout: int, stride: int) -> None:
@@ -46,7 +46,7 @@ class ShortcutA(nn.Module):
 
 
 class Basic(nn.Module):
-    """Two 3x3x3 convolutions beside a shortcut."""
+    """Two 3x3x3 convolutions and a shortcut."""
 
     expansion = 1
 
@@ -66,7 +66,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1x1, 3x3x3, 1x1x1 to four times the planes, beside a shortcut."""
+    """Convolutions 1x1x1, 3x3x3 and 1x1x1, the last to four times the planes, and a shortcut."""
 
     expansion = 4
 

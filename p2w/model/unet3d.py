@@ -29,11 +29,11 @@ class ConvNormAct(nn.Module):
         freeze_cancelled_bias(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the three in turn."""
+        """Apply the three layers one after the other."""
         return self.normalise(convolve(self.conv1, self.bn1, x))
 
     def normalise(self, convolved: Tensor) -> Tensor:
-        """Batch norm and ReLU of what `convolve` gave for the convolution here."""
+        """Batch norm and ReLU of the output of this block's convolution, computed by `convolve`."""
         return normalise(self.conv1, self.bn1, convolved)
 
 
@@ -132,7 +132,7 @@ def fold_cost_of(block: UpBlock, size: tuple[int, int, int]) -> FoldCost | None:
 def folded_by_count(block: UpBlock, samples: int, size: tuple[int, int, int]) -> bool:
     """Whether the folded form has less arithmetic, for `samples` inputs of `size` (D, H, W) at a time.
 
-    The rule where nothing is measured.
+    This rule decides where forms are not timed.
     """
     cost = fold_cost_of(block, size)
     return cost is not None and cost.saves(samples)
@@ -160,7 +160,7 @@ class Final(nn.Module):
 
 
 class UNet3dDecoder(nn.Module):
-    """Bottleneck to volume. It sees an encoder only through `channels` and `strides` of its features."""
+    """The paper's decoder, from features to a volume; of the encoder it needs only `channels` and `strides`."""
 
     def __init__(
         self, channels: tuple[int, ...], strides: tuple[int, ...], skips: bool = False, out_channels: int = 1

@@ -23,7 +23,7 @@ PATCH = 8  # voxels
 
 
 class Attention(nn.Module):
-    """Self-attention of all tokens with all, in HEADS heads."""
+    """Self-attention over all tokens, in HEADS heads."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then two layers on each token; both are added to what comes in, and see it normalised."""
+    """Attention, then two layers on each token, each with a residual connection and layer norm before it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -80,7 +80,9 @@ class ViT3d(Encoder):
         )
         self.to_tokens = ConvBatchNorm(
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
-            BatchNorm3d(12 * width),  # as large as the positions that are added, which would drown it else
+            BatchNorm3d(
+                12 * width
+            ),  # as large as the positions that are added, or it would be negligible beside them
         )
         self.blocks = nn.ModuleList(TransformerBlock(12 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(12 * width)

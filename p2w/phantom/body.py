@@ -234,6 +234,9 @@ class Body:
     lung_slope: float  # HU a mm from front to back
     marrow: float
     cortex: float
+    spleen: float = 48.0
+    oesophagus: float = 38.0
+    myocardium: float | None = None  # as muscle
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Body":

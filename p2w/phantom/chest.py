@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from p2w.errors import UserError
+from p2w.phantom.anatomy import anatomy
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
 from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
@@ -289,6 +290,7 @@ class PhantomScan:
     origin_mm: Triple  # world position of voxel (0, 0, 0), z, y, x
     nodules: tuple[Nodule, ...]
     candidates: tuple[Candidate, ...]
+    regions: NDArray[np.uint8] | None = None  # anatomy.Region [z, y, x], where asked for
 
 
 def make_scan(
@@ -296,13 +298,16 @@ def make_scan(
     shape: tuple[int, int, int] = (128, 256, 256),
     spacing_mm: Triple | None = None,
     contrast: float | None = None,
+    equal_hu: float | None = None,
+    regions: bool = False,
 ) -> PhantomScan:
     """A chest CT of `shape` (z, y, x); the same arguments give the same bytes, another seed another patient.
 
     Without `spacing_mm` (z, y, x) the voxels are sized so that the scan holds the whole chest: at 512 x 512
     that is 0.6 to 0.9 mm in the plane, at 256 x 256 twice that. `contrast`: HU above plain blood in vessels and heart;
-    without, drawn, and none in most patients. Raises UserError for a shape or spacing
-    that cannot be a chest CT.
+    without, drawn, and none in most patients. `equal_hu`: HU of liver, spleen, heart, blood and oesophagus alike, without
+    contrast agent, so that they are told apart by place and shape alone. `regions`: a map of organs, lobes and vertebrae.
+    Raises UserError for a shape or spacing that cannot be a chest CT.
     """
     check_phantom(seed, shape, spacing_mm)
     pose, patient, soft, tubes, lung, lesion, scanner_rng = (
@@ -311,6 +316,9 @@ def make_scan(
     body = Body.draw(patient)
     if contrast is not None:
         body = replace(body, contrast=contrast)
+    if equal_hu is not None:
+        organs = dict.fromkeys(("liver", "spleen", "oesophagus", "blood", "myocardium"), equal_hu)
+        body = replace(body, contrast=0.0, **organs)
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.draw(scanner_rng)
@@ -322,13 +330,14 @@ def make_scan(
     paint_bones(canvas, body, tubes)
     middle = lay_tubes(body, tubes)
     blood = body.blood + body.contrast
-    canvas.balls(middle.oesophagus).paint(38.0, Label.OESOPHAGUS)
+    canvas.balls(middle.oesophagus).paint(body.oesophagus, Label.OESOPHAGUS)
     canvas.balls(middle.vessels).paint(blood, Label.GREAT_VESSEL)
     canvas.balls(middle.aorta).paint(blood, Label.AORTA)
     rings = canvas.balls(Balls(middle.windpipe.points, middle.windpipe.radius + 1.4))
     rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
     forks = paint_lungs(canvas, body, cavity, middle, lung)
     spots = paint_nodules(canvas, cavity, forks, lesion)
+    areas = anatomy(canvas, body, cavity) if regions else None
     skin = stack[0].distance
     paint_table(canvas, scanner, skin)
     origin = np.round(np.array([scanner_rng.uniform(-700, 0), *scanner_rng.uniform(-210, -120, 2)]), 3)
@@ -343,7 +352,14 @@ def make_scan(
     candidates = [Candidate(n.centre_mm, True) for n in nodules]
     candidates += [Candidate(_triple(v * frame.spacing_mm + origin), False) for v in negatives]
     return PhantomScan(
-        seed, voxels, canvas.labels, frame.spacing_mm, _triple(origin), tuple(nodules), tuple(candidates)
+        seed,
+        voxels,
+        canvas.labels,
+        frame.spacing_mm,
+        _triple(origin),
+        tuple(nodules),
+        tuple(candidates),
+        areas,
     )
 
 

@@ -1,4 +1,5 @@
-"""Phantoms of two CT tasks: abdomens in LiTS' format (lcs), and CT pulmonary angiograms with emboli (ecc).
+"""Phantoms of CT tasks: abdomens in LiTS' format (lcs), CT pulmonary angiograms with emboli (ecc), DICOM with liver masks,
+organs told by place.
 
 lcs uses the lower half of a chest phantom, where liver, spleen and stomach touch and have similar HU.
 
@@ -13,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.phantom.anatomy import Region
 from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
 from p2w.phantom.image_files import blob, put_file, write_image
+from p2w.phantom.lidc import uids, write_series
 
 Shape = tuple[int, int, int]
 
@@ -47,6 +50,18 @@ def write_lits_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
 def _abdomen(liver: np.ndarray, depth: int) -> slice:
     """The lowest slices of a scan, as many as requested: they show the liver."""
     return slice(0, min(depth, liver.shape[0]))
+
+
+def write_dicom_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """Write P001/000001.dcm …, a chest as a DICOM series, and P001_liver.nii.gz, the mask of its liver."""
+    scan = make_scan(int(np.random.SeedSequence([seed, number, 105]).generate_state(1)[0]), shape)
+    patient = f"P{number + 1:03d}"
+    study, series = uids("dicom", seed, number)
+    (folder / patient).mkdir()
+    tags = {"0010|0020": f"{seed}-{number + 1}", "0020|000d": study, "0020|000e": series}
+    write_series(folder / patient, scan, tags)
+    liver = (scan.labels == Label.LIVER).astype(np.uint8)
+    write_image(folder / f"{patient}_liver.nii.gz", liver, scan.spacing_mm, scan.origin_mm, False)
 
 
 EMBOLI, OTHERS = 8, 12  # candidates a patient
@@ -166,3 +181,35 @@ def _around(depth: NDArray, centre: NDArray) -> NDArray:
     if padded.shape == (7, 7, 7):
         return padded
     return np.pad(padded, [(0, 7 - n) for n in padded.shape], mode="edge")
+
+
+def write_organs_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """Write a chest and a map of its regions (p2w.phantom.anatomy.Region), in nnU-Net's layout.
+
+    Liver, spleen, heart, vessels and oesophagus have the same HU; lobes and levels of the spine never differ in theirs. A
+    mask of them asks where in the body a voxel lies, and not how bright it is.
+    """
+    rng = np.random.default_rng([seed, number, 6])
+    own = int(np.random.SeedSequence([seed, number, 106]).generate_state(1)[0])
+    scan = make_scan(own, shape, equal_hu=float(rng.uniform(38, 58)), regions=True)
+    assert scan.regions is not None
+    for part, values, name in (
+        ("imagesTr", scan.voxels, f"organs_{number:04d}_0000.nii.gz"),
+        ("labelsTr", scan.regions, f"organs_{number:04d}.nii.gz"),
+    ):
+        (folder / part).mkdir(parents=True)
+        write_image(folder / part / name, values, scan.spacing_mm, scan.origin_mm)
+
+
+def write_organs_table(out: Path, parts: list[Path]) -> None:
+    """Write dataset.json, as nnU-Net wants it."""
+    names = {
+        ("background" if region is Region.OTHER else region.name.lower()): int(region) for region in Region
+    }
+    table = {
+        "channel_names": {"0": "CT"},
+        "labels": names,
+        "numTraining": len(parts),
+        "file_ending": ".nii.gz",
+    }
+    put_file(out / "dataset.json", (json.dumps(table, indent=1) + "\n").encode())

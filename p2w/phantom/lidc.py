@@ -30,19 +30,25 @@ def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
     rng = np.random.default_rng([seed, number, 2])
     own = int(np.random.SeedSequence([seed, number, 102]).generate_state(1)[0])
     scan = make_scan(own, shape, spacing_of(shape))
-    study, series = (
-        f"2.25.{uuid.uuid5(uuid.NAMESPACE_URL, f'p2w phantom lidc {seed} {number} {what}').int}"
-        for what in ("study", "series")
-    )
+    study, series = uids("lidc", seed, number)
     patient = f"LIDC-IDRI-{number + 1:04d}"
     series_folder = folder / patient / "study" / "series"
     series_folder.mkdir(parents=True)
-    _write_series(series_folder, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
+    write_series(series_folder, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
     put_file(series_folder / "readings.xml", _readings(scan, series, rng).encode())
 
 
-def _write_series(series_folder: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
-    """Write one file per slice, numbered from the top down as scanners do."""
+def uids(kind: str, seed: int, number: int) -> tuple[str, str]:
+    """StudyInstanceUID and SeriesInstanceUID of a phantom patient: a function of kind, seed and number."""
+    study, series = (
+        f"2.25.{uuid.uuid5(uuid.NAMESPACE_URL, f'p2w phantom {kind} {seed} {number} {what}').int}"
+        for what in ("study", "series")
+    )
+    return study, series
+
+
+def write_series(series_folder: Path, scan: PhantomScan, tags: dict[str, str]) -> None:
+    """Write one DICOM file per slice, numbered from the top down as scanners do; `tags` names patient, study and series."""
     common = {
         "0008|0060": "CT",
         "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",

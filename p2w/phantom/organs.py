@@ -52,12 +52,13 @@ def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer]
     below = _diaphragm(body, q)
     heart, chambers = _heart(body, q)
     lungs = intersection(intersection(cage + 1.0, below * -0.8 + 0.5, 2), -_mediastinum(body, q, heart), 9)
+    myocardium = body.muscle if body.myocardium is None else body.myocardium
     painted = [
         *_trunk(body, q, cage, noise, fine),
         Layer(Label.MEDIASTINUM, cage, -96 + 5 * fine),
         Layer(Label.MUSCLE, np.maximum(below * 0.8, cage), body.muscle, shell=3.5),
         *_abdomen(body, q, np.maximum(below * 0.8, cage) + 2.5, noise),
-        Layer(Label.HEART, heart, body.muscle + 0.35 * body.contrast),
+        Layer(Label.HEART, heart, myocardium + 0.35 * body.contrast),
         Layer(Label.HEART, chambers, body.blood + body.contrast),
     ]
     fissures = _fissures(q, ripple(q, rng, (90, 180), 5))
@@ -205,7 +206,7 @@ def _abdomen(body: Body, q: Floats, inside: Floats, noise: Floats) -> list[Layer
     gas = np.maximum(stomach + 4, y + 14 - 50 * s * body.air_level)
     enhanced = body.contrast * 0.25
     return [
-        Layer(Label.SPLEEN, spleen, 48 + enhanced),
+        Layer(Label.SPLEEN, spleen, body.spleen + enhanced),
         Layer(Label.STOMACH, np.maximum(stomach, -spleen + 2), 32.0),
         Layer(Label.GAS, np.maximum(gas, -spleen + 4), -985.0),
         Layer(Label.LIVER, liver, body.liver + enhanced + 2 * noise),

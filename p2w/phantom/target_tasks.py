@@ -22,10 +22,12 @@ USAGE = """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-ID
 
     python -m p2w.phantom.target_tasks --out phantom-targets                        # all five, 20 patients each
     python -m p2w.phantom.target_tasks --out T --tasks lcs bms --patients 40 --shape 64 128 128 --workers 2
+    python -m p2w.phantom.target_tasks --out T --tasks dicom                        # a hospital's folder: DICOM, liver masks
 
 Then, for instance:
 
     p2w prepare lcs --source T/LiTS --out targets/lcs --train 0-23 --val 24-27 --test 28-39
+    p2w prepare general --source T/DICOM --images dicom --masks '*_liver.nii.gz' --out targets/liver
 
 Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
@@ -51,6 +53,8 @@ TASKS: dict[str, TaskFormat] = {
     "lcs": TaskFormat("LiTS", ct_targets.write_lits_patient),
     "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
     "bms": TaskFormat("BraTS", brats.write_brats_patient),
+    "organs": TaskFormat("Organs", ct_targets.write_organs_patient, ct_targets.write_organs_table),
+    "dicom": TaskFormat("DICOM", ct_targets.write_dicom_patient),
 }
 
 
@@ -168,8 +172,15 @@ class TargetPhantomArgs:
 
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
-    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms"], ...] = ("ncc", "ncs", "lcs", "ecc", "bms")
-    """Names of the tasks."""
+    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs", "dicom"], ...] = (
+        "ncc",
+        "ncs",
+        "lcs",
+        "ecc",
+        "bms",
+    )
+    """Names of the tasks; organs: organs, lobes and vertebrae told by place, in nnU-Net's layout; dicom: DICOM series with
+    masks. Both are for `p2w prepare custom`."""
     patients: int = 20
     """Number of patients of each task."""
     shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="Z Y X")] = (64, 128, 128)

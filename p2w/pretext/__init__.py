@@ -1,7 +1,7 @@
 """Pretexts by name: what the network is shown, what it must answer, and the loss between the two.
 
-A new pretext is one file here, one line in PRETEXTS, one test file: docs/add_a_pretext.md. The train loop knows none by
-name. This module imports no torch; a pretext's file is imported when it is first asked for.
+A new pretext is one file here, one line in PRETEXTS, one test file: docs/add_a_pretext.md. The train loop does not depend on
+which one it trains. This module imports no torch; a pretext's file is imported when it is first asked for.
 """
 
 import functools
@@ -24,6 +24,8 @@ PRETEXTS: dict[str, str] = {
     "rubiks_cube_pp": "p2w.pretext.rubiks_cube:RubiksCubePp",
     "simmim": "p2w.pretext.mae:SimMim",
     "mae": "p2w.pretext.mae:Mae",
+    "spark": "p2w.pretext.spark:Spark",
+    "voco": "p2w.pretext.voco:Voco",
     "parts2whole_contrast": "p2w.pretext.contrastive.contrastive_pretext:Parts2WholeContrast",
     "simclr": "p2w.pretext.contrastive:SimClr",
     "moco": "p2w.pretext.contrastive:Moco",
@@ -31,6 +33,7 @@ PRETEXTS: dict[str, str] = {
     "pirl": "p2w.pretext.contrastive:Pirl",
     "exemplar": "p2w.pretext.contrastive:Exemplar",
     "swav": "p2w.pretext.contrastive:Swav",
+    "dino": "p2w.pretext.contrastive:Dino",
     "amdim": "p2w.pretext.contrastive:Amdim",
 }
 

@@ -1,6 +1,6 @@
 """Masked volumes: restore the patches that were hidden. SimMIM on any encoder, MAE on a transformer.
 
-Both: of the whole, resized, `mae.ratio` of its patches are hidden. Target: the whole. Loss: mean squared error over the
+In both, the whole is resized and `mae.ratio` of its patches are hidden. Target: the whole. Loss: mean squared error over the
 hidden voxels alone.
 
 SimMIM (Xie et al. 2022): hidden patches are filled, and the encoder computes on all of them. There the fill is a learned
@@ -12,7 +12,7 @@ fill at the edges of a patch. Voxels are predicted as they are, not normalised b
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,48 +38,72 @@ class MaeConfig:
     ratio: Annotated[float, Bounds(0, 1)] = 0.75
     """Share of the patches that are hidden [P: He et al. 2022]."""
     fill: Literal["mean", "zero"] = "mean"
-    """What stands in hidden patches: the mean of what is seen of that whole, or 0 [?]."""
+    """Value of hidden patches: the mean of the visible voxels of that whole, or 0 [?]."""
     decoder_depth: Annotated[int, Bounds(1, 64)] = 4
     """mae: blocks of the decoder [?: 8 for a ViT-L]."""
     decoder_width: Annotated[int, Bounds(6, 65536)] = 192
     """mae: channels of the decoder, a multiple of 6 [?: 512 for a ViT-L]."""
 
 
+class MaskConfig(Protocol):
+    """What is hidden, and what stands there: see MaeConfig."""
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Voxels z, y, x of a patch."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the patches that are hidden."""
+
+    @property
+    def fill(self) -> Literal["mean", "zero"]:
+        """What stands in hidden patches."""
+
+
 class SimMim(Pretext):
-    """Which patches are hidden is a function of (seed, epoch, id) alone; as many in every whole."""
+    """Which patches are hidden is a function of (seed, epoch, id) alone; as many in every whole.
+
+    SparK (p2w.pretext.spark) hides in the same way, with settings of its own.
+    """
 
     summary = "a whole with three quarters of its patches hidden -> these"
+    group: ClassVar[str] = "mae"
+    """The group of settings that `mask` is."""
+    usual_patch: ClassVar[str] = "4 8 8"
+    usual_ratio: ClassVar[float] = 0.75
     groups: ClassVar = {"mae": MaeConfig}
     reconstructs = True
     capturable = True
     shows: Shows = "whole"
 
-    def __init__(self, config: PretextConfig, mae: MaeConfig) -> None:
-        self.config, self.mae, self.patch = config, mae, self.patch_of(mae)
+    def __init__(self, config: PretextConfig, mask: MaskConfig) -> None:
+        self.config, self.mask_config, self.patch = config, mask, self.patch_of(mask)
         grid = [edge // patch for edge, patch in zip(config.size, self.patch, strict=True)]
         self.grid = (grid[0], grid[1], grid[2])
         if any(edge % patch for edge, patch in zip(config.size, self.patch, strict=True)):
             raise UserError(
-                f"mae.patch={self.patch}: must divide pretext.size={config.size}; pass e.g. --mae.patch 4 8 8"
+                f"{self.group}.patch={self.patch}: must divide pretext.size={config.size}; pass e.g. "
+                f"--{self.group}.patch {self.usual_patch}"
             )
         patches = grid[0] * grid[1] * grid[2]
-        self.hidden = round(mae.ratio * patches)
+        self.hidden = round(mask.ratio * patches)
         if not 0 < self.hidden < patches:
             raise UserError(
-                f"mae.ratio={mae.ratio}: hides {self.hidden} of {patches} patches, some must be hidden and some seen; "
-                "the usual ratio is 0.75, smaller patches are more"
+                f"{self.group}.ratio={mask.ratio}: hides {self.hidden} of {patches} patches, some must be hidden and some "
+                f"seen; the usual ratio is {self.usual_ratio}, smaller patches are more"
             )
 
-    def patch_of(self, mae: MaeConfig) -> Size:
+    def patch_of(self, mask: MaskConfig) -> Size:
         """Voxels z, y, x of a patch."""
-        return mae.patch
+        return mask.patch
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
         """Wholes, int16 HU (B, D, H, W) -> masked and whole, (B, 1, d, h, w) in [0, 1], and the mask, True where hidden."""
         whole = resized_whole(batch_BDHW, self.config, keys.real)
         mask = self.mask(keys)
         seen = torch.where(mask, 0.0, whole)
-        if self.mae.fill == "mean":
+        if self.mask_config.fill == "mean":
             mean = seen.sum((1, 2, 3, 4), keepdim=True) / (~mask).sum((1, 2, 3, 4), keepdim=True)
             seen = torch.where(mask, mean, seen)
         return Views(seen, whole, mask)
@@ -108,7 +132,7 @@ class SimMim(Pretext):
         return (error * views.mask).sum() / views.mask.sum(), {}
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
-        """What is seen, and the whole."""
+        """The visible patches, and the whole."""
         return {"masked": views.input, "whole": views.target}
 
 
@@ -118,12 +142,16 @@ class Mae(SimMim):
     summary = "a quarter of a whole's patches, the only ones the transformer computes -> the others"
     capturable = False
 
-    def patch_of(self, mae: MaeConfig) -> Size:
+    def __init__(self, config: PretextConfig, mae: MaeConfig) -> None:
+        super().__init__(config, mae)
+        self.mae = mae
+
+    def patch_of(self, mask: MaskConfig) -> Size:
         """A patch is a token."""
         return (PATCH, PATCH, PATCH)
 
     def sample(self, batch_BDHW: Tensor, keys: SampleKeys, step: int = 0) -> Views:
-        """As SimMIM's, and which patches are hidden, (B, N) bool."""
+        """As for SimMIM, with the mask of hidden patches (B, N) bool as an extra input."""
         views = super().sample(batch_BDHW, keys, step)
         return replace(views, extra_inputs=(self.hidden_patches(keys),))
 
@@ -163,7 +191,7 @@ class MaskedAutoencoder(Network):
         nn.init.normal_(self.hidden_token, std=0.02)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Tokens that are seen, through the encoder; then all places, through the decoder."""
+        """Visible tokens go through the encoder, then all places through the decoder."""
         grid = tuple(edge // PATCH for edge in x.shape[2:])
         places = grid[0] * grid[1] * grid[2]
         if hidden is None:

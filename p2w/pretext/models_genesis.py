@@ -26,7 +26,7 @@ from p2w.pretext.settings import Bounds, PretextConfig, Shows
 from p2w.pretext.volume_ops import apply_tables, bezier, flipped, resized_whole
 from p2w.rng import SampleKeys, uniform_integers
 
-ROUNDS = 8  # after which a voxel has stayed where it was, for want of a round that moves it, once in 2^8
+ROUNDS = 8  # the probability that no round moves a voxel is then 2^-8
 _ODD = 0x5851F42D4C957F2D  # spreads a small number over 64 bits before it is mixed
 
 
@@ -73,11 +73,11 @@ def last_block(starts: list[Tensor], sizes: list[Tensor], shape: tuple[int, int,
     (batch, count), device = starts[0].shape, starts[0].device
     d, h, w = shape
     most = [max(1, edge // 10) for edge in shape]
-    last = torch.full((batch, d * h * w + 1), -1, device=device)  # one more, for what lies outside its block
+    last = torch.full((batch, d * h * w + 1), -1, device=device)  # one more, for voxels outside the block
     along = torch.arange(most[2], device=device)
     number = torch.arange(count, device=device).view(1, -1, 1).expand(batch, count, most[2]).flatten(1)
     inside_x = along < sizes[2][:, :, None]
-    for dz in range(most[0]):  # over offsets, all blocks at a time: little memory
+    for dz in range(most[0]):  # a loop over offsets with all blocks at a time takes little memory
         for dy in range(most[1]):
             inside = ((dz < sizes[0]) & (dy < sizes[1]))[:, :, None] & inside_x
             row = ((starts[0] + dz) * h + starts[1] + dy) * w + starts[2]
@@ -119,7 +119,14 @@ def permuted(slot: Tensor, block: Tensor, volume: Tensor, seeds: Tensor) -> Tens
     return slot
 
 
-CUBE, COINS, SHUFFLE, CURVE, BLOCKS, NOISE = 0, 1, 2, 4, 5, 6  # which stream draws what; shuffling takes two
+CUBE, COINS, SHUFFLE, CURVE, BLOCKS, NOISE = (
+    0,
+    1,
+    2,
+    4,
+    5,
+    6,
+)  # the random stream of each step; shuffling takes two
 FLIPS = 3  # at most, each tried only if the one before was made [C]
 PAINTED = 5  # blocks at most, each tried only if the one before was made [C]
 AGAIN = 0.95  # probability of another block [C]
@@ -141,11 +148,11 @@ class GenesisConfig:
     curve: Annotated[float, Bounds(0, 1)] = 0.9
     """Probability of a Bezier curve through the intensities [C]."""
     decreasing: Annotated[float, Bounds(0, 1)] = 0.5
-    """How many of those curves fall, so that bright becomes dark [C]."""
+    """Share of those curves that fall, so that bright becomes dark [C]."""
     paint: Annotated[float, Bounds(0, 1)] = 0.9
     """Probability of noise painted over the cube [C]."""
     outpaint: Annotated[float, Bounds(0, 1)] = 0.8
-    """How many of those are painted outside of a few blocks; the others, inside of a few [C]."""
+    """Share of the painted cubes whose noise lies outside of a few blocks; in the others it lies inside [C]."""
 
 
 class ModelsGenesis(Pretext):

@@ -30,12 +30,12 @@ class PositionConfig:
     """Where a part lies and how large it is, as an extra target of parts2whole: beyond the paper."""
 
     weight: Annotated[float, Bounds(0, 1000)] = 0.0
-    """Of the mean squared error of centre and log edges, beside that of the voxels; 0 does not ask [?]."""
+    """Weight of the mean squared error of centre and log edges beside that of the voxels; 0: they are not predicted [?]."""
 
 
 def part_locations(boxes: Tensor, shape_dhw: Sequence[int], real: Tensor | None = None) -> Tensor:
     """Boxes (B, 6), voxels, of wholes of `shape_dhw` -> (B, 6): centres z, y, x from -1 to 1 (0: the middle of the whole),
-    and natural logarithms of the edges as shares of the whole's. Of wholes filled up with air, `real` (B, 3) is the size."""
+    and natural logarithms of the edges as shares of the whole's. `real` (B, 3) is the size of wholes filled up with air."""
     low, high = boxes[:, :3], boxes[:, 3:]
     edges: Sequence[float | Tensor] = shape_dhw if real is None else real.unbind(1)
     columns = [(low[:, k] + high[:, k]) / edge - 1 for k, edge in enumerate(edges)]
@@ -48,7 +48,9 @@ class PartLocation(EncoderDecoder):
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__(encoder, decoder)
-        self.place = nn.Linear(encoder.channels[-1], 6)  # its name in the checkpoints of earlier versions
+        self.place = nn.Linear(
+            encoder.channels[-1], 6
+        )  # the name that it had in checkpoints of earlier versions
 
     def forward(self, x: Tensor, locations: Tensor | None = None) -> Output:  # type: ignore[override]
         """(B, 1, d, h, w) -> volume of that size in [0, 1]; in training, given `locations` (B, 6), also the error of the
@@ -132,5 +134,5 @@ class Autoencoder(Parts2Whole):
         super().__init__(replace(config, volume_fraction=(1.0, 1.0)), intensity)
 
     def image_columns(self, views: Views) -> dict[str, Tensor]:
-        """What is seen and what is asked."""
+        """The changed whole and the whole."""
         return {"input": views.input, "whole": views.target}

@@ -1,4 +1,4 @@
-"""What a pretext is. Shapes: B, C, D, H, W = batch, channel, slice, row, column; all axes z, y, x."""
+"""The interface of pretexts. Shapes: B, C, D, H, W = batch, channel, slice, row, column; all axes z, y, x."""
 
 import math
 from abc import ABC, abstractmethod
@@ -63,14 +63,14 @@ class Pretext(ABC):
     """
 
     summary: ClassVar[str]
-    """What is shown -> what is asked, in a few words, for the table in docs/methods.md."""
+    """What the network is shown -> what it is asked for, in a few words, for the table in docs/methods.md."""
 
     groups: ClassVar[Mapping[str, type]] = {}
     """Name -> dataclass of each group of settings that this pretext reads; a group of `Config` and of the command line."""
 
     @property
     def kept_edge(self) -> float:
-        """Share of an edge of what it `shows` that is left where the pretext cuts more away before it resizes.
+        """Share of an edge of what it `shows` that is left after the pretext has cut more away, before it resizes.
 
         The network's voxels are finer by it: cards and nnU-Net's plans state their spacing.
         """
@@ -130,12 +130,12 @@ class Pretext(ABC):
         return [ParameterGroup(list(network.parameters()))]
 
     def after_step(self, network: nn.Module, step: int) -> None:  # noqa: B027  most have nothing to update
-        """Update what no gradient trains, after the optimizer's step number `step` (0 is the first); for example a teacher.
+        """Update what gradients do not train, such as a teacher, after the optimizer's step number `step` (0 is the first).
 
         Called without gradients, on all ranks, with the network itself (not DDP's wrapper). It may change buffers and
-        parameters that need no gradient, in place, and nothing else: these are in every checkpoint, and where a step is
-        skipped since its gradient was not finite, they are put back. On a GPU the host learns too late that a step was
-        skipped, so the method runs for it too, and the device undoes it; state on the host would keep a trace of it.
+        parameters that need no gradient, in place, and nothing else: these are in every checkpoint, and they are
+        restored if a step is skipped because its gradient was not finite. On a GPU the host learns too late that a step was
+        skipped, so the method runs for it too, and the device undoes it; state on the host would keep it.
         """
 
 

@@ -238,13 +238,14 @@ def commands(facts: RunFacts) -> Markup:
     own = f"{launcher} {start['command']}" if start.get("command") else ""
     again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
     where = f", in {start['cwd']}" if start.get("cwd") else ""
+    board = f"tensorboard --logdir {run}/tensorboard\n" if (facts.run / "tensorboard").exists() else ""
     parts = [
         tag("h3", f"Continue it (its own command{where})"),
         command_lines(own or f"{again} {run}"),
         tag("h3", "The same from the beginning, in another folder"),
         command_lines(f"{again} {run}-again"),
         tag("h3", "Curves while it trains; this page again"),
-        command_lines(f"tensorboard --logdir {run}/tensorboard\np2w report {run}"),
+        command_lines(board + f"p2w report {run}"),
     ]
     return join_markup(parts)
 

@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TABLE1_USAGE = """`p2w table1 RUNS`: the starting points on the five tasks, with the paper's Table 1.
+TABLE1_USAGE = """`p2w table1 RUNS`: how starting points do on the five tasks, beside the paper's Table 1.
 
     p2w table1 runs/table1                          prints it; writes runs/table1/tables/table1.csv, .tex, .json, tables.html
     p2w table1 runs/a runs/b --out tables --fraction 0.1 --against Scratch
     p2w table1 runs/table1 --metric ncs=iou         another metric: auc, iou, mean_iou, dice
 
-RUNS are folders that p2w finetune wrote, or any folders above them. A run is in the row of its label; `random` is
-the paper's Scratch. Cells without enough trials are shown as such.
+RUNS are folders that p2w finetune wrote, or any folders above them. A run stands in the row of its label (--label of p2w
+finetune); `random` is the paper's Scratch. Cells that miss trials say how many there are.
 """
 
-TABLE2_USAGE = """`p2w table2 RUNS`: the scale of the parts, and skip connections, with the paper's Table 2.
+TABLE2_USAGE = """`p2w table2 RUNS`: what the scale of the parts and skip connections change, beside the paper's Table 2.
 
     p2w table2 runs/table2                          prints it; writes runs/table2/tables/table2.csv, .tex, .json, tables.html
     p2w table2 runs/table2 --fraction ncc=0.45 ncs=0.1
 
-A run is in the row of the parts that its network was pretrained with. `w/ skips`: pretrained with skip connections,
-encoder and decoder fine-tuned; else the decoder starts at random. NCC with 45 %, NCS with 10 % of the training data, unless
---fraction says otherwise. Networks that started at random have a row of their own.
+A run stands in the row of the scale of parts that its network was pretrained with. `w/ skips`: pretrained with skip
+connections, and both encoder and decoder fine-tuned; in all other rows the decoder starts at random. NCC with 45 %, NCS with
+10 % of the training data, unless --fraction says otherwise. Networks that started at random have a row of their own.
 """
 
-FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? With the paper's Fig. 3.
+FIG3_USAGE = """`p2w fig3 RUNS`: does a checkpoint that reconstructs better transfer better? Beside the paper's Fig. 3.
 
     p2w fig3 runs/fig3                  prints r; writes runs/fig3/tables/fig3.png, .pdf, .csv, .json, tables.html
     p2w fig3 runs/fig3 --fraction ncc=0.45 ncs=0.1
 
 RUNS are folders that p2w finetune wrote from checkpoints of a run (--init RUN@STEP), or any folders above them. Each
-is a point: 1 - validation MSE of the pretraining against the mean score of its fine-tunings. NCC with 45 %, NCS with 10 % of
-the training data, unless --fraction says otherwise.
+is a point of the plot: 1 - validation MSE of the pretraining, and the mean score of its fine-tunings. NCC with 45 %, NCS
+with 10 % of the training data, unless --fraction says otherwise.
 """
 
 

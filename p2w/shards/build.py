@@ -42,7 +42,7 @@ WORKER_BYTES = 2 << 30  # the most memory that a worker takes for a scan of 512 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of all commands that build a data set: how to go about it; what it holds does not depend on them."""
+    """Options of all commands that build a data set. They change how it is built, and not what it holds."""
 
     workers: int = 0
     """Shards cut at the same time; 0: one for each core, as far as memory goes (2 GiB each)."""

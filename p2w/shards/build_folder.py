@@ -93,7 +93,7 @@ class BuildForecast:
 
 @dataclass(frozen=True)
 class DataSetContent:
-    """What the manifest and the lists beside it say, beside what all data sets have in common."""
+    """The parts of the manifest, and of the lists beside it, that differ between kinds of data sets."""
 
     rows: list[dict[str, Any]]  # each with its split
     meta: dict[str, Any]
@@ -176,7 +176,7 @@ class BuildFolder(ABC, Generic[S, Source]):
         return None
 
     def adopt_version(self, theirs: bytes) -> None:
-        """Go on in the version in which an earlier p2w began the folder; `theirs` is its settings.json."""
+        """Settings to continue a folder that an earlier version of p2w began; `theirs` is its settings.json."""
 
     def sidecar(self, uid: str) -> str:
         """Path of the record of a source."""

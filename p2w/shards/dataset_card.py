@@ -74,7 +74,7 @@ def _literal(name: str) -> str:
 
 
 def may_write(path: str) -> bool:
-    """Whether there is no README.md of the user's own at `path`."""
+    """Whether a README.md may be written at `path`: there is none yet, or it is not the user's own."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return MARK in file.read()

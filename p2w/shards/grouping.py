@@ -80,7 +80,7 @@ class GroupingOptions:
         return line + (f"; {alone} without one count as one each" if alone else "")
 
     def level(self, sources: Sequence[ScanSource]) -> Level:
-        """What is kept together. Raises UserError where `group` asks for what nothing tells."""
+        """What is never split: patient, study or scan. Raises UserError where `group` asks for what nothing tells."""
         if self.group is None:
             return "patient" if any(source.info.patient for source in sources) else "scan"
         if self.group != "scan" and not any(getattr(source.info, self.group) for source in sources):
@@ -123,7 +123,7 @@ class GroupingOptions:
         return out
 
     def _tell(self, source: ScanSource, patient: str, study: str) -> ScanSource:
-        """The source with what the user says of it; what the user does not say stays as DICOM has it."""
+        """The source with patient and study as the user gives them; where the user gives none, DICOM's stay."""
         patient, study = salted_hash(patient, self.salt), salted_hash(study, self.salt)
         info = replace(source.info, patient=patient or source.info.patient, study=study or source.info.study)
         return replace(source, info=info)
@@ -196,7 +196,7 @@ def _read(path: str) -> str:
 
 
 def _read_table(path: str) -> dict[str, tuple[str, str]]:
-    """Scan -> patient, study. Raises UserError for a table that is not one."""
+    """{scan: (patient, study)} as in the table. Raises UserError for a file that is no such table."""
     rows = csv.DictReader(io.StringIO(_read(path)))
     if not {"scan", "patient"} <= set(rows.fieldnames or ()):
         there = ", ".join(rows.fieldnames or ["nothing"])

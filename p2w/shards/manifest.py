@@ -10,18 +10,24 @@
 
 Rows are sorted by (scan_uid, z, y, x); the row number is the sub-scan's id. The bytes of the folder do not depend on the
 time, the machine or the number of workers that wrote it.
+
+A manifest of version 1 has its lists, of shards, sources and scans, as JSON in its metadata. From LARGE_SHARDS shards or
+LARGE_ROWS rows on, version 2 is written: the lists are tables of their own (`manifest_tables`), texts are in dictionaries,
+and a key that follows from scan and position is not stored. Its rows are mapped into memory (`manifest_index`).
 """
 
 import hashlib
 import io
-import json
+import mmap
 import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
@@ -29,14 +35,21 @@ from crc32c import crc32c
 from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
+from p2w.shards.manifest_index import INDEX_ROWS, mapped_rows
+from p2w.shards.manifest_keys import Keys, codes_of, compact, keys_of, own_dictionaries, sorted_rows
 from p2w.shards.manifest_schema import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
     SUB_SCAN_SCHEMA,
+    TABLE_VERSION,
     ManifestSchema,
 )
+from p2w.shards.manifest_tables import PAGE, json_pieces, long_texts, put_back, split_off
 from p2w.shards.mixture import is_mixture, mixture_fingerprint, relocated
 
+LARGE_SHARDS, LARGE_ROWS = 20_000, 1_000_000  # from which on version 2 is written
+ROW_GROUP = 1 << 18
+MAPPED = 16 << 20  # bytes of a manifest from which on it is mapped, and not read
 SEAL, UNSEALED = b"p2w-manifest-crc32c=", b"00000000"  # the seal is the manifest's checksum of itself
 
 
@@ -46,29 +59,81 @@ class DamagedManifest(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: its rows, how it was made, and its folder ("" when read from bytes)."""
+    """A data set: its rows, how it was made, and its folder ("" when read from bytes).
+
+    Lists of `meta` may be a `TableList`, and texts of `table` in dictionaries. `table` may lack the column `key`.
+    """
 
     table: pa.Table
     meta: dict[str, Any]
     root: str
 
+    @property
+    def keys(self) -> Keys:
+        """The keys of all rows."""
+        return keys_of(self.table)
+
+    @cached_property
+    def _by_shard(self) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Rows in the order of their shards, where the rows of each shard begin, and the numbers of the shards."""
+        names = [shard["name"] for shard in self.meta["shards"]]
+        codes = codes_of(self.table["shard"], pa.array(names, pa.string()))
+        order = np.argsort(codes, kind="stable")
+        starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+        return order, starts, {name: number for number, name in enumerate(names)}
+
+    def rows_of(self, shard: str) -> np.ndarray:
+        """The rows of the sub-scans in a shard, ascending."""
+        order, starts, numbers = self._by_shard
+        number = numbers[shard]
+        return order[starts[number] : starts[number + 1]]
+
 
 def manifest_bytes(
-    rows: list[dict[str, Any]], meta: dict[str, Any], expected: ManifestSchema = SUB_SCAN_SCHEMA
+    rows: list[dict[str, Any]] | pa.Table,
+    meta: dict[str, Any],
+    expected: ManifestSchema = SUB_SCAN_SCHEMA,
+    version: int | None = None,
 ) -> bytes:
     """The bytes of a parquet file of `rows` (sorted here), with `meta` as JSON under the schema metadata key "p2w".
 
     The key "p2w.seal" has the CRC-32C of the whole file, computed with eight zeros in place of its own digits. So a
-    changed byte is detected anywhere, also in the footer, which Parquet's own checksums do not cover.
+    changed byte is detected anywhere, also in the footer, which Parquet's own checksums do not cover. `version` None is 1
+    for a small set and 2 for a large one.
     """
-    rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
     assert expected.schema is not None  # ANY_SCHEMA is for reading only
+    large = len(rows) >= LARGE_ROWS or len(meta["shards"]) >= LARGE_SHARDS
+    if version == TABLE_VERSION or (version is None and large):
+        return _sealed(_with_tables(rows, meta, expected.schema))
+    rows = rows.to_pylist() if isinstance(rows, pa.Table) else rows
+    rows = sorted(rows, key=lambda row: (row["scan_uid"], row["z"], row["y"], row["x"], row["key"]))
     schema = expected.schema.with_metadata(
         {b"p2w": canonical_json(meta | {"seal": SEAL.decode()}), b"p2w.seal": SEAL + UNSEALED}
     )
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
-    data = buffer.getvalue()
+    return _sealed(buffer.getvalue())
+
+
+def _with_tables(rows: list[dict[str, Any]] | pa.Table, meta: dict[str, Any], schema: pa.Schema) -> bytes:
+    """A manifest of version 2 before it is sealed."""
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
+    table = compact(sorted_rows(table.select(schema.names).cast(schema)))
+    told = {key: value for key, value in meta.items() if key != "fingerprint"}
+    told |= {"schema": TABLE_VERSION, "seal": SEAL.decode(), "fingerprint": data_fingerprint(told)}
+    rest, blobs = split_off(told)
+    schema = table.schema.with_metadata({b"p2w": canonical_json(rest), b"p2w.seal": SEAL + UNSEALED})
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd", dictionary_pagesize_limit=PAGE) as writer:
+        for blob in blobs:  # behind the first four bytes of the file, where no column is
+            sink.write(blob)
+        for start in range(0, max(1, len(table)), ROW_GROUP):
+            # The texts of these rows alone: parquet would write the dictionary of all rows in every row group.
+            writer.write_table(own_dictionaries(table.slice(start, ROW_GROUP)).cast(schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _sealed(data: bytes) -> bytes:
     at = data.rindex(SEAL + UNSEALED) + len(SEAL)
     return data[:at] + b"%08x" % crc32c(data) + data[at + len(UNSEALED) :]
 
@@ -110,7 +175,8 @@ def open_manifest(
         raise UserError(f"{folder}: {found}; {expected.remedy}")
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            large = os.fstat(file.fileno()).st_size >= MAPPED
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if large else file.read()
     except OSError as error:
         raise DamagedManifest(f"{path}: cannot be read ({error.strerror}): copy it again") from error
     return _parse(data, path, os.path.dirname(path) or ".", expected)
@@ -129,10 +195,15 @@ def repair_command(root: str, meta: dict[str, Any]) -> str:
     )
 
 
-def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manifest:
+def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSchema) -> Manifest:
+    buffer = pa.py_buffer(data)
     try:
-        _check_seal(data)
-        file = pq.ParquetFile(pa.BufferReader(data))
+        seal = _check_seal(data)
+        if isinstance(data, mmap.mmap):
+            data.madvise(
+                mmap.MADV_DONTNEED
+            )  # its pages were read for the checksum; they stay in the page cache
+        file = pq.ParquetFile(pa.BufferReader(buffer), **long_texts(buffer.size))
         schema = file.schema_arrow
         text = (schema.metadata or {}).get(b"p2w", b"{}")
         meta = parse_json(text, {})
@@ -142,33 +213,57 @@ def _parse(data: bytes, name: str, root: str, expected: ManifestSchema) -> Manif
         ) from error
     except ValueError as error:
         raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
-    bare = schema.remove_metadata()
-    if meta.get("schema") != MANIFEST_VERSION or not expected.allows(bare):
+    version = meta.get("schema")
+    if type(version) is int and version > TABLE_VERSION:
+        raise DamagedManifest(
+            f"{name} is a manifest of version {version}, and this p2w reads versions up to {TABLE_VERSION}: update p2w"
+        )
+    with_tables = version == TABLE_VERSION
+    if version not in (MANIFEST_VERSION, TABLE_VERSION) or not expected.allows(
+        schema.remove_metadata(), compacted=with_tables
+    ):
         raise DamagedManifest(
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )
     try:
-        if meta.get("seal") is not None and SEAL not in data:
+        if meta.get("seal") is not None and not seal:
             raise ValueError("its checksum is gone")
+        if with_tables:
+            most = max(manifest_schema.UNPACKED, manifest_schema.UNPACKED_TIMES * buffer.size)
+            put_back(meta, buffer, most, name)
         manifest_schema.check_meta(meta, expected.dims, expected.meta)
-        manifest_schema.check_shard_size(file.metadata, len(data), meta)
-        # Without Arrow's threads: if one of them still uses these bytes when Python exits, the process aborts (code 134).
-        table = file.read(use_threads=False)
-        table.validate(full=True)  # finds text that is not UTF-8, among others
+        manifest_schema.check_shard_size(file.metadata, buffer.size, meta)
+        table = None
+        if with_tables and seal and file.metadata.num_rows >= INDEX_ROWS:
+            names = meta["shards"].table["name"].combine_chunks()
+            table = mapped_rows(file, names, f"{seal}-{buffer.size:x}", root)
+        if table is None:
+            # Without Arrow's threads: if one still uses these bytes when Python exits, the process aborts (code 134).
+            table = file.read(use_threads=False)
+            table.validate(full=True)  # finds text that is not UTF-8, among others
         manifest_schema.check_rows(table, meta)
     except (ValueError, pa.ArrowException, OSError) as error:
         raise DamagedManifest(f"{name} makes no sense ({_first_line(error)}): copy it again") from error
+    except DamagedManifest:
+        raise
+    except UserError as error:  # a list of the metadata that could not be unpacked
+        raise DamagedManifest(str(error)) from error
     return Manifest(table.replace_schema_metadata(schema.metadata), meta, root)
 
 
-def _check_seal(data: bytes) -> None:
-    """Raise ValueError when the bytes are not those that were written; manifests of old versions have no seal."""
+def _check_seal(data: bytes | mmap.mmap) -> str:
+    """The manifest's checksum of itself; "" for one of an old version, which has none.
+
+    Raises ValueError when the bytes are not those that were written.
+    """
     at = data.rfind(SEAL) + len(SEAL)
     if at < len(SEAL):
-        return
-    found = crc32c(UNSEALED, crc32c(data[:at]))
-    if b"%08x" % crc32c(data[at + len(UNSEALED) :], found) != data[at : at + len(UNSEALED)]:
-        raise ValueError("its checksum differs from what was written")
+        return ""
+    with memoryview(data) as view:
+        found = crc32c(UNSEALED, crc32c(view[:at]))
+        if b"%08x" % crc32c(view[at + len(UNSEALED) :], found) != bytes(view[at : at + len(UNSEALED)]):
+            raise ValueError("its checksum differs from what was written")
+        return bytes(view[at : at + len(UNSEALED)]).decode()
 
 
 def _first_line(error: Exception) -> str:
@@ -179,8 +274,13 @@ def data_fingerprint(meta: dict[str, Any]) -> str:
     """16 hexadecimal digits that identify a data set: a hash of its manifest's shape, window, tiling, split and shards."""
     if "mixture" in meta:
         return mixture_fingerprint(meta["mixture"])
+    if meta.get("schema") == TABLE_VERSION and "fingerprint" in meta:
+        return str(meta["fingerprint"])  # computed when the manifest was written
     identity = {key: meta.get(key) for key in ("shape", "window_hu", "tiling", "split", "shards")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for piece in json_pieces(identity):
+        found.update(piece.encode())
+    return found.hexdigest()[:16]
 
 
 def candidate_data_paths(near: Path, start: Mapping[str, Any]) -> list[str]:

@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from p2w.errors import UserError
 from p2w.files import type_mismatch
+from p2w.shards.manifest_keys import KEY_COLUMNS, POSITION, TEXT, codes_of, keys_of
+from p2w.shards.manifest_tables import TableList
 
 MANIFEST_NAME = "manifest.parquet"
 MANIFEST_VERSION = 1
+TABLE_VERSION = 2  # of a large set: the lists of the metadata are tables of their own
 
 COUNTS = {3: "three", 4: "four"}
 MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
+CHECKED = 1 << 20  # rows checked at a time
 MOST_VOXELS = 1 << 16  # along an axis
 UNPACKED = (
     1 << 26
@@ -49,8 +55,12 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
 
     `dims` is the number of axes of an array, None for 3 or 4; `optional` gives the types of keys that may be missing.
     """
-    present = {key: kind for key, kind in optional.items() if key in meta}
-    if said := type_mismatch(meta, REQUIRED_META | present, "its metadata"):
+    forms = REQUIRED_META | {key: kind for key, kind in optional.items() if key in meta}
+    tables = {key: meta[key] for key in forms if isinstance(meta.get(key), TableList)}
+    for key, entries in tables.items():
+        entries.form = forms[key][0] if isinstance(forms[key], list) else forms[key]
+    rest = {key: form for key, form in forms.items() if key not in tables}
+    if said := type_mismatch(meta, rest, "its metadata"):
         raise ValueError(said)
     shape = meta["shape"]
     dims = len(shape) if dims is None else dims
@@ -58,16 +68,25 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
         raise ValueError(
             f"its shape is {shape}, not {COUNTS.get(dims, 'three or four')} numbers of voxels from 1 to {MOST_VOXELS:,}"
         )
-    for shard in meta["shards"]:
-        if not plain_name(shard["name"]):
-            raise ValueError(
-                f"shard {shard['name']!r} is no plain file name, it could lead outside the folder"
-            )
-        if not (0 < shard["nbytes"] < 1 << 62 and 0 <= shard["crc32c"] < 1 << 32):
-            raise ValueError(f"shard {shard['name']}: {shard['nbytes']} bytes, checksum {shard['crc32c']}")
-    names = [shard["name"] for shard in meta["shards"]]
+    names, sizes, checksums = shard_columns(meta)
+    for name in names:
+        if not plain_name(name):
+            raise ValueError(f"shard {name!r} is no plain file name, it could lead outside the folder")
+    for name, nbytes, crc in zip(names, sizes, checksums, strict=True):
+        if not (0 < nbytes < 1 << 62 and 0 <= crc < 1 << 32):
+            raise ValueError(f"shard {name}: {nbytes} bytes, checksum {crc}")
     if len(set(names)) < len(names):
         raise ValueError("two shards have one name")
+
+
+def shard_columns(meta: dict[str, Any]) -> tuple[list[str], list[int], list[int]]:
+    """Names, sizes in bytes and checksums of all shards."""
+    shards, keys = meta["shards"], tuple(SHARD_META)
+    if isinstance(shards, TableList):
+        names, sizes, checksums = (shards.column(key) for key in keys)
+    else:
+        names, sizes, checksums = ([shard[key] for shard in shards] for key in keys)
+    return names, sizes, checksums
 
 
 def plain_name(name: str) -> bool:
@@ -88,7 +107,7 @@ def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
     """
     groups = [file.row_group(i) for i in range(file.num_row_groups)]
     unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
-    room = sum(shard["nbytes"] for shard in meta["shards"]) // (2 * math.prod(meta["shape"]))
+    room = sum(shard_columns(meta)[1]) // (2 * math.prod(meta["shape"]))
     if file.num_rows > min(room, nbytes) or unpacked > max(UNPACKED, UNPACKED_TIMES * nbytes):
         raise ValueError(f"{file.num_rows:,} rows, its shards have room for {room:,} sub-scans")
 
@@ -98,33 +117,90 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
     empty = next((name for name in table.column_names if table[name].null_count), None)
     if empty:
         raise ValueError(f"column {empty} has missing values")
-    keys = table["key"].to_pylist()
-    if len(set(keys)) < len(keys):
+    keys = keys_of(table)
+    names, sizes, _ = shard_columns(meta)
+    if not _keys_differ(table):
         raise ValueError("two sub-scans have one key")
-    sizes = {shard["name"]: shard["nbytes"] for shard in meta["shards"]}
-    named = table["shard"].to_pylist()
-    unlisted = sorted(set(named) - set(sizes))
-    if unlisted:
-        raise ValueError(f"shard {unlisted[0]!r} is not in its list of shards")
+    try:
+        shard = codes_of(table["shard"], pa.array(names, pa.string()))
+    except ValueError as error:
+        raise ValueError(f"shard {str(error)!r} is not in its list of shards") from error
     offset, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
-    size = np.array([sizes[name] for name in named], np.int64)
-    wrong = (nbytes != 2 * math.prod(meta["shape"])) | (offset < 0) | (offset > size - nbytes)
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f"{keys[at]}: {nbytes[at]:,} bytes from byte {offset[at]:,} of a shard of {size[at]:,} bytes"
-        )
+    size_of, expected = np.array(sizes, np.int64), 2 * math.prod(meta["shape"])
+    for start in range(0, len(shard), CHECKED):  # of ten million rows at once, the sizes alone take 80 MB
+        part = slice(start, start + CHECKED)
+        size = size_of[shard[part]]
+        wrong = (nbytes[part] != expected) | (offset[part] < 0) | (offset[part] > size - nbytes[part])
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            raise ValueError(
+                f"{keys[start + at]}: {nbytes[start + at]:,} bytes from byte {offset[start + at]:,} of a shard of "
+                f"{size[at]:,} bytes"
+            )
     for axis, name in enumerate(REAL_COLUMNS if REAL_COLUMNS[0] in table.column_names else ()):
         real, edge = table[name].to_numpy(), meta["shape"][axis]
         if ((real < 1) | (real > edge)).any():
             at = int(np.flatnonzero((real < 1) | (real > edge))[0])
             raise ValueError(f"{keys[at]}: {name} is {real[at]}, not from 1 to {edge}")
-    number = {name: index for index, name in enumerate(sizes)}
-    shard = np.array([number[name] for name in named], np.int64)
+    if _in_runs(shard) and _ascending(shard, offset, expected):
+        return
     order = np.lexsort((offset, shard))
     apart = (np.diff(shard[order]) > 0) | (np.diff(offset[order]) >= nbytes[order][1:])
     if not apart.all():
         raise ValueError(f"{keys[int(order[int(np.argmin(apart)) + 1])]} overlaps another sub-scan")
+
+
+def _keys_differ(table: pa.Table) -> bool:
+    """Whether every row has a key of its own. Sorted rows, as p2w writes them, need no set of all keys."""
+    count = len(table)
+    if "key" in table.column_names:
+        keys = table["key"]
+        rising = pc.all(pc.greater(keys.slice(1), keys.slice(0, max(0, count - 1)))).as_py()
+        return rising is not False or pc.count_distinct(keys).as_py() == count
+    scans = table["scan_uid"].unify_dictionaries()
+    scan = codes_of(scans, scans.chunk(0).dictionary) if count else np.zeros(0, np.int32)
+    place = [table[name].to_numpy() for name in POSITION]
+    if not _in_runs(scan):
+        order = np.lexsort((*reversed(place), scan))
+        scan, place = scan[order], [one[order] for one in place]
+    for start in range(0, count, CHECKED):
+        part = slice(start, start + CHECKED + 1)
+        after = np.zeros(max(0, len(scan[part]) - 1), np.bool_)
+        same = scan[part][1:] == scan[part][:-1]
+        for axis in place:  # z, then y, then x: the first in which two rows differ decides
+            step = np.diff(axis[part])
+            if (same & (step < 0)).any():
+                return _differ(scan, place)
+            same &= step == 0
+            after |= step > 0
+        if same.any():
+            return False
+    return True
+
+
+def _differ(scan: NDArray[Any], place: list[NDArray[Any]]) -> bool:
+    """Whether no two rows have one scan and place, for rows in any order."""
+    order = np.lexsort((*reversed(place), scan))
+    same = np.diff(scan[order]) == 0
+    for axis in place:
+        same &= np.diff(axis[order]) == 0
+    return not same.any()
+
+
+def _in_runs(codes: NDArray[Any]) -> bool:
+    """Whether equal codes stand beside each other."""
+    changes = int(np.count_nonzero(codes[1:] != codes[:-1]))
+    return len(np.unique(codes[np.flatnonzero(np.diff(codes, prepend=-1))])) == changes + (len(codes) > 0)
+
+
+def _ascending(codes: NDArray[Any], offset: NDArray[np.int64], nbytes: int) -> bool:
+    """Whether the sub-scans of a code follow one another in its shard, and none begins before the last one ends."""
+    for start in range(0, len(codes), CHECKED):
+        part = slice(start, start + CHECKED + 1)
+        same = codes[part][1:] == codes[part][:-1]
+        if (same & (np.diff(offset[part]) < nbytes)).any():
+            return False
+    return True
 
 
 def shard_fault(root: str, shard: dict[str, Any]) -> str | None:
@@ -132,26 +208,32 @@ def shard_fault(root: str, shard: dict[str, Any]) -> str | None:
 
     Its content is not read.
     """
-    path = os.path.join(root, shard["name"])
+    return _file_fault(root, shard["name"], shard["nbytes"])
+
+
+def _file_fault(root: str, name: str, nbytes: int) -> str | None:
+    path = os.path.join(root, name)
     try:
-        if os.path.islink(path):
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
             inside = os.path.join(os.path.realpath(root), "")
             if not os.path.realpath(path).startswith(inside):
                 return OUTSIDE
-        found = os.stat(path)
+            found = os.stat(path)
     except OSError:
         return MISSING
     if not stat.S_ISREG(found.st_mode):
         return MISSING
-    return None if found.st_size == shard["nbytes"] else f"has {found.st_size:,} bytes"
+    return None if found.st_size == nbytes else f"has {found.st_size:,} bytes"
 
 
 def refuse_faults(root: str, meta: dict[str, Any], remedy: str) -> None:
     """Raise UserError for the first shard with a `shard_fault`; `remedy` ends the message."""
-    for shard in meta["shards"]:
-        if fault := shard_fault(root, shard):
+    names, sizes, _ = shard_columns(meta)
+    for name, nbytes in zip(names, sizes, strict=True):
+        if fault := _file_fault(root, name, nbytes):
             raise UserError(
-                f"{os.path.join(root, shard['name'])} {fault}, the manifest says {shard['nbytes']:,} bytes: {remedy}"
+                f"{os.path.join(root, name)} {fault}, the manifest says {nbytes:,} bytes: {remedy}"
             )
 
 
@@ -194,8 +276,12 @@ class ManifestSchema:
     # The schema of a set with further columns: sub-scans that may be filled up with air, samples with targets.
     wider: pa.Schema | None = None
 
-    def allows(self, columns: pa.Schema) -> bool:
-        """Whether a manifest may have these columns."""
+    def allows(self, columns: pa.Schema, compacted: bool = False) -> bool:
+        """Whether a manifest may have these columns; `compacted`: with texts in dictionaries, and maybe without keys."""
+        if compacted:
+            plain = [f.with_type(f.type.value_type) if f.type == TEXT else f for f in columns]
+            has_key = "key" in columns.names or not set(KEY_COLUMNS) <= set(columns.names)
+            columns = pa.schema(plain if has_key else [pa.field("key", pa.string()), *plain])
         if self.schema is None:
             return set(LOCATION_COLUMNS) <= set(columns.names)
         return any(columns.equals(one) for one in (self.schema, self.wider) if one is not None)

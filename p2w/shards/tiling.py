@@ -187,7 +187,7 @@ class SubScan:
     real: tuple[int, int, int]
 
     def kept(self, tiling: Tiling) -> bool:
-        """Whether the sub-scan is not left out for what it shows."""
+        """Whether the sub-scan is kept by `min_std_hu` and `body_only`."""
         return self.std_hu >= tiling.min_std_hu and (not tiling.body_only or shows_body(self.own()))
 
     def own(self) -> np.ndarray:

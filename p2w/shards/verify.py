@@ -6,14 +6,15 @@ cut without these options, no series that has a shard needs them.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, get_args
 
-import pyarrow.compute as pc
+import pyarrow as pa
 import tyro
 from crc32c import crc32c
 
@@ -181,9 +182,10 @@ def _open_samples(source: str | bytes, error: DamagedManifest) -> Manifest:
 
 def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int, int]]:
     """Key, offset, nbytes and checksum of the sub-scans in a shard."""
-    table = manifest.table
-    own = table.filter(pc.equal(table["shard"], shard["name"]))
-    return list(zip(*(own[name].to_pylist() for name in ("key", "offset", "nbytes", "crc32c")), strict=True))
+    rows = manifest.rows_of(shard["name"])
+    own = manifest.table.select(["offset", "nbytes", "crc32c"]).take(pa.array(rows))
+    columns = (own[name].to_pylist() for name in own.column_names)
+    return list(zip(manifest.keys.take(rows).to_pylist(), *columns, strict=True))
 
 
 def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
@@ -203,9 +205,14 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
     progress = Progress(len(shards), "shards")
     verify_one = verify_remote_shard if "://" in manifest.root else verify_shard
     with progress, ThreadPoolExecutor(max(1, workers)) as pool:
-        tasks = {pool.submit(verify_one, manifest, shard): shard for shard in shards}
+        waiting, tasks = iter(shards), dict[Future[ShardFault | None], dict[str, Any]]()
         try:
-            while tasks:
+            while True:
+                # A few at a time: to wait for one of all takes as long as there are shards, for every shard.
+                for shard in itertools.islice(waiting, max(0, 4 * workers + 4 - len(tasks))):
+                    tasks[pool.submit(verify_one, manifest, shard)] = shard
+                if not tasks:
+                    break
                 for task in wait(tasks, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     shard = tasks.pop(task)
                     if fault := task.result():
@@ -288,7 +295,7 @@ def repair_shards(
         found = _find_scans(manifest, luna, scans)
         known = {source.uid: source for source in found.sources}
         bad = dict(found.bad)
-        todo: dict[str, tuple[ScanSource, dict[str, Any]]] = {}
+        todo: dict[str, tuple[ScanSource, dict[str, Any], dict[str, Any]]] = {}
         for shard in shards:
             uid = os.path.splitext(shard["name"])[0]
             recorded, source = sources.get(uid), known.get(uid)
@@ -299,7 +306,7 @@ def repair_shards(
                 )
                 say(f"not repaired: {shard['name']}: its scan {name} {why}")
             else:
-                todo[uid] = (source, shard)
+                todo[uid] = (source, recorded, shard)
         shutil.rmtree(repair_folder.root, ignore_errors=True)
         try:
             done = _cut(manifest, todo, repair_folder, workers) if todo else 0
@@ -345,7 +352,7 @@ def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) ->
 
 def _cut(
     manifest: Manifest,
-    todo: dict[str, tuple[ScanSource, dict[str, Any]]],
+    todo: dict[str, tuple[ScanSource, dict[str, Any], dict[str, Any]]],
     repair_folder: ScanFolder,
     workers: int,
 ) -> int:
@@ -355,8 +362,8 @@ def _cut(
 
     def finish(source: ScanSource, record: dict[str, Any]) -> str:
         nonlocal done
-        shard = todo[source.uid][1]
-        why = _difference(manifest, record, shard, repair_folder)
+        _, recorded, shard = todo[source.uid]
+        why = _difference(manifest, record, recorded, shard, repair_folder)
         if why is None:
             os.replace(repair_folder.shard(source.uid), os.path.join(manifest.root, shard["name"]))
             sync_to_disk(manifest.root)
@@ -368,17 +375,23 @@ def _cut(
             say(f"not repaired: {shard['name']}: its scan {source.name} {why}")
         return f"{done} repaired"
 
-    cut_in_workers([source for source, _ in todo.values()], repair_folder, JobShare(), workers, finish)
+    cut_in_workers([source for source, *_ in todo.values()], repair_folder, JobShare(), workers, finish)
     return done
 
 
 def _difference(
-    manifest: Manifest, record: dict[str, Any], shard: dict[str, Any], folder: ScanFolder
+    manifest: Manifest,
+    record: dict[str, Any],
+    recorded: dict[str, Any],
+    shard: dict[str, Any],
+    folder: ScanFolder,
 ) -> str | None:
-    """Why the new shard in `folder` is not the one of the manifest; None when, read back from the disk, it is."""
+    """Why the new shard in `folder` is not the one of the manifest; None when, read back from the disk, it is.
+
+    `recorded` is what the manifest says of its source.
+    """
     if "bad" in record:
         return record["bad"]
-    recorded = next(source for source in manifest.meta["sources"] if source["uid"] == record["uid"])
     if record["checksum"] != recorded["checksum"]:
         return (
             f"has changed since it was cut ({record['checksum']}, the manifest says {recorded['checksum']}): bring the "

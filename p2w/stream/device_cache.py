@@ -27,7 +27,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class DeviceCache:
-    """Memory for the sub-scans of a split on a device, and which of them it has."""
+    """Memory on a device for the sub-scans of a split, and a record of which are in it."""
 
     def __init__(
         self, shards: ShardSet, split: str, device: torch.device, *, reserve: int = 0, sharers: int = 1

@@ -10,11 +10,12 @@ attributes are seconds old, the process still ends; the next start then names th
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -22,7 +23,8 @@ from p2w.errors import UserError
 from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
-from p2w.shards.manifest_schema import REAL_COLUMNS
+from p2w.shards.manifest_keys import codes_of
+from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
@@ -51,7 +53,8 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
-    order: Order = "shuffled"  # a run has one for good; only `tar.TarSet` must have the streamed one
+    order: Order = "shuffled"  # a run keeps its order for good; `tar.TarSet` has the streamed one alone
+    order_version = 0  # of the shuffled order, see `sampler`; 0: what the size of the set asks for
     retry_s = 0.0  # how long a server that fails is asked again
     on_wait: Callable[[], None] = staticmethod(lambda: None)  # called while waiting for such a server
 
@@ -65,18 +68,18 @@ class ShardSet:
         self.verify = verify
         self.on_bad: Literal["stop", "skip"] = "stop"  # what streams do with sub-scans that cannot be read
         self.reported_bad: set[int] = set()  # ids that a warning has named
-        self.keys = table["key"]
-        self.offsets: Ids = table["offset"].to_numpy().astype(np.int64)
-        self.checksums: Ids = table["crc32c"].to_numpy().astype(np.int64)
-        self.spacing_mm = np.stack([table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)  # (n, 3)
+        self.keys = manifest.keys
+        # Views of the table's columns: those of a large manifest are mapped, and shared by the processes of a node.
+        self.offsets: Ids = table["offset"].to_numpy()
+        self.checksums: NDArray[np.uint32] = table["crc32c"].to_numpy()
+        self._table = table
         padded = REAL_COLUMNS[0] in table.column_names
         # Voxels along z, y, x (n, 3) that are the scan's own, in a set whose sub-scans may be filled up with air.
         self.real = np.stack([table[name].to_numpy() for name in REAL_COLUMNS], 1) if padded else None
-        self.shard_names: list[str] = [shard["name"] for shard in self.meta["shards"]]
-        named = table["shard"].to_pylist()
-        number = {name: index for index, name in enumerate(self.shard_names)}
-        self.shard_numbers: Ids = np.array([number[name] for name in named], np.int64)
-        self._splits = np.array(table["split"].to_pylist(), dtype=object)
+        names, sizes, _ = shard_columns(self.meta)
+        self.shard_names: Sequence[str] = names
+        self.shard_sizes: Sequence[int] = sizes  # bytes
+        self.shard_numbers: NDArray[np.int32] = codes_of(table["shard"], pa.array(names, pa.string()))
         if self.meta.get("dtype") != "int16":
             raise DataError(
                 f"{where}: its sub-scans are {self.meta.get('dtype')}, not int16: cut the set again"
@@ -86,16 +89,40 @@ class ShardSet:
         """Number of sub-scans in all splits."""
         return len(self.offsets)
 
+    @functools.cached_property
+    def spacing_mm(self) -> NDArray[np.float32]:
+        """(n, 3): spacing of every sub-scan along z, y, x in mm."""
+        return np.stack([self._table[f"spacing_{axis}"].to_numpy() for axis in "zyx"], 1)
+
     def ids(self, split: str) -> Ids:
         """Manifest rows of the split ("train" or "val"), ascending."""
-        return np.flatnonzero(self._splits == split).astype(np.int64)
+        named = self._table["split"]
+        if not pa.types.is_dictionary(named.type):
+            named = named.dictionary_encode()
+        rows, at = [np.zeros(0, np.int64)], 0
+        for chunk in named.chunks:
+            code = chunk.dictionary.index(split).as_py()
+            rows.append(np.flatnonzero(chunk.indices.to_numpy() == code) + at)
+            at += len(chunk)
+        return np.concatenate(rows)
+
+    def scan_uids(self, ids: Ids) -> set[str]:
+        """The scans that these sub-scans are cut from."""
+        scans = self._table["scan_uid"]
+        if not pa.types.is_dictionary(scans.type):
+            scans = scans.dictionary_encode()
+        scans = scans.unify_dictionaries()
+        codes = np.concatenate([np.zeros(0, np.int32), *(c.indices.to_numpy() for c in scans.chunks)])[ids]
+        present = np.zeros(len(scans.chunk(0).dictionary) if len(scans) else 0, np.bool_)
+        present[codes] = True
+        return set(scans.chunk(0).dictionary.filter(pa.array(present)).to_pylist()) if len(scans) else set()
 
     def key(self, sub_scan: int) -> str:
         """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
         return str(self.keys[sub_scan])
 
     def real_voxels(self, ids: Ids, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: in this set, all."""
+        """(n, 3) float32: how many voxels along z, y, x of these sub-scans are the scan's own; None: all of them."""
         if self.real is None:
             return None
         return torch.from_numpy(self.real[ids].astype(np.float32)).to(device)
@@ -125,6 +152,10 @@ class ShardSet:
             return sampler.streamed_order(ids, shards, batch, seed=seed, epoch=epoch, buffer=STREAM_BUFFER)
         return sampler.shuffled_order(ids, batch, seed, epoch)
 
+    def ids_at(self, ids: Ids, places: Ids, seed: int, epoch: int) -> Ids:
+        """Ids at these places (any shape) of a training epoch of version 2; `ids` are those of the split."""
+        return ids[sampler.permuted_places(places, len(ids), seed, epoch)]
+
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
         """Ids of every step of a validation pass, (steps, batch), the last one padded."""
         if self.order == "streamed":
@@ -134,7 +165,7 @@ class ShardSet:
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """A reader for one thread, which asks for these ids in this order, made from `shuffle`, its (seed, epoch)."""
+        """A reader for one thread, which will ask for `ids` in this order; `shuffle` is the (seed, epoch) of that order."""
         raise NotImplementedError
 
     def read_into(self, sub_scan: int, out: Any) -> None:
@@ -186,12 +217,14 @@ class LocalSet(ShardSet):
     def __init__(self, manifest: Manifest, verify: bool = True) -> None:
         """Use a manifest whose shards `read_manifest` has found, each with the right size; nothing is opened yet."""
         super().__init__(manifest, manifest.root, verify)
-        self._paths = [os.path.join(self.where, name) for name in self.shard_names]
         self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self.where, self.shard_names[number])
 
     def _map_shard(self, number: int) -> NDArray[np.uint8]:
         """Map a shard into memory. Unlike `mmap`, torch closes the file afterwards."""
-        path, nbytes = self._paths[number], self.meta["shards"][number]["nbytes"]
+        path, nbytes = self._path(number), self.shard_sizes[number]
         try:
             return torch.from_file(path, shared=False, size=nbytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:
@@ -212,9 +245,9 @@ class LocalSet(ShardSet):
         """
         start, number = int(self.offsets[sub_scan]), int(self.shard_numbers[sub_scan])
         shard = self._map(number)
-        expected = self.meta["shards"][number]["nbytes"]
+        expected = self.shard_sizes[number]
         try:
-            size = os.stat(self._paths[number]).st_size
+            size = os.stat(self._path(number)).st_size
         except FileNotFoundError:
             size = expected  # removed, but still in memory by its map
         except OSError as error:

@@ -8,19 +8,21 @@ step), and resuming is a slice. Validation has all sub-scans of all sets once, w
 The id of a sub-scan is its row in the manifests, one after the other in the order of the command line.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from p2w.errors import UserError
 from p2w.rng import Ids, hash64
 from p2w.shards.manifest import data_fingerprint
 from p2w.shards.mixture import BETWEEN, MixturePart
 from p2w.stream.local import SampleReader, ShardSet
+from p2w.stream.sampler import PERMUTATION_STREAM, permuted_places
 
 MIXING_STREAM = (
     3  # number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
@@ -51,15 +53,14 @@ class MixedSet(ShardSet):
             for one, part in zip(sets, parts, strict=True)
         ]
         self.weights = [weight / sum(weights) for weight in weights]
-        self.keys = pa.chunked_array([chunk for one in sets for chunk in one.keys.chunks], pa.string())
         self.offsets, self.checksums = (
             np.concatenate([getattr(one, name) for one in sets]) for name in ("offsets", "checksums")
         )
-        self.spacing_mm = np.concatenate([one.spacing_mm for one in sets])
         filled = any(one.real is not None for one in sets)
         every = [one.size_in_voxels(np.arange(len(one))) for one in sets]
         self.real = np.concatenate(every) if filled else None
         self.shard_names = [f"{one.where}/{name}" for one in sets for name in one.shard_names]
+        self.shard_sizes = [size for one in sets for size in one.shard_sizes]
         before = np.cumsum([0, *(len(one.shard_names) for one in sets)])
         self.shard_numbers = np.concatenate(
             [one.shard_numbers + at for one, at in zip(sets, before, strict=False)]
@@ -97,6 +98,23 @@ class MixedSet(ShardSet):
         """Ids of the split of all sets, ascending."""
         return np.concatenate([one.ids(split) + at for one, at in zip(self.sets, self.starts, strict=False)])
 
+    @functools.cached_property
+    def spacing_mm(self) -> NDArray[np.float32]:
+        """(n, 3): spacing of every sub-scan along z, y, x in mm."""
+        return np.concatenate([one.spacing_mm for one in self.sets])
+
+    def key(self, sub_scan: int) -> str:
+        """The key `UID/zZZZZ_yYYYY_xXXXX` of a sub-scan."""
+        own, row = self._set_of(sub_scan)
+        return own.key(row)
+
+    def scan_uids(self, ids: Ids) -> set[str]:
+        """The scans that these sub-scans are cut from."""
+        numbers = np.searchsorted(self.starts, ids, "right") - 1
+        return set().union(
+            *(one.scan_uids(ids[numbers == at] - self.starts[at]) for at, one in enumerate(self.sets))
+        )
+
     def _set_of(self, sub_scan: int) -> tuple[ShardSet, int]:
         """The set of a sub-scan, and its id there."""
         number = int(np.searchsorted(self.starts, sub_scan, "right")) - 1
@@ -127,6 +145,24 @@ class MixedSet(ShardSet):
         return taken[np.argsort(hash64(taken, seed, epoch, MIXING_STREAM))][: steps * batch].reshape(
             steps, batch
         )
+
+    def ids_at(self, ids: Ids, places: Ids, seed: int, epoch: int) -> Ids:
+        """Ids at these places (any shape) of a training epoch of version 2; `ids` are those of the split.
+
+        The places of all sets, one after the other, are permuted, and in each set's part its own sub-scans.
+        """
+        shares, firsts = self.shares(ids), np.searchsorted(ids, self.starts)
+        ends = np.cumsum(shares)
+        mixed = permuted_places(places, int(ends[-1]), seed, epoch, MIXING_STREAM + PERMUTATION_STREAM)
+        numbers, found = np.searchsorted(ends, mixed, "right"), np.empty(places.shape, np.int64)
+        for number, share in enumerate(shares):
+            chosen = numbers == number
+            own = ids[firsts[number] : firsts[number + 1]]
+            stream = PERMUTATION_STREAM + 256 * (number + 1)
+            found[chosen] = own[
+                permuted_places(mixed[chosen] - (ends[number] - share), len(own), seed, epoch, stream)
+            ]
+        return found
 
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None

@@ -24,7 +24,9 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError, SampleReader
 from p2w.stream.sampler import Sampler
 
-SUBSTITUTE_TRIES = 16  # substitutes may be bad too; with 1 % of the set bad, 16 in a row are never
+SUBSTITUTE_TRIES = (
+    16  # substitutes may be bad too; if 1 % of the set is bad, 16 bad ones in a row do not happen
+)
 _SUBSTITUTE_STREAM = 2  # number of this random stream under (seed, epoch); `sampler.streamed_order` uses 1
 
 OnBadSample = Literal["stop", "skip"]
@@ -125,21 +127,26 @@ class RowReader:
     def fill(self, epoch: int, step: int, buffer: BatchBuffer) -> None:
         """Read these rows of one batch into the buffer; call it with steps in ascending order."""
         voxels, read, fresh = buffer
-        ids = self.sampler.epoch_ids(epoch)
+        sampler = self.sampler
         if epoch != self.epoch:
             self.close()
-            shuffle = (self.sampler.seed, epoch) if self.sampler.training else None
-            wanted = [ids[step:, row] for row in self.rows]
+            shuffle = (sampler.seed, epoch) if sampler.training else None
+            # A reader with random access need not know what it will be asked for; of a large set that takes long.
+            if sampler.shards.order == "shuffled":
+                wanted = [np.zeros(0, np.int64)] * len(self.rows)
+            else:
+                wanted = [sampler.ids_from(epoch, step, row) for row in self.rows]
             if self.schedule:
                 wanted = [own[self.schedule.missing(own, epoch, step)] for own in wanted]
-            readers = [self.sampler.shards.reader(own, shuffle) for own in wanted]
+            readers = [sampler.shards.reader(own, shuffle) for own in wanted]
             self.readers = [self._open.enter_context(reader) for reader in readers]
             self.epoch = epoch
+        ids = sampler.step_ids(epoch, step)[sampler.share]
         for row, reader in zip(self.rows, self.readers, strict=True):
-            fresh[row] = self.schedule is None or self.schedule.missing(ids[step, row, None], epoch, step)[0]
-            read[row] = ids[step, row]
+            fresh[row] = self.schedule is None or self.schedule.missing(ids[row, None], epoch, step)[0]
+            read[row] = ids[row]
             if fresh[row]:
-                read[row] = self.policy.read(reader, int(ids[step, row]), epoch, voxels[row])
+                read[row] = self.policy.read(reader, int(ids[row]), epoch, voxels[row])
                 if self.schedule:
                     self.schedule.add(read[row, None], epoch, step)
 

@@ -1,20 +1,28 @@
 """The order of sub-scans, a pure function of (seed, epoch), and the rows of each batch that one rank reads.
 
-Sorting by a 64-bit hash shuffles without the state of a generator: the order does not depend on NumPy's version, and
-resuming at any step is a slice. Every order below is an array (steps, batch) of ids: row s is the global batch of step s,
-column j its slot j; rank r of W reads the slots r*B/W ... (r+1)*B/W.
+Every order below is an array (steps, batch) of ids: row s is the global batch of step s, column j its slot j; rank r of W
+reads the slots r*B/W ... (r+1)*B/W. Neither order depends on NumPy's version, and resuming at any step is a slice.
+
+- Version 1 sorts the ids by a 64-bit hash. The whole epoch must be held, and sorted first.
+- Version 2 computes the place in the set from the place in the epoch (`permuted_places`), so that a step costs what its
+  batch costs, in no memory. It is that of sets from VERSION_2_FROM training sub-scans on.
+
+A run keeps the version it began with, which `run.json` records; a run without that record has version 1.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014),
 a bijection on 64 bits, so that two ids never have the same hash.
 """
 
 import functools
+import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w.errors import UserError
@@ -27,6 +35,64 @@ if TYPE_CHECKING:
 def epoch_permutation(ids: Ids, seed: int, epoch: int) -> Ids:
     """The ids (n,) in the order of this epoch: sorted by hash64(id, seed, epoch)."""
     return ids[np.argsort(hash64(ids, seed, epoch))]
+
+
+VERSION_2_FROM = 1_000_000  # training sub-scans
+ROUNDS = 6  # of the permutation by index; each depends on a key of its own
+PERMUTATION_STREAM = (
+    4  # number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
+)
+_PIECE = 1 << 15  # places computed at a time: their words stay in a core's cache
+
+
+def permuted_places(places: Ids, count: int, seed: int, epoch: int, stream: int = PERMUTATION_STREAM) -> Ids:
+    """The place in a set of `count` of what has these places (any shape) in an epoch: a permutation of 0 … count - 1.
+
+    A Feistel network over pairs (a, b), a < A and b < B, where A * B is count or a little more: in turn a changes by a hash
+    of b and b by a hash of a (Black and Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002). A place outside the
+    set goes through it again, until it is inside.
+    """
+    wide = math.isqrt(max(0, count - 1)) + 1  # A
+    keys = [_round_key(seed, epoch, stream, number) for number in range(ROUNDS)]
+    sizes = [np.uint64(wide), np.uint64(-(-count // wide))]
+    flat, out = places.reshape(-1), np.empty(places.size, np.int64)
+    for start in range(0, len(flat), _PIECE):
+        found = _feistel(flat[start : start + _PIECE].astype(np.uint64), sizes, keys)
+        while (outside := np.flatnonzero(found >= count)).size:
+            found[outside] = _feistel(found[outside], sizes, keys)
+        out[start : start + _PIECE] = found
+    return out.reshape(places.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _round_key(seed: int, epoch: int, stream: int, number: int) -> np.uint64:
+    return np.uint64(hash64(np.zeros(1, np.int64), seed, epoch, stream, number)[0])
+
+
+def _feistel(places: NDArray[np.uint64], sizes: list[np.uint64], keys: list[np.uint64]) -> NDArray[np.uint64]:
+    """One pass through all rounds, on uint64 (n,)."""
+    halves = list(np.divmod(places, sizes[1]))  # a, b
+    shift, spare = np.uint64(32), np.empty_like(places)
+    for number, key in enumerate(keys):
+        changed, size = number % 2, sizes[number % 2]
+        words = halves[1 - changed] ^ key
+        _mix(words, spare)
+        words >>= shift
+        words *= size  # 32 random bits times the size: the upper half is a number below the size
+        words >>= shift
+        words += halves[changed]
+        np.subtract(words, size, out=words, where=words >= size)
+        halves[changed] = words
+    return halves[0] * sizes[1] + halves[1]
+
+
+def _mix(words: NDArray[np.uint64], spare: NDArray[np.uint64]) -> None:
+    """`rng.splitmix64` in place, without memory of its own: `spare` is of the shape of `words`."""
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        np.right_shift(words, np.uint64(bits), out=spare)
+        np.bitwise_xor(words, spare, out=words)
+        if factor > 1:
+            np.multiply(words, np.uint64(factor), out=words)
 
 
 def shuffled_order(ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
@@ -145,20 +211,61 @@ class Sampler:
         return self.n // self.batch if self.training else -(-self.n // self.batch)
 
     @functools.cached_property
-    def epoch_order(self) -> Callable[[int], Ids]:
-        """A function of the epoch that gives the ids of all ranks (steps, B); the last few epochs are cached."""
+    def order_version(self) -> int:
+        """Version of the order of training: that of the run, or else what the size of the set asks for."""
+        return self.shards.order_version or (2 if self.n >= VERSION_2_FROM else 1)
 
-        @functools.lru_cache(maxsize=4)
-        def epoch_order(epoch: int) -> Ids:
+    @functools.cached_property
+    def by_index(self) -> bool:
+        """Whether the ids of a step are computed from its number, without the rest of the epoch."""
+        return self.training and self.shards.order == "shuffled" and self.order_version == 2
+
+    @functools.cached_property
+    def epoch_order(self) -> Callable[[int], Ids]:
+        """A function of the epoch that gives the ids of all ranks (steps, B); the last few epochs are cached.
+
+        Reader threads share it: the first of them computes an epoch, and the others wait.
+        """
+        lock = threading.Lock()
+
+        @functools.lru_cache(maxsize=4 if self.n < VERSION_2_FROM else 2)
+        def cached(epoch: int) -> Ids:
+            if self.by_index:
+                places = np.arange(self.steps * self.batch).reshape(self.steps, self.batch)
+                return self.shards.ids_at(self.all_ids, places, self.seed, epoch)
             if self.training:
                 return self.shards.train_order(self.all_ids, self.batch, self.seed, epoch)
             return self.shards.fixed_order(self.all_ids, self.batch)
 
+        def epoch_order(epoch: int) -> Ids:
+            with lock:
+                return cached(epoch)
+
         return epoch_order
 
-    def epoch_ids(self, epoch: int) -> Ids:
-        """The rank's ids of an epoch, (steps, b)."""
-        return self.epoch_order(epoch)[:, self.share]
+    @functools.cached_property
+    def _computed_step(self) -> Callable[[int, int], Ids]:
+        """A function of epoch and step that gives the ids (B,) of all ranks, by index; the last few steps are cached."""
+        lock = threading.Lock()
+
+        @functools.lru_cache(maxsize=16)
+        def cached(epoch: int, step: int) -> Ids:
+            places = np.arange(step * self.batch, (step + 1) * self.batch)
+            return self.shards.ids_at(self.all_ids, places, self.seed, epoch)
+
+        def computed(epoch: int, step: int) -> Ids:
+            with lock:
+                return cached(epoch, step)
+
+        return computed
+
+    def step_ids(self, epoch: int, step: int) -> Ids:
+        """The ids (B,) of a step, of all ranks."""
+        return self._computed_step(epoch, step) if self.by_index else self.epoch_order(epoch)[step]
+
+    def ids_from(self, epoch: int, step: int, row: int) -> Ids:
+        """The ids that a row of this rank's batch has in an epoch from a step on."""
+        return self.epoch_order(epoch)[step:, self.share.start + row]
 
     def positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """Yield (epoch, step) from this position on: without end in training, to the end of the pass in validation."""

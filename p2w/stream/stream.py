@@ -38,6 +38,7 @@ def open_set(
     on_bad: OnBadSample = "stop",
     retry_s: float = 0.0,
     order: Order | None = None,
+    order_version: int = 0,
 ) -> ShardSet:
     """Open the data set in a folder, or below an http(s) or s3 URL, or a mixture; `verify=False` skips checksums.
 
@@ -47,8 +48,8 @@ def open_set(
     With `on_bad="skip"`, streams read a substitute for a sub-scan whose checksum differs or whose shard can no longer be
     read (see `prefetch.BadSamplePolicy`). A set that misses shards from the start is refused all the same.
 
-    A server that fails is asked again for `retry_s` seconds. `order` is the one that a run has begun with; a set with random
-    access can be read in either order.
+    A server that fails is asked again for `retry_s` seconds. `order` and `order_version` are those that a run has begun
+    with; a set with random access can be read in either order. Version 0: what the size of the set asks for (`sampler`).
 
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
@@ -70,7 +71,7 @@ def open_set(
             f"{where}: the run began in the order of a set with random access, and the server gives no byte ranges now, so "
             "that its order would be another: mend the server or the proxy between, or pass --shards a copy in a folder"
         )
-    shards.order = order or shards.order
+    shards.order, shards.order_version = order or shards.order, order_version
     return shards
 
 
@@ -200,7 +201,9 @@ class Stream:
                 self.wait_seconds += time.perf_counter() - began
                 slot = count % len(ring)
                 ids = torch.from_numpy(ring[slot][1].copy())
-                as_planned = ids == torch.from_numpy(sampler.epoch_ids(at_epoch)[at_step].copy())
+                as_planned = ids == torch.from_numpy(
+                    sampler.step_ids(at_epoch, at_step)[sampler.share].copy()
+                )
                 weight = sampler.weight(at_step) if sampler.training else sampler.weight(at_step) * as_planned
                 bad = int((~as_planned).sum())
                 fresh = tuple(np.flatnonzero(ring[slot][2]).tolist())

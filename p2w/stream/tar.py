@@ -253,7 +253,7 @@ class _ShardReader:
         """Stream the shard once; yield the wanted sub-scans and remove them from `wanted`."""
         number = self.shards.shard_numbers[next(iter(wanted.values()))]
         with _open_stream(url) as stream:
-            bounded = BoundedStream(stream, self.shards.meta["shards"][number]["nbytes"])
+            bounded = BoundedStream(stream, self.shards.shard_sizes[number])
             with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|", bufsize=PIECE) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all headers in memory

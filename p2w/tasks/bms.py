@@ -39,13 +39,13 @@ class Bms:
     crops: int = 1
     """Crops of each patient, each moved by chance."""
     folds: int = 3
-    """The patients are dealt to so many folds; each is tested on once."""
+    """Number of folds, to which the patients are assigned at random; each fold is tested on once."""
     val_fraction: float = 0.15
     """Share of the patients of the other folds that is validated on."""
     resample_masks: bool = False
     """Lay a mask whose geometry is not its image's over it by nearest neighbour, instead of refusing it."""
     seed: int = 0
-    """Draws folds, validation patients and jitter."""
+    """Random seed of folds, validation patients and jitter."""
 
     name: ClassVar[str] = "bms"
     kind: ClassVar[str] = SEGMENTATION

@@ -417,7 +417,9 @@ class Custom(TileSettings):
             return CutSamples([*files, *more], how.of_classes(channels, labels, grid, case.uid, bits))
         source = case.source("mask")
         if self.masks in MODALITY:
-            mask = dicom_masks.read_mask(source, self.masks, self.structures, grid, shape)
+            mask = dicom_masks.read_mask(
+                source, self.masks, self.structures, case.source("image"), grid, shape
+            )
             record = {"role": "mask", "file": source.name, "nbytes": os.path.getsize(source.files[0])}
             files.append(record | {"checksum": source_files.file_checksum(source.files[0])})
         else:

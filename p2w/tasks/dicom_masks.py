@@ -1,10 +1,12 @@
 """Masks of DICOM series: RTSTRUCT contours and DICOM-SEG segments, laid on the grid of the image that they are of.
 
-Needs the extra p2w[dicom]: pydicom reads RTSTRUCT, highdicom DICOM-SEG.
+Needs the extra parts2whole[dicom]: pydicom reads RTSTRUCT, highdicom DICOM-SEG.
 """
 
 import os
 import re
+import struct
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -12,15 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2w.ct.discover import ScanListing, ScanSource, printable, safe_uid, walk
+from p2w.ct.dicom import GZIP_MAGIC, elements, read_slice, unpack_gzip
+from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.enhanced_dicom import read_dataset
 from p2w.ct.orientation import BadScan, Grid, to_canonical
+from p2w.ct.scan_folders import printable, safe_uid, walk
 from p2w.errors import UserError
 from p2w.tasks import crops, source_files
 
 MODALITY = {"rtstruct": "RTSTRUCT", "seg": "SEG"}
 SOP_CLASS = {"rtstruct": b"1.2.840.10008.5.1.4.1.1.481.3", "seg": b"1.2.840.10008.5.1.4.1.1.66.4"}
 HEAD = 4096  # bytes in which a file names its SOP class
+MOST_BYTES = 1 << 30  # of a mask file that is packed by gzip, unpacked
 BETWEEN = 0.25  # share of a slice distance that the plane of a contour may be off a slice
 OFF_GRID = 0.1  # voxels that a segment's grid may be off the image's
 
@@ -33,21 +38,37 @@ def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSour
     found: dict[str, list[ScanSource]] = defaultdict(list)
     for path in walk(source, out):
         name = printable(os.path.relpath(path, source))
-        with open(path, "rb") as file:  # most are slices, which pydicom would read more slowly
-            if SOP_CLASS[kind] not in file.read(HEAD):
-                continue
         try:
+            if not _is_of_class(path, SOP_CLASS[kind]):
+                continue
             data = read_dataset(path, pixels=False)
+        except (struct.error, zlib.error, OSError):  # find_scans names it
+            continue
         except BadScan as error:
-            if "p2w[dicom]" in str(error):
+            if "parts2whole[dicom]" in str(error):
                 raise UserError(
-                    f"--masks {kind}: reading them needs pydicom and highdicom: pip install 'p2w[dicom]'"
+                    f"--masks {kind}: reading them needs pydicom and highdicom: pip install 'parts2whole[dicom]'"
                 ) from error
             continue
         if getattr(data, "Modality", "") == MODALITY[kind]:
             for series in set(_referenced_series(data)):
                 found[series].append(ScanSource(safe_uid(name), name, (path,)))
     return found
+
+
+def _is_of_class(path: str, sop_class: bytes) -> bool:
+    """Whether a file is of a SOP class, by its first bytes: most are slices, which pydicom would read more slowly.
+
+    Raises struct.error or zlib.error for one that ends early, of which pydicom would read a part without a word.
+    """
+    with open(path, "rb") as file:
+        data = file.read(HEAD)
+        packed = data[:2] == GZIP_MAGIC
+        if sop_class not in (unpack_gzip(data, HEAD) if packed else data):
+            return False
+        data += file.read()
+    elements(unpack_gzip(data, MOST_BYTES) if packed else data)
+    return True
 
 
 def _referenced_series(data: Any) -> Iterator[str]:
@@ -73,18 +94,35 @@ def image_names(found: ScanListing) -> dict[str, ScanSource]:
 
 
 def read_mask(
-    source: ScanSource, kind: str, structures: str, grid: Grid, shape: tuple[int, ...]
+    source: ScanSource, kind: str, structures: str, image: ScanSource, grid: Grid, shape: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     """The mask (0 and 1) on an image's canonical grid [z,y,x]: all structures whose names match the expression, "" for all.
 
-    Raises BadScan where none matches, or they do not lie on the image's slices.
+    Raises BadScan where none matches, or they do not lie on the image's slices, or in another frame of reference.
     """
     try:
+        _check_frame_of_reference(source, image)
         if kind == "rtstruct":
             return _contours(source, structures, grid, shape)
         return _segments(source, structures, grid, shape)
     except BadScan as error:
         raise BadScan(f"mask {source.name}: {error}") from error
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise BadScan(
+            f"mask {source.name}: is damaged ({type(error).__name__}: {said}): export it again"
+        ) from error
+
+
+def _check_frame_of_reference(source: ScanSource, image: ScanSource) -> None:
+    """Raise BadScan where mask and image say that their coordinates are those of two frames of reference."""
+    first = read_slice(image.files[0], image.info.modality)
+    own = first.frame_of_reference if first is not None else ""
+    data = read_dataset(source.files[0], pixels=False)
+    references = [data, *(getattr(data, "ReferencedFrameOfReferenceSequence", None) or [])]
+    told = {str(getattr(one, "FrameOfReferenceUID", "") or "") for one in references} - {""}
+    if own and told and own not in told:
+        raise BadScan("its FrameOfReferenceUID is not its image's, so its coordinates are others")
 
 
 def _chosen(names: dict[int, str], structures: str) -> list[int]:
@@ -113,6 +151,8 @@ def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
             if kind in ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"):
                 continue  # marks, which enclose nothing
             points = np.array(contour.ContourData, np.float64).reshape(-1, 3)
+            if not np.isfinite(points).all():
+                raise BadScan("a contour has points that are no numbers")
             _fill(own, crops.to_voxel(grid, points[:, ::-1]), names[int(roi.ReferencedROINumber)])
         mask |= own
     if not mask.any():
@@ -137,6 +177,8 @@ def _fill(mask: NDArray[np.uint8], points: NDArray[Any], name: str) -> None:
     flat = np.delete(points, axis, axis=1)
     low = np.maximum(np.ceil(flat.min(axis=0)), 0).astype(int)
     high = np.minimum(np.floor(flat.max(axis=0)) + 1, plane.shape).astype(int)
+    if (flat.max(axis=0) < -0.5).any() or (flat.min(axis=0) > np.array(plane.shape) - 0.5).any():
+        raise BadScan(f"a contour of {name} lies beside the image")
     if (high <= low).any():
         return
     box = np.stack(np.meshgrid(*map(np.arange, low, high), indexing="ij"), axis=-1)
@@ -149,7 +191,7 @@ def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
     try:
         from highdicom.seg import segread  # noqa: PLC0415  (an extra)
     except ImportError as error:
-        raise BadScan("needs highdicom: pip install 'p2w[dicom]'") from error
+        raise BadScan("needs highdicom: pip install 'parts2whole[dicom]'") from error
     try:
         segmentation = segread(source.files[0])
         names = {

@@ -27,11 +27,11 @@ class Ecc:
     patch_mm: tuple[float, float, float] = (20.0, 20.0, 20.0)
     """mm z y x that a sample shows; it is resized to --size."""
     folds: int = 3
-    """Where the table has no folds, the patients are dealt to so many."""
+    """Number of folds, to which the patients are assigned at random, where the table has no folds."""
     val_fraction: float = 0.15
     """Share of the patients of the other folds that is validated on."""
     seed: int = 0
-    """Draws folds that the table lacks, and validation patients."""
+    """Random seed of the folds that the table lacks, and of validation patients."""
 
     name: ClassVar[str] = "ecc"
     kind: ClassVar[str] = CLASSIFICATION

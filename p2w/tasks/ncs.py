@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.dicom import read_slice
-from p2w.ct.discover import find_scans, printable, walk
+from p2w.ct.discover import find_scans
 from p2w.ct.orientation import BadScan, to_canonical
 from p2w.ct.scan import Scan, read_scan
+from p2w.ct.scan_folders import printable, walk
 from p2w.errors import UserError
 from p2w.shards.manifest import open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME

@@ -145,7 +145,7 @@ def open_target(path: str | os.PathLike[str]) -> TargetSet:
     return TargetSet(
         where=manifest.root,
         meta=manifest.meta,
-        key=table["key"].to_pylist(),
+        key=manifest.keys.to_pylist(),
         patient=table["patient"].to_pylist(),
         scan_uid=table["scan_uid"].to_pylist(),
         of=table["of"].to_pylist(),

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans, printable, safe_uid, walk
+from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans
 from p2w.ct.orientation import BadScan, Grid
 from p2w.ct.scan import ImageVolume, read_image
+from p2w.ct.scan_folders import printable, safe_uid, walk
 from p2w.errors import UserError
 from p2w.files import file_crc32c
 from p2w.tasks import crops

@@ -1,1 +1,1 @@
-"""The train loop: DDP, AMP, optimizer, checkpoint, log. It knows no method by name."""
+"""The train loop: DDP, AMP, optimizer, checkpoint, log. It does not depend on which pretext it trains."""

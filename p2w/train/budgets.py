@@ -1,4 +1,4 @@
-"""Counts over all ranks that may end a run: bad samples and non-finite steps. And the sums between two logged lines.
+"""Counts over all ranks that may end a run, bad samples and non-finite steps; and sums between two lines of the log.
 
 On a GPU, a step's gradient norm is read only after the next step has been launched, so that the GPU never waits for the
 host.
@@ -127,13 +127,13 @@ class NonfiniteSteps:
 class Collapse:
     """Notices a network that no longer learns: the gradient of all its weights is 0."""
 
-    LEAST = 1e-12  # norm; a gradient in float32 that is smaller changes nothing
+    LEAST = 1e-12  # of the norm; a smaller gradient changes no float32 weight
 
     def __init__(self, log: Log) -> None:
         self.log, self.since = log, -1
 
     def look(self, grad_norm: float, step: int) -> None:
-        """Warn when the gradient of a logged step is the first of 0; forget it when it is not any more."""
+        """Warn at the first logged step whose gradient is 0; begin anew when a later gradient is not 0."""
         if grad_norm >= self.LEAST or math.isnan(grad_norm):
             self.since = -1
         elif self.since < 0:

@@ -1,4 +1,4 @@
-"""Do all ranks together train on the sub-scans of the plan, each slot on its own? A sum of 64-bit checksums says so.
+"""Checks, by a sum of 64-bit checksums, that all ranks together train on the planned sub-scans, each in its own slot.
 
 Each rank adds a checksum of (epoch, step, slot, id) for every row that it trains on, and rank 0 subtracts those of the whole
 batch: over all ranks the sum is 0 modulo 2^64, unless a rank has another order. The sum goes with the all-reduce that asks
@@ -30,13 +30,13 @@ class IdAudit:
         if not self.on:
             return
         sampler, at = self.sampler, (batch.epoch, batch.step)
-        own = sampler.epoch_ids(batch.epoch)[batch.step]
+        own = sampler.step_ids(batch.epoch, batch.step)[sampler.share]
         first = sampler.share.start
         self._sum += checksum(own, *at, first)
         if batch.bad and sampler.shards.on_bad == "stop":
             self._sum += 1  # it has other sub-scans than this rank's own plan says
         if self.world.is_main:
-            self._sum -= checksum(sampler.epoch_order(batch.epoch)[batch.step], *at)
+            self._sum -= checksum(sampler.step_ids(batch.epoch, batch.step), *at)
 
     def take(self) -> int:
         """This rank's sum as a signed 64-bit integer, to be summed over ranks; the next sum begins at 0."""
@@ -48,7 +48,7 @@ class IdAudit:
         if total == 0:
             return
         epoch, at = divmod(max(0, step - 1), self.sampler.steps)
-        plan = checksum(self.sampler.epoch_order(epoch)[at], epoch, at)
+        plan = checksum(self.sampler.step_ids(epoch, at), epoch, at)
         plans = self.world.gather(torch.tensor([plan - _WORD if plan >= _WORD // 2 else plan])).tolist()
         odd = [str(rank) for rank, other in enumerate(plans) if other != plans[0]]
         who = (
@@ -66,7 +66,7 @@ class IdAudit:
         if step == 0:
             return 0
         epoch, at = divmod(step - 1, self.sampler.steps)
-        return checksum(self.sampler.epoch_order(epoch)[at], epoch, at)
+        return checksum(self.sampler.step_ids(epoch, at), epoch, at)
 
     def continue_from(self, step: int, saved: int | None) -> None:
         """Raise SharedError, on all ranks, when a checkpoint's last step had other sub-scans than this order gives.

@@ -76,7 +76,7 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
 def build_optimizer(
     config: OptimConfig, model: nn.Module, groups: Sequence[ParameterGroup] | None = None
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer and one phrase that says whose it is; without `groups`, all parameters are treated alike.
+    """The optimizer and one phrase for the log that says whose it is; without `groups`, all parameters are treated alike.
 
     Raises UserError when apex is asked for and is not there, ValueError when a trainable parameter is in no group or in two.
     """
@@ -93,7 +93,7 @@ def build_optimizer(
 
 
 def _torch_groups(model: nn.Module, groups: Sequence[ParameterGroup] | None) -> list[dict[str, Any]]:
-    """What torch's optimizers take; a key `lr_factor` only where it is not 1, read by `Stepper`."""
+    """Parameter groups as torch's optimizers take them; `lr_factor`, which `Stepper` reads, only where it is not 1."""
     groups = [ParameterGroup(list(model.parameters()))] if groups is None else groups
     grouped = [id(parameter) for group in groups for parameter in group.parameters]
     for name, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ def _sgd(groups: list[dict[str, Any]], momentum: float, common: dict[str, Any]) 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up what `optimizer_state` gave, on whatever device and by whichever of torch's ways this optimizer computes.
+    """Load what `optimizer_state` gave into an optimizer on any device, whichever of torch's implementations it uses.
 
     Only the averages and counts are taken: rate, betas and the like are this run's own. Raises UserError where the
     parameters were grouped otherwise.

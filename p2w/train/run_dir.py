@@ -7,6 +7,7 @@ RUN/
                     id and the time of the last sign of life. `p2w.run_owner.run_state` tells a killed run from a live one
     .lock .owner    keep a second process out, see `p2w.run_owner`
     metrics.jsonl   checkpoints/  tensorboard/  figures/  report.html
+    trackers.json   trackers.log  wandb/  mlruns/   where `--log.to` names trackers, see `p2w.trackers`
 """
 
 import contextlib
@@ -40,8 +41,7 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
     facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
     for split in ("train", "val"):
         ids = shards.ids(split)
-        scans = {str(key).partition("/")[0] for key in shards.keys.take(ids).to_pylist()}
-        facts[split] = {"sub_scans": len(ids), "scans": len(scans)}
+        facts[split] = {"sub_scans": len(ids), "scans": len(shards.scan_uids(ids))}
     if len(shards):
         spread = np.quantile(shards.spacing_mm, (0, 0.5, 1), axis=0).round(4)
         facts["spacing_mm"] = spread.tolist()
@@ -62,7 +62,9 @@ class RunDir:
             path / ".lock",
             without=f"a second process is kept out by .owner there, which is touched every {BEAT_S:.0f} s",
         )
-        self._files: dict[str, str] = {}  # for a folder that is made anew
+        self._files: dict[
+            str, str
+        ] = {}  # what was written, in case the folder is deleted and has to be made again
         self._place: tuple[int, int] | None = None
         self._handle = -1
         self._end, self._writing = threading.Event(), threading.Lock()
@@ -136,7 +138,7 @@ class RunDir:
     def watch(
         self, step: Callable[[], int], warn: Callable[[str], None], on_lost: Callable[[str], None]
     ) -> None:
-        """Rank 0: give signs of life from a thread until `close`.
+        """Rank 0: write the heartbeat from a thread until `close`.
 
         `warn` gets one line when the folder is moved or deleted, which is then made anew; `on_lost` gets one line when
         another process has taken over.
@@ -206,11 +208,11 @@ class RunDir:
         """Write status.json, for schedulers and people: rank 0, or the rank that reports why all leave."""
         alive = {**this_process(), "heartbeat": round(time.time(), 3)} if state == "running" else {}
         with self._writing:
-            # Not over how it ended; and what the watchdog says of a hang stays, when its end makes a collective fail.
+            # The final state stays: when the watchdog has reported a hang, a collective fails next, and must not replace it.
             if state in ("running", "failed") and self._end.is_set():
                 return
             if state != "running":
-                self._end.set()  # nothing is written over it
+                self._end.set()  # the heartbeat does not overwrite it
             write_atomic(
                 self.path / "status.json", json.dumps({"state": state, "step": step, "why": why, **alive})
             )
@@ -230,8 +232,19 @@ class RunDir:
         shards = str(start.get("shards", "http://"))
         return None if shards.startswith("http") else "streamed" if shards.startswith("s3:") else "shuffled"
 
+    def order_version(self) -> int:
+        """Version of the order with which the run in the folder has begun (see `p2w.stream.sampler`); 0 for no run."""
+        start = self.last_start()
+        found = start.get("order_version", 1 if start else 0)
+        if found not in (0, 1, 2):
+            raise UserError(
+                f"{self.path / 'run.json'}: the run has its sub-scans in an order of version {found!r}, which this p2w does "
+                "not have: continue it with the version of p2w that it began with"
+            )
+        return int(found)
+
     def close(self) -> None:
-        """Stop the signs of life, and release the folder."""
+        """Stop the heartbeat, and release the folder."""
         self._end.set()
         if self._thread is not None:
             self._thread.join(BEAT_S)

@@ -175,7 +175,7 @@ class Stepper:
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[union-attr]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[union-attr]
-        self._update_after_step()  # which the lines below undo in a skipped step: it changes nothing but `buffers`
+        self._update_after_step()  # it changes nothing but `buffers`, which the lines below restore if the step is skipped
         if self.device.type == "cpu":
             if bad:
                 copy_all(self.buffers, self._before)
@@ -183,7 +183,7 @@ class Stepper:
             select_all(bad, self._before, self.buffers)
 
     def _update_after_step(self) -> None:
-        """Have the pretext update what no gradient trains."""
+        """Let the pretext update values that are not trained by gradients, such as a teacher's weights."""
         if self._after_step:
             with torch.no_grad():
                 self.pretext.after_step(self.model, self._step)

@@ -76,7 +76,7 @@ def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]
 
 
 def _figures(trained: Trained) -> dict[str, float]:
-    """The metrics of validation and monitors at that step."""
+    """The metrics of validation and of the monitors at the checkpoint's step."""
     found: dict[str, float] = {}
     for record in read_metrics(trained.run):
         if record["step"] == trained.step:
@@ -108,7 +108,7 @@ def _last_start(run: Path) -> dict[str, Any]:
 
 
 def _scans(data_set: Any) -> dict[str, Any]:
-    """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed."""
+    """Modality and scaling of intensities of scans that are not CT, and the spacing of scans that were resampled."""
     told = data_set if isinstance(data_set, dict) else {}
     scans = {key: told[key] for key in ("modality", "intensity") if key in told}
     tiling = told.get("tiling")
@@ -117,10 +117,11 @@ def _scans(data_set: Any) -> dict[str, Any]:
 
 
 def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
-    """mm (z, y, x) of the scans, and the `smallest`, `middle` (geometric) and `largest` at the network; None where unknown.
+    """Spacing in mm (z, y, x) of the scans and of the network's input: smallest, geometric middle, largest; None: unknown.
 
-    Wholes are resized to the network's size, parts too, which makes them finer. A part's extremes are those of its volume:
-    along one axis it may be longer or shorter. Raises UserError for a pretext that does not say what it shows.
+    Wholes and parts are both resized to the network's size, so the voxels of parts are finer. The extremes are those of the
+    smallest and the largest part by volume: along a single axis a part may be longer or shorter. Raises UserError for a
+    pretext that does not say what it shows.
     """
     names = ("scans_smallest", "scans_median", "scans_largest")
     pretext = build_pretext(config)
@@ -132,7 +133,7 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
         )
     try:
         spread = [[float(mm) for mm in row] for row in data_set["spacing_mm"]]
-        # Of sub-scans that were filled up with air, the real part is the whole.
+        # Where sub-scans were filled up with air, only their real voxels count as the whole.
         shape = [float(edge) for edge in data_set.get("real_shape", data_set["shape"])]
         edges = [*zip(spread[1], shape, config.pretext.size, strict=True)]
         whole = [mm * edge / size * pretext.kept_edge for mm, edge, size in edges]
@@ -150,10 +151,11 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
 def markdown(card: dict[str, Any]) -> str:
     """The card as README.md of a hub folder."""
     encoder, fed, training = card["encoder"], card["input"], card["training"]
+    where = card.get("repository", "this folder")
     figures = "".join(f"| {name} | {value:.4f} |\n" for name, value in training["figures"].items())
     return f"""---
 library_name: p2w
-tags: [medical-imaging, ct, self-supervised, parts2whole]
+{_front(card)}tags: [medical-imaging, ct, self-supervised, parts2whole]
 ---
 
 # {encoder["name"]}, width {encoder["width"]}, pretrained with p2w ({training["config"]["pretext"]["name"]})
@@ -161,7 +163,7 @@ tags: [medical-imaging, ct, self-supervised, parts2whole]
 ```python
 import p2w
 
-encoder = p2w.load("this folder")    # .channels {tuple(encoder["channels"])}, .strides {tuple(encoder["strides"])}
+encoder = p2w.load("{where}")    # .channels {tuple(encoder["channels"])}, .strides {tuple(encoder["strides"])}
 features = encoder(x)                # list, fine to coarse
 ```
 
@@ -174,8 +176,21 @@ size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_scans(fed)}
 | at that step | |
 |---|---|
 {figures}
-{card["notice"]}
+{_licences(card)}{card["notice"]}
 """
+
+
+def _front(card: dict[str, Any]) -> str:
+    """Lines of the page's YAML that only a published card has."""
+    known = {"license": card.get("licence"), "pipeline_tag": card.get("pipeline_tag")}
+    return "".join(f"{name}: {value}\n" for name, value in known.items() if value)
+
+
+def _licences(card: dict[str, Any]) -> str:
+    """A paragraph on the licences of weights and data, of a published card."""
+    if "licence" not in card:
+        return ""
+    return f"**Licence**: of the weights {card['licence']}. Trained on: {card['data_licence']}.\n\n"
 
 
 def _of_scans(fed: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from p2w.model.encoder import InputNorm
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of, model_card
+from p2w.weights.hub import download, is_hub_name
 from p2w.weights.nnunet import from_nnunet
 
 HEADER = 100_000_000  # bytes: safetensors' own limit
@@ -36,11 +37,12 @@ class LoadedWeights:
     """`fingerprint` and `shards` of the set it was trained on."""
     in_channels: int = 1
     input_norm: InputNorm = "unit"
-    """Range of the network's input. Our pretraining uses "unit", [0, 1]; weights from elsewhere have what they need."""
+    """How the network's input is normalised: "unit", [0, 1], after our pretraining; published weights may need another."""
 
 
 def load(path: str | Path) -> Encoder:
-    """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder.
+    """The encoder in a run folder (its best checkpoint, else the newest), a checkpoint, an exported file or folder, or on
+    the Hugging Face Hub: "hf://org/name", "hf://org/name@revision".
 
     It is in training mode, float32 on the CPU, with `.channels` and `.strides`. Biases that a batch norm cancels are frozen,
     all other weights are trainable. Executes no code from the file.
@@ -57,7 +59,7 @@ def card(path: str | Path) -> dict[str, Any]:
 
     Raises UserError when there is none.
     """
-    path = Path(path)
+    path = download(path)[0] if is_hub_name(path) else Path(path)
     step = None
     if (path / "meta.json").is_file():
         path, step = path.resolve().parent.parent, int(path.resolve().name.removeprefix("step-"))
@@ -71,6 +73,9 @@ def card(path: str | Path) -> dict[str, Any]:
 
 def read_weights(path: Path) -> LoadedWeights:
     """All weights at a path that `load` accepts. Raises UserError as `load` does."""
+    if is_hub_name(path):
+        found, pinned = download(path)
+        return replace(read_weights(found), where=str(pinned))
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = find_checkpoint(path).folder
     if path.is_dir() and (path / "meta.json").is_file():
@@ -114,7 +119,7 @@ def exported(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:
-    """Fingerprint and shards of the data set in a card; empty when it names none."""
+    """Fingerprint and location of the data set that a card names; empty when it names none."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}

@@ -95,7 +95,7 @@ def prepare(weights: Path, folder: Path, number: int, plan: str, base: str, name
 
 
 def turn(checkpoint: dict[str, Any], axes: list[int]) -> dict[str, Any]:
-    """The checkpoint for volumes whose axis j is axis `axes[j]` of z, y, x; itself where it is so already.
+    """The checkpoint for volumes whose axis j is axis `axes[j]` of z, y, x; the same one if they are so already.
 
     Kernels (out, in, …) are permuted, and spacings, patches, kernel sizes and strides of the plan with them.
     """
@@ -129,7 +129,7 @@ def turn(checkpoint: dict[str, Any], axes: list[int]) -> dict[str, Any]:
 def turn_kernels(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
     """Kernels (out, in, three axes) whose axis j is axis `order[j]` of before; others stay.
 
-    Tensors that share memory, as nnU-Net's second names do, share it again.
+    Tensors that share memory, as those under nnU-Net's two names do, still share it afterwards.
     """
     kernels: dict[int, torch.Tensor] = {}
     turned = {}

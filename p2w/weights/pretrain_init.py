@@ -1,4 +1,4 @@
-"""Where pretraining starts: the weights of a run, or of others, in a pretext's network before its first step.
+"""Where pretraining starts: weights of a run, or published ones, that a pretext's network has before its first step.
 
     torchrun -m p2w train paper --init runs/other          one's own run: encoder, and decoder or heads where they fit
     torchrun -m p2w train genesis --init Genesis_Chest_CT.pt

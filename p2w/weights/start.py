@@ -7,13 +7,14 @@
 --init rgb_imagenet.pt            I3D
 --init models/model.ckpt-3000     NiftyNet's dense V-Net, read without TensorFlow
 --init checkpoint_final.pth       nnssl's ResEncL, such as OpenMind's
+--init hf://org/name              any of these on the Hugging Face Hub, see p2w.weights.hub
 
 Tensors of a file are loaded into an encoder with a report: what matched, what was adapted, what is missing, what is left
 over. `p2w inspect` says which weights a file holds, and how many of their tensors fit.
 """
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from p2w.model.conv import PUBLISHED_WIDTH
 from p2w.model.decoder import build_decoder
 from p2w.weights import foreign, load
 from p2w.weights.foreign import State
+from p2w.weights.hub import download, is_hub_name
 
 INSPECT_USAGE = """\
 Which weights a file holds, and how many of their tensors fit: what `--init FILE` would do, without training.
@@ -33,16 +35,16 @@ Which weights a file holds, and how many of their tensors fit: what `--init FILE
     p2w inspect Genesis_Chest_CT.pt
     p2w inspect models/model.ckpt-3000 --in-channels 4
 
-"whole" is said of an encoder with its decoder, "encoder whole" where the file holds no decoder or a part of one. Exit code 1
-when a part of the encoder would be missing, 2 when the file cannot be read.
+It says "whole" for an encoder with its decoder, and "encoder whole" if the file holds no decoder or only a part of one. Exit
+code 1 when a part of the encoder would be missing, 2 when the file cannot be read.
 """
 
-COUNTER = "num_batches_tracked"  # of batch norms; nothing depends on it, and old files have none
+COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and old files lack it
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors of the network (of the file, in `unexpected` and `head`)."""
+    """How tensors of a file fit a network, as lists of the network's names (`unexpected` and `head`: the file's names)."""
 
     what: str
     """Which format, network and width."""
@@ -77,8 +79,8 @@ def load_state(
 ) -> LoadReport:
     """Load `state` (names of `encoder`) where names and shapes agree, input channels adapted, and say what happened.
 
-    The encoder takes the values as float32 on its own device; what the report does not call matched or adapted keeps what
-    it had.
+    The encoder takes the values as float32 on its own device; other tensors keep their
+    values.
     """
     wanted = encoder.state_dict()
     taken: State = {}
@@ -119,7 +121,7 @@ def adapt(encoder: Encoder, name: str, value: Tensor, shape: torch.Size) -> Tens
         return value.mean().expand(n).clone()
     if name not in encoder.input_convs or value.ndim != 5:
         return None
-    image = value.shape[1] - (shape[1] - n)  # what is not the image comes behind it, and has its own number
+    image = value.shape[1] - (shape[1] - n)  # channels after those of the image have a number of their own
     if image < 1 or value.shape[:1] + value.shape[2:] != shape[:1] + shape[2:]:
         return None
     shared = value[:, :image].sum(1, keepdim=True) / n
@@ -155,9 +157,9 @@ class StartingPoint:
     source: str
     """The file or folder that the values were read from, or "random"."""
     pretrained_on: dict[str, str]
-    """What is known of the data: `fingerprint` and `shards` of a set of p2w, `what` of other data; empty when nothing is."""
+    """The data it was trained on: `fingerprint` and `shards` of a set of p2w, or `what`, a description; empty if unknown."""
     other_state: dict[str, Tensor] = field(default_factory=dict)
-    """What a pretext of p2w trained beside encoder and decoder, under the names of its network."""
+    """Weights that a pretext of p2w trained besides encoder and decoder, under the names of its network."""
 
 
 def load_start(
@@ -184,6 +186,9 @@ def examine_weights(
         return StartingPoint(
             encoder, network, width, None, LoadReport(f"{network}, width {width}: random"), RANDOM, {}
         )
+    if is_hub_name(init):
+        file, name = download(init)
+        return replace(examine_weights(str(file), network, width, in_channels), source=str(name))
     path = Path(init)
     if _is_ours(path):
         return _from_ours(load.read_weights(path), network, width, in_channels)

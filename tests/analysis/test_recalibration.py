@@ -178,6 +178,7 @@ def test_training_wholes_that_cannot_be_read_are_left_out_and_a_set_without_any_
     damaged = shards.ids("train")[2]
     wholes = TrainingWholes(shards, HERE)
     pretext, network = build_pretext_and_network(CONFIG)
+    shards.checksums = shards.checksums.copy()
     shards.checksums[damaged] ^= 1
     assert {len(one) for one in wholes._inputs(pretext, lambda: None)} == {14}  # 7 of 8, twice
     wholes.recalibrate(network.encoder, pretext)

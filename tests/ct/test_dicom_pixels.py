@@ -7,11 +7,11 @@ import pytest
 from ct_files import dicom
 from dicom_files import body, ct_slice, save, write_series
 
-from p2w.ct.discover import find_scans
+from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import BadScan
-from p2w.ct.scan import read_scan
+from p2w.ct.scan import read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def only(folder):
@@ -158,6 +158,35 @@ def test_packed_files_of_compressed_pixels(tmp_path):
         (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_packed_files_among_others(tmp_path, first):
+    paths = dicom(tmp_path, body(), "1.2.3", compressor="JPEGLS")
+    for path in paths[first::2]:
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
+
+
+@pytest.mark.parametrize("slope", ["1", "0.5", None])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_of_mr_is_as_dark_as_its_darkest_voxel(tmp_path, slope, photometric):
+    """And not -1000, which is air in CT alone: percentiles would begin there. One slice is nothing but padding."""
+    stored = np.maximum(body() + 1024, 7).astype(int)
+    stored[3:6, 10:14, 10:14] = 999  # inside the body: a value like any other
+    expected = stored.copy()
+    stored[:, :4, :4], expected[:, :4, :4] = 999, expected.min()
+    stored[-1], expected[-1] = 999, expected.min()
+    for i, image in enumerate(stored):
+        rescale = {"RescaleSlope": slope, "RescaleIntercept": "0" if slope else None}
+        one = ct_slice(
+            image, i, (0, 0, 2.5 * i), intercept=0, Modality="MR", PhotometricInterpretation=photometric, **rescale
+        )  # fmt: skip
+        one.add_new(0x00280120, "US", 999)
+        save(one, tmp_path / str(i))
+    (source,) = find_scans([str(tmp_path)], "", options=SearchOptions(modality="MR")).sources
+    np.testing.assert_array_equal(read_image(source).values, expected * float(slope or 1))
 
 
 def test_a_packed_file_that_ends_early(tmp_path):

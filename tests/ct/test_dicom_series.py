@@ -8,9 +8,9 @@ from dicom_files import body, ct_slice, save, write_series
 
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import TOLERANCE_MM
-from p2w.ct.scan import read_grid, read_scan
+from p2w.ct.scan import read_grid, read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def find(folder, **options):
@@ -130,7 +130,35 @@ def test_other_fields_tell_volumes_apart_too(tmp_path, tag):
     for number, value in enumerate(values):
         hu = body()[:, ::-1] if number else body()
         write_series(tmp_path, hu, first=12 * number, prefix=str(number), **{tag: value})
-    assert len(find(tmp_path).sources) == 2
+    found = find(tmp_path)
+    assert len(found.sources) == 2
+    # A time may tell who it is, and becomes a number in all that names the scan.
+    assert not any("1010" in f"{one.uid} {one.name} {one.info}" for one in found.sources)
+
+
+def test_one_slice_needs_a_thickness(tmp_path):
+    write_series(tmp_path, body(1))
+    assert "tells no SliceThickness" in refused(tmp_path)
+    write_series(tmp_path, body(1), SliceThickness="4")
+    assert read_grid(find(tmp_path).sources[0])[0].spacing == (0.7, 0.8, 4.0)
+
+
+@pytest.mark.parametrize("pixels", [["0.0007", "0.0007"], ["700", "700"]])
+def test_sizes_in_another_unit_are_refused(tmp_path, pixels):
+    write_series(tmp_path, body(), PixelSpacing=pixels)
+    assert "are they in another unit than mm?" in refused(tmp_path)
+
+
+def test_mr_without_a_rescale_is_as_it_is_stored(tmp_path):
+    """Its values have no unit. CT, PET, and MR of which some slices have a rescale, need it."""
+    bare = {"RescaleSlope": None, "RescaleIntercept": None}
+    write_series(tmp_path / "mr", body(), intercept=0, signed=1, Modality="MR", **bare)
+    (source,) = find(tmp_path / "mr", modality="MR").sources
+    np.testing.assert_array_equal(read_image(source).values, body())
+    save(ct_slice(body()[0], 40, (-10, -20, 30), Modality="MR"), tmp_path / "mr" / "more")
+    assert "is missing in 12 of 13 slices" in refused(tmp_path / "mr", modality="MR")
+    write_series(tmp_path / "pt", body(), intercept=0, Modality="PT", **bare)
+    assert "is missing in 12 of 12 slices" in refused(tmp_path / "pt", modality="PT")
 
 
 def test_volumes_that_nothing_tells_apart_are_refused(tmp_path):

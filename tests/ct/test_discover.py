@@ -1,5 +1,6 @@
 """Scans are found whatever the names and links in a folder."""
 
+import errno
 import os
 
 import pytest
@@ -97,6 +98,23 @@ def test_every_file_is_accounted_for(tmp_path):
     }
     assert found.table()[:2] == ["files seen     12", "  read         3 files of 2 scans"]
     assert len(found.table()) == 10
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Root can read every folder, so the system's refusal is played."""
+    write(tmp_path / "a.mha", ct((8, 16, 16)))
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_scans([str(tmp_path)], "")
+    assert len(found.sources) == 1
+    assert found.bad == [("locked", "the folder cannot be read (Permission denied), nor what is in it")]
 
 
 def test_nested_roots_give_no_scan_twice(tmp_path):

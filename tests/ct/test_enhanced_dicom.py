@@ -1,5 +1,6 @@
 """Multi-frame CT becomes the same volume as its slices, and is proven in the same way."""
 
+import gzip
 import re
 import sys
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from dicom_files import body, ct_slice, multi_frame, save
 
-from p2w.ct.discover import find_scans
-from p2w.ct.scan import read_grid, read_scan
+from p2w.ct.discover import SearchOptions, find_scans
+from p2w.ct.orientation import BadScan
+from p2w.ct.scan import read_grid, read_image, read_scan
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
-legacy = pytest.importorskip("highdicom.legacy", reason="pip install 'p2w[test]' brings highdicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
+legacy = pytest.importorskip("highdicom.legacy", reason="pip install 'parts2whole[test]' brings highdicom")
 
 
 def slices(hu, *, step=2.5, first=0, **tags):
@@ -98,7 +100,7 @@ def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
     save(multi_frame(slices(body())), tmp_path / "a.dcm")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     ((_, why),) = find_scans([str(tmp_path)], "").bad
-    assert why == "a multi-frame DICOM needs pydicom: pip install 'p2w[dicom]'"
+    assert why == "a multi-frame DICOM needs pydicom: pip install 'parts2whole[dicom]'"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -120,3 +122,50 @@ def test_legacy_converted_enhanced_ct(tmp_path, syntax):
     source = only(tmp_path)
     np.testing.assert_array_equal(read_scan(source).voxels, body())
     assert (source.uid, source.info.thickness_mm) == ("1.5.500", 2.5)
+
+
+@pytest.mark.parametrize("form", ["gzip", "bare", "one slice apart"])
+def test_forms_of_multi_frame_files(tmp_path, form):
+    """Packed by gzip, without the preamble, and with slices of the series in files of their own."""
+    every = slices(body())
+    path = save(multi_frame(every if form != "one slice apart" else every[:7]), tmp_path / "a.dcm")
+    if form == "gzip":
+        (tmp_path / "a.dcm.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    elif form == "bare":
+        path.write_bytes(path.read_bytes()[132:])
+    else:
+        for one in every[7:]:
+            save(one, tmp_path / str(one.InstanceNumber))
+    np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
+
+
+def test_bits_above_those_stored(tmp_path):
+    save(multi_frame(slices(body()), BitsStored=10, HighBit=9), tmp_path / "a.dcm")
+    with pytest.raises(BadScan, match=r"BitsStored is 10, but .* hold more bits"):
+        read_scan(only(tmp_path))
+
+
+@pytest.mark.parametrize("slopes", [None, 0.003, 30.0])
+def test_values_of_mr_are_neither_rounded_nor_clipped(tmp_path, slopes):
+    stored = (body() + 1024).astype(int)
+    frames = slices(stored, intercept=0, Modality="MR")
+    for number, one in enumerate(frames):
+        one.RescaleSlope = str((slopes or 1.0) * (1 + number))
+    made = multi_frame(frames, Modality="MR")
+    if slopes is None:
+        for groups in made.PerFrameFunctionalGroupsSequence:
+            del groups.PixelValueTransformationSequence
+    save(made, tmp_path / "a.dcm")
+    (source,) = find_scans([str(tmp_path)], "", options=SearchOptions(modality="MR")).sources
+    factor = np.ones(12) if slopes is None else slopes * np.arange(1, 13)
+    np.testing.assert_allclose(read_image(source).values, stored * factor[:, None, None], rtol=1e-6)
+
+
+def test_frames_that_are_all_left_out_are_named_with_the_reason(tmp_path):
+    made = multi_frame(slices(body()))
+    for groups in made.PerFrameFunctionalGroupsSequence:
+        groups.PixelValueTransformationSequence[0].RescaleType = "OD"
+    save(made, tmp_path / "a.dcm")
+    ((_, why),) = find_scans([str(tmp_path)], "").bad
+    assert "every frame is left out: its values are OD (RescaleType), not HU" in why

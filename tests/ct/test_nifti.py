@@ -101,6 +101,8 @@ def test_packed_or_not_is_seen_from_the_content(tmp_path):
         ([(MAGIC, "4s", b"\0\0\0\0")], "Analyze"),
         ([(0, "i", 7)], "is no NIfTI file"),
         ([(UNITS, "B", 5)], "unit of length 5"),
+        ([(UNITS, "B", 1)], "are they in another unit than mm?"),
+        ([(112, "2f", 2.0, float("nan"))], "scl_slope is 2, but scl_inter is nan"),
         ([(70, "h", 128)], "3 values a voxel"),
         ([(70, "h", 1536)], "NIfTI type 1536"),
     ],
@@ -128,8 +130,14 @@ def test_a_voxel_size_that_the_sform_says_need_not_be_in_pixdim(tmp_path, pixdim
 
 @pytest.mark.parametrize(("unit", "times"), [(1, 1000.0), (2, 1.0), (3, 0.001), (0, 1.0)])
 def test_units_of_length(tmp_path, unit, times):
-    path = changed(write(tmp_path / "a.nii", ct(SHAPE)), (UNITS, "B", unit))
-    assert read_grid(source(path))[0].spacing == pytest.approx(tuple(times * mm for mm in (0.7, 0.8, 2.5)))
+    """In metres and micrometres too, a scan has voxels of about a millimetre; others are a wrong unit."""
+    stored = tuple(mm / times for mm in (0.7, 0.8, 2.5))
+    origin = tuple(mm / times for mm in (-10.0, -20.0, 30.0))
+    path = changed(write(tmp_path / "a.nii", ct(SHAPE), spacing=stored, origin=origin), (UNITS, "B", unit))
+    grid, _ = read_grid(source(path))
+    assert grid.spacing == pytest.approx((0.7, 0.8, 2.5)) and grid.origin == pytest.approx((-10, -20, 30))
+    if times != 1:
+        assert "are they in another unit than mm?" in refused(changed(path, (UNITS, "B", 2)))
 
 
 def test_voxels_that_the_header_does_not_know_of(tmp_path):

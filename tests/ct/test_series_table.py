@@ -13,7 +13,7 @@ from p2w.ct.orientation import BadScan
 from p2w.ct.series_table import choose, parse_expression, series_rows, table_csv, table_json, table_text
 from p2w.errors import UserError
 
-pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def action(grid):

@@ -7,7 +7,7 @@ from dicom_files import body, write_series
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.scan import read_grid, read_scan, stored_grid
 
-pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
+pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
 
 
 def resampled(folder):

@@ -77,6 +77,55 @@ def test_headers_without_a_geometry(tmp_path, name, old, new, why):
     assert why in said or "cannot be read" in said
 
 
+MANY_SPACES = '(0,0,2.5)\nspace units: "{0}" "{0}" "{0}"'
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "why"),
+    [
+        ("a.mha", "ElementType", "DistanceUnits = cm\nElementType", "DistanceUnits cm: readers take sizes for mm"),
+        ("a.mha", "ElementType", "DistanceUnits = um\nElementType", "DistanceUnits um: readers take sizes for mm"),
+        ("a.mha", "ElementType", "ElementToIntensityFunctionSlope = 2\nElementType", "readers do not apply"),
+        ("a.mha", "ElementType", "ElementToIntensityFunctionOffset = -1024\nElementType", "readers do not apply"),
+        ("a.mha", "ElementType", "ElementSpacing = 9 9 9\nElementType", "ElementSpacing twice"),
+        ("a.mha", "ElementType", "ElementByteOrderMSB = True\nElementType", "contradict each other"),
+        ("a.mha", "NDims", "ndims", "no NDims"),
+        ("a.mha", "ElementSpacing = 0.", "ElementSpacing = 0.0000", "are they in another unit than mm?"),
+        ("a.nrrd", "(0,0,2.5)", MANY_SPACES.format("cm"), "space units cm: readers take sizes for mm"),
+        ("a.nrrd", "(0,0,2.5)", MANY_SPACES.format("m"), "space units m: readers take sizes for mm"),
+        ("a.nrrd", "(0,0,2.5)", "(0,0,2.5)\nold min: -1000\nold max: 3000", "has old min -1000: its values were"),
+        ("a.nrrd", "(0,0,2.5)", "(0,0,2500)", "are they in another unit than mm?"),
+    ],
+)  # fmt: skip
+def test_units_and_functions_that_readers_overlook(tmp_path, name, old, new, why):
+    assert why in refused(edited(write(tmp_path / name, ct(SHAPE)), old, new))
+
+
+@pytest.mark.parametrize("yes", ["True", "true", "T", "1"])
+def test_meta_image_words_for_yes(tmp_path, yes):
+    """As MetaIO reads them, which looks at the first letter."""
+    hu = ct(SHAPE)
+    path = write(tmp_path / "a.mhd", hu)
+    edited(path, "BinaryDataByteOrderMSB = False", f"BinaryDataByteOrderMSB = {yes}")
+    edited(path, "BinaryData = True", f"BinaryData = {yes}")
+    (tmp_path / "a.raw").write_bytes(hu.astype(">i2").tobytes())
+    np.testing.assert_array_equal(read_scan(source(path)).voxels, hu)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), hu)
+    path = write(tmp_path / "packed.mha", hu)
+    edited(path, "CompressedData = True", f"CompressedData = {yes}")
+    np.testing.assert_array_equal(read_scan(source(path)).voxels, hu)
+
+
+def test_remarks_of_an_nrrd_are_no_fields(tmp_path):
+    hu = ct(SHAPE)
+    path = edited(
+        write(tmp_path / "a.nrrd", hu),
+        "(0,0,2.5)",
+        MANY_SPACES.format("mm") + "\nspace:=scanner\nspacings:=9",
+    )
+    np.testing.assert_array_equal(read_scan(source(path)).voxels, hu)
+
+
 def test_nrrd_spacings_without_directions_are_refused(tmp_path):
     path = write(tmp_path / "a.nrrd", ct(SHAPE))
     head, _, data = path.read_bytes().partition(b"\n\n")

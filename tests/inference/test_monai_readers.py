@@ -29,7 +29,7 @@ DIRECTIONS = {
 @pytest.mark.parametrize(("reader", "ending"), CASES)
 def test_every_reader_finds_every_voxel_at_its_place(reader, ending, direction, tmp_path):
     """Value and world position of marked voxels, by MONAI's affine (RAS) against SimpleITK's own (LPS)."""
-    transforms = pytest.importorskip("monai.transforms", reason="pip install 'p2w[examples]'")
+    transforms = pytest.importorskip("monai.transforms", reason="pip install 'parts2whole[examples]'")
     if importlib.util.find_spec(READERS[reader][0]) is None:
         pytest.skip(f"needs {READERS[reader][0]}")
     size, spacing, origin = (7, 6, 5), (0.7, 0.8, 1.5), (-30.5, 12.25, -100.0)  # x, y, z

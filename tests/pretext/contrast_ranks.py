@@ -22,7 +22,7 @@ from p2w.pretext.protocol import Views
 from p2w.train.optim import Precision, Schedule
 from p2w.train.step import Stepper
 
-NAMES = ("simclr", "moco", "instdisc", "pirl", "exemplar", "swav", "amdim", "parts2whole_contrast")
+NAMES = ("simclr", "moco", "instdisc", "pirl", "exemplar", "swav", "dino", "amdim", "parts2whole_contrast")
 BATCH, STEPS, SIZE = 8, 3, (4, 4, 4)
 # The second batch holds a whole twice, as a stand-in for a damaged one may; the third brings back some of the first.
 IDS = ((0, 1, 2, 3, 4, 5, 6, 7), (8, 9, 10, 8, 11, 12, 13, 14), (3, 1, 15, 16, 17, 18, 6, 19))

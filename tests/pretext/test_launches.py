@@ -20,7 +20,7 @@ from p2w.rng import SampleKeys
 pytest.importorskip("triton")
 
 
-LIMIT = {"models_genesis": 100, "pirl": 200, "swav": 200}  # these two cut further views
+LIMIT = {"models_genesis": 100, "pirl": 200, "swav": 200, "dino": 200}  # these two cut further views
 OTHERS = 120
 NO_KERNEL = (
     "view", "expand", "unsqueeze", "slice", "select", "permute", "detach", "alias", "squeeze", "transpose",

@@ -9,6 +9,7 @@ from devices import CPU_AND_GPU, settle
 
 from p2w.config import Config, ModelConfig, PretextConfig
 from p2w.pretext import PRETEXTS, build_pretext_and_network
+from p2w.pretext.voco import VocoConfig
 from p2w.rng import SampleKeys
 
 CPU = torch.device("cpu")
@@ -22,7 +23,9 @@ def wholes(count=4):
 def built(name, device):
     """Pretext and network of width 2, its weights drawn on the CPU."""
     model = ModelConfig("vit3d:depth=1" if name == "mae" else "unet3d", 2)
-    config = Config(pretext=PretextConfig(name=name, size=(16, 16, 16)), model=model)
+    config = Config(
+        pretext=PretextConfig(name=name, size=(16, 16, 16)), model=model, voco=VocoConfig((1, 2, 2))
+    )
     config = replace(config, data=replace(config.data, batch=4))
     torch.manual_seed(0)
     pretext, model = build_pretext_and_network(config)

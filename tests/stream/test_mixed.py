@@ -62,6 +62,25 @@ def test_every_epoch_has_each_set_at_its_share_and_no_sub_scan_twice(sets):
     assert abs((early >= 64).mean() - 20 / 66) < 0.05  # mixed within an epoch, not one set after the other
 
 
+def test_the_order_by_index_has_the_same_shares(sets):
+    shards = mixed(sets[0])
+    train, counts, orders = shards.ids("train"), np.zeros(len(shards), int), []
+    for epoch in range(60):
+        ids = shards.ids_at(train, np.arange(66), 1, epoch)
+        assert len(set(ids.tolist())) == 66 and set(ids.tolist()) <= set(train.tolist())
+        assert (ids < 64).sum() == 46
+        assert ids[17:19].tolist() == shards.ids_at(train, np.array([17, 18]), 1, epoch).tolist()
+        counts[ids] += 1
+        orders.append(ids)
+    assert counts[train].min() > 30  # all of a, though not in each epoch
+    early = np.stack(orders)[:, :32]
+    assert abs((early >= 64).mean() - 20 / 66) < 0.05  # mixed within an epoch
+    shards.order_version = 2
+    stream = Stream(shards, batch=4, seed=1)
+    got = [ids for _, _, ids, _ in take(stream, 20)]
+    assert got == np.concatenate([orders[0][:64], orders[1][:16]]).reshape(-1, 4).tolist()
+
+
 def test_batches_hold_the_right_voxels_whatever_ranks_and_threads(sets):
     folder, wholes = sets
     whole = take(Stream(mixed(folder), batch=4, seed=3), 20)

@@ -1,5 +1,7 @@
 """The order is a permutation, divided exactly among ranks, and never changes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 
 from p2w.rng import hash64, splitmix64
 from p2w.stream.sampler import (
+    Sampler,
     epoch_permutation,
     fixed_order,
+    permuted_places,
     shuffled_order,
     streamed_fixed_order,
     streamed_order,
@@ -135,3 +139,135 @@ def test_no_buffer_is_the_order_of_the_shards(buffer):
     order = streamed_order(np.arange(12), np.repeat([0, 1, 2], 4), 3, seed=0, epoch=0, buffer=buffer)
     for slot in order.T:
         np.testing.assert_array_equal(np.diff(slot), 1)
+
+
+def test_permutation_by_index_is_one_for_every_small_count():
+    for count in range(1, 700):
+        places = np.arange(count)
+        for seed, epoch in ((0, 0), (7, 3)):
+            found = permuted_places(places, count, seed, epoch)
+            assert np.array_equal(np.sort(found), places), (count, seed, epoch)
+
+
+@given(st.integers(1, 10**12), SEEDS, EPOCHS, st.data())
+def test_permutation_by_index_asks_for_nothing_but_the_place(count, seed, epoch, data):
+    places = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=20, unique=True)))
+    found = permuted_places(places, count, seed, epoch)
+    assert len(set(found.tolist())) == len(places) and found.min() >= 0 and found.max() < count
+    assert permuted_places(places[-1:], count, seed, epoch)[0] == found[-1]
+    assert permuted_places(places[::-1].reshape(-1, 1), count, seed, epoch)[-1, 0] == found[0]
+
+
+def test_golden_order_of_version_2():
+    """Runs are resumed by this order: it must never change."""
+    assert permuted_places(np.arange(10), 10, 0, 0).tolist() == [5, 4, 3, 7, 6, 9, 2, 1, 0, 8]
+    assert permuted_places(np.arange(10), 10, 7, 1).tolist() == [0, 5, 9, 7, 4, 2, 1, 8, 6, 3]
+    assert permuted_places(np.array([0, 1, 9_999_999]), 10**7, 0, 0).tolist() == [9074703, 7971980, 8076041]
+
+
+def feistel_oracle(place, count, seed, epoch):
+    """The same permutation in Python's own integers."""
+    wide = int((count - 1) ** 0.5) + 1
+    sizes = (wide, -(-count // wide))
+    keys = [int(hash64(np.zeros(1, np.int64), seed, epoch, 4, number)[0]) for number in range(6)]
+    while True:
+        halves = list(divmod(place, sizes[1]))
+        for number, key in enumerate(keys):
+            one = number % 2
+            add = (splitmix_oracle(halves[1 - one] ^ key) >> 32) * sizes[one] >> 32
+            halves[one] = (halves[one] + add) % sizes[one]
+        place = halves[0] * sizes[1] + halves[1]
+        if place < count:
+            return place
+
+
+@given(st.integers(1, 10**7), SEEDS, EPOCHS, st.data())
+def test_permutation_by_index_against_plain_integers(count, seed, epoch, data):
+    place = data.draw(st.integers(0, count - 1))
+    assert permuted_places(np.array([place]), count, seed, epoch)[0] == feistel_oracle(
+        place, count, seed, epoch
+    )
+
+
+@pytest.mark.parametrize("count", [50, 64, 97])
+def test_places_of_the_permutation_by_index_are_uniform(count):
+    epochs = 4000
+    places = np.stack(
+        [permuted_places(np.arange(count), count, e % 2, e // 2) for e in range(epochs)]
+    )  # (epoch, place): sub-scan
+    counts = np.stack([np.bincount(column, minlength=count) for column in places.T])
+    chi2 = ((counts - epochs / count) ** 2 / (epochs / count)).sum(
+        axis=1
+    )  # count - 1 degrees of freedom each
+    assert abs(chi2.mean() - (count - 1)) < 5 * np.sqrt(2 * (count - 1) / count)
+    assert chi2.max() < count - 1 + 6 * np.sqrt(2 * (count - 1))
+    steps = np.diff(places.astype(int), axis=1) % count  # neighbours in an epoch: no difference is preferred
+    found = np.bincount(steps.ravel(), minlength=count)[1:]
+    expected = steps.size / (count - 1)
+    assert ((found - expected) ** 2 / expected).sum() < count - 2 + 6 * np.sqrt(2 * (count - 2))
+
+
+def test_epochs_of_the_permutation_by_index_do_not_resemble_each_other():
+    count = 20_011
+    orders = [permuted_places(np.arange(count), count, 0, epoch) for epoch in range(12)]
+    orders += [permuted_places(np.arange(count), count, seed, 0) for seed in range(1, 6)]
+    bound = 5 / np.sqrt(count)
+    for at, one in enumerate(orders):
+        assert abs(np.corrcoef(one, np.arange(count))[0, 1]) < bound
+        assert abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < bound
+        for other in orders[:at]:
+            assert abs(np.corrcoef(one, other)[0, 1]) < bound
+            assert (one == other).sum() < 12  # of which one is expected
+
+
+class PlainSet:
+    """A set of `count` sub-scans without files."""
+
+    def __init__(self, count, version):
+        self.count, self.order_version, self.order, self.where, self.computed = (
+            count,
+            version,
+            "shuffled",
+            "it",
+            0,
+        )
+
+    def ids(self, split):
+        return np.arange(self.count) + 3
+
+    def samples_per_epoch(self, ids):
+        return len(ids)
+
+    def train_order(self, ids, batch, seed, epoch):
+        self.computed += 1
+        return shuffled_order(ids, batch, seed, epoch)
+
+    def ids_at(self, ids, places, seed, epoch):
+        return ids[permuted_places(places, len(ids), seed, epoch)]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_steps_of_both_versions_are_the_rows_of_the_epoch(version):
+    sampler = Sampler(PlainSet(103, version), "train", 8, 5, 1, 2, training=True)
+    for epoch in (0, 4):
+        rows = np.stack([sampler.step_ids(epoch, step) for step in range(sampler.steps)])
+        np.testing.assert_array_equal(rows, sampler.epoch_order(epoch))
+        assert len(np.unique(rows)) == rows.size == 96 and rows.min() >= 3
+        np.testing.assert_array_equal(sampler.ids_from(epoch, 5, 2), rows[5:, 6])
+    expected = epoch_permutation(np.arange(103) + 3, 5, 4) if version == 1 else None
+    if expected is not None:
+        np.testing.assert_array_equal(rows.ravel(), expected[:96])
+
+
+def test_the_version_of_a_new_run_follows_from_the_size():
+    for count, version in ((999_999, 1), (1_000_000, 2)):
+        assert Sampler(PlainSet(count, 0), "train", 8, 5, 0, 1, training=True).order_version == version
+    assert Sampler(PlainSet(1_000_000, 1), "train", 8, 5, 0, 1, training=True).order_version == 1
+
+
+def test_threads_compute_an_epoch_once():
+    shards = PlainSet(50_000, 1)
+    sampler = Sampler(shards, "train", 8, 5, 0, 1, training=True)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: sampler.step_ids(2, 1), range(64)))
+    assert shards.computed == 1

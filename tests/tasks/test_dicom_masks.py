@@ -1,5 +1,7 @@
 """DICOM series with masks of every kind: NIfTI, RTSTRUCT contours and DICOM-SEG segments, voxel by voxel."""
 
+import gzip
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -9,8 +11,8 @@ from p2w.ct.orientation import BadScan
 from p2w.errors import UserError
 from p2w.tasks.custom import Custom
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'p2w[test]' brings pydicom")
-highdicom = pytest.importorskip("highdicom", reason="pip install 'p2w[test]' brings highdicom")
+pydicom = pytest.importorskip("pydicom", reason="pip install 'parts2whole[test]' brings pydicom")
+highdicom = pytest.importorskip("highdicom", reason="pip install 'parts2whole[test]' brings highdicom")
 
 HU = body(12, 40, 44)
 SIZE = (8, 16, 16)
@@ -111,6 +113,59 @@ def test_contours_that_are_not_on_slices(tmp_path, z, why):
         masks_of(tmp_path, masks="rtstruct", structures="GTV")
     with pytest.raises(BadScan, match="no structure is called like 'liver': it has Body, GTV"):
         masks_of(tmp_path, masks="rtstruct", structures="liver")
+
+
+def changed(folder, change):
+    """The RTSTRUCT of the folder, with a change by pydicom."""
+    data = pydicom.dcmread(folder / "rs.dcm")
+    change(data)
+    save(data, folder / "rs.dcm")
+
+
+def first_contour(data):
+    return data.ROIContourSequence[0].ContourSequence[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda data: delattr(first_contour(data), "ContourData"), "is damaged .* no attribute 'ContourData'"),
+        (lambda data: setattr(first_contour(data), "ContourData", ["1"] * 4), "is damaged .* cannot reshape"),
+        (lambda data: first_contour(data).ContourData.__setitem__(0, "nan"), "points that are no numbers"),
+        (lambda data: first_contour(data).ContourData.__setitem__(slice(0, 12, 3), ["900"] * 4), "beside the image"),
+        (lambda data: delattr(data.ROIContourSequence[0], "ReferencedROINumber"), "is damaged"),
+        (
+            lambda data: setattr(data.ReferencedFrameOfReferenceSequence[0], "FrameOfReferenceUID", "1.99"),
+            "its FrameOfReferenceUID is not its image's",
+        ),
+    ],
+)  # fmt: skip
+def test_structures_that_say_nothing_sure(tmp_path, change, why):
+    series(tmp_path)
+    rtstruct(tmp_path, gtv())
+    changed(tmp_path, change)
+    with pytest.raises(BadScan, match=why):
+        masks_of(tmp_path, masks="rtstruct", structures="GTV")
+
+
+@pytest.mark.parametrize("form", ["gzip", "bare"])
+def test_structures_that_break_the_file_format(tmp_path, form):
+    series(tmp_path)
+    rtstruct(tmp_path, gtv())
+    path = tmp_path / "rs.dcm"
+    data = path.read_bytes()
+    path.write_bytes(gzip.compress(data) if form == "gzip" else data[132:])
+    np.testing.assert_array_equal(masks_of(tmp_path, masks="rtstruct", structures="GTV")[0], TRUTH)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_a_truncated_structure_set_is_not_used_in_part(tmp_path, share):
+    series(tmp_path)
+    rtstruct(tmp_path, gtv())
+    data = (tmp_path / "rs.dcm").read_bytes()
+    (tmp_path / "rs.dcm").write_bytes(data[: int(share * len(data))])
+    cases = Custom(images="dicom", masks="rtstruct").find(str(tmp_path), "")
+    assert not cases.cases and any("rs.dcm" in name for name, _ in cases.bad)
 
 
 @pytest.mark.filterwarnings("ignore")

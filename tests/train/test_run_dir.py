@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 from processes import ranks_context
+from stream_sets import write_set
 
 from p2w.config import Config, config_to_json
 from p2w.errors import UserError
 from p2w.shards.manifest import data_fingerprint
+from p2w.stream import sampler as samplers
+from p2w.stream.sampler import Sampler
+from p2w.stream.stream import open_set
 from p2w.train.run_dir import RunDir
 
 CONFIG = Config()
@@ -106,3 +110,33 @@ def test_a_torn_file_is_one_line(run, name, content):
     with pytest.raises(UserError, match=str(run.path)) as error:
         run.check_may_continue(CONFIG, "abc")
     assert "\n" not in str(error.value)
+
+
+def first_ids(shards, folder, steps=3):
+    """The sub-scans of the first steps of a run in the folder, as `p2w train` opens the set for it."""
+    run = RunDir(folder)
+    found = open_set(str(shards), order=run.order(), order_version=run.order_version())
+    sampler = Sampler(found, "train", 4, 0, 0, 1, training=True)
+    return [sampler.step_ids(0, step).tolist() for step in range(steps)]
+
+
+def test_an_old_run_keeps_its_order_and_a_new_one_records_its_own(tmp_path, monkeypatch):
+    """The ids were recorded from the version that had no other order."""
+    monkeypatch.setattr(samplers, "VERSION_2_FROM", 10)
+    write_set(tmp_path / "shards")
+    old = [[14, 1, 13, 8], [9, 12, 3, 6], [10, 5, 11, 0]]
+    new = first_ids(tmp_path / "shards", tmp_path / "none")
+    assert new != old
+    for start, expected in (
+        ({"shards": "shards", "data": "x"}, old),  # before the order was recorded at all
+        ({"shards": "shards", "order": "shuffled"}, old),
+        ({"shards": "shards", "order": "shuffled", "order_version": 1}, old),
+        ({"shards": "shards", "order": "shuffled", "order_version": 2}, new),
+    ):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text(json.dumps({"starts": [start]}))
+        assert first_ids(tmp_path / "shards", folder) == expected, start
+    (folder / "run.json").write_text(json.dumps({"starts": [start | {"order_version": 3}]}))
+    with pytest.raises(UserError, match=r"order of version 3, .*continue it with the version of p2w"):
+        RunDir(folder).order_version()

@@ -17,7 +17,7 @@ import p2w
 @pytest.mark.parametrize("name", ["finetune_torch", "monai_unet_decoder"])
 def test_an_example_takes_its_ten_steps(name, trained_run, monkeypatch, capsys):
     if name.startswith("monai") and importlib.util.find_spec("monai") is None:
-        pytest.skip("needs monai: pip install 'p2w[examples]'")
+        pytest.skip("needs monai: pip install 'parts2whole[examples]'")
     monkeypatch.setattr(sys, "argv", [name, str(trained_run)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPO / "examples" / f"{name}.py"), run_name="__main__")
@@ -35,7 +35,7 @@ def test_monais_networks_train_with_an_encoder_in_them(
     network, encoder, trained_run, resencl_run, monkeypatch, capsys
 ):
     for module in ("monai", "nibabel"):  # MONAI turns images with nibabel
-        pytest.importorskip(module, reason="pip install 'p2w[examples]'")
+        pytest.importorskip(module, reason="pip install 'parts2whole[examples]'")
     run = trained_run if encoder == "unet3d" else resencl_run
     monkeypatch.setattr(sys, "argv", ["monai_networks", str(run), network])
     with pytest.raises(SystemExit) as ended:
@@ -49,7 +49,7 @@ def test_monais_networks_train_with_an_encoder_in_them(
 @pytest.mark.parametrize("network", ["SegResNet", "SwinUNETR"])
 def test_the_encoder_in_monais_network_is_the_pretrained_one_and_all_of_it_is_trained(network, resencl_run):
     """The decoder is given the encoder's own features, and no parameter is left without a gradient."""
-    pytest.importorskip("monai", reason="pip install 'p2w[examples]'")
+    pytest.importorskip("monai", reason="pip install 'parts2whole[examples]'")
     module = runpy.run_path(str(REPO / "examples" / "monai_networks.py"), run_name="example")
     encoder, seen = p2w.load(resencl_run), []
     model = module["network_of"](network, encoder, 3)
@@ -64,8 +64,8 @@ def test_the_encoder_in_monais_network_is_the_pretrained_one_and_all_of_it_is_tr
 
 def test_monais_transforms_give_the_input_of_the_card(trained_run):
     """An image with its axes in MONAI's order, R, A, S, becomes the volume that our own pipeline would show."""
-    pytest.importorskip("nibabel", reason="pip install 'p2w[examples]'")
-    monai_data = pytest.importorskip("monai.data", reason="pip install 'p2w[examples]'")
+    pytest.importorskip("nibabel", reason="pip install 'parts2whole[examples]'")
+    monai_data = pytest.importorskip("monai.data", reason="pip install 'parts2whole[examples]'")
     module = runpy.run_path(str(REPO / "examples" / "monai_networks.py"), run_name="example")
     card = p2w.card(trained_run)
     spacing = card["input"]["spacing_mm_zyx"]["network"]

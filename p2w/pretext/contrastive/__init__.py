@@ -6,6 +6,7 @@
     Pirl       the same bank; a jigsaw of the second part is compared with it too           memory_bank.PirlBank
     Exemplar   a learned vector for each whole: every whole is a class                      memory_bank.InstanceClasses
     Swav       no negatives: prototypes, to which a batch is assigned in equal shares       objectives.Prototypes
+    Dino       no negatives: what a slowly following copy of the encoder assigns       self_distillation.SelfDistillation
     Amdim      cells of one part's features against all of another part                     objectives.LocalGlobal
 
 Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
@@ -22,7 +23,14 @@ from torch import Tensor, nn
 from p2w.model.encoder import Encoder, Network
 from p2w.pretext.contrastive.contrastive_pretext import ContrastiveNetwork, ContrastivePretext
 from p2w.pretext.contrastive.memory_bank import InstanceClasses, MemoryBank, PirlBank
-from p2w.pretext.contrastive.objectives import InBatch, LocalGlobal, MocoQueue, Prototypes
+from p2w.pretext.contrastive.objectives import (
+    InBatch,
+    LocalGlobal,
+    MocoQueue,
+    MomentumTeacher,
+    Prototypes,
+)
+from p2w.pretext.contrastive.self_distillation import SelfDistillation
 
 
 class SimClr(ContrastivePretext):
@@ -47,8 +55,15 @@ class Moco(ContrastivePretext):
     def after_step(self, network: nn.Module, step: int) -> None:
         """Update the momentum encoder."""
         network = cast(ContrastiveNetwork, network)
-        queue = cast(MocoQueue, network.negatives)
-        queue.update(network.encoder, network.head, step, self.config.train.steps)
+        teacher = cast(MomentumTeacher, network.negatives)
+        teacher.update(network.encoder, network.head, step, self.config.train.steps)
+
+
+class Dino(Moco):
+    """Self-distillation (Caron et al. 2021)."""
+
+    summary = "parts of a whole -> assigned as a momentum teacher assigns two of them"
+    kind = SelfDistillation
 
 
 class InstDisc(ContrastivePretext):

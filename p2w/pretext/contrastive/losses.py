@@ -67,7 +67,7 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-# Of each of a rank's wholes (B,): its loss; cosine of its positive pair; 1 where no negative is nearer than the positive.
+# For each of a rank's wholes (B,): its loss, the cosine of its positive pair, and 1 if no negative is nearer than that.
 ContrastOutcome = tuple[Tensor, Tensor, Tensor]
 
 
@@ -135,7 +135,7 @@ def sinkhorn(scores: Tensor, counts: Tensor, iterations: int, epsilon: float) ->
     """Soft assignment (N, P) of wholes to prototypes: rows sum to 1, and the rows that count fill all prototypes alike.
 
     `scores` (N, P) cosines, `counts` (N,) bool. Columns and rows of exp(scores / epsilon) are scaled in turn (Cuturi 2013;
-    SwAV, Caron et al. 2020), in logarithms; rows last. A row that does not count is assigned by what the others made.
+    SwAV, Caron et al. 2020), in logarithms; rows last. Rows that do not count have no influence on the scaling.
     """
     logs = scores.float() / epsilon
     hidden = ~counts[:, None]
@@ -149,6 +149,6 @@ def sinkhorn(scores: Tensor, counts: Tensor, iterations: int, epsilon: float) ->
 
 
 def average_outcomes(one: ContrastOutcome, two: ContrastOutcome) -> ContrastOutcome:
-    """The mean of two outcomes."""
+    """The mean of the two results, value by value."""
     loss, cosine, nearest = ((a + b) / 2 for a, b in zip(one, two, strict=True))
     return loss, cosine, nearest

@@ -96,12 +96,12 @@ class PirlBank(MemoryBank):
 
     @classmethod
     def views(cls, config: ContrastConfig) -> OtherViews:
-        """The cubes."""
+        """The cubes of a jigsaw, if there is one."""
         return "jigsaw" if config.jigsaw else None
 
     @classmethod
     def mirrors(cls, config: ContrastConfig) -> bool:
-        """Where there is no jigsaw."""
+        """Mirrored if there is no jigsaw."""
         return not config.jigsaw
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:

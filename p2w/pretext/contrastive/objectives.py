@@ -30,41 +30,46 @@ class ContrastConfig:
     """Settings of the contrastive pretexts and of parts2whole_contrast; each setting names those that use it."""
 
     temperature: Annotated[float | None, Bounds(1e-3, 1e3)] = None
-    """Divides cosines; None is the method's own: simclr, swav 0.1 and moco, instdisc, pirl 0.07, as published; exemplar
-    0.07, amdim, parts2whole_contrast 0.1 [?]. The paper's 0.7 is for measuring features that were not trained so."""
+    """Divides cosines; None is the method's own: simclr, swav, dino 0.1 and moco, instdisc, pirl 0.07, as published;
+    exemplar 0.07, amdim, parts2whole_contrast 0.1 [?]. The paper's 0.7 is for measuring features not trained so."""
     hidden: Annotated[int, Bounds(0, 65536)] = 256
     """Width of the hidden layer between pooled features and embedding [?]; 0: the features are the embedding."""
     dim: Annotated[int, Bounds(1, 65536)] = 128
     """Channels of the embedding [?]."""
     weight: Annotated[float, Bounds(0, 1e6)] = 0.01
-    """parts2whole_contrast: of InfoNCE beside mean squared error [?]."""
+    """parts2whole_contrast: weight of InfoNCE beside the mean squared error [?]."""
     both: bool = True
     """parts2whole_contrast: reconstruct the whole from both parts, not from the first alone [?]."""
     queue: Annotated[int, Bounds(1, 10**7)] = 4096
-    """moco: parts remembered [?]."""
+    """moco: how many parts the queue holds [?]."""
     momentum: Annotated[float, Bounds(0, 1)] = 0.99
-    """moco: share of itself that the momentum encoder keeps at a step [?]; MoCo's 0.999 is for runs of 100,000 steps."""
+    """moco, dino: share of its weights that the momentum encoder keeps at a step [?]; MoCo's 0.999 and DINO's 0.996 are
+    for runs of 100,000 steps."""
     momentum_schedule: Literal["cosine", "constant"] = "cosine"
-    """moco: the momentum rises to 1 at the last step as half a cosine (MoCo v3), or stays."""
+    """moco, dino: the momentum rises to 1 at the last step as half a cosine (MoCo v3), or stays."""
     teacher_norm: Literal["running", "batch"] = "running"
-    """moco: batch norm of the momentum encoder by running statistics that follow the encoder's (EMAN, Cai et al. 2021), or
-    by its batch, which has the wholes of the encoder's batch: then statistics tell which part belongs to which."""
+    """moco, dino: batch norm of the momentum encoder by running statistics that follow the encoder's (EMAN, Cai et al.
+    2021), or by its batch, which has the wholes of the encoder's batch: then statistics tell which part belongs to which."""
     bank: Annotated[int, Bounds(2, 10**8)] = 32768
     """instdisc, pirl, exemplar: entries for wholes [?]; with fewer than the set has sub-scans, some share one."""
     bank_momentum: Annotated[float, Bounds(0, 1)] = 0.5
-    """instdisc, pirl: share of itself that an entry keeps when its whole comes again [?]."""
+    """instdisc, pirl: share of its value that an entry keeps when its whole comes again [?]."""
     jigsaw: bool = True
     """pirl: its other view is a jigsaw of eight cubes, as published (there nine patches), or a mirrored part."""
     prototypes: Annotated[int, Bounds(2, 10**6)] = 128
-    """swav: prototypes [?]."""
+    """swav, dino: number of prototypes [?]; DINO has 65,536 outputs."""
     swav_queue: Annotated[int, Bounds(0, 10**7)] = 512
     """swav: earlier parts that are assigned beside those of a batch, where a pass has fewer wholes than there are prototypes
     [?: 3,840 for 3,000 prototypes]."""
     small_parts: Annotated[int, Bounds(0, 64)] = 6
-    """swav: further parts of each whole, of a quarter of the volume and at half the edges, that predict the assignments of
-    the two [P of SwAV: 6]."""
+    """swav, dino: further parts of each whole, of a quarter of the volume and at half the edges, that predict the
+    assignments of the two [P of SwAV: 6]."""
+    teacher_temperature: Annotated[float, Bounds(1e-3, 1e3)] = 0.04
+    """dino: divides what the teacher assigns, below `temperature` [P of DINO: 0.04, which rises to 0.07 in some runs]."""
+    centre_momentum: Annotated[float, Bounds(0, 1)] = 0.9
+    """dino: share of itself that the mean of what the teacher assigns keeps at a step [P of DINO]."""
     sinkhorn_iterations: Annotated[int, Bounds(1, 1000)] = 3
-    """swav: how often assignments are balanced [?]."""
+    """swav: iterations of the Sinkhorn algorithm, which balances the assignments [?]."""
     sinkhorn_epsilon: Annotated[float, Bounds(1e-3, 1e3)] = 0.05
     """swav: how soft assignments are; smaller is harder [?]."""
 
@@ -107,7 +112,7 @@ class ContrastiveObjective(nn.Module):
 
     @classmethod
     def views(cls, config: ContrastConfig) -> OtherViews:
-        """What else of each whole it sees beside two parts."""
+        """Which further views of each whole it needs beside two parts."""
         return None
 
     @classmethod
@@ -150,30 +155,80 @@ class InBatch(ContrastiveObjective):
         return in_batch_loss(one, two, ids, self.temperature)
 
 
-class MocoQueue(ContrastiveObjective):
-    """MoCo: the last `contrast.queue` parts as a copy of encoder and head saw them, a moving average that `update` advances.
+class MomentumTeacher(ContrastiveObjective):
+    """An objective with a copy of encoder and head that follows them as a moving average, which `update` advances.
 
-    The queue begins as random directions of no whole. It is the same on all ranks: after each pass, what all of them
-    have embedded goes in. No batch statistics reach the copy (see contrast.teacher_norm), where MoCo shuffles its batch over
-    GPUs: that needs several, and batch norm of each alone.
+    No batch statistics reach the copy (see contrast.teacher_norm), where MoCo shuffles its batch over GPUs: that needs
+    several, and batch norm of each alone.
     """
 
     remembers = True
-    own_temperature = 0.07
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__(config, encoder, head)
         self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.slow_head = copy.deepcopy(head).requires_grad_(False)
-        self.train()  # a module begins in training mode without being told
+        self.train()  # a new module is in training mode without a call of it, which sets the copy's batch norm
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; but the copy's batch norm stays with running statistics, unless set otherwise."""
+        super().train(mode)
+        if self.config.teacher_norm == "running":
+            self.slow_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def update(self, encoder: Encoder, head: ProjectionHead, step: int = 0, steps: int = 0) -> None:
+        """After step number `step` of `steps`: move the copy towards encoder and head by 1 - the momentum of that step."""
+        rate = 1 - self.momentum(step, steps)
+        slow, fast = self.copied(encoder, head)
+        torch._foreach_lerp_(slow, fast, rate)
+        if self.config.teacher_norm == "running":
+            fast_stats, slow_stats = (
+                [buffer for buffer in part.buffers() if buffer.is_floating_point()]
+                for part in (encoder, self.slow_encoder)
+            )
+            # Each rank's batch norm may keep statistics of its own, and a checkpoint has rank 0's: what trains must not
+            # depend on them.
+            average_over_ranks(fast_stats)
+            if (
+                slow_stats
+            ):  # the first steps count alike, because the initial statistics, 0 and 1, mean nothing
+                torch._foreach_lerp_(slow_stats, fast_stats, max(rate, 1 / (step + 1)))
+        self.updates.add_(1)
+
+    def copied(self, encoder: Encoder, head: ProjectionHead) -> tuple[list[Tensor], list[Tensor]]:
+        """The copy's parameters, and those that they follow, in the same order."""
+        slow = [*self.slow_encoder.parameters(), *self.slow_head.parameters()]
+        return list(slow), [*encoder.parameters(), *head.parameters()]
+
+    def momentum(self, step: int, steps: int) -> float:
+        """The share of its weights that the copy keeps at a step."""
+        start = self.config.momentum
+        if self.config.momentum_schedule == "constant" or steps < 1:
+            return start
+        return 1 - (1 - start) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+
+
+class MocoQueue(MomentumTeacher):
+    """MoCo: against the last `contrast.queue` parts as a momentum teacher saw them.
+
+    The queue begins as random directions of no whole. It is the same on all ranks: after each pass, what all of them
+    have embedded goes in.
+    """
+
+    own_temperature = 0.07
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
         self.queue: Tensor
         self.ids: Tensor
         self.next: Tensor
-        self.updates: Tensor
         self.register_buffer("queue", l2_normalise(torch.randn(config.queue, head.channels)))
         self.register_buffer("ids", torch.full((config.queue,), -1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
@@ -187,40 +242,6 @@ class MocoQueue(ContrastiveObjective):
         answer = info_nce(anchor, positive, self.queue.clone(), allowed, self.temperature)
         self._put(all_gather(positive), all_gather(ids))
         return answer
-
-    def train(self, mode: bool = True) -> Self:
-        """As for any module; but the copy's batch norm stays with running statistics, unless set otherwise."""
-        super().train(mode)
-        if self.config.teacher_norm == "running":
-            self.slow_encoder.eval()
-        return self
-
-    @torch.no_grad()
-    def update(self, encoder: Encoder, head: ProjectionHead, step: int = 0, steps: int = 0) -> None:
-        """After step number `step` of `steps`: move the copy towards encoder and head by 1 - the momentum of that step."""
-        rate = 1 - self.momentum(step, steps)
-        slow: list[Tensor] = [*self.slow_encoder.parameters(), *self.slow_head.parameters()]
-        torch._foreach_lerp_(slow, [*encoder.parameters(), *head.parameters()], rate)
-        if self.config.teacher_norm == "running":
-            fast_stats, slow_stats = (
-                [buffer for buffer in part.buffers() if buffer.is_floating_point()]
-                for part in (encoder, self.slow_encoder)
-            )
-            # Each rank's batch norm may keep statistics of its own, and a checkpoint has rank 0's: what trains must not
-            # depend on them.
-            average_over_ranks(fast_stats)
-            if (
-                slow_stats
-            ):  # the first steps count alike, as what statistics begin with, 0 and 1, is of no use
-                torch._foreach_lerp_(slow_stats, fast_stats, max(rate, 1 / (step + 1)))
-        self.updates.add_(1)
-
-    def momentum(self, step: int, steps: int) -> float:
-        """The share of itself that the copy keeps at a step."""
-        start = self.config.momentum
-        if self.config.momentum_schedule == "constant" or steps < 1:
-            return start
-        return 1 - (1 - start) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
     @torch.no_grad()
     def _put(self, vectors: Tensor, ids: Tensor) -> None:
@@ -284,7 +305,9 @@ class Prototypes(ContrastiveObjective):
         self.entries: Tensor
         if config.swav_queue:  # first parts, then second ones
             self.register_buffer("queue", torch.zeros(2, config.swav_queue, head.channels))
-            self.register_buffer("entries", torch.zeros((), dtype=torch.int64))  # that ever came in
+            self.register_buffer(
+                "entries", torch.zeros((), dtype=torch.int64)
+            )  # parts that have ever come in
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
