@@ -31,6 +31,8 @@ class TaskType(ABC):
     """True: one answer a voxel. The network ends in a decoder, and what is predicted of a scan is a mask of its size, drawn
     over its slices. False: one answer a sample. The network pools its features, and what is predicted is a table with a row
     for each candidate."""
+    by_threshold: bool = True
+    """One answer a voxel: whether `to_mask` compares with a threshold."""
     needed_labels: tuple[int, ...] = ()
     """Labels that every fraction of the training data must hold."""
     classes: tuple[str, ...] = ()
