@@ -92,6 +92,13 @@ class TaskType(ABC):
         They lie in [0, 1], unless `p2w.finetune.results.UNITS` has the name's beginning.
         """
 
+    def shared_records(self, records: Tensor) -> Tensor:
+        """The records in a form that `judge` of the set's own kind takes, whatever a trial learned of its training targets.
+
+        So records of several folds can be judged together.
+        """
+        return records
+
     @abstractmethod
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Arrays for predictions.npz, with one entry a sample."""
