@@ -1,8 +1,8 @@
 """Masks as DICOM-SEG: one object a scan, a segment a class, that refers to the instances of the series it is of.
 
 Needs the extra parts2whole[dicom]: highdicom writes the object. Every slice of the series has a frame, also an empty one, so
-that readers find the segments on the series' own grid, voxel for voxel; `p2w prepare general --masks seg` is one of them. Uids
-of an object follow from the series, the network and the mask: the same prediction made again is the same object.
+that readers find the segments on the series' own grid, voxel for voxel; `p2w prepare general --masks seg` is one of them.
+Uids of an object follow from the series, the network and the mask: the same prediction made again is the same object.
 """
 
 import hashlib
