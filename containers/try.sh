@@ -23,7 +23,7 @@ bind() {  # FROM TO
 bind /proc /proc
 bind /dev /dev
 bind /etc/resolv.conf /etc/resolv.conf
-[[ -e $root/etc/hosts ]] || echo "127.0.0.1 localhost" >"$root/etc/hosts"  # as a container daemon does
+[[ -e $root/etc/hosts ]] || echo "127.0.0.1 localhost $(hostname)" >"$root/etc/hosts"  # as a container daemon does
 for one in ${BIND:-}; do bind "$one" "$one"; done
 
 # COPY . /src: a copy, which RUN deletes at its end.

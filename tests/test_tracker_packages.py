@@ -75,7 +75,7 @@ def in_mlflow(folder: Path) -> tuple[object, dict[tuple[str, int], list[float]]]
 
 
 def test_mlflow_has_what_metrics_has_and_a_resume_continues_its_run(run, monkeypatch):
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason="pip install 'parts2whole[mlflow]'")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     folder, err = run("tensorboard,mlflow")
     assert "warning: mlflow" not in err and (folder / "tensorboard").is_dir()
@@ -93,7 +93,7 @@ def test_mlflow_has_what_metrics_has_and_a_resume_continues_its_run(run, monkeyp
 
 
 def test_wandb_writes_files_that_say_no_path_host_or_user(run, tmp_path):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="pip install 'parts2whole[wandb]'")
     folder, err = run("wandb")
     assert "warning: wandb" not in err and not (folder / "tensorboard").exists()
     (kept,) = (folder / "wandb").glob("offline-run-*")
@@ -115,8 +115,8 @@ def test_wandb_writes_files_that_say_no_path_host_or_user(run, tmp_path):
 
 def test_a_tracker_that_cannot_be_reached_costs_one_line(run, monkeypatch):
     """MLflow at a port where nobody listens; wandb without an account, which on a terminal would ask for a password."""
-    pytest.importorskip("mlflow")
-    pytest.importorskip("wandb")
+    pytest.importorskip("mlflow", reason="pip install 'parts2whole[mlflow]'")
+    pytest.importorskip("wandb", reason="pip install 'parts2whole[wandb]'")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
@@ -129,7 +129,7 @@ def test_a_tracker_that_cannot_be_reached_costs_one_line(run, monkeypatch):
 
 
 def test_a_trial_of_a_fine_tuning_is_a_run(tmp_path, monkeypatch):
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason="pip install 'parts2whole[mlflow]'")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("P2W_DEVICE", "cpu")
