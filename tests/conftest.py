@@ -51,6 +51,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Note the CPU time of a test and of the processes that it waited for, which a busy machine hardly changes."""
+    began = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_s", sum(os.times()[:4]) - began))
+
+
+class QuickTests:
+    """Names the tests that are not marked `slow` and take more than `MOST_S` of CPU time: `make quick` waits for them."""
+
+    MOST_S = 2.0
+
+    def __init__(self) -> None:
+        self.long: list[tuple[float, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        seconds = dict(report.user_properties).get("cpu_s", 0.0)
+        if (
+            report.when == "call"
+            and seconds > self.MOST_S
+            and not {"slow", "slurm", "gpu"} & set(report.keywords)
+        ):
+            self.long.append((seconds, report.nodeid))
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        if self.long:
+            terminalreporter.section(f"not marked slow, and more than {self.MOST_S:.0f} s of CPU time")
+        for seconds, name in sorted(self.long, reverse=True):
+            terminalreporter.line(f"{seconds:6.1f} s  {name}")
+
+
 class DurationRecorder:
     """Sums the seconds of each file's tests, of all workers, and writes those of at least `LEAST` seconds."""
 
@@ -68,9 +102,10 @@ class DurationRecorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--record-durations") and not hasattr(
-        config, "workerinput"
-    ):  # xdist's workers report here
+    if hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+        return
+    config.pluginmanager.register(QuickTests())
+    if config.getoption("--record-durations"):
         config.pluginmanager.register(DurationRecorder())
 
 

@@ -1,16 +1,42 @@
-"""Starting and ending real processes, for the tests of the trainer."""
+"""Starting and ending real processes: a new interpreter, or a fork of one that has its imports done."""
 
+import array
+import contextlib
+import json
 import multiprocessing
 import multiprocessing.context
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 REPO = Path(__file__).resolve().parent.parent
+# What is read while modules are imported or by the interpreter: the server's own, for all that it forks.
+FIXED = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED",
+    "PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONHOME", "PYTHONSAFEPATH", "LD_PRELOAD", "TORCH_CPP_LOG_LEVEL",
+)  # fmt: skip
+
+
+def same_modules(env: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """Why a process with these variables cannot be a fork of one that imported its modules with `own`; "" if it can."""
+    for name in FIXED:
+        if env.get(name, own.get(name)) != own.get(name):
+            return f"{name}={env[name]}: a fork has {own.get(name)}"
+    for path in filter(None, env.get("PYTHONPATH", "").split(os.pathsep)):
+        if (Path(path) / "p2w").is_dir():  # the first that has it is imported from
+            if not os.path.samefile(path, REPO):
+                return f"PYTHONPATH={env['PYTHONPATH']}: a fork has p2w from {REPO}"
+            break
+    return ""
 
 
 def ranks_context() -> multiprocessing.context.ForkServerContext:
@@ -24,6 +50,132 @@ def torchrun(ranks: int, *args: object, restarts: int = 0) -> list[str]:
     """The command line that starts launch/train.py on `ranks` processes."""
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*agent, f"--max-restarts={restarts}", "launch/train.py", *map(str, args)]
+
+
+class _Server:
+    """tests/fork_server.py, which is started when it is first asked, and ends with this process."""
+
+    def __init__(self) -> None:
+        self.control: socket.socket | None = None
+        self.owner = 0
+        self.environment: dict[str, str] = {}
+
+    def _start(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.owner = os.getpid()
+        self.environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        with theirs:
+            subprocess.Popen(
+                [sys.executable, str(REPO / "tests" / "fork_server.py"), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=REPO, env=self.environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ask(self, request: dict[str, Any], files: list[int]) -> socket.socket:
+        """Begin a command; returns the socket that says its process id, and its exit status when it ends."""
+        if self.control is None or self.owner != os.getpid():
+            self._start()
+        if reason := same_modules(request["env"], self.environment):
+            raise ValueError(f"{reason}; start a new interpreter")
+        mine, theirs = socket.socketpair()
+        with theirs:
+            text = json.dumps(request).encode()
+            descriptors = array.array("i", [*files, theirs.fileno()])
+            kind = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
+            self.control.sendmsg([len(text).to_bytes(4, "big")], [kind])
+            self.control.sendall(text)
+        return mine
+
+
+_SERVER = _Server()
+
+
+class Forked(subprocess.Popen):
+    """`subprocess.Popen` of a Python command, [sys.executable, …], as a fork: see fork_server.py for what differs.
+
+    `spies` are (name, argument, …) of functions in tests/launch/spies.py, which are called before the command.
+    """
+
+    def __init__(self, args: list[Any], *, spies: tuple = (), **options: Any) -> None:
+        self._spies = spies
+        words = [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in args]
+        if words[0] != sys.executable:
+            raise ValueError(f"{words[0]}: only {sys.executable} can be forked")
+        super().__init__(words, **options)
+
+    def _execute_child(  # what Popen does once its pipes are made
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+        start_new_session, *_,
+    ) -> None:  # fmt: skip
+        assert not (preexec_fn or pass_fds or shell or executable)
+        with contextlib.ExitStack() as stack:
+            null = stack.enter_context(open(os.devnull))
+            own = (null.fileno(), 1, 2)
+            files = [
+                given if given != -1 else one
+                for given, one in zip((p2cread, c2pwrite, errwrite), own, strict=True)
+            ]
+            request = {
+                "words": args[1:], "env": dict(os.environ if env is None else env), "cwd": os.fspath(cwd or os.getcwd()),
+                "session": bool(start_new_session), "spies": self._spies,
+            }  # fmt: skip
+            self._told = _SERVER.ask(request, files)
+        for theirs, mine in ((p2cread, p2cwrite), (c2pwrite, c2pread), (errwrite, errread)):
+            if mine != -1:  # a pipe; a file is the caller's
+                os.close(theirs)
+        if hasattr(self, "_devnull"):
+            os.close(self._devnull)
+        self._closed_child_pipe_fds = True
+        self._heard = b""
+        while b"\n" not in self._heard:
+            self._hear()
+        self._child_created = True
+        pid, _, self._heard = self._heard.partition(b"\n")
+        self.pid = int(pid)
+
+    def _hear(self) -> None:
+        more = self._told.recv(64)
+        if not more:
+            raise RuntimeError("the server of forks has ended")
+        self._heard += more
+
+    def _internal_poll(self, _deadstate: int | None = None) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self.returncode is None:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            with selectors.DefaultSelector() as ready:
+                ready.register(self._told, selectors.EVENT_READ)
+                while not self._heard.endswith(b"\n"):
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    if not ready.select(left):
+                        raise subprocess.TimeoutExpired(self.args, timeout)
+                    self._hear()
+            self._told.close()
+            self.returncode = os.waitstatus_to_exitcode(int(self._heard))
+        return self.returncode
+
+
+def run(
+    args: list[Any], *, capture_output: bool = False, check: bool = False, timeout: float | None = None,
+    spies: tuple = (), **options: Any,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """`subprocess.run` of a Python command, [sys.executable, …], as a fork: see fork_server.py for what differs."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Forked(args, spies=spies, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    if check and process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def kill_group(process: subprocess.Popen) -> None:

@@ -46,6 +46,25 @@ def test_extras_are_named_by_the_distribution():
     assert [str(file) for file in files if re.search(wrong, file.read_text())] == []
 
 
+def test_an_image_takes_no_data_along():
+    """Docker copies the folder of the checkout: what git ignores there, scans and environments among it, stays outside."""
+    ignored, left_out = (
+        {line.strip("/") for line in (REPO / name).read_text().splitlines() if line and line[0] != "#"}
+        for name in (".gitignore", ".dockerignore")
+    )
+    assert ignored - {"__pycache__", "*.pyc"} <= left_out
+    assert not left_out & {
+        "p2w",
+        "slurm",
+        "docs",
+        "containers",
+        "setup.cfg",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
+
+
 TREE = (REPO / "docs" / "architecture.md").read_text().partition("## The tree")[2]
 BLOCKS = re.findall(r"```\n(.*?)```", TREE, re.DOTALL)
 

@@ -68,10 +68,10 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     shutil.rmtree(source)
     (wheel,) = top.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", top / "env"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", top / "env"], check=True)
     (site,) = (top / "env" / "lib").glob("python*/site-packages")
-    pip = [top / "env" / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "--no-index", "--no-deps", wheel], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", top / "env" / "bin" / "python", "--quiet", "install"]
+    subprocess.run([*pip, "--disable-pip-version-check", "--no-index", "--no-deps", wheel], check=True)
     needs = Path(sysconfig.get_paths()["purelib"])
     (site / "needs.pth").write_text(
         f"{needs}\n"
@@ -95,15 +95,29 @@ def test_the_wheel_says_what_it_is(installed):
     assert not re.search(r"\]\((?!https?:)", metadata), "a relative link in the long description"
 
 
+@pytest.fixture(scope="module")
+def without_network() -> tuple[str, ...]:
+    """What a command is begun with to have no network but its own loopback; empty where this machine does not allow it."""
+    inside = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*inside, "true"], capture_output=True, check=False).returncode
+    ):
+        return ()
+    return inside
+
+
 @pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
-def test_from_scans_to_predictions_with_the_wheel_alone(installed, tmp_path):
-    """Every stage by the commands of the wheel, in a folder that has no checkout."""
+def test_from_scans_to_predictions_with_the_wheel_alone(installed, without_network, tmp_path):
+    """Every stage by the commands of the wheel, in a folder that has no checkout, and where possible without a network."""
     env, _ = installed
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     clean |= {"PATH": f"{env / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*without_network, *command], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout
 
@@ -139,3 +153,14 @@ def test_from_scans_to_predictions_with_the_wheel_alone(installed, tmp_path):
     run("p2w", "predict", "tuned", "--scan", str(scan), "--out", "liver.nii.gz")
     assert (tmp_path / "liver.nii.gz").stat().st_size > 0
     assert not list(tmp_path.rglob("launch"))
+
+
+def test_nothing_is_fetched_at_run_time(without_network):
+    """The stages above ran without a network, if a command begun like this finds none."""
+    if not without_network:
+        pytest.skip("this machine gives no network namespace (unshare --net, ip): try it as root")
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), 5)"
+    done = subprocess.run(
+        [*without_network, sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "Network is unreachable" in done.stderr

@@ -234,6 +234,7 @@ def test_a_variable_that_is_no_number_is_one_line(monkeypatch, name, value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_limit_of_open_files_is_raised_or_said():
     code = (
         "import json, resource; from p2w import meeting;"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 import torch
 from processes import REPO
@@ -41,7 +42,7 @@ def test_a_refused_job_of_a_sweeps_second_slot_is_not_silent():
         "x",
     ]
     env = {**os.environ, "PYTHONPATH": str(REPO), "LOCAL_RANK": "1", "P2W_DEVICE": "cpu"}
-    ended = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, check=False)
+    ended = processes.run(command, env=env, cwd=REPO, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("error: nowhere"), ended.stderr
 
 

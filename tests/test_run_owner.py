@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from processes import REPO
+from processes import REPO, Forked
 
 from p2w import files, run_owner
 from p2w.config import Config
@@ -53,7 +53,7 @@ def start():
     running = []
 
     def go(folder, locks="flock", stale=1.5, node="node-1"):
-        process = subprocess.Popen(
+        process = Forked(
             [sys.executable, "-c", HOLDER, str(folder), str(locks), str(stale), node], text=True,
             env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE,
         )  # fmt: skip

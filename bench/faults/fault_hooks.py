@@ -1,18 +1,31 @@
-"""The forge of tests/launch with fault hooks: trap files that make a rank raise or its clock jump, and NaN targets.
+"""Ranks of launch/train.py as forks of this process, which has its imports done: 0.1 s a start instead of five.
 
-Most starts of the soak are forked here; a stated share goes through torchrun, which runs launch/train.py unchanged.
+With fault hooks: trap files that make a rank raise or its clock jump, and NaN targets. What torchrun would set in the
+environment is set here; one rank that fails brings the others down, as there. Most starts of the soak are forked here; a
+stated share goes through torchrun, which runs launch/train.py unchanged. Reads JSON lines {script, argv, argvs, ranks,
+traps, poison, out, err} from stdin; answers with the ranks' process ids, and at the end with their exit codes.
 """
 
+import gc
+import json
 import os
+import runpy
+import signal
+import socket
+import sys
 import time
 from pathlib import Path
 
-import forge  # tests/launch/forge.py
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  as do the pictures
+import sklearn.metrics  # noqa: F401  as does the similarity check
+import torch._dynamo
+import torch.utils.tensorboard  # noqa: F401  as does the log
 
+from p2w import pretrain  # noqa: F401  as does the command
 from p2w.train.step import Stepper
 
 JUMP_S = -3600.0
-forge_become_rank = forge.become_rank
 
 
 def triggered(trap: Path) -> bool:
@@ -41,12 +54,56 @@ def set_traps(folder: Path, poison: list[int], rank: int, ranks: int) -> None:
 
 
 def become_rank(request: dict, rank: int, port: int) -> None:
-    """Set the traps, then run the rank as the forge does."""
-    own = request["argvs"].get(str(rank), request["argv"])
+    """Turn this forked process into a rank, in a session of its own, with the traps set and what it says in files."""
+    os.setsid()
+    for stream, name in ((1, "out"), (2, "err")):
+        file = os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(file, stream)
+    if request["ranks"] > 1:
+        place = {"RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_RANK": rank, "MASTER_PORT": port}
+        place |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in place.items()})
     set_traps(Path(request["traps"]), request["poison"], rank, request["ranks"])
-    forge_become_rank({**request, "argv": own}, rank, port)
+    sys.argv = [request["script"], *request["argvs"].get(str(rank), request["argv"])]
+    runpy.run_path(request["script"], run_name="__main__")
+
+
+def wait(pids: list[int]) -> list[int]:
+    """Exit code of each, -9 for a SIGKILL; the first that fails ends the others, after ten seconds by force."""
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(pids):
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            elif deadline is not None and time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+        if deadline is None and any(codes.values()):
+            deadline = time.monotonic() + 10
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    gc.freeze()  # else each rank's collections walk through, and copy, all that was imported here
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(request["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                return become_rank(request, rank, port)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        print(json.dumps(wait(pids)), flush=True)
 
 
 if __name__ == "__main__":
-    forge.become_rank = become_rank
-    forge.main()
+    main()

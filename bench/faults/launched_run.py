@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 REPO = Path(__file__).resolve().parents[2]
-ENV = {"PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "tests" / "launch", REPO / "bench")))}
+ENV = {"PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "bench")))}
 ENV |= {"OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu", "COLUMNS": "200"}
 
 

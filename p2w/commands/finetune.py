@@ -51,7 +51,7 @@ from p2w.train.optim import Precision, choose_precision
 from p2w.train.preflight import check_rank_consistency
 from p2w.train.stop import StopRequest
 from p2w.train.watchdog import Watchdog
-from p2w.weights.hub import pin
+from p2w.weights.hub import is_hub_name, parse_hub_name, pin
 from p2w.world import World, weights_checksum
 
 STOPPED = 143
@@ -145,6 +145,8 @@ def label_of(init: str) -> str:
     """The label of a starting point where none was given."""
     if init == "random":
         return "Scratch"
+    if is_hub_name(init):
+        return parse_hub_name(init).repo.partition("/")[2]
     name = Path(init.partition("@")[0])
     folder = next((up for up in (name, *name.parents) if (up / "checkpoints").is_dir()), None)
     return folder.name if folder else name.stem

@@ -257,6 +257,11 @@ class Regression(ByColumn):
         mean, sd = self._scale(logits)
         return logits * sd + mean
 
+    def shared_records(self, records: Tensor) -> Tensor:
+        """In the unit of the table: standard deviations are each trial's own."""
+        logits, target = records.chunk(2, 1)
+        return torch.cat((self._values(logits), target), 1)
+
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """Predicted numbers over the true ones."""
         logits, target = records.chunk(2, 1)

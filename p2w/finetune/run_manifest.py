@@ -28,6 +28,8 @@ from p2w.resources import usable_cores
 from p2w.train.optim import Precision
 from p2w.world import World, variables
 
+MOST_BY_CLASS = 60  # lines of metrics by class that `show_results` prints
+
 
 def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
     """What transfer.json says of a run, as plain values."""
@@ -216,6 +218,10 @@ def show_results(run: Path) -> None:
     """Print mean and standard deviation of each metric over the trials that are finished so far."""
     found = results.read_fine_tuning(run)
     names = list(dict.fromkeys(name for trial in found.trials for name in trial.metrics))
+    by_class = [name for name in names if ":" in name]
+    if len(by_class) > MOST_BY_CLASS:
+        names = [name for name in names if ":" not in name]
+        print(f"{len(by_class)} further metrics, by class: see {results.RESULT} of each trial")
     for name in names:
         scale = 100 if results.is_share(name) else 1
         values = [scale * trial.metrics[name] for trial in found.trials if name in trial.metrics]

@@ -216,6 +216,7 @@ class MultiClassSegmentation(ClassSegmentation):
     """Every voxel is of one class or background: softmax over all of them."""
 
     name = MULTI_CLASS_SEGMENTATION
+    by_threshold = False
 
     @property
     def judged(self) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ class TaskType(ABC):
     """True: one answer a voxel. The network ends in a decoder, and what is predicted of a scan is a mask of its size, drawn
     over its slices. False: one answer a sample. The network pools its features, and what is predicted is a table with a row
     for each candidate."""
+    by_threshold: bool = True
+    """One answer a voxel: whether `to_mask` compares with a threshold."""
     needed_labels: tuple[int, ...] = ()
     """Labels that every fraction of the training data must hold."""
     classes: tuple[str, ...] = ()
@@ -89,6 +91,13 @@ class TaskType(ABC):
 
         They lie in [0, 1], unless `p2w.finetune.results.UNITS` has the name's beginning.
         """
+
+    def shared_records(self, records: Tensor) -> Tensor:
+        """The records in a form that `judge` of the set's own kind takes, whatever a trial learned of its training targets.
+
+        So records of several folds can be judged together.
+        """
+        return records
 
     @abstractmethod
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:

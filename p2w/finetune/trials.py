@@ -245,6 +245,8 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
 
 def _report(fine_tuning: FineTuning, index: int, result: dict[str, Any], world: World) -> None:
     """Log one line on a finished trial."""
-    said = "  ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if "_" not in name)
+    said = "  ".join(
+        f"{name} {value:.4f}" for name, value in result["metrics"].items() if not set("_:") & set(name)
+    )
     text = f"trial {index}  {result['epochs']} epochs in {result['seconds']:.0f} s  {said}"
     Log(fine_tuning.folder, world.is_main, 0).line(text)

@@ -1,8 +1,8 @@
 """Masks as DICOM-SEG: one object a scan, a segment a class, that refers to the instances of the series it is of.
 
-Needs the extra p2w[dicom]: highdicom writes the object. Every slice of the series has a frame, also an empty one, so that
-readers find the segments on the series' own grid, voxel for voxel; `p2w prepare general --masks seg` is one of them. Uids
-of an object follow from the series, the network and the mask: the same prediction made again is the same object.
+Needs the extra parts2whole[dicom]: highdicom writes the object. Every slice of the series has a frame, also an empty one, so
+that readers find the segments on the series' own grid, voxel for voxel; `p2w prepare general --masks seg` is one of them.
+Uids of an object follow from the series, the network and the mask: the same prediction made again is the same object.
 """
 
 import hashlib
@@ -50,6 +50,11 @@ def check_dicom_source(source: ScanSource) -> None:
         raise UserError(f"--format {FORMAT} needs highdicom: pip install 'parts2whole[dicom]'") from error
     with unpacked_files(source.files[:1]) as names:
         header = read_dataset(names[0], pixels=False)
+    if source.frames and (len(source.files) > 1 or int(header.NumberOfFrames) != len(source.frames)):
+        raise UserError(
+            f"{source.name}: --format {FORMAT}: its slices are some of the frames of its files, or of several files; leave "
+            "--format out"
+        )
     missing = [name for name in NEEDED if not getattr(header, name, None)]
     if missing:
         raise UserError(
@@ -70,9 +75,7 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[Any]], source: ScanS
     entropy = [*(str(header.SOPInstanceUID) for header in headers), told, weights, *masks, __version__]
     series, instance = (generate_uid(entropy_srcs=[*entropy, what]) for what in ("series", "instance"))
     try:
-        made = _segmentation(
-            headers, _in_order_of_frames(frames, source, headers), list(masks), series, instance
-        )
+        made = _segmentation(headers, _in_order_of_frames(frames, source), list(masks), series, instance)
     except Exception as error:  # highdicom raises whatever its checks do
         said = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -111,15 +114,10 @@ def _pixel_measures(header: Any) -> list[Any]:
     return [one for group in groups for one in getattr(group, "PixelMeasuresSequence", None) or []]
 
 
-def _in_order_of_frames(
-    frames: NDArray[np.uint8], source: ScanSource, headers: list[Any]
-) -> NDArray[np.uint8]:
-    """Slices [z,y,x,k] as the files hold them: of multi-frame files, by file and frame; others are in their order."""
+def _in_order_of_frames(frames: NDArray[np.uint8], source: ScanSource) -> NDArray[np.uint8]:
+    """Slices [z,y,x,k] as the files hold them: those of a multi-frame file in its order, others as they are."""
     if not source.frames:
         return frames
-    counts = [int(getattr(header, "NumberOfFrames", 1)) for header in headers]
-    if len(headers) != 1 or sum(counts) != len(source.frames):
-        raise ValueError("its slices are some of the frames of multi-frame files, or of several of them")
     found = np.empty_like(frames)
     for z, (_, frame) in enumerate(source.frames):
         found[frame] = frames[z]

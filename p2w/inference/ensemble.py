@@ -73,7 +73,8 @@ def load_ensemble(
     for other in others:
         wrong = [
             f"{what} {theirs} and {ours}" for what, ours, theirs in zip(
-                ("kind", "classes", "channels", "size", "window", "spacing", "values"), _fed(first), _fed(other), strict=True
+                ("kind", "classes", "labels", "channels", "size", "window", "spacing", "values"),
+                _fed(first), _fed(other), strict=True,
             ) if ours != theirs
         ]  # fmt: skip
         if wrong:
@@ -89,7 +90,8 @@ def load_ensemble(
 def _fed(model: FineTunedModel) -> tuple[object, ...]:
     values = "percentiles" if model.by_percentiles else "own range"
     size, window = model.size, model.window
-    return model.kind.name, model.classes, model.channels, size, window, model.spacing_mm, values
+    legend = model.kind.mask_legend()
+    return model.kind.name, model.classes, legend, model.channels, size, window, model.spacing_mm, values
 
 
 def _trials(run: Path) -> list[Path]:

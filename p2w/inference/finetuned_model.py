@@ -82,6 +82,14 @@ class FineTunedModel:
         """Whether a sample was a whole scan, and so is what it tells something of."""
         return not self.kind.per_voxel and (self.card["task"].get("target") or {}).get("sample") == "scan"
 
+    def check_threshold(self, threshold: float, default: float) -> None:
+        """Raise UserError for a threshold of a network that takes the most probable class instead."""
+        if threshold != default and not self.kind.by_threshold:
+            raise UserError(
+                f"--threshold {threshold:g}: {self.file} gives each voxel its most probable class; leave it out, or write "
+                "--probabilities"
+            )
+
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """mm z, y, x of a crop's voxels; None: those of the scan, whatever they are.

@@ -389,6 +389,7 @@ def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
 
 def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
     """`_check` of a network that segments."""
+    model.check_threshold(options.threshold, PredictOptions.threshold)
     name, layers = options.out.name.lower(), model.kind.layers()
     if options.format == DICOM_SEG:
         if options.candidates is not None or not name.endswith(SEG_ENDING):

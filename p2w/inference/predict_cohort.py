@@ -127,6 +127,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     if options.probabilities and not model.kind.per_voxel:
         raise UserError("--probabilities: is for segmentation; answers.csv holds those of whole scans")
+    model.check_threshold(options.threshold, PredictCohortOptions.threshold)
     precision = choose_precision(options.precision, world.device)
     names = tuple(model.card["task"].get("channel_names") or ())
     if model.channels > 1 and len(names) != model.channels:

@@ -5,8 +5,8 @@ p2w.load("hf://org/name@v1.0")             a tag, a branch or a commit
 --init hf://org/name/checkpoint_final.pth  a file that `p2w inspect` can read; without one, model.safetensors of `p2w push`
 
 A name is pinned to a commit as soon as it is resolved, and runs and cards record it so. Files stay in the Hub's own cache;
-with HF_HUB_OFFLINE=1, or where no network is, they come from there. Needs the extra p2w[hub]. HF_ENDPOINT, HF_HOME and
-HF_TOKEN are read by the client; no token is printed or stored here.
+with HF_HUB_OFFLINE=1, or where no network is, they come from there. Needs the extra parts2whole[hub]. HF_ENDPOINT, HF_HOME
+and HF_TOKEN are read by the client; no token is printed or stored here.
 """
 
 import re

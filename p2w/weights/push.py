@@ -6,8 +6,8 @@
 
 model.safetensors with its card inside, card.json and README.md in one commit: what `p2w export --to hub-folder` writes, less
 the command, paths and addresses of data sets. They are searched for absolute paths, addresses, names and uids first; what is
-found is named, and nothing is sent. The repository is made private unless --public. Needs the extra p2w[hub]; log in with
-`hf auth login` or HF_TOKEN. The best checkpoint by validation, else the newest, unless --step names one.
+found is named, and nothing is sent. The repository is made private unless --public. Needs the extra parts2whole[hub]; log in
+with `hf auth login` or HF_TOKEN. The best checkpoint by validation, else the newest, unless --step names one.
 """
 
 import contextlib

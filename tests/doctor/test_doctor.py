@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from ct_sets import write_structured_set
@@ -43,9 +44,7 @@ def test_the_whole_command_prints_a_screen_and_as_json_the_same(tmp_path, tiny_s
         command = [sys.executable, "-m", "p2w", "doctor", "demo", "--shards", str(tiny_set), "--ranks", "2"]
         command += ["--run-dir", str(tmp_path / "run"), "--train.precision", "fp32", *more]
         env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
-        return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
-        )
+        return processes.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
     told = run("--json")
     page = json.loads(told.stdout)
@@ -76,10 +75,10 @@ def test_a_broken_set_is_a_problem_and_exit_code_1(tmp_path, tiny_set):
     next(broken.glob("*.tar")).unlink()
     code = "import sys; from p2w.doctor import command; command.CHECKS = (command.shards,); "
     code += "sys.exit(command.main(sys.argv[1:]))"
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code, "demo", "--shards", str(broken)],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO), "P2W_DEVICE": "cpu"},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1 and "is missing" in done.stdout and "-> " in done.stdout
     assert "1 problem(s), 0 note(s)" in done.stdout and "Traceback" not in done.stderr

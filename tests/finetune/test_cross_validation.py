@@ -145,3 +145,17 @@ def test_predict_averages_the_folds(run, tmp_path):
     crops = torch.randint(-1000, 1000, (2, 1, 8, 16, 16), dtype=torch.int16)
     wanted = torch.stack([one.predictions(crops, None) for one in alone]).mean(0)
     torch.testing.assert_close(together.predictions(crops, None), wanted)
+
+
+@pytest.mark.slow
+def test_numbers_of_all_folds_are_judged_in_their_own_unit(tmp_path):
+    """Each fold's network gives standard deviations of its own training samples."""
+    folder = write_target_set(tmp_path / "set", "regression", counts=(3, 1, 2), each=2)
+    run, base = tmp_path / "run", ["--init", "random", "--folds", "2", *SMALL, "--trials", "1"]
+    argv = ["--task", str(folder), "--run-dir", str(run), *base]
+    assert finetune.work(finetune.build(argv, WORLD), WORLD) == 0
+    told = json.loads((run / SUMMARY).read_text())["metrics"]["mae"]
+    arrays = [dict(np.load(fold / "trial-00" / "predictions.npz")) for fold in folds_of_run(run)]
+    error = np.concatenate([np.abs(one["value"] - one["target"]) for one in arrays])
+    assert told["all"] == pytest.approx(error.mean(), rel=1e-6)
+    assert told["ci95"][0] <= told["all"] <= told["ci95"][1]

@@ -90,7 +90,9 @@ def test_an_empty_mask_several_classes_and_the_same_object_again(tmp_path):
     scan = read_scan(source)
     (seg,) = masks_by_series(str(out), "", "seg")["1.2.3"]
     for name, wanted in (("liver", MASK), ("tumour", other), ("", MASK | other)):
-        np.testing.assert_array_equal(read_mask(seg, "seg", name, scan.grid, scan.voxels.shape), wanted)
+        np.testing.assert_array_equal(
+            read_mask(seg, "seg", name, source, scan.grid, scan.voxels.shape), wanted
+        )
     write_dicom_seg(out / "a.dcm", {"Liver": MASK}, source, "other weights")
     assert pydicom.dcmread(out / "a.dcm").SOPInstanceUID != one.SOPInstanceUID
 
@@ -103,6 +105,10 @@ def test_frames_of_one_file_in_another_order(tmp_path):
     out.mkdir()
     write_dicom_seg(out / "a.dcm", {"Liver": MASK}, source_of(folder), "weights")
     np.testing.assert_array_equal(again(folder, out), MASK)
+    save(multi_frame(slices[:6], **IDS), tmp_path / "parts" / "a.dcm")
+    save(multi_frame(slices[6:], **(IDS | {"SOPInstanceUID": "1.5.2"})), tmp_path / "parts" / "b.dcm")
+    with pytest.raises(UserError, match="some of the frames of its files, or of several files"):
+        check_dicom_source(source_of(tmp_path / "parts"))
 
 
 def test_what_cannot_be_referred_to_is_refused_before_anything_is_computed(tmp_path):
@@ -112,7 +118,7 @@ def test_what_cannot_be_referred_to_is_refused_before_anything_is_computed(tmp_p
     argv = [str(tmp_path / "run"), "--scan", str(tmp_path / "scan.nii.gz"), "--format", "dicom-seg", "--out"]
     with pytest.raises(UserError, match="is for DICOM series, and this is none; leave --format out"):
         predict.main([*argv, str(tmp_path / "a.dcm")])
-    with pytest.raises(UserError, match=r"name --out with one of \.dcm"):
+    with pytest.raises(UserError, match=r"name --out FILE\.dcm"):
         predict.main([*argv, str(tmp_path / "a.nii.gz")])
     saved(tmp_path / "classes" / "trial-00", "classification")
     with pytest.raises(UserError, match="makes no mask"):

@@ -15,6 +15,7 @@ from torch import nn
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict, predict_cohort
+from p2w.inference.ensemble import load_ensemble
 from p2w.inference.finetuned_model import FineTunedModel
 from p2w.inference.mask_files import write_classes
 from p2w.inference.predict import mask_of, probabilities_for, read_input
@@ -174,6 +175,14 @@ def test_a_cohort_of_labels_that_overlap(scan, tmp_path):
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"structures": ["a", "b"]}
 
 
+def test_trials_whose_masks_have_other_values_are_not_averaged(tmp_path):
+    runs = [tmp_path / name for name in "ab"]
+    for run, value in zip(runs, (1, 2), strict=True):
+        saved(run, "multi-class segmentation", ["background", "a"], {"values": [[value]]})
+    with pytest.raises(UserError, match=r"labels .*'a': 2.* and .*'a': 1"):
+        load_ensemble(runs, False, (), torch.device("cpu"))
+
+
 def test_options_that_do_not_go_with_the_kind(scan, tmp_path):
     path = str(scan[0])
     saved(tmp_path / "map", "multi-class segmentation", ["background", "a"], {"values": [[1]]})
@@ -185,6 +194,7 @@ def test_options_that_do_not_go_with_the_kind(scan, tmp_path):
         ("map", ["--out", "x.nii.gz", "--probabilities", "p.nii.gz"], "name a folder"),
         ("over", ["--out", "x.nii.gz"], "its labels may overlap"), ("whole", ["--out", "x.nii.gz"], "is of whole scans"),
         ("whole", ["--out", "x.csv", "--preview", "x.png"], "makes no mask"),
+        ("map", ["--out", "x.nii.gz", "--threshold", "0.4"], "gives each voxel its most probable class"),
         ("wrong", ["--out", "x.nii.gz"], "its card does not fit its classes"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=why):

@@ -8,12 +8,12 @@ of their own, see test_interpreted.py. By hand:
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from crop_resize_oracle import bf16_step, resize_batch
@@ -154,10 +154,10 @@ def test_strided_wholes():
 @pytest.mark.slow
 @compiled
 def test_compiles_for_ampere_and_hopper_without_one_and_spills_nothing(tmp_path):
-    run = subprocess.run(
+    run = processes.run(
         [sys.executable, Path(__file__).with_name("cubin.py")],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        check=False, capture_output=True, text=True, timeout=230,
+        capture_output=True, text=True, timeout=230,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     if run.stdout.startswith("skip"):

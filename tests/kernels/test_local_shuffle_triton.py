@@ -7,9 +7,9 @@ their own, see test_interpreted.py. By hand:
 
 import importlib.util
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 
@@ -76,10 +76,10 @@ print("compiled")
 @pytest.mark.slow
 @compiled
 def test_compiles_for_hopper_without_one_and_spills_nothing(tmp_path):
-    run = subprocess.run(
+    run = processes.run(
         [sys.executable, "-c", COMPILE, str(tmp_path)],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        check=False, capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0 and "compiled" in run.stdout, run.stderr
 

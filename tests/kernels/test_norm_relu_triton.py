@@ -7,10 +7,10 @@ their own, see test_interpreted.py. By hand:
 
 import importlib.util
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -327,10 +327,10 @@ print("compiled")
 @pytest.mark.slow
 @compiled
 def test_compiles_for_cards_without_one_and_spills_nothing(tmp_path):
-    run = subprocess.run(
+    run = processes.run(
         [sys.executable, "-c", COMPILE, str(tmp_path)],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        check=False, capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0 and "compiled" in run.stdout, run.stderr
 

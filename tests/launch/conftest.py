@@ -1,7 +1,5 @@
 """One forge for all tests of launch/."""
 
-import subprocess
-
 import pytest
 from launch_runs import Forge
 
@@ -10,8 +8,4 @@ from launch_runs import Forge
 def forge():
     forge = Forge()
     yield forge
-    forge.process.stdin.close()
-    try:
-        forge.process.wait(10)
-    except subprocess.TimeoutExpired:
-        forge.process.kill()
+    forge.end()

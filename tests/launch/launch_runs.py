@@ -1,17 +1,15 @@
 """Runs of launch/train.py: through torchrun as users start it, or forked from a process that has its imports done."""
 
-import contextlib
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
-
-REPO = Path(__file__).resolve().parent.parent.parent
+from processes import REPO, Forked, kill_group, torchrun
 
 TINY = """
 --data.batch 4 --data.reader-threads 1 --pretext.size 8 16 16 --model.width 2 --train.precision fp32 --optim.lr 1e-2
@@ -21,21 +19,10 @@ TINY = """
 
 
 class Forge:
-    """A process that forks ranks of a script of launch/ on request, one run at a time."""
+    """Runs a script of launch/ as forks of a process that has its imports done, one run at a time; see fork_server.py."""
 
     def __init__(self) -> None:
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(REPO),
-            "OMP_NUM_THREADS": "1",
-            "P2W_DEVICE": "cpu",
-            "COLUMNS": "200",
-        }
-        self.running: list[int] = []
-        self.process = subprocess.Popen(
-            ["timeout", "-k", "5", "900", sys.executable, "tests/launch/forge.py"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, start_new_session=True,
-        )  # fmt: skip
+        self.running: list[Forked] = []
 
     def start(self, folder: Path, *argv: object, ranks: int = 1, **how: object) -> list[int]:
         """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after.
@@ -43,38 +30,67 @@ class Forge:
         `script` is launch/train.py unless named. `spies` are (name, argument, …) of functions in spies.py. Training
         draws neither pictures nor report.html, which takes most of a tiny run's time, unless `draws`.
         """
-        return self._ask(folder, argv, ranks=ranks, **how)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(ranks):
+            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
+            place |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+            env = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
+            self._start(folder, [], argv, env, first=rank == 0, **how)
+        return [one.pid for one in self.running]
 
     def torchrun(
         self, folder: Path, *argv: object, ranks: int, restarts: int = 0, **how: object
     ) -> psutil.Process:
         """Begin the run under torchrun, forked as its ranks are; returns torchrun. Call `wait` after."""
-        (agent,) = self._ask(folder, argv, ranks=ranks, torchrun=[f"--max-restarts={restarts}"], **how)
-        return psutil.Process(agent)
+        agent = torchrun(ranks, restarts=restarts)[1:-1]  # up to the script
+        self._start(folder, agent, argv, {}, **how)
+        return psutil.Process(self.running[0].pid)
 
-    def _ask(
-        self, folder: Path, argv: tuple, script: str = "launch/train.py", spies: tuple = (), draws: bool = False,
-        **request: object,
-    ) -> list[int]:  # fmt: skip
+    def _start(
+        self, folder: Path, agent: list[str], argv: tuple, env: dict[str, str], script: str = "launch/train.py",
+        spies: tuple = (), draws: bool = False, first: bool = True,
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         if script == "launch/train.py" and not draws:
             spies = (("draw_nothing",), *spies)
-        request = {"torchrun": [], **request, "script": script, "spies": spies}
-        request |= {"argv": [str(arg) for arg in argv]}
-        request |= {"out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
-        if self.running:  # left by a test that failed: the next one does not suffer for it
-            for pid in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.wait()
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        self.running = json.loads(self.process.stdout.readline())
-        return self.running
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+            "P2W_DEVICE": "cpu",
+            "COLUMNS": "200",
+            **env,
+        }
+        if first and self.running:  # left by a test that failed: the next one does not suffer for it
+            self.end()
+        with open(folder / "out.txt", "ab") as out, open(folder / "err.txt", "ab") as err:
+            self.running.append(
+                Forked(
+                    [sys.executable, *agent, script, *argv],
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=REPO, env=env, start_new_session=True, spies=spies,
+                )
+            )  # fmt: skip
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for one in self.running:
+            kill_group(one)
+        self.running = []
 
     def wait(self) -> list[int]:
-        """Exit codes of the ranks."""
-        codes = json.loads(self.process.stdout.readline())
+        """Exit code of each rank, -9 for a SIGKILL; the first that fails ends the others, after ten seconds by force."""
+        deadline = None
+        while None in (codes := [one.poll() for one in self.running]):
+            if deadline is None and any(codes):
+                deadline = time.monotonic() + 10
+                for one in self.running:
+                    one.terminate()
+            elif deadline is not None and time.monotonic() > deadline:
+                for one in self.running:
+                    one.kill()
+            time.sleep(0.01)
         self.running = []
         return codes
 

@@ -14,14 +14,14 @@ from processes import kill_group, torchrun
 from p2w.log import read_metrics
 from p2w.train.stop import StopRequest
 
+RUN = ("demo", *TINY, "--train.validate-every", 12, "--train.probe-every", 10)
+
 
 @pytest.fixture(scope="session")
 def whole(forge, tiny_set, tmp_path_factory):
     """The uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole")
-    codes, _, err = forge.run(
-        folder, "demo", *TINY, "--shards", tiny_set, "--run-dir", folder / "run", ranks=2
-    )
+    codes, _, err = forge.run(folder, *RUN, "--shards", tiny_set, "--run-dir", folder / "run", ranks=2)
     assert codes == [0, 0], err
     return folder / "run"
 
@@ -42,7 +42,7 @@ def first_checkpoint(run):
 
 def test_torchrun_killed_at_any_moment_and_repeated(forge, tiny_set, whole, tmp_path, start):
     """The one that a real torchrun starts; it draws its pictures, and a run that drew none ends with the same bits."""
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", tmp_path / "run")
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", tmp_path / "run")
     process = start(torchrun(2, *argv), tmp_path)
     first_checkpoint(tmp_path / "run")
     time.sleep(random.uniform(0, 2))
@@ -55,7 +55,7 @@ def test_torchrun_killed_at_any_moment_and_repeated(forge, tiny_set, whole, tmp_
 
 def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
     for ready in ((run / "metrics.jsonl").exists, lambda: first_checkpoint(run) or True):
         pids = forge.start(tmp_path, *argv, ranks=2)
         wait_for(ready, "a sign of life")
@@ -70,7 +70,7 @@ def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, t
 
 def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
     agent = forge.torchrun(tmp_path, *argv, ranks=2, draws=True)
     first_checkpoint(run)
     began = time.monotonic()
@@ -94,7 +94,7 @@ def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
 
 def test_sigusr1_to_one_rank_stops_all_and_ends_well(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
     pids = forge.start(tmp_path, *argv, ranks=2)
     first_checkpoint(run)
     os.kill(pids[1], signal.SIGUSR1)
@@ -107,8 +107,8 @@ def test_sigusr1_to_one_rank_stops_all_and_ends_well(forge, tiny_set, whole, tmp
 def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
     """Validation or similarity, before the first step, between two and after the last: it is broken off and made up for."""
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
-    looks = ((0, "validation"), (6, "similarity"), (12, "validation"), (30, "validation"))
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
+    looks = ((0, "validation"), (10, "similarity"), (12, "validation"), (30, "validation"))
     for step, name in looks:
         spies = (("tell", step, 1, name),)
         codes, _, err = forge.run(tmp_path, *argv, ranks=2, spies=spies)
@@ -143,7 +143,7 @@ def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp
 
 def test_torchrun_restarts_by_itself_when_a_rank_is_killed(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", run)
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
     agent = forge.torchrun(tmp_path, *argv, ranks=2, restarts=2)
     first_checkpoint(run)
     max(agent.children(), key=lambda one: one.pid).kill()
@@ -176,7 +176,7 @@ def test_four_ranks_continue_bit_identically(forge, tiny_set, tmp_path):
 def test_a_finished_run_repeated_changes_nothing(forge, tiny_set, whole):
     before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
     lines = metrics(whole)
-    argv = ("demo", *TINY, "--shards", tiny_set, "--run-dir", whole)
+    argv = (*RUN, "--shards", tiny_set, "--run-dir", whole)
     assert forge.run(whole.parent, *argv, ranks=2)[0] == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
     assert metrics(whole) == lines and status(whole)["state"] == "finished"

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from processes import REPO, torchrun
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not REAL, reason="P2W_REAL_DATA names no folder 
 def run(*command: object) -> str:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220, check=False)
+    done = processes.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

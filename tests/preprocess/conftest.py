@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import Forked
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(name, *arguments, **options):
-    """Start `preprocess/NAME.py` with arguments; gives the process."""
+def start(name, *arguments, new_interpreter=False, **options):
+    """Start `preprocess/NAME.py` with arguments; gives the process, a fork unless it is to be a `new_interpreter`."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     line = [sys.executable, str(ROOT / "preprocess" / f"{name}.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, env=env, **{**pipes, **options})
+    begin = subprocess.Popen if new_interpreter else Forked
+    return begin(line, env=env, **{**pipes, **options})
 
 
 def call(name, *arguments, **options):
@@ -58,7 +60,8 @@ def whole(command, luna, tmp_path_factory):
     from ct_files import KEEP_ALL
 
     out = tmp_path_factory.mktemp("whole") / "shards"
-    code, said, _ = command.call("shard_luna", "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
+    arguments = ("shard_luna", "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
+    code, said, _ = command.call(*arguments, new_interpreter=True)
     assert code == 0, said
     return out
 

@@ -1,9 +1,9 @@
 """MR: each scan scaled by its percentiles, CT and localizers left out, repaired as it was cut."""
 
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from ct_files import ct, dicom, write
 
@@ -45,7 +45,7 @@ def test_mr_is_scaled_and_ct_left_out(command, tmp_path):
     whole = damaged.read_bytes()
     damaged.unlink()
     line = [sys.executable, "-m", "p2w", "verify", out, "--repair", "--scans", scans]
-    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
+    done = processes.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and damaged.read_bytes() == whole, done.stdout + done.stderr
 
 

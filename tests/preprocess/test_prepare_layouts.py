@@ -1,10 +1,14 @@
 """p2w prepare of sets with several classes, channels and answers, with its worker processes, and back out of the shards."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from ct_files import ct, write
+from scipy import ndimage
 
 from p2w.commands.prepare_target import main
 from p2w.errors import UserError
@@ -81,6 +85,38 @@ def test_a_value_that_is_not_declared_ends_it_and_a_damaged_file_does_not(tmp_pa
         == 1
     )
     assert open_target(tmp_path / "set").meta["classes"] == ["background", "a", "b"]
+
+
+SARCOMA = Path(os.environ.get("P2W_REAL_DATA", "/nowhere")) / "sarcoma"
+
+
+@pytest.mark.skipif(not SARCOMA.is_dir(), reason="P2W_REAL_DATA does not name real scans")
+def test_real_sarcomas_as_tumour_and_body(tmp_path):
+    """Tumours as outlined, the body as what is denser than fat and larger than all else."""
+    (tmp_path / "raw").mkdir()
+    truth = {}
+    for number in (2, 3, 8):
+        (tmp_path / "raw" / f"S{number}_ct.nii.gz").symlink_to(SARCOMA / f"STS_{number:03d}_ct.nii.gz")
+        scan, outline = (
+            sitk.ReadImage(str(SARCOMA / f"STS_{number:03d}_{kind}.nii.gz")) for kind in ("ct", "gtv")
+        )
+        parts, _ = ndimage.label(sitk.GetArrayFromImage(scan) > -300)
+        labels = (parts == 1 + np.bincount(parts.ravel())[1:].argmax()).astype(np.uint8)
+        labels[sitk.GetArrayFromImage(outline) > 0] = 2
+        image = sitk.GetImageFromArray(labels)
+        image.CopyInformation(scan)
+        sitk.WriteImage(image, str(tmp_path / "raw" / f"S{number}_seg.nii.gz"))
+        truth[f"S{number}_ct"] = labels
+    more = ("--images", "*_ct.nii.gz", "--masks", "*_seg.nii.gz", "--label-names", "body=1", "tumour=2")
+    more += ("--around", "foreground", "--crops", 4, "--fractions", 0.4, 0.3, 0.3)
+    assert prepare(tmp_path / "raw", tmp_path / "set", *more) == 0
+    target = open_target(tmp_path / "set")
+    assert target.meta["classes"] == ["background", "body", "tumour"] and len(target) == 12
+    _, masks = target.read(range(12))
+    assert (masks == 2).flatten(1).any(1).sum() >= 3
+    for row in range(12):
+        z, y, x = (int(at) for at in target.first_voxel[row])
+        assert (truth[target.scan_uid[row]][z : z + 8, y : y + 16, x : x + 16] == masks[row, 0].numpy()).all()
 
 
 def test_answers_of_scans_and_what_is_unknown(tmp_path):

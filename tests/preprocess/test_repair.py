@@ -2,17 +2,17 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
+import processes
 from ct_files import KEEP_ALL, SCANS, ct, dicom, write
 
 
 def verify(*argv, **env):
     """Exit code and output of `p2w verify`."""
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "p2w", "verify", *map(str, argv)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env},
+        capture_output=True, text=True, timeout=120, env={**os.environ, **env},
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr

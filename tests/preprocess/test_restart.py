@@ -53,7 +53,7 @@ def test_killed_and_repeated_gives_the_same_bytes(command, many, many_whole, tmp
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", many, "--out", out, "--workers", 2, *KEEP_ALL)
     for more in (0, 3):
-        process = command.start(*arguments)
+        process = command.start(*arguments, new_interpreter=finished == 1)
         wait_until(lambda enough=finished + more: len(list((out / "scans").glob("*.json"))) >= enough)
         process.kill()
         process.communicate()
@@ -76,7 +76,7 @@ def heeds_interrupts():
 def test_a_signal_stops_it_at_once(command, many, many_whole, tmp_path, number):
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", many, "--out", out, "--workers", 1, *KEEP_ALL)
-    process = command.start(*arguments, start_new_session=True)
+    process = command.start(*arguments, start_new_session=True, new_interpreter=True)
     wait_until(lambda: any((out / "scans").glob("*.json")))  # the first of twelve scans is cut
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     began = time.monotonic()
@@ -135,7 +135,8 @@ def test_two_processes_on_one_folder(command, luna, whole, tmp_path):
 def test_a_worker_that_is_killed_is_reported(command, luna, tmp_path):
     import psutil
 
-    process = command.start(NAME, "--luna", luna, "--out", tmp_path / "shards", "--workers", 1, *KEEP_ALL)
+    arguments = ("--luna", luna, "--out", tmp_path / "shards", "--workers", 1, *KEEP_ALL)
+    process = command.start(NAME, *arguments, new_interpreter=True)
     workers = []
     while not workers and process.poll() is None:
         children = psutil.Process(process.pid).children()

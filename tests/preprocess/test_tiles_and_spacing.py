@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 from ct_files import ct, write
@@ -27,7 +27,7 @@ TINY = """--data.batch 4 --data.reader-threads 1 --pretext.size 8 16 16 --model.
 def run(*command: object) -> str:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220, check=False)
+    done = processes.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 

@@ -156,6 +156,7 @@ def test_every_number_of_a_pretext_has_bounds():
         assert not hints, f"{group}: {hints}"
 
 
+@pytest.mark.slow
 def test_settings_are_read_without_torch():
     code = "import sys, p2w.config; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

@@ -153,6 +153,7 @@ def test_headers_with_wrong_values(tmp_path, name, old, new, says):
     assert re.search(says, reads(path))
 
 
+@pytest.mark.slow
 def test_a_compressed_stream_may_not_exceed_its_header(tmp_path):
     path = write(tmp_path / "packed.mhd", ct((8, 24, 20)))
     bomb = zlib.compress(bytes(200 << 20), 1)  # 200 MiB in 200 kB

@@ -32,6 +32,7 @@ def hit(manifest, shard, first, end):
     return [row["key"] for row in rows if row["offset"] < end and row["offset"] + row["nbytes"] > first]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tar", "arrow"])
 def test_every_flip_and_truncation_of_a_shard_is_found(tmp_path, capsys, form):
     write_set(tmp_path, form)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import pytest
 import torch
@@ -323,6 +324,7 @@ def test_read_into_takes_arrays_and_tensors(tmp_path):
     np.testing.assert_array_equal(tensor, wholes[8])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("P2W_REAL_DATA" not in os.environ, reason="needs real scans in P2W_REAL_DATA")
 def test_a_real_scan_gives_one_stream_in_both_formats(tmp_path):
     tool = os.fspath(Path(__file__).parents[2] / "preprocess" / "shard_scans.py")
@@ -330,7 +332,7 @@ def test_a_real_scan_gives_one_stream_in_both_formats(tmp_path):
     for form in ("tar", "arrow"):
         scans, out = os.path.join(os.environ["P2W_REAL_DATA"], "nifti"), os.fspath(tmp_path / form)
         command = [sys.executable, tool, "--scans", scans, "--out", out, "--format", form]
-        subprocess.run(command, check=True, timeout=200)
+        processes.run(command, check=True, timeout=200)
         streams.append(take(Stream(open_set(out), batch=4, seed=2, readers=2), 8))
     same(*streams)
     voxels = np.stack([batch[3] for batch in streams[0]])

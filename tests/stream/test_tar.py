@@ -324,6 +324,7 @@ def test_s3_through_the_aws_cli(served, monkeypatch):
         open_set("s3://bucket/other")
 
 
+@pytest.mark.slow
 def test_substitutes_for_what_cannot_be_streamed(served, monkeypatch, capfd):
     """A flipped byte, a truncated shard and a missing one: substitutes are read, the same ones for any world size."""
     monkeypatch.setattr(tar, "_PAUSE", 0.01)

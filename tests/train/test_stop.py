@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from processes import Forked
 
 from p2w.train.stop import StopRequest
 
@@ -34,7 +35,7 @@ print("saved", flush=True)
 
 
 def waiting(seconds):
-    process = subprocess.Popen(
+    process = Forked(
         [sys.executable, "-c", WAITS, str(seconds)], stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
     assert process.stdout.readline() == "open\n"

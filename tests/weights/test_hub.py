@@ -82,7 +82,7 @@ def test_what_is_pushed_is_what_is_loaded(client, pushed, trained_run):
 def test_a_starting_point_is_pinned_to_its_commit(client, pushed, trained_run, tmp_path):
     init = resolve_init("hf://org/small")
     assert init.source == f"hf://org/small@{pushed}" and init.step == 10 and init.pretext == "parts2whole"
-    assert label_of("hf://org/small") == "small"
+    assert label_of("hf://org/small") == "small" and label_of("hf://org/unet-1.5@v2/a.pth") == "unet-1.5"
     start = load_start(init.source)
     assert start.source == init.source and start.pretrained_on == {"fingerprint": "0123456789abcdef"}
     run = tmp_path / "run"

@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -187,7 +187,7 @@ def prepared(exported, tmp_path, *options, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nnUNetResEncUNetLPlans.json").write_text(json.dumps({**BASE, **changes}))
     script = [sys.executable, str(exported / "prepare_nnunet.py"), "-d", "7", str(folder.parent), *options]
-    return folder, subprocess.run(script, check=False, capture_output=True, text=True, cwd=tmp_path)
+    return folder, processes.run(script, capture_output=True, text=True, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 
@@ -226,7 +226,7 @@ def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
     ]
     command += ["--train.precision", "fp32", "--train.validate-every", "100"]
     environment = {**os.environ, "P2W_DEVICE": "cpu"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = processes.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "p2w: unet3d, width 2" in done.stderr and "decoder" in done.stderr
     trained = load_start(str(run))
@@ -236,5 +236,5 @@ def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
     }
     assert equal(trained.encoder, weights)
     shutil.rmtree(init)
-    again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    again = processes.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and "has its 2 steps already" in again.stderr, again.stderr

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from formula_weights import formula_volume, formula_weights
@@ -148,6 +148,7 @@ def whole_unet():
     return encoder, decoder, names, theirs
 
 
+@pytest.mark.slow
 def test_models_genesis_own_class_takes_the_export_and_computes_the_same(whole_unet, tmp_path, capsys):
     """Names, shapes and an output recorded from its class by reference/models_genesis.py; a round trip has the same bits."""
     encoder, decoder, names, theirs = whole_unet
@@ -194,6 +195,7 @@ def test_what_models_genesis_own_class_cannot_load_is_told(whole_unet, trained_r
     assert "cannot load this file: its first convolution has 32 kernels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inspect_says_whole_of_wholes_alone(whole_unet, tmp_path, capsys):
     encoder, decoder, _, _ = whole_unet
     for parts, dropped, told in (
@@ -315,7 +317,7 @@ def test_a_pickle_that_would_run_code_is_one_line_and_exit_code_2(tmp_path):
     path, mark = tmp_path / "evil.pth", tmp_path / "ran"
     medicalnet(path, extra=Evil(mark))
     command = [sys.executable, "-m", "p2w", "inspect", str(path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not mark.exists()
     assert "reading it would run posix.system" in done.stderr and str(path) in done.stderr
 

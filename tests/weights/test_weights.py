@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -192,7 +193,7 @@ def test_the_command_from_the_shell(trained_run, tmp_path):
         [*command, "--out", str(tmp_path / "e.safetensors")], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0 and "encoder of step 10" in done.stdout
-    failed = subprocess.run([*command, "--step", "7"], check=False, capture_output=True, text=True)
+    failed = processes.run([*command, "--step", "7"], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
-    listed = subprocess.run([sys.executable, "-m", "p2w"], check=False, capture_output=True, text=True)
+    listed = processes.run([sys.executable, "-m", "p2w"], capture_output=True, text=True)
     assert all(f"p2w {name}" in listed.stdout for name in COMMANDS)

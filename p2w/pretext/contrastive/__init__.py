@@ -15,7 +15,7 @@ papers; the 0.7 of its third section is for measuring features that were trained
 exemplar's loss among 28,144 classes could not fall below 8.8 of 10.2 nats.
 """
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,19 @@ class SimClr(ContrastivePretext):
     kind = InBatch
 
 
-class Moco(ContrastivePretext):
+class MomentumPretext(ContrastivePretext):
+    """Those whose objective has a momentum teacher, which follows after each step."""
+
+    kind: ClassVar[type[MomentumTeacher]]
+
+    def after_step(self, network: nn.Module, step: int) -> None:
+        """Update the momentum encoder."""
+        network = cast(ContrastiveNetwork, network)
+        teacher = cast(MomentumTeacher, network.negatives)
+        teacher.update(network.encoder, network.head, step, self.config.train.steps)
+
+
+class Moco(MomentumPretext):
     """MoCo (He et al. 2020)."""
 
     summary = "two parts of a whole -> alike, unlike those of a queue that a momentum encoder made"
@@ -52,14 +64,8 @@ class Moco(ContrastivePretext):
         network.register_load_state_dict_pre_hook(_update_copy_of_earlier_version)
         return network
 
-    def after_step(self, network: nn.Module, step: int) -> None:
-        """Update the momentum encoder."""
-        network = cast(ContrastiveNetwork, network)
-        teacher = cast(MomentumTeacher, network.negatives)
-        teacher.update(network.encoder, network.head, step, self.config.train.steps)
 
-
-class Dino(Moco):
+class Dino(MomentumPretext):
     """Self-distillation (Caron et al. 2021)."""
 
     summary = "parts of a whole -> assigned as a momentum teacher assigns two of them"
