@@ -28,7 +28,7 @@ def test_every_cell_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("P2W_DEVICE", "cpu")
-    monkeypatch.setenv("STEPS", "30")
+    monkeypatch.setenv("STEPS", "20")
     monkeypatch.chdir(tmp_path)
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: (drawn.append(len(plt.gcf().axes)), plt.close("all")))
@@ -42,7 +42,7 @@ def test_every_cell_runs(monkeypatch, tmp_path):
         printed = any("text" in one or "text/html" in one.get("data", {}) for one in cell["outputs"])
         assert bool(out.getvalue().strip()) == printed, f"cell {number}: {out.getvalue()}"
         if "metrics.jsonl" in code:
-            assert "step 30 " in out.getvalue()
+            assert "step 20 " in out.getvalue()
     assert os.listdir(tmp_path) == [], "it leaves nothing behind"
 
 
