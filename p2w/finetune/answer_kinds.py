@@ -16,6 +16,7 @@ no part in loss and metrics.
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from p2w import stats
 from p2w.finetune import metrics, result_pictures
-from p2w.finetune.task_interface import Intervals, Measures, TaskType
+from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Classifier
 from p2w.tasks.task import MULTI_CLASS, MULTI_LABEL, REGRESSION
@@ -47,6 +48,21 @@ class Answer(TaskType):
     def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes' names."""
         return tuple(classes)
+
+    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
+        """The metrics at the top of the file; those that have no value are left out."""
+        found, later = self._measures(records, patients)
+        sound = {name: value for name, value in found.items() if math.isfinite(value)}
+        return sound, {name: later[name]() for name in sound}
+
+    def measure(self, records: Tensor, patients: list[str]) -> Measures:
+        """As `TaskType.measure`."""
+        found, _ = self._measures(records, patients)
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    @abstractmethod
+    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+        """Metrics, NaN where there is none, and their intervals."""
 
 
 class MultiClass(Answer):
@@ -79,8 +95,7 @@ class MultiClass(Answer):
         """Mean cross-entropy over the samples."""
         return float(cross_entropy(records[:, :-1], records[:, -1].long()))
 
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """AUC, balanced accuracy and accuracy."""
+    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
         score = torch.log_softmax(records[:, :-1], 1).numpy()
         label = records[:, -1].numpy().astype(int)
         right = (score.argmax(1) == label).astype(np.float64)
@@ -90,10 +105,9 @@ class MultiClass(Answer):
             "balanced_accuracy": metrics.balanced_accuracy(right, label),
             "accuracy": float(right.mean()),
         }
-        sure["balanced_accuracy"] = stats.bootstrap(
-            lambda weights: metrics.balanced_accuracy(right, label, weights), patients
-        )
-        sure["accuracy"] = stats.mean_interval(right, patients)
+        balanced = partial(metrics.balanced_accuracy, right, label)
+        sure["balanced_accuracy"] = partial(stats.bootstrap, balanced, patients)
+        sure["accuracy"] = partial(stats.mean_interval, right, patients)
         return found, sure
 
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
@@ -157,8 +171,7 @@ class MultiLabel(ByColumn):
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, target, reduction="none")
 
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """AUC and balanced accuracy."""
+    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
         logits, target = (part.numpy() for part in records.chunk(2, 1))
         found, sure = _auc(logits, target, self.classes, patients)
 
@@ -172,8 +185,8 @@ class MultiLabel(ByColumn):
             return float(np.mean(sound)) if sound else math.nan
 
         found["balanced_accuracy"] = accuracy(np.ones(len(records)))
-        sure["balanced_accuracy"] = stats.bootstrap(accuracy, patients)
-        return _sound(found, sure)
+        sure["balanced_accuracy"] = partial(stats.bootstrap, accuracy, patients)
+        return found, sure
 
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """ROC curves."""
@@ -219,12 +232,23 @@ class Regression(ByColumn):
         mean, sd = self._scale(logits)
         return smooth_l1_loss(logits, (target - mean) / sd, reduction="none")
 
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """R2 and mean absolute error."""
-        logits, truth = records.chunk(2, 1)
-        predicted, target = self._values(logits).numpy(), truth.numpy()
+    def record(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(B, 2 K): predicted values and targets in the unit of the table.
+
+        So records of the folds of a cross-validation, each with a scale of its own, can be judged together.
+        """
+        return torch.cat((self._values(logits.reshape(target.shape).double()), target.double()), 1)
+
+    def loss_of(self, records: Tensor) -> float:
+        """The mean over samples and columns."""
+        predicted, target = records.chunk(2, 1)
+        mean, sd = self._scale(predicted)
+        return float(self._known((predicted - mean) / sd, target).mean())
+
+    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+        predicted, target = (part.numpy() for part in records.chunk(2, 1))
         found: Measures = {}
-        sure: Intervals = {}
+        sure: LaterIntervals = {}
 
         def each(weights: Floats) -> Floats:
             """(2, K): error and R2 of each column."""
@@ -243,38 +267,29 @@ class Regression(ByColumn):
                     values = each(weights)[number]
                     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
-                sure[name] = stats.bootstrap(mean, patients)
+                sure[name] = partial(stats.bootstrap, mean, patients)
             for k, of in enumerate(self.classes if len(self.classes) > 1 else ()):
                 found[f"{name}:{of}"] = float(own[k])
 
                 def one(weights: Floats, number: int = number, k: int = k) -> float:
                     return float(each(weights)[number, k])
 
-                sure[f"{name}:{of}"] = stats.bootstrap(one, patients)
-        return _sound(found, sure)
+                sure[f"{name}:{of}"] = partial(stats.bootstrap, one, patients)
+        return found, sure
 
     def _values(self, logits: Tensor) -> Tensor:
         mean, sd = self._scale(logits)
         return logits * sd + mean
 
-    def shared_records(self, records: Tensor) -> Tensor:
-        """In the unit of the table: standard deviations are each trial's own."""
-        logits, target = records.chunk(2, 1)
-        return torch.cat((self._values(logits), target), 1)
-
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """Predicted numbers over the true ones."""
-        logits, target = records.chunk(2, 1)
-        return result_pictures.agreement(self._values(logits).numpy(), target.numpy(), self.classes)
+        predicted, target = (part.numpy() for part in records.chunk(2, 1))
+        return result_pictures.agreement(predicted, target, self.classes)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Predicted values and targets (N, K), NaN where unknown, and the columns' names."""
-        logits, target = records.chunk(2, 1)
-        return {
-            "value": self._values(logits).numpy(),
-            "target": target.numpy(),
-            "classes": np.array(self.classes),
-        }
+        predicted, target = (part.numpy() for part in records.chunk(2, 1))
+        return {"value": predicted, "target": target, "classes": np.array(self.classes)}
 
     def predict(self, logits: Tensor) -> Tensor:
         """Values (B, K), in the unit of the table."""
@@ -283,18 +298,14 @@ class Regression(ByColumn):
 
 def _auc(
     score: Floats, truth: Floats, classes: Sequence[str], patients: list[str], two_sided: bool = True
-) -> tuple[Measures, Intervals]:
+) -> tuple[Measures, LaterIntervals]:
     """`auc` and `auc:NAME`; of two classes that exclude each other (not `two_sided`), `auc` of the second alone."""
     score, truth = (score, truth) if two_sided else (score[:, 1:] - score[:, :1], truth[:, 1:])
     area, each = metrics.macro_auc(score, truth)
-    found, sure = {"auc": area}, {"auc": metrics.macro_auc_interval(score, truth, patients)}
+    found: Measures = {"auc": area}
+    sure: LaterIntervals = {"auc": partial(metrics.macro_auc_interval, score, truth, patients)}
     for k, of in enumerate(classes if two_sided else ()):
         found[f"auc:{of}"] = each[k]
-        sure[f"auc:{of}"] = metrics.macro_auc_interval(score[:, k : k + 1], truth[:, k : k + 1], patients)
-    return _sound(found, sure)
-
-
-def _sound(found: Measures, sure: Intervals) -> tuple[Measures, Intervals]:
-    """Those that have a value."""
-    found = {name: value for name, value in found.items() if math.isfinite(value)}
-    return found, {name: interval for name, interval in sure.items() if name in found}
+        own = score[:, k : k + 1], truth[:, k : k + 1], patients
+        sure[f"auc:{of}"] = partial(metrics.macro_auc_interval, *own)
+    return found, sure

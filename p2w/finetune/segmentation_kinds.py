@@ -16,6 +16,7 @@ Empty masks: see `p2w.finetune.metrics`.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from p2w import stats
 from p2w.finetune import metrics, result_pictures
-from p2w.finetune.task_interface import Intervals, Measures, TaskType
+from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Segmenter, build_decoder
 from p2w.tasks.task import MULTI_CLASS_SEGMENTATION, MULTI_LABEL_SEGMENTATION
@@ -117,9 +118,17 @@ class ClassSegmentation(TaskType):
 
     def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
         """Dice and IoU, and of test records Hausdorff distance and surface Dice, by class and as their mean."""
+        found, later = self._measures(records, patients)
+        return found, {name: interval() for name, interval in later.items()}
+
+    def measure(self, records: Tensor, patients: list[str]) -> Measures:
+        """As `TaskType.measure`."""
+        return self._measures(records, patients)[0]
+
+    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
         names, pooled = self._pooled(records, patients)
         found: Measures = {}
-        sure: Intervals = {}
+        sure: LaterIntervals = {}
         hit, predicted, true = pooled.transpose(2, 0, 1)  # (patients, K)
         ratios = {"dice": (2 * hit, predicted + true), "iou": (hit, predicted + true - hit)}
         for name, (above, below) in ratios.items():
@@ -133,10 +142,10 @@ class ClassSegmentation(TaskType):
             def mean(weights: Floats, of_all: Callable[[Floats], Floats] = of_all) -> float:
                 return float(of_all(weights).mean())
 
-            sure[name] = stats.bootstrap(mean, names)
+            sure[name] = partial(stats.bootstrap, mean, names)
             for k, of in enumerate(self.judged):
                 found[f"{name}:{of}"] = float(every[k])
-                sure[f"{name}:{of}"] = stats.ratio_interval(above[:, k], below[:, k], names)
+                sure[f"{name}:{of}"] = partial(stats.ratio_interval, above[:, k], below[:, k], names)
             self._add_means(found, sure, f"{name}_patient", _ratio(above, below), names)
         surfaces = self._surfaces(records)
         for number, name in enumerate(("hd95_mm", "surface_dice") if surfaces.size else ()):
@@ -144,7 +153,9 @@ class ClassSegmentation(TaskType):
             self._add_means(found, sure, name, np.stack(columns, 1), names)
         return found, sure
 
-    def _add_means(self, found: Measures, sure: Intervals, name: str, each: Floats, names: list[str]) -> None:
+    def _add_means(
+        self, found: Measures, sure: LaterIntervals, name: str, each: Floats, names: list[str]
+    ) -> None:
         """Add a metric of each patient (patients, K), its mean over those that have one."""
         sound = np.isfinite(each)
         by_class = [
@@ -159,11 +170,12 @@ class ClassSegmentation(TaskType):
             below = weights @ sound
             return float(np.mean((weights @ filled)[below > 0] / below[below > 0])) if below.any() else np.nan
 
-        found[name], sure[name] = float(np.nanmean(by_class)), stats.bootstrap(mean, names)
+        found[name], sure[name] = float(np.nanmean(by_class)), partial(stats.bootstrap, mean, names)
         for k, of in enumerate(self.judged):
             if np.isfinite(by_class[k]):
                 found[f"{name}:{of}"] = float(by_class[k])
-                sure[f"{name}:{of}"] = stats.ratio_interval(filled[:, k], sound[:, k].astype(float), names)
+                own = filled[:, k], sound[:, k].astype(float), names
+                sure[f"{name}:{of}"] = partial(stats.ratio_interval, *own)
 
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """Dice of every patient and class."""

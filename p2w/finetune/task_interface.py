@@ -5,7 +5,7 @@ Shapes: B, C, D, H, W = batch, channel, slice, row, column; K = classes; N = sam
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +18,7 @@ from p2w.world import World
 
 Measures = dict[str, float]
 Intervals = dict[str, Interval]
+LaterIntervals = dict[str, Callable[[], Interval]]  # intervals that are computed when they are called for
 
 
 class TaskType(ABC):
@@ -92,12 +93,9 @@ class TaskType(ABC):
         They lie in [0, 1], unless `p2w.finetune.results.UNITS` has the name's beginning.
         """
 
-    def shared_records(self, records: Tensor) -> Tensor:
-        """The records in a form that `judge` of the set's own kind takes, whatever a trial learned of its training targets.
-
-        So records of several folds can be judged together.
-        """
-        return records
+    def measure(self, records: Tensor, patients: list[str]) -> Measures:
+        """The metrics of `judge` alone: a trial that stops on one needs them after every epoch, and no intervals."""
+        return self.judge(records, patients)[0]
 
     @abstractmethod
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:

@@ -223,7 +223,7 @@ class FineTuner:
         if self.recipe.stop_on == "loss":
             return loss, None
         patients = [samples.source.patient[row] for row in samples.rows]
-        metric = self.kind.judge(records, patients)[0].get(self.kind.compared)
+        metric = self.kind.measure(records, patients).get(self.kind.compared)
         if metric is None:
             raise UserError(
                 f"the validation samples have no {self.kind.compared}, as where one class alone is among them; pass "

@@ -210,7 +210,7 @@ class TrialRun:
         """Write weights and predictions, then the result; then delete the checkpoints."""
         arrays = {"key": np.array(self.keys), "patient": np.array(self.patients), **self.kind.keep(records)}
         if self.keep_records:
-            arrays["records"] = self.kind.shared_records(records).numpy()
+            arrays["records"] = records.numpy()
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes names for flags
         try:

@@ -149,7 +149,7 @@ def test_segmentation_of_classes_is_what_counting_gives(name):
             for k in range(len(names))]  # fmt: skip
     assert kind.loss_of(records) == pytest.approx(entropy + np.mean(soft), rel=1e-5)
     assert float(kind.loss(logits, masks, 5, WORLD)) == pytest.approx(kind.loss_of(records), rel=1e-5)
-    assert sure.keys() == found.keys()
+    assert sure.keys() == found.keys() and kind.measure(records, patients) == found
     assert all(low <= found[one] + 1e-9 and found[one] <= high + 1e-9 for one, (low, high) in sure.items())
 
 
@@ -202,4 +202,15 @@ def test_a_regression_speaks_in_the_unit_of_the_table():
     found, _ = kind.judge(kind.record(logits, target), ["p", "q"])
     assert found["mae:age"] == pytest.approx((np.std([40, 60, 80]) - 10) / 2) and found["mae:grade"] == 0
     assert math.isfinite(kind.loss_of(kind.record(logits, target)))
+    other = task_type("regression").for_set(
+        {"classes": ("age", "grade")}, train * 3 - 7
+    )  # another fold's scale
+    together = torch.cat((kind.record(logits, target), other.record(logits, target)))
+    errors = [abs(own.predict(logits)[1, 0].item() - 70) for own in (kind, other)]
+    errors += [abs(own.predict(logits)[0, 0].item() - 60) for own in (kind, other)]
+    plain = task_type("regression").for_set({"classes": ("age", "grade")})
+    found, _ = plain.judge(together, ["p", "q", "p", "q"])
+    assert found["mae:age"] == pytest.approx(np.mean(errors), rel=1e-6) and found == plain.measure(
+        together, list("pqpq")
+    )
     assert "40 alone in column age" in kind.problem_of_targets(train[:1])
