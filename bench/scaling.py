@@ -6,6 +6,8 @@
 Pieces: a step of one sample and a step of two, so what a sample costs and what a step costs, in one process, and in two
 side by side that sum nothing (they share a memory bus, GPUs do not); the all-reduce of the network's gradients alone, over
 gloo. Checked: a step of four samples in one process; steps of one, two and four samples in each of two, with the sum.
+Said too, and not checked here: how long a start takes (imports, meeting, manifest, checkpoint), from a local disk and from a
+shared file system.
 The network is the paper's at 32x32x16 voxels, an eighth of its arithmetic, with all its 67 MB of gradients, so that sums
 weigh more than they would; one thread a process.
 """
@@ -40,10 +42,18 @@ from p2w.train.estimate import (
     sustained_rates,
 )
 from p2w.train.optim import build_optimizer, choose_precision
+from p2w.train.startup import STARTUP_SOURCES, StartupRates, forecast_startup
 from p2w.world import World
 
 SIZE = (16, 32, 32)
 CARD, PER_NODE, A_GPU = "H200", 8, 16  # what the table is of: 16 samples a GPU
+SETS = {"LUNA16": (28_144, 888), "ten million": (10_000_000, 300_000)}  # sub-scans, shards
+DISKS = {
+    "a local NVMe": StartupRates(),
+    "a shared file system": StartupRates(
+        file_op_s=3e-4, file_ops_per_s=50_000, bytes_per_s=1e9, bytes_per_s_in_all=2e10
+    ),
+}
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -140,6 +150,23 @@ def table(flops: int, parameters: int) -> list[tuple[ThroughputForecast, Through
     ]  # type: ignore
 
 
+def startup_rows(checkpoint_bytes: float) -> list[Row]:
+    """Forecast of starts, as starts an hour: a higher value is better, as of every row."""
+    rows = []
+    for place, rates in DISKS.items():
+        for name, (count, shards) in SETS.items():
+            for ranks in (8, 64, 512, 1024):
+                said = forecast_startup(
+                    rates, ranks=ranks, per_node=PER_NODE, cores_per_node=64, rows=count, shards=shards,
+                    checkpoint_bytes=checkpoint_bytes,
+                )  # fmt: skip
+                group = f"forecast of a start, {name} from {place}, {PER_NODE} ranks and 64 cores a node; {STARTUP_SOURCES}"
+                rows.append(
+                    Row(group, f"{ranks:5} ranks", 3600 / said.total_s, "starts/h", "bound", note=said.line())
+                )
+    return rows
+
+
 def main() -> None:
     """Measure the rates of this machine, check the forecast and write it."""
     parser = argparse.ArgumentParser(
@@ -194,6 +221,7 @@ def main() -> None:
         name = f"{fast.ranks:5} x {CARD}, at {SUSTAINED[1]:.0%} of its peak"
         note = f"at {SUSTAINED[0]:.0%}: {slow.samples_per_s:,.0f}; {note}; limit {fast.limit}"
         rows.append(Row(group, name, fast.samples_per_s, "samples/s", "bound", note=note))
+    rows += startup_rows(facts.checkpoint_bytes)
     more = {
         "one_process": one,
         "two_processes": two,

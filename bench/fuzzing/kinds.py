@@ -87,6 +87,7 @@ def kinds() -> dict[str, Kind]:
         "shard-arrow": Kind(make_set("arrow"), read_set, ("1.2.0000.arrow", "1.2.0001.arrow")),
         "manifest": Kind(make_set("tar", only="manifest.parquet"), read_manifest, ("manifest.parquet",)),
         "manifest-unsealed": Kind(make_unsealed, read_manifest, expands=64),
+        "manifest-tables": Kind(make_tables, read_tables, expands=64),
         "tar-stream": Kind(make_set("tar", only="1.2.0000.tar"), read_tar_stream),
         "checkpoint": Kind(
             make_checkpoint, read_checkpoint, ("step-00000003/model.safetensors", "step-00000003/state.pt")
@@ -143,6 +144,35 @@ def make_unsealed(folder: Path) -> None:
     meta.pop("seal")
     table = table.replace_schema_metadata({b"p2w": json.dumps(meta).encode()})
     pq.write_table(table, folder / "manifest.parquet", compression="zstd")
+
+
+def make_tables(folder: Path) -> None:
+    """A manifest of version 2, whose lists are tables."""
+    from p2w.shards.manifest import manifest_bytes, open_manifest  # noqa: PLC0415
+
+    make_set("tar", "manifest.parquet")(folder)
+    found = open_manifest((folder / "manifest.parquet").read_bytes())
+    meta = {key: value for key, value in found.meta.items() if key != "seal"}
+    meta["bad_scans"] = [{"where": "a.mhd", "why": "is cut off", "more": more} for more in (1, "two", [3])]
+    (folder / "manifest.parquet").write_bytes(manifest_bytes(found.table.to_pylist(), meta, version=2))
+
+
+def read_tables(folder: Path) -> None:
+    """As training reads such a manifest, and every list of it; its checksum is put right, so that all rests on the rules."""
+    from p2w.shards.manifest import SEAL, UNSEALED, _sealed, open_manifest  # noqa: PLC0415
+    from p2w.stream.local import ShardSet  # noqa: PLC0415
+
+    path = folder / "manifest.parquet"
+    data = path.read_bytes()
+    at = data.rfind(SEAL) + len(SEAL)
+    if at >= len(SEAL):
+        data = _sealed(data[:at] + UNSEALED + data[at + len(UNSEALED) :])
+    manifest = open_manifest(data)
+    shards = ShardSet(manifest, "fuzzed")
+    assert len(shards.ids("train")) + len(shards.ids("val")) <= len(shards)
+    assert len(manifest.keys.to_pylist()) == len(shards)
+    for name in ("shards", "sources", "bad_scans"):
+        assert len(list(manifest.meta.get(name, []))) == len(manifest.meta.get(name, []))
 
 
 def read_manifest(folder: Path) -> None:

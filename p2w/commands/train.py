@@ -126,6 +126,8 @@ def build(argv: list[str], world: World) -> Job:
         retry_s=60 * config.data.retry_minutes,
         order=RunDir(args.folder).order(),
         order_version=RunDir(args.folder).order_version(),
+        # torchrun ends the ranks of a node when the first one refuses; without it each finds out for itself.
+        check_shards=world.speaks or not world.agent,
     )
     config.log.check_installed()
     rows = Sampler(

@@ -5,6 +5,7 @@ The same code builds sub-scans from scans (`scan_shards.ScanFolder`) and samples
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,8 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 import p2w
 from p2w.ct.orientation import CANONICAL, BadScan
@@ -31,12 +34,21 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, write_published
 from p2w.progress import Progress, say
 from p2w.resources import free_disk, free_memory, usable_cores
-from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, JobShare, Source, SourceListing
+from p2w.shards.build_folder import (
+    BuildFolder,
+    BuildForecast,
+    CutSource,
+    JobShare,
+    Source,
+    SourceListing,
+    StoredRows,
+)
 from p2w.shards.dataset_card import dataset_card, may_write
-from p2w.shards.manifest import manifest_bytes
+from p2w.shards.manifest import LARGE_SHARDS, manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
 from p2w.shards.writer import ShardFile, open_shard
 
+RECORDS_A_CHUNK = 1024  # records whose rows become one table
 WORKER_BYTES = 2 << 30  # the most memory that a worker takes for a scan of 512 x 512 x 764 voxels
 
 
@@ -204,7 +216,13 @@ def _report_result(meta: dict[str, Any], folder: BuildFolder[Any, Any]) -> int:
 
 
 def unfinished_sources(listing: SourceListing[Source], folder: BuildFolder[Any, Source]) -> list[str]:
-    """Names of the sources that have no record in the folder yet, sound or bad."""
+    """Names of the sources that have no record in the folder yet, sound or bad.
+
+    Each share of an array asks this when it ends. So no record is read as long as one is missing in the folder's listing.
+    """
+    there = folder.recorded_uids()
+    if missing := [source.name for source in listing.sources if source.uid not in there]:
+        return missing
     return [source.name for source in listing.sources if folder.record(source.uid) is None]
 
 
@@ -215,7 +233,7 @@ def merge_records(
 
     The caller holds the merge lock, and every source has a record (`unfinished_sources` is empty).
     """
-    records = [record for source in listing.sources if (record := folder.record(source.uid)) is not None]
+    records = read_records(listing, folder)
     good = [record for record in records if "bad" not in record]
     bad = [{"where": where, "why": why} for where, why in listing.bad]
     bad += [{"where": record["name"], "why": record["bad"]} for record in records if "bad" in record]
@@ -232,7 +250,12 @@ def merge_records(
         ],
         "bad_scans": bad,
     }
-    rows = [row | {"shard": f"{row['scan_uid']}.{form}"} for row in content.rows]
+    rows: list[dict[str, Any]] | pa.Table
+    if isinstance(content.rows, pa.Table):
+        shard = pc.binary_join_element_wise(content.rows["scan_uid"], f".{form}", "")
+        rows = content.rows.append_column("shard", shard)
+    else:
+        rows = [row | {"shard": f"{row['scan_uid']}.{form}"} for row in content.rows]
     left_out = [{"where": where, "why": why} for where, why in (*listing.left_out, *content.left_out)]
     told = {f"bad_{folder.source_noun}s": bad, "left_out": left_out} | (report or {})
     files = {
@@ -247,6 +270,35 @@ def merge_records(
     for name, data in files.items():
         write_published(os.path.join(folder.root, name), data, folder.temporary_path(name, "merge"))
     return meta
+
+
+def read_records(listing: SourceListing[Source], folder: BuildFolder[Any, Source]) -> list[dict[str, Any]]:
+    """The records of all sources that have one. In a large set their rows are `StoredRows`: objects would take 1 kB each."""
+    records: list[dict[str, Any]] = []
+    pending: list[dict[str, Any]] = []
+    large = len(listing.sources) >= LARGE_SHARDS
+
+    assert folder.schema.schema is not None  # ANY_SCHEMA is for reading only
+    columns = pa.schema([one for one in folder.schema.schema if one.name not in ("split", "fold", "shard")])
+
+    def store() -> None:
+        rows = [row for record in pending for row in record["rows"]]
+        chunk, start = pa.Table.from_pylist(rows, schema=columns), 0
+        for record in pending:
+            count = len(record["rows"])
+            record["rows"], start = StoredRows(chunk, start, count), start + count
+        pending.clear()
+
+    for source in listing.sources:
+        if (record := folder.record(source.uid)) is None:
+            continue
+        records.append(record)
+        if large and "rows" in record:
+            pending.append(record)
+            if len(pending) == RECORDS_A_CHUNK:
+                store()
+    store()
+    return records
 
 
 def cut_source(source: Source, folder: BuildFolder[Any, Source], share: JobShare) -> dict[str, Any]:
@@ -337,8 +389,14 @@ def cut_in_workers(
     nouns = f"{folder.source_noun}s"
     progress = Progress(len(sources), nouns)
     with progress, _worker_pool(min(workers or default_workers(), len(sources))) as submit:
-        waiting = {submit(cut_source, source, folder, share): source for source in sources}
-        while waiting:
+        left, waiting = iter(sources), dict[Future[dict[str, Any]], Source]()
+        ahead = 4 * min(workers or default_workers(), len(sources))
+        while True:
+            # A few at a time: to wait for one of all takes as long as there are scans, for every scan.
+            for source in itertools.islice(left, max(0, ahead - len(waiting))):
+                waiting[submit(cut_source, source, folder, share)] = source
+            if not waiting:
+                break
             done, _ = wait_for_futures(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 source = waiting.pop(future)

@@ -91,11 +91,27 @@ class BuildForecast:
     bad: list[tuple[str, str]] = field(default_factory=list)  # sources that cannot be used: name, why
 
 
+class StoredRows(Sequence[dict[str, Any]]):
+    """The rows of one record, in a table that has those of many."""
+
+    def __init__(self, table: pa.Table, start: int, length: int) -> None:
+        self.table, self.start, self._length = table, start, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table.slice(self.start, self._length).to_pylist()[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.table.slice(self.start, self._length).to_pylist())
+
+
 @dataclass(frozen=True)
 class DataSetContent:
     """The parts of the manifest, and of the lists beside it, that differ between kinds of data sets."""
 
-    rows: list[dict[str, Any]]  # each with its split
+    rows: list[dict[str, Any]] | pa.Table  # each with its split
     meta: dict[str, Any]
     lists: dict[str, list[str]]  # name of a text file -> names of the shards that it lists
     left_out: list[tuple[str, str]] = field(default_factory=list)  # name, why, for report.json
@@ -256,6 +272,12 @@ class BuildFolder(ABC, Generic[S, Source]):
         except (OSError, UserError):
             return None
         return record
+
+    def recorded_uids(self) -> set[str]:
+        """The uids of all records in the folder, whatever they hold."""
+        with contextlib.suppress(FileNotFoundError):
+            return {os.path.splitext(name)[0] for name in os.listdir(os.path.join(self.root, "scans"))}
+        return set()
 
     def record(self, uid: str) -> dict[str, Any] | None:
         """The record of a source, sound or bad; None when there is none, or it cannot be used."""

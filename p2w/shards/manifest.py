@@ -139,15 +139,18 @@ def _sealed(data: bytes) -> bytes:
 
 
 def read_manifest(
-    where: str | os.PathLike[str] | bytes, expected: ManifestSchema = SUB_SCAN_SCHEMA
+    where: str | os.PathLike[str] | bytes,
+    expected: ManifestSchema = SUB_SCAN_SCHEMA,
+    check_shards: bool = True,
 ) -> Manifest:
     """Read the manifest of a folder, of a manifest file, or of its bytes (fetched by the caller).
 
     Raises UserError when it is missing, damaged, not written by p2w, or breaks a rule of `manifest_schema`, and when a
-    shard that it names is missing or has another size (which is not checked for a manifest read from bytes).
+    shard that it names is missing or has another size. That is not checked for a manifest read from bytes, nor without
+    `check_shards`: of the ranks of a node one will do.
     """
     manifest = open_manifest(where, expected)
-    if manifest.root:
+    if manifest.root and check_shards:
         again = f"copy it again, or cut it again: {repair_command(manifest.root, manifest.meta)}"
         manifest_schema.refuse_faults(manifest.root, manifest.meta, again)
     return manifest
@@ -226,7 +229,7 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
             f"{name} is not a p2w manifest of version {MANIFEST_VERSION}: name a folder written by {expected.made_by}"
         )
     try:
-        if meta.get("seal") is not None and not seal:
+        if (with_tables or meta.get("seal") is not None) and not seal:
             raise ValueError("its checksum is gone")
         if with_tables:
             most = max(manifest_schema.UNPACKED, manifest_schema.UNPACKED_TIMES * buffer.size)
@@ -242,12 +245,10 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
             table = file.read(use_threads=False)
             table.validate(full=True)  # finds text that is not UTF-8, among others
         manifest_schema.check_rows(table, meta)
-    except (ValueError, pa.ArrowException, OSError) as error:
-        raise DamagedManifest(f"{name} makes no sense ({_first_line(error)}): copy it again") from error
-    except DamagedManifest:
-        raise
     except UserError as error:  # a list of the metadata that could not be unpacked
         raise DamagedManifest(str(error)) from error
+    except (ValueError, pa.ArrowException, OSError) as error:
+        raise DamagedManifest(f"{name} makes no sense ({_first_line(error)}): copy it again") from error
     return Manifest(table.replace_schema_metadata(schema.metadata), meta, root)
 
 

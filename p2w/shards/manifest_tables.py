@@ -46,6 +46,9 @@ class TableList(Sequence[Any]):
         try:
             table = self._load()
             said = list_mismatch(table, self.form, "an entry")
+            for field in table.schema:
+                if field.metadata == AS_JSON and field.type != pa.string():
+                    said = f"{field.name!r} of an entry is {field.type}"
         except (ValueError, pa.ArrowException, OSError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
         if said or len(table) != self._length:
@@ -72,11 +75,20 @@ class TableList(Sequence[Any]):
             return [self[at] for at in range(*index.indices(self._length))]
         if not -self._length <= index < self._length:
             raise IndexError(index)
-        return _entries(self.table.slice(index % self._length, 1))[0]
+        return self.part(index % self._length, 1)[0]
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self._length, _SLICE):
-            yield from _entries(self.table.slice(start, _SLICE))
+            yield from self.part(start, _SLICE)
+
+    def part(self, start: int, count: int) -> list[Any]:
+        """The entries from `start` on, at most `count`. Raises UserError where one holds JSON that is none."""
+        try:
+            return _entries(self.table.slice(start, count))
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.name} makes no sense ({str(error)[:80]}): copy it again") from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(other) == len(self) and list(self) == list(other)
@@ -174,7 +186,7 @@ def _open(data: pa.Buffer, most: int, name: str) -> TableList:
     footer = pq.ParquetFile(pa.BufferReader(data), **long_texts(data.size)).metadata
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
-    if unpacked > most or footer.num_rows > data.size * 1024:
+    if unpacked > most or footer.num_rows > max(1 << 20, data.size):
         raise ValueError(f"a table of {footer.num_rows:,} rows unpacks to {unpacked:,} bytes")
 
     def load() -> pa.Table:
@@ -229,7 +241,7 @@ def json_pieces(value: Any) -> Iterator[str]:
     elif isinstance(value, TableList):
         yield "["
         for start in range(0, len(value), _SLICE):
-            part = _entries(value.table.slice(start, _SLICE))
+            part = value.part(start, _SLICE)
             yield (", " if start else "") + json.dumps(part, sort_keys=True)[1:-1]
         yield "]"
     else:

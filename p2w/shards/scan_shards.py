@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 
 from p2w.ct.discover import ScanListing, ScanSource
@@ -19,7 +20,14 @@ from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.progress import duration, say
 from p2w.shards.build import BuildOptions, build_data_set, single
-from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
+from p2w.shards.build_folder import (
+    BuildFolder,
+    BuildForecast,
+    CutSource,
+    DataSetContent,
+    SourceListing,
+    StoredRows,
+)
 from p2w.shards.grouping import (
     RULE,
     UNGROUPED_RULE,
@@ -295,11 +303,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
                 for record in good
             ],
         }
-        rows = [
-            row | {"split": "val" if record["uid"] in val else "train"}
-            for record in good
-            for row in record["rows"]
-        ]
+        rows = _rows_with_split(good, val)
         lists = {
             f"{name}.txt": [f"{uid}.{self.settings.format}" for uid in uids] for name, uids in parts.items()
         }
@@ -339,6 +343,21 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         size = sum(shard["nbytes"] for shard in meta["shards"]) / 2**30
         lines.append(f"{self.root}: {size:.2f} GiB; scans for training {train}, for validation {val}")
         return lines
+
+
+def _rows_with_split(good: list[dict[str, Any]], val: set[str]) -> list[dict[str, Any]] | pa.Table:
+    """The rows of all records with their split: a table where the records have theirs in tables."""
+    stored = [record["rows"] for record in good if isinstance(record["rows"], StoredRows)]
+    if stored and len(stored) == len(good):
+        parts = {id(rows.table): rows.table for rows in stored}
+        table = pa.concat_tables(parts.values())
+        is_val = pc.is_in(table["scan_uid"], value_set=pa.array(sorted(val), pa.string()))
+        return table.append_column("split", pc.if_else(is_val, "val", "train"))
+    return [
+        row | {"split": "val" if record["uid"] in val else "train"}
+        for record in good
+        for row in record["rows"]
+    ]
 
 
 def _row(uid: str, subset: int, sub: SubScan) -> dict[str, Any]:

@@ -202,6 +202,8 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
     shards = manifest.meta["shards"]
     total, done, began = sum(shard["nbytes"] for shard in shards), 0, time.monotonic()
     found: dict[str, ShardFault] = {}
+    if shards:
+        manifest.rows_of(shards[0]["name"])  # sorts the rows by shard once, before threads ask
     progress = Progress(len(shards), "shards")
     verify_one = verify_remote_shard if "://" in manifest.root else verify_shard
     with progress, ThreadPoolExecutor(max(1, workers)) as pool:

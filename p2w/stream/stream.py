@@ -39,6 +39,7 @@ def open_set(
     retry_s: float = 0.0,
     order: Order | None = None,
     order_version: int = 0,
+    check_shards: bool = True,
 ) -> ShardSet:
     """Open the data set in a folder, or below an http(s) or s3 URL, or a mixture; `verify=False` skips checksums.
 
@@ -51,6 +52,8 @@ def open_set(
     A server that fails is asked again for `retry_s` seconds. `order` and `order_version` are those that a run has begun
     with; a set with random access can be read in either order. Version 0: what the size of the set asks for (`sampler`).
 
+    Without `check_shards` nobody looks whether every shard of a folder is there and of its size: another process does.
+
     Raises:
         UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
             be mixed; or the set can no longer be read in `order`.
@@ -58,13 +61,16 @@ def open_set(
     shards: ShardSet
     if is_mixture(where):
         parts = parse_mixture(where)
-        shards = MixedSet([open_set(part.where, verify, retry_s=retry_s) for part in parts], parts)
+        shards = MixedSet(
+            [open_set(part.where, verify, retry_s=retry_s, check_shards=check_shards) for part in parts],
+            parts,
+        )
     elif "://" in where:
         from p2w.stream.tar import open_url  # noqa: PLC0415 - webdataset, requests: for remote sets only
 
         shards = open_url(where, verify, retry_s)
     else:
-        shards = LocalSet(read_manifest(where), verify)
+        shards = LocalSet(read_manifest(where, check_shards=check_shards), verify)
     shards.on_bad, shards.retry_s = on_bad, retry_s
     if order == "shuffled" and shards.order != order:
         raise UserError(

@@ -41,8 +41,10 @@ from p2w import __version__
 from p2w.config import TrainConfig
 from p2w.errors import UserError
 from p2w.files import file_crc32c, sync_to_disk, write_atomic, write_remedy
+from p2w.world import World
 
 FILES = ("model.safetensors", "state.pt")
+NOT_ASKED = -2  # in the place of a step, of a rank that leaves the checksums to another of its node
 UNSEALED = '"seal": "00000000"'
 
 
@@ -54,6 +56,10 @@ class Snapshot:
     model: dict[str, Tensor]
     state: dict[str, Any]
     validation: float | None
+
+
+def _step(snapshot: Snapshot | None) -> int:
+    return -1 if snapshot is None else snapshot.step
 
 
 class Checkpoints:
@@ -189,15 +195,35 @@ class Checkpoints:
                 self.warn(f"{error}; taking the one before")
         return None
 
-    def load(self, step: int) -> Snapshot:
-        """The checkpoint at `step`, on the CPU. Raises UserError when it is missing, cut short or altered."""
+    def load_on_all_ranks(self, world: World) -> tuple[Snapshot | None, bool]:
+        """`load_latest` on every rank, and whether all ranks found the same. A collective.
+
+        One rank of a node compares the checksums, and passes over what is damaged. The others then read the same files, from
+        the page cache of their node, without comparing them again.
+        """
+        verifies = world.speaks
+        snapshot = self.load_latest() if verifies else None
+        found = world.gather(torch.tensor([_step(snapshot) if verifies else NOT_ASKED]))
+        newest = int(found[found != NOT_ASKED][0])
+        if not verifies and newest >= 0:
+            try:
+                snapshot = self.load(newest, verified=True)
+            except UserError as error:
+                self.warn(f"rank {world.rank}: {error}")
+        return snapshot, bool((world.gather(torch.tensor([_step(snapshot)])) == newest).all())
+
+    def load(self, step: int, verified: bool = False) -> Snapshot:
+        """The checkpoint at `step`, on the CPU. Raises UserError when it is missing, cut short or altered.
+
+        `verified`: another process of this node has just compared the checksums, so they are not computed again.
+        """
         folder = self.path(step)
         try:
             meta = _unseal(folder / "meta.json")
             if meta["step"] != step:
                 raise UserError(f"{folder}: its meta.json is of step {meta['step']}")
             for name in FILES:
-                if _checksum(folder / name) != meta["crc32c"][name]:
+                if not verified and _checksum(folder / name) != meta["crc32c"][name]:
                     raise UserError(f"{folder / name}: checksum differs from meta.json, the file is damaged")
             model = load_file(folder / FILES[0])
             state = torch.load(folder / FILES[1], map_location="cpu", weights_only=True)

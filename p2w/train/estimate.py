@@ -19,6 +19,7 @@ from p2w.model.fold import FoldCost
 from p2w.model.unet3d import UpBlock, fold_cost_of
 from p2w.pretext.protocol import Pretext
 from p2w.rng import SampleKeys
+from p2w.train.stop import STOP_POLL_S
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ BUCKET_BYTES = 25 << 20  # of a bucket of gradients in DDP; the backward pass ca
 BACKWARD = (
     2 / 3
 )  # the backward pass's share of the arithmetic: two forward passes, for inputs and for weights
+POLL_HOP_S = 3e-4  # from rank to rank, of the all-reduce of three numbers on the host: 0.6 ms between two ranks, measured
 SAMPLE_BYTES = 2 << 20  # of a sub-scan
 READ_BYTES_PER_S = 7e9  # of a rank: bench/stream.py, two readers on two cores, warm page cache, checksums
 
@@ -180,11 +182,14 @@ class ThroughputForecast:
     exposed_s: float  # part of the all-reduce that the backward pass does not hide
     read_s: float
     step_s: float
+    stop_s: float = (
+        0.0  # beside the step: its share of asking all ranks for stop requests and the audit of ids
+    )
 
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all ranks."""
-        return self.batch / self.step_s
+        return self.batch / (self.step_s + self.stop_s)
 
     @property
     def limit(self) -> str:
@@ -206,6 +211,14 @@ def all_reduce_s(rates: MachineRates, nbytes: float, ranks: int, per_node: int) 
     return min(ring, tree)
 
 
+def poll_s(ranks: int) -> float:
+    """Seconds of the all-reduce that asks all ranks whether one has a stop request, which also sums the audit of ids.
+
+    It is made every STOP_POLL_S seconds, or at every step where a step takes longer.
+    """
+    return 2 * math.ceil(math.log2(ranks)) * POLL_HOP_S if ranks > 1 else 0.0
+
+
 def forecast_throughput(
     rates: MachineRates, *, ranks: int, per_node: int, batch: int, flops_per_sample: float, gradient_bytes: float,
     sample_bytes: float,
@@ -218,7 +231,8 @@ def forecast_throughput(
     exposed = reduce if rates.hidden == 0 else max(last, reduce - rates.hidden * arithmetic)
     read = own * sample_bytes / rates.read_bytes_per_s
     step = max(arithmetic + exposed + rates.step_s, read)
-    return ThroughputForecast(ranks, batch, arithmetic, reduce, exposed, read, step)
+    stop = poll_s(ranks) * min(1.0, step / STOP_POLL_S)
+    return ThroughputForecast(ranks, batch, arithmetic, reduce, exposed, read, step, stop)
 
 
 PEAK = {  # part of torch's name: dense bf16 FLOP/s, bytes/s within a node, bytes/s between nodes; from data sheets
@@ -266,11 +280,12 @@ def describe_scaling(
             forecast_throughput(one, ranks=count, per_node=node, flops_per_sample=flops, **sizes)
             for one in sustained_rates(rates)
         )
-        hours = [one.step_s * steps / 3600 for one in (fast, slow)]
+        hours = [(one.step_s + one.stop_s) * steps / 3600 for one in (fast, slow)]
         speed = f"{slow.samples_per_s:,.0f}-{fast.samples_per_s:,.0f} samples/s"
         times = f"{hours[0]:,.1f}-{hours[1]:,.1f} h"
         sums = f"all-reduce {1e3 * fast.all_reduce_s:.1f} ms for a step of {1e3 * fast.step_s:.1f}"
-        lines.append(f"{count} x {name}: {speed}, {times}; {sums}; limit: {fast.limit}")
+        polls = f", stop requests {1e3 * fast.stop_s:.2f}" if count > 1 else ""
+        lines.append(f"{count} x {name}: {speed}, {times}; {sums}{polls}; limit: {fast.limit}")
     folded = "up-samplings folded where that is less arithmetic; " if cost.folds else ""
     return [
         *lines,

@@ -28,13 +28,12 @@ from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 from p2w.train.id_audit import IdAudit
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
 from p2w.train.step import Stepper, StepResult
-from p2w.train.stop import EvaluationInterrupted, StopRequest
+from p2w.train.stop import STOP_POLL_S, EvaluationInterrupted, StopRequest
 from p2w.train.watchdog import Watchdog
 from p2w.world import World
 
 Evaluate = Callable[[int], Iterable[tuple[str, float]]]
 """Measures the network at a step and yields (name, value) for the log. A collective: all ranks get the same values."""
-STOP_POLL_S = 0.25  # time between two all-reduces that ask whether any rank has a stop request
 MAX_STEPS_A_POLL = 100
 
 
@@ -91,9 +90,8 @@ class Trainer:
 
     def resume(self) -> bool:
         """Load the newest intact checkpoint; False when there is none."""
-        snapshot = self.checkpoints.load_latest()
-        found = torch.tensor([-1 if snapshot is None else snapshot.step])
-        if (self.world.gather(found) != found).any():
+        snapshot, agreed = self.checkpoints.load_on_all_ranks(self.world)
+        if not agreed:
             raise UserError(
                 f"{self.checkpoints.folder}: rank {self.world.rank} sees another newest checkpoint than its peers; "
                 "the run folder must be one all nodes share"

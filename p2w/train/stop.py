@@ -12,6 +12,8 @@ from typing import Any
 
 from p2w.stream.stream import Batch, Stream
 
+STOP_POLL_S = 0.25  # time between two all-reduces that ask whether any rank has a stop request
+
 
 class StopRequest:
     """Records SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning) and SIGHUP (the terminal goes) inside a `with` block.

@@ -17,7 +17,8 @@ import torch
 from stream_sets import SHAPE, write_set
 
 from p2w.errors import UserError
-from p2w.stream.local import DataError
+from p2w.stream import local
+from p2w.stream.local import DataError, LocalSet
 from p2w.stream.sampler import epoch_permutation
 from p2w.stream.stream import Stream, open_set
 
@@ -379,3 +380,37 @@ def test_a_limit_of_threads_is_one_line(tmp_path, monkeypatch):
     ):
         next(stream.batches())
     assert "\n" not in str(error.value) and not readers_alive()
+
+
+def test_more_shards_than_maps_are_read_without_maps(tmp_path, monkeypatch):
+    wholes = write_set(tmp_path)
+    shards = open_set(os.fspath(tmp_path))
+    expected = take(Stream(shards, batch=4, seed=3), 7)
+    monkeypatch.setattr(local, "_MAPS", 2)
+    shards = open_set(os.fspath(tmp_path))
+    monkeypatch.setattr(LocalSet, "_map_shard", None)  # no map is made
+    same(take(Stream(shards, batch=4, seed=3), 7), expected)
+    victim, out = 6, np.empty(shards.shape, np.int16)
+    shards.read_into(victim, out)
+    np.testing.assert_array_equal(out, wholes[victim])
+    os.truncate(tmp_path / shards.shard(victim), int(shards.offsets[victim]) + 100)
+    with pytest.raises(DataError, match="100 bytes of"):
+        shards.read_into(victim, out)
+    os.unlink(tmp_path / shards.shard(victim))
+    with pytest.raises(DataError, match="cannot be read"):
+        shards.read_into(victim, out)
+
+
+def test_one_process_of_a_node_looks_for_the_shards(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    looked = []
+    lstat = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path, **more: looked.append(path) or lstat(path, **more))
+    open_set(os.fspath(tmp_path))
+    assert len(looked) == 4  # one call for each shard
+    os.unlink(tmp_path / "1.2.0001.tar")
+    looked.clear()
+    open_set(os.fspath(tmp_path), check_shards=False)
+    assert not looked
+    with pytest.raises(UserError, match=r"1\.2\.0001\.tar is missing"):
+        open_set(os.fspath(tmp_path))

@@ -7,14 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import crc32c
 import pytest
 import torch
 
 from p2w.errors import UserError
+from p2w.train import checkpoint
 from p2w.train.checkpoint import Checkpoints, Snapshot, seal
+from p2w.world import World
 
 
 def snapshot(step, validation=None, fill=None):
@@ -340,3 +344,59 @@ def test_a_state_that_ends_early_under_a_right_checksum_is_one_line(saved):
     (folder / "meta.json").write_bytes(seal(meta))
     with pytest.raises(UserError, match=r"not a complete checkpoint \(.+\)$"):
         saved.load(3)
+
+
+class ThreadWorld(World):
+    """A rank that is a thread: what it gathers goes over a list."""
+
+    shared: list = []  # noqa: RUF012 (of one test at a time)
+    ready = threading.Barrier(4)
+
+    def gather(self, values):
+        self.shared.append((self.rank, values))
+        self.ready.wait(20)
+        found = torch.cat([one for _, one in sorted(self.shared, key=lambda one: one[0])])
+        if self.ready.wait(20) == 0:
+            self.shared.clear()
+        self.ready.wait(20)
+        return found
+
+
+def load_on_four(folders, monkeypatch):
+    """What ranks 0, 1 of one node and 2, 3 of another load, and which ranks computed checksums."""
+    verified, said, own = [], [], threading.local()
+    computed = checkpoint._checksum
+    monkeypatch.setattr(checkpoint, "_checksum", lambda path: verified.append(own.rank) or computed(path))
+
+    def load(rank):
+        own.rank = rank
+        world = ThreadWorld(rank, 4, rank % 2, 2, f"node{rank // 2}", torch.device("cpu"), "")
+        return Checkpoints(folders[rank // 2], 3, said.append).load_on_all_ranks(world)
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(load, range(4))), verified, said
+
+
+def test_one_rank_of_a_node_compares_the_checksums(saved, monkeypatch):
+    found, verified, said = load_on_four([saved.folder] * 2, monkeypatch)
+    assert [agreed for _, agreed in found] == [True] * 4 and said == []
+    assert all(one.step == 3 and same(one.state, snapshot(3).state) for one, _ in found)
+    assert sorted(verified) == [0, 0, 2, 2]  # two files each
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(saved, monkeypatch):
+    with open(saved.path(3) / "state.pt", "r+b") as file:
+        file.seek(200)
+        file.write(b"\0damage\0")
+    found, _, said = load_on_four([saved.folder] * 2, monkeypatch)
+    assert [(one.step, agreed) for one, agreed in found] == [(2, True)] * 4
+    assert len(said) == 2 and all("taking the one before" in line for line in said)
+
+
+def test_nodes_with_other_checkpoints_do_not_agree(saved, monkeypatch, tmp_path):
+    shutil.copytree(saved.folder, tmp_path / "other", symlinks=True)
+    shutil.rmtree(tmp_path / "other" / "step-00000003")
+    found, _, _ = load_on_four([saved.folder, tmp_path / "other"], monkeypatch)
+    assert [agreed for _, agreed in found] == [False] * 4
+    none = [tmp_path / "none"] * 2
+    assert load_on_four(none, monkeypatch)[0] == [(None, True)] * 4
