@@ -133,8 +133,8 @@ class BuildFolder(ABC, Generic[S, Source]):
     """
 
     source_noun: ClassVar[str]  # what one shard is cut from: "scan"
-    part_noun: ClassVar[str]  # what a shard holds: "sub-scan"
-    form: ClassVar[Any]  # type of a record, as `files.type_mismatch` checks it
+    part_noun: str  # what a shard holds: "sub-scan"
+    form: Any  # type of a record, as `files.type_mismatch` checks it
     columns: ClassVar[pa.Schema]  # of its rows
     schema: ManifestSchema
     note: dict[str, Any]  # metadata of an Arrow shard
