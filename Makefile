@@ -84,6 +84,7 @@ bench: $(VENV)/.tools
 	$(BIN)/python bench/end_to_end.py
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/shard.py
+	$(BIN)/python bench/store_scans.py
 	$(BIN)/python bench/resample.py
 	$(BIN)/python bench/checkpoint.py
 	@$(BIN)/python bench/table.py

@@ -19,7 +19,8 @@ COLOURS = {"ours": "green", "peer": "white", "bound": "blue"}
 def results(names: list[str]) -> dict[str, dict[str, Any]]:
     """Name -> result, of those that have rows or goals."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    return {k: v for k, v in found.items() if (v.get("rows") or v.get("goals")) and (not names or k in names)}
+    tables = {k: v for k, v in found.items() if "question" in v and (v.get("rows") or v.get("goals"))}
+    return {k: v for k, v in tables.items() if not names or k in names}
 
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

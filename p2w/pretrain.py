@@ -24,7 +24,7 @@ from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network
 from p2w.shards.manifest import data_fingerprint
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import ShardSet
+from p2w.stream.local import RANDOM_PLACES, ShardSet
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.form_choice import RECORD, Choice, choose_run_forms
@@ -194,7 +194,10 @@ def _build(
     monitors = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
-    log.line(f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate")
+    log.line(
+        f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate"
+        f"{RANDOM_PLACES * shards.random_places}"
+    )
     log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
     return (
         choice,

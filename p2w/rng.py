@@ -146,7 +146,17 @@ def standard_normals(keys: SampleKeys, part: int, count: int) -> Tensor:
 
 def hash64(ids: Ids, *key: int) -> NDArray[np.uint64]:
     """Hash ids (any shape) and a key (seed, epoch, ...) to 64-bit words of the same shape; no two ids get the same word."""
+    return hash64_from(key_state(*key), ids)
+
+
+def key_state(*key: int) -> Ids:
+    """(1,): what a key (seed, epoch, ...) brings to `hash64`, for `hash64_from`."""
     state = np.zeros(1, np.int64)
     for part in key:  # integers of any size and sign count modulo 2**64
         state = splitmix64(state + np.array([_signed((part + _GOLDEN) & _MASK64)]))
-    return splitmix64(state + ids.astype(np.int64) * _signed(_GOLDEN)).view(np.uint64)
+    return state
+
+
+def hash64_from(states: Ids, ids: Ids) -> NDArray[np.uint64]:
+    """The words of `hash64` for the key of each of the `states`, of `key_state`; `states` and `ids` are broadcast."""
+    return splitmix64(states + ids.astype(np.int64) * _signed(_GOLDEN)).view(np.uint64)

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def kinds() -> dict[str, Kind]:
         "manifest": Kind(make_set("tar", only="manifest.parquet"), read_manifest, ("manifest.parquet",)),
         "manifest-unsealed": Kind(make_unsealed, read_manifest, expands=64),
         "manifest-tables": Kind(make_tables, read_tables, expands=64),
+        "manifest-scans": Kind(make_scan_store, read_scan_store, expands=64),
         "tar-stream": Kind(make_set("tar", only="1.2.0000.tar"), read_tar_stream),
         "checkpoint": Kind(
             make_checkpoint, read_checkpoint, ("step-00000003/model.safetensors", "step-00000003/state.pt")
@@ -136,14 +138,48 @@ def make_set(form: str, only: str = "") -> Callable[[Path], None]:
 
 def make_unsealed(folder: Path) -> None:
     """A manifest of an earlier time, without its own checksum: all rests on the rules."""
+    make_set("tar", "manifest.parquet")(folder)
+    unseal(folder / "manifest.parquet", folder / "manifest.parquet")
+
+
+def unseal(sealed: Path, out: Path) -> None:
+    """Write a manifest without its own checksum."""
     import pyarrow.parquet as pq  # noqa: PLC0415
 
-    make_set("tar", "manifest.parquet")(folder)
-    table = pq.read_table(folder / "manifest.parquet")
+    table = pq.read_table(sealed)
     meta = json.loads(table.schema.metadata[b"p2w"])
     meta.pop("seal")
-    table = table.replace_schema_metadata({b"p2w": json.dumps(meta).encode()})
-    pq.write_table(table, folder / "manifest.parquet", compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata({b"p2w": json.dumps(meta).encode()}), out, compression="zstd"
+    )
+
+
+def make_scan_store(folder: Path) -> None:
+    """The manifest, without its seal, of a set that stores a whole scan."""
+    from ct_files import ct, write  # noqa: PLC0415
+    from cut_here import cut_here  # noqa: PLC0415
+
+    from p2w.shards.scan_shards import ShardingSettings  # noqa: PLC0415
+    from p2w.shards.tiling import Tiling  # noqa: PLC0415
+
+    write(folder / "scans" / "a.mhd", ct((24, 40, 40)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        cut_here(folder / "scans", folder / "set", ShardingSettings(Tiling((8, 16, 16)), store="scans"))
+    unseal(folder / "set" / "manifest.parquet", folder / "manifest.parquet")
+    for name in ("scans", "set"):
+        shutil.rmtree(folder / name)
+
+
+def read_scan_store(folder: Path) -> None:
+    """Read the manifest of a set that stores scans, and make the table of its sub-scans."""
+    from p2w.shards.manifest import open_manifest  # noqa: PLC0415
+    from p2w.shards.manifest_schema import stores_scans  # noqa: PLC0415
+    from p2w.shards.scan_store import read_scan_store as read_store  # noqa: PLC0415
+
+    manifest = open_manifest((folder / "manifest.parquet").read_bytes())
+    if stores_scans(manifest.meta):
+        store = read_store(manifest)
+        assert len(store.place) == len(store.scan) == store.wholes.num_rows
 
 
 def make_tables(folder: Path) -> None:

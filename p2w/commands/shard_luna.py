@@ -3,6 +3,7 @@
     p2w shard-luna                              # LUNA16/ -> shards/, subsets 0-6
     p2w shard-luna --luna /data/LUNA16 --out /scratch/shards --format arrow --workers 8
     p2w shard-luna --z-margin 25 --min-std 0    # the paper's 28,144 sub-scans
+    p2w shard-luna --store scans                # whole scans, of which training cuts sub-scans at random places
     p2w shard-luna --dry-run                    # headers only: how many, how large, how long
 
 Stop it whenever you like: the same command goes on where it stopped. To share the work between machines with a common

@@ -5,6 +5,7 @@
     p2w shard --scans /data/ct --out shards --dry-run
     p2w shard --scans /data/ct --out shards --short pad --groups '^([^/]+)/'
     p2w shard --scans /data/ct --out shards --spacing 1.5 1 1 --tile 64 96 96
+    p2w shard --scans /data/ct --out shards --store scans      # training cuts sub-scans at random places
 
     p2w shard --scans /data/ct --list
     p2w shard --scans /data/ct --out shards --select "slice_thickness <= 3 and kernel ~ 'B30'"
@@ -32,7 +33,6 @@ from p2w.ct.series_table import choose, series_rows, table_csv, table_json, tabl
 from p2w.errors import UserError, program
 from p2w.shards.build import BuildOptions
 from p2w.shards.scan_shards import ShardingSettings, build_shards
-from p2w.shards.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ class ShardScansOptions:
     build: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions()  # noqa: RUF009 (frozen)
 
 
-def _action(tiling: Tiling) -> Callable[[Grid], str]:
+def _action(settings: ShardingSettings) -> Callable[[Grid], str]:
     """A function that says what would become of a scan of that grid."""
+    tiling = settings.tiling
 
     def action(grid: Grid) -> str:
         shape = tiling.resampled_grid(grid.canonical()[0]).size[::-1]
         tiling.check_size(shape)
-        return f"cut into {tiling.count(shape)}"
+        many = tiling.count(shape)
+        return f"stored whole, {many} an epoch" if settings.store == "scans" else f"cut into {many}"
 
     return action
 
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         options.modality.upper(),
     )
     found = find_scans([*options.scans], options.out, options=search)
-    action = _action(settings.tiling)
+    action = _action(settings)
     if options.select or options.one_per_study:
         found = choose(found, action, options.select, options.one_per_study)
     if listing:

@@ -22,12 +22,14 @@ from p2w import config as settings
 from p2w.config import Config
 from p2w.errors import UserError, program, refuse_old_options
 from p2w.pretext import build_pretext_and_network
+from p2w.pretext.protocol import Pretext
 from p2w.pretrain import pretrain
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
 from p2w.shards.manifest import data_fingerprint
 from p2w.shards.mixture import BETWEEN
-from p2w.stream.local import ShardSet
+from p2w.stream.device_cache import refuse_random_places
+from p2w.stream.local import RANDOM_PLACES, ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
@@ -138,10 +140,23 @@ def build(argv: list[str], world: World) -> Job:
             f"optim.accumulate={config.optim.accumulate}: does not divide a rank's {rows} samples; pass a divisor"
         )
     with torch.device("meta"):
-        build_pretext_and_network(config)
+        pretext, _ = build_pretext_and_network(config)
+    refuse_other_wholes(pretext, config, shards)
     RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
     read_init(config, args.folder)
     return Job(args, recipe, shards, precision)
+
+
+def refuse_other_wholes(pretext: Pretext, config: Config, shards: ShardSet) -> None:
+    """Raise UserError where a set whose sub-scans are cut elsewhere in each epoch does not go with the settings."""
+    if config.data.cache_on_device:
+        refuse_random_places(shards)
+    if pretext.knows_wholes and shards.random_places:
+        raise UserError(
+            f"pretext.name={config.pretext.name}: remembers every whole from epoch to epoch, and {shards.where} "
+            "stores whole scans, of which every epoch cuts others: take another pretext, such as simclr or moco, or "
+            "cut the set with --store subscans"
+        )
 
 
 def show_plan(job: Job, world: World) -> None:
@@ -160,6 +175,7 @@ def show_plan(job: Job, world: World) -> None:
     print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
     print(
         f"data            {job.shards.where}: {wholes:,} sub-scans to train, {len(job.shards.ids('val')):,} to validate"
+        f"{RANDOM_PLACES * job.shards.random_places}"
     )
     print(f"run             {job.args.folder}")
     print(f"processes       {world.describe()}; {precision.name} ({precision.reason})")

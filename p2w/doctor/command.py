@@ -27,7 +27,7 @@ from p2w.errors import UserError
 from p2w.recipes import named
 from p2w.run_owner import run_state
 from p2w.shards.manifest import data_fingerprint
-from p2w.stream.local import DataError, LocalSet, ShardSet
+from p2w.stream.local import RANDOM_PLACES, DataError, LocalSet, ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.run_dir import RunDir
@@ -65,17 +65,23 @@ def shards(case: CheckContext) -> Iterator[CheckResult]:
     split = f"{len(found.ids('train')):,} sub-scans to train, {len(found.ids('val')):,} to validate"
     yield ok(
         "shards",
-        f"{where}: {split}, in {count:,} shards{', all there' if isinstance(found, LocalSet) else ''}",
+        f"{where}: {split}, in {count:,} shards{', all there' if in_folder(found) else ''}"
+        f"{RANDOM_PLACES * found.random_places}",
     )
     yield from sample(found)
     yield from batch_size(case, found)
     yield from run_folder(case, found)
 
 
+def in_folder(found: ShardSet) -> bool:
+    """Whether the set lies in a folder, so that all its shards have been found and can be read at once."""
+    return isinstance(getattr(found, "chunks", found), LocalSet)
+
+
 def sample(found: ShardSet) -> Iterator[CheckResult]:
     """Checksums of a random sample of sub-scans, a different one each time."""
     full = f"p2w verify {found.where}"
-    if not isinstance(found, LocalSet):
+    if not in_folder(found):
         yield ok("checksums", f"not sampled, the set is remote; training checks each sub-scan. All: {full}")
         return
     out = torch.empty(found.shape, dtype=torch.int16)

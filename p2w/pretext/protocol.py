@@ -80,6 +80,10 @@ class Pretext(ABC):
     """Whether network and loss are made of device operations alone, the same ones at every step, so that a CUDA graph of one
     step stands for all. A pretext with an `after_step` of its own is never captured."""
 
+    knows_wholes: bool = False
+    """Whether it learns something of each whole for itself, by its id, which it takes up again in later epochs. It is then
+    refused for sets of which every epoch cuts other wholes."""
+
     @property
     @abstractmethod
     def reconstructs(self) -> bool:

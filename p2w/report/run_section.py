@@ -101,6 +101,8 @@ def data_set(facts: RunFacts) -> Markup | None:
     shape, window = floats(data_facts.get("shape")), floats(data_facts.get("window_hu"))
     if shape:
         rows.append(("sub-scan", TIMES.join(f"{edge:.0f}" for edge in shape) + " voxels (z y x)"))
+    if data_facts.get("store") == "scans":
+        rows.append(("cut", "from whole scans, in training at random places"))
     if window:
         rows.append(("window", " to ".join(f"{hu:g}" for hu in window) + " HU"))
     rows += [(axis, text) for axis, text in _spacings(data_facts) if text]

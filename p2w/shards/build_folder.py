@@ -149,7 +149,7 @@ class BuildFolder(ABC, Generic[S, Source]):
     """
 
     source_noun: ClassVar[str]  # what one shard is cut from: "scan"
-    part_noun: ClassVar[str]  # what a shard holds: "sub-scan"
+    part_noun: str  # what a shard holds: "sub-scan"
     form: Any  # type of a record, as `files.type_mismatch` checks it
     columns: pa.Schema  # of its rows
     schema: ManifestSchema

@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+from p2w.shards.manifest_schema import stored_shape, stores_scans
+
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # list of shards -> split of `datasets`
 MARK = "<!-- written by p2w; delete this line to keep your own text -->"
 
@@ -41,6 +43,13 @@ Hugging Face's `datasets` has no type for these tensors: for it, cut the set wit
 }
 
 
+CHUNKS = """
+A shard is one scan, and a sample of it is a chunk: `z`, `y`, `x` are its first voxel in the scan, and `real_z`, `real_y`,
+`real_x` how many of its voxels are the scan's own; what lies behind them is air. In the manifest, `chunk` is the size of a
+chunk, and `shape` that of the sub-scans that p2w cuts from the scans at random places.
+"""
+
+
 def dataset_card(meta: dict[str, Any], lists: dict[str, list[str]]) -> bytes:
     """The card of a set with this metadata; `lists` are the text files beside the manifest, and the shards in them."""
     stems = {name.removesuffix(".txt"): shards for name, shards in lists.items()}
@@ -50,11 +59,15 @@ def dataset_card(meta: dict[str, Any], lists: dict[str, list[str]]) -> bytes:
         front += [f"  - split: {split}", "    path:"]
         # JSON strings are YAML strings. `datasets` takes a path for a pattern, so what would be one is escaped.
         front += [f"    - {json.dumps(_literal(shard))}" for shard in shards]
+    whole_scans = stores_scans(meta)
     axes = "z, y, x" if len(meta["shape"]) == 3 else "channel, z, y, x"
     note = ", and how its voxels are to be read: window, axes, orientation" * ("sample_version" in meta)
-    members = MEMBERS[meta["format"]].format(shape=" x ".join(map(str, meta["shape"])), axes=axes, note=note)
+    members = MEMBERS[meta["format"]].format(
+        shape=" x ".join(map(str, stored_shape(meta))), axes=axes, note=note
+    )
     counts = "\n".join(f"- `{split}`: {len(shards):,} shards" for split, shards in splits.items())
-    text = f"""# {os.path.basename(str(meta.get("task", "Sub-scans")))} of a p2w data set
+    what = "Whole scans" if whole_scans else os.path.basename(str(meta.get("task", "Sub-scans")))
+    text = f"""# {what} of a p2w data set
 
 {MARK}
 
@@ -63,7 +76,7 @@ def dataset_card(meta: dict[str, Any], lists: dict[str, list[str]]) -> bytes:
 Values are int16 HU, or what the metadata says, in LPS orientation, clipped to the window. `manifest.parquet` says where each
 sample lies, and carries its checksum and all that is known of how it was made. `train.txt`, `val.txt`, …: the shards of each
 split.
-
+{CHUNKS if whole_scans else ""}
 {members}"""
     return ("---\n" + "\n".join(front if splits else ["configs: []"]) + "\n---\n" + text).encode()
 

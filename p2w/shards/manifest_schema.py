@@ -48,6 +48,20 @@ OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "sources": [SOURCE_META | GEOMETRY_META],
     "bad_scans": [{"where": str, "why": str}],
 }
+STORES_SCANS = (
+    "scans"  # the entry `store` of a set that holds whole scans, in chunks; others have no such entry
+)
+
+
+def stores_scans(meta: dict[str, Any]) -> bool:
+    """Whether the set of this metadata holds whole scans in chunks (`scan_store`), and not sub-scans."""
+    return meta.get("store") == STORES_SCANS
+
+
+def stored_shape(meta: dict[str, Any]) -> list[int]:
+    """Voxels z, y, x (or c, z, y, x) of every array in the shards: chunks where the set stores scans, else sub-scans."""
+    shape: list[int] = meta["chunk"] if stores_scans(meta) else meta["shape"]
+    return shape
 
 
 def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIONAL_META) -> None:
@@ -68,6 +82,13 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
         raise ValueError(
             f"its shape is {shape}, not {COUNTS.get(dims, 'three or four')} numbers of voxels from 1 to {MOST_VOXELS:,}"
         )
+    if "store" in meta:
+        if not stores_scans(meta):
+            raise ValueError(f"it stores {meta['store']!r}, which this version of p2w does not know")
+        if said := type_mismatch(meta, {"chunk": [int]}, "its metadata"):
+            raise ValueError(said)
+        if len(meta["chunk"]) != 3 or not all(1 <= n <= MOST_VOXELS for n in meta["chunk"]):
+            raise ValueError(f"its chunks are {meta['chunk']}, not three numbers of voxels")
     names, sizes, checksums = shard_columns(meta)
     for name in names:
         if not plain_name(name):
@@ -107,7 +128,7 @@ def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
     """
     groups = [file.row_group(i) for i in range(file.num_row_groups)]
     unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
-    room = sum(shard_columns(meta)[1]) // (2 * math.prod(meta["shape"]))
+    room = sum(shard_columns(meta)[1]) // (2 * math.prod(stored_shape(meta)))
     if file.num_rows > min(room, nbytes) or unpacked > max(UNPACKED, UNPACKED_TIMES * nbytes):
         raise ValueError(f"{file.num_rows:,} rows, its shards have room for {room:,} sub-scans")
 
@@ -126,7 +147,7 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"shard {str(error)!r} is not in its list of shards") from error
     offset, nbytes = table["offset"].to_numpy(), table["nbytes"].to_numpy()
-    size_of, expected = np.array(sizes, np.int64), 2 * math.prod(meta["shape"])
+    size_of, expected = np.array(sizes, np.int64), 2 * math.prod(stored_shape(meta))
     for start in range(0, len(shard), CHECKED):  # of ten million rows at once, the sizes alone take 80 MB
         part = slice(start, start + CHECKED)
         size = size_of[shard[part]]
@@ -138,7 +159,7 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
                 f"{size[at]:,} bytes"
             )
     for axis, name in enumerate(REAL_COLUMNS if REAL_COLUMNS[0] in table.column_names else ()):
-        real, edge = table[name].to_numpy(), meta["shape"][axis]
+        real, edge = table[name].to_numpy(), stored_shape(meta)[axis]
         if ((real < 1) | (real > edge)).any():
             at = int(np.flatnonzero((real < 1) | (real > edge))[0])
             raise ValueError(f"{keys[at]}: {name} is {real[at]}, not from 1 to {edge}")
@@ -262,6 +283,11 @@ SUB_SCAN_COLUMNS = pa.schema(
 # the scan's own. Behind them, all is air.
 REAL_COLUMNS = tuple(f"real_{axis}" for axis in "zyx")
 PADDED_COLUMNS = pa.schema([*SUB_SCAN_COLUMNS, *((name, pa.int32()) for name in REAL_COLUMNS)])
+
+
+def sub_scan_key(uid: str, z: int, y: int, x: int) -> str:
+    """The key of the sub-scan, or chunk, of a scan that begins at this voxel of the canonical scan."""
+    return f"{uid}/z{z:04d}_y{y:04d}_x{x:04d}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Shards of sub-scans, cut from scans: settings, forecast from headers, records, and the content of the manifest."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -43,9 +44,12 @@ from p2w.shards.manifest_schema import (
     MANIFEST_VERSION,
     PADDED_SCHEMA,
     REAL_COLUMNS,
+    STORES_SCANS,
     SUB_SCAN_COLUMNS,
     SUB_SCAN_SCHEMA,
+    sub_scan_key,
 )
+from p2w.shards.scan_store import ChunkGrid, check_stride, chunk_shape, cut_chunks, tiles_left_out
 from p2w.shards.tiling import SUB_SCAN_SHAPE, WINDOW_HU, SubScan, Tiling, cut_sub_scans
 from p2w.shards.writer import NOTE, SAMPLE_NOTE, SAMPLE_VERSION
 
@@ -63,6 +67,7 @@ NAMED = {"uid": str, "name": str, "subset": int}
 FINISHED = {
     "nbytes": int, "checksum": str, "left_out": int, "rows": [ROW], "shard": (None, {"nbytes": int, "crc32c": int}),
 }  # fmt: skip
+STORED = {"sub_scans": int, "tiles_left_out": [int]}  # further entries where whole scans are stored
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,9 @@ class ShardingSettings:
     tiling: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling()  # noqa: RUF009 (frozen)
     format: Literal["tar", "arrow"] = "tar"
     """tar opens with webdataset, arrow with pyarrow; training reads both alike."""
+    store: Literal["subscans", "scans"] = "subscans"
+    """subscans: sub-scans at fixed places, as in the paper. scans: whole scans in chunks, of which training cuts as many
+    sub-scans an epoch, each time at other random places."""
     val_fraction: float = 0.1
     """Share of the scans set aside for validation, at least one of two. Never parts of a scan, or of a --group."""
     split_seed: int = 0
@@ -88,6 +96,8 @@ class ShardingSettings:
         """Raise UserError for a fraction outside its range."""
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: a share of the scans, from 0 to below 1")
+        if self.store == "scans":
+            check_stride(self.tiling)
         if self.modality != "ct" and self.tiling.body_only:
             raise UserError(
                 f"--body-only: is a rule in HU, which --modality {self.modality} has not; leave it out"
@@ -98,6 +108,7 @@ class ShardingSettings:
         left_out = {"grouping"} | ({"modality"} if self.modality == "ct" else set())
         # Folders of earlier versions lack these.
         left_out |= {name for name in ("resample_tilt", "assume_hu") if not getattr(self, name)}
+        left_out |= {"store"} if self.store == "subscans" else set()
         left_out |= {"sample_version"} if self.format != "tar" or self.sample_version == 1 else set()
         settings = asdict(self) | {"tiling": self.tiling.to_meta()}
         settings = {
@@ -136,16 +147,19 @@ class ShardingForecast:
     source_bytes: int
     bad: list[tuple[str, str]]  # name of the scan, what is wrong
     sound: int  # number of scans
+    chunks: int  # of the scans, where they are stored whole
 
     def out_bytes(self, settings: ShardingSettings) -> int:
         """Upper bound of the shards' size in bytes."""
+        if settings.store == "scans":
+            return self.chunks * (2 * math.prod(chunk_shape(settings.tiling.shape)) + 4096)
         return self.sub_scans * (2 * int(np.prod(settings.tiling.shape)) + 4096)
 
 
 def forecast_shards(sources: Sequence[ScanSource], settings: ShardingSettings) -> ShardingForecast:
     """Totals over these scans; only their headers are read."""
-    sub_scans = voxels = nbytes = sound = 0
-    bad = []
+    sub_scans = voxels = nbytes = sound = chunks = 0
+    bad, chunk = [], chunk_shape(settings.tiling.shape)
     for source in sources:
         try:
             grid, size = read_grid(source)
@@ -155,10 +169,11 @@ def forecast_shards(sources: Sequence[ScanSource], settings: ShardingSettings) -
             bad.append((source.name, str(error)))
             continue
         sub_scans += settings.tiling.count(shape)
+        chunks += ChunkGrid.of(settings.tiling, chunk, shape).count
         voxels += int(np.prod(grid.size))
         nbytes += size
         sound += 1
-    return ShardingForecast(sub_scans, voxels, nbytes, bad, sound)
+    return ShardingForecast(sub_scans, voxels, nbytes, bad, sound, chunks)
 
 
 class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
@@ -172,12 +187,22 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
     def __init__(self, root: str, settings: ShardingSettings) -> None:
         """Name the folder; nothing is read or written before `prepare`."""
         super().__init__(root, settings)
-        self.schema = PADDED_SCHEMA if settings.tiling.pads else SUB_SCAN_SCHEMA
+        self.schema = PADDED_SCHEMA if settings.tiling.pads or self._whole_scans else SUB_SCAN_SCHEMA
+        if self._whole_scans:
+            self.part_noun, self.note = "chunk", NOTE | {"store": STORES_SCANS}
+            self.form = (NAMED | {"bad": str}, NAMED | GEOMETRY_META | FINISHED | STORED)
+
+    @property
+    def _whole_scans(self) -> bool:
+        """Whether shards hold whole scans in chunks."""
+        return self.settings.store == "scans"
 
     @property
     def sample_note(self) -> dict[str, Any] | None:  # type: ignore[override]
         """What the JSON of each sample says of its voxels; None in a set of version 1."""
-        return None if self.settings.sample_version == 1 else SAMPLE_NOTE | self._intensity()
+        if self.settings.sample_version == 1:
+            return None
+        return SAMPLE_NOTE | self._intensity() | ({"store": STORES_SCANS} if self._whole_scans else {})
 
     def _intensity(self) -> dict[str, Any]:
         """How the values of another modality than CT were scaled; empty for CT."""
@@ -222,7 +247,8 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         if self.settings.tiling.spacing is not None:
             spacing = list(stored.grid.spacing[::-1])
             record["stored"] = {"shape": list(stored.voxels.shape), "spacing_mm": spacing}
-        return CutSource(record, self._sub_scans(scan, source.subset, record))
+        parts = self._chunks if self._whole_scans else self._sub_scans
+        return CutSource(record, parts(scan, source.subset, record))
 
     def _sub_scans(
         self, scan: Scan, subset: int, record: dict[str, Any]
@@ -237,6 +263,19 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             else:
                 real = dict(zip(REAL_COLUMNS, sub.real, strict=True)) if tiling.pads else {}
                 yield _row(scan.uid, subset, sub) | spacing | real, sub.voxels
+
+    def _chunks(
+        self, scan: Scan, subset: int, record: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Row and voxels of each chunk; none of a scan of which no sub-scan is kept. The record says which are kept."""
+        x, y, z = map(single, scan.grid.spacing)
+        spacing = {"spacing_x": x, "spacing_y": y, "spacing_z": z}
+        count, left_out = tiles_left_out(scan, self.settings.tiling)
+        kept = count - len(left_out)
+        record |= {"left_out": len(left_out), "sub_scans": kept, "tiles_left_out": left_out}
+        for chunk in cut_chunks(scan, self.settings.tiling) if kept else ():
+            real = dict(zip(REAL_COLUMNS, chunk.real, strict=True))
+            yield _row(scan.uid, subset, chunk) | spacing | real, chunk.voxels
 
     def forecast(
         self, listing: SourceListing[ScanSource], sources: list[ScanSource], workers: int
@@ -262,6 +301,10 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         if tiling.spacing is not None:
             spaced = " x ".join(f"{mm:g}" for mm in tiling.spacing)
             lines[1] += f", of scans resampled to {spaced} mm"
+        if self._whole_scans:
+            lines[1] += ", cut at random places in each epoch"
+            size = " x ".join(map(str, chunk_shape(tiling.shape)))
+            lines[3] += f", whole scans in {totals.chunks:,} chunks of {size} voxels"
         if not (tiling.min_std_hu or tiling.body_only):
             return BuildForecast(text, lines[:2] + lines[3:], most, totals.bad)
         return BuildForecast(text, lines, LEAST_KEPT * most if usual else 0.0, totals.bad)
@@ -295,10 +338,11 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "sources": [
                 {
                     key: record[key]
-                    for key in (*source_keys, "stored", "intensity_range", "resampled")
+                    for key in (*source_keys, "stored", "intensity_range", "resampled", *STORED)
                     if key in record
                 }
-                | {"file": record["name"], "sub_scans": len(record["rows"]), "left_out": record["left_out"]}
+                | {"file": record["name"], "left_out": record["left_out"]}
+                | {"sub_scans": record.get("sub_scans", len(record["rows"]))}
                 | identities.get(record["uid"], {})
                 for record in good
             ],
@@ -307,7 +351,9 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         lists = {
             f"{name}.txt": [f"{uid}.{self.settings.format}" for uid in uids] for name, uids in parts.items()
         }
-        return DataSetContent(rows, meta | version | self._intensity(), lists)
+        stored = {"store": STORES_SCANS, "chunk": list(chunk_shape(self.settings.tiling.shape))}
+        whole = stored if self._whole_scans else {}
+        return DataSetContent(rows, meta | version | self._intensity() | whole, lists)
 
     def _identities(
         self, listing: SourceListing[ScanSource], good: list[dict[str, Any]], level: Level
@@ -362,7 +408,7 @@ def _rows_with_split(good: list[dict[str, Any]], val: set[str]) -> list[dict[str
 
 def _row(uid: str, subset: int, sub: SubScan) -> dict[str, Any]:
     return {
-        "key": f"{uid}/z{sub.z:04d}_y{sub.y:04d}_x{sub.x:04d}",
+        "key": sub_scan_key(uid, sub.z, sub.y, sub.x),
         "scan_uid": uid,
         "subset": subset,
         "z": sub.z,

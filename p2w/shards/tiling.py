@@ -41,6 +41,7 @@ AIR = WINDOW_HU[0]  # what a short scan is filled up with
 MOST_TILE_VOXELS = 1 << 28  # of a sub-scan: half a GiB
 BODY_HU = -900  # lung and all other tissue lie above; air and its noise, clothes and foam below
 BODY_SHARE = 0.1  # of a sub-scan's own voxels
+SOME_SLICES = 8  # every so many slices are looked at first
 # Types of the entries of a manifest's tiling that are there only where they are not as by default.
 OPTIONAL_META = {
     "stride": [int],
@@ -159,6 +160,22 @@ class Tiling:
         """Number of sub-scans in a scan of `shape` [z,y,x], as it is cut, before some are left out for what they show."""
         return math.prod(map(len, self.starts(shape)))
 
+    def keeps(self, voxels: np.ndarray) -> bool:
+        """Whether a box of these voxels of a scan [z,y,x] is not left out for what it shows.
+
+        The answer is that of `SubScan.kept`. Most boxes are settled by every eighth slice: the squared deviations of some
+        voxels from their own mean are never more than those of all voxels from the mean of all.
+        """
+        if self.body_only and not shows_body(voxels):
+            return False
+        if not self.min_std_hu:
+            return True
+        least = self.min_std_hu**2 * voxels.size
+        some = voxels[::SOME_SLICES]
+        if _mean_std(some)[1] ** 2 * some.size > least * (1 + 1e-6):
+            return True
+        return _mean_std(voxels)[1] >= self.min_std_hu
+
     def check_size(self, shape: tuple[int, ...]) -> None:
         """Raise BadScan when a scan of `shape` [z,y,x] is too small for one sub-scan."""
         if self.count(shape) == 0:
@@ -209,19 +226,25 @@ def cut_sub_scans(scan: Scan, tiling: Tiling) -> Iterator[SubScan]:
     """
     shape = scan.voxels.shape
     tiling.check_size(shape)
-    depth, height, width = tiling.shape
-    end = shape[0] - tiling.z_margin
-    for z, y, x in itertools.product(*tiling.starts(shape)):
-        part = scan.voxels[z : min(z + depth, end), y : y + height, x : x + width]
-        if part.shape == tiling.shape:
-            voxels = np.empty(tiling.shape, "<i2")
-            np.clip(part, *WINDOW_HU, out=voxels)
-            yield SubScan(z, y, x, voxels, *_mean_std(voxels), tiling.shape)
-            continue
-        voxels = np.full(tiling.shape, AIR, "<i2")
-        own = voxels[: part.shape[0], : part.shape[1], : part.shape[2]]
-        np.clip(part, *WINDOW_HU, out=own)
-        yield SubScan(z, y, x, voxels, *_mean_std(own), part.shape)
+    for first in itertools.product(*tiling.starts(shape)):
+        yield cut_box(scan, first, tiling.shape, shape[0] - tiling.z_margin)
+
+
+def cut_box(scan: Scan, first: tuple[int, int, int], size: tuple[int, int, int], end_z: int) -> SubScan:
+    """The box of `size` voxels (z, y, x) that begins at voxel `first` of a scan, clipped to the window.
+
+    What lies behind slice `end_z` - 1, or the last row or column of the scan, is air.
+    """
+    (z, y, x), (depth, height, width) = first, size
+    part = scan.voxels[z : min(z + depth, end_z), y : y + height, x : x + width]
+    if part.shape == size:
+        voxels = np.empty(size, "<i2")
+        np.clip(part, *WINDOW_HU, out=voxels)
+        return SubScan(z, y, x, voxels, *_mean_std(voxels), size)
+    voxels = np.full(size, AIR, "<i2")
+    own = voxels[: part.shape[0], : part.shape[1], : part.shape[2]]
+    np.clip(part, *WINDOW_HU, out=own)
+    return SubScan(z, y, x, voxels, *_mean_std(own), part.shape)
 
 
 def _spaced(numbers: Iterable[float]) -> str:

@@ -76,14 +76,17 @@ class ShardFault:
     shard: dict[str, Any]
     what: str
     keys: list[str] = field(default_factory=list)
+    noun: str = "sub-scan"  # what the shard holds
 
     def line(self, root: str) -> str:
         """One line for the user."""
         where = os.path.join(root, self.shard["name"])
         if not self.keys:
-            return f"damaged: {where}: {self.what}; no sub-scan is: only headers, padding or metadata differ"
+            return (
+                f"damaged: {where}: {self.what}; no {self.noun} is: only headers, padding or metadata differ"
+            )
         more = f" and {len(self.keys) - MOST_NAMED} more" if len(self.keys) > MOST_NAMED else ""
-        many = f"{len(self.keys)} sub-scans" if len(self.keys) > 1 else "1 sub-scan"
+        many = f"{len(self.keys)} {self.noun}s" if len(self.keys) > 1 else f"1 {self.noun}"
         return f"damaged: {where}: {self.what}; {many}: {', '.join(self.keys[:MOST_NAMED])}{more}"
 
 
@@ -180,6 +183,11 @@ def _open_samples(source: str | bytes, error: DamagedManifest) -> Manifest:
     raise error
 
 
+def _noun(manifest: Manifest) -> str:
+    """What the shards of a set hold, in a word."""
+    return "chunk" if manifest_schema.stores_scans(manifest.meta) else "sub-scan"
+
+
 def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int, int]]:
     """Key, offset, nbytes and checksum of the sub-scans in a shard."""
     rows = manifest.rows_of(shard["name"])
@@ -218,6 +226,7 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
                 for task in wait(tasks, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     shard = tasks.pop(task)
                     if fault := task.result():
+                        fault = replace(fault, noun=_noun(manifest))
                         found[shard["name"]] = fault
                         say(fault.line(manifest.root))
                     done += shard["nbytes"]
@@ -264,9 +273,8 @@ def main(argv: list[str]) -> int:
     faults = verify_shards(manifest, options.workers or usable_cores())
     if not faults:
         count, size = len(manifest.meta["shards"]), sum(s["nbytes"] for s in manifest.meta["shards"])
-        say(
-            f"{manifest.root}: sound: manifest, {count} shards, {manifest.table.num_rows:,} sub-scans, {size / 1e6:,.0f} MB"
-        )
+        parts = f"{manifest.table.num_rows:,} {_noun(manifest)}s"
+        say(f"{manifest.root}: sound: manifest, {count} shards, {parts}, {size / 1e6:,.0f} MB")
         return 0
     if not options.repair:
         many = "1 shard is" if len(faults) == 1 else f"{len(faults)} shards are"
@@ -325,6 +333,7 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     return ShardingSettings(
         Tiling.from_meta(meta["tiling"]),
         meta["format"],
+        store="scans" if manifest_schema.stores_scans(meta) else "subscans",
         allow_gaps=True,
         modality=_modality(manifest),
         sample_version=meta.get("sample_version", 1),

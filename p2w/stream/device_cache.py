@@ -26,6 +26,15 @@ def free_bytes(device: torch.device) -> int:
     return free_memory()
 
 
+def refuse_random_places(shards: ShardSet) -> None:
+    """Raise UserError for a set of whole scans: its sub-scans are cut elsewhere in each epoch, so none can be kept."""
+    if shards.random_places:
+        raise UserError(
+            f"data.cache_on_device: {shards.where} stores whole scans, and every epoch cuts other sub-scans of them, so "
+            "that none can be kept: pass --data.no-cache-on-device, or cut the set with --store subscans"
+        )
+
+
 class DeviceCache:
     """Memory on a device for the sub-scans of a split, and a record of which are in it."""
 
@@ -37,8 +46,9 @@ class DeviceCache:
         `reserve` bytes must stay free for the network; `sharers` processes share the free memory.
 
         Raises:
-            UserError: the split does not fit.
+            UserError: the split does not fit, or the set has no sub-scans that stay the same from epoch to epoch.
         """
+        refuse_random_places(shards)
         self.ids = shards.ids(split)  # ascending
         need, free = len(self.ids) * shards.nbytes, free_bytes(device) // sharers
         gib = 1 << 30

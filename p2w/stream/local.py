@@ -25,7 +25,7 @@ from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
 from p2w.shards.manifest_keys import codes_of
-from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns
+from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns, stores_scans
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all. A set of more is read without maps
@@ -34,6 +34,8 @@ STREAM_BUFFER = (
 )
 _BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
 
+
+RANDOM_PLACES = ", cut from whole scans, in training at random places"  # for messages on such a set
 
 Order = Literal["shuffled", "streamed"]
 """How an epoch is shuffled: as a whole, or by shards and within a buffer, as a stream of shards allows (see `sampler`)."""
@@ -54,6 +56,7 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
+    random_places = False  # whether training cuts a sub-scan at another place of its scan in each epoch
     order: Order = "shuffled"  # a run keeps its order for good; `tar.TarSet` has the streamed one alone
     order_version = 0  # of the shuffled order, see `sampler`; 0: what the size of the set asks for
     retry_s = 0.0  # how long a server that fails is asked again
@@ -281,3 +284,15 @@ class LocalSet(ShardSet):
         if size != expected:
             raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {expected:,}")
         self.copy(sub_scan, shard[start : start + self.nbytes], out)
+
+
+def open_random_access(
+    manifest: Manifest, make: Callable[[Manifest, bool], ShardSet], verify: bool
+) -> ShardSet:
+    """The set of a manifest as `make` opens it; of a set that stores whole scans, `make` opens its chunks."""
+    if not stores_scans(manifest.meta):
+        return make(manifest, verify)
+    from p2w.stream.random_places import ScanStoreSet  # noqa: PLC0415 - SimpleITK, which other sets do not need
+
+    meta = manifest.meta | {"shape": manifest.meta["chunk"]}
+    return ScanStoreSet(manifest, make(Manifest(manifest.table, meta, manifest.root), verify))

@@ -10,8 +10,8 @@ The id of a sub-scan is its row in the manifests, one after the other in the ord
 
 import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class MixedSet(ShardSet):
         self.shape, self.nbytes, self.verify = first.shape, first.nbytes, first.verify
         self.on_bad, self.reported_bad = "stop", set()
         self.min_threads = max(one.min_threads for one in sets)
+        self.random_places = any(one.random_places for one in sets)
         lengths = [len(one) for one in sets]
         self.starts: Ids = np.cumsum([0, *lengths]).astype(
             np.int64
@@ -73,9 +74,10 @@ class MixedSet(ShardSet):
         splits = [one.meta.get("split", {}) for one in self.sets]
         told = [
             {"shards": part.where, "weight": weight, "data": data_fingerprint(one.meta)}
+            | ({"store": one.meta["store"]} if "store" in one.meta else {})
             for part, weight, one in zip(parts, self.weights, self.sets, strict=True)
         ]
-        same = ("shape", "dtype", "window_hu", "format", "tiling", "modality", "intensity")
+        same = ("shape", "dtype", "window_hu", "format", "tiling", "modality", "intensity", "store")
         return {
             key: first[key]
             for key in same
@@ -115,10 +117,15 @@ class MixedSet(ShardSet):
             *(one.scan_uids(ids[numbers == at] - self.starts[at]) for at, one in enumerate(self.sets))
         )
 
+    def number_of(self, sub_scan: int) -> tuple[int, int]:
+        """The number of a sub-scan's set, and its id there."""
+        number = int(np.searchsorted(self.starts, sub_scan, "right")) - 1
+        return number, sub_scan - int(self.starts[number])
+
     def _set_of(self, sub_scan: int) -> tuple[ShardSet, int]:
         """The set of a sub-scan, and its id there."""
-        number = int(np.searchsorted(self.starts, sub_scan, "right")) - 1
-        return self.sets[number], sub_scan - int(self.starts[number])
+        number, row = self.number_of(sub_scan)
+        return self.sets[number], row
 
     def shares(self, ids: Ids) -> list[int]:
         """How many sub-scans of each set an epoch takes; `ids` are those of the split."""
@@ -167,14 +174,33 @@ class MixedSet(ShardSet):
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """The mixture itself: any number of threads can read any sub-scan of it."""
-        return nullcontext(self)
+        """The mixture itself; sets that store scans are read at the places of `shuffle`, its (seed, epoch)."""
+        return self._readers(shuffle) if self.random_places else nullcontext(self)
+
+    @contextmanager
+    def _readers(self, shuffle: tuple[int, int] | None) -> Iterator[SampleReader]:
+        none = np.zeros(0, np.int64)  # which ids are asked for says nothing to sets with random access
+        with ExitStack() as stack:
+            yield _MixedReader(self, [stack.enter_context(one.reader(none, shuffle)) for one in self.sets])
 
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
         own, row = self._set_of(sub_scan)
         own.on_wait = self.on_wait  # a plain attribute, set once a run has its watchdog
         own.read_into(row, out)
+
+
+class _MixedReader:
+    """Read sub-scans of a mixture for one thread, by a reader of each of its sets."""
+
+    def __init__(self, mixture: MixedSet, readers: list[SampleReader]) -> None:
+        self.mixture, self.readers = mixture, readers
+
+    def read_into(self, sub_scan: int, out: Any) -> None:
+        """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
+        number, row = self.mixture.number_of(sub_scan)
+        self.mixture.sets[number].on_wait = self.mixture.on_wait
+        self.readers[number].read_into(row, out)
 
 
 def _check(sets: list[ShardSet], where: str) -> None:

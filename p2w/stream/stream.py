@@ -26,7 +26,7 @@ from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
 from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import LocalSet, Order, ShardSet
+from p2w.stream.local import LocalSet, Order, ShardSet, open_random_access
 from p2w.stream.mixed import MixedSet
 from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
@@ -70,7 +70,7 @@ def open_set(
 
         shards = open_url(where, verify, retry_s)
     else:
-        shards = LocalSet(read_manifest(where, check_shards=check_shards), verify)
+        shards = open_random_access(read_manifest(where, check_shards=check_shards), LocalSet, verify)
     shards.on_bad, shards.retry_s = on_bad, retry_s
     if order == "shuffled" and shards.order != order:
         raise UserError(

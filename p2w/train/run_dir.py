@@ -35,10 +35,15 @@ def describe_data(shards: ShardSet) -> dict[str, Any]:
 
     Counts of sub-scans and scans by split, `shape` (z, y, x), `window_hu`, the tiling rule, the modality and how its
     intensities are scaled where it is not CT, and `spacing_mm` as [smallest, median, largest], each (z, y, x). Where
-    sub-scans may be filled up with air, `real_shape` is the median of what is real.
+    sub-scans may be filled up with air, `real_shape` is the median of what is real. Of a set that stores whole scans,
+    `store` and the size of its chunks.
     """
     facts: dict[str, Any] = {key: shards.meta.get(key) for key in ("shape", "window_hu", "format", "tiling")}
-    facts |= {key: shards.meta[key] for key in ("modality", "intensity", "mixture") if key in shards.meta}
+    facts |= {
+        key: shards.meta[key]
+        for key in ("modality", "intensity", "mixture", "store", "chunk")
+        if key in shards.meta
+    }
     for split in ("train", "val"):
         ids = shards.ids(split)
         facts[split] = {"sub_scans": len(ids), "scans": len(shards.scan_uids(ids))}

@@ -108,9 +108,10 @@ def _last_start(run: Path) -> dict[str, Any]:
 
 
 def _scans(data_set: Any) -> dict[str, Any]:
-    """Modality and scaling of intensities of scans that are not CT, and the spacing of scans that were resampled."""
+    """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed;
+    `store` "scans" where wholes were cut at random places of stored scans."""
     told = data_set if isinstance(data_set, dict) else {}
-    scans = {key: told[key] for key in ("modality", "intensity") if key in told}
+    scans = {key: told[key] for key in ("modality", "intensity", "store") if key in told}
     tiling = told.get("tiling")
     resampled = tiling.get("spacing_mm") if isinstance(tiling, dict) else None
     return scans | ({"resampled_to_mm": resampled} if resampled else {})
@@ -195,10 +196,10 @@ def _licences(card: dict[str, Any]) -> str:
 
 def _of_scans(fed: dict[str, Any]) -> str:
     spacing, resampled = fed["spacing_mm_zyx"], fed.get("resampled_to_mm")
-    said = ""
+    said = "Wholes were cut at random places of the scans. " if fed.get("store") == "scans" else ""
     if "modality" in fed:
         low, high = fed["intensity"]["percentiles"]
-        said = (
+        said += (
             f"The scans are {fed['modality'].upper()}: of each, the percentiles {low} and {high} became the ends of that "
             "window, so yours become 0 and 1. "
         )

@@ -14,7 +14,9 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from ct_files import ct, write
 from ct_sets import write_structured_set
+from cut_here import cut_here
 
 from p2w import config as settings
 from p2w import resources
@@ -23,6 +25,8 @@ from p2w.doctor.check import CheckContext, CheckResult, ok, refused
 from p2w.doctor.command import CHECKS, run_check
 from p2w.errors import UserError
 from p2w.recipes import named
+from p2w.shards.scan_shards import ShardingSettings
+from p2w.shards.tiling import Tiling
 from p2w.train.run_dir import RunDir
 
 REPO = Path(__file__).parents[2]
@@ -102,6 +106,17 @@ def test_shards_that_are_damaged_missing_or_do_not_fit(case, tmp_path):
     assert rows["batch"].status == "problem" and "3 ranks" in rows["batch"].found
     nowhere = only(command.shards(replace(case, shards=str(tmp_path / "nowhere"))))
     assert nowhere.status == "problem" and "no such folder" in nowhere.found and "p2w shard" in nowhere.remedy
+
+
+def test_a_set_of_whole_scans_is_sampled_as_any_other(case, tmp_path):
+    for number in range(2):
+        write(tmp_path / "scans" / f"s{number}.mhd", ct((40, 70, 75), number))
+    settings = ShardingSettings(Tiling((16, 32, 32)), store="scans")
+    found = cut_here(tmp_path / "scans", tmp_path / "set", settings).root
+    small = replace(case.config, data=replace(case.config.data, batch=4))
+    rows = {row.name: row for row in command.shards(replace(case, shards=found, config=small))}
+    assert "in 2 shards, all there, cut from whole scans" in rows["shards"].found
+    assert "16 sub-scans drawn from 16, all intact" in rows["checksums"].found
 
 
 def test_a_run_folder_of_other_settings(case):

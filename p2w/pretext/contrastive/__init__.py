@@ -76,6 +76,7 @@ class InstDisc(ContrastivePretext):
     """Instance discrimination (Wu et al. 2018)."""
 
     summary = "a part -> like earlier parts of its whole in a memory bank, unlike the others there"
+    knows_wholes = True
     kind = MemoryBank
 
 
@@ -83,6 +84,7 @@ class Pirl(ContrastivePretext):
     """PIRL (Misra and van der Maaten 2020)."""
 
     summary = "a part, and a jigsaw -> like earlier parts of their whole in a memory bank"
+    knows_wholes = True
     kind = PirlBank
 
 
@@ -90,6 +92,7 @@ class Exemplar(ContrastivePretext):
     """Exemplar (Dosovitskiy et al. 2014)."""
 
     summary = "a part -> which whole it is of, every whole a class"
+    knows_wholes = True
     kind = InstanceClasses
 
 
