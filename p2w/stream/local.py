@@ -25,7 +25,7 @@ from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
 from p2w.shards.manifest_keys import codes_of
-from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns, stores_scans
+from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all. A set of more is read without maps
@@ -273,7 +273,16 @@ class LocalSet(ShardSet):
         if len(self.shard_names) > _MAPS:
             self.copy(sub_scan, self._read(sub_scan, number, start), out)
             return
-        shard = self._map(number)
+        try:
+            shard = self._map(number)
+        except DataError:
+            self._check_size(sub_scan, number)  # a shard that was cut short cannot be mapped
+            raise
+        self._check_size(sub_scan, number)
+        self.copy(sub_scan, shard[start : start + self.nbytes], out)
+
+    def _check_size(self, sub_scan: int, number: int) -> None:
+        """Raise DataError where a shard has another size than the manifest says, or cannot be looked at."""
         expected = self.shard_sizes[number]
         try:
             size = os.stat(self._path(number)).st_size
@@ -283,16 +292,3 @@ class LocalSet(ShardSet):
             raise self.damaged(sub_scan, f"the shard cannot be read ({error.strerror})") from error
         if size != expected:
             raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {expected:,}")
-        self.copy(sub_scan, shard[start : start + self.nbytes], out)
-
-
-def open_random_access(
-    manifest: Manifest, make: Callable[[Manifest, bool], ShardSet], verify: bool
-) -> ShardSet:
-    """The set of a manifest as `make` opens it; of a set that stores whole scans, `make` opens its chunks."""
-    if not stores_scans(manifest.meta):
-        return make(manifest, verify)
-    from p2w.stream.random_places import ScanStoreSet  # noqa: PLC0415 - SimpleITK, which other sets do not need
-
-    meta = manifest.meta | {"shape": manifest.meta["chunk"]}
-    return ScanStoreSet(manifest, make(Manifest(manifest.table, meta, manifest.root), verify))

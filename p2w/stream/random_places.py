@@ -14,6 +14,7 @@ that of the chunks.
 
 import functools
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -92,6 +93,14 @@ class ScanStoreSet(ShardSet):
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the sub-scan at its own place into `out`, int16 (D, H, W), and check it. Raises DataError."""
         _PlaceReader(self, None).read_into(sub_scan, out)
+
+
+def open_scan_store(
+    manifest: Manifest, make: Callable[[Manifest, bool], ShardSet], verify: bool
+) -> ScanStoreSet:
+    """The set of a manifest that stores scans; `make` opens the set of its chunks."""
+    meta = manifest.meta | {"shape": manifest.meta["chunk"]}
+    return ScanStoreSet(manifest, make(Manifest(manifest.table, meta, manifest.root), verify))
 
 
 @functools.lru_cache(maxsize=64)

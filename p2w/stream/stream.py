@@ -24,9 +24,10 @@ from torch import Tensor
 
 from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
+from p2w.shards.manifest_schema import stores_scans
 from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import LocalSet, Order, ShardSet, open_random_access
+from p2w.stream.local import LocalSet, Order, ShardSet
 from p2w.stream.mixed import MixedSet
 from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
@@ -70,7 +71,13 @@ def open_set(
 
         shards = open_url(where, verify, retry_s)
     else:
-        shards = open_random_access(read_manifest(where, check_shards=check_shards), LocalSet, verify)
+        manifest = read_manifest(where, check_shards=check_shards)
+        if stores_scans(manifest.meta):
+            from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+
+            shards = open_scan_store(manifest, LocalSet, verify)
+        else:
+            shards = LocalSet(manifest, verify)
     shards.on_bad, shards.retry_s = on_bad, retry_s
     if order == "shuffled" and shards.order != order:
         raise UserError(

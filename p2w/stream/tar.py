@@ -35,7 +35,7 @@ from p2w.shards import manifest_schema
 from p2w.shards.manifest import read_manifest
 from p2w.stream import sampler
 from p2w.stream.http import HttpSet
-from p2w.stream.local import STREAM_BUFFER, DataError, SampleReader, ShardSet, open_random_access
+from p2w.stream.local import STREAM_BUFFER, DataError, SampleReader, ShardSet
 
 BUFFER = STREAM_BUFFER
 _TRIES = 5  # in a row without progress: servers may close a connection while training does not read from it
@@ -144,7 +144,11 @@ def open_url(where: str, verify: bool = True, retry_s: float = 0.0) -> ShardSet:
     manifest_url = f"{where}/{manifest_schema.MANIFEST_NAME}"
     found = read_manifest(fetch_manifest(manifest_url, retry_s))
     if not where.startswith("s3:") and http_client.supports_ranges(manifest_url, retry_s, pause_s=_PAUSE):
-        return open_random_access(found, lambda manifest, verify: HttpSet(manifest, where, verify), verify)
+        if not manifest_schema.stores_scans(found.meta):
+            return HttpSet(found, where, verify)
+        from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+
+        return open_scan_store(found, lambda manifest, verify: HttpSet(manifest, where, verify), verify)
     if manifest_schema.stores_scans(found.meta):
         raise UserError(
             f"{where}: stores whole scans, which are read by byte ranges, and none are to be had there: use a server that "
