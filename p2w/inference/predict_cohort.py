@@ -159,6 +159,8 @@ class PredictionFolder:
             "weights": model.weights(), "flips": sorted(model.flips), "overlap": options.overlap,
             "threshold": options.threshold, "precision": precision, "ending": options.ending,
         }  # fmt: skip
+        if options.assume_hu or model.assumes_hu:  # folders of earlier versions lack it
+            self.settings["assume_hu"] = True
 
     def prepare(self) -> None:
         """Make the folders. Raises UserError when predictions of other settings are there, or nothing can be written."""
@@ -168,11 +170,12 @@ class PredictionFolder:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 there = json.loads(file.read_bytes())
-                other = [key for key, value in self.settings.items() if there.get(key) != value]
+                keys = [*self.settings, *({"assume_hu"} & set(there) - set(self.settings))]
+                other = [key for key in keys if there.get(key) != self.settings.get(key)]
                 if other:
                     raise UserError(
                         f"{self.root}: holds predictions of other settings ({other[0]}: {there.get(other[0])!r}, now "
-                        f"{self.settings[other[0]]!r}); name another --out"
+                        f"{self.settings.get(other[0])!r}); name another --out"
                     )
             write_atomic(file, canonical_json(self.settings, 2))
         except (OSError, ValueError) as error:

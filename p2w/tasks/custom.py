@@ -2,14 +2,13 @@
 
 import os
 import re
-import secrets
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import Grid
 from p2w.ct.percentiles import percentile_range
-from p2w.ct.scan import read_image, read_scan
+from p2w.ct.scan import read_image, read_scan, straightened
 from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
 from p2w.tasks.bms import TOP, crop_in_range, intensity_range
@@ -34,6 +33,9 @@ class Custom(TileSettings):
     """With --masks rtstruct or seg: regular expression of the names of structures that are foreground; default: all."""
     assume_hu: bool = False
     """Take values for HU without a test: for CT without air, such as brains without skull or cropped organs."""
+    resample_tilt: bool = False
+    """Resample DICOM series of tilted or unevenly spaced slices, and sheared images, to a straight grid; masks have to
+    lie on that grid, or --resample-masks lays them over it."""
     labels: tuple[int, ...] = ()
     """Values of a mask that are foreground; default: every value except 0."""
     around: Literal["tiles", "object"] = "tiles"
@@ -117,7 +119,7 @@ class Custom(TileSettings):
     def find(self, source: str, out: str) -> Cases:
         """One case for each image with its mask, or for each scan that the table names."""
         if self.table:
-            return source_files.cases_of(source, out, self.table, ras=False)
+            return source_files.cases_of(source, out, self.table, ras=False, resample=self.resample_tilt)
         if self.images == DICOM:
             return self._find_dicom(source, out)
         files = source_files.files_below(source, out)
@@ -141,13 +143,14 @@ class Custom(TileSettings):
                 cases.bad.append((image, f"its name does not match --patient {self.patient!r}"))
                 continue
             first = source_files.as_source(image, files[image])
+            first = straightened(first) if self.resample_tilt else first
             roles = (("image", first), ("mask", source_files.as_source(masks[name], files[masks[name]])))
             cases.cases.append(Case(first.uid, image, match[1] if match else name, roles))
         return cases
 
     def _find_dicom(self, source: str, out: str) -> Cases:
         """One case for each DICOM CT series that has a mask."""
-        found = find_scans([source], out, flag="--source", options=SearchOptions(salt=secrets.token_hex(16)))
+        found = find_scans([source], out, flag="--source", options=SearchOptions(resample=self.resample_tilt))
         cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
         series = [scan for scan in found.sources if scan.grid is not None]
         if self.masks in MODALITY:

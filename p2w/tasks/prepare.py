@@ -82,7 +82,11 @@ class TargetSettings:
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
         told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
-        added = {"structures": "", "assume_hu": False}  # options that folders of earlier versions lack
+        added = {
+            "structures": "",
+            "assume_hu": False,
+            "resample_tilt": False,
+        }  # options that folders of earlier versions lack
         options = {
             f"option {name}": value
             for name, value in self.options.items()
@@ -213,6 +217,8 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
         """Rows with their split and fold, and the metadata: task, split and cases."""
         task, split = self.task, self.task.split(listing.sources)
         patient = {case.uid: case.patient for case in listing.sources}
+        # Of DICOM, the hash of the PatientID, by which p2w.tasks.leak compares patients with those of pretraining.
+        hashes = {case.uid: case.files[0][1].info.patient for case in listing.sources if case.files}
         of, fold_of = _split_and_fold(split, {patient[record["uid"]] for record in good if record["rows"]})
         rows = [
             row | {"split": of[row["patient"]], "fold": fold_of.get(row["patient"], -1)}
@@ -244,6 +250,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "sources": [
                 {"uid": record["uid"], "patient": patient[record["uid"]], "files": record["files"]}
                 | {"left_out": record["left_out"], "samples": len(record["rows"])}
+                | ({"patient_hash": hashed} if (hashed := hashes.get(record["uid"])) else {})
                 for record in good
             ],
         }
