@@ -46,7 +46,7 @@ def straighten(
 
     Of another modality `air` is its lowest value: what no slice covers has it.
     """
-    round_off = np.rint if voxels.dtype.kind in "iu" else np.asarray
+    whole = voxels.dtype.kind in "iu"
     grid = straight_grid(stored, positions)
     along, aside = _offsets(stored, positions)
     corner = aside.min(axis=0)
@@ -64,9 +64,10 @@ def straighten(
         k = min(int(np.searchsorted(along, height, side="right")) - 1, len(along) - 2)
         share = float((height - along[k]) / (along[k + 1] - along[k]))
         if share < NEAR or share > 1 - NEAR:
-            out[z] = round_off(plane(k + (share > NEAR)))
+            made = plane(k + (share > NEAR))
         else:
-            out[z] = round_off(plane(k) * np.float32(1 - share) + plane(k + 1) * np.float32(share))
+            made = plane(k) * np.float32(1 - share) + plane(k + 1) * np.float32(share)
+        out[z] = np.rint(made) if whole else made
     return out
 
 
