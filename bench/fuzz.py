@@ -187,7 +187,7 @@ def fuzz(options: Options, names: tuple[str, ...], valid: Path) -> int:
     seconds = result["seconds"] + time.monotonic() - began
     record = {
         "cases": number, "seconds": round(seconds, 1), "findings": findings, "fixed": fixed,
-        "outcomes": {kind: dict(sorted(counts[kind].items())) for kind in names},
+        "outcomes": result.get("outcomes", {}) | {kind: dict(sorted(counts[kind].items())) for kind in names},
         "machine": {"python": platform.python_version(), "cores": usable_cores(), "system": platform.platform()},
     }  # fmt: skip
     options.out.write_text(json.dumps(record, indent=1) + "\n")

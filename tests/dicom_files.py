@@ -121,3 +121,28 @@ def _group(one, *names):
     for name in names:
         setattr(group, name, getattr(one, name))
     return group
+
+
+def rtstruct(structures, series="1.2.3"):
+    """An RTSTRUCT of a series: name of each structure -> its contours, each a list of (x, y, z) in mm."""
+    data, meta = Dataset(), FileMetaDataset()
+    data.SOPClassUID = meta.MediaStorageSOPClassUID = pydicom.uid.RTStructureSetStorage
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = "1.9.1"
+    data.file_meta, data.Modality, data.SeriesInstanceUID = meta, "RTSTRUCT", "1.9"
+    one, study, frame = Dataset(), Dataset(), Dataset()
+    one.SeriesInstanceUID, study.RTReferencedSeriesSequence = series, [one]
+    frame.RTReferencedStudySequence, data.ReferencedFrameOfReferenceSequence = [study], [frame]
+    data.StructureSetROISequence, data.ROIContourSequence = [], []
+    for number, (name, contours) in enumerate(structures.items()):
+        structure, roi = Dataset(), Dataset()
+        structure.ROINumber, structure.ROIName = number, name
+        roi.ReferencedROINumber, roi.ContourSequence = number, []
+        for points in contours:
+            contour = Dataset()
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+            contour.ContourData = [f"{value:.4f}" for point in points for value in point]
+            roi.ContourSequence.append(contour)
+        data.StructureSetROISequence.append(structure)
+        data.ROIContourSequence.append(roi)
+    return data

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,12 @@ def kinds() -> dict[str, Kind]:
         head = path.read_bytes()[: -hu.nbytes].replace(b"BinaryData = True", b"BinaryData = False")
         path.write_bytes(head + " ".join(map(str, hu.ravel().tolist())).encode())
 
+    def frames(folder: Path) -> None:
+        from dicom_files import body, ct_slice, multi_frame, save  # noqa: PLC0415
+
+        every = [ct_slice(hu, i, (-10, -20, 2.5 * i)) for i, hu in enumerate(body(4))]
+        save(multi_frame(every), folder / "a.dcm")
+
     names = (
         "a.mhd",
         "packed.mhd",
@@ -84,6 +91,11 @@ def kinds() -> dict[str, Kind]:
         "scan-list": Kind(listed, read_scans),
         "scan-text": Kind(text, read_scans),
         "scan-dicom-packed": Kind(packed_series, read_scans, expands=1032),
+        "scan-dicom-frames": Kind(frames, read_scans),
+        "mask-rtstruct": Kind(
+            lambda folder: make_masks(folder, "rtstruct"), lambda folder: read_masks(folder, "rtstruct")
+        ),
+        "mask-seg": Kind(lambda folder: make_masks(folder, "seg"), lambda folder: read_masks(folder, "seg")),
         "shard-tar": Kind(make_set("tar"), read_set, ("1.2.0000.tar", "1.2.0001.tar")),
         "shard-arrow": Kind(make_set("arrow"), read_set, ("1.2.0000.arrow", "1.2.0001.arrow")),
         "manifest": Kind(make_set("tar", only="manifest.parquet"), read_manifest, ("manifest.parquet",)),
@@ -119,6 +131,68 @@ def read_scans(folder: Path) -> None:
                 read_scan(source)
         except BadScan as error:
             reasons.append(str(error))
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def make_masks(folder: Path, kind: str) -> None:
+    """Write a series and a mask of it: RTSTRUCT contours, or a DICOM-SEG segment."""
+    import highdicom  # noqa: PLC0415
+    import pydicom  # noqa: PLC0415
+    from dicom_files import body, rtstruct, save, write_series  # noqa: PLC0415
+
+    hu = body(4)
+    patient = (
+        "PatientName",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyID",
+        "StudyDate",
+        "StudyTime",
+        "AccessionNumber",
+    )
+    tags = dict.fromkeys((*patient, "ReferringPhysicianName", "PositionReferenceIndicator"), "")
+    uids = {
+        "PatientID": "A",
+        "StudyInstanceUID": "1.7",
+        "FrameOfReferenceUID": "1.8",
+        "SliceThickness": "2.5",
+    }
+    paths = write_series(folder / "ct", hu, **tags, **uids)
+    if kind == "rtstruct":
+        corners = [(0, -15), (7, -15), (7, -5), (0, -5)]
+        contours = [[(x, y, 2.5 * z) for x, y in corners] for z in (1, 2)]
+        save(rtstruct({"GTV": contours}), folder / "mask.dcm")
+        return
+    mask = np.zeros(hu.shape, np.uint8)
+    mask[1:3, 5:15, 5:15] = 1
+    code = highdicom.sr.CodedConcept("91723000", "SCT", "Anatomical structure")
+    algorithm = highdicom.AlgorithmIdentificationSequence("hand", code, "1")
+    segment = highdicom.seg.SegmentDescription(1, "GTV", code, code, "AUTOMATIC", algorithm)
+    images = [pydicom.dcmread(path) for path in paths]
+    made = highdicom.seg.Segmentation(
+        images, mask, "BINARY", [segment], "1.9", 3, "1.9.2", 1, "maker", "model", "1", "1"
+    )
+    save(made, folder / "mask.dcm")
+
+
+def read_masks(folder: Path, kind: str) -> None:
+    """As preprocess/prepare_target.py general --images dicom finds and cuts them."""
+    from p2w.errors import UserError  # noqa: PLC0415
+    from p2w.shards.build import errors_of_readers  # noqa: PLC0415
+    from p2w.tasks.custom import Custom  # noqa: PLC0415
+
+    with warnings.catch_warnings():  # of pydicom and highdicom, on values that break the standard
+        warnings.simplefilter("ignore")
+        task = Custom(images="dicom", masks=kind)
+        cases = task.find(str(folder), "")
+        reasons = [why for _, why in cases.bad]
+        for case in cases.cases:
+            try:
+                with errors_of_readers():
+                    list(task.cut(case, (8, 16, 16)).samples)
+            except UserError as error:
+                reasons.append(str(error))
     if reasons:
         raise UserError("; ".join(reasons))
 

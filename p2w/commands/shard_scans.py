@@ -29,6 +29,7 @@ import tyro
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import Grid
 from p2w.ct.percentiles import Modality
+from p2w.ct.scan import straightened
 from p2w.ct.series_table import choose, series_rows, table_csv, table_json, table_text
 from p2w.errors import UserError, program
 from p2w.shards.build import BuildOptions
@@ -48,7 +49,8 @@ class ShardScansOptions:
     allow_gaps: bool = False
     """Cut DICOM series with missing slices too, as if their slices were adjacent."""
     resample_tilt: bool = False
-    """Resample DICOM series of tilted, drifting or unevenly spaced slices to a straight grid, and cut them too."""
+    """Resample DICOM series of tilted, drifting or unevenly spaced slices, and images with a sheared third axis, to a
+    straight grid, and cut them too."""
     assume_hu: bool = False
     """Take values for HU without a test: for CT without air, such as brains without skull or cropped organs."""
     modality: Modality = "ct"
@@ -111,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         options.modality.upper(),
     )
     found = find_scans([*options.scans], options.out, options=search)
+    if options.resample_tilt:
+        found.sources = [straightened(source) for source in found.sources]
     action = _action(settings)
     if options.select or options.one_per_study:
         found = choose(found, action, options.select, options.one_per_study)

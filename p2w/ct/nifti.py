@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from p2w.ct.orientation import BadScan, Grid, check_axes
+from p2w.ct.orientation import BadScan, Grid
 from p2w.ct.voxel_files import GZIP, HEADER, MAGIC_GZIP, VoxelLayout
 
 NIFTI_TYPES = {
@@ -57,7 +57,7 @@ def _parse(head: bytes) -> _Header:
                 offset=offset,
                 slope=slope,
                 intercept=intercept,
-                units=head[123],
+                units=struct.unpack_from("B", head, 123)[0],
                 codes=struct.unpack_from(order + "2h", head, 252),
                 quatern=struct.unpack_from(order + "6f", head, 256),
                 srow=struct.unpack_from(order + "12f", head, 280),
@@ -86,13 +86,15 @@ def _parse(head: bytes) -> _Header:
 
 
 def read_nifti(path: str) -> tuple[VoxelLayout, Grid]:
-    """The layout of the voxels and the stored grid of a `.nii` or `.nii.gz`. Raises BadScan."""
+    """The layout of the voxels and the stored grid of a `.nii` or `.nii.gz`, whose axes may be sheared. Raises BadScan."""
     with open(path, "rb") as file:
         head = file.read(HEADER)
     packed = head[:2] == MAGIC_GZIP
     try:
         head = zlib.decompressobj(GZIP).decompress(head, HEADER) if packed else head
         header = _parse(head)
+        if len(head) < header.size:
+            raise struct.error("it ends within its header")
         _check_offset(header, head)
     except (struct.error, zlib.error) as error:
         raise BadScan(f"the NIfTI header cannot be read ({error}): copy it again") from error
@@ -205,7 +207,6 @@ def _grid(header: _Header, size: tuple[int, int, int]) -> Grid:
     grid = Grid(
         size, tuple(spacing.tolist()), tuple((lps * matrix[:, 3] * scale).tolist()), tuple(direction.ravel().tolist())
     )  # fmt: skip
-    check_axes(grid)
     return grid
 
 

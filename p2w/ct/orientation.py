@@ -20,6 +20,10 @@ class BadScan(UserError):
     """Whether no other scan is to be cut either, since what is wrong is the command and not the scan."""
 
 
+class ShearedAxes(BadScan):
+    """The axes of a grid are not at right angles."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The grid of an image, axes in ITK's order x, y, z. `direction` is a 3x3 matrix by rows, whose columns are the axes."""
@@ -87,6 +91,22 @@ def check_voxel_size(spacing_xyz: Sequence[float]) -> None:
         )
 
 
+def leaning_slices(grid: Grid) -> tuple[Grid, tuple[tuple[float, ...], ...]]:
+    """Slices of a grid whose third axis leans: the grid of the first with its normal, and the place (x, y, z in mm) of each.
+
+    Raises BadScan where the other two axes are at no right angle, or the third lies in their plane.
+    """
+    axes = np.array(grid.direction).reshape(3, 3)
+    normal = np.cross(axes[:, 0], axes[:, 1])
+    normal *= np.sign(normal @ axes[:, 2]) / max(float(np.linalg.norm(normal)), 1e-6)
+    step = float(normal @ axes[:, 2]) * grid.spacing[2]
+    direction = tuple(np.stack([axes[:, 0], axes[:, 1], normal], axis=1).ravel().tolist())
+    straight = Grid(grid.size, (*grid.spacing[:2], step), grid.origin, direction)
+    check_axes(straight)
+    along = axes[:, 2] * grid.spacing[2]
+    return straight, tuple(tuple((np.array(grid.origin) + k * along).tolist()) for k in range(grid.size[2]))
+
+
 def check_axes(grid: Grid) -> None:
     """Raise BadScan unless the axes are unit vectors at right angles, and spacing and origin are finite numbers of mm."""
     matrix = np.array(grid.direction).reshape(3, 3)
@@ -102,7 +122,7 @@ def check_axes(grid: Grid) -> None:
     if off.max() > SHEAR_MM:
         i, j = np.unravel_index(int(off.argmax()), off.shape)
         angle = np.degrees(np.arcsin(min(1.0, float(cosines[i, j]))))
-        raise BadScan(
+        raise ShearedAxes(
             f"sheared axes: {'xyz'[i]} and {'xyz'[j]} are {angle:.1f} degrees off a right angle, {off.max():.1f} mm at the "
-            f"far end ({SHEAR_MM:g} mm are tolerated), as of a gantry tilt: resample it to a straight grid"
+            f"far end ({SHEAR_MM:g} mm are tolerated), as of a gantry tilt: resample it to a straight grid (--resample-tilt)"
         )

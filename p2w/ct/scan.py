@@ -5,9 +5,10 @@ Scans stored in another orientation (flipped or permuted direction matrices) bec
 nothing is interpolated, and an oblique scan keeps its small angles in `direction`.
 """
 
+import contextlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,7 +20,7 @@ from p2w.ct.enhanced_dicom import read_frames
 from p2w.ct.hu_values import check_hu
 from p2w.ct.meta_image import meta_image_files, meta_image_layout
 from p2w.ct.nifti import read_nifti
-from p2w.ct.orientation import BadScan, Grid, check_axes, to_canonical
+from p2w.ct.orientation import BadScan, Grid, ShearedAxes, check_axes, leaning_slices, to_canonical
 from p2w.ct.straighten import straight_grid, straighten
 from p2w.ct.voxel_files import (
     VoxelLayout,
@@ -108,6 +109,9 @@ def read_image(source: ScanSource) -> ImageVolume:
         array = array * np.float32(slope) + np.float32(intercept)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadScan("NaN or infinite values")
+    if source.positions:
+        lowest = float(array.min())
+        array, grid = straighten(array, grid, source.positions, lowest), straight_grid(grid, source.positions)
     canonical, order, flips = grid.canonical()
     return ImageVolume(to_canonical(array, order, flips), canonical, _nbytes(source), checksum)
 
@@ -161,10 +165,43 @@ def to_int16(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> n
     return out
 
 
+def straightened(source: ScanSource) -> ScanSource:
+    """The scan; where it is an image file whose third axis leans, with the places of its slices, so that it is resampled.
+
+    Any other scan is given as it is: what is wrong with it shows when it is read.
+    """
+    if source.grid is not None:
+        return source
+    try:
+        grid, _ = _file_header(source)
+    except (BadScan, OSError):
+        return source
+    try:
+        check_axes(grid)
+    except ShearedAxes as why:
+        with contextlib.suppress(BadScan):
+            return replace(source, positions=leaning_slices(grid)[1], resampled=str(why).partition(" (")[0])
+    except BadScan:
+        pass
+    return source
+
+
 def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
-    """The stored grid, and the layout of the voxels, or None when ITK has to read them. Raises BadScan."""
+    """The stored grid, and the layout of the voxels, or None when ITK has to read them. Raises BadScan.
+
+    Of slices that have to be resampled it is the grid of the first, with the wanted step.
+    """
     if source.grid is not None:
         return source.grid, None
+    grid, layout = _file_header(source)
+    if source.positions:
+        return leaning_slices(grid)[0], layout
+    check_axes(grid)
+    return grid, layout
+
+
+def _file_header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
+    """The grid as an image file has it, whose axes may be sheared, and the layout of its voxels, or None as `_header`."""
     path = source.files[0]
     lower = path.lower()
     if lower.endswith((".nii", ".nii.gz")):
@@ -198,7 +235,6 @@ def _header(source: ScanSource) -> tuple[Grid, VoxelLayout | None]:
         reader.GetOrigin()[:3],
         tuple((direction + 0.0).ravel().tolist()),
     )
-    check_axes(grid)
     if layout is None:
         check_reader_size(path, reader, sum(os.path.getsize(file) for file in source_files(source)))
     elif layout.count != math.prod(grid.size):

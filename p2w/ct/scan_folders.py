@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from p2w.errors import UserError
+
 UID_LENGTH = 100  # a name in a tar may have 155 characters before the last slash, a file name 255 bytes
 
 
@@ -17,12 +19,14 @@ def walk(
     """Yield the files below `root` in a fixed order, without hidden ones and `out`; links are followed, loops are not.
 
     Folders whose real path is in `seen` are skipped; those that are searched are added to it. A folder that cannot be read
-    is passed to `unreadable`; without that it is an OSError, since scans in it would be missing without a word.
+    is passed to `unreadable`; without that it is a UserError, since scans in it would be missing without a word.
     """
 
     def failed(error: OSError) -> None:
         if unreadable is None:
-            raise error
+            raise UserError(
+                f"{error.filename}: the folder cannot be read ({error.strerror}): permit it, or name another folder"
+            ) from error
         unreadable(error)
 
     seen, skip = set() if seen is None else seen, os.path.realpath(out) if out else ""

@@ -5,6 +5,7 @@ new grid between two slices is interpolated between them. What no slice covers i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -39,19 +40,23 @@ def _offsets(
 
 
 def straighten(
-    voxels: NDArray[np.int16], stored: Grid, positions: Sequence[Sequence[float]]
-) -> NDArray[np.int16]:
-    """HU [z,y,x] of slices at these positions, resampled to `straight_grid(stored, positions)`."""
+    voxels: NDArray[Any], stored: Grid, positions: Sequence[Sequence[float]], air: float = AIR
+) -> NDArray[Any]:
+    """HU [z,y,x] of slices at these positions, resampled to `straight_grid(stored, positions)`; integers are rounded.
+
+    Of another modality `air` is its lowest value: what no slice covers has it.
+    """
+    whole = voxels.dtype.kind in "iu"
     grid = straight_grid(stored, positions)
     along, aside = _offsets(stored, positions)
     corner = aside.min(axis=0)
-    out = np.empty(grid.size[::-1], np.int16)
+    out = np.empty(grid.size[::-1], voxels.dtype)
     moved: dict[int, NDArray[np.float32]] = {}
 
     def plane(k: int) -> NDArray[np.float32]:
         if k not in moved:
             moved.pop(min(moved), None) if len(moved) > 1 else None
-            moved[k] = _move(voxels[k], stored, aside[k], corner, grid)
+            moved[k] = _move(voxels[k], stored, aside[k], corner, grid, air)
         return moved[k]
 
     for z in range(len(out)):
@@ -59,21 +64,23 @@ def straighten(
         k = min(int(np.searchsorted(along, height, side="right")) - 1, len(along) - 2)
         share = float((height - along[k]) / (along[k + 1] - along[k]))
         if share < NEAR or share > 1 - NEAR:
-            out[z] = np.rint(plane(k + (share > NEAR)))
+            made = plane(k + (share > NEAR))
         else:
-            out[z] = np.rint(plane(k) * np.float32(1 - share) + plane(k + 1) * np.float32(share))
+            made = plane(k) * np.float32(1 - share) + plane(k + 1) * np.float32(share)
+        out[z] = np.rint(made) if whole else made
     return out
 
 
 def _move(
-    image: NDArray[np.int16],
+    image: NDArray[Any],
     stored: Grid,
     aside: NDArray[np.float64],
     corner: NDArray[np.float64],
     grid: Grid,
+    air: float,
 ) -> NDArray[np.float32]:
-    """One slice on the rows and columns of the new grid, in HU; air beyond it."""
-    source = sitk.GetImageFromArray(np.maximum(image, AIR).astype(np.float32))
+    """One slice on the rows and columns of the new grid; air beyond it."""
+    source = sitk.GetImageFromArray(np.maximum(image.astype(np.float32), np.float32(air)))
     spacing = stored.spacing[:2]
     source.SetSpacing(spacing)
     source.SetOrigin(aside.tolist())
@@ -82,6 +89,6 @@ def _move(
     resample.SetOutputSpacing(spacing)
     resample.SetOutputOrigin(corner.tolist())
     resample.SetInterpolator(sitk.sitkLinear)
-    resample.SetDefaultPixelValue(AIR)
+    resample.SetDefaultPixelValue(air)
     moved: NDArray[np.float32] = sitk.GetArrayFromImage(resample.Execute(source))
     return moved

@@ -18,7 +18,7 @@ from p2w.config import Amp
 from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.percentiles import percentile_range
-from p2w.ct.scan import read_image, read_scan, stored_grid
+from p2w.ct.scan import read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
@@ -90,9 +90,21 @@ class InferenceInput:
         return out
 
 
-def read_input(paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False) -> InferenceInput:
-    """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used."""
-    sources = [replace(_source(path, model.in_hu), assume_hu=assume_hu) for path in paths]
+def read_input(
+    paths: Sequence[Path], model: FineTunedModel, assume_hu: bool = False, resample_tilt: bool = False
+) -> InferenceInput:
+    """Read the images of a scan, one a channel, on one grid. Raises UserError in one line for any that cannot be used.
+
+    With `resample_tilt`, slices that lean or lie unevenly are resampled to a straight grid. That serves candidates, which
+    are points in mm: a mask of such slices is refused, since no format holds it.
+    """
+    sources = [replace(_source(path, model.in_hu, resample_tilt), assume_hu=assume_hu) for path in paths]
+    for path, source in zip(paths, sources, strict=True):
+        if source.resampled and model.kind.per_voxel:
+            raise UserError(
+                f"{path}: {source.resampled}: no format of masks holds such slices, but equal steps along the normal "
+                "alone; resample the scan to a straight grid first"
+            )
     return read_sources(sources, [str(path) for path in paths], paths[0].name, model)
 
 
@@ -122,14 +134,15 @@ def read_sources(
     )
 
 
-def _source(path: Path, in_hu: bool) -> ScanSource:
+def _source(path: Path, in_hu: bool, resample_tilt: bool = False) -> ScanSource:
     """The scan in a file, or in a folder of DICOM; of a network that was not trained on CT, MR or PET come first."""
     if not path.exists():
         raise UserError(f"{path}: no such file; name a scan with --scan")
     if not path.is_dir():
-        return source_files.as_source(path.name, str(path))
+        source = source_files.as_source(path.name, str(path))
+        return straightened(source) if resample_tilt else source
     for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
-        search = SearchOptions(modality=modality)
+        search = SearchOptions(modality=modality, resample=resample_tilt)
         found = find_scans(
             [str(path)], str(path / ".out"), flag="--scan", options=search
         )  # there is no such folder
@@ -286,6 +299,9 @@ class PredictOptions:
     """Precision of the network's arithmetic."""
     assume_hu: bool = False
     """Take the scan's values for HU without a test, as where the task's data was prepared so."""
+    resample_tilt: bool = False
+    """With --candidates: take a scan of tilted, uneven or sheared slices too, resampled to a straight grid. Masks of such
+    slices fit into no format and are refused."""
 
 
 def main(argv: list[str]) -> int:
@@ -294,7 +310,7 @@ def main(argv: list[str]) -> int:
     world = World.from_env()
     model = load_ensemble([options.run], False, (), world.device)
     _check(options, model)
-    scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu)
+    scan = read_input(options.scan, model, options.assume_hu or model.assumes_hu, options.resample_tilt)
     kind = model.kind
     if options.format == DICOM_SEG:
         check_dicom_source(scan.source)

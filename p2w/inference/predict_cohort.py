@@ -182,6 +182,8 @@ class PredictionFolder:
         }  # fmt: skip
         if self.dicom:
             self.settings["format"] = DICOM_SEG
+        if options.assume_hu or model.assumes_hu:  # folders of earlier versions lack it
+            self.settings["assume_hu"] = True
 
     def prepare(self) -> None:
         """Make the folders. Raises UserError when predictions of other settings are there, or nothing can be written."""
@@ -191,7 +193,7 @@ class PredictionFolder:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
             if file.is_file():
                 there = json.loads(file.read_bytes())
-                keys = dict.fromkeys((*self.settings, "format"))
+                keys = dict.fromkeys((*self.settings, "format", *({"assume_hu"} & set(there))))
                 other = [key for key in keys if there.get(key) != self.settings.get(key)]
                 if other:
                     raise UserError(

@@ -44,7 +44,8 @@ def anatomy(canvas: Canvas, body: Body, cavity: Cavity) -> NDArray[np.uint8]:
     for label, region in ORGANS.items():
         table[label] = region
     regions = table[canvas.labels]
-    everything = tuple(slice(0, edge) for edge in canvas.frame.shape)
+    depth, height, width = canvas.frame.shape
+    everything = slice(0, depth), slice(0, height), slice(0, width)
     z, _, x = (canvas.full(field, everything) for field in canvas.frame.coarse)
     lung = np.isin(canvas.labels, LUNGS)
     oblique = canvas.full(cavity.fissures[0], everything) > 0

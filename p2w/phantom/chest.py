@@ -317,8 +317,9 @@ def make_scan(
     if contrast is not None:
         body = replace(body, contrast=contrast)
     if equal_hu is not None:
-        organs = dict.fromkeys(("liver", "spleen", "oesophagus", "blood", "myocardium"), equal_hu)
-        body = replace(body, contrast=0.0, **organs)
+        body = replace(
+            body, contrast=0.0, liver=equal_hu, spleen=equal_hu, oesophagus=equal_hu, blood=equal_hu, myocardium=equal_hu,
+        )  # fmt: skip
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.draw(scanner_rng)

@@ -197,7 +197,16 @@ def _read(path: str) -> str:
 
 def _read_table(path: str) -> dict[str, tuple[str, str]]:
     """{scan: (patient, study)} as in the table. Raises UserError for a file that is no such table."""
-    rows = csv.DictReader(io.StringIO(_read(path)))
+    try:
+        return _table_of(path, csv.DictReader(io.StringIO(_read(path))))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: is no CSV table ({error}): it must have the columns scan, patient"
+        ) from error
+
+
+def _table_of(path: str, rows: "csv.DictReader[str]") -> dict[str, tuple[str, str]]:
+    """The entries of an open table; raises csv.Error too."""
     if not {"scan", "patient"} <= set(rows.fieldnames or ()):
         there = ", ".join(rows.fieldnames or ["nothing"])
         raise UserError(

@@ -13,6 +13,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -136,7 +137,7 @@ def _fill(file: pq.ParquetFile, out: int, places: dict[str, int], names: dict[st
                 found = np.array([known[one] for one in texts], np.int32)[values.indices.to_numpy()]
             else:
                 found = values.to_numpy()
-            data = memoryview(np.ascontiguousarray(found)).cast("B")
+            data = memoryview(cast(Any, np.ascontiguousarray(found))).cast("B")
             at = place + row * found.itemsize
             while data:
                 written = os.pwrite(out, data, at)

@@ -69,7 +69,7 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
 
     `dims` is the number of axes of an array, None for 3 or 4; `optional` gives the types of keys that may be missing.
     """
-    forms = REQUIRED_META | {key: kind for key, kind in optional.items() if key in meta}
+    forms: dict[str, Any] = REQUIRED_META | {key: kind for key, kind in optional.items() if key in meta}
     tables = {key: meta[key] for key in forms if isinstance(meta.get(key), TableList)}
     for key, entries in tables.items():
         entries.form = forms[key][0] if isinstance(forms[key], list) else forms[key]

@@ -12,6 +12,7 @@ import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from crc32c import crc32c
 from p2w import http_client
 from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
 from p2w.ct.percentiles import Modality
+from p2w.ct.scan import straightened
 from p2w.errors import UserError
 from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
@@ -30,6 +32,7 @@ from p2w.shards.build import check_workers, cut_in_workers
 from p2w.shards.build_folder import JobShare
 from p2w.shards.manifest import DamagedManifest, Manifest, open_manifest, repair_command
 from p2w.shards.manifest_schema import ANY_SCHEMA
+from p2w.shards.privacy import privacy_lines
 from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.shards.tiling import Tiling
 
@@ -39,6 +42,7 @@ USAGE = """Check that the shards of a data set are the bytes that were written, 
     p2w verify https://host/shards                       # the same of a set below a URL, as fast as the network
     p2w verify shards --repair --luna LUNA16             # cut what is damaged again, from LUNA16
     p2w verify shards --repair --scans /data/a /data/b   # or from the folders that p2w shard got
+    p2w verify shards --privacy                          # what a set, a run or an export tells about people and machines
 
 The manifest has a checksum of itself, of every shard and of every sub-scan. In a shard that differs, every sub-scan is
 checked: either sub-scans are damaged, at which training would stop, or only the bytes between them. Repair cuts the scan
@@ -65,6 +69,9 @@ class VerifyOptions:
     """Folder that holds subset0 … subset9, for a set cut by p2w shard-luna."""
     scans: tuple[str, ...] = ()
     """The folders that p2w shard got, in the same order."""
+    privacy: bool = False
+    """List what a set, a run folder or a file of weights would tell about people and machines, instead of its bytes;
+    exit code 1 where there is a path, a date, a person's or a machine's name in it."""
     workers: int = 0
     """Shards read, or scans cut, at the same time; 0: one for each core, as far as memory goes."""
 
@@ -239,6 +246,17 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
     return [found[shard["name"]] for shard in shards if shard["name"] in found]
 
 
+def _privacy(where: str, repair: bool) -> int:
+    """Say what a folder or file tells; the exit code, 1 where there is something to look at."""
+    if repair or "://" in where:
+        raise UserError(f"{where}: --privacy goes with a folder or file, and without --repair")
+    is_set = os.path.isfile(os.path.join(where, manifest_schema.MANIFEST_NAME))
+    lines, clean = privacy_lines(Path(where), _open_manifest(where).meta if is_set else None)
+    for line in lines:
+        say(line)
+    return 0 if clean else 1
+
+
 def main(argv: list[str]) -> int:
     """Run `p2w verify` with these arguments; the exit code."""
     options = tyro.cli(
@@ -250,6 +268,8 @@ def main(argv: list[str]) -> int:
         )
     check_workers(options.workers)
     where = options.shards
+    if options.privacy:
+        return _privacy(where, options.repair)
     if "://" in where:
         if not where.startswith(("http://", "https://")):
             raise UserError(
@@ -354,7 +374,9 @@ def _find_scans(manifest: Manifest, luna: str | None, scans: tuple[str, ...]) ->
         search = SearchOptions(
             allow_gaps=True, resample=True, assume_hu=True, modality=_modality(manifest).upper()
         )
-        return find_scans(list(scans), manifest.root, options=search)
+        found = find_scans(list(scans), manifest.root, options=search)
+        found.sources = [straightened(source) for source in found.sources]
+        return found
     subsets = {source["subset"] for source in manifest.meta["sources"]}
     if min(subsets, default=-1) < 0:
         raise UserError(f"{manifest.root}: was cut by p2w shard: name the folders it got with --scans")

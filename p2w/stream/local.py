@@ -152,7 +152,7 @@ class ShardSet:
     def train_order(self, ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
         """Ids of every step of a training epoch, (steps, batch)."""
         if self.order == "streamed":
-            shards = self.shard_numbers[ids]
+            shards = self.shard_numbers[ids].astype(np.int64)
             return sampler.streamed_order(ids, shards, batch, seed=seed, epoch=epoch, buffer=STREAM_BUFFER)
         return sampler.shuffled_order(ids, batch, seed, epoch)
 

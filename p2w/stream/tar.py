@@ -197,7 +197,7 @@ class _ShardReader:
         self.shards = shards
         self.remaining = Counter(ids.tolist())  # requests left; padding requests an id twice
         self.buffered: dict[int, bytes | DataError] = {}
-        numbers = np.unique(shards.shard_numbers[ids])
+        numbers = np.unique(shards.shard_numbers[ids]).astype(np.int64)
         self.arrivals = self._arrivals(
             ids, sampler.epoch_permutation(numbers, *shuffle) if shuffle else numbers
         )

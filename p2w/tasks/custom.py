@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 import tyro
 
 from p2w.ct.discover import SearchOptions, find_scans
-from p2w.ct.scan import read_scan
+from p2w.ct.scan import read_scan, straightened
 from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
 from p2w.tasks.answer_tables import AnswerRow, read_answers, refuse_two_rows
@@ -52,6 +51,9 @@ class Custom(TileSettings):
     """With --masks rtstruct or seg: regular expression of the names of structures that are foreground; default: all."""
     assume_hu: bool = False
     """Take values for HU without a test: for CT without air, such as brains without skull or cropped organs."""
+    resample_tilt: bool = False
+    """Resample DICOM series of tilted or unevenly spaced slices, and sheared images, to a straight grid; masks have to
+    lie on that grid, or --resample-masks lays them over it."""
     labels: tuple[int, ...] = ()
     """Values of a mask that are foreground; default: every value except 0."""
     layout: Literal["pairs", "structures", "nnunet", "decathlon"] = "pairs"
@@ -204,7 +206,7 @@ class Custom(TileSettings):
         if self.scan_table or (self.table and self.answer):
             return self._find_answers(source, out)
         if self.table:
-            return source_files.cases_of(source, out, self.table, ras=False)
+            return source_files.cases_of(source, out, self.table, ras=False, resample=self.resample_tilt)
         if self.layout != "pairs":
             return self._find_layout(source, out)
         cases = self._find_dicom(source, out) if self.images == DICOM else self._find_pairs(source, out)
@@ -230,6 +232,17 @@ class Custom(TileSettings):
         declared = Declared(found.channels, found.labels.names, found.labels.values, found.labels.order, kind)
         cases = found.cases
         cases.task = replace(self, declared=declared)
+        if self.resample_tilt:
+            cases.cases = [
+                replace(
+                    case,
+                    files=tuple(
+                        (role, straightened(one) if role.startswith("image") else one)
+                        for role, one in case.files
+                    ),
+                )
+                for case in cases.cases
+            ]
         if self.patient:
             every, cases.cases = cases.cases, []
             for case in every:
@@ -244,8 +257,10 @@ class Custom(TileSettings):
         path, answer = self.scan_table or self.table, self.answer or "class"
         table = read_answers(path, answer, self.answer_columns, self.label_names, points=bool(self.table))
         modality = "CT" if self.values == "hu" else "MR"
-        search = SearchOptions(modality=modality, assume_hu=self.assume_hu, salt=secrets.token_hex(16))
+        search = SearchOptions(modality=modality, assume_hu=self.assume_hu, resample=self.resample_tilt)
         found = find_scans([source], out, flag="--source", options=search)
+        if self.resample_tilt:
+            found.sources = [straightened(scan) for scan in found.sources]
         names = source_files.scans_by_name(found)
         rows: dict[str, list[AnswerRow]] = {}
         for row in table.rows:
@@ -319,13 +334,14 @@ class Custom(TileSettings):
                 cases.bad.append((image, f"its name does not match --patient {self.patient!r}"))
                 continue
             first = source_files.as_source(image, files[image])
+            first = straightened(first) if self.resample_tilt else first
             roles = (("image", first), ("mask", source_files.as_source(masks[name], files[masks[name]])))
             cases.cases.append(Case(first.uid, image, match[1] if match else name, roles))
         return cases
 
     def _find_dicom(self, source: str, out: str) -> Cases:
         """One case for each DICOM CT series that has a mask."""
-        found = find_scans([source], out, flag="--source", options=SearchOptions(salt=secrets.token_hex(16)))
+        found = find_scans([source], out, flag="--source", options=SearchOptions(resample=self.resample_tilt))
         cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
         series = [scan for scan in found.sources if scan.grid is not None]
         if self.masks in MODALITY:

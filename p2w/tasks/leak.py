@@ -5,7 +5,8 @@
 
 A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when the
 name that the target task has is the one that the pretraining set was told, whose manifest holds hashes
-(`p2w.shards.grouping`); of a set with a secret salt, patients cannot be compared.
+(`p2w.shards.grouping`), or where both are of DICOM and have one PatientID; of a set with a secret salt, patients cannot
+be compared.
 """
 
 from collections.abc import Callable
@@ -159,10 +160,9 @@ def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -
         for file in source["files"]:
             if other := files.get((file["nbytes"], file["checksum"])):
                 return f"pretraining trained on test scan {source['uid']}: its file {file['file']} is scan {other} there"
-        if other := patients.get(identity_in_set(salted_hash(source["patient"], ""), salt)):
-            return (
-                f"pretraining trained on scan {other} of a patient who is tested on, in scan {source['uid']}"
-            )
+        for hashed in (salted_hash(source["patient"], ""), source.get("patient_hash")):
+            if isinstance(hashed, str) and (other := patients.get(identity_in_set(hashed, salt))):
+                return f"pretraining trained on scan {other} of a patient who is tested on, in scan {source['uid']}"
     return None
 
 

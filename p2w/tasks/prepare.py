@@ -58,7 +58,8 @@ FINISHED = {
 
 # Options of tasks, and their defaults, that folders of earlier versions were cut without.
 OPTIONS_ADDED: dict[str, Any] = {
-    "structures": "", "assume_hu": False, "layout": "pairs", "label_names": (), "overlapping": False, "scan_table": "",
+    "structures": "", "assume_hu": False, "resample_tilt": False, "layout": "pairs", "label_names": (), "overlapping": False,
+    "scan_table": "",
     "answer": None, "answer_columns": ("label",), "foreground_share": 0.5,
     "declared": {"channels": (), "classes": (), "values": (), "order": (), "kind": ""},
 }  # fmt: skip
@@ -248,6 +249,8 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
         """Rows with their split and fold, and the metadata: task, split and cases."""
         task, split = self.task, self.task.split(listing.sources)
         patient = {case.uid: case.patient for case in listing.sources}
+        # Of DICOM, the hash of the PatientID, by which p2w.tasks.leak compares patients with those of pretraining.
+        hashes = {case.uid: case.files[0][1].info.patient for case in listing.sources if case.files}
         of, fold_of = _split_and_fold(split, {patient[record["uid"]] for record in good if record["rows"]})
         rows = [
             row | {"split": of[row["patient"]], "fold": fold_of.get(row["patient"], -1)}
@@ -282,6 +285,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "sources": [
                 {"uid": record["uid"], "patient": patient[record["uid"]], "files": record["files"]}
                 | {"left_out": record["left_out"], "samples": len(record["rows"])}
+                | ({"patient_hash": hashed} if (hashed := hashes.get(record["uid"])) else {})
                 for record in good
             ],
         }

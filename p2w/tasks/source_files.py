@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from p2w.ct.discover import IMAGES, ScanListing, ScanSource, find_scans
+from p2w.ct.discover import IMAGES, ScanListing, ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid
-from p2w.ct.scan import ImageVolume, read_image
+from p2w.ct.scan import ImageVolume, read_image, straightened
 from p2w.ct.scan_folders import printable, safe_uid, walk
 from p2w.errors import UserError
 from p2w.files import file_crc32c
@@ -213,10 +213,11 @@ class Series:
     candidates: list[CandidatePoint] = field(default_factory=list)
 
 
-def cases_of(source: str, out: str, table: str, ras: bool) -> Cases:
+def cases_of(source: str, out: str, table: str, ras: bool, resample: bool = False) -> Cases:
     """One case for each scan below `source` that the table names. Raises UserError for a table that breaks its rules."""
     listed = read_table(table, ras)
-    found = find_scans([source], out, flag="--source")
+    found = find_scans([source], out, flag="--source", options=SearchOptions(resample=resample))
+    found.sources = [straightened(scan) for scan in found.sources] if resample else found.sources
     cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
     cases.tables = {os.path.basename(table): file_checksum(table)}
     names = scans_by_name(found)

@@ -7,6 +7,7 @@ import pytest
 from ct_files import ct, write
 
 from p2w.ct.discover import find_luna, find_scans, parse_subsets
+from p2w.ct.scan_folders import walk
 from p2w.errors import UserError
 
 SHAPE = (9, 16, 12)
@@ -115,6 +116,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     found = find_scans([str(tmp_path)], "")
     assert len(found.sources) == 1
     assert found.bad == [("locked", "the folder cannot be read (Permission denied), nor what is in it")]
+    with pytest.raises(UserError, match="locked: the folder cannot be read"):
+        list(walk(str(tmp_path), ""))
 
 
 def test_nested_roots_give_no_scan_twice(tmp_path):

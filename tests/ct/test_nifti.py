@@ -146,3 +146,14 @@ def test_voxels_that_the_header_does_not_know_of(tmp_path):
     assert "wrong size" in refused(path)
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert "unpacks to more" in refused(tmp_path / "b.nii.gz")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_header_may_end_anywhere(tmp_path, version):
+    path = write(tmp_path / "a.nii", ct(SHAPE))
+    if version == 2:
+        as_nifti2(path)
+    data = path.read_bytes()
+    for length in range(352 if version == 1 else 544):
+        path.write_bytes(data[:length])
+        assert refused(path)

@@ -21,6 +21,7 @@ from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 from p2w.inference.predict import mask_of, read_input
 from p2w.inference.sliding import Windows, slices
 from p2w.model import build_encoder
+from p2w.tasks import crops
 
 SIZE = [8, 16, 16]
 DIRECTIONS = [
@@ -196,6 +197,37 @@ def test_candidates_get_the_probability_of_their_crop(tmp_path, voxels):
         crop = torch.from_numpy(padded[at].astype(np.float32))[None, None]
         expected = torch.sigmoid(network((crop + 1000) / 2000))
         assert float(row["probability"]) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_leaning_slices_are_straightened_for_candidates_and_refused_for_masks(tmp_path, voxels):
+    """A candidate is a point in mm, wherever slices lie; no format of masks holds slices that lean."""
+    path, table, out = tmp_path / "scan.mha", tmp_path / "candidates.csv", tmp_path / "scored.csv"
+    lean = (1, 0, 0, 0, 1, np.sin(0.2), 0, 0, np.cos(0.2))
+    image = image_of(voxels, direction=lean)
+    sitk.WriteImage(image, str(path))
+    x, y, z = image.TransformIndexToPhysicalPoint((10, 20, 8))
+    table.write_text(f"x,y,z\n{x},{y},{z}\n")
+    saved(tmp_path / "points", "classification")
+    argv = [str(tmp_path / "points"), "--scan", str(path), "--out", str(out), "--candidates", str(table)]
+    with pytest.raises(UserError, match=r"sheared axes: y and z are 11\.5 degrees"):
+        predict.main(argv)
+    assert predict.main([*argv, "--resample-tilt"]) == 0
+    (row,) = csv.DictReader(out.open())
+    assert [float(row[axis]) for axis in "xyz"] == pytest.approx([x, y, z])
+    centre = read_input([path], load_finetuned(tmp_path / "points", torch.device("cpu")), resample_tilt=True)
+    assert centre.voxels[tuple(np.rint(crops.to_voxel(centre.grid, np.array([z, y, x]))).astype(int))] > 350
+    saved(tmp_path / "masks", "segmentation")
+    argv = [
+        str(tmp_path / "masks"),
+        "--scan",
+        str(path),
+        "--out",
+        str(tmp_path / "m.nii.gz"),
+        "--resample-tilt",
+    ]
+    with pytest.raises(UserError, match=r"sheared axes.* no format of masks holds such slices"):
+        predict.main(argv)
+    assert not (tmp_path / "m.nii.gz").exists()
 
 
 def test_several_images_scaled_by_their_own_range(tmp_path):

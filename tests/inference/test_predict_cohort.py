@@ -108,6 +108,8 @@ def test_what_is_done_is_not_done_again(run, scans, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"other settings \(threshold: 0.5, now 0.4\)"):
         predict(run, scans, out, "--threshold", "0.4")
+    with pytest.raises(UserError, match=r"other settings \(assume_hu: None, now True\)"):
+        predict(run, scans, out, "--assume-hu")
 
 
 def test_bad_scans_are_named_and_the_others_go_on(run, scans, tmp_path, capsys):

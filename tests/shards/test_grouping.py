@@ -97,6 +97,7 @@ def test_a_table_tells_patients_and_studies(tmp_path):
         ("scan,patient\n", "no line below the first"),
         ("scan,patient\nanna,\n", "line 2: scan 'anna', patient '': both are needed"),
         ("scan,patient\nanna,A\nanna,B\n", "line 3: scan 'anna' is there twice"),
+        ('scan,patient\n"' + "x" * 200_000 + '",A\n', "is no CSV table .field larger than"),
         ("scan,patient\nzoe,Z\n", "not one of its 1 scans is there .*'zoe'"),
     ],
 )
@@ -192,6 +193,11 @@ def test_a_test_patient_who_was_pretrained_on_is_a_leak():
     trained = "Muller" if "q_1" in meta["split"]["train_scans"] else "Smith"
     validated = "Smith" if trained == "Muller" else "Muller"
     assert "of a patient who is tested on, in scan t" in _first_leak(Target(trained), meta, None)
+    by_hash = Target("Nobody")  # as p2w prepare general --images dicom names patients: after a series
+    by_hash.meta["sources"][0]["patient_hash"] = salted_hash(trained, "")
+    assert "of a patient who is tested on, in scan t" in _first_leak(by_hash, meta, None)
+    by_hash.meta["sources"][0]["patient_hash"] = salted_hash(validated, "")
+    assert _first_leak(by_hash, meta, None) is None
     assert _first_leak(Target(validated), meta, None) is None
     assert _first_leak(Target("Nobody"), meta, None) is None
     secret = _manifest(listing(names, patients), GroupingOptions(salt="x"))

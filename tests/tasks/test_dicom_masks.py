@@ -5,9 +5,12 @@ import gzip
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from dicom_files import body, save, write_series
+from dicom_files import body, rtstruct, save, write_series
 
+from p2w.ct.dicom import salted_hash
+from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import BadScan
+from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.tasks.custom import Custom
 
@@ -61,31 +64,12 @@ def square(z, y, x):
     (y0, y1), (x0, x1) = y, x
     corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
     shift = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
-    points = [mm(cx + dx, cy + dy, z) for (cx, cy), (dx, dy) in zip(corners, shift, strict=True)]
-    contour = pydicom.Dataset()
-    contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", 4
-    contour.ContourData = [f"{value:.4f}" for point in points for value in point]
-    return contour
+    return [mm(cx + dx, cy + dy, z) for (cx, cy), (dx, dy) in zip(corners, shift, strict=True)]
 
 
-def rtstruct(folder, contours, series="1.2.3"):
-    """An RTSTRUCT with these contours of the structure GTV, and a structure BODY of one contour."""
-    data, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
-    data.SOPClassUID = meta.MediaStorageSOPClassUID = pydicom.uid.RTStructureSetStorage
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = "1.9.1"
-    data.file_meta, data.Modality, data.SeriesInstanceUID = meta, "RTSTRUCT", "1.9"
-    one, study, frame = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
-    one.SeriesInstanceUID, study.RTReferencedSeriesSequence = series, [one]
-    frame.RTReferencedStudySequence, data.ReferencedFrameOfReferenceSequence = [study], [frame]
-    data.StructureSetROISequence, data.ROIContourSequence = [], []
-    for number, (name, own) in enumerate({"GTV": contours, "Body": [square(2, (0, 39), (0, 43))]}.items()):
-        structure, roi = pydicom.Dataset(), pydicom.Dataset()
-        structure.ROINumber, structure.ROIName = number, name
-        roi.ReferencedROINumber, roi.ContourSequence = number, own
-        data.StructureSetROISequence.append(structure)
-        data.ROIContourSequence.append(roi)
-    save(data, folder / "rs.dcm")
+def structures(folder, contours):
+    """An RTSTRUCT with these contours of the structure GTV, and a structure Body of one contour."""
+    save(rtstruct({"GTV": contours, "Body": [square(2, (0, 39), (0, 43))]}), folder / "rs.dcm")
 
 
 def gtv():
@@ -95,7 +79,7 @@ def gtv():
 
 def test_rtstruct(tmp_path):
     series(tmp_path)
-    rtstruct(tmp_path, gtv())
+    structures(tmp_path, gtv())
     mask, case = masks_of(tmp_path, masks="rtstruct", structures="^gtv")
     np.testing.assert_array_equal(mask, TRUTH)
     assert case.patient == "1.2.3" and case.name == "ct (series 1.2.3)"  # nothing of the PatientID
@@ -108,7 +92,7 @@ def test_rtstruct(tmp_path):
 )
 def test_contours_that_are_not_on_slices(tmp_path, z, why):
     series(tmp_path)
-    rtstruct(tmp_path, [square(z, (10, 19), (12, 29))])
+    structures(tmp_path, [square(z, (10, 19), (12, 29))])
     with pytest.raises(BadScan, match=why):
         masks_of(tmp_path, masks="rtstruct", structures="GTV")
     with pytest.raises(BadScan, match="no structure is called like 'liver': it has Body, GTV"):
@@ -142,7 +126,7 @@ def first_contour(data):
 )  # fmt: skip
 def test_structures_that_say_nothing_sure(tmp_path, change, why):
     series(tmp_path)
-    rtstruct(tmp_path, gtv())
+    structures(tmp_path, gtv())
     changed(tmp_path, change)
     with pytest.raises(BadScan, match=why):
         masks_of(tmp_path, masks="rtstruct", structures="GTV")
@@ -151,7 +135,7 @@ def test_structures_that_say_nothing_sure(tmp_path, change, why):
 @pytest.mark.parametrize("form", ["gzip", "bare"])
 def test_structures_that_break_the_file_format(tmp_path, form):
     series(tmp_path)
-    rtstruct(tmp_path, gtv())
+    structures(tmp_path, gtv())
     path = tmp_path / "rs.dcm"
     data = path.read_bytes()
     path.write_bytes(gzip.compress(data) if form == "gzip" else data[132:])
@@ -161,7 +145,7 @@ def test_structures_that_break_the_file_format(tmp_path, form):
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_a_truncated_structure_set_is_not_used_in_part(tmp_path, share):
     series(tmp_path)
-    rtstruct(tmp_path, gtv())
+    structures(tmp_path, gtv())
     data = (tmp_path / "rs.dcm").read_bytes()
     (tmp_path / "rs.dcm").write_bytes(data[: int(share * len(data))])
     cases = Custom(images="dicom", masks="rtstruct").find(str(tmp_path), "")
@@ -203,6 +187,29 @@ def test_nifti(tmp_path, name):
     sitk.WriteImage(sitk.DICOMOrient(image, "RAS"), str(tmp_path / name))
     mask, _ = masks_of(tmp_path)
     np.testing.assert_array_equal(mask, TRUTH)
+
+
+def test_a_tilted_series_with_a_mask_on_its_straight_grid(tmp_path):
+    lean = {"iop": (1, 0, 0, 0, np.cos(0.2), -np.sin(0.2)), "place": lambda i: (-10, -20, 2.5 * i)}
+    write_series(tmp_path / "ct", HU, **TAGS, **lean)
+    options = SearchOptions(resample=True)
+    scan = read_scan(find_scans([str(tmp_path)], "", options=options).sources[0])
+    truth = np.zeros(scan.voxels.shape, np.uint8)
+    truth[4:8, 12:20, 10:30] = 1
+    mask = sitk.GetImageFromArray(truth)
+    mask.SetSpacing(scan.grid.spacing)
+    mask.SetOrigin(scan.grid.origin)
+    mask.SetDirection(scan.grid.direction)
+    sitk.WriteImage(mask, str(tmp_path / "1.2.3_mask.nii.gz"))
+    refused = Custom(images="dicom").find(str(tmp_path), "")
+    assert any("gantry tilt" in why for _, why in refused.bad)
+    task = Custom(images="dicom", resample_tilt=True, min_foreground=0.0)
+    (case,) = task.find(str(tmp_path), "").cases
+    (sample,) = task.cut(case, truth.shape).samples
+    assert sample.record[-1].sum() == truth.sum()
+    assert case.source("image").info.patient == salted_hash(
+        "A1", ""
+    )  # by which the leak check compares patients
 
 
 def test_what_has_no_mask_or_several_is_named(tmp_path):
