@@ -22,7 +22,7 @@ from p2w.errors import UserError
 from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
-from p2w.shards.manifest_schema import REAL_COLUMNS, stores_scans
+from p2w.shards.manifest_schema import REAL_COLUMNS
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all
@@ -225,15 +225,3 @@ class LocalSet(ShardSet):
         if size != expected:
             raise self.damaged(sub_scan, f"the shard has {size:,} bytes of {expected:,}")
         self.copy(sub_scan, shard[start : start + self.nbytes], out)
-
-
-def open_random_access(
-    manifest: Manifest, make: Callable[[Manifest, bool], ShardSet], verify: bool
-) -> ShardSet:
-    """The set of a manifest as `make` opens it; of a set that stores whole scans, `make` opens its chunks."""
-    if not stores_scans(manifest.meta):
-        return make(manifest, verify)
-    from p2w.stream.random_places import ScanStoreSet  # noqa: PLC0415 - SimpleITK, which other sets do not need
-
-    meta = manifest.meta | {"shape": manifest.meta["chunk"]}
-    return ScanStoreSet(manifest, make(Manifest(manifest.table, meta, manifest.root), verify))

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from p2w.errors import UserError
 from p2w.rng import Ids, hash64
-from p2w.shards.manifest import data_fingerprint
+from p2w.shards.manifest import Manifest, data_fingerprint
+from p2w.shards.manifest_schema import stores_scans
 from p2w.shards.mixture import BETWEEN, MixturePart
 from p2w.stream.local import SampleReader, ShardSet
 
@@ -184,3 +185,15 @@ def _check(sets: list[ShardSet], where: str) -> None:
             raise UserError(f"--shards {where}: their windows differ: cut the sets with one version of p2w")
         if not len(one.ids("train")):
             raise UserError(f"--shards {where}: {one.where} has no sub-scan to train on: leave it out")
+
+
+def open_random_access(
+    manifest: Manifest, make: Callable[[Manifest, bool], ShardSet], verify: bool
+) -> ShardSet:
+    """The set of a manifest as `make` opens it; of a set that stores whole scans, `make` opens its chunks."""
+    if not stores_scans(manifest.meta):
+        return make(manifest, verify)
+    from p2w.stream.random_places import ScanStoreSet  # noqa: PLC0415 - SimpleITK, which other sets do not need
+
+    meta = manifest.meta | {"shape": manifest.meta["chunk"]}
+    return ScanStoreSet(manifest, make(Manifest(manifest.table, meta, manifest.root), verify))

@@ -26,8 +26,8 @@ from p2w.errors import UserError
 from p2w.shards.manifest import read_manifest
 from p2w.shards.mixture import is_mixture, parse_mixture
 from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import LocalSet, Order, ShardSet, open_random_access
-from p2w.stream.mixed import MixedSet
+from p2w.stream.local import LocalSet, Order, ShardSet
+from p2w.stream.mixed import MixedSet, open_random_access
 from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
 from p2w.stream.sampler import Sampler
 

@@ -35,7 +35,8 @@ from p2w.shards import manifest_schema
 from p2w.shards.manifest import read_manifest
 from p2w.stream import sampler
 from p2w.stream.http import HttpSet
-from p2w.stream.local import STREAM_BUFFER, DataError, SampleReader, ShardSet, open_random_access
+from p2w.stream.local import STREAM_BUFFER, DataError, SampleReader, ShardSet
+from p2w.stream.mixed import open_random_access
 
 BUFFER = STREAM_BUFFER
 _TRIES = 5  # in a row without progress: servers may close a connection while training does not read from it
