@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from pretrain_runs import SMALL, Start
 from slurm_cluster import CUT, DAEMONS, PREFIX, ROOT, Cluster, start, stop
 
 
@@ -58,3 +59,16 @@ def shards(luna: Path) -> Path:
     command = [sys.executable, "preprocess/shard_luna.py", "--luna", str(luna), "--out", str(out), *CUT]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
     return out
+
+
+@pytest.fixture
+def pretrain(cluster: Cluster, shards: Path) -> Start:
+    """Submit the small run into a folder."""
+
+    def submit(run: Path, *options: str, more: tuple[str, ...] = ()) -> str:
+        where = [f"--shards={shards}", "--run", str(run)]
+        return cluster.sbatch(
+            "--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more, P2W_END_SECONDS="15"
+        )
+
+    return submit

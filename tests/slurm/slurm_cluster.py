@@ -104,18 +104,28 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 180) -> None:
-        """Until ``true()``; fails when time is up or the job ends before, with the job's log."""
-        end = time.monotonic() + seconds
+        """Until ``true()``; fails when time is up or the job ends before, with the job's log.
+
+        Slurm is asked once a second: each time takes two processes and the controller's time.
+        """
+        end, asked = time.monotonic() + seconds, time.monotonic()
         while not true():
-            over = self.job(job)["JobState"] in FINAL and not true()
+            over = False
+            if time.monotonic() - asked > 1:
+                over = self.job(job)["JobState"] in FINAL and not true()
+                asked = time.monotonic()
             if over or time.monotonic() > end:
                 raise AssertionError(f"job {job}: no {what}\n{self.job(job)}\n{self.log(job)[-6000:]}")
             time.sleep(0.1)
 
     def ended(self, job: str, seconds: float = 180) -> dict[str, str]:
         """The job's record once it has come to its end (a requeued one has not)."""
-        self.wait(job, "end", lambda: self.job(job)["JobState"] in FINAL, seconds)
-        return self.job(job)
+        end = time.monotonic() + seconds
+        while (found := self.job(job))["JobState"] not in FINAL:
+            if time.monotonic() > end:
+                raise AssertionError(f"job {job}: no end\n{found}\n{self.log(job)[-6000:]}")
+            time.sleep(0.3)
+        return found
 
 
 def processes(folder: Path) -> list[int]:
