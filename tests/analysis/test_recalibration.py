@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from ct_sets import write_structured_set
@@ -128,6 +129,14 @@ def test_networks_without_running_statistics_are_left_as_they_are():
         assert all(torch.equal(a, b) for a, b in zip(network.parameters(), found.parameters(), strict=True))
 
 
+def to_validation(shards, rows):
+    """Move sub-scans of a set that is open to its validation split."""
+    splits = np.array(shards._table["split"].to_pylist(), object)
+    splits[rows] = "val"
+    at = shards._table.schema.get_field_index("split")
+    shards._table = shards._table.set_column(at, "split", pa.array(splits))
+
+
 def test_no_batch_is_an_error():
     with pytest.raises(ValueError, match="no batch"):
         recalibrated(two_layers(), [])
@@ -140,10 +149,10 @@ def test_batches_are_spread_over_the_training_wholes(tmp_path, scans, groups, ro
     """Of each group every whole once a batch; fewer wholes than a batch has rows are seen several times, differently."""
     shards = open_set(str(write_structured_set(tmp_path / "set", train=scans, val=1, per=4)))
     if scans == 1:
-        shards._splits[shards.ids("train")[1]] = "val"  # three wholes
+        to_validation(shards, shards.ids("train")[1:2])  # three wholes
         rows = 18
     if scans == 3:
-        shards._splits[shards.ids("train")[10:]] = "val"  # ten
+        to_validation(shards, shards.ids("train")[10:])  # ten
         rows = 20
     wholes = TrainingWholes(shards, HERE)
     assert len(wholes.groups) == groups
@@ -182,7 +191,7 @@ def test_training_wholes_that_cannot_be_read_are_left_out_and_a_set_without_any_
     shards.checksums[damaged] ^= 1
     assert {len(one) for one in wholes._inputs(pretext, lambda: None)} == {14}  # 7 of 8, twice
     wholes.recalibrate(network.encoder, pretext)
-    shards._splits[:] = "val"
+    to_validation(shards, shards.ids("train"))
     with pytest.raises(UserError, match=r"no sub-scan in split 'train'.*--val-fraction"):
         TrainingWholes(shards, HERE).recalibrate(network.encoder, pretext)
 

@@ -8,6 +8,7 @@ from p2w.ct.discover import ScanSource
 from p2w.ct.orientation import BadScan
 from p2w.ct.percentiles import percentile_range, read_scaled
 from p2w.tasks.bms import TOP
+from p2w.tasks.case_samples import read_channels
 from p2w.tasks.crops import CropBox
 from p2w.tasks.custom import Custom
 from p2w.tasks.task import Case
@@ -49,7 +50,9 @@ def test_a_target_task_is_scaled_as_pretraining_is(tmp_path):
     source = ScanSource("a", "a", (str(path),))
     scan, _ = read_scaled(source, (-1000, 1000))
     task = Custom(values="percentiles")
-    channels, _, shape, _ = task._image(Case("a", "a", "a", (("image", source),)))
+    channels, _, shape, _ = read_channels(
+        Case("a", "a", "a", (("image", source),)), "percentiles", assume_hu=False
+    )
     (crop,) = channels(CropBox(np.zeros(3), np.ones(3), shape))
     low, high = task.window
     assert (low, high) == (0, TOP)

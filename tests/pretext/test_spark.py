@@ -79,7 +79,9 @@ def visit_seen_sites(conv, x, mask):
 
 def test_the_first_level_is_a_convolution_over_seen_sites_with_norms_over_seen_sites():
     """Two layers of convolution, batch norm by the seen voxels of the batch, ReLU; float64 by hand."""
-    pretext, network = spark()
+    pretext, network = spark(
+        dataclasses.replace(CONFIG, pretext=PretextConfig(name="spark", size=(8, 16, 16)))
+    )
     views = sample(pretext, ids=(1, 2))
     network.double().train()
     seen = seen_of(views.extra_inputs[0], pretext.grid)

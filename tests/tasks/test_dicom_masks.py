@@ -218,8 +218,8 @@ def test_what_has_no_mask_or_several_is_named(tmp_path):
     assert task.find(str(tmp_path), "").bad == [
         ("ct (series 1.2.3)", "has no mask (--masks rtstruct), one is needed")
     ]
-    rtstruct(tmp_path / "a", gtv())
-    rtstruct(tmp_path / "b", gtv())
+    structures(tmp_path / "a", gtv())
+    structures(tmp_path / "b", gtv())
     ((_, why),) = task.find(str(tmp_path), "").bad
     assert why.startswith("has 2 masks: a/rs.dcm, b/rs.dcm")
 
