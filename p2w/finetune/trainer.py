@@ -64,6 +64,8 @@ class FineTuner:
     ) -> None:  # fmt: skip
         self.kind, self.recipe, self.precision, self.world, self.seed = kind, recipe, precision, world, seed
         self.stop_requested = stop_requested
+        self.on_step: Callable[[int, int], None] = lambda done, steps: None
+        """Called after each training step with how many of the epoch's are done, and how many it has."""
         if recipe.freeze:
             network.encoder.requires_grad_(False)
         network.to(world.device)
@@ -162,6 +164,7 @@ class FineTuner:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self._average()
+                self.on_step(number + 1, len(whole))
                 summed += loss.detach() * len(batch)
                 first += len(batch)
         return float(self.world.sum(summed)) / self.world.size / first, first, lr

@@ -160,7 +160,8 @@ class TrialRun:
 
     def _train(self) -> None:
         """Epochs until the trial ends, with checkpoints in between and at a stop request."""
-        saved = said = time.monotonic()
+        saved = self._said = time.monotonic()
+        self.tuner.on_step = self._progress
         every = 60 * self.tuner.recipe.checkpoint_minutes
         while not self.tuner.ended:
             try:
@@ -172,12 +173,19 @@ class TrialRun:
             }
             self.log.metrics(epoch.number, facts)
             now = time.monotonic()
-            if now - said >= LINE_EVERY_S or self.tuner.ended:
-                said = now
+            if now - self._said >= LINE_EVERY_S or self.tuner.ended:
+                self._said = now
                 self.log.line(self._line(epoch))
             if now - saved >= every and not self.tuner.ended:
                 self._save()
                 saved = time.monotonic()
+
+    def _progress(self, done: int, steps: int) -> None:
+        """Say how far a long epoch is."""
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_S:
+            self._said = now
+            self.log.line(f"trial {self.index}  epoch {self.tuner.number + 1}  step {done} of {steps}")
 
     def _line(self, epoch: EpochResult) -> str:
         recipe = self.tuner.recipe

@@ -137,7 +137,7 @@ def _panel(task: str, results: Sequence[FineTuningResult], share: float, metric:
                 f"task {task}, checkpoint {one.step}: two runs, {seen[checkpoint]} and {one.folder}; name the folders of one"
             )
         seen[checkpoint] = one.folder
-        scores = summarise(values(percent(one.metric(metric))))
+        scores = summarise(values(percent(one.metric(metric), metric)))
         if scores.n:
             counts = scores.n, one.planned
             points.append(

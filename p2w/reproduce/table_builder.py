@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from p2w.errors import UserError
-from p2w.finetune.results import FineTuningResult, TrialResult
+from p2w.finetune.results import FineTuningResult, TrialResult, is_share
 from p2w.finetune.task_types import task_type
 from p2w.report.markup import several
 from p2w.reproduce import paper_numbers
@@ -250,9 +250,10 @@ def result_by_row(
     return found
 
 
-def percent(trials: Trials) -> dict[int, tuple[int, float]]:
-    """Seeds and values in percent."""
-    return {index: (seed, round(100 * value, 10)) for index, (seed, value) in trials.items()}
+def percent(trials: Trials, metric: str) -> dict[int, tuple[int, float]]:
+    """Seeds and values in percent; of a metric with a unit of its own, such as mae, as they are."""
+    factor = 100 if is_share(metric) or metric.partition(":")[0] == "r2" else 1
+    return {index: (seed, round(factor * value, 10)) for index, (seed, value) in trials.items()}
 
 
 def cell(row: str, task: str, trials: Trials, planned: int, folder: str, published: Summary | None) -> Cell:
@@ -291,7 +292,7 @@ def build_table(
             some = join_folds(kept)
         metric = metric_of(task, some, choice.metric)
         runs[task] = result_by_row(task, some, row_of)
-        placed[task] = {row: percent(one.metric(metric)) for row, one in runs[task].items()}
+        placed[task] = {row: percent(one.metric(metric), metric) for row, one in runs[task].items()}
         prints = {one.test_set for one in runs[task].values()}
         head = paper_numbers.TASKS.get(task, task), metric, paper_numbers.METRICS.get(metric, metric)
         columns.append(Column(task, *head, share, next(iter(prints), "")))

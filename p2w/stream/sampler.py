@@ -179,7 +179,9 @@ class Sampler:
             raise UserError(f"{where}: no sub-scans, there must be one at least: cut more scans")
         if self.training and n < batch:
             most = n - n % ranks
-            remedy = f"use a batch of at most {most}" if most else f"use at most {n} ranks"
+            remedy = (
+                f"use a batch of at most {most} (--data.batch {most})" if most else f"use at most {n} ranks"
+            )
             raise UserError(
                 f"{where}: {n} sub-scans do not fill one global batch of {batch}, and training leaves out "
                 f"incomplete batches; {remedy}, or cut more scans"

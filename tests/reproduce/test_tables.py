@@ -15,7 +15,7 @@ from p2w.errors import UserError
 from p2w.reproduce import commands, paper_numbers
 from p2w.reproduce.render import tex
 from p2w.reproduce.table import load_table
-from p2w.reproduce.table_builder import significance_marks
+from p2w.reproduce.table_builder import percent, significance_marks
 
 GOLDEN = Path(__file__).parent / "golden"
 EVIL = "<script>alert(1)</script>_&%$#{}~^\\[x]"
@@ -228,3 +228,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(runs):
 def test_tex_escapes_everything():
     assert "?" in tex("漢") and tex("a_b & [c]") == r"a\_b \& {[}c{]}"
     assert json.loads(json.dumps(tex(EVIL))) == tex(EVIL)
+
+
+def test_metrics_with_a_unit_of_their_own_are_not_turned_into_percent():
+    trials = {0: (7, 0.25), 1: (8, 3.5)}
+    assert percent(trials, "iou") == percent(trials, "r2:age") == {0: (7, 25.0), 1: (8, 350.0)}
+    assert percent(trials, "mae:age") == percent(trials, "hd95_mm") == trials
