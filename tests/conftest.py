@@ -18,11 +18,16 @@ PROCESSES = (
     "preprocess",
 )  # folders whose every test starts processes; in this order
 DURATIONS = Path(__file__).with_name("durations.json")  # file -> seconds, of files that take long
+SLOW_TESTS = Path(__file__).with_name(
+    "slow_tests.json"
+)  # tests that count as marked `slow`, since they take long
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--record-durations", action="store_true", help="write tests/durations.json: long files start early"
+        "--record-durations",
+        action="store_true",
+        help="write tests/durations.json and slow_tests.json: long files start early, `make quick` leaves long tests out",
     )
 
 
@@ -32,10 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Workers take whole files in this order (`--dist loadfile --no-loadscope-reorder`): they come to the long files together,
     and the shortest of those keep all workers busy up to the end.
     """
-    seconds = json.loads(DURATIONS.read_text())
+    seconds, slow = json.loads(DURATIONS.read_text()), set(json.loads(SLOW_TESTS.read_text()))
     quick = set()
     for item in items:
-        if item.path.parent.name in PROCESSES:
+        if item.path.parent.name in PROCESSES or item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("slow"):
             quick.add(item.path)
@@ -64,7 +69,7 @@ def pytest_runtest_call(item: pytest.Item):
 class QuickTests:
     """Names the tests that are not marked `slow` and take more than `MOST_S` of CPU time: `make quick` waits for them."""
 
-    MOST_S = 2.0
+    MOST_S = 1.0
 
     def __init__(self) -> None:
         self.long: list[tuple[float, str]] = []
@@ -86,19 +91,26 @@ class QuickTests:
 
 
 class DurationRecorder:
-    """Sums the seconds of each file's tests, of all workers, and writes those of at least `LEAST` seconds."""
+    """Writes the seconds of each file's tests, of all workers, where they are at least `LEAST`; and the tests that take
+    `SLOW_S` of CPU time or more."""
 
-    LEAST = 5
+    LEAST, SLOW_S = 5, 0.25
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
+        self.slow: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid.partition("::")[0]] += report.duration
+        folder = Path(report.nodeid.partition("::")[0]).parent.name
+        long = dict(report.user_properties).get("cpu_s", 0.0) >= self.SLOW_S
+        if report.when == "call" and long and folder not in PROCESSES:
+            self.slow.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
         long = {name: round(took) for name, took in self.seconds.most_common() if took >= self.LEAST}
         DURATIONS.write_text(json.dumps(long, indent=1) + "\n")
+        SLOW_TESTS.write_text(json.dumps(sorted(self.slow), indent=0) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
