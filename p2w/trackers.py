@@ -78,15 +78,21 @@ class LogConfig:
 
 def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they may leave this machine: of a path or URL its last part alone, which says no user, host or folder."""
-    return {name: _last_part(value) for name, value in settings.items()}
+    return {name: last_part(value) for name, value in settings.items()}
 
 
-def _last_part(value: Any) -> Any:
+def last_part(value: Any) -> Any:
+    """Of a path or URL the last part, of lists and mappings the same with every text in them cut so; others as they are."""
     if isinstance(value, str):
-        path = urlsplit(value).path if "://" in value else value
+        try:
+            path = urlsplit(value).path if "://" in value else value
+        except ValueError:  # such as http://[::1, which names nothing
+            path = value.partition("?")[0]
         return path.rstrip("/").rpartition("/")[2]
+    if isinstance(value, Mapping):
+        return {name: last_part(one) for name, one in value.items()}
     if isinstance(value, Sequence):
-        return [_last_part(one) for one in value]
+        return [last_part(one) for one in value]
     return value
 
 

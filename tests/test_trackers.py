@@ -15,7 +15,7 @@ from p2w.commands import finetune, train
 from p2w.config import Config, flatten
 from p2w.errors import UserError
 from p2w.log import Log, read_metrics
-from p2w.trackers import LogConfig, TrackerProcess, without_paths
+from p2w.trackers import LogConfig, TrackerProcess, last_part, without_paths
 from p2w.world import World
 
 TOY = """
@@ -178,6 +178,10 @@ def test_paths_are_cut():
         "i": "bf16",
     }  # fmt: skip
     assert "/" not in json.dumps(without_paths(flatten(Config())))
+    assert last_part({"a": [{"b": "/home/jane/scans"}], "c": "http://[::1/x?/y"}) == {
+        "a": [{"b": "scans"}],
+        "c": "x",
+    }
 
 
 def test_tensorboard_may_fail_in_any_way(tmp_path, capsys):

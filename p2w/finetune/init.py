@@ -11,11 +11,12 @@ from p2w.finetune.task_types import TaskType
 from p2w.log import read_metrics
 from p2w.model import Network
 from p2w.pretext import build_pretext
+from p2w.shards.training_scans import SEEN
 from p2w.tasks.leak import check_run, check_shards
 from p2w.tasks.reader import TargetSet
 from p2w.weights.card import Trained
 from p2w.weights.hub import download, is_hub_name
-from p2w.weights.load import exported, find_checkpoint
+from p2w.weights.load import exported, find_checkpoint, hashed_scans_of
 from p2w.weights.start import RANDOM, StartingPoint, load_decoder, load_start
 
 
@@ -138,7 +139,9 @@ def init_leak(init: InitRecord, target: TargetSet, allow: bool, fold: int | None
     """One line on whether pretraining has seen scans that are tested on. Raises UserError when it has, unless allowed."""
     if init.source == RANDOM or init.run is not None:
         return check_run(target, init.run, allow, fold)
-    data = load_start(init.source).pretrained_on
-    if "shards" not in data:
+    data: dict[str, Any] = {**load_start(init.source).pretrained_on}
+    if (hashes := hashed_scans_of(init.source)) is not None:
+        data[SEEN] = hashes
+    if not {"shards", SEEN} & set(data):
         return f"not checked whether pretraining saw test scans: weights of others ({data.get('what', 'data unknown')})"
     return check_shards(target, init.source, data, allow, fold)

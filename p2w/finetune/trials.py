@@ -28,7 +28,7 @@ from p2w.finetune.trial import TrialLock, TrialRun, folder_of, is_finished
 from p2w.log import Log
 from p2w.model import Encoder, Network
 from p2w.tasks.reader import TargetSet
-from p2w.trackers import LogConfig
+from p2w.trackers import LogConfig, last_part
 from p2w.train.optim import Precision
 from p2w.weights.start import StartingPoint, load_start
 from p2w.world import World
@@ -235,12 +235,21 @@ def trial_card(fine_tuning: FineTuning, index: int, network: Network, start: Sta
         "skips": bool(getattr(getattr(network, "decoder", None), "skips", False)),
         "task": {
             key: meta.get(key)
-            for key in ("task", "channels", "channel_names", "size_zyx", "window", "spacing_mm", "classes", "settings")
-        } | ({"target": dict(target)} if (target := fine_tuning.trial_kind(index).target) else {}),
+            for key in ("task", "channels", "channel_names", "size_zyx", "window", "spacing_mm", "classes")
+        }
+        | {"settings": _without_absolute_paths(meta.get("settings"))}
+        | ({"target": dict(target)} if (target := fine_tuning.trial_kind(index).target) else {}),
         "init": fine_tuning.label,
         "trial": index,
         "seed": fine_tuning.seed(index),
     }  # fmt: skip
+
+
+def _without_absolute_paths(value: Any) -> Any:
+    """Settings of a task as the file of weights may tell them; a pattern such as `*/ct.nii` is no path of this machine."""
+    if isinstance(value, dict):
+        return {name: _without_absolute_paths(one) for name, one in value.items()}
+    return last_part(value) if isinstance(value, str) and (value[:1] == "/" or "://" in value) else value
 
 
 def _report(fine_tuning: FineTuning, index: int, result: dict[str, Any], world: World) -> None:

@@ -6,19 +6,18 @@
 A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when the
 name that the target task has is the one that the pretraining set was told, whose manifest holds hashes
 (`p2w.shards.grouping`), or where both are of DICOM and have one PatientID; of a set with a secret salt, patients cannot
-be compared.
+be compared. Of exported weights whose set is not found, the hashes of scans, files and patients in the card are compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
-from p2w.files import parse_json, type_mismatch
-from p2w.shards.grouping import identity_in_set
-from p2w.shards.manifest import candidate_data_paths, data_fingerprint, open_manifest
-from p2w.shards.mixture import is_mixture, parse_mixture
+from p2w.files import parse_json
+from p2w.shards.training_scans import SEEN, TrainingScans, read_hashed_scans, training_scans
+from p2w.stream.trained_sets import open_trained_sets
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -49,28 +48,58 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
     """
     if run is None:
         return "no pretraining: no test scan can have been seen"
-    return _checked(target, str(run), lambda: pretraining_of(run), allow_leak, fold)
+    return _checked(target, str(run), lambda: _of_manifests(pretraining_of(run)), allow_leak, fold)
 
 
 def check_shards(
-    target: TargetSet, of: str, data: dict[str, str], allow_leak: bool = False, fold: int | None = None
+    target: TargetSet,
+    of: str,
+    data: Mapping[str, Any],
+    allow_leak: bool = False,
+    fold: int | None = None,
 ) -> str:
-    """As `check_run`, for weights named `of` of which the data alone is known: `shards` and, maybe, `fingerprint`."""
-    return _checked(
-        target, of, lambda: _open_first(Path(of), data, data.get("fingerprint"), of), allow_leak, fold
-    )
+    """As `check_run`, for weights named `of` of which `training.data` of their card is known.
+
+    It has `shards` and maybe the `fingerprint` of the set, which is opened where it is found; else `seen`, the hashes of
+    what the set trains on (`p2w.shards.training_scans`), is compared, where the card has it.
+    """
+    return _checked(target, of, lambda: _of_card(of, data), allow_leak, fold)
+
+
+Pretraining = Iterable[tuple[TrainingScans, str]]  # what a set trains on, and where it is, in words
+
+
+def _of_manifests(found: list[tuple[dict[str, Any], str]]) -> Pretraining:
+    """Read one manifest after the other: what is wrong with a later one does not hide a leak in an earlier one."""
+    return ((training_scans(meta), where) for meta, where in found)
+
+
+def _of_card(of: str, data: Mapping[str, Any]) -> Pretraining:
+    """The set that a card names, where it is found, else its hashes. Raises UserError where there is neither."""
+    try:
+        if "shards" not in data:
+            raise UserError(f"{of}: its card does not name the data set")
+        return _of_manifests(open_trained_sets(Path(of), data, data.get("fingerprint"), of))
+    except UserError:
+        if SEEN not in data:
+            raise
+        where = f"the data set of {of} (by the hashes in its card)"
+        return [(scans, where) for scans in read_hashed_scans(data[SEEN], of)]
 
 
 def _checked(
     target: TargetSet,
     of: str,
-    find: Callable[[], list[tuple[dict[str, Any], str]]],
+    find: Callable[[], Pretraining],
     allow_leak: bool,
     fold: int | None,
 ) -> str:
+    said, lines = None, list[str]()
     try:
-        sets = find()
-        said = next((leak for meta, _ in sets if (leak := _first_leak(target, meta, fold))), None)
+        for scans, where in find():
+            if said := _first_leak(target, scans, fold):
+                break
+            lines.append(_no_leak(scans, where))
     except UserError as error:
         if allow_leak:
             return f"not checked whether pretraining saw test scans (--allow-leak): {error}"
@@ -81,17 +110,15 @@ def _checked(
         raise UserError(f"{target.where}: {of}: {said}: {REMEDY}")
     if said:
         return f"warning: {said} (--allow-leak)"
-    return "; ".join(_no_leak(meta, where) for meta, where in sets)
+    return "; ".join(lines)
 
 
-def _no_leak(meta: dict[str, Any], where: str) -> str:
+def _no_leak(scans: TrainingScans, where: str) -> str:
     """What was compared with a set, in words."""
-    line = f"no test scan is among the {len(meta['split']['train_scans'])} scans that {where} trains on"
-    if "salt" not in meta["split"]:
-        return line
-    if meta["split"].get("secret"):
-        return f"{line} (patients were not compared, it hashes them with a secret salt)"
-    return f"{line}, and no patient who is tested on is among theirs"
+    line = f"no test scan is among the {scans.count} scans that {where} trains on"
+    if scans.without_patients:
+        return f"{line} (patients were not compared, {scans.without_patients})"
+    return line if scans.salt is None else f"{line}, and no patient who is tested on is among theirs"
 
 
 def pretraining_of(run: Path) -> list[tuple[dict[str, Any], str]]:
@@ -108,79 +135,29 @@ def pretraining_of(run: Path) -> list[tuple[dict[str, Any], str]]:
         raise UserError(f"{path}: does not say which data set the run was trained on ({error})") from error
     if not starts:
         raise UserError(f"{path}: does not say which data set the run was trained on")
-    return _open_first(run, starts[-1], starts[-1].get("data"), str(run))
+    return open_trained_sets(run, starts[-1], starts[-1].get("data"), str(run))
 
 
-def _open_first(near: Path, start: dict[str, Any], data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
-    """Open the set at the first possible location that holds it. Raises the first one's UserError where none does."""
-    refused: UserError | None = None
-    for location in candidate_data_paths(near, start):
-        try:
-            return _open(location, data, of)
-        except UserError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+def _first_leak(target: TargetSet, pretrain: dict[str, Any] | TrainingScans, fold: int | None) -> str | None:
+    """One line on the first test scan that pretraining trains on; None when there is none.
 
-
-def _open(where: str, data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
-    """The manifests there, which must still be those of the set `data` (a fingerprint; None: not known)."""
-    if is_mixture(where):
-        from p2w.stream.stream import open_set  # noqa: PLC0415 - torch, and webdataset for remote sets
-
-        if data is not None and data_fingerprint(open_set(where).meta) != data:
-            raise UserError(f"{where}: is another mixture now than {of} was trained on")
-        return [found for part in parse_mixture(where) for found in _open(part.where, None, of)]
-    if "://" in where:
-        from p2w.stream.stream import open_set  # noqa: PLC0415 - webdataset serves remote sets only
-
-        meta = open_set(where).meta
-    else:
-        meta = open_manifest(where).meta
-    if data is not None and data_fingerprint(meta) != data:
-        raise UserError(f"{where}: is another data set now than {of} was trained on")
-    return [(meta, where)]
-
-
-def _first_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None) -> str | None:
-    """One line on the first test scan that pretraining trains on; None when there is none."""
-    form = {"split": {"train_scans": [str]}, "sources": [{"uid": str, "nbytes": int, "checksum": str}]}
-    if said := type_mismatch(pretrain, form, "the manifest of the pretraining set"):
-        raise UserError(f"{said}: it does not say which scans it trains on: cut the set again")
-    trained = set(pretrain["split"]["train_scans"])
-    files = {
-        (one["nbytes"], one["checksum"]): one["uid"] for one in pretrain["sources"] if one["uid"] in trained
-    }
-    patients, salt = _trained_patients(pretrain, trained)
-    for source in target.meta["sources"]:
-        if source["uid"] not in _tested(target, fold):
-            continue
-        if source["uid"] in trained:
-            return f"pretraining trained on test scan {source['uid']}"
-        for file in source["files"]:
-            if other := files.get((file["nbytes"], file["checksum"])):
-                return f"pretraining trained on test scan {source['uid']}: its file {file['file']} is scan {other} there"
-        for hashed in (salted_hash(source["patient"], ""), source.get("patient_hash")):
-            if isinstance(hashed, str) and (other := patients.get(identity_in_set(hashed, salt))):
-                return f"pretraining trained on scan {other} of a patient who is tested on, in scan {source['uid']}"
-    return None
-
-
-def _trained_patients(pretrain: dict[str, Any], trained: set[str]) -> tuple[dict[str, str], str]:
-    """Patient, as the pretraining set hashes them -> one of the scans trained on, and the set's salt.
-
-    Raises UserError for hashes that cannot be.
+    `pretrain` is the metadata of a manifest, or what was read from it or from a card.
     """
-    split = pretrain["split"]
-    if "salt" not in split or split.get("secret"):
-        return {}, ""
-    known = [one for one in pretrain["sources"] if "patient" in one]
-    said = type_mismatch(
-        {"split": split, "sources": known}, {"split": {"salt": str}, "sources": [{"patient": str}]}
-    )
-    if said:
-        raise UserError(f"the manifest of the pretraining set makes no sense ({said}): cut the set again")
-    return {one["patient"]: one["uid"] for one in known if one["uid"] in trained}, split["salt"]
+    trained = pretrain if isinstance(pretrain, TrainingScans) else training_scans(pretrain)
+    tested = _tested(target, fold)
+    for source in target.meta["sources"]:
+        uid = source["uid"]
+        if uid not in tested:
+            continue
+        if trained.has_scan(uid):
+            return f"pretraining trained on test scan {uid}"
+        for file in source["files"]:
+            if other := trained.scan_of_file(file["nbytes"], file["checksum"]):
+                return f"pretraining trained on test scan {uid}: its file {file['file']} is {other} there"
+        for hashed in (salted_hash(source["patient"], ""), source.get("patient_hash")):
+            if isinstance(hashed, str) and (other := trained.scan_of_patient(hashed)):
+                return f"pretraining trained on {other} of a patient who is tested on, in scan {uid}"
+    return None
 
 
 def _tested(target: TargetSet, fold: int | None) -> set[str]:

@@ -41,7 +41,7 @@ class Trained:
 
 def model_card(trained: Trained, encoder: Encoder, holds: str) -> dict[str, Any]:
     """The card as plain JSON values; `holds` is what the file contains, "encoder" or "all"."""
-    config, start = trained.config, _last_start(trained.run)
+    config, start = trained.config, last_start(trained.run)
     return {
         "p2w": __version__,
         "holds": holds,
@@ -90,13 +90,13 @@ def _figures(trained: Trained) -> dict[str, float]:
 
 def data_of(run: Path) -> dict[str, Any]:
     """The data set of the run's last start: its fingerprint, and `shards`, a URL or an absolute path."""
-    start = _last_start(run)
+    start = last_start(run)
     cwd = str(start.get("cwd") or "")
     shards = relocated(str(start["shards"]), lambda path: path if "://" in path else os.path.join(cwd, path))
     return {"fingerprint": str(start["data"]), "shards": shards}
 
 
-def _last_start(run: Path) -> dict[str, Any]:
+def last_start(run: Path) -> dict[str, Any]:
     """The run's last start in run.json. Raises UserError when it names no data set."""
     try:
         start = json.loads((run / "run.json").read_text())["starts"][-1]

@@ -29,6 +29,7 @@ from p2w.files import write_atomic
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import markdown, model_card
+from p2w.weights.exported_card import exported_card
 from p2w.weights.foreign import AXIS_ORDER, not_for_genesis_class, to_genesis
 from p2w.weights.load import filled_encoder, find_checkpoint
 
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
         for k, v in snapshot.model.items()
         if options.what == "all" or k.startswith("encoder.")
     }
-    card = model_card(trained, encoder, options.what)
+    card, unhashed = exported_card(model_card(trained, encoder, options.what), trained.run)
     out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,10 @@ def main(argv: list[str]) -> int:
     print(
         f"{out}: {options.what} of step {trained.step}, {sum(v.numel() for v in state.values()) / 1e6:.2f} M values"
     )
+    if unhashed:
+        print(
+            f"its card has no hashes of the training scans, so the leak check will need the set: {unhashed}"
+        )
     return 0
 
 

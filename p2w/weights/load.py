@@ -16,6 +16,7 @@ from p2w.errors import UserError
 from p2w.model import Encoder, build_encoder
 from p2w.model.conv import let_train
 from p2w.model.encoder import InputNorm
+from p2w.shards.training_scans import SEEN
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of, model_card
@@ -122,7 +123,18 @@ def trained_on(card: dict[str, Any]) -> dict[str, str]:
     """Fingerprint and location of the data set that a card names; empty when it names none."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
-    return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}
+    return {str(k): str(v) for k, v in data.items() if k != SEEN} if isinstance(data, dict) else {}
+
+
+def hashed_scans_of(init: str) -> Any:
+    """The hashes of training scans in the card of an exported file, or of one on the Hub; None where it has none."""
+    try:
+        card = exported(download(init)[0] if is_hub_name(init) else Path(init))[1]
+    except UserError:
+        return None
+    training = card.get("training")
+    data = training.get("data") if isinstance(training, dict) else None
+    return data.get(SEEN) if isinstance(data, dict) else None
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Trained:

@@ -186,13 +186,15 @@ def axes_of(plans: Path) -> list[int]:
 def readme(card: Card, out: Path, axes: list[int] | None = None) -> str:
     """Text for README.md of the folder `out`: the commands of nnU-Net, and what they make of axes and intensities."""
     window, fed = card["input"]["window_hu"], card["input"]
-    folder = out.resolve()
-    script, checkpoint = (shlex.quote(str(folder / name)) for name in ("prepare_nnunet.py", CHECKPOINT))
+    folder = out.resolve().name
+    script = shlex.quote(f"{folder}/prepare_nnunet.py")
+    checkpoint = f'"$PWD"/{shlex.quote(f"{folder}/{CHECKPOINT}")}'
     turned = f"for a dataset of `transpose_forward` {axes}" if axes and axes != ZYX else "z, y, x"
     return f"""
 ## In nnU-Net
 
 Needs nnU-Net's git master, of July 2026 or later; PyPI's 2.8.1 lacks these commands. ID is the number of your dataset.
+Type the commands in the folder that this one, `{folder}`, lies in.
 
 ```
 pip install git+https://github.com/MIC-DKFZ/nnUNet.git

@@ -25,8 +25,10 @@ import tyro
 from safetensors.torch import save
 
 from p2w.errors import UserError
+from p2w.shards.training_scans import SEEN, without_patients
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights.card import markdown, model_card
+from p2w.weights.exported_card import exported_card
 from p2w.weights.hub import WEIGHTS, HubName, hub_client, hub_problem, is_hub_name, parse_hub_name
 from p2w.weights.load import filled_encoder, find_checkpoint
 
@@ -95,7 +97,8 @@ def files_to_publish(options: PushOptions, repo: HubName) -> tuple[dict[str, byt
     state = {
         name: value.contiguous() for name, value in snapshot.model.items() if name.startswith("encoder.")
     }
-    card = public_card(model_card(trained, encoder, "encoder"))
+    card, _ = exported_card(model_card(trained, encoder, "encoder"), trained.run)
+    card = public_card(card)
     card |= {"repository": str(repo), "pipeline_tag": PIPELINE}
     card |= {"licence": options.licence, "data_licence": options.data_licence.strip()}
     said = json.dumps(card, sort_keys=True)
@@ -108,11 +111,20 @@ def files_to_publish(options: PushOptions, repo: HubName) -> tuple[dict[str, byt
 
 
 def public_card(card: dict[str, Any]) -> dict[str, Any]:
-    """The card without the command, and without where its data set and its starting point lay; their names stay."""
+    """The card without the command, and without where its data set and its starting point lay; their names stay.
+
+    Hashes of training scans stay too, those of patients do not.
+    """
     card = copy.deepcopy(card)
     training = card["training"]
     training.pop("command", None)
-    training["data"].pop("shards", None)
+    data = training["data"]
+    data.pop("shards", None)
+    if SEEN in data:
+        # Identifiers of patients are few: whoever knows the salt can try them out, and a page on the Hub is for everybody.
+        data[SEEN] = without_patients(data[SEEN], "a published card has no hashes of them")
+        if any(private_text("card.json", json.dumps(data[SEEN]).encode())):
+            del data[SEEN]
     if isinstance(training.get("data_set"), dict):
         training["data_set"].pop("mixture", None)
     model = training["config"].get("model", {})

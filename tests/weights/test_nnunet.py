@@ -15,6 +15,7 @@ import p2w
 from p2w.errors import UserError
 from p2w.finetune.init import resolve_init
 from p2w.model.resencl import ResEncL
+from p2w.shards.privacy import suspects
 from p2w.weights import export, nnunet
 from p2w.weights import start as weights_start
 from p2w.weights.nnunet import from_nnunet, to_nnunet
@@ -122,6 +123,15 @@ def test_what_the_readme_says_of_normalisation_is_our_input(exported):
     hu = np.array([-3000, -1000, -250, 0, 1000, 3071], np.float32)
     theirs = (hu.clip(told["percentile_00_5"], told["percentile_99_5"]) - told["mean"]) / told["std"]
     np.testing.assert_array_equal(theirs, [0, 0, 0.375, 0.5, 1, 1])
+
+
+def test_the_folder_holds_no_absolute_path(exported):
+    assert "absolute paths" not in suspects(exported)
+    assert not any(str(exported.parent).encode() in one.read_bytes() for one in exported.iterdir())
+    text = nnunet.readme(json.loads((exported / "card.json").read_text()), Path("/home/jane/my weights"))
+    assert "jane" not in text and "in the folder that this one, `my weights`" in text
+    assert "\npython 'my weights/prepare_nnunet.py' -d ID" in text
+    assert "`-pc \"$PWD\"/'my weights/checkpoint_final.pth'`" in text
 
 
 def test_damaged_folders_and_a_decoder_are_refused_in_a_line(exported, resencl_run, tmp_path):

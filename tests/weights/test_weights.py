@@ -90,7 +90,7 @@ def test_the_card_tells_spacing_channels_data_and_command(trained_run, tmp_path)
     whole = [1.25 * 64 / 16, 0.7 * 128 / 32, 0.7 * 128 / 32]  # parts of 1/16 to 1/4 of its volume
     for name, volume in (("network_smallest", 1 / 16), ("network", 1 / 8), ("network_largest", 1 / 4)):
         assert spacing[name] == pytest.approx([mm * volume ** (1 / 3) for mm in whole], abs=1e-4)
-    assert card["encoder"]["in_channels"] == 1 and card["training"]["command"] == "launch/train.py demo"
+    assert card["encoder"]["in_channels"] == 1 and card["training"]["command"] == "train.py demo"
     assert card["training"]["data_set"]["shape"] == [64, 128, 128]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "[1.25, 0.7, 0.7] mm (z, y, x; median)" in text
