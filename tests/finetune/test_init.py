@@ -96,6 +96,17 @@ def test_a_decoder_made_of_skips_is_taken_too(balls, tmp_path):
     assert trial_card(tuning, 0, network, start)["skips"] is True
 
 
+def test_the_card_of_a_trial_names_no_absolute_path(balls, exported, tmp_path):
+    tuning = transfer_of(balls, exported[0], tmp_path)
+    given = {"pretrained_on": "/home/jane/shards", "images": "*/ct.nii", "spacing": [1.0, 1.0, 1.0]}
+    settings, tuning.source.meta["settings"] = tuning.source.meta["settings"], given
+    try:
+        told = trial_card(tuning, 0, *tuning.build(0))["task"]
+    finally:
+        tuning.source.meta["settings"] = settings
+    assert told["settings"] == given | {"pretrained_on": "shards"} and told["task"] == "toy"
+
+
 def test_what_is_known_of_the_pretraining(balls, exported, tmp_path):
     told = plain_fine_tuning(transfer_of(balls, exported[0], tmp_path))
     assert told["init"]["step"] == 7 and told["init"]["val_mse"] == 0.5 and told["init"]["skips"] is False
