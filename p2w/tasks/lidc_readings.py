@@ -49,11 +49,14 @@ class Readings:
 def series_of(path: str) -> str | None:
     """The CT series that a file has readings of; None for other XML files, such as readings of radiographs."""
     try:
-        for event, node in ET.iterparse(path, events=("start", "end")):
-            if event == "start" and _tag(node) in OTHER_FORMS:
-                return None
-            if event == "end" and _tag(node) == "SeriesInstanceUid":
-                return (node.text or "").strip() or None
+        with open(
+            path, "rb"
+        ) as file:  # a file that iterparse opens is closed when its iterator happens to be deleted
+            for event, node in ET.iterparse(file, events=("start", "end")):
+                if event == "start" and _tag(node) in OTHER_FORMS:
+                    return None
+                if event == "end" and _tag(node) == "SeriesInstanceUid":
+                    return (node.text or "").strip() or None
     except (ET.ParseError, OSError):
         return None
     return None

@@ -34,7 +34,14 @@ def complete(*words):
 def test_bash_offers_commands_then_options_of_the_command():
     assert sorted(complete("p2w", "")) == sorted(COMMANDS)
     assert complete("p2w", "ver") == ["verify"]
-    assert set(complete("p2w", "verify", "--")) == {"--help", "--luna", "--repair", "--scans", "--workers"}
+    assert set(complete("p2w", "verify", "--")) == {
+        "--help",
+        "--luna",
+        "--privacy",
+        "--repair",
+        "--scans",
+        "--workers",
+    }
     assert complete("p2w", "verify", "shards", "--re") == ["--repair"]
     assert complete("p2w", "verify", "sh") == []  # bash then offers files
     assert complete("p2w", "no-such-command", "--") == []
