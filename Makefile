@@ -54,7 +54,8 @@ demo: $(VENV)/.installed
 
 # Three workers for two cores: a test that waits for a process leaves its core to another.
 # Hundreds of processes import the package: its bytecode is kept for them, also where the environment says otherwise.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+# One thread each: beside one another, threads of one computation wait for each other many times longer than they compute.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 quick: $(VENV)/.tools
 	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm'
 
