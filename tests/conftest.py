@@ -94,7 +94,7 @@ class DurationRecorder:
     """Writes the seconds of each file's tests, of all workers, where they are at least `LEAST`; and the tests that take
     `SLOW_S` of CPU time or more."""
 
-    LEAST, SLOW_S = 5, 0.25
+    LEAST, SLOW_S = 5, 0.1
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
