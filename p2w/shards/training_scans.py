@@ -16,7 +16,6 @@ from typing import Any
 
 from p2w.errors import UserError
 from p2w.files import type_mismatch
-from p2w.shards.grouping import identity_in_set
 from p2w.shards.manifest import data_fingerprint
 
 SEEN = "seen"  # the entry of a card's `training.data` that holds the hashes
@@ -55,6 +54,8 @@ class TrainingScans:
         """A scan of the patient whose identifier has the unsalted hash `hashed`, in words; None where there is none."""
         if self.salt is None or not hashed:
             return None
+        from p2w.shards.grouping import identity_in_set  # noqa: PLC0415 - SimpleITK, which weights do without
+
         return self.patients.get(self.named(identity_in_set(hashed, self.salt)))
 
 
