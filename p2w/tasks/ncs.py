@@ -23,7 +23,18 @@ from p2w.shards.manifest import open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
 from p2w.tasks import crops, lidc_readings, source_files, splits
 from p2w.tasks.crops import AroundObjects, CropBox, crops_around_objects
-from p2w.tasks.task import SEGMENTATION, SPLITS, WINDOW_HU, Case, Cases, CutSamples, LeftOut, Sample, Split
+from p2w.tasks.task import (
+    SEGMENTATION,
+    SPLITS,
+    WINDOW_HU,
+    Case,
+    Cases,
+    CutSamples,
+    LeftOut,
+    Sample,
+    Split,
+    set_name,
+)
 
 CASES = (510, 100, 408)  # train, val and test of all 1,018
 PATIENT = re.compile(r"LIDC-IDRI-\d+")
@@ -128,7 +139,8 @@ class Ncs:
                 test.append(patient)
         rest = {patient: n for patient, n in weight.items() if patient not in test}
         part = splits.by_fractions(rest, self.cases[:2], self.seed)
-        rule = f"by patient: {' / '.join(map(str, self.cases))} in proportion, tested on none in {self.pretrained_on}"
+        counts, of_set = " / ".join(map(str, self.cases)), set_name(self.pretrained_on)
+        rule = f"by patient: {counts} in proportion, tested on none in {of_set}"
         of = {name: SPLITS[i] for name, i in part.items()} | dict.fromkeys(test, "test")
         return Split(rule, of, seed=self.seed)
 

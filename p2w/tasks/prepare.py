@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import tyro
 
 from p2w.ct.scan import source_files
 from p2w.errors import UserError
-from p2w.files import canonical_json
+from p2w.files import canonical_json, parse_json
 from p2w.progress import say
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
@@ -36,6 +36,7 @@ from p2w.tasks.task import (
     Sample,
     Split,
     Task,
+    set_name,
 )
 
 RECORD_HEAD = 4096  # bytes beside the voxels, at most
@@ -94,6 +95,14 @@ class TargetSettings:
     size: tuple[int, int, int]  # z, y, x
     format: str
     tables: dict[str, str]  # tables that name samples, by the checksum of each
+    whole_paths: bool = False  # whether the folder is of an earlier version, which wrote whole paths
+
+    @property
+    def told_options(self) -> dict[str, Any]:
+        """The options as files hold them: a path as its last part, for these files go to others."""
+        if self.whole_paths or not self.options.get("pretrained_on"):
+            return self.options
+        return self.options | {"pretrained_on": set_name(self.options["pretrained_on"])}
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
@@ -101,7 +110,7 @@ class TargetSettings:
         added = OPTIONS_ADDED  # options that folders of earlier versions lack
         options = {
             f"option {name}": value
-            for name, value in self.options.items()
+            for name, value in self.told_options.items()
             if name not in added or value != added[name]
         }
         return json.loads(
@@ -159,6 +168,16 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "orientation": "LPS",
             "spacing": "mm",
         }
+
+    def adopt_version(self, theirs: bytes) -> None:
+        """Go on with a folder of an earlier version, whose settings hold the whole path of `--pretrained-on`."""
+        asked = self.settings.options.get("pretrained_on")
+        try:
+            there = parse_json(theirs, {}).get("option pretrained_on")
+        except ValueError:
+            return
+        if asked and there == asked:
+            self.settings = replace(self.settings, whole_paths=True)
 
     def nbytes(self, source: Case) -> int:
         """Total size in bytes of all files of a case."""
@@ -272,7 +291,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "window": list(task.window),
             "classes": list(task.classes),
             "axis_order": "czyx",
-            "settings": self.settings.options,
+            "settings": self.settings.told_options,
             "tables": self.settings.tables,
             "split": {
                 "rule": split.rule,

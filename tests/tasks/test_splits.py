@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from p2w.files import canonical_json
 from p2w.tasks import ncs, splits
+from p2w.tasks.prepare import TargetFolder, TargetSettings
 from p2w.tasks.task import Case
 
 
@@ -46,3 +48,15 @@ def test_ncs_tests_on_no_patient_that_pretraining_has(monkeypatch):
     tested = {name for name, split in of.items() if split == "test"}
     assert tested == {f"patient{i}" for i in range(6, 10)} and set(of.values()) == {"train", "val", "test"}
     assert len(of) == 10 and ncs.Ncs(cases=(6, 2, 4)).split(cases).of != of
+
+
+def test_a_set_that_was_pretrained_on_is_named_without_its_folder(tmp_path):
+    options = {"pretrained_on": "/data/hospital/ward-7/shards", "seed": 0}
+    settings = TargetSettings("ncs", options, (8, 8, 8), "tar", {})
+    assert settings.plain()["option pretrained_on"] == settings.told_options["pretrained_on"] == "shards"
+    folder = TargetFolder(str(tmp_path), settings, ncs.Ncs())
+    folder.adopt_version(canonical_json(settings.plain(), indent=1))
+    assert folder.settings.plain()["option pretrained_on"] == "shards"
+    earlier = canonical_json({**settings.plain(), "option pretrained_on": options["pretrained_on"]}, indent=1)
+    folder.adopt_version(earlier)
+    assert canonical_json(folder.settings.plain(), indent=1) == earlier
