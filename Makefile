@@ -1,5 +1,5 @@
 # make demo    install, make phantom scans, shard them, pretrain with two processes, show what was learned
-# make test    install and run every test; RECORD=1 notes how long each file took, by which long ones begin early
+# make test    install and run every test; RECORD=1 notes what takes long: such files begin early, such tests are not quick
 # make quick   the quick tests: what to run after every change
 # make lint    style and types
 # make bench   measure: twenty minutes on two free cores; writes bench/results, and table.md there
