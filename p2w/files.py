@@ -14,9 +14,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import crc32c as package
 
@@ -328,3 +329,18 @@ def _fastest() -> tuple[Callable[[Any, int], int], str]:
 
 # crc32c(contiguous bytes, checksum of the bytes before them or 0) -> checksum; and the name of the library.
 crc32c, LIBRARY = _fastest()
+
+
+def last_part(value: Any) -> Any:
+    """Of a path or URL the last part, of lists and mappings the same with every text in them cut so; others as they are."""
+    if isinstance(value, str):
+        try:
+            path = urlsplit(value).path if "://" in value else value
+        except ValueError:  # such as http://[::1, which names nothing
+            path = value.partition("?")[0]
+        return path.rstrip("/").rpartition("/")[2]
+    if isinstance(value, Mapping):
+        return {name: last_part(one) for name, one in value.items()}
+    if isinstance(value, Sequence):
+        return [last_part(one) for one in value]
+    return value

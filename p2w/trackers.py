@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import last_part, write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,21 +78,6 @@ class LogConfig:
 def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they may leave this machine: of a path or URL its last part alone, which says no user, host or folder."""
     return {name: last_part(value) for name, value in settings.items()}
-
-
-def last_part(value: Any) -> Any:
-    """Of a path or URL the last part, of lists and mappings the same with every text in them cut so; others as they are."""
-    if isinstance(value, str):
-        try:
-            path = urlsplit(value).path if "://" in value else value
-        except ValueError:  # such as http://[::1, which names nothing
-            path = value.partition("?")[0]
-        return path.rstrip("/").rpartition("/")[2]
-    if isinstance(value, Mapping):
-        return {name: last_part(one) for name, one in value.items()}
-    if isinstance(value, Sequence):
-        return [last_part(one) for one in value]
-    return value
 
 
 class Reporter(Protocol):

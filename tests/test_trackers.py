@@ -14,8 +14,9 @@ from p2w import trackers
 from p2w.commands import finetune, train
 from p2w.config import Config, flatten
 from p2w.errors import UserError
+from p2w.files import last_part
 from p2w.log import Log, read_metrics
-from p2w.trackers import LogConfig, TrackerProcess, last_part, without_paths
+from p2w.trackers import LogConfig, TrackerProcess, without_paths
 from p2w.world import World
 
 TOY = """

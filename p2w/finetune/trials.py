@@ -19,6 +19,7 @@ import torch
 
 from p2w import __version__
 from p2w.errors import UserError
+from p2w.files import last_part
 from p2w.finetune.init import InitRecord, network_of
 from p2w.finetune.recipe import FineTuneRecipe, plain_recipe
 from p2w.finetune.samples import Rows, Samples, data_fraction, fixed_batches
@@ -28,7 +29,7 @@ from p2w.finetune.trial import TrialLock, TrialRun, folder_of, is_finished
 from p2w.log import Log
 from p2w.model import Encoder, Network
 from p2w.tasks.reader import TargetSet
-from p2w.trackers import LogConfig, last_part
+from p2w.trackers import LogConfig
 from p2w.train.optim import Precision
 from p2w.weights.start import StartingPoint, load_start
 from p2w.world import World

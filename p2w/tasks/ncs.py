@@ -19,6 +19,7 @@ from p2w.ct.orientation import BadScan, to_canonical
 from p2w.ct.scan import Scan, read_scan
 from p2w.ct.scan_folders import printable, walk
 from p2w.errors import UserError
+from p2w.files import last_part
 from p2w.shards.manifest import open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
 from p2w.tasks import crops, lidc_readings, source_files, splits
@@ -33,7 +34,6 @@ from p2w.tasks.task import (
     LeftOut,
     Sample,
     Split,
-    set_name,
 )
 
 CASES = (510, 100, 408)  # train, val and test of all 1,018
@@ -139,7 +139,7 @@ class Ncs:
                 test.append(patient)
         rest = {patient: n for patient, n in weight.items() if patient not in test}
         part = splits.by_fractions(rest, self.cases[:2], self.seed)
-        counts, of_set = " / ".join(map(str, self.cases)), set_name(self.pretrained_on)
+        counts, of_set = " / ".join(map(str, self.cases)), last_part(self.pretrained_on)
         rule = f"by patient: {counts} in proportion, tested on none in {of_set}"
         of = {name: SPLITS[i] for name, i in part.items()} | dict.fromkeys(test, "test")
         return Split(rule, of, seed=self.seed)

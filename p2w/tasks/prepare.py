@@ -13,7 +13,7 @@ import tyro
 
 from p2w.ct.scan import source_files
 from p2w.errors import UserError
-from p2w.files import canonical_json, parse_json
+from p2w.files import canonical_json, last_part, parse_json
 from p2w.progress import say
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
@@ -36,7 +36,6 @@ from p2w.tasks.task import (
     Sample,
     Split,
     Task,
-    set_name,
 )
 
 RECORD_HEAD = 4096  # bytes beside the voxels, at most
@@ -102,7 +101,7 @@ class TargetSettings:
         """The options as files hold them: a path as its last part, for these files go to others."""
         if self.whole_paths or not self.options.get("pretrained_on"):
             return self.options
-        return self.options | {"pretrained_on": set_name(self.options["pretrained_on"])}
+        return self.options | {"pretrained_on": last_part(self.options["pretrained_on"])}
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""

@@ -148,11 +148,6 @@ class CandidatePoint:
     targets: tuple[float, ...] = ()
 
 
-def set_name(where: str) -> str:
-    """What a data set is called in files that go to others: the last part of its path or URL."""
-    return where.rstrip("/").rpartition("/")[2] or where
-
-
 @dataclass(frozen=True)
 class Case:
     """What one shard is cut from: images, masks and what tables or readers say of them."""

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from p2w.errors import UserError
+from p2w.files import last_part
 from p2w.shards.mixture import relocated
 from p2w.shards.training_scans import SEEN, hashed_training_scans
 from p2w.stream.trained_sets import open_trained_sets
-from p2w.trackers import last_part
 from p2w.weights.card import last_start
 from p2w.weights.hub import is_hub_name
 
