@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from p2w import report
 from p2w.errors import UserError, program, refuse_old_options
 from p2w.finetune import run_manifest
 from p2w.finetune.cross_validation import fold_folder, folds_of_run, report_folds, with_folds
@@ -43,6 +44,7 @@ from p2w.finetune.run_manifest import (
 )
 from p2w.finetune.trainer import StopRequested
 from p2w.finetune.trials import FineTuning, check_crop_size, check_data, run_trials
+from p2w.inference.drawing import draw_test_samples
 from p2w.log import Log
 from p2w.rank_errors import run_on_ranks
 from p2w.tasks.reader import TargetSet, open_target
@@ -95,7 +97,7 @@ class Args:
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print what would be done, then stop."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print no summary at the end."""
+    """Print no summary at the end, and draw no report.html."""
     defaults: Annotated[RecipeName, tyro.conf.arg(name="recipe")] = "paper"
     """The settings below to begin with: the paper's protocol, or augmentation and what else is usual today. The help shows
     those of the recipe that is named before --help."""
@@ -249,16 +251,23 @@ def work(job: Job, world: World) -> int:
             log.line(f"{stop.name or 'another rank'}: told to stop; the same command continues")
             return STOPPED
     if world.is_main and not args.quiet:
-        _show(job)
+        _show(job, world)
     return 0
 
 
-def _show(job: Job) -> None:
-    """Print what came out: of the one run, or of the folds that are finished so far."""
+def _show(job: Job, world: World) -> None:
+    """Print what came out, of the one run or of the folds that are finished so far, and write its page."""
+    run = job.args.run
     if job.args.folds:
-        report_folds(job.args.run, job.args.folds, job.first.fine_tuning.kind)
+        report_folds(run, job.args.folds, job.first.fine_tuning.kind)
     else:
-        show_results(job.args.run)
+        show_results(run)
+    log = Log(run, True, 0)
+    for fold in job.folds:
+        with log.tolerate("figures/predictions.png"):
+            draw_test_samples(fold.fine_tuning, world.device)
+    with log.tolerate("report.html"):
+        log.line(f"report         {report.write_report(run)}")
 
 
 def _stop_check(stop: StopRequest, world: World, watchdog: Watchdog) -> Callable[[], bool]:
@@ -287,7 +296,7 @@ def alone(job: Job, world: World) -> int | None:
         write_run_manifest(fold.fine_tuning, fold.tree, world)
     code = run_manifest.run_workers(job.argv, job.args.workers)
     if not code:
-        _show(job)
+        _show(job, world)
     return code
 
 

@@ -2,8 +2,10 @@
 
     p2w report runs/paper runs/ours        writes runs/paper/report.html and runs/ours/report.html
 
-Training writes it at its end, and so does the analysis of the run. The page shows the state of the run, curves,
-reconstructions with a slider, the figures and numbers of the analysis, data set, hardware, interruptions and settings.
+Training and fine-tuning write it at their end, and so does the analysis of a run. The page of a pretraining shows the state
+of the run, curves, reconstructions with a slider, the figures and numbers of the analysis, data set, hardware, interruptions
+and settings; that of a fine-tuning, or of all folds of a cross-validation, pictures of test samples, the metrics with their
+intervals, curves of the trials, task and starting point, and the command that tells what the pretraining is worth.
 What is missing is left out, or listed with the command that makes it. `#whole=1&scale=0&plane=coronal&slice=7` after the
 page's address selects what the slider shows.
 """
@@ -17,7 +19,7 @@ import tyro
 
 from p2w.errors import UserError
 from p2w.files import write_atomic, write_remedy
-from p2w.report import page, run_reader
+from p2w.report import finetune_page, page, run_reader, trial_reader
 
 NAME = "report.html"
 
@@ -27,7 +29,7 @@ class ReportOptions:
     """Command line of `p2w report`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders."""
+    """Run folders, of p2w train or p2w finetune."""
 
 
 def write_report(run: Path) -> Path:
@@ -36,8 +38,12 @@ def write_report(run: Path) -> Path:
     Raises UserError when `run` is no run folder, OSError when the page cannot be written.
     """
     path = run / NAME
+    if trial_reader.folders_of(run):
+        text = finetune_page.render_fine_tuning(trial_reader.read_trials(run))
+    else:
+        text = page.render_report(run_reader.read_run(run))
     # A run folder is untrusted: its JSON may contain lone surrogates, which UTF-8 cannot encode.
-    write_atomic(path, page.render_report(run_reader.read_run(run)).encode("utf-8", "replace"))
+    write_atomic(path, text.encode("utf-8", "replace"))
     return path
 
 

@@ -39,11 +39,11 @@ Draw = Callable[["Axes", RunFacts], bool]  # returns False when there is nothing
 
 def charts(facts: RunFacts) -> list[Markup]:
     """All charts that have data, each as a figure with its caption."""
-    known = [_chart(name, draw, caption, facts) for name, (draw, caption) in CHARTS.items()]
+    known = [chart(name, draw, caption, facts) for name, (draw, caption) in CHARTS.items()]
     names = sorted({name for record in facts.records for name in record})
     more = [name for name in names if name not in DRAWN and not _is_contrastive(name)][:OTHERS]
-    others = [_chart(name, partial(_plain, name=name), words_of(name)[1], facts) for name in more]
-    return [chart for chart in (*known, *others) if chart]
+    others = [chart(name, partial(_plain, name=name), words_of(name)[1], facts) for name in more]
+    return [drawn for drawn in (*known, *others) if drawn]
 
 
 METRICS = {  # further metrics of metrics.jsonl -> label of the axis, caption
@@ -74,7 +74,8 @@ def _is_contrastive(name: str) -> bool:
     return name.startswith(("contrastive", "contrast/")) and "loss" in name
 
 
-def _chart(name: str, draw: Draw, caption: str, facts: RunFacts) -> Markup | None:
+def chart(name: str, draw: Draw, caption: str, facts: RunFacts) -> Markup | None:
+    """One chart as a figure with its caption; None where `draw` says that it has nothing."""
     import matplotlib  # noqa: PLC0415  (half a second)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -103,7 +104,7 @@ def _inline(svg: str, label: str) -> Markup:
     return Markup(svg)
 
 
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
     """Points averaged to at most POINTS; values that are not finite are left out."""
     keep = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if len(keep) > POINTS:
@@ -113,7 +114,7 @@ def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
 
 def _line(axes: "Axes", facts: RunFacts, name: str, label: str, style: str = "-", **how: Any) -> bool:
     """Draw a metric over steps."""
-    steps, values = _thin(*facts.series(name))
+    steps, values = thin(*facts.series(name))
     if steps:
         axes.plot(steps, values, style, label=label, **how)
         axes.set_xlabel("optimizer step")
@@ -127,11 +128,11 @@ def _loss(axes: "Axes", facts: RunFacts) -> bool:
     if floor and floor[0] > 0:
         axes.axhline(floor[0], color=ORANGE, linestyle="--", label="always the mean image")
     axes.set_ylabel("mean squared error\n(1 = (window width)²)" if floor else "loss of the pretext")
-    _log(axes)
+    log_axis(axes)
     return training or validation
 
 
-def _log(axes: "Axes") -> None:
+def log_axis(axes: "Axes") -> None:
     """A logarithmic y axis with plain numbers, if all values are positive."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
 
@@ -166,7 +167,7 @@ def _contrastive(axes: "Axes", facts: RunFacts) -> bool:
         _line(axes, facts, name, name, "o-", color=colour)
     later = child(facts.summary, "over_checkpoints")
     pairs = zip(floats(later.get("steps")), floats(later.get("contrastive_loss")), strict=False)
-    steps, values = _thin(*map(list, zip(*pairs, strict=True))) if later.get("steps") else ([], [])
+    steps, values = thin(*map(list, zip(*pairs, strict=True))) if later.get("steps") else ([], [])
     if steps:
         axes.plot(steps, values, "s--", color=ORANGE, label="analysis of the checkpoints")
         axes.set_xlabel("optimizer step")
@@ -183,7 +184,7 @@ def _rate(axes: "Axes", facts: RunFacts) -> bool:
 def _gradient(axes: "Axes", facts: RunFacts) -> bool:
     drawn = _line(axes, facts, "train/grad_norm", "", color=BLUE)
     axes.set_ylabel("gradient norm")
-    _log(axes)
+    log_axis(axes)
     lost = [
         step for step, value in zip(*facts.series("train/grad_norm"), strict=True) if not math.isfinite(value)
     ]
@@ -212,7 +213,7 @@ def _over_time(axes: "Axes", facts: RunFacts, name: str, factor: float = 1.0) ->
     times, values, unit, seconds, began = _hours(facts, name)
     for label, start in zip(("started again", *[""] * len(facts.starts)), facts.clocks()[1:], strict=False):
         axes.axvline((start - began) / seconds, color=ORANGE, linestyle=":", label=label)
-    times, values = _thin(times, values)
+    times, values = thin(times, values)
     breaks = np.searchsorted(times, [(start - began) / seconds for start in facts.clocks()])
     for piece in np.split(
         np.column_stack((times, values)), breaks

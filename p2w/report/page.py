@@ -10,7 +10,7 @@ import math
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ PICTURES = {  # figures/NAME.png -> caption
     "reconstruction": "Middle slices of four fixed wholes: the network's input, its output, the target.",
 }
 # Plots of lines and points, inverted on a dark page; the others show slices of CT, which must stay as they are.
-DRAWINGS = {"tsne", "similarity_networks", "separability_by_scale", "contrastive", "similarity"}
+DRAWINGS = {"tsne", "similarity_networks", "separability_by_scale", "contrastive", "similarity", "test"}
 PICTURE_DPI = 130  # of `analysis.plots.save_figure`
 REDRAWN = {"loss"}  # the page draws this curve itself
 LARGEST_PICTURE, ALL_PICTURES = 3 << 20, 5 << 20  # bytes
@@ -163,35 +163,43 @@ def render_report(facts: RunFacts) -> str:
         run_section.header(facts, GOOD, OPEN),
         tag("section", results_section.headline_tiles(facts), aria_label="Results in numbers"),
         _slider(facts, found),
-        _section("Curves", _charts(facts)),
-        _section("Representation", results_section.analysis(facts)),
-        _section("Figures", _pictures(facts)),
+        section("Curves", _charts(facts)),
+        section("Representation", results_section.analysis(facts)),
+        section("Figures", _pictures(facts)),
         tag(
             "div",
-            _section("Data set", run_section.data_set(facts)),
-            _section("Hardware", run_section.hardware(facts)),
+            section("Data set", run_section.data_set(facts)),
+            section("Hardware", run_section.hardware(facts)),
             class_="columns",
         ),
-        _section("Starts and interruptions", run_section.starts(facts)),
-        _section("Settings", run_section.settings(facts)),
-        _section("Commands", run_section.commands(facts)),
-        _section("Not on this page", _missing(facts, found)),
-        tag(
-            "footer",
-            tag("p", f"Written {time.strftime(run_section.DATE)} by p2w {__version__}.", class_="note"),
-        ),
+        section("Starts and interruptions", run_section.starts(facts)),
+        section("Settings", run_section.settings(facts)),
+        section("Commands", run_section.commands(facts)),
+        section("Not on this page", _missing(facts, found)),
+        footer(),
     ]
     return document(run_section.title(facts), join_markup(sections), script=script)
 
 
-def _section(title: str, inside: Markup | None) -> Markup:
+def footer() -> Markup:
+    """When the page was written, and by which version."""
+    return tag(
+        "footer", tag("p", f"Written {time.strftime(run_section.DATE)} by p2w {__version__}.", class_="note")
+    )
+
+
+def section(title: str, inside: Markup | None) -> Markup:
     """A section with a title; empty when `inside` is empty."""
     name = title.lower().replace(" ", "-")
     return tag("section", tag("h2", title, id=name), inside, aria_labelledby=name) if inside else Markup("")
 
 
 def _charts(facts: RunFacts) -> Markup | None:
-    drawn = curves.charts(facts)
+    return chart_grid(curves.charts(facts))
+
+
+def chart_grid(drawn: Sequence[Markup]) -> Markup | None:
+    """Charts side by side, so that none is alone in its row; None for none."""
     alone = len(drawn) % 3 == 1  # in the last of the rows of three
     return tag("div", *drawn, class_="charts of2" if alone else "charts") if drawn else None
 
@@ -221,7 +229,7 @@ def _slider(facts: RunFacts, found: Volumes | None) -> Markup:
         f'<script type="application/json" id="volumes">{script_json(data)}</script>'
         "<noscript><p>The slider needs JavaScript; nothing else on this page does.</p></noscript>"
     )
-    return _section("Reconstructions", join_markup((viewer, tag("p", text, class_="note"), holder)))
+    return section("Reconstructions", join_markup((viewer, tag("p", text, class_="note"), holder)))
 
 
 def _view(kind: str, name: str) -> Markup:
@@ -261,32 +269,38 @@ def _select(name: str, options: list[str]) -> Markup:
 
 
 def _pictures(facts: RunFacts) -> Markup | None:
-    """The PNGs of RUN/figures, those with a caption first; one that is too large or no PNG is listed instead."""
-    folder = facts.run / "figures"
-    files = {path.stem: path for path in sorted(folder.glob("*.png")) if path.stem not in REDRAWN}
-    order = [name for name in PICTURES if name in files] + [name for name in files if name not in PICTURES]
+    """The PNGs of RUN/figures, those with a caption first."""
+    files = {path.stem: path for path in sorted((facts.run / "figures").glob("*.png"))}
+    names = [name for name in PICTURES if name in files]
+    names += [name for name in files if name not in PICTURES and name not in REDRAWN]
+    return pictures(facts, {name: files[name] for name in names})
+
+
+def pictures(facts: RunFacts, files: Mapping[str, Path]) -> Markup | None:
+    """These PNGs with their captions, by name; one that is too large or no PNG is listed among the problems instead."""
     drawn, total = [], 0
-    for name in order:
+    for name, path in files.items():
+        where = path.relative_to(facts.run)
         try:
-            with open(files[name], "rb") as file:
+            with open(path, "rb") as file:
                 data = file.read(LARGEST_PICTURE + 1)
         except OSError as error:
-            facts.problems.append(f"figures/{name}.png: not read ({error.strerror})")
+            facts.problems.append(f"{where}: not read ({error.strerror})")
             continue
         total += len(data)
         if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > LARGEST_PICTURE or total > ALL_PICTURES:
-            facts.problems.append(f"figures/{name}.png: left out (no PNG, or too large for this page)")
+            facts.problems.append(f"{where}: left out (no PNG, or too large for this page)")
             continue
         words = name.replace("_", " ").replace("-", " ")
         words = f"{words[:1].upper()}{words[1:]}"
         low = _legible_width(data)
-        caption, kind = PICTURES.get(name, f"{words}."), "drawing" if name in DRAWINGS else "photo"
+        kind = "drawing" if path.stem in DRAWINGS else "photo"
         image = f'<img alt="{safe(words)}" class="{kind}" style="min-width: {low}px; max-width: {2 * low}px" '
         image += f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         frame = tag(
             "div", Markup(image), class_="scroll", role="region", tabindex="0", aria_label=f"Figure: {words}"
         )
-        drawn.append(tag("figure", frame, tag("figcaption", caption)))
+        drawn.append(tag("figure", frame, tag("figcaption", PICTURES.get(name, f"{words}."))))
     return tag("div", *drawn, class_="pictures") if drawn else None
 
 

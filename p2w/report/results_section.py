@@ -1,6 +1,7 @@
 """Results in the report: headline numbers of training, and the tables of the analysis."""
 
 import math
+from collections.abc import Sequence
 from statistics import fmean, median
 
 from p2w.log import hours_minutes_seconds
@@ -10,10 +11,14 @@ from p2w.report.run_reader import RunFacts, child, ends, floats, number
 
 def headline_tiles(facts: RunFacts) -> Markup:
     """The most important numbers; those that were not logged are left out."""
-    found = (tile(facts) for tile in TILES)
+    return tiles([found for found in (tile(facts) for tile in TILES) if found])
+
+
+def tiles(found: Sequence["Tile"]) -> Markup:
+    """Numbers as tiles, each with a title above and a line below."""
     boxes = [
         tag("div", tag("dt", name), tag("dd", tag("b", keep_units(value)), tag("span", keep_units(more))))
-        for name, value, more in filter(None, found)
+        for name, value, more in found
     ]
     if not boxes:
         return tag("p", "Nothing is logged yet.")

@@ -69,22 +69,27 @@ class RunFacts:
 def read_run(run: Path) -> RunFacts:
     """Read everything that can be read. Raises UserError when the folder has no run."""
     if not any((run / name).exists() for name in MARKERS):
-        found = "holds no run (no config.json, status.json, run.json or metrics.jsonl)"
+        found = "holds no run (no config.json, status.json, run.json, metrics.jsonl or transfer.json)"
         raise UserError(f"{run}: {found if run.is_dir() else 'no such folder'}; name a run folder")
     facts = RunFacts(run)
-    tree = _object(facts, "config.json")
+    tree = read_object(facts, "config.json")
     for group, values in tree.items():
         inner = settings.current_settings(group, values) if isinstance(values, dict) else {"": values}
         facts.config.update({f"{group}.{name}".rstrip("."): value for name, value in inner.items()})
-    facts.status = _object(facts, "status.json")
-    starts = _object(facts, "run.json").get("starts", [])
+    facts.status = read_object(facts, "status.json")
+    starts = read_object(facts, "run.json").get("starts", [])
     facts.starts = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
-    facts.summary = _object(facts, "analysis/summary.json")
+    facts.summary = read_object(facts, "analysis/summary.json")
+    read_records(facts)
+    return facts
+
+
+def read_records(facts: RunFacts) -> None:
+    """Fill `facts.records` from metrics.jsonl."""
     try:
-        facts.records = [_numbers(record) for record in read_metrics(run)]
+        facts.records = [_numbers(record) for record in read_metrics(facts.run)]
     except (OSError, ValueError) as error:
         facts.problems.append(f"metrics.jsonl: not read ({_reason(error)})")
-    return facts
 
 
 def defaults(facts: RunFacts) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _numbers(record: dict[str, Any]) -> Record:
     return {**kept, "step": float(int(record["step"]))}
 
 
-def _object(facts: RunFacts, name: str) -> dict[str, Any]:
+def read_object(facts: RunFacts, name: str) -> dict[str, Any]:
     """The object in a JSON file; empty, and a line in `problems`, when it cannot be read."""
     path = facts.run / name
     if not path.exists():

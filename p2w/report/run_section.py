@@ -41,11 +41,16 @@ def header(facts: RunFacts, good: set[str], running: set[str]) -> Markup:
         f"{size} voxels (z y x)"
     ] * bool(size)
     what += [f"{start.get('precision')}"] * bool(start.get("precision"))
+    return page_head(facts.run, state, kind, why or "", what)
+
+
+def page_head(run: Path, state: str, kind: str, why: str, what: list[str]) -> Markup:
+    """The page's head; `kind` is good, open or bad, and colours the state."""
     return tag(
         "header",
-        tag("h1", facts.run.resolve().name),
+        tag("h1", run.resolve().name),
         tag("span", state, class_=f"state {kind}"),
-        tag("span", why or "", class_="note"),
+        tag("span", why, class_="note"),
         tag("p", keep_units(" · ".join(what))),
     )
 
@@ -203,7 +208,7 @@ def settings(facts: RunFacts) -> Markup | None:
         return None
     usual = defaults(facts)
     rows = [
-        (name, _spelled(value), _spelled(usual[name]) if name in usual else DASH)
+        (name, spelled(value), spelled(usual[name]) if name in usual else DASH)
         for name, value in facts.config.items()
     ]
     changed = [row for row in rows if row[1] != row[2]]
@@ -225,17 +230,17 @@ def settings(facts: RunFacts) -> Markup | None:
     )
 
 
-def _spelled(value: object) -> str:
-    """A value as on the command line."""
+def spelled(value: object) -> str:
+    """A value of a setting as on the command line."""
     if isinstance(value, list):
-        return " ".join(map(_spelled, value))
+        return " ".join(map(spelled, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def commands(facts: RunFacts) -> Markup:
     """The commands that continue the run and that repeat it."""
     start, run = facts.last_start, quoted(facts.run)
-    launcher = _launcher(start)
+    launcher = launcher_of(start)
     shards = shlex.quote(str(start.get("shards", "shards")))
     own = f"{launcher} {start['command']}" if start.get("command") else ""
     again = f"{launcher} -m p2w train {run}/config.json --shards {shards} --run-dir"
@@ -252,7 +257,7 @@ def commands(facts: RunFacts) -> Markup:
     return join_markup(parts)
 
 
-def _launcher(start: dict[str, object]) -> str:
+def launcher_of(start: dict[str, object]) -> str:
     """torchrun, or plain python for one process."""
     world, nodes = number(start.get("world_size", 1)), number(start.get("nodes", 1))
     if not (world > 1 and nodes >= 1):

@@ -10,6 +10,7 @@ from target_sets import CLASSES, write_target_set
 from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.results import read_fine_tuning
+from p2w.finetune.task_types import task_type
 from p2w.inference.finetuned_model import load_finetuned
 from p2w.tasks.reader import open_target
 from p2w.world import World
@@ -40,6 +41,9 @@ def test_it_learns_and_predicts_what_it_was_judged_by(tmp_path, kind):
     name, least = LEARNED[kind]
     assert result["metrics"][name] > least, result["metrics"]
     assert result["metrics"].keys() == result["ci95"].keys()
+    assert next(iter(result["metrics"])) == task_type(kind).compared  # which the page of the run puts first
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "figures" / "predictions.png").exists() == kind.endswith("segmentation")
     found = read_fine_tuning(tmp_path / "run")
     assert not found.problems and found.trials[0].metrics[name] == result["metrics"][name]
     assert (tmp_path / "run" / "trial-00" / "test.png").read_bytes()[:4] == b"\x89PNG"

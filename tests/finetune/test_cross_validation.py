@@ -103,6 +103,9 @@ def test_the_summary_is_that_of_all_patients_together(run):
         found.append(metrics["dice_patient"])
         ends.append(intervals["dice_patient"])
         folds.append([read_fine_tuning(folder).trials[trial].metrics["dice_patient"] for folder in folders])
+    page = (run / "report.html").read_text()
+    assert "2 folds of a cross-validation" in page.replace("\u00a0", " ") and page.count("<img alt=") == 2
+    assert f"{told['metrics']['iou']['all']:.3f}" in page
     row = told["metrics"]["dice_patient"]
     assert row["all"] == pytest.approx(np.mean(found))
     assert row["ci95"] == pytest.approx(np.mean(ends, axis=0).tolist())
