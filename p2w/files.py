@@ -318,17 +318,22 @@ def _acquire(lock: FileLock, folder: str, wait: bool) -> bool:
     raise AssertionError("not reached")
 
 
-def _fastest() -> tuple[Callable[[Any, int], int], str]:
-    """The fastest CRC-32C that is installed, and the name of its library."""
-    if importlib.util.find_spec("awscrt") is None:
-        return package.crc32c, "crc32c"
+LIBRARY = "crc32c" if importlib.util.find_spec("awscrt") is None else "awscrt"  # which computes CRC-32C
+
+
+@functools.cache
+def _crc32c_function() -> Callable[[Any, int], int]:
+    """The fastest CRC-32C that is installed; awscrt takes long to import, so it waits for its first use."""
+    if LIBRARY == "crc32c":
+        return package.crc32c
     from awscrt import checksums  # noqa: PLC0415  (an extra)
 
-    return checksums.crc32c, "awscrt"
+    return checksums.crc32c
 
 
-# crc32c(contiguous bytes, checksum of the bytes before them or 0) -> checksum; and the name of the library.
-crc32c, LIBRARY = _fastest()
+def crc32c(data: Any, value: int = 0) -> int:
+    """CRC-32C of contiguous bytes, continued from the checksum of the bytes before them."""
+    return _crc32c_function()(data, value)
 
 
 def last_part(value: Any) -> Any:

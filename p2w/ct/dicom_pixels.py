@@ -19,11 +19,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from p2w.ct.dicom import COLOURLESS, GZIP, GZIP_MAGIC, OVERLAY_BIT, Encoding, elements
 from p2w.ct.orientation import BadScan
-from p2w.files import crc32c
 
 SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
 ALLOCATED, STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103

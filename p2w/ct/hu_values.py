@@ -69,7 +69,9 @@ class _Histogram:
     """How often each value of int16 occurs."""
 
     def __init__(self, sample: NDArray[np.int16]) -> None:
-        self.counts = np.bincount(sample.astype(np.int32).ravel() + LOWEST, minlength=2 * LOWEST)
+        values = sample.astype(np.intp)  # the type that `bincount` takes without a copy
+        values += LOWEST
+        self.counts = np.bincount(values.ravel(), minlength=2 * LOWEST)
         self.total = int(sample.size)
 
     def between(self, low: int, high: int = LOWEST) -> NDArray[np.int64]:

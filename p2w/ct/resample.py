@@ -15,13 +15,16 @@ bits with any number of threads. Memory: the output, and some tens of MiB beside
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from p2w.ct.orientation import BadScan, Grid
 from p2w.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 SPACING_MM = (0.01, 100.0)  # smallest and largest spacing that can be asked for
 MOST_VOXELS = 1 << 30  # of a resampled scan: 2 GiB, so that the input and it take less than 3 GiB
@@ -124,6 +127,8 @@ def _weights(count: int, out_count: int, step: float) -> "csr_matrix | None":
     """Weights (out_count, count) float32 of every input voxel in every output voxel; None where an axis is left alone."""
     if step == 1.0:
         return None
+    from scipy.sparse import csr_matrix  # noqa: PLC0415  scipy takes long to import, and few sets are resampled
+
     radius, centres = max(1.0, step), _centres(count, out_count, step)
     # The border's output voxels may lie outside of the first and last centre, where the nearest voxel counts alone.
     centres = centres.clip(0.5, count - 0.5)
@@ -136,7 +141,7 @@ def _weights(count: int, out_count: int, step: float) -> "csr_matrix | None":
     return csr_matrix(entries, shape=(out_count, count))
 
 
-def _touched(weights: csr_matrix, start: int, stop: int) -> tuple[int, int]:
+def _touched(weights: "csr_matrix", start: int, stop: int) -> tuple[int, int]:
     """First and last (exclusive) input voxel that the output voxels from `start` to `stop` need."""
     columns = weights.indices[weights.indptr[start] : weights.indptr[stop]]
     return int(columns.min()), int(columns.max()) + 1

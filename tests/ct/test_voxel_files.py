@@ -1,13 +1,18 @@
 """MetaImage and NRRD: lists of data files, text, and headers that do not say how large voxels are."""
 
+import zlib
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from crc32c import crc32c
 from ct_files import ct, write
 
+from p2w.ct import voxel_files
 from p2w.ct.discover import ScanSource, find_scans
 from p2w.ct.orientation import BadScan
 from p2w.ct.scan import read_grid, read_scan, source_files
+from p2w.ct.voxel_files import VoxelLayout, read_voxels
 
 SHAPE = (12, 20, 16)
 
@@ -189,3 +194,77 @@ def test_nrrd_lists(tmp_path, form):
     np.testing.assert_array_equal(scan.voxels, hu)
     assert scan.nbytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert read_grid(source(path))[1] == scan.nbytes
+
+
+def _members(values, wbits, level=6, members=1):
+    data = values.tobytes()
+    size = -(-len(data) // members)
+    packed = []
+    for start in range(0, len(data), size):
+        stream = zlib.compressobj(level, zlib.DEFLATED, wbits)
+        packed.append(stream.compress(data[start : start + size]) + stream.flush())
+    return b"".join(packed)
+
+
+def _changed(data, at, bits):
+    data = bytearray(data)
+    data[at] ^= bits
+    return bytes(data)
+
+
+def _streams():
+    """(name, bytes) of compressed streams of 30,000 int16, whole and damaged, as zlib and as gzip."""
+    values = np.cumsum(np.random.default_rng(0).integers(-3, 4, 30_000)).astype("<i2")
+    yield "stored", _members(values, 31, 0)
+    yield "pigz", _members(values, 31, members=7)
+    for kind, wbits in (("zlib", 15), ("gzip", 31)):
+        whole = _members(values, wbits)
+        yield kind, whole
+        yield f"{kind} and zeros", whole + bytes(5000)
+        yield f"{kind} without its end", whole[:-3]
+        yield f"{kind}, half", whole[: len(whole) // 2]
+        yield f"{kind}, wrong checksum", _changed(whole, -5 if wbits > 15 else -1, 1)
+        yield f"{kind}, a changed bit", _changed(whole, len(whole) // 2, 4)
+        yield f"{kind}, twice", whole + whole
+    yield "gzip, wrong length", _changed(_members(values, 31), -1, 1)
+    yield "gzip, reserved flags", _changed(_members(values, 31), 3, 0x40)
+    yield "empty", b""
+
+
+STREAMS = dict(_streams())
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("piece", [1 << 20, 1000])
+def test_isal_and_zlib_give_the_same(tmp_path, monkeypatch, name, piece):
+    """The voxels, the checksum of the file, or the refusal."""
+    pytest.importorskip("isal", reason="needs isal (pip install parts2whole[fast])")
+    monkeypatch.setattr(voxel_files, "PIECE", piece)
+    path = tmp_path / "a.zraw"
+    path.write_bytes(b"head" + STREAMS[name])
+    layout = VoxelLayout(str(path), 4, np.dtype("<i2"), 30_000, compressed=True, own_file=True)
+
+    def outcome():
+        try:
+            flat, crc = read_voxels(layout, 7)
+        except BadScan as error:
+            return str(error)
+        assert crc == crc32c(path.read_bytes(), 7)
+        return flat.tobytes()
+
+    ours = outcome()
+    assert voxel_files._isal() is not None
+    monkeypatch.setattr(voxel_files, "_isal", lambda: None)
+    assert ours == outcome()
+    good = name in ("stored", "pigz", "zlib", "gzip", "zlib and zeros", "gzip and zeros")
+    assert isinstance(ours, bytes) == (good or name.endswith("twice"))
+
+
+def test_plain_voxels_between_a_header_and_more(tmp_path):
+    """The checksum is of the whole file, the voxels are those at the offset."""
+    values = np.arange(700_000, dtype="<i2")
+    path = tmp_path / "a.mha"
+    path.write_bytes(b"header" + values.tobytes() + b"tail")
+    flat, crc = read_voxels(VoxelLayout(str(path), 6, np.dtype("<i2"), len(values)), 3)
+    np.testing.assert_array_equal(flat, values)
+    assert crc == crc32c(path.read_bytes(), 3)
