@@ -42,6 +42,7 @@ ROUNDS = 6  # of the permutation by index; each depends on a key of its own
 PERMUTATION_STREAM = (
     4  # number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
 )
+_MOST_LOOKED_UP = 1 << 14  # hashes of a round in a table: of sets of up to 268 million
 _PIECE = 1 << 15  # places computed at a time: their words stay in a core's cache
 
 
@@ -52,47 +53,83 @@ def permuted_places(places: Ids, count: int, seed: int, epoch: int, stream: int 
     of b and b by a hash of a (Black and Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002). A place outside the
     set goes through it again, until it is inside.
     """
-    wide = math.isqrt(max(0, count - 1)) + 1  # A
-    keys = [_round_key(seed, epoch, stream, number) for number in range(ROUNDS)]
-    sizes = [np.uint64(wide), np.uint64(-(-count // wide))]
-    flat, out = places.reshape(-1), np.empty(places.size, np.int64)
+    rounds, flat, out = (
+        _rounds(count, seed, epoch, stream),
+        places.reshape(-1),
+        np.empty(places.size, np.int64),
+    )
     for start in range(0, len(flat), _PIECE):
-        found = _feistel(flat[start : start + _PIECE].astype(np.uint64), sizes, keys)
+        found = _feistel(flat[start : start + _PIECE], rounds)
         while (outside := np.flatnonzero(found >= count)).size:
-            found[outside] = _feistel(found[outside], sizes, keys)
+            found[outside] = _feistel(found[outside], rounds)
         out[start : start + _PIECE] = found
     return out.reshape(places.shape)
 
 
-@functools.lru_cache(maxsize=256)
-def _round_key(seed: int, epoch: int, stream: int, number: int) -> np.uint64:
-    return np.uint64(hash64(np.zeros(1, np.int64), seed, epoch, stream, number)[0])
+@dataclass(frozen=True)
+class _Rounds:
+    """The permutation of one epoch: the sizes A, B and the key of each round.
+
+    Round r adds to one number by a hash of the other, which has few values, about the root of the size of the set. So the
+    hashes are looked up, in a tenth of the time of computing them: `tables` of (B,) or (A,), where that is not too many.
+    """
+
+    sizes: tuple[int, int]
+    keys: tuple[np.uint64, ...]
+    tables: tuple[NDArray[np.int64], ...]
+
+    def add(self, number: int, half: Ids, out: Ids) -> None:
+        """Write what round `number` adds into `out` (n,); `half` (n,) is the number that it is a hash of."""
+        if self.tables:
+            np.take(self.tables[number], half, out=out, mode="clip")  # "raise" would copy once more
+        else:
+            out[:] = self.hashed(number, half)
+
+    def hashed(self, number: int, half: Ids) -> Ids:
+        """What round `number` adds, below the size of the number that it is added to."""
+        words = half.astype(np.uint64) ^ self.keys[number]
+        for bits, factor in (
+            (30, 0xBF58476D1CE4E5B9),
+            (27, 0x94D049BB133111EB),
+            (31, 1),
+        ):  # as rng.splitmix64
+            words ^= words >> np.uint64(bits)
+            words *= np.uint64(factor)
+        words >>= np.uint64(32)
+        words *= np.uint64(
+            self.sizes[number % 2]
+        )  # 32 random bits times the size: the upper half is below it
+        return (words >> np.uint64(32)).view(np.int64)
 
 
-def _feistel(places: NDArray[np.uint64], sizes: list[np.uint64], keys: list[np.uint64]) -> NDArray[np.uint64]:
-    """One pass through all rounds, on uint64 (n,)."""
-    halves = list(np.divmod(places, sizes[1]))  # a, b
-    shift, spare = np.uint64(32), np.empty_like(places)
-    for number, key in enumerate(keys):
-        changed, size = number % 2, sizes[number % 2]
-        words = halves[1 - changed] ^ key
-        _mix(words, spare)
-        words >>= shift
-        words *= size  # 32 random bits times the size: the upper half is a number below the size
-        words >>= shift
-        words += halves[changed]
-        np.subtract(words, size, out=words, where=words >= size)
-        halves[changed] = words
-    return halves[0] * sizes[1] + halves[1]
+@functools.lru_cache(maxsize=8)
+def _rounds(count: int, seed: int, epoch: int, stream: int) -> _Rounds:
+    wide = math.isqrt(max(0, count - 1)) + 1  # A
+    zero = np.zeros(1, np.int64)
+    keys = tuple(np.uint64(hash64(zero, seed, epoch, stream, number)[0]) for number in range(ROUNDS))
+    rounds = _Rounds((wide, -(-count // wide)), keys, ())
+    if wide > _MOST_LOOKED_UP:
+        return rounds
+    values = [np.arange(size) for size in rounds.sizes]
+    tables = [rounds.hashed(number, values[1 - number % 2]) for number in range(ROUNDS)]
+    return _Rounds(rounds.sizes, keys, tuple(tables))
 
 
-def _mix(words: NDArray[np.uint64], spare: NDArray[np.uint64]) -> None:
-    """`rng.splitmix64` in place, without memory of its own: `spare` is of the shape of `words`."""
-    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        np.right_shift(words, np.uint64(bits), out=spare)
-        np.bitwise_xor(words, spare, out=words)
-        if factor > 1:
-            np.multiply(words, np.uint64(factor), out=words)
+def _feistel(places: Ids, rounds: _Rounds) -> Ids:
+    """One pass through all rounds, on int64 (n,)."""
+    halves = [places // rounds.sizes[1]]
+    halves.append(places - halves[0] * rounds.sizes[1])  # a, b
+    spare = np.empty_like(places)
+    for number in range(ROUNDS):
+        half = halves[number % 2]
+        rounds.add(number, halves[1 - number % 2], spare)
+        half += spare
+        np.subtract(half, rounds.sizes[number % 2], out=spare)
+        # Modulo the size: unsigned, a negative difference is larger than any sum.
+        np.minimum(half.view(np.uint64), spare.view(np.uint64), out=half.view(np.uint64))
+    halves[0] *= rounds.sizes[1]
+    halves[0] += halves[1]
+    return halves[0]
 
 
 def shuffled_order(ids: Ids, batch: int, seed: int, epoch: int) -> Ids:
