@@ -75,6 +75,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return OUTSIDE.sub(r"\1 (`\2` of the repository)", markdown)
 
 
+INLINE = re.compile(r"(?<!<span></span>)<code>([^<\n]+)</code>")  # code in a sentence or a table, not a block
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a line break inside code between its words and after commas alone, never inside `--run-dir`."""
+    return INLINE.sub(lambda found: f"<code>{_unbroken(found[1])}</code>", html)
+
+
+def _unbroken(code: str) -> str:
+    words = (re.split(r"(?<=,)", word) for word in code.split(" "))
+    kept = ("<wbr>".join(f"<span>{one}</span>" if len(one) <= 30 else one for one in word) for word in words)
+    return " ".join(kept)
+
+
 def notebook() -> str:
     """The notebook as a page: its text, its code, and what it printed and drew when it was committed."""
     path = ROOT / "examples" / "look_inside.ipynb"
