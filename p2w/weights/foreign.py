@@ -77,6 +77,15 @@ def from_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def genesis_state(whole: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file that p2w wrote for Models Genesis, under EncoderDecoder's names, kernels z, y, x.
+
+    Kernels of early versions of p2w were not turned. Raises UserError for other names.
+    """
+    named = from_genesis(whole["state_dict"])
+    return named if whole.get(AXIS_ORDER) == "xyz" else {k: turn_axes(v) for k, v in named.items()}
+
+
 def not_for_genesis_class(state: dict[str, Tensor]) -> str:
     """Why Models Genesis' own class, UNet3D, cannot load these weights of a unet3d; "" where it can.
 
@@ -291,7 +300,7 @@ def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeig
     """Models Genesis. Its arrays are x, y, z, so kernels are turned, but not those that early versions of p2w exported."""
     if "down_tr64.ops.0.conv1.weight" not in tensors:
         return None
-    ours = "p2w" in whole
+    ours = "p2w" in whole  # with a card that names no encoder, else `p2w.weights.load` has read it
     as_ours = ours and whole.get(AXIS_ORDER) != "xyz"
     turned = tensors if as_ours else {k: turn_axes(v) for k, v in tensors.items()}
     encoder = {k: v for k, v in turned.items() if not k.startswith(DECODER_PREFIX)}

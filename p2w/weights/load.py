@@ -1,13 +1,14 @@
 """`p2w.load`: the encoder from a run, a checkpoint or an exported file, ready to be fine-tuned."""
 
+import contextlib
 import json
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from p2w.shards.training_scans import SEEN
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of, model_card
+from p2w.weights.foreign import UNREADABLE, genesis_state
 from p2w.weights.hub import download, is_hub_name
 from p2w.weights.nnunet import from_nnunet
 
@@ -100,22 +102,36 @@ def read_weights(path: Path) -> LoadedWeights:
             f"{file}: its card does not say which encoder ({error}); export the run again"
         ) from error
     try:
-        state = from_nnunet(nnunet.read_nnunet(file)) if file.name == nnunet.CHECKPOINT else load_file(file)
+        state = _state(file)
         return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, input_norm)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of an exported file of any format, under our names."""
+    if file.name != nnunet.CHECKPOINT and not is_torch_file(file):
+        return load_file(file)
+    if file.name == nnunet.CHECKPOINT or "network_weights" in _torch_file(file):
+        return from_nnunet(nnunet.read_nnunet(file))
+    return genesis_state(_torch_file(file))
 
 
 def exported(path: Path) -> tuple[Path, dict[str, Any]]:
     """The exported file of weights at `path`, or in the folder `path`, and its card. Raises UserError when there is none.
 
-    For nnU-Net's format, `path` may be the folder or the file in it; the card is a file in the same folder.
+    In nnU-Net's folder the card is a file beside the weights; a file that was moved alone has it inside.
     """
-    if path.name == nnunet.CHECKPOINT and path.is_file():
-        path = path.parent
-    if (path / nnunet.CHECKPOINT).is_file():
-        return path / nnunet.CHECKPOINT, read_json(path / "card.json")
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / (nnunet.CHECKPOINT if (path / nnunet.CHECKPOINT).is_file() else "model.safetensors")
+    if file.name == nnunet.CHECKPOINT and file.is_file():
+        try:
+            return file, read_json(file.with_name("card.json"))
+        except UserError as error:
+            with contextlib.suppress(UserError):
+                return file, read_card(file)
+            raise error
     return file, read_card(file)
 
 
@@ -188,15 +204,16 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from error
 
 
+def is_torch_file(file: Path) -> bool:
+    """Whether a file is one that torch.save wrote, which is a zip archive. Raises OSError where it cannot be read."""
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\3\4"
+
+
 def read_card(file: Path) -> dict[str, Any]:
-    """Read the card in a safetensors header, without the tensors. Raises UserError when there is none."""
+    """Read the card in a safetensors header, or in a torch file of ours. Raises UserError when there is none."""
     try:
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(HEADER, file.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            text = json.loads(opened.read(length))["__metadata__"]["p2w"]
-        card = json.loads(text)
+        card = _torch_card(file) if is_torch_file(file) else json.loads(_header(file)["__metadata__"]["p2w"])
         if not isinstance(card, dict):
             raise ValueError("its card is no object")
         return card
@@ -204,7 +221,37 @@ def read_card(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: {error.strerror}; name a run, a checkpoint or a file made by p2w export"
         ) from error
-    except (ValueError, LookupError, TypeError, struct.error, RecursionError) as error:
+    except (*UNREADABLE, UnpicklingError, RecursionError, struct.error) as error:
         raise UserError(
             f"{file}: no weights with a p2w card ({error}); make one: p2w export RUN --to safetensors"
         ) from error
+
+
+def _torch_card(file: Path) -> Any:
+    """The card in a torch file. Raises one of UNREADABLE where it has none, or one that names no encoder.
+
+    Those are files of early versions, or of others: `p2w.weights.foreign` reads them.
+    """
+    card = json.loads(_torch_file(file)["p2w"])
+    card["encoder"]["width"]
+    return card
+
+
+def _torch_file(file: Path) -> dict[str, Any]:
+    """What a torch file holds by name, tensors still on the disk. Raises one of UNREADABLE."""
+    try:
+        whole = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except OSError as error:  # what mmap makes of an archive that was cut off
+        raise ValueError("the archive is damaged") from error
+    if not isinstance(whole, dict):
+        raise ValueError("no tensors by name")
+    return whole
+
+
+def _header(file: Path) -> Any:
+    """The JSON in a safetensors file's header. Raises ValueError or struct.error where there is none."""
+    with open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > min(HEADER, file.stat().st_size):
+            raise ValueError("its header is longer than the file")
+        return json.loads(opened.read(length))

@@ -143,10 +143,12 @@ def write_nnunet(out: Path, state: dict[str, Tensor], card: Card, axes: list[int
 
     `axes`: `transpose_forward` of the plan of a dataset that the kernels are turned for.
     """
-    packed, checkpoint = (
-        io.BytesIO(),
-        {"network_weights": to_nnunet(state), "nnssl_adaptation_plan": nnunet_plan(card)},
-    )
+    packed = io.BytesIO()
+    checkpoint = {
+        "network_weights": to_nnunet(state),
+        "nnssl_adaptation_plan": nnunet_plan(card),
+        "p2w": json.dumps(card, sort_keys=True),  # so that the file alone says what it was trained on
+    }
     checkpoint = turn(checkpoint, axes or ZYX)
     torch.save(checkpoint, packed)
     write_atomic(out / CHECKPOINT, packed.getvalue())

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from ct_sets import write_structured_set
 from target_sets import write_target_set
 
+import p2w
 from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.finetune.init import init_leak, resolve_init
@@ -19,7 +21,7 @@ from p2w.shards.privacy import suspects
 from p2w.stream.stream import open_set
 from p2w.tasks.leak import check_shards
 from p2w.tasks.reader import open_target
-from p2w.weights import export, load, push
+from p2w.weights import export, load, prepare_nnunet, push
 from p2w.weights.exported_card import command_without_paths, portable_shards
 from p2w.weights.hub import HubName
 
@@ -60,7 +62,7 @@ def project(trained_run, tmp_path):
     """A folder with a run that was started with absolute paths; give it the sets, get the exported weights."""
     root = tmp_path / "project"
 
-    def made(*parts, to="safetensors", out=None, **split):
+    def made(*parts, to="safetensors", out=None, of=trained_run, **split):
         """`parts`: the scans of each set; more than one set are a mixture."""
         folders = [
             write_pretraining_set(root / "data" / f"set{n}", *one, **split) for n, one in enumerate(parts)
@@ -68,7 +70,7 @@ def project(trained_run, tmp_path):
         shards = str(folders[0]) if len(folders) == 1 else " + ".join(f"{one}:0.5" for one in folders)
         run = root / "runs" / "small"
         if not run.exists():
-            shutil.copytree(trained_run, run)
+            shutil.copytree(of, run)
         told = json.loads((run / "run.json").read_text())
         told["starts"][-1] |= {
             "shards": shards,
@@ -147,6 +149,38 @@ def test_a_leak_is_found_from_the_card_alone(project, target, scan, said):
     with pytest.raises(UserError, match=said):
         leak(weights, target)
     assert "warning: pretraining trained" in leak(weights, target, allow=True)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hub-folder", "models-genesis", "nnunet"])
+def test_every_format_carries_what_the_leak_check_needs(
+    project, target, to, resencl_run, trained_run, tmp_path
+):
+    """Also where the file of weights was moved alone; of nnU-Net's, also turned to a dataset's axes."""
+    out = project.root / f"exports/weights{export.FORMATS[to].ending}"
+    of = resencl_run if to == "nnunet" else trained_run
+    project([OTHER, ("scan003", 2, "")], to=to, out=out, of=of)
+    without_set(project)
+    file = load.exported(out)[0]
+    places = [out, shutil.copy(file, tmp_path / file.name)]
+    if to == "nnunet":
+        turned = prepare_nnunet.turn(torch.load(file, weights_only=True), [1, 0, 2])
+        torch.save(turned, tmp_path / "p2w_axes_102.pth")
+        places.append(tmp_path / "p2w_axes_102.pth")
+    encoder = p2w.load(out).state_dict()
+    for place in places:
+        with pytest.raises(UserError, match="pretraining trained on test scan scan003: pretrain on"):
+            leak(place, target)
+        again = p2w.load(place).state_dict()
+        assert p2w.card(place) == p2w.card(out) and all(torch.equal(again[k], encoder[k]) for k in encoder)
+        record = resolve_init(str(place))
+        assert record.step == 10 and record.pretext == "parts2whole"
+
+
+def test_of_weights_without_a_card_the_line_says_that_nothing_was_checked(project, target, tmp_path):
+    out = project(UNSEEN, to="models-genesis", out=tmp_path / "small.pt")
+    torch.save({"state_dict": torch.load(out, weights_only=True)["state_dict"]}, tmp_path / "stripped.pt")
+    said = leak(tmp_path / "stripped.pt", target)
+    assert said.startswith("not checked whether pretraining saw test scans: ") and "\n" not in said
 
 
 def test_a_patient_is_found_by_the_hash_of_the_patient_id(project, target):

@@ -236,8 +236,7 @@ def test_ours_in_every_form(trained_run, tmp_path):
         decoder = build_decoder(start.encoder, skips=False)
         load_decoder(decoder, start)
         assert torch.equal(decoder.out_tr.final_conv.weight, state["decoder.out_tr.final_conv.weight"])
-        if path != exported["models-genesis"]:
-            assert start.pretrained_on == {"fingerprint": "0123456789abcdef", "shards": "shards"}
+        assert start.pretrained_on == {"fingerprint": "0123456789abcdef", "shards": "shards"}
     assert load_start(str(trained_run), in_channels=3).report.adapted == ("down_tr64.ops.0.conv1.weight",)
     export.main([str(trained_run), "--to", "safetensors", "--out", str(tmp_path / "e.safetensors")])
     alone = load_start(str(tmp_path / "e.safetensors"))
