@@ -30,7 +30,7 @@ import torch
 import tyro
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "slurm")]
 
 from faults.timed_run import Plain, Way, Whole  # noqa: E402
 from soak import prepare  # noqa: E402

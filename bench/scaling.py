@@ -2,6 +2,7 @@
 
     python bench/scaling.py              # measures the rates here, checks, prints the forecast: two minutes on two cores
     python bench/scaling.py --rounds 9
+    python bench/scaling.py --forecast-only      # computes the forecasts again, and keeps what was measured before
 
 Pieces: a step of one sample and a step of two, so what a sample costs and what a step costs, in one process, and in two
 side by side that sum nothing (they share a memory bus, GPUs do not); the all-reduce of the network's gradients alone, over
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +36,7 @@ from p2w.recipes import named
 from p2w.train.estimate import (
     SUSTAINED,
     MachineRates,
+    RunCost,
     ThroughputForecast,
     forecast_throughput,
     known_device,
@@ -54,6 +56,7 @@ DISKS = {
         file_op_s=3e-4, file_ops_per_s=50_000, bytes_per_s=1e9, bytes_per_s_in_all=2e10
     ),
 }
+SUB_SCAN_BYTES = 2 << 20
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -161,8 +164,20 @@ def startup_rows(checkpoint_bytes: float) -> list[Row]:
                     checkpoint_bytes=checkpoint_bytes,
                 )  # fmt: skip
                 group = f"forecast of a start, {name} from {place}, {PER_NODE} ranks and 64 cores a node; {STARTUP_SOURCES}"
+                nodes = -(-ranks // PER_NODE)
+                staging = count * SUB_SCAN_BYTES / min(rates.bytes_per_s, rates.bytes_per_s_in_all / nodes)
+                note = f"{said.line()}; --stage-to copies the shards once in {staging:,.0f}" * (
+                    rates != StartupRates()
+                )
                 rows.append(
-                    Row(group, f"{ranks:5} ranks", 3600 / said.total_s, "starts/h", "bound", note=said.line())
+                    Row(
+                        group,
+                        f"{ranks:5} ranks",
+                        3600 / said.total_s,
+                        "starts/h",
+                        "bound",
+                        note=note or said.line(),
+                    )
                 )
     return rows
 
@@ -174,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
+    parser.add_argument("--forecast-only", action="store_true", help="keep the measurements in --out")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -181,6 +197,13 @@ def main() -> None:
         return
     config = named("paper")
     facts = run_cost(config, lambda: build_pretext_and_network(config), 1, 2)
+    if args.forecast_only:
+        kept = json.loads(args.out.read_text())
+        measured_rows = [row for row in kept["rows"] if not row["group"].startswith("forecast")]
+        kept["rows"] = measured_rows + [asdict(row) for row in forecast_rows(facts)]
+        args.out.write_text(json.dumps(kept, indent=1) + "\n")
+        show(kept)
+        return
     small = replace(config, pretext=replace(config.pretext, size=SIZE))
     flops = run_cost(small, lambda: build_pretext_and_network(small), 1, 2).flops_per_sample
     one, two = run(1, args.rounds), run(2, args.rounds)
@@ -212,6 +235,19 @@ def main() -> None:
         goals.append(
             Goal(f"forecast is off by, {ranks} process(es), {own} sample(s) each", off, 0.15, at_least=False)
         )
+    rows += forecast_rows(facts)
+    more = {
+        "one_process": one,
+        "two_processes": two,
+        "pieces": {ranks: vars(rates) for ranks, rates in alone.items()},
+    }
+    question = "samples/s at any number of ranks: forecast against measurement"
+    show(save(args.out, question, f"python bench/scaling.py --rounds {args.rounds}", rows, goals, **more))
+
+
+def forecast_rows(facts: RunCost) -> list[Row]:
+    """Steps and starts at any number of GPUs."""
+    rows = []
     for slow, fast in table(facts.flops_per_sample, facts.parameters):
         parts = [fast.step_s, fast.all_reduce_s, fast.exposed_s]
         note = "step {:.1f} ms, all-reduce {:.2f}, not hidden {:.2f}".format(*(1e3 * part for part in parts))
@@ -221,14 +257,7 @@ def main() -> None:
         name = f"{fast.ranks:5} x {CARD}, at {SUSTAINED[1]:.0%} of its peak"
         note = f"at {SUSTAINED[0]:.0%}: {slow.samples_per_s:,.0f}; {note}; limit {fast.limit}"
         rows.append(Row(group, name, fast.samples_per_s, "samples/s", "bound", note=note))
-    rows += startup_rows(facts.checkpoint_bytes)
-    more = {
-        "one_process": one,
-        "two_processes": two,
-        "pieces": {ranks: vars(rates) for ranks, rates in alone.items()},
-    }
-    question = "samples/s at any number of ranks: forecast against measurement"
-    show(save(args.out, question, f"python bench/scaling.py --rounds {args.rounds}", rows, goals, **more))
+    return rows + startup_rows(facts.checkpoint_bytes)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
+sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "slurm")]
 
 from faults.kinds import KINDS, PROMISES  # noqa: E402
 from faults.runs import EVERY, STEPS  # noqa: E402

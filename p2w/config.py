@@ -133,6 +133,9 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
     max_nonfinite: Annotated[int, Bounds(1)] = 20
     """Stop after this many steps in a row whose gradient was not finite."""
+    elastic: bool = False
+    """Continue with any number of ranks, such as those of 3 nodes of 4. What divides the batch trains, the last ranks leave.
+    Steps keep their sub-scans, and a pass keeps its size for batch norm, or for losses that compare wholes, where it can."""
     hang_minutes: float = 10.0
     """End with the name of the rank that hangs when none gets further for this long; one that gives no sign of life at all
     is named after a minute, or a quarter of this. A first step, which may compile, has three times as long."""
@@ -190,6 +193,7 @@ MAY_CHANGE = frozenset(
         "train.checkpoint_every",
         "train.checkpoint_minutes",
         "train.early_stop",
+        "train.elastic",
         "train.keep",
         "train.keep_every",
         "train.log_every",

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from p2w.analysis.qualitative import Pictures
 from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
-from p2w.errors import command_line
+from p2w.errors import UserError, command_line
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
 from p2w.model.encoder import set_memory_format
 from p2w.model.norm import synchronise_batch_norm
-from p2w.pretext import build_pretext_and_network
+from p2w.pretext import build_pretext_and_network, pretext_class
 from p2w.shards.manifest import data_fingerprint
 from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import RANDOM_PLACES, ShardSet
+from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.form_choice import RECORD, Choice, choose_run_forms
@@ -37,6 +40,7 @@ from p2w.train.watchdog import Watchdog
 from p2w.weights.pretrain_init import initialise
 from p2w.world import World
 
+STAGING_LINE_S = 15.0  # between lines on how far the copies are
 ENOUGH_FOR_BATCH_NORM = 16  # samples: the batch of the paper
 
 
@@ -47,7 +51,46 @@ def shares_batch_norm(config: Config, ranks: int) -> bool:
     return ranks > 1 and config.data.batch // ranks // config.optim.accumulate < ENOUGH_FOR_BATCH_NORM
 
 
-def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precision: Precision) -> Outcome:
+def ranks_that_train(config: Config, ranks: int) -> int:
+    """How many of `ranks` train: all of them; with `train.elastic` as many as divide the batch evenly."""
+    if not config.train.elastic:
+        return ranks
+    return next(count for count in range(ranks, 0, -1) if config.data.batch % count == 0)
+
+
+def elastic_settings(config: Config, began: int, ranks: int) -> Config:
+    """The settings with which `ranks` ranks go on with the steps of a run that `began` ranks have begun.
+
+    Without `train.elastic`, or at the same number of ranks, those of the run. Else batch norm is shared by the ranks if it
+    was, and what belongs together in a step keeps its size: with shared batch norm, or a loss that compares wholes, the
+    wholes that all ranks have in a pass; else those that one rank has, by more passes or fewer.
+    """
+    optim, batch = config.optim, config.data.batch
+    if not config.train.elastic or began == ranks or batch % began or batch % ranks:
+        return config
+    shared = shares_batch_norm(config, began)
+    accumulate = optim.accumulate
+    if not shared and not pretext_class(config.pretext.name).compares_wholes:
+        rows, most = batch // ranks, max(1, batch // began // accumulate)
+        accumulate = next(
+            passes for passes in range(1, rows + 1) if not rows % passes and rows // passes <= most
+        )
+    together = "on" if shared and ranks > 1 else "off"
+    return replace(config, optim=replace(optim, accumulate=accumulate, sync_batchnorm=together))
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where on each node's own disk the set is copied to before training (None: nowhere), and whether it is removed then."""
+
+    folder: Path | None = None
+    remove: bool = False
+
+
+def pretrain(
+    config: Config, shards: ShardSet, run: Path, world: World, precision: Precision,
+    staging: Staging = Staging(),
+) -> Outcome:  # fmt: skip
     """Train in the folder `run`, or continue the run in it. Every rank calls this; rank 0 writes.
 
     No reference to the network is left when it returns, as World.close needs. Raises UserError for settings, data or a
@@ -59,7 +102,43 @@ def pretrain(config: Config, shards: ShardSet, run: Path, world: World, precisio
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
         shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
-        return _run(config, shards, folder, data, world, precision, watchdog, streaming)
+        place = shards.where
+        with staged(shards, staging, world, watchdog) as read_from:
+            return _run(config, read_from, place, folder, data, world, precision, watchdog, streaming)
+
+
+@contextlib.contextmanager
+def staged(shards: ShardSet, staging: Staging, world: World, watchdog: Watchdog) -> Iterator[ShardSet]:
+    """The set, read from copies on each node's own disk that one rank of the node makes; the set itself without `staging`.
+
+    A collective. Raises SharedError on all ranks where one node could not copy.
+    """
+    if staging.folder is None:
+        yield shards
+        return
+    copies, leads = StagedCopy(shards, staging.folder.absolute()), world.local_rank == 0
+    nodes = int(world.sum(torch.tensor([int(leads)])))
+    said = time.monotonic()
+
+    def progress(done: int, total: int, there: int) -> None:
+        nonlocal said
+        watchdog.count()
+        if world.is_main and time.monotonic() - said > STAGING_LINE_S:
+            said = time.monotonic()
+            world.report(f"staged          {done / 2**30:.2f} of {total / 2**30:.2f} GiB to {copies.folder}")
+
+    error = ""
+    if leads:
+        try:
+            copies.copy(progress)
+        except UserError as found:
+            error = f"{world.host}: {found}"
+    world.wait_for_nodes("staged", nodes, error if leads else None)
+    try:
+        yield copies.open(check_shards=leads)
+    finally:
+        if leads and staging.remove and not copies.remove():
+            world.report(f"{copies.folder}: not removed, another job reads or copies the set")
 
 
 def agree_on_order(shards: ShardSet, world: World) -> list[int]:
@@ -73,11 +152,19 @@ def agree_on_order(shards: ShardSet, world: World) -> list[int]:
 
 
 def _run(
-    config: Config, shards: ShardSet, folder: RunDir, data: str, world: World, precision: Precision,
+    config: Config, shards: ShardSet, place: str, folder: RunDir, data: str, world: World, precision: Precision,
     watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
-    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended."""
+    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended. `place` is where the set is
+    for others, `shards` may read a copy of it."""
     log = Log(folder.path, world.is_main, config.train.steps, config.log)
+    asked, began = config, folder.ranks_of_first_start() or world.size
+    config = elastic_settings(asked, began, world.size)
+    if began != world.size and config.train.elastic:
+        log.line(
+            f"elastic         began with {began} ranks, goes on with {world.size}: a rank has "
+            f"{config.data.batch // world.size} wholes of each step, in {config.optim.accumulate} pass(es)"
+        )
     if 0 < len(streaming) < world.size:
         names = ", ".join(map(str, streaming[:8]))
         log.warn(
@@ -90,12 +177,12 @@ def _run(
         command = {"command": command_line(), "cwd": os.getcwd(), "precision": precision.name}
         facts = {
             "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-            "changed_from": settings.changed_from(config),
+            "changed_from": settings.changed_from(asked),
         }
         folder.open(
-            config,
+            asked,
             data,
-            shards.where,
+            place,
             {
                 **world.machine(),
                 **command,
@@ -109,7 +196,7 @@ def _run(
         about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
         log.describe(
             folder.path.absolute().name,
-            settings.flatten(config) | {"parameters": facts["parameters"]} | about,
+            settings.flatten(asked) | {"parameters": facts["parameters"]} | about,
         )
         if world.device.type == "cuda":
             with log.tolerate(RECORD):

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from p2w import meeting
-from p2w.errors import UserError
+from p2w.errors import SharedError, UserError
 from p2w.resources import total_memory, usable_cores
 
 
@@ -97,13 +97,19 @@ class World:
         return World(rank, size, local_rank, local_size, socket.gethostname(), device, reason, agent)
 
     @staticmethod
-    def start(timeout_s: float = WAIT_S, meet_s: float = MEET_S, deterministic: bool = False) -> "World":
+    def start(
+        timeout_s: float = WAIT_S, meet_s: float = MEET_S, deterministic: bool = False, ranks: int = 0
+    ) -> "World":
         """Read the environment and join the process group: NCCL for GPU tensors, gloo for CPU tensors.
 
-        A collective may take `timeout_s`; all ranks must have started within `meet_s`. With `deterministic`, a GPU gives
-        the same bits in every run, more slowly. Raises UserError when the ranks do not find each other.
+        A collective may take `timeout_s`; all ranks must have started within `meet_s`. `ranks`: how many of them join, if
+        not all; the others do not call this. With `deterministic`, a GPU gives the same bits in every run, more slowly.
+        Raises UserError when the ranks do not find each other.
         """
         world = World.from_env()
+        if 0 < ranks < world.size:
+            here = ranks - world.rank + world.local_rank  # of this node's, were it to have all that follow
+            world = replace(world, size=ranks, local_size=min(world.local_size, here))
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)
             # Shapes do not change, so cuDNN may time its 3D convolutions once and keep the fastest, which varies by run.
@@ -170,6 +176,24 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
+
+    def wait_for_nodes(self, what: str, nodes: int, error: str | None) -> None:
+        """Wait until `nodes` ranks have come here, one of each node, which pass their `error` or ""; the others pass None.
+
+        For work that may take longer than a collective may wait. Raises SharedError with an error that one of them has.
+        """
+        if self.store is None:
+            if error:
+                raise SharedError(error)
+            return
+        if error:
+            self.store.set(f"{what} error", error)
+        if error is not None:
+            self.store.add(what, 1)
+        while self.store.add(what, 0) < nodes:
+            time.sleep(max(0.1, self.size / 1000))
+        if self.store.check([f"{what} error"]):
+            raise SharedError(self.store.get(f"{what} error").decode())
 
     def close(self) -> None:
         """Leave the process group. Drop every reference to a DDP model and its optimizer before calling.

@@ -3,9 +3,13 @@
 With fault hooks: trap files that make a rank raise or its clock jump, and NaN targets. What torchrun would set in the
 environment is set here; one rank that fails brings the others down, as there. Most starts of the soak are forked here; a
 stated share goes through torchrun, which runs launch/train.py unchanged. Reads JSON lines {script, argv, argvs, ranks,
-traps, poison, out, err} from stdin; answers with the ranks' process ids, and at the end with their exit codes.
+traps, poison, hosts, address, skew, locks, out, err} from stdin; answers with the ranks' process ids, and at the end with
+their exit codes. `hosts` are network namespaces, which share the ranks; `address` is that of the first one; `skew` are
+seconds by which the clocks of these ranks differ; `locks` is the errno with which flock fails, as on some file systems.
 """
 
+import ctypes
+import fcntl
 import gc
 import json
 import os
@@ -22,10 +26,14 @@ import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  as does the log
 
-from p2w import pretrain  # noqa: F401  as does the command
+from p2w import pretrain, run_owner  # noqa: F401  as does the command
+from p2w.train import run_dir
 from p2w.train.step import Stepper
 
 JUMP_S = -3600.0
+NETWORK, MOUNTS, HOST_NAME = 0x40000000, 0x20000, 0x4000000  # CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUTS
+PRIVATE, BIND = 0x44000, 0x1000  # MS_REC | MS_PRIVATE, MS_BIND
+run_owner.BEAT_S = run_dir.BEAT_S = 0.5  # a whole run here takes as long as ten beats of a real one
 
 
 def triggered(trap: Path) -> bool:
@@ -53,6 +61,41 @@ def set_traps(folder: Path, poison: list[int], rank: int, ranks: int) -> None:
     Stepper.step = step
 
 
+def move_to(host: str) -> None:
+    """Take this process to a host of `network_hosts`, as `ip netns exec` would, with the host's own name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments):
+            error = ctypes.get_errno()
+            raise OSError(error, f"{name}: {os.strerror(error)}")
+
+    namespace = os.open(f"/var/run/netns/{host}", os.O_RDONLY)
+    call("setns", namespace, NETWORK)
+    os.close(namespace)
+    call("unshare", MOUNTS | HOST_NAME)
+    socket.sethostname(host)
+    call("mount", None, b"/", None, ctypes.c_ulong(PRIVATE), None)
+    for name in ("hosts", "resolv.conf"):
+        own = f"/etc/netns/{host}/{name}".encode()
+        call("mount", own, f"/etc/{name}".encode(), None, ctypes.c_ulong(BIND), None)
+
+
+def set_surroundings(request: dict, rank: int) -> None:
+    """Give this rank the clock, the locks and the host that the request says."""
+    if skew := request["skew"].get(str(rank)):
+        clock = time.time
+        time.time = lambda: clock() + skew
+    if number := request["locks"]:
+
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        fcntl.flock = flock
+    if hosts := request["hosts"]:
+        move_to(hosts[rank * len(hosts) // request["ranks"]])
+
+
 def become_rank(request: dict, rank: int, port: int) -> None:
     """Turn this forked process into a rank, in a session of its own, with the traps set and what it says in files."""
     os.setsid()
@@ -60,9 +103,16 @@ def become_rank(request: dict, rank: int, port: int) -> None:
         file = os.open(request[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(file, stream)
     if request["ranks"] > 1:
-        place = {"RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_RANK": rank, "MASTER_PORT": port}
-        place |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
+        on_a_host = request["ranks"] // max(1, len(request["hosts"]))
+        place = {
+            "RANK": rank,
+            "WORLD_SIZE": request["ranks"],
+            "LOCAL_RANK": rank % on_a_host,
+            "MASTER_PORT": port,
+        }
+        place |= {"LOCAL_WORLD_SIZE": on_a_host, "MASTER_ADDR": request["address"]}
         os.environ.update({name: str(value) for name, value in place.items()})
+    set_surroundings(request, rank)
     set_traps(Path(request["traps"]), request["poison"], rank, request["ranks"])
     sys.argv = [request["script"], *request["argvs"].get(str(rank), request["argv"])]
     runpy.run_path(request["script"], run_name="__main__")

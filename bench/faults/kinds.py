@@ -8,6 +8,8 @@ promises: "killed" (at most one checkpoint interval is lost, and the steps besid
 import contextlib
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -16,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.data import damage_shard, other_set, shard_gone
-from faults.launched_run import send
-from faults.runs import Run, Wrong, wait_for
+from faults.launched_run import Forked, send
+from faults.runs import LIFE_S, STEPS, Run, Wrong, hold, wait_for
 
 Inject = Callable[[Run, random.Random], str]
 
@@ -28,9 +30,10 @@ class Kind:
 
     inject: Inject
     promise: int
-    only: str = ""  # "torchrun" or "forked": the start that it needs; "disk": a run on a small disk
+    needs: str = ""  # of Run.traits, such as "torchrun" or "forked": the start that it needs
     phase: str = "live"
     least: int = 1  # ranks
+    room: int = 0  # steps that must be left of the run
 
 
 def kill_rank(run: Run, rng: random.Random) -> str:
@@ -198,6 +201,146 @@ def other_ranks(run: Run, rng: random.Random) -> str:
     return "killed"
 
 
+def link_down(run: Run, rng: random.Random) -> str:
+    """A host is unplugged, for some seconds or until the others have named it and left."""
+    host, hosts, before = rng.randrange(2), run.services.hosts, len(run.said())
+    seconds = rng.uniform(0.5, 2.5) if rng.random() < 0.6 else 90
+    hosts.link(host, up=False)
+    try:
+        with contextlib.suppress(Wrong):
+            wait_for(lambda: not run.life.running(), "", seconds)
+    finally:
+        hosts.link(host, up=True)
+    if seconds < 90:
+        hold(run.life.running(), f"a link was down for {seconds:.1f} s, and the run has ended")
+        return "goes on"
+    hold(not run.life.running(), "a host was away for 90 s, and its ranks or the others are still waiting")
+    hold("hangs: " in run.said()[before:], f"nobody has named the host that was away:\n{run.said()[-2000:]}")
+    return "killed"
+
+
+def server_down(run: Run, rng: random.Random) -> str:
+    """The web server of the set is gone, fails or is silent for some seconds."""
+    how, server, before = rng.choice(("refuses", "fails", "silent")), run.services.server, len(run.said())
+    server.down(how)
+    try:
+        time.sleep(rng.uniform(1, 8))
+        if how != "silent":
+            wait_for(lambda: "trying again" in run.said()[before:], "another try of a request", 20)
+    finally:
+        server.back(how)
+    return "goes on"
+
+
+def second_run(run: Run, rng: random.Random) -> str:
+    """The same command is typed a second time while the run trains: it must be refused, and name the first one."""
+    beside = run.folder / "second"
+    beside.mkdir(exist_ok=True)
+    ranks = run.life.ranks()
+    locks = getattr(run.life, "locks", 0)
+    life = Forked(run.services.second_forge, beside, run.argv(), 1, run.plan.poison, locks=locks)
+    wait_for(lambda: not life.running(), "the refusal of a second run", 60)
+    said = (beside / "err.txt").read_text()
+    (beside / "err.txt").unlink()
+    hold(life.codes() == [2], f"a second run in the folder ended with {life.codes()}\n{said}")
+    hold(any(f"pid {pid})" in said for pid in ranks) and "another process trains in it" in said, said)
+    return "goes on"
+
+
+def folder_moved(run: Run, rng: random.Random) -> str:
+    """The run's folder is renamed while it trains: the run says so, and saves in a new one at the same path."""
+    moved, before = run.disk / "moved", len(run.said())
+    os.rename(run.run, moved)
+    run.gaps = True
+    wait_for(
+        lambda: f"was moved to {moved}" in run.said()[before:] or not run.life.running(), "the warning", 30
+    )
+    hold(run.life.running(), f"ended when its folder was moved: {run.life.codes()}\n{run.said()[-2000:]}")
+    shutil.rmtree(moved)
+    saved = run.run / "checkpoints"
+    wait_for(
+        lambda: any(saved.glob("step-*/meta.json")) or not run.life.running(),
+        "a checkpoint in the new folder",
+    )
+    return "goes on"
+
+
+def trained(run: Run, life: Forked, steps: int, what: str) -> None:
+    """Wait until a start has trained so many steps; it must not end before."""
+    aim = run.step() + steps
+    wait_for(lambda: run.step() >= aim or not life.running(), what, every=0.02)
+    hold(
+        run.step() >= aim,
+        f"{what}: ended with {life.codes() if not life.running() else ''}\n{run.said()[-2000:]}",
+    )
+
+
+def clock_skew(run: Run, rng: random.Random) -> str:
+    """The command runs on two hosts, the clock of one of which is a minute or an hour off: said, and nothing changes."""
+    seconds = rng.choice((-1, 1)) * rng.choice((60, 3600))
+    ranks, before = run.plan.ranks, len(run.said())
+    life = run.life = run.fork(
+        hosts=run.services.hosts, skew={str(rank): seconds for rank in range(ranks // 2, ranks)}
+    )
+    trained(run, life, 2, "a start with clocks that differ")
+    way, (first, second) = "ahead of" if seconds > 0 else "behind", run.services.hosts.names
+    wanted = rf"the clock of {second} is {abs(seconds)}\.\d s {way} that of {first}"
+    hold(re.search(wanted, run.said()[before:]) is not None, f"not said: {wanted}\n{run.said()[before:]}")
+    life.kill()
+    return "killed"
+
+
+def loopback_names(run: Run, rng: random.Random) -> str:
+    """The command runs on two hosts whose own names are loopback addresses: it finds the interface between them."""
+    out = run.folder / "out.txt"
+    before = out.stat().st_size if out.exists() else 0
+    life = run.life = run.fork(hosts=run.services.hosts)
+    trained(run, life, 2, "a start on two hosts")
+    said = out.read_text()[before:] + run.said()
+    hold(f"interface {run.services.hosts.links[0]}" in said, f"the interface is not named\n{said[-2000:]}")
+    life.kill()
+    return "killed"
+
+
+ARRAY = """#!/bin/bash
+runs=({runs})
+exec bash slurm/pretrain.sbatch {recipe} --shards {shards} --run "${{runs[$SLURM_ARRAY_TASK_ID]}}" {rest}
+"""
+
+
+def array_warning(run: Run, rng: random.Random) -> str:
+    """The run is the last task of a Slurm array, and warned of its time limit: it alone is requeued, not the array."""
+    cluster, beside, run.remote = run.services.cluster, run.folder / "array", False
+    shutil.rmtree(beside, ignore_errors=True)
+    recipe, *words = run.argv(steps=100 * STEPS)  # both are ended before
+    at = words.index("--shards")
+    shards, rest = words[at + 1], words[:at] + words[at + 4 :]
+    script = run.folder / "array.sbatch"
+    runs = shlex.join([str(beside), str(run.run)])
+    script.write_text(ARRAY.format(runs=runs, recipe=recipe, shards=shards, rest=shlex.join(rest)))
+    aim = run.step() + 2
+    job = cluster.sbatch(
+        "--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--requeue", "--open-mode=append",
+        "--signal=B:USR1@120", script, P2W_PROCS_PER_NODE=str(run.plan.ranks), P2W_DEVICE="cpu",
+    )  # fmt: skip
+    first, last = f"{job}_0", f"{job}_1"
+    try:
+        cluster.wait(last, "steps", lambda: run.step() >= aim and (beside / "metrics.jsonl").exists(), LIFE_S)
+        cluster.run("scancel", "--batch", "--signal=USR1", last)
+        cluster.wait(last, "requeue", lambda: cluster.log(last).count(": requeued") == 1)
+        wait_for(lambda: cluster.job(last).get("Restarts") == "1", "the requeue of the last task")
+        found = cluster.job(first)
+        hold((found["JobState"], found["Restarts"]) == ("RUNNING", "0"), f"the first task: {found}")
+    except AssertionError as error:
+        raise Wrong(str(error)) from error
+    finally:
+        cluster.run("scancel", job)
+        wait_for(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"), "the end of the array")
+    hold(run.status()["state"] == "told to stop", f"warned, but {run.status()}")
+    shutil.rmtree(beside)
+    return "told"
+
+
 KINDS = {
     "rank killed": Kind(kill_rank, 2),
     "all killed": Kind(kill_all, 2),
@@ -226,6 +369,13 @@ KINDS = {
     "a rank with another data set": Kind(other_set, 7, phase="down", least=2),
     "continued by another number of ranks": Kind(other_ranks, 1, phase="down"),
     "metrics.jsonl torn": Kind(metrics_torn, 1, phase="down"),
+    "link down": Kind(link_down, 7, "hosts"),
+    "web server down": Kind(server_down, 7, "remote"),
+    "two runs in one folder": Kind(second_run, 7),
+    "folder moved": Kind(folder_moved, 7, "forked", room=40),
+    "clocks of two hosts differ": Kind(clock_skew, 7, "two hosts", phase="down", least=2, room=10),
+    "host names are loopback": Kind(loopback_names, 7, "two hosts", phase="down", least=2, room=10),
+    "warning to a task of an array": Kind(array_warning, 3, "slurm", phase="down", room=70),
 }
 NOT_FINITE = "gradient not finite"  # decided when a run begins, see soak.py: the calm run must have it too
 PROMISES = {name: kind.promise for name, kind in KINDS.items()} | {NOT_FINITE: 6}

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+from network_hosts import Hosts
 
 REPO = Path(__file__).resolve().parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join(map(str, (REPO, REPO / "bench")))}
@@ -35,6 +36,8 @@ def alive(pid: int) -> bool:
 
 class Torchrun:
     """A run that torchrun started, and its ranks."""
+
+    traits = frozenset({"torchrun"})
 
     def __init__(
         self, folder: Path, argv: list[str], ranks: int, restarts: int, script: str = "launch/train.py"
@@ -115,8 +118,12 @@ class Forked:
 
     def __init__(
         self, forge: Forge, folder: Path, argv: list[str], ranks: int, poison: Iterable[int] = (),
-        argvs: dict[str, list[str]] | None = None,
+        argvs: dict[str, list[str]] | None = None, hosts: Hosts | None = None, skew: dict[str, float] | None = None,
+        locks: int = 0,
     ) -> None:  # fmt: skip
+        """On one host, or half of the ranks on each of two; `skew` and `locks` as in fault_hooks.py."""
+        self.traits = frozenset({"forked", *(["hosts"] if hosts else [])})
+        self.hosts, self.locks = hosts, locks
         self.forge, self.count, self.began = forge, ranks, time.monotonic()
         self._codes: list[int] | None = None
         request = {
@@ -124,8 +131,11 @@ class Forked:
             "argvs": argvs or {},
             "ranks": ranks,
             "poison": sorted(poison),
-            "spies": [],
             "script": "launch/train.py",
+            "hosts": hosts.names if hosts else [],
+            "address": hosts.addresses[0] if hosts else "127.0.0.1",
+            "skew": skew or {},
+            "locks": locks,
         }
         request |= {"traps": str(folder), "out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         forge.ask(request)

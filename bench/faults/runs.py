@@ -1,5 +1,6 @@
 """One run under faults: the command that is repeated, the content of its folder, and its uninterrupted reference run."""
 
+import errno
 import json
 import random
 import shutil
@@ -8,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from faults.launched_run import Forge, Forked, LaunchedRun, Torchrun
+from faults.launched_run import Forked, LaunchedRun, Torchrun
+from faults.services import Services
 
 STEPS, EVERY = 120, 6
 FLAGS = """
@@ -62,35 +64,53 @@ class Plan:
 class Run:
     """A run folder, and at most one start that runs in it."""
 
-    def __init__(self, plan: Plan, root: Path, sets: Path, forge: Forge) -> None:
-        self.plan, self.root, self.sets, self.forge = plan, root, sets, forge
+    def __init__(self, plan: Plan, root: Path, sets: Path, services: Services) -> None:
+        self.plan, self.root, self.sets, self.services = plan, root, sets, services
         self.folder = root / f"run-{plan.number:03d}"
         self.disk = self.folder / "disk"  # where --run-dir lies; a small tmpfs for some runs
         self.run = self.disk / "run"
         self.life: LaunchedRun | None = None
         self.readers = 1
+        self.remote = False  # the set of the present start is read from a web server
         self.calm: list[dict] | None = None  # metrics of the calm run
         self.beside = 1  # see Soak.again
         self.gaps = False  # a full disk has kept steps out of metrics.jsonl
 
     def argv(self, form: str = "", steps: int = STEPS, run: Path | None = None) -> list[str]:
         """The command's arguments: the same in every start, except for settings that may change."""
-        own = ["--shards", str(self.sets / (form or self.plan.form)), "--run-dir", str(run or self.run)]
+        sets = self.services.server.url if self.remote else self.sets
+        own = ["--shards", f"{sets}/{form or self.plan.form}", "--run-dir", str(run or self.run)]
         own += ["--train.steps", str(steps), "--train.checkpoint-every", str(EVERY)]
         return [*FLAGS, *own, "--data.reader-threads", str(self.readers)]
 
     def start(self, rng: random.Random, by_torchrun: bool) -> LaunchedRun:
-        """Run the command (again)."""
-        self.readers = rng.choice((0, 1, 2))
+        """Run the command (again): by torchrun, or forked, on one host or two, with the set in a folder or behind http."""
+        self.readers, self.remote = rng.choice((0, 1, 2)), rng.random() < 0.3
+        hosts = self.services.hosts if self.plan.ranks > 1 and rng.random() < 0.4 else None
         if by_torchrun and not self.plan.poison:
             self.life = Torchrun(self.folder, self.argv(), self.plan.ranks, rng.choice((0, 3)))
+        elif hosts:  # the web server is on none of them
+            self.life = self.fork(hosts=hosts)
         else:
-            self.life = self.fork()
+            locks = rng.choice((0, 0, errno.ENOSYS, errno.ENOLCK))
+            self.life = Forked(
+                self.services.forge, self.folder, self.argv(), self.plan.ranks, self.plan.poison, locks=locks
+            )
         return self.life
 
     def fork(self, **more) -> Forked:
-        """A start by the forge."""
-        return Forked(self.forge, self.folder, self.argv(), self.plan.ranks, self.plan.poison, **more)
+        """A start by the forge, with the set in its folder."""
+        self.remote = False
+        return Forked(
+            self.services.forge, self.folder, self.argv(), self.plan.ranks, self.plan.poison, **more
+        )
+
+    def traits(self) -> set[str]:
+        """What a kind of fault may need: the way of the present start, and what else holds for the run and the machine."""
+        found = {*(self.life.traits if self.life else ())} | self.services.possible()
+        found |= {"remote"} if self.remote else set()
+        found |= {"disk"} if self.plan.small_disk else set()
+        return found - ({"slurm"} if self.plan.poison else set())  # there are no traps in its jobs
 
     def said(self) -> str:
         """All that was printed in this run."""
@@ -166,7 +186,7 @@ class Run:
 def calm(like: Run) -> tuple[list[dict], bytes]:
     """Metrics and weights of the uninterrupted run with the same changes of ranks; run now when there is none yet."""
     plan = Plan(like.plan.number, ranks=like.plan.ranks, poison=like.plan.poison)
-    run = Run(plan, like.root, like.sets, like.forge)
+    run = Run(plan, like.root, like.sets, like.services)
     run.folder = like.root / "calm" / like.plan.name()
     run.disk = run.folder
     run.run = run.folder / "run"
@@ -175,7 +195,7 @@ def calm(like: Run) -> tuple[list[dict], bytes]:
         run.folder.mkdir(parents=True)
         ends = [first for first, _ in like.plan.segments[1:]] + [STEPS]
         for (_, ranks), end in zip(like.plan.segments, ends, strict=True):
-            life = Forked(like.forge, run.folder, run.argv(steps=end), ranks, plan.poison)
+            life = Forked(like.services.forge, run.folder, run.argv(steps=end), ranks, plan.poison)
             wait_for(lambda life=life: not life.running(), "the end of a calm run")
             hold(set(life.codes()) == {0}, f"calm run: exit codes {life.codes()}\n{run.said()}")
         (run.folder / "done").touch()

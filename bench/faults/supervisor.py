@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
-from faults.launched_run import Forge
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
+from faults.services import Services
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
 TOLD_S = 30.0  # a run that was told to stop is gone by then
@@ -31,7 +31,7 @@ class Soak:
         self.log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self.done = [entry for entry in self.log if "kind" in entry]
         self.rng = random.Random(f"{seed} {len(self.log)}")
-        self.forge = Forge()
+        self.services = Services(folder)
         self.run: Run | None = None
         self.began, self.first = time.monotonic(), len(self.done)
 
@@ -46,6 +46,7 @@ class Soak:
                 self.clear(run, keep=True)
             except (
                 OSError,
+                RuntimeError,
                 LookupError,
                 ValueError,
                 AttributeError,
@@ -61,7 +62,7 @@ class Soak:
         """End all processes; a later start of the soak continues."""
         if self.run and self.run.life:
             self.run.life.kill()
-        self.forge.close()
+        self.services.close()
 
     def note(self, **entry) -> None:
         """Record a fault, the end of a run, or an error."""
@@ -87,12 +88,12 @@ class Soak:
         if (path := self.folder / f"run-{number:03d}" / "plan.json").exists():
             plan = Plan(**json.loads(path.read_text()))
             plan.segments = [(first, ranks) for first, ranks in plan.segments]
-            return Run(plan, self.folder, self.folder / "set", self.forge)
+            return Run(plan, self.folder, self.folder / "set", self.services)
         plan = Plan(number, self.rng.choice(("tar", "arrow")), self.rng.choice((2, 2, 2, 2, 4, 1)))
         plan.small_disk, plan.segments = number % 4 == 1, [(0, plan.ranks)]
         if number % 4 == 3:
             plan.poison = sorted(self.rng.sample(range(5, STEPS - NEAR_END), 2))
-        run = Run(plan, self.folder, self.folder / "set", self.forge)
+        run = Run(plan, self.folder, self.folder / "set", self.services)
         self.sweep(run)
         run.disk.mkdir(parents=True)
         if plan.small_disk:
@@ -118,15 +119,15 @@ class Soak:
     def draw(self, phase: str, run: Run) -> str | None:
         """A kind of fault that fits this start, one of those that were rarest so far."""
         had = Counter(entry["kind"] for entry in self.done)
-        fits = {"", "torchrun" if run.life and run.life.agent else "forked"}
-        fits |= {"disk"} if run.plan.small_disk else set()
+        fits, left = run.traits(), STEPS - run.step()
         saved = any((run.run / "checkpoints").glob("step-*/meta.json"))
         names = [
             name
             for name in self.kinds
             if (saved or "newest checkpoint" not in name)
             and (kind := KINDS[name]).phase == phase
-            and kind.only in fits
+            and (not kind.needs or kind.needs in fits)
+            and left > kind.room
             and run.plan.ranks >= kind.least
         ]
         return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
@@ -152,7 +153,7 @@ class Soak:
         before, began = run.starts(), time.monotonic()
         promise = KINDS[name].inject(run, self.rng)
         if promise == "goes on":
-            began, aim = time.monotonic(), run.step() + 3
+            began, aim = time.monotonic(), min(run.step() + 3, STEPS)
             wait_for(lambda: run.step() >= aim or not run.life.running(), f"step {aim}", every=0.02)
             hold(
                 run.step() >= aim,

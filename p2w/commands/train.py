@@ -3,12 +3,13 @@
     torchrun --standalone --nproc_per_node=2 -m p2w train demo --shards demo/shards --run-dir demo/run
     torchrun --nproc_per_node=8 -m p2w train paper --shards shards --run-dir runs/paper
     torchrun -m p2w train                                    recipe paper, shards/ -> runs/paper
+    torchrun -m p2w train paper --stage-to /scratch          copies the shards to each node's own disk first
     torchrun -m p2w train paper --init runs/other            from the weights of a run, or of others' files
     p2w train demo --shards shards --dry-run       what it would do and cost; starts nothing
     p2w train runs/paper/config.json --run-dir runs/again --optim.lr 5e-4
 
 The first argument is a recipe or a config.json; every setting can be overridden by its dotted name. The same command on
-the same run folder continues it, at any number of ranks that divides the batch.
+the same run folder continues it, at any number of ranks that divides the batch; with --train.elastic at any number.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from p2w.config import Config
 from p2w.errors import UserError, program, refuse_old_options
 from p2w.pretext import build_pretext_and_network
 from p2w.pretext.protocol import Pretext
-from p2w.pretrain import pretrain
+from p2w.pretrain import Staging, elastic_settings, pretrain, ranks_that_train
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
 from p2w.shards.manifest import data_fingerprint
@@ -64,6 +65,11 @@ class Args:
     takes --run for an abbreviation of its --run-path, also behind the script's name."""
     init: str = ""
     """Start from the weights of a run, a file that `p2w inspect` can read, or hf://org/name; short for --model.init."""
+    stage_to: Path | None = None
+    """Copy the shards to this folder of each node's own disk first, compared with their checksums, and read them there. One
+    rank of a node copies what is not there yet; the order stays."""
+    stage_remove: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Delete the copies when the run ends."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print configuration, parameters, arithmetic, memory and steps, then stop."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -112,6 +118,8 @@ class Job:
     """What the command line comes to. `recipe` is what it named first."""
 
     args: Args
+    config: Config  # of this start: with train.elastic, passes may be others than those of args.config
+    ranks: int  # that train
     recipe: str
     shards: ShardSet
     precision: Precision
@@ -121,7 +129,15 @@ def build(argv: list[str], world: World) -> Job:
     """Everything that can be refused before a process group starts. Raises UserError."""
     args, recipe = parse(argv, speaks=world.speaks)
     precision = choose_precision(args.config.train.precision, world.device)
-    config = args.config
+    ranks = ranks_that_train(args.config, world.size)
+    if world.rank >= ranks:
+        if world.rank == ranks and not args.dry_run:
+            world.report(
+                f"train.elastic: {ranks} of {world.size} ranks train, since a batch of {args.config.data.batch} cannot be "
+                f"shared evenly by more of them; rank(s) {ranks} to {world.size - 1} leave"
+            )
+        world.leave(0)
+    config = elastic_settings(args.config, RunDir(args.folder).ranks_of_first_start() or ranks, ranks)
     shards = open_set(
         BETWEEN.join(args.shards),
         on_bad=config.data.on_bad_sample,
@@ -133,7 +149,7 @@ def build(argv: list[str], world: World) -> Job:
     )
     config.log.check_installed()
     rows = Sampler(
-        shards, "train", config.data.batch, config.data.seed, world.rank, world.size, training=True
+        shards, "train", config.data.batch, config.data.seed, world.rank, ranks, training=True
     ).rows
     if rows % config.optim.accumulate:
         raise UserError(
@@ -142,9 +158,9 @@ def build(argv: list[str], world: World) -> Job:
     with torch.device("meta"):
         pretext, _ = build_pretext_and_network(config)
     refuse_other_wholes(pretext, config, shards)
-    RunDir(args.folder).check_may_continue(config, data_fingerprint(shards.meta))
+    RunDir(args.folder).check_may_continue(args.config, data_fingerprint(shards.meta))
     read_init(config, args.folder)
-    return Job(args, recipe, shards, precision)
+    return Job(args, config, ranks, recipe, shards, precision)
 
 
 def refuse_other_wholes(pretext: Pretext, config: Config, shards: ShardSet) -> None:
@@ -163,8 +179,8 @@ def show_plan(job: Job, world: World) -> None:
     """The dry run's page."""
     from p2w.train.estimate import describe_scaling, run_cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
 
-    config, batch, precision = job.args.config, job.args.config.data.batch, job.precision
-    samples = max(1, batch // world.size // config.optim.accumulate)
+    config, batch, precision = job.config, job.config.data.batch, job.precision
+    samples = max(1, batch // job.ranks // config.optim.accumulate)
     facts = run_cost(
         config, lambda: build_pretext_and_network(config), samples, 4 if precision.dtype is None else 2
     )
@@ -172,7 +188,7 @@ def show_plan(job: Job, world: World) -> None:
     epoch = max(1, job.shards.samples_per_epoch(job.shards.ids("train")) // batch)
     if config.train.kernels == "plain":
         facts = replace(facts, folds=())
-    print(f"recipe          {job.recipe}\n{settings.config_to_json(config)}")
+    print(f"recipe          {job.recipe}\n{settings.config_to_json(job.args.config)}")
     print(
         f"data            {job.shards.where}: {wholes:,} sub-scans to train, {len(job.shards.ids('val')):,} to validate"
         f"{RANDOM_PLACES * job.shards.random_places}"
@@ -185,11 +201,9 @@ def show_plan(job: Job, world: World) -> None:
     print(
         f"checkpoints     {facts.checkpoint_bytes / 2**30:.2f} GiB each, {kept:.2f} GiB for the newest ones and the best"
     )
-    print(f"in all          {facts.total(batch, world.size, steps)}")
+    print(f"in all          {facts.total(batch, job.ranks, steps)}")
     card = world.device_reason if world.device.type == "cuda" else ""
-    said = describe_scaling(
-        facts, card, ranks=world.size, per_node=world.local_size, batch=batch, steps=steps
-    )
+    said = describe_scaling(facts, card, ranks=job.ranks, per_node=world.local_size, batch=batch, steps=steps)
     print("\n".join(f"{'' if number else 'forecast':16}{line}" for number, line in enumerate(said)))
 
 
@@ -206,12 +220,14 @@ def start(job: Job) -> World:
     # The watchdog knows more than a collective that is not joined; one rank may have to wait for a web server.
     wait, meet = max(World.WAIT_S, 120 * train.hang_minutes, 2 * patience), World.MEET_S
     meet += patience if "://" in job.shards.where else 0.0
-    return World.start(wait, meet, deterministic=train.deterministic)
+    return World.start(wait, meet, deterministic=train.deterministic, ranks=job.ranks)
 
 
 def work(job: Job, world: World) -> int:
     """Train; the exit code."""
-    pretrain(job.args.config, job.shards, job.args.folder, world, job.precision)
+    args = job.args
+    staging = Staging(args.stage_to, args.stage_remove)
+    pretrain(args.config, job.shards, args.folder, world, job.precision, staging)
     return 0
 
 

@@ -84,6 +84,10 @@ class Pretext(ABC):
     """Whether it learns something of each whole for itself, by its id, which it takes up again in later epochs. It is then
     refused for sets of which every epoch cuts other wholes."""
 
+    compares_wholes: bool = False
+    """Whether the loss of a whole depends on the other wholes of its pass, over all ranks. Such a pass keeps its size in a
+    run that continues with fewer ranks."""
+
     @property
     @abstractmethod
     def reconstructs(self) -> bool:

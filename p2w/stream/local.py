@@ -59,6 +59,7 @@ class ShardSet:
     random_places = False  # whether training cuts a sub-scan at another place of its scan in each epoch
     order: Order = "shuffled"  # a run keeps its order for good; `tar.TarSet` has the streamed one alone
     order_version = 0  # of the shuffled order, see `sampler`; 0: what the size of the set asks for
+    copy_of = ""  # where the original is, of a copy on this node's disk (see `staging`)
     retry_s = 0.0  # how long a server that fails is asked again
     on_wait: Callable[[], None] = staticmethod(lambda: None)  # called while waiting for such a server
 
@@ -188,6 +189,8 @@ class ShardSet:
 
     def remedy(self) -> str:
         """The command that repairs a damaged shard, in words for a message."""
+        if self.copy_of:
+            return f"it is a copy of that in {self.copy_of}: delete it, and the next start copies it again"
         return f"cut that scan again: {repair_command(self.where, self.meta)}"
 
     def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:

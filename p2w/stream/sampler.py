@@ -210,6 +210,7 @@ class Sampler:
             raise UserError(
                 f"a global batch of {batch} cannot be shared evenly by {ranks} ranks: it must be a multiple "
                 f"of their number; use a batch of {fitting}"
+                f"{', or continue with --train.elastic, and the ranks that are too many leave' if self.training else ''}"
             )
         where = f"{self.shards.where}, split '{self.split}'"
         if n == 0:

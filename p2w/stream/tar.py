@@ -79,7 +79,7 @@ def _program(url: str) -> str:
 
 
 @contextmanager
-def _open_stream(url: str) -> Iterator[Any]:
+def open_stream(url: str) -> Iterator[Any]:
     """The byte stream of a URL; its process is ended with the block, however much was read.
 
     Raises:
@@ -261,7 +261,7 @@ class _ShardReader:
     ) -> Generator[tuple[int, bytes | DataError], None, None]:
         """Stream the shard once; yield the wanted sub-scans and remove them from `wanted`."""
         number = self.shards.shard_numbers[next(iter(wanted.values()))]
-        with _open_stream(url) as stream:
+        with open_stream(url) as stream:
             bounded = BoundedStream(stream, self.shards.shard_sizes[number])
             with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|", bufsize=PIECE) as tar:
                 for member in tar:

@@ -226,6 +226,11 @@ class RunDir:
         """The newest start in run.json; empty when there is none. Raises UserError for a run.json that is broken."""
         return (self._starts() or [{}])[-1]
 
+    def ranks_of_first_start(self) -> int:
+        """How many ranks the run in the folder has begun with; 0 for no run, or where that is unknown."""
+        found = (self._starts() or [{}])[0].get("world_size", 0)
+        return found if isinstance(found, int) else 0
+
     def order(self) -> Order | None:
         """The order of sub-scans with which the run in the folder has begun; None for no run, or where that is unknown.
 

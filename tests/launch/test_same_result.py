@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 
 import pytest
-from launch_runs import TINY, status, wait_for, weights
+from launch_runs import TINY, metrics, status, wait_for, weights
 
 from p2w.shards.manifest import read_manifest
 from p2w.stream.local import LocalSet
@@ -91,6 +91,29 @@ def test_killed_again_and_again(forge, tiny_set, uninterrupted, tmp_path, ranks)
         assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
 
 
+def test_three_ranks_go_on_where_four_began(forge, tiny_set, uninterrupted, tmp_path):
+    """Refused as it is, since 3 does not divide the batch; with --train.elastic two of them do the steps of the four."""
+    run, path = tmp_path / "run", tmp_path / "record"
+    spies = (("record", str(path)),)
+    first = [*command(tiny_set, run, 1), "--train.steps", 4]
+    assert forge.run(tmp_path, *first, ranks=4, spies=spies)[0] == [0] * 4
+    codes, _, err = forge.run(tmp_path, *command(tiny_set, run, 1), ranks=3)
+    assert (
+        2 in codes and set(codes) <= {2, -15} and "evenly by 3 ranks" in err and "--train.elastic" in err
+    ), err
+    assert err.count("error:") == 1
+
+    elastic = [*command(tiny_set, run, 1), "--train.elastic"]
+    codes, _, err = forge.run(tmp_path, *elastic, ranks=3, spies=spies)
+    assert codes == [0] * 3 and "2 of 3 ranks train" in err and "rank(s) 2 to 2 leave" in err, err
+    assert "began with 4 ranks, goes on with 2" in err + (tmp_path / "out.txt").read_text()
+    whole, record = uninterrupted(4)
+    assert read_record(path) == record
+    losses = [{r["step"]: r["train/loss"] for r in metrics(one) if "train/loss" in r} for one in (run, whole)]
+    assert list(losses[0]) == list(range(1, STEPS + 1)) and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [start["world_size"] for start in json.loads((run / "run.json").read_text())["starts"]] == [4, 2]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
     """The setting may come and go while a run continues: same samples, same parts, same weights."""
@@ -153,3 +176,24 @@ def test_a_late_position_costs_no_more_than_the_first(tiny_set):
         assert (batch.epoch, batch.step) == place
         spent.append((shards.orders, shards.reads))
     assert spent == [(1, 8)] * 3
+
+
+def test_a_run_reads_the_copy_and_records_where_the_set_is(forge, tiny_set, tmp_path):
+    """Two ranks, one of which copies; the steps and weights are those of a run without a copy, and it is removed."""
+    argv = ["demo", *TINY, "--train.steps", 8, "--train.validate-every", 100, "--train.probe-every", 0]
+    calm = forge.run(
+        tmp_path / "calm", *argv, "--shards", tiny_set, "--run-dir", tmp_path / "calm" / "run", ranks=2
+    )
+    assert calm[0] == [0, 0], calm[2]
+    run, node = tmp_path / "run", tmp_path / "node"
+    more = ["--shards", tiny_set, "--run-dir", run, "--stage-to", node, "--stage-remove"]
+    codes, _, err = forge.run(tmp_path / "first", *argv, *more, ranks=2)
+    assert codes == [0, 0], err
+    assert weights(run, 8) == weights(tmp_path / "calm" / "run", 8)
+    assert json.loads((run / "run.json").read_text())["starts"][0]["shards"] == str(tiny_set)
+    assert os.listdir(node) == []
+
+    (tmp_path / "file").touch()
+    more[5] = tmp_path / "file"
+    codes, _, err = forge.run(tmp_path / "second", *argv, *more, "--train.steps", 9, ranks=2)
+    assert codes == [2, 2] and err.count("error:") == 1 and "cannot be written" in err, err

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from network_hosts import Hosts
+
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -23,7 +25,7 @@ PREFIX = "p2w-slurm-"
 
 SLURM_CONF = """\
 ClusterName=p2wtest
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost=localhost({controller})
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -54,8 +56,8 @@ SlurmdPidFile={dir}/slurmd-%n.pid
 SlurmctldLogFile={dir}/slurmctld.log
 SlurmdLogFile={dir}/slurmd-%n.log
 NodeName=DEFAULT CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
-NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
-NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
+NodeName=node1 NodeHostname=localhost NodeAddr={addresses[0]} Port={ports[1]}
+NodeName=node2 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[2]}
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
@@ -173,11 +175,15 @@ def free_ports(count: int) -> list[int]:
         return ports
 
 
-def start(folder: Path) -> Cluster:
-    """munged, one controller, two nodes; returns when both nodes are idle."""
+def start(folder: Path, hosts: Hosts | None = None) -> Cluster:
+    """munged, one controller, two nodes, on hosts of their own if they are given; returns when both nodes are idle."""
     for name in ("ctld", "d-node1", "d-node2", "tmp"):
         (folder / name).mkdir()
-    text = SLURM_CONF.format(user=getpass.getuser(), dir=folder, ports=free_ports(3))
+    text = SLURM_CONF.format(
+        user=getpass.getuser(), dir=folder, ports=free_ports(3),
+        controller=hosts.gateway if hosts else "127.0.0.1",
+        addresses=hosts.addresses if hosts else ["127.0.0.1"] * 2,
+    )  # fmt: skip
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text(GRES_CONF)
     (folder / "munge.key").write_bytes(os.urandom(128))
@@ -186,8 +192,8 @@ def start(folder: Path) -> Cluster:
     own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
     cluster.run("slurmctld")
-    for node in ("node1", "node2"):
-        cluster.run("slurmd", "-N", node)
+    for number, node in enumerate(("node1", "node2")):
+        cluster.run(*(hosts.inside(number) if hosts else ()), "slurmd", "-N", node)
     end = time.monotonic() + 30
     while cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D") != "2":
         logs = "\n".join(path.read_text()[-1000:] for path in folder.glob("*.log"))

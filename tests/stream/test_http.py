@@ -5,6 +5,7 @@ import http.server
 import os
 import re
 import shutil
+import socket
 import threading
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from stream_sets import SHAPE, write_set
 from test_stream import flip, readers_alive, same, take
 from web import nginx
 
+from p2w import http_client
+from p2w.errors import UserError
 from p2w.stream import http as stream_http
 from p2w.stream.device_cache import DeviceCache
 from p2w.stream.http import HttpSet
@@ -209,3 +212,12 @@ def test_a_redirect_is_followed(tmp_path):
     with odd(tmp_path, "moved", 99) as url:
         open_set(url).read_into(3, out)
     np.testing.assert_array_equal(out, wholes[3])
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch):
+    """It takes the request for the manifest and is silent: without a time-out the run would wait without a word."""
+    monkeypatch.setattr(http_client, "READ_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/manifest.parquet"
+        with pytest.raises(UserError, match=r"cannot be fetched \(.*timed out.*\), tried 5 times"):
+            http_client.fetch(url, 1 << 20, pause_s=0.01)

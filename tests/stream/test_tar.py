@@ -285,7 +285,7 @@ def test_what_arrived_before_a_failure_is_not_lost(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.tar"
-        with pytest.raises(OSError, match="curl ended with code 18"), tar._open_stream(url) as stream:
+        with pytest.raises(OSError, match="curl ended with code 18"), tar.open_stream(url) as stream:
             time.sleep(1.0)
             arrived = stream.read(1000) + stream.read()
         server.shutdown()

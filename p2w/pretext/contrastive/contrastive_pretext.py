@@ -165,6 +165,7 @@ class ContrastivePretext(Pretext):
     summary = "two parts of a whole -> alike, unlike those of others"
     groups: ClassVar = {"contrast": ContrastConfig, "intensity": IntensityConfig}
     reconstructs = False
+    compares_wholes = True
     shows: Shows = "part"
     kind: ClassVar[type[ContrastiveObjective]]
 
