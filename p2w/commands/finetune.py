@@ -8,8 +8,8 @@
     p2w finetune --task targets/ours --init runs/paper --run-dir runs/cv --folds 5 [--fold 2]      cross-validation
     p2w finetune --task targets/ncs --init runs/paper --run-dir runs/ncs-p2w --dry-run
 
-The encoder is transferred, what is behind it starts at random (`--decoder pretrained`: the decoder is transferred too). The
-same command on the same folder continues: finished trials are skipped, one that was interrupted goes on after its last
+The encoder is transferred, what is behind it starts at random (`--decoder pretrained`, `--decoder up-path`: the decoder is
+transferred too). The same command on the same folder continues: finished trials are skipped, one that was interrupted goes on after its last
 checkpoint. Processes that are started with the same command share the trials, on one machine or many. A trial comes out
 the same on any number of ranks, but for rounding. `p2w table1 RUN…` reads the results. What the settings do, and where they
 are from: docs/finetune_recipes.md.
@@ -81,8 +81,10 @@ class Args:
     """Do these alone, for a job array; default: all."""
     fraction: float = 1.0
     """Share of the training patients."""
-    decoder: Literal["scratch", "pretrained"] = "scratch"
-    """Where the task has a decoder: a new one with skips, or the one that was pretrained with the encoder."""
+    decoder: Literal["scratch", "pretrained", "up-path"] = "scratch"
+    """Where the task has a decoder. scratch: a new one with skips. pretrained: the one that was pretrained with the encoder,
+    with skips if it had them. up-path: one with skips that begins as the pretrained one without: its weights where both have
+    them, zero where a level reads the skip."""
     folds: int = 0
     """k-fold cross-validation: deal the patients to so many folds, and test on each in turn, below RUN/fold-0, fold-1, …;
     with --fold, on that one alone, as one job of several."""
@@ -203,7 +205,7 @@ def build(argv: list[str], world: World) -> Job:
         folder = args.run if fold is None or not args.folds else fold_folder(args.run, fold)
         fine_tuning = FineTuning(
             source, init, args.label or label_of(args.init), args.network, args.width, args.trials,
-            args.fraction, args.decoder == "pretrained", fold, args.recipe, folder, args.log,
+            args.fraction, args.decoder == "pretrained", fold, args.recipe, folder, args.log, args.decoder == "up-path",
         )  # fmt: skip
         check_data(fine_tuning, world.size)
         said = init_leak(init, source, args.allow_leak, fold)

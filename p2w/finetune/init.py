@@ -17,7 +17,7 @@ from p2w.tasks.reader import TargetSet
 from p2w.weights.card import Trained
 from p2w.weights.hub import download, is_hub_name
 from p2w.weights.load import exported, find_checkpoint, hashed_scans_of
-from p2w.weights.start import RANDOM, StartingPoint, load_decoder, load_start
+from p2w.weights.start import RANDOM, StartingPoint, load_decoder, load_start, load_up_path
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,22 @@ def _record(trained: Trained, loss: float | None, mse: float | None) -> InitReco
 
 
 def network_of(
-    kind: TaskType, start: StartingPoint, classes: Sequence[str], pretrained_decoder: bool
+    kind: TaskType,
+    start: StartingPoint,
+    classes: Sequence[str],
+    pretrained_decoder: bool,
+    up_path: bool = False,
 ) -> Network:
     """The network to fine-tune; what is new in it draws from torch's generator.
 
     A decoder starts from scratch and has skips, as in the paper, or it is the one that was pretrained with the encoder, with
-    the skips that it was pretrained with. Raises UserError when there is none.
+    the skips that it was pretrained with. `up_path`: it has skips, and where they are not concerned the values of the one
+    that was pretrained without. Raises UserError when there is none.
     """
+    if up_path:
+        network = kind.network(start.encoder, classes)
+        load_up_path(network.get_submodule("decoder"), start)
+        return network
     if not pretrained_decoder:
         return kind.network(start.encoder, classes)
     if start.decoder_state is None:

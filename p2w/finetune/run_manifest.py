@@ -48,7 +48,7 @@ def plain_fine_tuning(fine_tuning: FineTuning) -> dict[str, Any]:
         "width": start.width,
         "feeding": start.encoder.input_norm,
         "fraction": fine_tuning.fraction,
-        "decoder": "pretrained" if fine_tuning.pretrained_decoder else "scratch",
+        "decoder": fine_tuning.decoder,
         "fold": fine_tuning.fold,
         "trials": fine_tuning.trials,
         "recipe": recipes.plain_recipe(fine_tuning.recipe),

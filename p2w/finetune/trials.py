@@ -53,6 +53,7 @@ class FineTuning:
     recipe: FineTuneRecipe
     folder: Path
     log: LogConfig = field(default=LogConfig(to="none"), compare=False)
+    up_path: bool = False  # of the pretrained decoder, into one with skips
     cached: dict[str, Samples] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -97,7 +98,12 @@ class FineTuning:
         start = self.start()
         torch.manual_seed(2 * seed + 1)
         classes = self.source.meta["classes"]
-        return network_of(self.kind, start, classes, self.pretrained_decoder), start
+        return network_of(self.kind, start, classes, self.pretrained_decoder, self.up_path), start
+
+    @property
+    def decoder(self) -> str:
+        """Where the decoder is from, as `--decoder` says it."""
+        return "up-path" if self.up_path else "pretrained" if self.pretrained_decoder else "scratch"
 
     def samples(self, split: str, rows: Rows, world: World) -> Samples:
         """The samples of a split, decoded once for all trials of this process that see the same rows."""
@@ -124,9 +130,11 @@ def check_data(fine_tuning: FineTuning, ranks: int) -> None:
         if said:
             option = "; --recipe.stop-on loss does without" if split == "val" else ""
             raise UserError(f"{where}: the samples to {split} {said}{option}")
-    if fine_tuning.pretrained_decoder and not fine_tuning.kind.per_voxel:
+    if fine_tuning.decoder != "scratch" and not fine_tuning.kind.per_voxel:
         task, kind = fine_tuning.source.meta["task"], fine_tuning.kind.name
-        raise UserError(f"--decoder pretrained: {task} is {kind}, which has no decoder; leave it out")
+        raise UserError(
+            f"--decoder {fine_tuning.decoder}: {task} is {kind}, which has no decoder; leave it out"
+        )
     smallest = min(len(rows["val"]), len(rows["test"]))
     for index in range(fine_tuning.trials):
         count = len(fine_tuning.training_rows(index))

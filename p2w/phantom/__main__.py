@@ -2,6 +2,7 @@
 
     python -m p2w.phantom                                            # 12 scans to LUNA16/
     python -m p2w.phantom --out LUNA16 --scans 12 --shape 128 256 256 --seed 1 --workers 2
+    python -m p2w.phantom --out VARIED --varied                      # patients and scanners that differ more
 
 Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
@@ -37,6 +38,9 @@ class PhantomArgs:
     """Other seeds give other patients."""
     subsets: int = 10
     """Number of folders subset0, subset1, ...; scan i goes into folder i modulo this number."""
+    varied: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Draw patients and scanners that differ more: habitus, age, disease all over the lungs, phases of contrast agent,
+    kernels, doses. Without, the phantoms of earlier versions."""
     workers: int = 1
     """Number of processes; the bytes do not depend on it."""
 
@@ -55,6 +59,7 @@ def main() -> None:
                 spacing_mm=args.spacing,
                 subsets=args.subsets,
                 workers=args.workers,
+                varied=args.varied,
                 done=done,
             )
         except OSError as error:

@@ -9,7 +9,7 @@ painting needs it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
@@ -237,6 +237,18 @@ class Body:
     spleen: float = 48.0
     oesophagus: float = 38.0
     myocardium: float | None = None  # as muscle
+    # What a varied patient has beside: `Body.varied`.
+    aorta_contrast: float | None = None  # HU above plain blood in the aorta; as contrast
+    abdomen_contrast: float = 0.25  # enhancement of liver and spleen as a share of contrast
+    fat_hu: float = 0.0  # above the usual fat
+    cartilage: float = 95.0
+    vessel: float = 1.0  # radius of the vessels of the lungs, relative
+    density: float = 1.0  # number of the vessels of the lungs, relative
+    rib: float = 1.0  # thickness, relative
+    upper: float = 0.0  # emphysema grows by this share from the base of the lungs to their tops
+    fibrosis: float = 0.0  # HU of bands under the pleura of the lower lungs
+    consolidation: float | None = None  # y from which the lungs are without air, mm; None: nowhere
+    plaques: int = 0  # calcified, on the wall of the aorta
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Body":
@@ -283,6 +295,62 @@ class Body:
             marrow=u(130, 240),
             cortex=u(480, 850),
         )
+
+    @classmethod
+    def varied(cls, rng: np.random.Generator) -> "Body":
+        """Draw a patient from a population that differs more than that of `draw`, in traits that show all over the scan.
+
+        Three hidden numbers make them hang together. Habitus: width, fat, fat in the muscles. Age: thin bones that hold
+        less calcium, a bent spine, calcified cartilage and plaques. Disease of the lungs, one of none, emphysema, fibrosis,
+        congestion and consolidation, which is in both lungs. Contrast agent comes in phases: none, pulmonary, aortic,
+        portal.
+        """
+        body, u = cls.draw(rng), rng.uniform
+        habitus, age = u(-1, 1), u(0, 1)
+        contrast, aorta, abdomen = [
+            (0.0, 0.0, 0.0),
+            (u(220, 380), u(20, 110), 0.05),
+            (u(90, 160), u(200, 330), 0.3),
+            (u(70, 120), u(80, 130), u(0.45, 0.7)),
+        ][int(rng.choice(4, p=[0.45, 0.15, 0.2, 0.2]))]
+        disease = str(
+            rng.choice(
+                ["none", "emphysema", "fibrosis", "congestion", "consolidation"],
+                p=[0.3, 0.25, 0.15, 0.15, 0.15],
+            )
+        )
+        return replace(
+            body,
+            cage_width=body.cage_width * (1 + 0.08 * habitus) * u(0.93, 1.07),
+            cage_depth=body.cage_depth * (1 + 0.06 * age) * u(0.93, 1.08),
+            fat=float(np.clip(14 + 16 * habitus + u(-4, 4), 2, 34)),
+            fat_hu=float(-8 * habitus + u(-6, 10)),
+            wall=u(13, 24) + 5 * (1 - age),
+            muscle=58 - 8 * habitus - 12 * age + u(-4, 4),
+            heart=u(0.92, 1.2) + 0.22 * age,
+            heart_turn=u(-0.4, 0.4),
+            kyphosis=u(6, 16) + 20 * age,
+            scoliosis=float(u(0, 5) + 14 * max(0.0, u(-2, 1))),
+            aorta=u(9.5, 12.5) + 4 * age,
+            arch=u(40, 60),
+            marrow=280 - 170 * age + u(-25, 25),
+            cortex=900 - 380 * age + u(-80, 80),
+            cartilage=90 + 220 * age * u(0, 1),
+            rib=1.15 - 0.3 * age + u(-0.1, 0.1),
+            plaques=int(rng.poisson(max(0.0, 90 * (age - 0.45)))),
+            contrast=float(contrast),
+            aorta_contrast=float(aorta),
+            abdomen_contrast=float(abdomen),
+            liver=float(60 - 22 * max(0.0, habitus) * u(0, 1.4) + u(-8, 8)),
+            lung=u(-905, -840) + (u(50, 150) if disease == "congestion" else 0.0),
+            lung_slope=u(0.1, 0.6) + (0.5 if disease == "congestion" else 0.0),
+            emphysema=float(u(60, 170) if disease == "emphysema" else max(0.0, u(-60, 40) * age)),
+            upper=u(0, 1),
+            fibrosis=float(u(120, 420) if disease == "fibrosis" else 0.0),
+            consolidation=float(u(22, 55)) if disease == "consolidation" else None,
+            vessel=u(0.75, 1.05) * (1.2 if disease == "congestion" else 1.0),
+            density=u(0.55, 1.05) * (0.75 if disease == "emphysema" else 1.0),
+        )  # fmt: skip
 
     def cage_centre_y(self, z: Floats) -> Floats:
         """The y of the rib cage's middle: leans forward towards the neck."""

@@ -14,7 +14,7 @@ def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
     """Paint all bones over the soft tissue."""
     _paint_spine(canvas, body)
     bony, gristle = _ribs(body, rng)
-    canvas.balls(gristle, _RIB_STRETCH).paint(95.0, Label.CARTILAGE)
+    canvas.balls(gristle, _RIB_STRETCH).paint(body.cartilage, Label.CARTILAGE)
     _shell(canvas, body, bony, Label.RIB, cortex_mm=1.1, stretch=_RIB_STRETCH)
     _shell(canvas, body, _sternum_and_shoulders(body, rng), Label.BONE, cortex_mm=1.5)
 
@@ -55,7 +55,7 @@ def _ribs(body: Body, rng: np.random.Generator) -> tuple[Balls, Balls]:
             neck = [(z + 3, spine_y + 3, spine_x + 19 * sign, 4), (*wing, 4), (*points[0], 4)]
             head = tube(neck, 1.0).points
             path = np.concatenate([head, points])
-            bony.append(Balls(path, np.full(len(path), rng.uniform(3.3, 4.2))))
+            bony.append(Balls(path, np.full(len(path), body.rib * rng.uniform(3.3, 4.2))))
             if n < 10:
                 turn = np.linspace(end, np.pi * (0.95 if n < 7 else 0.9), 40)
                 rise = low[-1] + (5 + 7 * n) * smoothstep((turn - end) / (np.pi - end))

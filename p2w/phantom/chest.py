@@ -11,7 +11,7 @@ from p2w.phantom.anatomy import anatomy
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
 from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
-from p2w.phantom.lungs import lay_tubes, look_up, paint_lungs
+from p2w.phantom.lungs import lay_tubes, look_up, paint_lungs, plaques
 from p2w.phantom.organs import Cavity, layers
 
 _SLAB = 16
@@ -29,6 +29,7 @@ class Scanner:
     pad_hu: int | None  # value outside the round field of view; None: no padding
     table: float  # curvature, 1/mm; 0: flat
     table_hu: float
+    sharpen: float = 0.0  # of edges within a slice, as lung and bone kernels do; below 0 they are smoothed
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Scanner":
@@ -43,6 +44,22 @@ class Scanner:
             pad_hu=int(rng.choice([-2000, -3024])) if rng.random() < 0.25 else None,
             table=float(rng.uniform(0, 1 / 700)),
             table_hu=float(rng.uniform(-150, 250)),
+        )
+
+    @classmethod
+    def varied(cls, rng: np.random.Generator) -> "Scanner":
+        """Draw a kernel (soft, medium, lung) and a dose (low, usual, high), which have a texture of their own."""
+        scanner = cls.draw(rng)
+        cutoff, edge, sharpen = [(0.4, 1.6, -0.35), (0.6, 1.2, 0.0), (0.95, 0.95, 0.9)][int(rng.integers(3))]
+        dose_hu = (42.0, 18.0, 8.0)[int(rng.integers(3))]
+        return replace(
+            scanner,
+            cutoff=cutoff * float(rng.uniform(0.92, 1.08)),
+            edge=edge,
+            sharpen=sharpen * float(rng.uniform(0.7, 1.0)),
+            noise_hu=dose_hu * float(rng.uniform(0.8, 1.25)) * (0.7 + 0.9 * max(0.0, cutoff - 0.4)),
+            slice_blend=float(rng.uniform(0.05, 0.5)),
+            streaks=float(rng.uniform(0.3, 1.2)) * (1.5 if dose_hu > 40 else 1.0),
         )
 
 
@@ -92,6 +109,8 @@ def finish(canvas: Canvas, scanner: Scanner, skin: Floats, rng: np.random.Genera
         noise = (1 - scanner.slice_blend) * noise + scanner.slice_blend * shifted
         noise *= canvas.full(level, (slice(z0, z0 + n), slice(0, height), slice(0, width)))
         noise += canvas.hu[z0 : z0 + n]
+        if scanner.sharpen:
+            noise += scanner.sharpen * _detail(canvas.hu[z0 : z0 + n])
         np.rint(np.clip(noise, -1024, 3071, out=noise), out=noise)
         out[z0 : z0 + n] = noise
     if scanner.pad_hu is not None:
@@ -100,6 +119,16 @@ def finish(canvas: Canvas, scanner: Scanner, skin: Floats, rng: np.random.Genera
         out[:, outside] = scanner.pad_hu
         canvas.labels[:, outside] = Label.AIR
     return out
+
+
+def _detail(slices: Floats) -> Floats:
+    """Voxels (n, y, x) less the mean of their four neighbours within the slice; 0 at the border."""
+    detail = np.zeros_like(slices)
+    inner = detail[:, 1:-1, 1:-1]
+    inner += slices[:, 1:-1, 1:-1]
+    for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        inner -= np.float32(0.25) * slices[:, y : y + inner.shape[1], x : x + inner.shape[2]]
+    return detail
 
 
 def _kernels(scanner: Scanner, height: int, width: int) -> tuple[Floats, Floats]:
@@ -300,6 +329,7 @@ def make_scan(
     contrast: float | None = None,
     equal_hu: float | None = None,
     regions: bool = False,
+    varied: bool = False,
 ) -> PhantomScan:
     """A chest CT of `shape` (z, y, x); the same arguments give the same bytes, another seed another patient.
 
@@ -307,22 +337,24 @@ def make_scan(
     that is 0.6 to 0.9 mm in the plane, at 256 x 256 twice that. `contrast`: HU above plain blood in vessels and heart;
     without, drawn, and none in most patients. `equal_hu`: HU of liver, spleen, heart, blood and oesophagus alike, without
     contrast agent, so that they are told apart by place and shape alone. `regions`: a map of organs, lobes and vertebrae.
+    `varied`: a patient and a scanner from a population that differs more (`Body.varied`, `Scanner.varied`).
     Raises UserError for a shape or spacing that cannot be a chest CT.
     """
     check_phantom(seed, shape, spacing_mm)
     pose, patient, soft, tubes, lung, lesion, scanner_rng = (
         np.random.default_rng([seed, stage]) for stage in range(7)
     )
-    body = Body.draw(patient)
+    body = Body.varied(patient) if varied else Body.draw(patient)
     if contrast is not None:
-        body = replace(body, contrast=contrast)
+        body = replace(body, contrast=contrast, aorta_contrast=None)
     if equal_hu is not None:
         body = replace(
-            body, contrast=0.0, liver=equal_hu, spleen=equal_hu, oesophagus=equal_hu, blood=equal_hu, myocardium=equal_hu,
+            body, contrast=0.0, aorta_contrast=None, liver=equal_hu, spleen=equal_hu, oesophagus=equal_hu, blood=equal_hu,
+            myocardium=equal_hu,
         )  # fmt: skip
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
-    scanner = Scanner.draw(scanner_rng)
+    scanner = Scanner.varied(scanner_rng) if varied else Scanner.draw(scanner_rng)
     if spacing_mm is not None:  # the round field of view might cut through what such a scan still shows
         scanner = replace(scanner, pad_hu=None)
     canvas = Canvas(frame, scanner.edge * frame.spacing_mm[1])
@@ -333,7 +365,10 @@ def make_scan(
     blood = body.blood + body.contrast
     canvas.balls(middle.oesophagus).paint(body.oesophagus, Label.OESOPHAGUS)
     canvas.balls(middle.vessels).paint(blood, Label.GREAT_VESSEL)
-    canvas.balls(middle.aorta).paint(blood, Label.AORTA)
+    aortic = blood if body.aorta_contrast is None else body.blood + body.aorta_contrast
+    canvas.balls(middle.aorta).paint(aortic, Label.AORTA)
+    if body.plaques:
+        canvas.balls(plaques(body, middle.aorta, lesion)).paint(480.0, Label.AORTA)
     rings = canvas.balls(Balls(middle.windpipe.points, middle.windpipe.radius + 1.4))
     rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
     forks = paint_lungs(canvas, body, cavity, middle, lung)

@@ -191,7 +191,19 @@ def write_organs_patient(folder: Path, seed: int, number: int, shape: Shape) -> 
     """
     rng = np.random.default_rng([seed, number, 6])
     own = int(np.random.SeedSequence([seed, number, 106]).generate_state(1)[0])
-    scan = make_scan(own, shape, equal_hu=float(rng.uniform(38, 58)), regions=True)
+    _write_regions(folder, make_scan(own, shape, equal_hu=float(rng.uniform(38, 58)), regions=True), number)
+
+
+def write_anatomy_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
+    """As `write_organs_patient`, of patients and scanners that differ more; organs are of one HU, enhanced or not."""
+    rng = np.random.default_rng([seed, number, 7])
+    own = int(np.random.SeedSequence([seed, number, 107]).generate_state(1)[0])
+    level = float(rng.uniform(35, 60) if rng.random() < 0.5 else rng.uniform(90, 160))
+    _write_regions(folder, make_scan(own, shape, equal_hu=level, regions=True, varied=True), number)
+
+
+def _write_regions(folder: Path, scan: PhantomScan, number: int) -> None:
+    """Write a scan and its map of regions."""
     assert scan.regions is not None
     for part, values, name in (
         ("imagesTr", scan.voxels, f"organs_{number:04d}_0000.nii.gz"),

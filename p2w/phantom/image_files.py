@@ -46,12 +46,13 @@ class PhantomJob:
     shape: tuple[int, int, int]
     spacing_mm: Triple | None
     subsets: int
+    varied: bool = False
 
     @property
     def uid(self) -> str:
         """A legal DICOM UID under 2.25 (made from a UUID; no organisation's root), a function of seed and
         index."""
-        name = f"p2w phantom {VERSION} seed {self.seed} scan {self.index}"
+        name = f"p2w phantom {VERSION} seed {self.seed} scan {self.index}{' varied' * self.varied}"
         return f"2.25.{uuid.uuid5(uuid.NAMESPACE_URL, name).int}"
 
     @property
@@ -74,6 +75,7 @@ def write_luna(
     spacing_mm: Triple | None = None,
     subsets: int = 10,
     workers: int = 1,
+    varied: bool = False,
     done: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Write `scans` phantoms of `shape` (z, y, x) under `out`; returns their uids and calls `done(uid)`
@@ -94,8 +96,8 @@ def write_luna(
         "shape_zyx": list(shape),
         "spacing_mm_zyx": None if spacing_mm is None else list(spacing_mm),
         "subsets": subsets,
-    }
-    jobs = [PhantomJob(out, i, seed, shape, spacing_mm, subsets) for i in range(scans)]
+    } | ({"varied": True} if varied else {})
+    jobs = [PhantomJob(out, i, seed, shape, spacing_mm, subsets, varied) for i in range(scans)]
     _claim(out, identity, jobs)
     for job in jobs:
         job.header.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,8 @@ def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
     if note.exists():
         try:
             there = json.loads(note.read_text())
-            same = {k: there[k] for k in identity} == identity
+            expected = {"varied": False} | identity  # folders of earlier versions do not say it
+            same = {k: ({"varied": False} | there)[k] for k in expected} == expected
             count = int(there["scans"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -168,9 +171,8 @@ def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
 
 def _write_scan(job: PhantomJob) -> str:
     """Make one scan and write its files, the header last."""
-    scan = make_scan(
-        int(np.random.SeedSequence([job.seed, job.index]).generate_state(1)[0]), job.shape, job.spacing_mm
-    )
+    own = int(np.random.SeedSequence([job.seed, job.index]).generate_state(1)[0])
+    scan = make_scan(own, job.shape, job.spacing_mm, varied=job.varied)
     flipped = job.index % _FLIP_EVERY == _FLIP_AT
     turn = (slice(None), slice(None, None, -1), slice(None, None, -1)) if flipped else ()
     spacing = scan.spacing_mm[::-1]

@@ -177,6 +177,16 @@ def _aorta(body: Body, rng: np.random.Generator, heart_z: float) -> Balls:
     return tube([*rise, *fall], 2.0)
 
 
+def plaques(body: Body, aorta: Balls, rng: np.random.Generator) -> Balls:
+    """Calcified plaques on the wall of the aorta, from its arch downwards."""
+    low = np.flatnonzero(aorta.points[:, 0] < body.arch - body.aorta)
+    at = low[rng.integers(0, len(low), body.plaques)]
+    way = rng.normal(size=(body.plaques, 3)) * [0.0, 1.0, 1.0]
+    way /= np.linalg.norm(way, axis=1, keepdims=True)
+    wall = aorta.points[at] + way * (aorta.radius[at, None] - 1.0)
+    return Balls(wall, rng.uniform(1.2, 3.2, body.plaques))
+
+
 def _pulmonary(body: Body, rng: np.random.Generator, heart_z: float) -> list[Balls]:
     """The pulmonary trunk and its two branches, in front of and below the bronchi."""
     z = body.carina
@@ -223,7 +233,7 @@ def paint_lungs(
     canvas: Canvas, body: Body, cavity: Cavity, middle: Mediastinum, rng: np.random.Generator
 ) -> Balls:
     """Draw the trees; returns the forks of the vessels, each with the vessel's radius."""
-    density = rng.uniform(0.75, 1.25)
+    density = body.density * rng.uniform(0.75, 1.25)
     vessels, airways, forks = [], [], []
     for side, sign in _SIDES:
         count = 2000 * density * (1.1 if side == "right" else 1.0)
@@ -235,14 +245,14 @@ def paint_lungs(
         bronchi, branch = tree.samples(_taper(tree, 4.6), 0.8)
         shown = np.isin(branch, wide)
         airways.append(Balls(bronchi.points[shown], bronchi.radius[shown]))
-        arteries, branch = tree.samples(_taper(tree, 6.4), 0.8)
+        arteries, branch = tree.samples(_taper(tree, 6.4 * body.vessel), 0.8)
         beside = _beside(tree, arteries.radius, branch, np.array([0.8, -0.6, 0.25 * sign]))
         vessels.append(Balls(arteries.points + beside, arteries.radius))
-        forks.append(Balls(tree.start[1:], _taper(tree, 6.4)[1:]))
+        forks.append(Balls(tree.start[1:], _taper(tree, 6.4 * body.vessel)[1:]))
         seeds = _seeds(canvas.frame, cavity, sign, int(0.9 * count), rng)
         tree = grow(rng, *middle.roots["vein", side], seeds, (0.4, 0.58))
-        vessels.append(tree.samples(_taper(tree, 6.2), 0.8)[0])
-        forks.append(Balls(tree.start[1:], _taper(tree, 6.2)[1:]))
+        vessels.append(tree.samples(_taper(tree, 6.2 * body.vessel), 0.8)[0])
+        forks.append(Balls(tree.start[1:], _taper(tree, 6.2 * body.vessel)[1:]))
     if not vessels:
         return Balls(np.zeros((0, 3)), np.zeros(0))
     _paint_trees(canvas, body, cavity, join_balls(vessels), join_balls(airways))

@@ -55,7 +55,7 @@ def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer]
     myocardium = body.muscle if body.myocardium is None else body.myocardium
     painted = [
         *_trunk(body, q, cage, noise, fine),
-        Layer(Label.MEDIASTINUM, cage, -96 + 5 * fine),
+        Layer(Label.MEDIASTINUM, cage, -96 + body.fat_hu + 5 * fine),
         Layer(Label.MUSCLE, np.maximum(below * 0.8, cage), body.muscle, shell=3.5),
         *_abdomen(body, q, np.maximum(below * 0.8, cage) + 2.5, noise),
         Layer(Label.HEART, heart, myocardium + 0.35 * body.contrast),
@@ -67,8 +67,15 @@ def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer]
         + body.lung_slope * (q[1] + 0.15 * (60 - q[0]))
         + 9 * noise
         + 7 * fine
-        - body.emphysema * smoothstep(fine + 0.4 * noise - 0.6)
+        - body.emphysema
+        * (1 + body.upper * smoothstep((q[0] + 60) / 140))
+        * smoothstep(fine + 0.4 * noise - 0.6)
     )
+    if body.fibrosis:
+        below_pleura = smoothstep((lungs + 22) / 16) * smoothstep((10 - q[0]) / 70)
+        air = air + body.fibrosis * below_pleura * smoothstep(0.8 * fine + 0.5)
+    if body.consolidation is not None:
+        air = air + (30 - air) * smoothstep((q[1] - body.consolidation + 4 * noise) / 10)
     painted.append(Layer(Label.LUNG, lungs, air))
     for sheet in fissures:
         painted.append(Layer(Label.LUNG, sheet, body.fissure, sheet=0.8, over=Label.LUNG))
@@ -120,7 +127,7 @@ def _trunk(body: Body, q: Floats, cage: Floats, noise: Floats, fine: Floats) -> 
     )
     blobs = np.minimum(blobs, np.maximum(np.maximum(axilla, 11 - open_cage), muscle + 3))
     painted = [
-        Layer(Label.FAT, skin, -103 + 4 * fine),
+        Layer(Label.FAT, skin, -103 + body.fat_hu + 4 * fine),
         Layer(Label.FAT, skin, 5.0, shell=1.8),
         Layer(Label.MUSCLE, muscle, body.muscle + 3 * fine),
         Layer(Label.FAT, blobs, -90.0),
@@ -204,7 +211,7 @@ def _abdomen(body: Body, q: Floats, inside: Floats, noise: Floats) -> list[Layer
     stomach = intersection(inside + 1, ellipsoid(q, (top - 40, -14, 60), (44 * s, 56 * s, 46 * s), 0.4), 4)
     stomach = np.maximum(stomach, 4 - liver)
     gas = np.maximum(stomach + 4, y + 14 - 50 * s * body.air_level)
-    enhanced = body.contrast * 0.25
+    enhanced = body.contrast * body.abdomen_contrast
     return [
         Layer(Label.SPLEEN, spleen, body.spleen + enhanced),
         Layer(Label.STOMACH, np.maximum(stomach, -spleen + 2), 32.0),

@@ -54,6 +54,7 @@ TASKS: dict[str, TaskFormat] = {
     "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
     "bms": TaskFormat("BraTS", brats.write_brats_patient),
     "organs": TaskFormat("Organs", ct_targets.write_organs_patient, ct_targets.write_organs_table),
+    "anatomy": TaskFormat("Anatomy", ct_targets.write_anatomy_patient, ct_targets.write_organs_table),
     "dicom": TaskFormat("DICOM", ct_targets.write_dicom_patient),
 }
 
@@ -172,15 +173,15 @@ class TargetPhantomArgs:
 
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
-    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs", "dicom"], ...] = (
+    tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs", "anatomy", "dicom"], ...] = (
         "ncc",
         "ncs",
         "lcs",
         "ecc",
         "bms",
     )
-    """Names of the tasks; organs: organs, lobes and vertebrae told by place, in nnU-Net's layout; dicom: DICOM series with
-    masks. Both are for `p2w prepare custom`."""
+    """Names of the tasks; organs: organs, lobes and vertebrae told by place, in nnU-Net's layout; anatomy: the same, of
+    patients and scanners that differ more; dicom: DICOM series with masks. All three are for `p2w prepare custom`."""
     patients: int = 20
     """Number of patients of each task."""
     shape: Annotated[tuple[int, int, int], tyro.conf.arg(metavar="Z Y X")] = (64, 128, 128)

@@ -228,6 +228,45 @@ def load_decoder(decoder: nn.Module, start: StartingPoint) -> None:
     decoder.load_state_dict(given, strict=False)
 
 
+def load_up_path(decoder: nn.Module, start: StartingPoint) -> None:
+    """Give a decoder with skips the values of one that was trained without, in the channels that both have.
+
+    The first convolution of a level reads what was up-sampled, then the skip. Its weights for the former are the trained
+    ones, those for the skip become zero: the network begins as the pretrained one, and learns from the skips. The last
+    convolution may be of other classes. Raises UserError where there is no decoder, or one that does not fit that way.
+    """
+    if start.decoder_state is None:
+        raise UserError(f"{start.source}: holds no decoder; transfer the encoder alone")
+    given: State = {}
+    for name, wanted in decoder.state_dict().items():
+        value = start.decoder_state.get(name)
+        if name.startswith("out_tr.") and (value is None or value.shape != wanted.shape):
+            continue
+        if value is None and name.endswith(COUNTER):
+            continue
+        if value is None or not _fits_first_channels(value.shape, wanted.shape):
+            raise UserError(
+                f"{start.source}: its decoder has no {name} that fits the first channels of one with skips; transfer the "
+                "encoder alone: --decoder scratch"
+            )
+        if value.shape != wanted.shape:
+            added = torch.zeros_like(wanted[:, value.shape[1] :])
+            value = torch.cat((value.to(wanted), added), 1)
+        given[name] = value
+    decoder.load_state_dict(given, strict=False)
+
+
+def _fits_first_channels(found: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a tensor is of the wanted shape, or a convolution's weight with fewer input channels."""
+    if found == wanted:
+        return True
+    return (
+        len(found) == len(wanted) == 5
+        and found[:1] + found[2:] == wanted[:1] + wanted[2:]
+        and found[1] < wanted[1]
+    )
+
+
 def _is_ours(path: Path) -> bool:
     """A folder, or a file with our card in it or beside it; a path that is not there is left to the readers."""
     if path.is_dir():

@@ -130,3 +130,29 @@ def test_samples_are_the_sets_own_in_unit_range(balls, held):
         np.testing.assert_allclose(x.numpy(), expected, atol=1e-6)
         assert (target == masks).all()
     assert list(samples.batches([])) == []
+
+
+def test_an_up_path_in_a_decoder_with_skips_begins_as_it_was_pretrained(balls, exported, tmp_path):
+    """Level by level the same features as those of the decoder without skips; the last convolution is of the task."""
+    network, start = transfer_of(balls, exported[0], tmp_path, up_path=True).build(0)
+    plain = build_decoder(start.encoder, False)
+    plain.load_state_dict({k[8:]: v for k, v in exported[1].items() if k.startswith("decoder.")})
+    inner = network.decoder
+    assert (
+        inner.skips
+        and plain_fine_tuning(transfer_of(balls, exported[0], tmp_path, up_path=True))["decoder"] == "up-path"
+    )
+    network.eval(), plain.eval()
+    with torch.no_grad():
+        *skips, ours = start.encoder(torch.rand(1, 1, 16, 16, 16))
+        theirs = ours
+        for level, skip in zip(("up_tr256", "up_tr128", "up_tr64"), reversed(skips), strict=True):
+            ours, theirs = getattr(inner, level)(ours, skip), getattr(plain, level)(theirs, None)
+            assert torch.allclose(ours, theirs, atol=1e-6)
+    first = inner.up_tr64.ops[0].conv1.weight
+    assert first.requires_grad and (first[:, plain.up_tr64.ops[0].conv1.in_channels :] == 0).all()
+
+
+def test_an_up_path_that_is_not_there_is_refused(balls, tmp_path):
+    with pytest.raises(UserError, match="holds no decoder"):
+        transfer_of(balls, "random", tmp_path, up_path=True).build(0)
