@@ -1,8 +1,8 @@
 """One tracker of a run, in a process that `p2w.trackers` starts: `python -m p2w.tracker_process wandb`.
 
-It reads JSON objects, one a line: first what the run is, then records, then how the run ended. It answers with the run's id
-at the tracker, or with an error. At the end of its input without a word on how the run ended, the run was killed; then it
-has a minute to send what it has.
+It reads JSON objects, one a line: first a description of the run, then records, then how the run ended. It answers with the
+run's id at the tracker, or with an error. If its input ends before it is told how the run ended, the run was killed; the
+process then has a minute to send what it has.
 """
 
 import base64
@@ -31,9 +31,9 @@ class Tracker(Protocol):
     """A run at a tracker. Its constructor begins or continues it; any method may raise or hang."""
 
     id: str
-    """By which the tracker knows the run."""
+    """The name by which the tracker knows the run."""
     where: str
-    """Where a person can look at it; one line."""
+    """One line that says where a person can look at the run."""
 
     def scalars(self, step: int, time_s: float, values: dict[str, float]) -> None:
         """Log numbers of a step; `time_s` in seconds since 1970."""
@@ -48,7 +48,7 @@ class Tracker(Protocol):
 class Wandb:
     """A run at Weights & Biases, or with WANDB_MODE=offline in files of RUN/wandb, which `wandb sync` sends.
 
-    Steps that are done again after a resume are dropped there. Of the machine nothing is sent: no host, user, command,
+    Steps that are done again after a resume are dropped there. Nothing about the machine is sent: no host, user, command,
     packages or code.
     """
 

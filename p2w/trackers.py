@@ -76,12 +76,12 @@ class LogConfig:
 
 
 def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they may leave this machine: of a path or URL its last part alone, which says no user, host or folder."""
+    """Settings as they may leave this machine: of a path or URL only the last part, which names no user, host or folder."""
     return {name: last_part(value) for name, value in settings.items()}
 
 
 class Reporter(Protocol):
-    """What a tracker's thread tells the user through: the `Log` of the run."""
+    """The part of the run's `Log` through which a tracker's thread speaks to the user."""
 
     run: Path
 
@@ -184,7 +184,7 @@ class TrackerProcess:
                 self._turn_off(answer["error"])
             elif process.wait():
                 self._turn_off(self._ended(process))
-        except BrokenPipeError:  # it has ended, and said why
+        except BrokenPipeError:  # it has ended, and has said why
             assert self._process is not None and self._process.stdout is not None
             answer = self._heard(self._process.stdout.readline())
             self._turn_off(answer.get("error") or self._ended(self._process))
@@ -236,7 +236,7 @@ def _read_ids(run: Path) -> dict[str, Any]:
 
 
 def _environment(run: Path) -> dict[str, str]:
-    """Variables for a tracker's process: the user's own, and where those say nothing, what sends least."""
+    """Environment of a tracker's process: the user's own variables, and for those not set the values that send the least."""
     from p2w.world import variable, variables  # noqa: PLC0415  (imports torch, which reading settings does not need)
 
     defaults = {

@@ -37,8 +37,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class TrainingWholes:
     """The wholes that batch norm is recalibrated on. Each rank reads those of its own batches, when they are first needed.
 
-    What was cut from them for the last pretext stays in the host's memory, since a monitor needs it again and again. A whole
-    that cannot be read is left out; training reports it when it comes to it.
+    The inputs that were cut from them for the last pretext stay in the host's memory, since a monitor needs them again and
+    again. A whole that cannot be read is left out; training reports it when it reads it.
     """
 
     def __init__(self, shards: ShardSet, world: World) -> None:

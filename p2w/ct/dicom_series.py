@@ -69,7 +69,7 @@ def _by_identifier(slices: list[Slice], identifier: Callable[[Slice], object]) -
     for one in slices:
         found[identifier(one)].append(one)
     named = [value for value in found if value]
-    # An identifier of one or two slices is none: an anonymizer or converter drew a new one for each file.
+    # An identifier that one or two slices share does not count: an anonymizer or converter made a new one for each file.
     if len(named) < 2 or len(found) > len(slices) // FEWEST:
         return [slices]
     return list(found.values())

@@ -21,7 +21,7 @@ from p2w.ct.voxel_files import nrrd_files
 from p2w.errors import UserError
 
 IMAGES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd", ".nhdr")
-# Files of these endings are hardly ever scans: only their first bytes are looked at, for those of DICOM.
+# Files of these endings are hardly ever scans: only their first bytes are read, to see whether they are DICOM.
 ENDINGS = {
     "tables, notes and programs": ".csv .txt .md .json .xml .py .pdf .html .parquet",
     "pictures": ".png .jpg .jpeg .gif .bmp .tif",

@@ -1,4 +1,4 @@
-"""Whether voxels are HU: air near -1000, soft tissue and water near 0, nothing that no CT has.
+"""Check that voxels are HU: air near -1000, soft tissue and water near 0, and no values that a CT cannot have.
 
 Measured on eighteen CTs of chest, abdomen and limbs (LIDC-IDRI, RIDER, TCGA-THCA, 4D-Lung, soft-tissue sarcoma): the most
 frequent value above -500 HU is -100 (fat) to 55 (muscle), of those below it -1005 (air) to -885 (lung). With the rescale

@@ -76,5 +76,5 @@ class CheckContext:
 
 
 def size(count: float) -> str:
-    """Bytes -> `3.2 GiB` or `12 MiB`."""
+    """A number of bytes as text, such as `3.2 GiB` or `12.0 MiB`."""
     return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"

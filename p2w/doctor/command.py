@@ -49,7 +49,7 @@ CUT = "p2w shard-luna   # or p2w shard --scans FOLDER --out shards"
 
 
 def shards(case: CheckContext) -> Iterator[CheckResult]:
-    """The set is complete, a random sample of it is intact, and batch size and run folder go with it."""
+    """Check that the set is complete, that a random sample of it is intact, and that batch size and run folder fit it."""
     if case.shards is None and not Path("shards").exists():
         yield note(
             "shards", "no folder shards here, and none named", f"p2w doctor --shards DIR; to cut scans: {CUT}"
@@ -79,7 +79,7 @@ def in_folder(found: ShardSet) -> bool:
 
 
 def sample(found: ShardSet) -> Iterator[CheckResult]:
-    """Checksums of a random sample of sub-scans, a different one each time."""
+    """Compare the checksums of a random sample of sub-scans, a different one each time."""
     full = f"p2w verify {found.where}"
     if not in_folder(found):
         yield ok("checksums", f"not sampled, the set is remote; training checks each sub-scan. All: {full}")
@@ -151,7 +151,7 @@ LIMIT_S = 60.0
 
 
 def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> list[CheckResult]:
-    """The results of a check. If it raises, or hangs (a dead file server, a driver), that is a problem of its own."""
+    """Run a check and give its results. One that raises or hangs (a dead file server, a driver) is a problem of its own."""
     rows: list[CheckResult] = []
     broken: list[Exception] = []
 

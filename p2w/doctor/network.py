@@ -72,7 +72,7 @@ def connect(address: str) -> None:
 
 
 def interfaces(case: CheckContext) -> Iterator[CheckResult]:
-    """Network interfaces set for gloo and NCCL in the environment; with an unknown one, every start fails."""
+    """Whether the interfaces that the environment sets for gloo and NCCL exist; with an unknown one, every start fails."""
     here = [name for _, name in socket.if_nameindex()]
     for name in INTERFACES:
         asked = variable(name).lstrip("^=")

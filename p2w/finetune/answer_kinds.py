@@ -1,4 +1,4 @@
-"""Kinds of task with an answer a sample: one of several classes, several labels, numbers. Samples are crops or whole scans.
+"""Kinds of task with one answer for each sample: a class, several labels, or numbers. Samples are crops or whole scans.
 
 Shapes: B, C, D, H, W = batch, channel, slice, row, column; K = classes, labels or numbers; N = samples.
 
@@ -77,7 +77,7 @@ class MultiClass(Answer):
         return tuple(range(len(self.classes)))
 
     def problem_of(self, labels: NDArray[np.int8]) -> str:
-        """Two classes at least have to be there."""
+        """Why these labels cannot be learned from: at least two classes have to occur; "" if they do."""
         found = np.unique(labels)
         if len(found) > 1:
             return ""
@@ -137,7 +137,7 @@ class ByColumn(Answer):
         """(B, K): the loss of each column; of unknown ones any finite value."""
 
     def problem_of_targets(self, targets: Floats) -> str:
-        """Every column has to vary."""
+        """Why these targets cannot be learned from: every column has to have two different values; "" if they do."""
         for name, own in zip(self.classes, targets.T, strict=True):
             known = np.unique(own[np.isfinite(own)])
             if len(known) < 2:

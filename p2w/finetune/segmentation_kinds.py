@@ -71,7 +71,7 @@ class ClassSegmentation(TaskType):
         return Segmenter(encoder, build_decoder(encoder, skips, len(classes)))
 
     def problem_of_targets(self, targets: Floats) -> str:
-        """Every class has to be somewhere."""
+        """Why these targets cannot be learned from: every class needs a voxel somewhere; "" if they have one."""
         lacks = [name for name, own in zip(self.judged, targets.T, strict=True) if not (own > 0).any()]
         return f"hold no voxel of {lacks[0]}" if lacks else ""
 
@@ -337,7 +337,7 @@ class MultiLabelSegmentation(ClassSegmentation):
 
     @property
     def separate_files(self) -> bool:
-        """Unless regions have an order in which one label map can hold them."""
+        """Whether each label has a mask file of its own; regions with an order are all in one label map."""
         return not self.target.get("order")
 
     def mask_files(self, mask: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -4,10 +4,10 @@ Per sample, three steps (bench/crop_resize.py times them against the usual ways)
 1. the crop, and only it, becomes float32 and is clipped, in a scratch buffer that stays in the cache;
 2. slices and rows: an output row is a weighted sum of a few crop rows: `embedding_bag`, in one pass;
 3. columns: products with the banded weights, 16 output columns at a time, so that few zeros are multiplied.
-A sample is worked on alone, in shapes that its own box sets, so its bits do not depend on its batch.
+Each sample is computed alone, in shapes that depend on its own box only, so its bits do not depend on the batch.
 
-The convention is p2w.geometry's. Positions are made in float64: in float32 a position near voxel
-128 is off by 1e-5 voxels, and a value between -1000 and 1000 HU by as much of the window.
+The convention is p2w.geometry's. Positions are computed in float64: in float32 a position near voxel 128 would be off by
+1e-5 voxels, and a value could be off by 1e-5 of the window.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ The convention is p2w.geometry's. The filter is separable, and each axis is done
    split into two float16 numbers (22 bits together), and three of the four products are summed in float32:
    the fourth is below 2^-22. One float16 or TF32 product would miss the 1e-5 that is promised.
 
-Positions are float64 (in float32 weights would be off by 1e-5 near voxel 128), what is summed float32. Programs
+Positions are float64 (in float32 weights would be off by 1e-5 near voxel 128), sums are float32. Programs
 are numbered sample by sample, part before target, so that a whole comes from memory once and then from the
 cache. Outputs depend on their own sample alone, and which slices share a program on nothing else than the sizes:
 bits do not depend on the batch.

@@ -1,6 +1,6 @@
 """Counter-based random numbers and boxes on a GPU, one Triton launch each.
 
-What they are is said in p2w.geometry (`uniforms`, `sample_boxes`); in plain torch a batch of boxes takes about 60
+They are defined in p2w.rng (`uniforms`) and p2w.geometry (`sample_boxes`); in plain torch a batch of boxes takes about 60
 small kernels. The integers are the same, so uniforms agree with the CPU's bit for bit. Boxes go through float64
 logarithms and exponentials, which libraries round differently in the last bit: they agree to float32 rounding.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 # What Triton compiles is typed by Triton:
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64's increment and multipliers, as in p2w.geometry
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64's increment and multipliers, as in p2w.rng
 FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND = tl.constexpr(0x94D049BB133111EB)
 

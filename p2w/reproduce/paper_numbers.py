@@ -48,7 +48,7 @@ TABLE1: dict[str, dict[str, Summary]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The pretraining of a column of Table 2: volume of a part as a share of its whole, and skip connections."""
+    """How networks of a column of Table 2 were pretrained: volume of a part as a share of its whole, skip connections."""
 
     low: float
     high: float

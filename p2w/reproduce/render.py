@@ -32,7 +32,7 @@ def probability(p: Number) -> str:
 
 
 def sizes(claim: Claim) -> str:
-    """The sample sizes: `10 pairs`, or `10 and 7` trials."""
+    """The sample sizes of a comparison as text: `10 pairs`, or `10 and 7` for unpaired trials."""
     return f"{claim.pairs[0]} pairs" if len(claim.pairs) == 1 else " and ".join(map(str, claim.pairs))
 
 

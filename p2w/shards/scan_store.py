@@ -8,9 +8,9 @@ checked; whole sub-scans as chunks (k = 1) would be 8 reads of 8 times the bytes
 bytes. A read costs about 10 us, and checking the bytes of a sub-scan of 2 MiB about 150 us, so that (k + 1)**3 * (10 + 150 /
 k**3) us is least, 0.8 ms, for k = 2. A box at the place of a sub-scan touches 8 chunks and nothing else.
 
-Such a set counts in sub-scans all the same: in an epoch, training cuts as many wholes of a scan as the tiling has sub-scans
-of it that are kept. Sub-scan `id` has the key and the id that it has in the set of sub-scans which is cut with the same
-options, and its own place is where validation reads it. So both sets train in one order and validate on the same voxels.
+The length of such a set is counted in sub-scans too: in an epoch, training cuts as many wholes from a scan as the tiling
+keeps sub-scans of it. A sub-scan has the key and the id that it has in a set of sub-scans which is cut with the same
+options, and validation reads it at its own place. So both sets train in the same order and validate on the same voxels.
 """
 
 import itertools
@@ -95,7 +95,7 @@ class ChunkGrid:
 
 
 def tiles_left_out(scan: Scan, tiling: Tiling) -> tuple[int, list[int]]:
-    """Number of sub-scans that the tiling has of a scan, and the numbers, from 0, of those left out for what they show.
+    """How many sub-scans the tiling has of a scan, and the numbers, from 0, of those left out because they show too little.
 
     Raises BadScan when the scan is too small for one.
     """
@@ -117,7 +117,7 @@ def cut_chunks(scan: Scan, tiling: Tiling) -> Iterator[SubScan]:
 
 @dataclass(frozen=True)
 class ScanStore:
-    """What the manifest of such a set says, checked. S scans, n sub-scans that are kept; axes are z, y, x."""
+    """The scans and sub-scans that the manifest describes, checked: S scans, n sub-scans that are kept; axes are z, y, x."""
 
     tiling: Tiling
     chunk: Triple
@@ -232,7 +232,7 @@ def _wholes(
     scan: NDArray[np.int64],
     place: NDArray[np.int64],
 ) -> pa.Table:
-    """The table of the sub-scans: what the first chunk of their scan says of it, and their own keys and places."""
+    """The table of the sub-scans: columns on their scan, from its first chunk, and their own keys and places."""
     first = np.array([start for _, start, _ in runs], np.int64)
     same = ("split", "shard", "scan_uid", "subset", "spacing_z", "spacing_y", "spacing_x")
     of_scan = table.select(list(same)).take(pa.array(first))

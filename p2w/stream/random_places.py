@@ -2,11 +2,11 @@
 
     place of sub-scan `id` in epoch e = a function of (seed, e, id), uniform over all places in the scan of `id`
 
-A place is drawn by counters as everything else here, so that batches depend on (seed, epoch, step) alone, and a position is
-(epoch, step) as for any set. Where a box shows too little (`min_std_hu`, `body_only`), the next counter is drawn; after
-TRIES of them the sub-scan's own place is taken, which is known to show enough. Validation, monitors, analyses and
-substitutes for sub-scans that cannot be read take the own place. It is bit for bit the sub-scan that the set of sub-scans
-has, and so are its id, its key and how much of it is real: of a scan shorter than a tile, that is the same at every place.
+A place is drawn with counter-based random numbers, so that batches depend on (seed, epoch, step) alone, and the position of
+a run is (epoch, step), as for any set. Where a box shows too little (`min_std_hu`, `body_only`), the next counter is used;
+after TRIES of them the sub-scan's own place is taken, which is known to show enough. Validation, monitors, analyses and
+substitutes for sub-scans that cannot be read use this own place. There the voxels are bit for bit those of the set of
+sub-scans, and so are id, key and the number of real voxels, which for a scan shorter than a tile is the same at every place.
 
 Memory beside the ring of batches: a buffer of one chunk for each row that a rank reads, the table of the sub-scans, and
 that of the chunks.
