@@ -96,7 +96,7 @@ def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | N
 
     Of a segmentation the slice with most of the mask, with the outlines of the mask and of what was predicted; of a
     classification with one probability the middle slice, from the lowest probability to the highest. None where there is
-    nothing to draw: no finished trial with weights, no foreground in the test samples, or another kind of task.
+    nothing to draw: no finished trial with weights, no foreground in the test samples, shards that are gone, another kind.
     Raises OSError where it cannot write.
     """
     kind = fine_tuning.kind
@@ -107,12 +107,12 @@ def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | N
         with np.load(model.file.parent / PREDICTIONS, allow_pickle=False) as arrays:
             kept = {name: arrays[name] for name in arrays.files if name != "records"}
         chosen, titles = _choose_samples(kept)
+        if not len(chosen):
+            return None
+        rows = fine_tuning.rows["test"][chosen]
+        voxels, targets = fine_tuning.source.read(rows)
     except (UserError, OSError, ValueError, LookupError):
         return None
-    if not len(chosen):
-        return None
-    rows = fine_tuning.rows["test"][chosen]
-    voxels, targets = fine_tuning.source.read(rows)
     predicted = model.predictions(voxels.to(device), None).cpu().numpy()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
