@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -56,6 +57,42 @@ def session() -> requests.Session:
         _own.session = requests.Session()
     found: requests.Session = _own.session
     return found
+
+
+def get(url: str, headers: dict[str, str]) -> requests.Response:
+    """The answer to a GET, its body still to be read.
+
+    requests looks at the environment (proxies, certificates, .netrc) in every request, which takes as long as receiving a
+    sub-scan; here it is looked at once for each thread and server. A server that redirects is asked in the usual way, since
+    other settings may hold for the server behind it.
+    """
+    parts = urlsplit(url)
+    origin = (parts.scheme, parts.netloc)
+    servers: dict[tuple[str, str], requests.Session] = _own.__dict__.setdefault("servers", {})
+    if origin not in servers:
+        servers[origin] = _fixed_session(url)
+    answer = servers[origin].get(
+        url,
+        headers=headers,
+        stream=True,
+        timeout=(CONNECT_S, READ_S),
+        allow_redirects=servers[origin].trust_env,
+    )
+    if answer.is_redirect:
+        answer.close()
+        servers[origin] = session()
+        return get(url, headers)
+    return answer
+
+
+def _fixed_session(url: str) -> requests.Session:
+    """A session with what the environment says of this server, which does not look there again."""
+    settings = session().merge_environment_settings(url, {}, True, None, None)
+    fixed = requests.Session()
+    fixed.trust_env = False
+    fixed.proxies, fixed.verify, fixed.cert = settings["proxies"], settings["verify"], settings["cert"]
+    fixed.auth = requests.utils.get_netrc_auth(url)
+    return fixed
 
 
 class Attempts:
@@ -153,7 +190,7 @@ def _retry_after(answer: requests.Response) -> float | None:
 def read_range(url: str, start: int, nbytes: int) -> bytes:
     """Ask once for a range of a file. Raises Refused, or an error of the connection."""
     headers = range_headers(start, nbytes)
-    with session().get(url, headers=headers, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+    with get(url, headers) as answer:
         check_range(answer, start, nbytes)
         data: bytes = answer.raw.read(nbytes, decode_content=False)
         if len(data) < nbytes:

@@ -165,7 +165,7 @@ class _CheckedFile:
 
     def read_into(self, out: np.ndarray) -> int:
         """Fill `out`, uint8, as far as the file goes; returns the number of bytes."""
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         while done < len(view) and (count := self.file.readinto(view[done : done + PIECE])):  # type: ignore[attr-defined]
             self.crc = crc32c(view[done : done + count], self.crc)
             done += count
@@ -179,7 +179,7 @@ class _CheckedFile:
         """Yield the rest of the file; a piece is valid until the next one."""
         buffer = np.empty(PIECE, "u1")
         while count := self.read_into(buffer):
-            yield memoryview(buffer)[:count]
+            yield buffer.data[:count]
 
 
 def _read_plain(layout: VoxelLayout, crc: int) -> tuple[np.ndarray, int]:

@@ -221,3 +221,42 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
         url = f"http://127.0.0.1:{server.getsockname()[1]}/manifest.parquet"
         with pytest.raises(UserError, match=r"cannot be fetched \(.*timed out.*\), tried 5 times"):
             http_client.fetch(url, 1 << 20, pause_s=0.01)
+
+
+class _Proxy(http.server.BaseHTTPRequestHandler):
+    """Answers every request, and notes what was asked for and with which authorization."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[tuple[str, str | None]]
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 0-2/9")
+        self.send_header("Content-Length", "3")
+        self.end_headers()
+        self.wfile.write(b"abc")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_proxy_and_netrc_hold_for_every_request(tmp_path, monkeypatch):
+    """They are looked up once for each server: the second request has them too, without another look."""
+    (tmp_path / "netrc").write_text("machine data.example login me password secret\n")
+    handler = type("Handler", (_Proxy,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert http_client.read_range("http://data.example/a.tar", 0, 3) == b"abc"
+        monkeypatch.setattr("requests.sessions.get_environ_proxies", None)
+        assert http_client.read_range("http://data.example/a.tar", 0, 3) == b"abc"
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert handler.asked == [("http://data.example/a.tar", "Basic bWU6c2VjcmV0")] * 2
