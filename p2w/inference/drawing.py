@@ -117,7 +117,7 @@ def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | N
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(8.0, 2.5), layout="constrained", facecolor="black")
+    figure = Figure(figsize=(8.0, 2.2), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     low, high = model.window
     for at, (panel, title) in enumerate(zip(figure.subplots(1, SHOWN).flat, titles, strict=False)):

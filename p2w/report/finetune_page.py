@@ -111,19 +111,33 @@ def _tiles(found: FineTuningFacts) -> list[results_section.Tile]:
     return tiles
 
 
+MASKS = (
+    "Four test samples, from the worst to the best, by the trial that p2w predict takes: dashed the true outline, solid the "
+    "predicted one, in the slice with most of the mask."
+)
+CROPS = (
+    "Four test samples, from the lowest probability to the highest, by the trial that p2w predict takes: the middle slice, "
+    "and the true label."
+)
+
+
 def _pictures(found: FineTuningFacts) -> Markup | None:
     """Test samples of every folder, and the pictures of the trial with the lowest validation loss."""
-    files = {}
+    masks = str(child(found.manifest, "task").get("kind", "")).endswith("segmentation")
+    files, captions = {}, {}
     for folder in found.folds or [found.run.run]:
         which = f", {folder.name.replace('-', ' ')}" if found.folds else ""
         path = folder / "figures" / "predictions.png"
         if path.exists():
             files[f"predictions{which}"] = path
+            captions[f"predictions{which}"] = (
+                which[2:].capitalize() + ". " * bool(which) + (MASKS if masks else CROPS)
+            )
     shown = [trial for trial in found.finished if (trial.facts.run / "test.png").exists()]
     if shown:
         best = min(shown, key=lambda trial: number(trial.result.get("best_val_loss")))
         files[f"test samples of {best.name}"] = best.facts.run / "test.png"
-    return page.pictures(found.run, files)
+    return page.pictures(found.run, files, captions)
 
 
 def _test(found: FineTuningFacts) -> Markup | None:
@@ -147,9 +161,9 @@ def _test(found: FineTuningFacts) -> Markup | None:
         "lowest",
         "highest",
     )
-    parts = [table(head, rows[:MOST], label="Metrics on the test samples")]
+    parts = [table(head, rows[:MOST], "named", label="Metrics on the test samples")]
     if len(rows) > MOST:
-        rest = table(head, rows[MOST:], label="Further metrics")
+        rest = table(head, rows[MOST:], "named", label="Further metrics")
         parts.append(tag("details", tag("summary", f"{len(rows) - MOST} further metrics"), rest))
     note = "The interval says how far the result may move with other patients, as if the network stayed the same; it is the "
     note += "mean of the trials' intervals. "
@@ -186,6 +200,7 @@ def _lines(axes: "Axes", found: FineTuningFacts, name: str, colour: str, label: 
             )
             drawn = True
     axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel({"lr": "learning rate", "val_metric": "metric on validation samples"}.get(name, "loss"))
     return drawn
 

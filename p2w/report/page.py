@@ -276,7 +276,9 @@ def _pictures(facts: RunFacts) -> Markup | None:
     return pictures(facts, {name: files[name] for name in names})
 
 
-def pictures(facts: RunFacts, files: Mapping[str, Path]) -> Markup | None:
+def pictures(
+    facts: RunFacts, files: Mapping[str, Path], captions: Mapping[str, str] = PICTURES
+) -> Markup | None:
     """These PNGs with their captions, by name; one that is too large or no PNG is listed among the problems instead."""
     drawn, total = [], 0
     for name, path in files.items():
@@ -300,7 +302,7 @@ def pictures(facts: RunFacts, files: Mapping[str, Path]) -> Markup | None:
         frame = tag(
             "div", Markup(image), class_="scroll", role="region", tabindex="0", aria_label=f"Figure: {words}"
         )
-        drawn.append(tag("figure", frame, tag("figcaption", PICTURES.get(name, f"{words}."))))
+        drawn.append(tag("figure", frame, tag("figcaption", captions.get(name, f"{words}."))))
     return tag("div", *drawn, class_="pictures") if drawn else None
 
 

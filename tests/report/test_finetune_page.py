@@ -141,7 +141,7 @@ def test_a_run_leaves_its_page_with_pictures_of_test_samples(tmp_path, kind):
     job = finetune.build(argv, world)
     assert finetune.work(job, world) == 0
     said = Page((tmp_path / "run" / "report.html").read_text()).said
-    assert "run finished" in said and "Predictions" in said and "Not on this page" not in said
+    assert "run finished" in said and "Four test samples, from the" in said and "Not on this page" not in said
     result = json.loads((tmp_path / "run" / "trial-00" / "result.json").read_text())
     compared = task_type(kind).compared
     assert next(iter(result["metrics"])) == compared and f"{result['metrics'][compared]:.3f}" in said
