@@ -19,6 +19,8 @@ class Hub:
 
     address: str = ""
     private: dict[str, bool] = field(default_factory=dict)
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Repository -> the status and the X-Error-Code that every question about it is answered with."""
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def missing(self, repo: str) -> bool:
         """Whether there is no such repository for whoever asks; then it is answered."""
+        if repo in self.hub.refused:
+            status, code = self.hub.refused[repo]
+            self.reply(status, {"error": "no"}, **({"X_Error_Code": code} if code else {}))
+            return True
         hidden = self.hub.private.get(repo) and not self.allowed
         if repo in self.hub.branches and not hidden:
             return False

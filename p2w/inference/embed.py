@@ -386,9 +386,8 @@ def embed_scans(
     return bad
 
 
-Read = tuple[
-    CohortScan, Scan | None, str
-]  # its voxels, and the state of its files; or None and why it is bad
+# A scan, its voxels, and the state of its files; or None and why it is bad
+Read = tuple[CohortScan, Scan | None, str]
 
 
 def _read_scans(scans: Sequence[CohortScan], model: EncoderInput) -> Iterator[Read]:
@@ -413,7 +412,7 @@ def _cut_scans(read: "ReadAhead[Read]", model: EncoderInput, overlap: float) -> 
             continue
         spacing = crops.spacing_zyx(scan.grid)
         pending = Pending(cohort_scan, said, list(scan.voxels.shape), [float(mm) for mm in spacing])
-        windows = windows_of_scan(scan.voxels.shape, spacing, model, overlap)
+        windows = Windows.at_spacing(scan.voxels.shape, spacing, model.size, model.spacing_mm, overlap)
         for start in windows.all_starts():
             box = windows.crop_box(start)
             crop = np.rint(box.cut(scan.voxels, low)).astype(np.int16)
@@ -438,15 +437,3 @@ def _centre(box: CropBox, scan: Scan) -> list[float]:
     """LPS mm z, y, x of the middle of a window."""
     middle = box.first + (np.array(box.size) - 1) / 2 * box.step
     return [float(mm) for mm in crops.to_world(scan.grid, middle)]
-
-
-def windows_of_scan(
-    shape: tuple[int, ...], spacing_zyx: NDArray[np.floating], model: EncoderInput, overlap: float
-) -> Windows:
-    """The windows of a scan of `shape` (z, y, x) and voxels of `spacing_zyx` mm, at the encoder's spacing."""
-    step = np.ones(3)
-    if model.spacing_mm is not None:
-        ratio = np.array(model.spacing_mm) / spacing_zyx
-        step = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
-    z, y, x = (int(n) for n in shape)
-    return Windows((z, y, x), model.size, (float(step[0]), float(step[1]), float(step[2])), overlap)

@@ -82,6 +82,14 @@ class InferenceInput:
         """Cut a crop (C, D, H, W) of all channels, in stored values."""
         return np.stack([cut(crop_box) for cut in self.cuts])
 
+    def crop_batch(self, crop_boxes: Sequence[CropBox]) -> NDArray[np.int16]:
+        """Cut crops (B, C, D, H, W) of one size."""
+        out = np.empty((len(crop_boxes), len(self.cuts), *crop_boxes[0].size), np.int16)
+        for row, crop_box in zip(out, crop_boxes, strict=True):
+            for channel, cut in zip(row, self.cuts, strict=True):
+                channel[...] = cut(crop_box)
+        return out
+
     def stored(self, mask: NDArray[Any]) -> NDArray[Any]:
         """A canonical volume in the order of the file."""
         _, order, flips = self.stored_grid.canonical()
@@ -166,13 +174,9 @@ def _channel(source: ScanSource, model: FineTunedModel) -> tuple[NDArray[Any], G
 
 def windows_of(scan: InferenceInput, model: FineTunedModel, overlap: float) -> Windows:
     """The windows of a scan, at the spacing that the network was trained at."""
-    z, y, x = (int(n) for n in scan.voxels.shape)
-    step = (1.0, 1.0, 1.0)
-    if model.spacing_mm is not None:
-        ratio = np.array(model.spacing_mm) / crops.spacing_zyx(scan.grid)
-        near = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
-        step = (float(near[0]), float(near[1]), float(near[2]))
-    return Windows((z, y, x), model.size, step, overlap)
+    return Windows.at_spacing(
+        scan.voxels.shape, crops.spacing_zyx(scan.grid), model.size, model.spacing_mm, overlap
+    )
 
 
 def probabilities_for(scan: InferenceInput, model: FineTunedModel) -> NDArray[np.float32]:
@@ -202,7 +206,7 @@ def mask_of(
     progress = Progress(levels * math.ceil(across / batch), "batches of windows")
 
     def predict(crop_boxes: list[CropBox]) -> NDArray[np.float32]:
-        stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes]))
+        stack = torch.from_numpy(scan.crop_batch(crop_boxes))
         found: NDArray[np.float32] = model.predictions(stack.to(device), dtype).cpu().numpy()
         if shown:
             progress.step(f"{len(windows):,} windows in all")
@@ -263,7 +267,7 @@ def scores_of(
         some = world[start : start + batch]
         centres = [crops.to_voxel(scan.grid, np.array(at[::-1])) for at in some]
         crop_boxes = [CropBox.around(one, model.size, scan.grid, model.spacing_mm) for one in centres]
-        stack = torch.from_numpy(np.stack([scan.crop(crop_box) for crop_box in crop_boxes])).to(device)
+        stack = torch.from_numpy(scan.crop_batch(crop_boxes)).to(device)
         found = model.predictions(stack, dtype).cpu().tolist()
         rows.writerows(
             (*at, *(f"{value:.6f}" for value in values)) for at, values in zip(some, found, strict=True)

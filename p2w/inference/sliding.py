@@ -29,6 +29,23 @@ class Windows:
     step: tuple[float, float, float]
     overlap: float
 
+    @classmethod
+    def at_spacing(
+        cls,
+        shape: Iterable[int],
+        own_mm: NDArray[np.floating],
+        size: Triple,
+        mm: tuple[float, float, float] | None,
+        overlap: float,
+    ) -> "Windows":
+        """Windows on a grid of voxels of `mm` over a scan of voxels of `own_mm`; None, or about the same: the scan's."""
+        step = np.ones(3)
+        if mm is not None:
+            ratio = np.array(mm) / own_mm
+            step = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
+        z, y, x = (int(n) for n in shape)
+        return cls((z, y, x), size, (float(step[0]), float(step[1]), float(step[2])), overlap)
+
     @property
     def extent(self) -> Triple:
         """The size of the scan in voxels of the windows' grid."""
@@ -86,6 +103,7 @@ def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
     sums = [_summed(windows.starts(axis), axes[axis], windows.extent[axis]) for axis in range(3)]
     plane = sums[1][:, None] * sums[2][None, :]
     buffer: Floats | None = None
+    weighted = np.empty(0, np.float32)
     across = [(y, x) for y in windows.starts(1) for x in windows.starts(2)]
     z_starts = windows.starts(0)
     for z, following in zip(z_starts, [*z_starts[1:], depth], strict=True):
@@ -94,17 +112,20 @@ def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
             found = predict([windows.crop_box((z, y, x)) for y, x in some])
             if buffer is None:
                 buffer = np.zeros((*found.shape[1:-3], windows.size[0], height, width), np.float32)
+                weighted = np.empty(found.shape[1:], np.float32)
             for (y, x), probability in zip(some, found, strict=True):
                 into, source = _overlap((0, y, x), (windows.size[0], height, width), windows.size)
                 (z_at, y_at, x_at), (z_of, y_of, x_of) = into, source
-                buffer[..., z_at, y_at, x_at] += (probability * kernel)[..., z_of, y_of, x_of]
+                np.multiply(probability, kernel, out=weighted)
+                buffer[..., z_at, y_at, x_at] += weighted[..., z_of, y_of, x_of]
         assert buffer is not None
         skipped = max(0, -z)  # rows of a window that begins above a scan smaller than it
         done = following - max(z, 0)
         for row in range(done):
             yield buffer[..., skipped + row, :, :] / (plane * sums[0][max(z, 0) + row])
-        kept = buffer[..., done:, :, :]
-        buffer = np.concatenate((kept, np.zeros_like(buffer[..., :done, :, :])), axis=-3)
+        kept = windows.size[0] - done
+        buffer[..., :kept, :, :] = buffer[..., done:, :, :]
+        buffer[..., kept:, :, :] = 0
 
 
 def _summed(starts: list[int], own: Floats, extent: int) -> Floats:

@@ -140,9 +140,11 @@ def _copy_voxels(
     image: NDArray, first: NDArray[np.intp], size: tuple[int, int, int], outside: float
 ) -> NDArray:
     """A crop of voxels as they are, `outside` where the image ends."""
-    out = np.full(size, outside, image.dtype)
     low = np.maximum(first, 0)
     high = np.minimum(first + np.array(size), image.shape)
+    if (high - low == size).all():
+        return np.array(image[tuple(slice(a, b) for a, b in zip(low, high, strict=True))], order="C")
+    out = np.full(size, outside, image.dtype)
     if (low < high).all():
         source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         target = tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))
@@ -198,6 +200,8 @@ def file_record(role: str, name: str, nbytes: int, checksum: int) -> dict[str, A
 def crop_hu(voxels: NDArray, crop_box: CropBox) -> NDArray[np.int16]:
     """A crop, rounded to whole HU and clipped to the window; air where the scan ends."""
     crop = crop_box.cut(voxels, AIR)
+    if crop.dtype == np.int16:  # whole HU already, in memory of its own
+        return np.clip(crop, *WINDOW_HU, out=crop)
     return np.clip(np.rint(crop), *WINDOW_HU).astype(np.int16)
 
 

@@ -78,12 +78,14 @@ def download(name: str | Path) -> tuple[Path, HubName]:
 
 def hub_problem(error: Exception) -> str:
     """What is wrong and what helps, in one line, without anything that the client sent."""
+    cause = error.__cause__
+    if type(error).__name__ == "LocalEntryNotFoundError" and isinstance(cause, Exception) and _status(cause):
+        error = cause  # the Hub was reached, and refused
     kinds = {kind.__name__ for kind in type(error).__mro__}
     for name, said in PROBLEMS.items():
         if name in kinds:
             return said
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    status = _status(error)
     if status in (401, 403):
         return f"the Hub says {status}: log in with a token that may do this (hf auth login, or HF_TOKEN)"
     if status is not None:
@@ -93,6 +95,12 @@ def hub_problem(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; look at the cache below HF_HOME"
     return f"huggingface_hub fails ({type(error).__name__}); install another version of it: pip install -U huggingface_hub"
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that the Hub answered with; None where the error is of another kind."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
 
 
 PROBLEMS = {  # the client's errors, the narrowest first

@@ -133,6 +133,25 @@ def test_what_is_not_there_is_one_line_without_the_token(client, pushed, name, s
     assert TOKEN not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "GatedRepo", "its owner has to let you in: ask on its page"),
+        (401, "RepoNotFound", "no such repository, or a private one; log in"),
+        (404, "RepoNotFound", "no such repository, or a private one; log in"),
+        (403, "", "the Hub says 403: log in with a token that may do this"),
+        (410, "", "the Hub answers with status 410; try again later"),
+    ],
+)
+def test_a_refusal_is_said_as_what_it_is(client, pushed, monkeypatch, status, code, said):
+    """Not as a network that cannot be reached."""
+    monkeypatch.setitem(client.refused, "org/theirs", (status, code))
+    with pytest.raises(UserError) as error:
+        p2w.load("hf://org/theirs@v1")
+    assert str(error.value).startswith(f"hf://org/theirs@v1: {said}")
+    assert "\n" not in str(error.value) and TOKEN not in str(error.value)
+
+
 def test_without_a_token_nothing_is_published(client, trained_run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="hf://org/new: not published: the Hub says 401: log in") as error:
