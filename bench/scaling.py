@@ -27,6 +27,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from common import RESULTS, Goal, Row, rotate, save, show
+from startup import STARTUP_SOURCES, StartupRates, forecast_startup
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +45,6 @@ from p2w.train.estimate import (
     sustained_rates,
 )
 from p2w.train.optim import build_optimizer, choose_precision
-from p2w.train.startup import STARTUP_SOURCES, StartupRates, forecast_startup
 from p2w.world import World
 
 SIZE = (16, 32, 32)

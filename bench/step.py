@@ -25,8 +25,7 @@ from common import RESULTS, Goal, over, rotate, row, save, show
 from torch import nn
 
 from p2w.model.decoder import EncoderDecoder
-from p2w.model.fold import FOLDED
-from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
+from p2w.model.forms import FOLDED, PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
 from p2w.model.unet3d import UNet3dDecoder, UNet3dEncoder
 from p2w.train.form_choice import choose_forms

@@ -15,7 +15,7 @@ import p2w
 from p2w.errors import UserError, exits
 from p2w.phantom import LUNGS, PhantomScan, make_scan
 
-SIZE = (32, 64, 64)  # voxels, z y x: edges divisible by encoder.strides[-1]
+SIZE = (32, 32, 64)  # voxels, z y x: edges divisible by encoder.strides[-1]
 STEPS, BATCH = 10, 4
 
 

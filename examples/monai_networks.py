@@ -23,7 +23,7 @@ from p2w.errors import UserError, exits
 from p2w.model import Encoder
 from p2w.phantom import LUNGS, make_scan
 
-SIZE = (32, 64, 64)  # voxels, z y x: edges divisible by 32
+SIZE = (32, 32, 64)  # voxels, z y x: edges divisible by 32
 STEPS, BATCH, CHANNELS = 4, 1, 24  # CHANNELS: of the finest level of MONAI's decoder
 
 

@@ -20,7 +20,7 @@ from p2w.errors import UserError, exits
 from p2w.model import Encoder
 from p2w.phantom import LUNGS, make_scan
 
-SIZE = (32, 64, 64)  # voxels, z y x: edges divisible by encoder.strides[-1]
+SIZE = (32, 32, 64)  # voxels, z y x: edges divisible by encoder.strides[-1]
 STEPS, BATCH = 10, 2
 
 

@@ -37,7 +37,7 @@ from p2w.train.preflight import check_numerics, check_rank_consistency
 from p2w.train.run_dir import RunDir, describe_data
 from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
 from p2w.train.watchdog import Watchdog
-from p2w.weights.pretrain_init import initialise
+from p2w.weights.start import initialise
 from p2w.world import World
 
 STAGING_LINE_S = 15.0  # between lines on how far the copies are

@@ -18,6 +18,7 @@ def test_a_run_with_one_volume_to_validate_draws_its_figures(tmp_path, monkeypat
     shards = write_structured_set(tmp_path / "set", train=4, val=1, per=1)
     argv = ["demo", "--shards", str(shards), "--run-dir", str(tmp_path / "run"), "--train.steps", "1"]
     small = ["--data.batch", "2", "--pretext.size", "8", "16", "16", "--model.width", "2"]
+    small += ["--train.precision", "fp32"]
     world = World.start()
     assert train.work(train.build([*argv, *small, "--log.to", "none"], world), world) == 0
     assert "not written" not in capfd.readouterr().err

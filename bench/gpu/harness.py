@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from p2w.config import Config
 from p2w.log import Log
-from p2w.model.fold import FOLDED
-from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
+from p2w.model.forms import FOLDED, PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import FLAT, FUSED
 from p2w.pretext import build_pretext_and_network
 from p2w.recipes import named

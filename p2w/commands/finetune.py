@@ -9,8 +9,8 @@
     p2w finetune --task targets/ncs --init runs/paper --run-dir runs/ncs-p2w --dry-run
 
 The encoder is transferred, what is behind it starts at random (`--decoder pretrained`, `--decoder up-path`: the decoder is
-transferred too). The same command on the same folder continues: finished trials are skipped, one that was interrupted goes on after its last
-checkpoint. Processes that are started with the same command share the trials, on one machine or many. A trial comes out
+transferred too). The same command on the same folder continues: finished trials are skipped, one that was interrupted
+goes on after its last checkpoint. Processes that are started with the same command share the trials, on one machine or many. A trial comes out
 the same on any number of ranks, but for rounding. `p2w table1 RUN…` reads the results. What the settings do, and where they
 are from: docs/finetune_recipes.md.
 

@@ -36,7 +36,7 @@ from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.run_dir import RunDir
 from p2w.weights.hub import pin
-from p2w.weights.pretrain_init import read_init
+from p2w.weights.start import read_init
 from p2w.world import World
 
 MARKS = "Settings marked [P] are published with the paper, [I] inferred from its patent and code family, [?] our choice."

@@ -24,8 +24,7 @@ from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
-from p2w.inference.ensemble import load_ensemble
-from p2w.inference.finetuned_model import FineTunedModel
+from p2w.inference.finetuned_model import FineTunedModel, load_ensemble
 from p2w.inference.mask_files import (
     ENDING,
     MASKS,

@@ -40,7 +40,7 @@ from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
-from p2w.inference.ensemble import EnsembleModel, load_ensemble
+from p2w.inference.finetuned_model import EnsembleModel, load_ensemble
 from p2w.inference.mask_files import MASKS, check_geometry, write_volumes
 from p2w.inference.predict import (
     InferenceInput,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from p2w.errors import UserError
 from p2w.model.conv import Conv3d, freeze_cancelled_bias
 from p2w.model.encoder import Encoder
-from p2w.model.fold import FOLDED, FoldCost, can_fold, fold_and_convolve, fold_cost
-from p2w.model.forms import PLAIN, Formed
+from p2w.model.forms import FOLDED, PLAIN, FoldCost, Formed, can_fold, fold_and_convolve, fold_cost
 from p2w.model.norm import BatchNorm3d, convolve, leaves_bias_out, normalise
 
 
@@ -84,7 +83,7 @@ class UpBlock(Formed):
     """Up-sampling `up_conv`, the skip where there is one, then the two ConvNormAct of `ops`.
 
     Two forms where there is no skip and the edges double: up-sampling and the first convolution one after the other
-    ("plain"), or as one ("folded", see p2w.model.fold).
+    ("plain"), or as one ("folded", see p2w.model.forms).
     """
 
     up_conv: nn.Module

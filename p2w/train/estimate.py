@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from p2w.config import Config
 from p2w.model import Network
-from p2w.model.fold import FoldCost
+from p2w.model.forms import FoldCost
 from p2w.model.unet3d import UpBlock, fold_cost_of
 from p2w.pretext.protocol import Pretext
 from p2w.rng import SampleKeys
@@ -66,8 +66,8 @@ class RunCost:
     def lines(self) -> list[str]:
         """Text for the terminal."""
         folded = [
-            f"                {self.folded_flops_per_sample / 1e9:,.0f} with every up-sampling folded (p2w.model.fold), and "
-            f"{self.fold_flops / 1e9:,.0f} a pass for folding"
+            f"                {self.folded_flops_per_sample / 1e9:,.0f} with every up-sampling folded (p2w.model.forms), "
+            f"and {self.fold_flops / 1e9:,.0f} a pass for folding"
         ]
         return [
             f"parameters      {self.parameters / 1e6:.2f} M, encoder {self.encoder_parameters / 1e6:.2f} M",

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from p2w.config import Config
 from p2w.files import write_atomic
 from p2w.log import Log
-from p2w.model.fold import FOLDED
-from p2w.model.forms import PLAIN, Formed, formed_modules, set_forms
+from p2w.model.forms import FOLDED, PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import BatchNorm3d
 from p2w.model.unet3d import UpBlock, folded_by_count
 from p2w.train.check_cache import CheckKey, machine_key, passed_before, record_pass

@@ -28,8 +28,7 @@ from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
-from p2w.weights.card import markdown, model_card
-from p2w.weights.exported_card import exported_card
+from p2w.weights.card import exported_card, markdown, model_card
 from p2w.weights.foreign import AXIS_ORDER, not_for_genesis_class, to_genesis
 from p2w.weights.load import filled_encoder, find_checkpoint
 

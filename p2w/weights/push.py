@@ -27,8 +27,7 @@ from safetensors.torch import save
 from p2w.errors import UserError
 from p2w.shards.training_scans import SEEN, without_patients
 from p2w.train.checkpoint import Checkpoints
-from p2w.weights.card import markdown, model_card
-from p2w.weights.exported_card import exported_card
+from p2w.weights.card import exported_card, markdown, model_card
 from p2w.weights.hub import WEIGHTS, HubName, hub_client, hub_problem, is_hub_name, parse_hub_name
 from p2w.weights.load import filled_encoder, find_checkpoint
 

@@ -14,7 +14,7 @@ from p2w.finetune.cross_validation import SUMMARY, folds_of_run, report_folds, s
 from p2w.finetune.recipe import FineTuneRecipe
 from p2w.finetune.results import read_fine_tuning
 from p2w.finetune.task_types import segmentation, task_type
-from p2w.inference.ensemble import load_ensemble
+from p2w.inference.finetuned_model import load_ensemble
 from p2w.tasks.leak import _tested
 from p2w.tasks.reader import open_target
 from p2w.world import World

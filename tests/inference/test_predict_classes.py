@@ -15,8 +15,7 @@ from torch import nn
 from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict, predict_cohort
-from p2w.inference.ensemble import load_ensemble
-from p2w.inference.finetuned_model import FineTunedModel
+from p2w.inference.finetuned_model import FineTunedModel, load_ensemble
 from p2w.inference.mask_files import write_classes
 from p2w.inference.predict import mask_of, probabilities_for, read_input
 from p2w.model import build_encoder

@@ -15,8 +15,7 @@ from p2w.errors import UserError
 from p2w.finetune.task_types import task_type
 from p2w.inference import predict_cohort
 from p2w.inference.encoder_input import EncoderOptions, load_encoder_input
-from p2w.inference.ensemble import EnsembleModel, load_ensemble
-from p2w.inference.finetuned_model import load_finetuned
+from p2w.inference.finetuned_model import EnsembleModel, load_ensemble, load_finetuned
 from p2w.model import build_encoder
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -197,21 +196,11 @@ def test_refusals_are_one_line(forge, balls, bright, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_trials_side_by_side(start, balls, tmp_path):
-    argv = [
-        sys.executable,
-        SCRIPT,
-        "--task",
-        balls,
-        "--init",
-        "random",
-        "--run-dir",
-        tmp_path / "run",
-        *SMALL,
-    ]
-    argv += ["--trials", 2, "--workers", "2", "--recipe.max-epochs", 2, "--fraction", 0.5]
-    process = start([str(word) for word in argv], tmp_path)
-    assert process.wait(100) == 0, (tmp_path / "err.txt").read_text()
+def test_trials_side_by_side(forge, balls, tmp_path):
+    argv = ("--task", balls, "--init", "random", "--run-dir", tmp_path / "run", *SMALL)
+    argv += ("--trials", 2, "--workers", "2", "--recipe.max-epochs", 2, "--fraction", 0.5)
+    codes, out, err = forge.run(tmp_path, *argv, script=SCRIPT)
+    assert codes == [0], err
     assert results.read_fine_tuning(tmp_path / "run").finished
     assert result(tmp_path / "run")["n_train"] == 12
-    assert "(2 of 2 trials)" in (tmp_path / "out.txt").read_text()
+    assert "(2 of 2 trials)" in out

@@ -1,8 +1,8 @@
 """Batch norm over two and three ranks under DDP is that of one rank with the whole batch. Real processes, float64."""
 
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from processes import REPO
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run = subprocess.run(
+    run = processes.run(
         [sys.executable, "tests/model/norm_ranks.py", str(folder)],
         cwd=REPO, env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True, text=True, timeout=120, check=False,

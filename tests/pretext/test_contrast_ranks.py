@@ -1,8 +1,8 @@
 """At 1, 2 and 4 ranks: loss, gradients, queue, bank and validation of one rank with the whole batch. Real processes."""
 
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from processes import REPO
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "tests/pretext/contrast_ranks.py", str(folder)]
-    run = subprocess.run(
+    run = processes.run(
         command, cwd=REPO, env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip

@@ -1,16 +1,20 @@
 """Sweeps: which commands make a table, and running them with a stand-in for `p2w finetune` in real processes."""
 
+import contextlib
 import json
+import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 import pytest
 from finetune_folders import write_transfer
-from processes import REPO
+from processes import REPO, Forked, kill_group
 from target_sets import write_target_set
 
 from p2w.errors import UserError
@@ -56,31 +60,38 @@ print("failed", Sweep(jobs, top / "out", Machine(2, 3, 2)).run("trials"), [job.c
 
 
 @pytest.fixture
-def sweep(tmp_path, start):
-    """Start the driver on three rows; its output is in `tmp_path/said`."""
+def sweep(tmp_path):
+    """Start the driver on three rows, as a fork; its output is in `tmp_path/said/out.txt`."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "drive.py").write_text(DRIVER)
+    (tmp_path / "said").mkdir()
+    started = []
 
     def begin(trials, *rows):
-        command = [
-            sys.executable,
-            str(tmp_path / "drive.py"),
-            str(tmp_path),
-            str(trials),
-            *(rows or ("a=x", "b=y", "c=z")),
-        ]
-        return start(command, tmp_path / "said")
+        words = [str(tmp_path / "drive.py"), str(tmp_path), str(trials), *(rows or ("a=x", "b=y", "c=z"))]
+        with open(tmp_path / "said" / "out.txt", "ab") as out:
+            started.append(
+                Forked(
+                    [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": str(REPO)},
+                )
+            )  # fmt: skip
+        return started[-1]
 
     yield begin
+    for one in started:
+        kill_group(one)
     for file in (tmp_path / "out" / "logs").glob("*.lock"):
         kill_holders(file)
 
 
 def kill_holders(lock):
-    """Stand-ins that outlived their driver."""
-    for process in psutil.process_iter(["cmdline"]):
-        if str(lock.parent.parent) in " ".join(process.info["cmdline"] or []):
-            process.kill()
+    """Stand-ins that outlived their driver: they have the lock's file open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            files = [os.readlink(one) for one in Path(f"/proc/{process.pid}/fd").iterdir()]
+            if str(lock) in files:
+                process.kill()
 
 
 def begun(top):
@@ -117,10 +128,7 @@ def test_killed_outright_no_trial_is_done_twice(tmp_path, sweep):
     """The driver dies, the stand-ins live on and hold their locks: the second driver waits for them."""
     first = sweep(6)
     wait_for(lambda: results(tmp_path) >= 2)
-    driver = next(
-        child for child in psutil.Process(first.pid).children() if "drive.py" in " ".join(child.cmdline())
-    )
-    driver.kill()
+    first.kill()
     first.wait()
     assert results(tmp_path) < 12
     assert sweep(6).wait() == 0
@@ -132,7 +140,7 @@ def test_killed_outright_no_trial_is_done_twice(tmp_path, sweep):
 def test_told_to_stop_it_takes_its_jobs_along_and_goes_on_later(tmp_path, sweep):
     first = sweep(4)
     wait_for(lambda: results(tmp_path) >= 1)
-    driver = psutil.Process(first.pid).children()[0]
+    driver = psutil.Process(first.pid)
     jobs = driver.children()
     assert len(jobs) == 2
     driver.send_signal(signal.SIGTERM)

@@ -7,10 +7,10 @@ import pytest
 
 from p2w.ct.orientation import Grid
 from p2w.errors import UserError
+from p2w.tasks.case_samples import RandomCrops, nth_voxel
 from p2w.tasks.crops import CropBox
 from p2w.tasks.custom import Custom
 from p2w.tasks.label_values import WrongLabels, parse_label_names
-from p2w.tasks.random_crops import RandomCrops, nth_voxel
 
 STRAIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 

@@ -9,6 +9,7 @@ from p2w.train.estimate import (
     describe_scaling,
     forecast_throughput,
     known_device,
+    poll_s,
     sustained_rates,
 )
 
@@ -69,3 +70,17 @@ def test_lines_for_a_person():
     assert here[0].startswith("4 x H200: 1,8") and "limit: arithmetic" in here[0] and len(here) == 2
     other = describe_scaling(cost, "", ranks=1, per_node=1, batch=12, steps=10)
     assert [line.split(":")[0] for line in other] == ["1 x H100", "assumed"]  # 8 do not share a batch of 12
+
+
+def test_the_question_for_stop_requests_is_in_the_forecast_of_a_step():
+    paper = {"flops_per_sample": 580e9, "gradient_bytes": 67e6, "sample_bytes": 2 << 20}
+    rates = MachineRates(1e14, 1e11, 1e10)
+    alone, pair, many = (
+        forecast_throughput(rates, ranks=n, per_node=8, batch=16 * n, **paper) for n in (1, 2, 1024)
+    )
+    assert alone.stop_s == 0 and poll_s(2) == pytest.approx(6e-4)  # measured between two ranks
+    assert pair.stop_s == pytest.approx(6e-4 * pair.step_s / 0.25)
+    assert many.samples_per_s == pytest.approx(16 * 1024 / (many.step_s + many.stop_s))
+    assert 0 < many.stop_s < 0.03 * many.step_s
+    slow = forecast_throughput(MachineRates(1e12, 1e11, 1e10), ranks=2, per_node=8, batch=32, **paper)
+    assert slow.step_s > 1 and slow.stop_s == poll_s(2)  # at every step, and no more often

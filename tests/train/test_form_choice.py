@@ -12,8 +12,7 @@ from torch import nn
 
 from p2w.model import build_encoder
 from p2w.model.decoder import EncoderDecoder
-from p2w.model.fold import FOLDED
-from p2w.model.forms import PLAIN, Formed, forms_of, set_forms
+from p2w.model.forms import FOLDED, PLAIN, Formed, forms_of, set_forms
 from p2w.model.unet3d import UNet3dDecoder, folded_by_count
 from p2w.train import isolated_layer
 from p2w.train.form_choice import RECORD, choose_forms, read_form_record, wall_seconds
@@ -159,7 +158,7 @@ def test_a_form_that_is_only_counted_is_compared_too(monkeypatch, tmp_path):
     fold, warned = "p2w.model.unet3d.fold_and_convolve", []
     right = choose_forms(unet(), (2, 1, 16, 16, 16), FP32, WORLD, warned.append, rule="count")
     assert FOLDED in right.forms.values() and len(list((tmp_path / "p2w").iterdir())) == 1
-    from p2w.model.fold import fold_and_convolve
+    from p2w.model.forms import fold_and_convolve
 
     monkeypatch.setattr(fold, lambda *given, **more: 1.1 * fold_and_convolve(*given, **more))
     wrong = choose_forms(unet(8), (2, 1, 16, 16, 16), FP32, WORLD, warned.append, rule="count")

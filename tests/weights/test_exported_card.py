@@ -22,7 +22,7 @@ from p2w.stream.stream import open_set
 from p2w.tasks.leak import check_shards
 from p2w.tasks.reader import open_target
 from p2w.weights import export, load, prepare_nnunet, push
-from p2w.weights.exported_card import command_without_paths, portable_shards
+from p2w.weights.card import command_without_paths, portable_shards
 from p2w.weights.hub import HubName
 
 SALT = "00ff"

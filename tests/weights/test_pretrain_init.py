@@ -19,8 +19,7 @@ from p2w.model.decoder import build_decoder
 from p2w.model.resencl import ResEncL
 from p2w.pretext import build_pretext_and_network
 from p2w.weights.nnunet import to_nnunet
-from p2w.weights.pretrain_init import initialise, read_init
-from p2w.weights.start import load_start
+from p2w.weights.start import initialise, load_start, read_init
 
 
 def config_of(run, init, pretext="parts2whole", **model):
