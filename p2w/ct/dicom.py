@@ -24,8 +24,18 @@ SHORT = {
     b"TM", b"UI", b"UL", b"US",
 }  # fmt: skip
 SYNTAX, LAST, PIXELS = 0x00020010, 0x00283000, 0x7FE00010
+PHILIPS_SCALE = 0x2005100E  # of MR: its values compare after division by this times RescaleSlope
 OVERLAY_BIT = 0x60000102  # of the first overlay, in repeating groups 6000, 6002, …
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
+# SOP classes whose frames have their geometry in functional groups, also where a file holds one frame: Enhanced and Legacy
+# Converted Enhanced CT, MR and PET.
+ENHANCED = {
+    f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2.1", "2.2", "4.1", "4.3", "4.4", "128.1", "130")
+}
+# Words in ImageType of pictures that are no slices.
+PICTURES = dict.fromkeys(("LOCALIZER", "SCOUT", "TOPOGRAM", "SCANOGRAM", "SURVIEW"), "a localizer") | {
+    "MOSAIC": "a mosaic, whose slices lie side by side in one picture: convert it to NIfTI (dcm2niix)"
+}
 DEEPEST = 100  # levels of nested sequences
 UNPACKED = 1 << 24  # most bytes of a deflated or gzip-packed header, decompressed
 PACKED_TIMES = 1032  # highest compression ratio, that of zlib: a header that claims more pixels is wrong
@@ -95,6 +105,18 @@ class Slice:
     contrast: str = ""
     date: str = ""  # StudyDate
     frame: int = 0  # number of the frame in the file, from 0
+    series_number: str = ""
+    echo: str = ""  # EchoTime of MR
+    b_value: str = ""  # of diffusion-weighted MR
+    stack: str = ""  # StackID of a frame
+    philips_scale: float = 0.0  # scale slope of MR, 0 where there is none
+    of_groups: bool = False  # its geometry was read from functional groups
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the file holds frames whose geometry is in functional groups."""
+        of_class = self.sop_class in ENHANCED and len(self.position) != 3
+        return self.of_groups or self.frames > 1 or of_class
 
     def info(self, salt: str, acquisition: str = "") -> SeriesInfo:
         """What the table of series and the manifest may say of the scan that this slice belongs to."""
@@ -159,19 +181,18 @@ def _skip(data: bytes, at: int, code: Encoding, end: int, depth: int = 0) -> int
 
 
 def _data_set_encoding(data: bytes, at: int, syntax: str) -> Encoding:
-    """The encoding of the elements from byte `at`, as the transfer syntax says; without one, as the first element shows."""
+    """The encoding of the elements from byte `at`, as the first element shows: some writers name a wrong transfer syntax."""
     if syntax == BIG_ENDIAN:
         return Encoding(True, ">")
     vr = data[at + 4 : at + 6]
-    known = vr in LONG or vr in SHORT
-    return Encoding(known if not syntax else syntax != IMPLICIT, "<")
+    return Encoding(vr in LONG or vr in SHORT, "<")
 
 
 def elements(data: bytes) -> tuple[dict[int, bytes], Encoding, int, int | None]:
     """Elements of the top level up to the pixels, their encoding, the byte at which the pixels end, and their length.
 
-    A sequence of undefined length has the value b"". The end is 0 where it cannot be known; the length is None where pixels
-    are compressed or missing. Raises struct.error where `data` ends within the header.
+    A sequence of undefined length has the value b"", as have pixels. The end is 0 where it cannot be known; the length is
+    None where pixels are compressed or missing. Raises struct.error where `data` ends within the header.
     """
     code, found = Encoding(True, "<"), dict[int, bytes]()
     at = 132 if data[128:132] == b"DICM" else 0
@@ -186,6 +207,7 @@ def elements(data: bytes) -> tuple[dict[int, bytes], Encoding, int, int | None]:
             code = _data_set_encoding(data, at, syntax)
         tag, vr, start, length = _element(data, at, code)
         if tag == PIXELS:
+            found[PIXELS] = b""
             plain = length != UNDEFINED
             return found, code, start + length if plain and not deflated else 0, length if plain else None
         if length == UNDEFINED:
@@ -193,8 +215,10 @@ def elements(data: bytes) -> tuple[dict[int, bytes], Encoding, int, int | None]:
             if tag <= LAST:
                 found[tag] = b""
         else:
-            if tag <= LAST or tag & 0xFF00FFFF == OVERLAY_BIT:
-                found[OVERLAY_BIT if tag > LAST else tag] = data[start : start + length]
+            if tag <= LAST or tag == PHILIPS_SCALE:
+                found[tag] = data[start : start + length]
+            elif tag & 0xFF00FFFF == OVERLAY_BIT:
+                found[OVERLAY_BIT] = data[start : start + length]
             at = start + length
     if at > len(data):
         raise struct.error("it ends within its header")
@@ -257,7 +281,9 @@ def read_slice(path: str, modality: str = "CT") -> Slice | None:
 
 
 def _check_length(one: Slice, found: dict[int, bytes], code: Encoding, end: int, length: int | None) -> None:
-    """Raise BadScan where the file is too short for the pixels that its header promises."""
+    """Raise BadScan where the file has no pixels, or is too short for those that its header promises."""
+    if PIXELS not in found:
+        raise BadScan("has no pixels (PixelData; FloatPixelData is not read): export it again with them")
     if end > one.nbytes:
         raise BadScan(f"truncated: has {one.nbytes:,} bytes, its pixels end at {end:,}: copy the file again")
     bits = found.get(0x00280100, b"")
@@ -279,8 +305,11 @@ def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -
         return found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
 
     def words(tag: int) -> str:
-        """Free text, on one line."""
-        return " ".join(text(tag).replace("\ufffd", "?").split())[:64]
+        """Free text, on one line that a terminal can show: some character sets switch by control characters."""
+        shown = "".join(
+            letter if letter.isprintable() else " " for letter in text(tag).replace("\ufffd", "?")
+        )
+        return " ".join(shown.split())[:64]
 
     def numbers(tag: int) -> tuple[float, ...]:
         try:
@@ -295,6 +324,7 @@ def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -
 
     if not short(0x00280010):
         return None
+    scale = found.get(PHILIPS_SCALE, b"")
     return Slice(
         path=path,
         nbytes=nbytes,
@@ -328,6 +358,10 @@ def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -
         maker=words(0x00080070),
         contrast=words(0x00180010),
         date=text(0x00080020),
+        series_number=text(0x00200011),
+        echo=text(0x00180081),
+        b_value=found.get(0x00189087, b"").hex(),
+        philips_scale=struct.unpack(code.order + "f", scale)[0] if len(scale) == 4 else 0.0,
     )
 
 
@@ -337,10 +371,11 @@ def not_a_scan(one: Slice, modality: str = "CT") -> str | None:
         return f"modality {one.modality or 'unknown'}, not {modality}"
     if one.samples > 1 or one.photometric not in COLOURLESS:
         return "a colour picture (a screenshot, a dose report or a rendering)"
-    if "LOCALIZER" in one.image_type.upper():
-        return "a localizer"
+    for word, what in PICTURES.items():
+        if word in one.image_type.upper():
+            return what
     if modality == "CT" and one.rescale_type not in HU_TYPES:
         return f"its values are {one.rescale_type} (RescaleType), not HU"
-    if one.frames == 1 and len(one.position) != 3:
+    if not one.has_groups and len(one.position) != 3:
         return "a picture without a position in space (a dose report or screenshot)"
     return None

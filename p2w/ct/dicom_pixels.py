@@ -19,11 +19,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from p2w.ct.dicom import COLOURLESS, GZIP, GZIP_MAGIC, OVERLAY_BIT, Encoding, elements
+from p2w.ct.dicom import COLOURLESS, GZIP, GZIP_MAGIC, IMPLICIT, OVERLAY_BIT, SYNTAX, Encoding, elements
 from p2w.ct.orientation import BadScan
+from p2w.ct.voxel_files import memory_limit
 
 SAMPLES, COLOURS, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
 ALLOCATED, STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
@@ -31,6 +33,7 @@ PADDING, PADDING_LIMIT = 0x00280120, 0x00280121
 INTERCEPT, SLOPE, TABLE = 0x00281052, 0x00281053, 0x00283000
 INT16 = np.iinfo(np.int16)
 MOST_SLOPE = 1 << 14  # times a cell of 16 bits still fits 32 bits
+PLAIN = ("", IMPLICIT, "1.2.840.10008.1.2.1")  # transfer syntaxes
 AIR = -1000  # HU that padding becomes where it would be brighter
 TISSUE_END = (
     3071  # HU; padding above it is padding anywhere, below it only where it reaches the border of the slice
@@ -151,6 +154,21 @@ def plain_pixels(files: Sequence[str], size_xyz: Sequence[int]) -> tuple[NDArray
     return hu, checksum
 
 
+def hu_of_slice(path: str, rows: int, columns: int) -> NDArray[Any] | None:
+    """The values [y,x] of one file after its rescale, or None where they cannot be read."""
+    try:
+        if plain := plain_pixels((path,), (columns, rows, 1)):
+            return plain[0][0]
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        with unpacked_files((path,)) as (name,), memory_limit(24 * rows * columns):
+            reader.SetFileName(name)
+            image: NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+    except (BadScan, OSError, RuntimeError, MemoryError):
+        return None
+    return image.reshape(image.shape[-2:])
+
+
 def _unpacked(data: bytes, path: str, expected: int) -> bytes:
     """The content of a DICOM file that may be packed by gzip. Raises BadScan where it does not unpack."""
     if data[:2] != GZIP_MAGIC:
@@ -187,10 +205,13 @@ def _decode(data: bytes, out: NDArray[np.int16]) -> bool:
             return None
         return int(value) if value.is_integer() and abs(value) < 1 << 30 else None
 
+    syntax = found.get(SYNTAX, b"").rstrip(b"\0 ").decode("latin-1")
     stored, signed, slope, intercept = short(STORED), short(SIGNED), integer(SLOPE), integer(INTERCEPT)
     shape = (short(ROWS), short(COLUMNS))
     if (
         shape != out.shape
+        or syntax
+        not in PLAIN  # a vendor's own may order the bytes of pixels in another way than those of headers
         or short(SAMPLES) not in (1, -1)
         or found.get(COLOURS, b"").strip(b"\0 ").decode("latin-1") not in COLOURLESS
         or found.get(FRAMES, b"1").strip(b"\0 ") != b"1"

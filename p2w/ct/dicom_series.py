@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.dicom import GZIP_MAGIC, Slice
+from p2w.ct.dicom_pixels import hu_of_slice
 from p2w.ct.orientation import TOLERANCE_MM, BadScan, Grid, check_voxel_size
 
 # A slice may also be off its place by this share of a step, and no more: thin slices lie closer than the tolerance.
@@ -29,12 +30,37 @@ ROW_OF_GAPS = 2  # more gaps in a row are another step, not missing slices
 PARTS: dict[str, Callable[[Slice], str]] = {
     "acquisition": lambda one: one.acquisition,
     "phase": lambda one: one.phase,
+    # The phase of each field by itself: the time of the trigger may differ from slice to slice of one phase.
+    "temporal position": lambda one: one.phase.split("\\")[0],
+    "cardiac phase": lambda one: one.phase.split("\\")[-1],
     "time": lambda one: one.time,
     "kernel": lambda one: one.kernel,
     "kV": lambda one: one.kvp,
     "image type": lambda one: one.image_type,
+    "echo": lambda one: one.echo,
+    "b value": lambda one: one.b_value,
+    "stack": lambda one: one.stack,
+    "thickness": lambda one: f"{one.thickness:g}",
+    "series number": lambda one: one.series_number,
+    "description": lambda one: one.description,
+    "contrast": lambda one: one.contrast,
 }
+UNTOLD = (
+    "time",
+    "b value",
+    "description",
+    "contrast",
+)  # numbered instead: their text may tell who it is, or nothing
 FEWEST = 3  # slices of a part
+SAME_SCALE = 1e-3  # share by which scales of slices may differ
+DEEPEST = 2  # fields that together tell volumes apart
+MR_PACKAGES = (
+    "acquisition",
+    "time",
+)  # fields in which the slices of one MR volume differ that were measured by turns
+SIDE_BY_SIDE = 0.75  # share of their thickness by which slices of one volume are apart at least
+MOST_SCOUTS = 3  # slices of another orientation that are no part of a volume
+TURNED_AWAY = 0.7  # cosine of the angle of the normals, below which a slice is of another orientation
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,31 @@ class DicomVolume:
     positions: tuple[tuple[float, ...], ...] = ()
     resampled: str = ""  # why its slices have to be resampled
     copies: int = 0  # files left out because they are copies of others
+
+
+def without_scouts(slices: list[Slice]) -> list[Slice]:
+    """The slices without up to three that are turned away from all others, such as a scout that no tag calls so.
+
+    Where there are more, or slices lack their orientation, all are given: then `volumes_of` says what is wrong.
+    """
+    if len({one.orientation for one in slices}) == 1:
+        return slices
+    if not all(
+        len(one.orientation) == 6 and np.any(np.cross(*np.array(one.orientation).reshape(2, 3)))
+        for one in slices
+    ):
+        return slices
+    kinds: list[tuple[NDArray[np.float64], list[Slice]]] = []
+    for one in slices:
+        normal = _normal(one)
+        near = next((own for other, own in kinds if abs(float(normal @ other)) > TURNED_AWAY), None)
+        if near is None:
+            kinds.append((normal, [one]))
+        else:
+            near.append(one)
+    most = max((own for _, own in kinds), key=len)
+    scouts = len(slices) - len(most)
+    return most if scouts <= min(MOST_SCOUTS, len(most) // 4) else slices
 
 
 def people_apart(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -84,41 +135,70 @@ def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) ->
     _check_headers(slices)
     kept = _without_copies(slices)
     copies = len(slices) - len(kept)
-    mixed = _interleaved(kept)
-    if mixed is not None and (found := _split(kept, allow_gaps, mixed, copies)):
-        return found
     try:
-        ordered, grid = order_series(kept, allow_gaps)
-        return [DicomVolume(ordered, grid, copies=copies)]
+        first, *others = _volumes(kept, allow_gaps, tuple(PARTS), DEEPEST)
     except BadScan as why:
-        for name in PARTS:
-            if found := _split(kept, allow_gaps, name, copies):
-                return found
-        if resample and (leaning := _to_resample(kept)):
+        overlap = slices[0].modality != "MR" and _interleaved(kept, ("acquisition", "phase", "kernel"))
+        if resample and not overlap and (leaning := _to_resample(kept)):
             return [replace(leaning, resampled=str(why).partition(";")[0].partition(" (")[0], copies=copies)]
+        raise
+    return [replace(first, copies=copies), *others]
+
+
+def _volumes(
+    slices: list[Slice], allow_gaps: bool, names: tuple[str, ...], deepest: int
+) -> list[DicomVolume]:
+    """One volume, or several that up to `deepest` of the fields `names` tell apart. Raises BadScan where they are none."""
+    for mixed in _interleaved(slices, names) if deepest else ():
+        if mixed in MR_PACKAGES and _is_side_by_side(slices, allow_gaps):
+            continue
+        if found := _split(slices, allow_gaps, mixed, names, deepest):
+            return found
+    try:
+        return [DicomVolume(*order_series(slices, allow_gaps))]
+    except BadScan:
+        for name in names if deepest else ():
+            if found := _split(slices, allow_gaps, name, names, deepest):
+                return found
         raise
 
 
-def _split(slices: list[Slice], allow_gaps: bool, name: str, copies: int) -> list[DicomVolume]:
+def _is_side_by_side(slices: list[Slice], allow_gaps: bool) -> bool:
+    """Whether slices of MR are one volume whose slices do not overlap: its slices are measured by turns, each some apart."""
+    thickness = slices[0].thickness
+    if slices[0].modality != "MR" or thickness <= 0:
+        return False
+    try:
+        _, grid = order_series(slices, allow_gaps)
+    except BadScan:
+        return False
+    return grid.spacing[2] >= SIDE_BY_SIDE * thickness
+
+
+def _split(
+    slices: list[Slice], allow_gaps: bool, name: str, names: tuple[str, ...], deepest: int
+) -> list[DicomVolume]:
     """The volumes that a header field tells apart; none where what it tells apart are not all volumes."""
     parts: dict[str, list[Slice]] = defaultdict(list)
     for one in slices:
         parts[PARTS[name](one)].append(one)
     if len(parts) < 2 or min(map(len, parts.values())) < FEWEST:
         return []
+    others = tuple(other for other in names if other != name)
+    found = []
     try:
-        found = [(key, *order_series(part, allow_gaps)) for key, part in sorted(parts.items())]
+        for number, (key, part) in enumerate(sorted(parts.items())):
+            label = f"{name} {_part_label(name, key, number)}"
+            for volume in _volumes(part, allow_gaps, others, deepest - 1):
+                found.append(replace(volume, part=f"{label}, {volume.part}" if volume.part else label))
     except BadScan:
         return []
-    return [
-        DicomVolume(ordered, grid, f"{name} {_part_label(name, key, i)}", copies=copies if i == 0 else 0)
-        for i, (key, ordered, grid) in enumerate(found)
-    ]
+    return found
 
 
 def _part_label(name: str, key: str, number: int) -> str:
-    """What a volume is called among those of its series; times become numbers, since a date may tell who it is."""
-    return str(number + 1) if name == "time" else key or "none"
+    """What a volume is called among those of its series."""
+    return str(number + 1) if name in UNTOLD else key or "none"
 
 
 def _with_rescale(slices: list[Slice]) -> list[Slice]:
@@ -153,6 +233,12 @@ def _check_headers(slices: list[Slice]) -> None:
         )
     if any(one.rescale[0] == 0 for one in slices):
         raise BadScan("RescaleSlope is 0")
+    scales = [one.philips_scale * one.rescale[0] for one in slices if one.philips_scale > 0]
+    if first.modality == "MR" and scales and max(scales) > (1 + SAME_SCALE) * min(map(abs, scales)):
+        raise BadScan(
+            "scale slopes of Philips (2005,100E) that RescaleSlope does not follow from slice to slice, so their values do "
+            "not compare: convert it to NIfTI (dcm2niix)"
+        )
     if any(len(one.position) != 3 for one in slices):
         raise BadScan("has slices without a position in space (ImagePositionPatient)")
     row, column = np.array(first.orientation).reshape(2, 3)
@@ -170,7 +256,9 @@ def _check_equal(what: str, kinds: Counter[str]) -> None:
 
 
 def _without_copies(slices: list[Slice]) -> list[Slice]:
-    """The slices without copies of a file: the same SOPInstanceUID, position and bytes.
+    """The slices without copies of a file: the same SOPInstanceUID and position, and the same values.
+
+    Archives change headers and transfer syntaxes of what they send again.
 
     Images of one SOPInstanceUID that lie apart are all kept: an anonymizer gave them one. Raises BadScan for images of one
     SOPInstanceUID and one position that are not the same.
@@ -181,7 +269,7 @@ def _without_copies(slices: list[Slice]) -> list[Slice]:
         other = first.setdefault((one.instance, one.position, one.frame), one)
         if other is one:
             kept.append(one)
-        elif _content(one) != _content(other):
+        elif _content(one) != _content(other) and not _same_image(one, other):
             names = " and ".join(os.path.basename(path.path) for path in (other, one))
             raise BadScan(f"two different images have one SOPInstanceUID and one position: {names}")
     return kept
@@ -193,26 +281,36 @@ def _content(one: Slice) -> bytes:
     return zlib.decompress(data, 31) if data[:2] == GZIP_MAGIC else data
 
 
+def _same_image(one: Slice, other: Slice) -> bool:
+    """Whether two files of one slice hold the same HU, whatever else their headers say."""
+    alike = ("rows", "columns", "spacing", "orientation", "rescale", "photometric")
+    if one.has_groups or any(getattr(one, name) != getattr(other, name) for name in alike):
+        return False
+    first, second = (hu_of_slice(path.path, path.rows, path.columns) for path in (one, other))
+    return first is not None and second is not None and np.array_equal(first, second)
+
+
 def _normal(one: Slice) -> NDArray[np.float64]:
     row, column = np.array(one.orientation).reshape(2, 3)
     normal: NDArray[np.float64] = np.cross(row, column)
     return normal / np.linalg.norm(normal)
 
 
-def _interleaved(slices: list[Slice]) -> str | None:
-    """The header field of which slices of one value lie between those of another; None where there is none.
+def _interleaved(slices: list[Slice], names: tuple[str, ...]) -> list[str]:
+    """The header fields among `names` of which slices of one value, or of none, lie between those of another.
 
     Two acquisitions may be interleaved at equal steps, so equal steps alone prove nothing.
     """
     normal = _normal(slices[0])
     ordered = sorted(slices, key=lambda one: float(normal @ one.position))
-    for name, value in PARTS.items():
-        values = [value(one) for one in ordered]
+    found = []
+    for name in names:
+        values = [PARTS[name](one) for one in ordered]
         runs = 1 + sum(a != b for a, b in pairwise(values))
         kinds = len(set(values))
-        if 1 < kinds <= len(ordered) // FEWEST and runs > kinds and all(values):
-            return name
-    return None
+        if 1 < kinds <= len(ordered) // FEWEST and runs > kinds:
+            found.append(name)
+    return found
 
 
 def order_series(slices: list[Slice], allow_gaps: bool) -> tuple[list[Slice], Grid]:

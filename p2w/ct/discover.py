@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2w.ct.dicom import SeriesInfo, Slice, not_a_scan, read_slice, starts_as_dicom
-from p2w.ct.dicom_series import DicomVolume, people_apart, volumes_of
+from p2w.ct.dicom_series import DicomVolume, people_apart, volumes_of, without_scouts
 from p2w.ct.enhanced_dicom import frames_of
 from p2w.ct.meta_image import meta_image_files
-from p2w.ct.orientation import BadScan, Grid
+from p2w.ct.orientation import BadScan, Grid, reason_of
 from p2w.ct.scan_folders import is_text, names_of_roots, outermost_roots, printable, safe_uid, walk
 from p2w.ct.voxel_files import nrrd_files
 from p2w.errors import UserError
@@ -37,6 +37,8 @@ OTHERS = {ending: reason for reason, endings in ENDINGS.items() for ending in en
 NO_IMAGE = "files that are no images"
 NO_PIXELS = "DICOM without pixels (reports, plans, DICOMDIR)"
 COPIES = "copies of another DICOM file"
+HIDDEN = "hidden files and folders (names that begin with a dot)"
+SCOUTS = "DICOM images: a localizer (of another orientation than all others of its series)"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def find_scans(
                 f"{out}: shards get a folder of their own, not that of the scans: name it with --out DIR"
             )
     for root, above in zip(roots, names_of_roots(roots), strict=True):
-        for path in walk(root, out, folders, search.unreadable(root, above)):
+        for path in walk(root, out, folders, search.unreadable(root, above), search.count_hidden):
             name = printable(above + os.path.relpath(path, root))
             found.files += 1
             if any(fnmatch.fnmatch(name, pattern) for pattern in search.options.exclude):
@@ -216,6 +218,12 @@ class _Search:
         self.found.passed_over[reason] += count
         self.found.not_images += count
 
+    def count_hidden(self, count: int) -> None:
+        """Account for hidden files and folders, which are not looked into."""
+        if count:
+            self.found.files += count
+            self.found.passed_over[HIDDEN] += count
+
     def unreadable(self, root: str, above: str) -> Callable[[OSError], None]:
         """A function that names a folder below `root` that cannot be read among the bad ones."""
 
@@ -253,7 +261,7 @@ class _Search:
                 dicom = starts_as_dicom(file.read(132))
             one = read_slice(path, self.options.modality) if dicom or not reason or ending == ".gz" else None
         except (BadScan, OSError) as error:
-            self.bad_file(name, str(error))
+            self.bad_file(name, reason_of(error))
             return
         if one is None and reason:
             self._other(path, name, ending, reason)
@@ -335,13 +343,19 @@ class _Search:
             own = _series_name(uid, [names[one.path] for one in group])
             if len(groups) > 1:
                 own += " of several patients or studies under this uid"
+            frames: list[Slice] = []
             try:
-                frames = frames_of(group, self.options.modality)
+                every = frames_of(group, self.options.modality)
+                frames = without_scouts(every)
+                if len(frames) < len(every):
+                    found.passed_over[SCOUTS] += len(
+                        {one.path for one in every} - {one.path for one in frames}
+                    )
                 volumes = volumes_of(frames, self.options.allow_gaps, self.options.resample)
             except (BadScan, OSError) as error:
-                found.bad.append((own, str(error)))
+                found.bad.append((own, reason_of(error)))
                 self._remember(own, group)
-                found.passed_over["slices of bad series"] += len({one.path for one in group})
+                found.passed_over["slices of bad series"] += len({one.path for one in frames or group})
                 continue
             for volume in volumes:
                 self._add_volume(uid, own, volume, number if len(groups) > 1 else 0)
@@ -380,7 +394,7 @@ class _Search:
                 assume_hu=self.options.assume_hu,
                 positions=volume.positions,
                 resampled=volume.resampled,
-                frames=frames if any(one.frames > 1 for one in volume.slices) else (),
+                frames=frames if any(one.has_groups for one in volume.slices) else (),
             )
         )
 

@@ -21,11 +21,11 @@ MISSING = "needs pydicom: pip install 'parts2whole[dicom]'"
 
 def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:
     """The slices of a series, with every frame of a multi-frame file as a slice of its own. Raises BadScan."""
-    if not any(one.frames > 1 for one in slices):
+    if not any(one.has_groups for one in slices):
         return list(slices)
     found = []
     for one in slices:
-        found += _frames(one) if one.frames > 1 else [one]
+        found += _frames(one) if one.has_groups else [one]
     usable = [one for one in found if not_a_scan(one, modality) is None]
     if not usable:
         reasons = sorted({str(not_a_scan(one, modality)) for one in found})
@@ -87,7 +87,8 @@ def _frame(one: Slice, number: int, groups: Any, shared: Any) -> Slice:
         return found if all(map(math.isfinite, found)) else ()
 
     content = item("FrameContentSequence")
-    kind = item("CTImageFrameTypeSequence")
+    names = ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence")
+    kind = next((found for name in names if (found := item(name)) is not None), None)
     image_type = getattr(kind, "FrameType", None)
     rescale = [
         numbers("PixelValueTransformationSequence", name)[:1] for name in ("RescaleSlope", "RescaleIntercept")
@@ -97,6 +98,7 @@ def _frame(one: Slice, number: int, groups: Any, shared: Any) -> Slice:
         one,
         instance=f"{one.instance}.{number + 1}",
         frame=number,
+        of_groups=True,
         position=numbers("PlanePositionSequence", "ImagePositionPatient"),
         orientation=numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
         spacing=numbers("PixelMeasuresSequence", "PixelSpacing"),
@@ -108,6 +110,10 @@ def _frame(one: Slice, number: int, groups: Any, shared: Any) -> Slice:
         phase=str(getattr(content, "TemporalPositionIndex", "") or one.phase),
         time="",  # every frame has its own
         kernel=str(getattr(item("CTReconstructionSequence"), "ConvolutionKernel", "") or one.kernel),
+        kvp=str(getattr(item("CTXRayDetailsSequence"), "KVP", "") or one.kvp),
+        echo=str(getattr(item("MREchoSequence"), "EffectiveEchoTime", "") or one.echo),
+        b_value=str(getattr(item("MRDiffusionSequence"), "DiffusionBValue", "") or one.b_value),
+        stack=str(getattr(content, "StackID", "") or ""),
     )
 
 
@@ -128,8 +134,12 @@ def read_frames(files: Sequence[str], frames: Sequence[tuple[int, int]], in_hu: 
                 "pip install pylibjpeg[all]"
             ) from error
         cells = cells if cells.ndim == 3 else cells[None]
-        slices = _frames_rescale(path, data, len(cells))
-        form = _form(data)
+        try:
+            slices, form = _frames_rescale(path, data, len(cells)), _form(data)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadScan(
+                f"the header of {os.path.basename(path)} is damaged ({type(error).__name__}: {_line(error)})"
+            ) from error
         for z, (file, frame) in enumerate(frames):
             if file != number:
                 continue

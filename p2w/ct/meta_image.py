@@ -18,6 +18,11 @@ META_TYPES = {
     "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
 }  # fmt: skip
 LINE = 2048  # most bytes of a line in a MetaImage header; from 4096 on, ITK's parser overflows its buffer (SimpleITK 2.5)
+# Keys of which several names mean one thing; MetaIO reads them in this spelling alone, and passes over any other.
+ALIASES = (("Offset", "Position", "Origin"), ("TransformMatrix", "Orientation", "Rotation"))
+EXACT = {
+    key.lower(): key for key in ("DimSize", "ElementType", "ElementSpacing", "ElementSize", *sum(ALIASES, ()))
+}
 BYTE_ORDER = ("binarydatabyteordermsb", "elementbyteordermsb")
 MOST_DIMS = 10
 
@@ -51,6 +56,9 @@ def meta_image_fields(path: str) -> tuple[dict[str, str], list[str], int]:
         raise BadScan(
             "the MetaImage header has no NDims (keys are written as in ElementSpacing): copy it again"
         )
+    for key in sorted(written):
+        if key != (exact := EXACT.get(key.lower(), key)):
+            raise BadScan(f"the MetaImage header has {key}, which readers pass over: write {exact}")
     _check_fields(fields)
     sizes = fields.get("elementspacing") or fields.get("elementsize") or ""
     try:
@@ -76,6 +84,14 @@ def _check_fields(fields: dict[str, str]) -> None:
     unit = fields.get("distanceunits", "mm").lower()
     if unit not in ("mm", "?", ""):
         raise BadScan(f"DistanceUnits {unit}: readers take sizes for mm; write them in mm")
+    if fields["elementdatafile"].upper() == "LOCAL" and fields.get("headersize", "0") not in ("0", "-1"):
+        raise BadScan(f"HeaderSize is {fields['headersize']}, but its voxels follow its header: remove it")
+    for names in ALIASES:
+        told = {tuple(fields[name.lower()].split()) for name in names if name.lower() in fields}
+        if len(told) > 1:
+            raise BadScan(
+                f"the MetaImage header has {' and '.join(names)} that differ: remove the wrong ones"
+            )
     for key, plain in (("Slope", 1.0), ("Offset", 0.0)):
         said = fields.get(f"elementtointensityfunction{key.lower()}", str(plain))
         try:

@@ -20,6 +20,13 @@ class BadScan(UserError):
     """Whether no other scan is to be cut either, since what is wrong is the command and not the scan."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why a scan cannot be read, without the absolute path that errors of the system name."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or type(error).__name__}"
+    return str(error)
+
+
 class ShearedAxes(BadScan):
     """The axes of a grid are not at right angles."""
 

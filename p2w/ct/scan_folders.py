@@ -15,11 +15,13 @@ def walk(
     out: str,
     seen: set[str] | None = None,
     unreadable: Callable[[OSError], None] | None = None,
+    hidden: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     """Yield the files below `root` in a fixed order, without hidden ones and `out`; links are followed, loops are not.
 
     Folders whose real path is in `seen` are skipped; those that are searched are added to it. A folder that cannot be read
-    is passed to `unreadable`; without that it is a UserError, since scans in it would be missing without a word.
+    is passed to `unreadable`; without that it is a UserError, since scans in it would be missing without a word. `hidden`
+    is told how many hidden files and folders each folder has.
     """
 
     def failed(error: OSError) -> None:
@@ -36,6 +38,8 @@ def walk(
             folders.clear()
             continue
         seen.add(real)
+        if hidden is not None:
+            hidden(sum(name.startswith(".") for name in (*folders, *files)))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from p2w.ct.discover import ScanListing, ScanSource
-from p2w.ct.orientation import BadScan, Grid
+from p2w.ct.orientation import BadScan, Grid, reason_of
 from p2w.ct.scan import stored_grid
 from p2w.errors import UserError
 
@@ -66,7 +66,7 @@ def series_rows(found: ScanListing, action: Callable[[Grid], str]) -> list[Serie
             values["action"] = action(grid) + (", resampled" if source.resampled else "")
             values["why"] = source.resampled or None
         except (BadScan, OSError) as error:
-            values |= {"action": "refuse", "why": str(error)}
+            values |= {"action": "refuse", "why": reason_of(error)}
         rows.append(SeriesRow(values, source))
     for what, entries in (("refuse", found.bad), ("leave out", found.left_out)):
         for where, why in entries:
@@ -144,28 +144,31 @@ def choose(
     """
     wanted = parse_expression(select) if select else lambda values: True
     rows = [row for row in series_rows(found, action) if row.source is not None]
+    # By uid: scans of several patients under one SeriesInstanceUID may share their name.
     left_out = {
-        row.values["name"]: f"not selected (--select {select!r})" for row in rows if not wanted(row.values)
+        row.values["uid"]: f"not selected (--select {select!r})" for row in rows if not wanted(row.values)
     }
     if one_per_study:
         best: dict[Value, SeriesRow] = {}
-        for row in (row for row in rows if row.values["name"] not in left_out):
-            study = row.values["study"] or row.values["name"]
+        for row in (row for row in rows if row.values["uid"] not in left_out):
+            study = row.values["study"] or row.values["uid"]
             other = best.get(study)
             if other is None or _thickness(row) < _thickness(other):
                 best[study] = row
-        kept = {row.values["name"] for row in best.values()}
+        kept = {row.values["uid"] for row in best.values()}
         for row in rows:
-            if row.values["name"] not in kept:
+            if row.values["uid"] not in kept:
                 left_out.setdefault(
-                    row.values["name"], "another series of its study is thinner (--one-per-study)"
+                    row.values["uid"], "another series of its study is thinner (--one-per-study)"
                 )
-    sources = [source for source in found.sources if source.name not in left_out]
+    sources = [source for source in found.sources if source.uid not in left_out]
     for source in found.sources:
-        if source.name in left_out:
-            found.left_out.append((source.name, left_out[source.name]))
+        if source.uid in left_out:
+            found.left_out.append((source.name, left_out[source.uid]))
             found.infos[source.name] = source
-            found.passed_over["files of scans that were not chosen"] += len(source.files)
+    used, every = ({file for one in some for file in one.files} for some in (sources, found.sources))
+    if every - used:  # a file of several frames may hold several scans
+        found.passed_over["files of scans that were not chosen"] += len(every - used)
     if not sources:
         raise UserError(
             f"--select {select!r}: none of {len(found.sources)} scans is chosen; look at them with --list"

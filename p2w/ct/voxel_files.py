@@ -331,7 +331,12 @@ def check_reader_size(path: str, reader: sitk.ImageFileReader, nbytes: int) -> N
     """Raise BadScan when a header claims more voxels than `nbytes` of files can hold; ITK would allocate them all."""
     count = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
     promised = count * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
-    raw = path.lower().endswith((".nrrd", ".nhdr")) and nrrd_fields(path).get("encoding", "").lower() == "raw"
+    fields = nrrd_fields(path) if path.lower().endswith((".nrrd", ".nhdr")) else {}
+    raw = fields.get("encoding", "").lower() == "raw"
+    own = nbytes - os.path.getsize(path)
+    skips = any(fields.get(key, "0") != "0" for key in ("byteskip", "lineskip"))
+    if raw and fields.get("datafile") and not skips and own > promised:
+        raise BadScan(f"wrong size: its data files have {own:,} bytes, its header promises {promised:,}")
     if promised > nbytes * (1 if raw else MOST_RATIO):
         raise BadScan(
             f"truncated: the header promises {promised:,} bytes of voxels, the files have {nbytes:,}"
@@ -412,6 +417,7 @@ def check_nrrd(path: str) -> None:
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an ITK error, which has the reason."""
+    """The last line of an ITK error, which has the reason, without addresses in memory and folders of files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    line = lines[-1] if lines else type(error).__name__
+    return re.sub(r"(?<![\w./])/(?:[^/\s\"']+/)+", "", re.sub(r"\(0x[0-9a-f]+\)", "", line))

@@ -341,7 +341,8 @@ def errors_of_readers() -> Iterator[None]:
     except MemoryError as error:
         raise BadScan("does not fit into memory: use fewer --workers, or a machine with more") from error
     except (ValueError, OverflowError, IndexError, KeyError, struct.error, RuntimeError) as error:
-        raise BadScan(f"cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        said = (str(error).splitlines() or [""])[0]
+        raise BadScan(f"cannot be read: {type(error).__name__}: {said}") from error
 
 
 def _write_shard(cut: CutSource, uid: str, folder: BuildFolder[Any, Any], temporary: str) -> dict[str, Any]:

@@ -28,11 +28,17 @@ COMMON_NAMES = {"", "root", "user", "localhost", "docker"}  # of users and machi
 DATE = r"(?:19[2-9]\d|20[0-4]\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 SUSPECTS = {
     "absolute paths": re.compile(
-        r"(?<![\w./:-])/(?:cluster|data|gpfs|home|lustre|media|mnt|net|nfs|opt|project|root|scratch|srv|tmp|Users|var|work)"
-        r"[\w/]*/[\w./@+-]+|\b[A-Z]:\\{1,4}\w[\w\\. -]+"
+        # Two folders or more; those that every machine has tell nothing. A closing tag and a picture in a page are none.
+        r"(?:(?<![\w./:<+-])(?<!base64,)|(?<=file://))/(?!(?:bin|dev|etc|lib\w*|proc|sys|usr)/)(?:[\w.@+-]+/)+[\w.@+-]+"
+        r"|\b[A-Z]:(?:\\{1,4}|/)\w[\w\\/. -]+"
     ),
-    "names of persons, as DICOM writes them": re.compile(r"\b[A-Za-z'-]{2,}\^[A-Za-z]+"),
-    "dates of a day": re.compile(rf"(?<![\d]){DATE}(?!\d)|\.{DATE}\d*(?=\.)"),
+    "names of persons, as DICOM writes them": re.compile(r"[^\W\d_](?:[^\W\d_]|['-])+\^[^\W\d_]+"),
+    "dates of a day": re.compile(
+        rf"(?<![\d]){DATE}(?!\d)|\.{DATE}\d*(?=\.)"
+        # Up to 2024, before any run of this program: a run's own dates are none of a person.
+        r"|\b(?:19[2-9]\d|20[01]\d|202[0-4])-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])\b"
+        r"|\b(?:0[1-9]|[12]\d|3[01])\.(?:0[1-9]|1[0-2])\.(?:19[2-9]\d|20[01]\d|202[0-4])\b"
+    ),
 }
 
 

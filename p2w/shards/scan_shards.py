@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import tyro
 
 from p2w.ct.discover import ScanListing, ScanSource
-from p2w.ct.orientation import BadScan
+from p2w.ct.orientation import BadScan, reason_of
 from p2w.ct.percentiles import PERCENTILES, Modality, read_scaled
 from p2w.ct.scan import Scan, read_grid, read_scan, source_files
 from p2w.errors import UserError
@@ -166,7 +166,7 @@ def forecast_shards(sources: Sequence[ScanSource], settings: ShardingSettings) -
             shape = settings.tiling.resampled_grid(grid).size[::-1]
             settings.tiling.check_size(shape)
         except (BadScan, OSError, ValueError) as error:
-            bad.append((source.name, str(error)))
+            bad.append((source.name, reason_of(error)))
             continue
         sub_scans += settings.tiling.count(shape)
         chunks += ChunkGrid.of(settings.tiling, chunk, shape).count

@@ -324,6 +324,11 @@ class Custom(TileSettings):
                 f"{source}: no image there is called like {self.images!r}: name a pattern with --images"
             )
         cases = Cases()
+        if alone := [mask for name, mask in masks.items() if name not in images]:
+            cases.left_out.append((source_files.first_of(alone), f"of no image {self.images}"))
+        if others := set(files) - set(images.values()) - set(masks.values()):
+            why = f"called neither like --images {self.images} nor like --masks {self.masks}"
+            cases.left_out.append((source_files.first_of(others), why))
         for name, image in sorted(images.items()):
             if name not in masks:
                 cases.bad.append((image, f"has no mask {self.masks.replace('*', name)}"))
@@ -346,6 +351,9 @@ class Custom(TileSettings):
         if self.masks in MODALITY:
             of = dicom_masks.masks_by_series(source, out, self.masks)
             masks = {scan.uid: of.get(scan.info.series, []) for scan in series}
+            there = {scan.info.series for scan in series}
+            for mask in dict.fromkeys(mask for uid, own in of.items() if uid not in there for mask in own):
+                cases.left_out.append((mask.name, "refers to no series that is there and can be used"))
         else:
             names = dicom_masks.image_names(found)
             masks = {scan.uid: [] for scan in series}

@@ -68,7 +68,12 @@ def read_nnunet(source: str, out: str) -> LayoutContents:
         raise UserError(
             f"{path}: numTraining is {wanted}, the folder has {len(listed)} labelled cases: correct one"
         )
-    return LayoutContents(_cases(source, listed), channels, labels)
+    cases = _cases(source, listed)
+    used = {image for images, _ in listed.values() for image in images}
+    there = source_files.files_below(os.path.join(source, "imagesTr"), out)
+    if alone := [name for name in there if f"imagesTr/{name}" not in used]:
+        cases.left_out.append((f"imagesTr: {source_files.first_of(alone)}", "of no labelled case"))
+    return LayoutContents(cases, channels, labels)
 
 
 def _listed_cases(path: str, listed: Mapping[str, Any], channels: int) -> dict[str, tuple[list[str], str]]:
@@ -179,6 +184,8 @@ def read_structures(
     check_class_names(where, every)
     check_class_count(f"{where}, see --structures", len(every), overlapping)
     cases = Cases()
+    if alone := [folder for name, folder in of_case.items() if name not in found]:
+        cases.left_out.append((source_files.first_of(alone), f"folders of masks of no image {images}"))
     for name, image in sorted(found.items()):
         masks_of = together.get(name)
         if masks_of is None:

@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,12 @@ SOP_CLASS = {"rtstruct": b"1.2.840.10008.5.1.4.1.1.481.3", "seg": b"1.2.840.1000
 HEAD = 4096  # bytes in which a file names its SOP class
 MOST_BYTES = 1 << 30  # of a mask file that is packed by gzip, unpacked
 BETWEEN = 0.25  # share of a slice distance that the plane of a contour may be off a slice
+ON_EDGE = 0.02  # share of the voxels of a contour that may lie on its edge with another
 OFF_GRID = 0.1  # voxels that a segment's grid may be off the image's
 
 
 def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSource]]:
-    """RTSTRUCT ("rtstruct") or DICOM-SEG ("seg") files below a folder, by the SeriesInstanceUID that they are of.
+    """RTSTRUCT ("rtstruct") or DICOM-SEG ("seg") files below a folder, by the SeriesInstanceUID that they are of; "": none.
 
     Raises UserError without pydicom.
     """
@@ -51,7 +52,7 @@ def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSour
                 ) from error
             continue
         if getattr(data, "Modality", "") == MODALITY[kind]:
-            for series in set(_referenced_series(data)):
+            for series in set(_referenced_series(data)) or {""}:
                 found[series].append(ScanSource(safe_uid(name), name, (path,)))
     return found
 
@@ -135,7 +136,10 @@ def _chosen(names: dict[int, str], structures: str) -> list[int]:
 
 
 def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Filled contours of an RTSTRUCT: a voxel is inside where its centre is; contours within one another are holes."""
+    """Filled contours of an RTSTRUCT: a voxel is inside where its centre is; contours within one another are holes.
+
+    Raises BadScan for contours that do not lie on the image's slices, cross one another, or leave slices out.
+    """
     data = read_dataset(source.files[0], pixels=False)
     names = {
         int(one.ROINumber): str(one.ROIName) for one in getattr(data, "StructureSetROISequence", None) or []
@@ -145,7 +149,8 @@ def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
     for roi in getattr(data, "ROIContourSequence", None) or []:
         if int(roi.ReferencedROINumber) not in chosen:
             continue
-        own = np.zeros(shape, np.uint8)
+        name, own = names[int(roi.ReferencedROINumber)], np.zeros(shape, np.uint8)
+        slices: dict[tuple[int, int], list[tuple[NDArray[Any], bool]]] = defaultdict(list)
         for contour in getattr(roi, "ContourSequence", None) or []:
             kind = str(getattr(contour, "ContourGeometricType", "CLOSED_PLANAR"))
             if kind in ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"):
@@ -153,17 +158,21 @@ def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
             points = np.array(contour.ContourData, np.float64).reshape(-1, 3)
             if not np.isfinite(points).all():
                 raise BadScan("a contour has points that are no numbers")
-            _fill(own, crops.to_voxel(grid, points[:, ::-1]), names[int(roi.ReferencedROINumber)])
+            place, flat = _on_slice(crops.to_voxel(grid, points[:, ::-1]), shape, name)
+            slices[place].append((flat, kind.endswith("XOR")))
+        _check_levels(slices, name)
+        for (axis, level), contours in slices.items():
+            _fill(np.moveaxis(own, axis, 0)[level], contours, name)
         mask |= own
     if not mask.any():
         raise BadScan("its contours enclose no voxel of the image")
     return mask
 
 
-def _fill(mask: NDArray[np.uint8], points: NDArray[Any], name: str) -> None:
-    """Invert the voxels of one slice whose centres lie inside a polygon; `points` (n, 3) in voxels z, y, x."""
-    from matplotlib.path import Path  # noqa: PLC0415  (slow to import)
-
+def _on_slice(
+    points: NDArray[Any], shape: tuple[int, ...], name: str
+) -> tuple[tuple[int, int], NDArray[Any]]:
+    """Axis and number of the slice of a polygon, and its points (n, 2) there; `points` (n, 3) in voxels z, y, x."""
     spread = np.ptp(points, axis=0)
     axis = int(spread.argmin())
     level = float(points[:, axis].mean())
@@ -171,19 +180,60 @@ def _fill(mask: NDArray[np.uint8], points: NDArray[Any], name: str) -> None:
         raise BadScan(
             f"a contour of {name} lies between the slices of the image, at {'zyx'[axis]} = {level:.2f}"
         )
-    if not 0 <= round(level) < mask.shape[axis]:
+    if not 0 <= round(level) < shape[axis]:
         raise BadScan(f"a contour of {name} lies outside the image, at {'zyx'[axis]} = {level:.1f}")
-    plane = np.moveaxis(mask, axis, 0)[round(level)]
-    flat = np.delete(points, axis, axis=1)
+    return (axis, round(level)), np.delete(points, axis, axis=1)
+
+
+def _check_levels(slices: Iterable[tuple[int, int]], name: str) -> None:
+    """Raise BadScan where a structure has contours on every second or third slice alone: it was drawn on thicker slices."""
+    for axis in range(3):
+        steps = np.diff(sorted(level for other, level in slices if other == axis))
+        if len(steps) > 1 and steps.min() > 1 and np.median(steps) == steps.min():
+            raise BadScan(
+                f"{name} has contours on every {steps.min()}. slice of the image alone, and nothing says what is between: "
+                "interpolate them where they were drawn, or use the series that they were drawn on"
+            )
+
+
+def _fill(plane: NDArray[np.uint8], contours: Sequence[tuple[NDArray[Any], bool]], name: str) -> None:
+    """Set the voxels of a slice [y,x] that lie inside its contours, each (n, 2) in voxels; a contour in another is a hole.
+
+    A contour that is there twice counts once. Raises BadScan where two cross, unless they say themselves that what is in
+    both is outside (CLOSEDPLANAR_XOR).
+    """
+    filled: list[NDArray[np.bool_]] = []
+    for flat, xor in contours:
+        inside = _inside(plane.shape, flat, name)
+        if not xor and any(np.array_equal(inside, other) for other in filled):
+            continue
+        nested = xor
+        for other in filled:
+            both, least = np.count_nonzero(inside & other), min(map(np.count_nonzero, (inside, other)))
+            nested |= 0 < both == least
+            if not xor and ON_EDGE * least < both < least:
+                raise BadScan(
+                    f"two contours of {name} cross, so nothing says what is inside: draw them as one"
+                )
+        plane[:] = plane ^ inside if nested else plane | inside
+        filled.append(inside)
+
+
+def _inside(shape: tuple[int, ...], flat: NDArray[Any], name: str) -> NDArray[np.bool_]:
+    """The voxels of a slice [y,x] whose centres lie inside a polygon (n, 2). Raises BadScan where that lies beside it."""
+    from matplotlib.path import Path  # noqa: PLC0415  (slow to import)
+
+    plane = np.zeros(shape, bool)
     low = np.maximum(np.ceil(flat.min(axis=0)), 0).astype(int)
     high = np.minimum(np.floor(flat.max(axis=0)) + 1, plane.shape).astype(int)
     if (flat.max(axis=0) < -0.5).any() or (flat.min(axis=0) > np.array(plane.shape) - 0.5).any():
         raise BadScan(f"a contour of {name} lies beside the image")
     if (high <= low).any():
-        return
+        return plane
     box = np.stack(np.meshgrid(*map(np.arange, low, high), indexing="ij"), axis=-1)
     inside = Path(flat).contains_points(box.reshape(-1, 2)).reshape(box.shape[:2])
-    plane[low[0] : high[0], low[1] : high[1]] ^= inside.astype(np.uint8)
+    plane[low[0] : high[0], low[1] : high[1]] = inside
+    return plane
 
 
 def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int, ...]) -> NDArray[np.uint8]:

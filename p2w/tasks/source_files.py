@@ -119,6 +119,12 @@ def matching(pattern: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def first_of(names: Iterable[str]) -> str:
+    """How many names there are and the first of them, for a message."""
+    ordered = sorted(names)
+    return f"{len(ordered)} files, the first {ordered[0]}" if len(ordered) > 1 else ordered[0]
+
+
 def as_source(name: str, path: str, uid: str | None = None) -> ScanSource:
     """An image file as a scan to be read."""
     return ScanSource(safe_uid(uid or file_stem(name)), name, (path,))
@@ -129,10 +135,14 @@ def read_mask(
 ) -> tuple[NDArray[np.integer], ImageVolume]:
     """The mask as 0 and 1 on an image's grid, and the file; `labels`: what is foreground, () for all but 0.
 
-    Raises BadScan when it holds anything but whole numbers, or lies elsewhere than the image and is not to be resampled
-    (by nearest neighbour).
+    Raises BadScan when it holds anything but whole numbers, or negative ones and `labels` names none, or lies elsewhere
+    than the image and is not to be resampled (by nearest neighbour).
     """
     image = read_labels(source)
+    if not labels and (low := image.values.min()) < 0:
+        raise BadScan(
+            f"mask {source.name}: holds values from {low:g}: is it an image? name the values that are foreground, --labels"
+        )
     mask = (np.isin(image.values, labels) if labels else image.values != 0).astype(np.uint8)
     return on_grid(mask, image.grid, source, grid, shape, resample), image
 
@@ -192,7 +202,7 @@ def _laid_over(
     to, start = crops.affine(grid)
     origin = crops.to_voxel(of, start)
     matrix = np.stack([crops.to_voxel(of, start + to[:, axis]) - origin for axis in range(3)], axis=1)
-    return ndimage.affine_transform(mask, matrix, origin, output_shape=shape, order=0, mode="constant")
+    return ndimage.affine_transform(mask, matrix, origin, output_shape=shape, order=0, mode="grid-constant")
 
 
 COLUMNS = (

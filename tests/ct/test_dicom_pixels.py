@@ -127,8 +127,12 @@ def test_bits_that_contradict_the_pixels(tmp_path, tags, why):
 
 
 @pytest.mark.parametrize(
-    "form", ["no preamble", "no transfer syntax", "explicit, no syntax", "gzip", "raw", "txt"]
-)
+    "form",
+    [
+        "no preamble", "no transfer syntax", "explicit, no syntax", "gzip", "raw", "txt", "says implicit", "says explicit",
+        "GE",
+    ],
+)  # fmt: skip
 def test_files_that_break_the_file_format_are_read(tmp_path, form):
     for i, image in enumerate(body()):
         one, path = ct_slice(image, i, (-10, -20, 2.5 * i)), tmp_path / f"{i}.dcm"
@@ -142,6 +146,8 @@ def test_files_that_break_the_file_format_are_read(tmp_path, form):
             del one.file_meta
             one.save_as(path, implicit_vr=True, little_endian=True)
             path.write_bytes(bytes(128) + b"DICM" + path.read_bytes())
+        elif form in ("says implicit", "says explicit", "GE"):
+            save_as_another_syntax(one, path, form)
         elif form == "gzip":
             save(one, path)
             (tmp_path / f"{i}.dcm.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -151,6 +157,37 @@ def test_files_that_break_the_file_format_are_read(tmp_path, form):
     scan = read_scan(only(tmp_path))
     np.testing.assert_array_equal(scan.voxels, body())
     assert scan.grid.spacing == (0.7, 0.8, 2.5)
+
+
+def save_as_another_syntax(one, path, form):
+    """Write a slice in one syntax, and the name of another into its meta information; GE's own turns the bytes of pixels."""
+    uid = pydicom.uid
+    written, said = {
+        "says implicit": (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian),
+        "says explicit": (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian),
+        "GE": (uid.ImplicitVRLittleEndian, uid.UID("1.2.840.113619.5.2")),
+    }[form]
+    if form == "GE":
+        one.PixelData = np.frombuffer(one.PixelData, "<u2").astype(">u2").tobytes()
+    one.file_meta.TransferSyntaxUID = written
+    data = save(one, path).read_bytes()
+    behind = 144 + int.from_bytes(data[140:144], "little")
+    one.file_meta.TransferSyntaxUID = said
+    meta = pydicom.filebase.DicomBytesIO()
+    pydicom.filewriter.write_file_meta_info(meta, one.file_meta)
+    path.write_bytes(data[:132] + meta.getvalue() + data[behind:])
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_images_without_pixels_are_named(tmp_path, floats):
+    for path in write_series(tmp_path, body()):
+        one = pydicom.dcmread(path)
+        del one.PixelData
+        if floats:
+            one.FloatPixelData = bytes(4 * 24 * 28)
+        one.save_as(path)
+    ((_, why),) = find_scans([str(tmp_path)], "").bad
+    assert "has no pixels (PixelData" in why
 
 
 def test_packed_files_of_compressed_pixels(tmp_path):

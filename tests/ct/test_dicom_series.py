@@ -120,6 +120,28 @@ def test_overlapping_acquisitions_are_two_scans(tmp_path, shift):
     assert found.sources[1].info.series == "1.2.3"
 
 
+def test_an_acquisition_without_a_number_is_one_too(tmp_path):
+    """Interleaved at equal steps with one that has a number, beside a field that tells nothing."""
+    for number in (0, 1):
+        for i, image in enumerate(body()[:, :: 1 - 2 * number]):
+            place = (-10, -20, 2.5 * i + 1.25 * number)
+            one = ct_slice(image, 12 * number + i, place, KVP="120" if (i * 7) % 5 < 2 else "100")
+            if number:
+                one.AcquisitionNumber = 2
+            save(one, tmp_path / f"{number}{i}")
+    found = find(tmp_path)
+    assert [len(source.files) for source in found.sources] == [12, 12]
+    np.testing.assert_array_equal(read_scan(found.sources[0]).voxels, body()[:, ::-1])
+
+
+def test_overlapping_acquisitions_are_not_resampled_into_one(tmp_path):
+    hu = body(20)
+    write_series(tmp_path, hu[:14], [2.5 * i + 0.6 * (i == 3) for i in range(14)], AcquisitionNumber=1)
+    later = [2.5 * i - 1.7 for i in range(6, 20)]
+    write_series(tmp_path, hu[6:, ::-1], later, AcquisitionNumber=2, first=14, prefix="b")
+    assert refused(tmp_path, resample=True).startswith("uneven steps")
+
+
 @pytest.mark.parametrize(
     "tag", ["AcquisitionTime", "TemporalPositionIdentifier", "TriggerTime", "ConvolutionKernel", "KVP"]
 )
@@ -134,6 +156,100 @@ def test_other_fields_tell_volumes_apart_too(tmp_path, tag):
     assert len(found.sources) == 2
     # A time may tell who it is, and becomes a number in all that names the scan.
     assert not any("1010" in f"{one.uid} {one.name} {one.info}" for one in found.sources)
+
+
+def test_two_fields_together_tell_volumes_apart(tmp_path):
+    """Phases whose trigger time differs from slice to slice, of two acquisitions at the same places."""
+    number = 0
+    for acquisition in "12":
+        for phase in "123":
+            for i, image in enumerate(body() + np.int16(10 * int(phase))):
+                tags = {"AcquisitionNumber": acquisition, "TemporalPositionIdentifier": phase}
+                one = ct_slice(image, number, (-10, -20, 2.5 * i), TriggerTime=f"{number * 0.7:.1f}", **tags)
+                save(one, tmp_path / str(number))
+                number += 1
+    found = find(tmp_path)
+    assert not found.bad and len(found.sources) == 6
+    last = found.sources[-1]
+    assert last.uid == "1.2.3-acquisition_2__temporal_position_3-" + last.uid[-8:]
+    np.testing.assert_array_equal(read_scan(last).voxels, body() + 30)
+
+
+def b_value(one, value):
+    one.DiffusionBValue = value
+
+
+def description(one, value):
+    one.SeriesDescription = f"Doe {value} keV"
+
+
+def echo(one, value):
+    one.EchoTime = value
+
+
+@pytest.mark.parametrize("tell", [echo, b_value, description])
+@pytest.mark.parametrize("shift", [0.0, 1.25])
+def test_echoes_b_values_and_descriptions_tell_volumes_apart(tmp_path, tell, shift):
+    for number in (0, 1):
+        for i, image in enumerate(body() - np.int16(number)):
+            one = ct_slice(image, 12 * number + i, (-10, -20, 2.5 * i + shift * number))
+            tell(one, 40 + 30 * number)
+            save(one, tmp_path / f"{number}{i}")
+    found = find(tmp_path)
+    assert not found.bad and not any("Doe" in source.uid + source.name for source in found.sources)
+    for number, source in enumerate(found.sources):
+        np.testing.assert_array_equal(read_scan(source).voxels, body() - number)
+
+
+@pytest.mark.parametrize("tag", ["AcquisitionTime", "AcquisitionNumber"])
+def test_slices_of_mr_that_were_measured_by_turns_are_one_volume(tmp_path, tag):
+    mr = {"Modality": "MR", "SliceThickness": "2.2", "signed": 1, "intercept": 0}
+    for i, image in enumerate(body()):
+        save(ct_slice(image, i, (-10, -20, 2.5 * i), **mr, **{tag: f"12000{1 + i % 2}"}), tmp_path / str(i))
+    (source,) = find(tmp_path, modality="MR").sources
+    np.testing.assert_array_equal(read_image(source).values, body())
+    for path in tmp_path.iterdir():  # slices twice as thick as they are apart overlap: two volumes
+        one = pydicom.dcmread(path)
+        one.SliceThickness = "5"
+        one.save_as(path)
+    assert len(find(tmp_path, modality="MR").sources) == 2
+
+
+@pytest.mark.parametrize("kind", ["SCOUT", "LOCALIZER", "AXIAL"])
+def test_a_scout_among_the_slices_is_left_out(tmp_path, kind):
+    write_series(tmp_path, body())
+    tags = {"ImageType": ["ORIGINAL", "PRIMARY", kind], "PixelSpacing": ["2.5", "0.7"]}
+    save(ct_slice(body()[:, 12], 99, (-10, 0, 30), iop=(1, 0, 0, 0, 0, -1), **tags), tmp_path / "scout")
+    found = find(tmp_path)
+    (source,) = found.sources
+    np.testing.assert_array_equal(read_scan(source).voxels, body())
+    assert found.passed_over.total() == 1 and "a localizer" in next(iter(found.passed_over))
+
+
+def test_a_mosaic_is_no_slice(tmp_path):
+    kind = ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]
+    write_series(tmp_path, body(1), Modality="MR", ImageType=kind, SliceThickness="3")
+    found = find(tmp_path, modality="MR")
+    assert not found.sources and "a mosaic" in found.left_out[0][1]
+
+
+@pytest.mark.parametrize("again", ["header", "syntax", "compressed", "other values"])
+def test_slices_that_were_exported_again_are_copies(tmp_path, again):
+    write_series(tmp_path, body())
+    for i, image in enumerate(body()):
+        one = ct_slice(image + np.int16(again == "other values" and i == 5), i, (-10, -20, 2.5 * i))
+        one.StationName = "elsewhere"
+        if again == "syntax":
+            one.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        elif again == "compressed":
+            one.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        save(one, tmp_path / "again" / str(i))
+    if again == "other values":
+        assert refused(tmp_path).startswith("two different images have one SOPInstanceUID and one position")
+        return
+    found = find(tmp_path)
+    np.testing.assert_array_equal(read_scan(found.sources[0]).voxels, body())
+    assert found.passed_over == {"copies of another DICOM file": 12}
 
 
 def test_one_slice_needs_a_thickness(tmp_path):
@@ -159,6 +275,23 @@ def test_mr_without_a_rescale_is_as_it_is_stored(tmp_path):
     assert "is missing in 12 of 13 slices" in refused(tmp_path / "mr", modality="MR")
     write_series(tmp_path / "pt", body(), intercept=0, Modality="PT", **bare)
     assert "is missing in 12 of 12 slices" in refused(tmp_path / "pt", modality="PT")
+
+
+@pytest.mark.parametrize(
+    ("scales", "slopes", "sound"),
+    [([0.01], [2], True), ([0.01, 0.02], [2, 1], True), ([0.01, 0.02], [2], False), ([0.01], [2, 1], False)],
+)
+def test_values_of_philips_compare_from_slice_to_slice(tmp_path, scales, slopes, sound):
+    for i, image in enumerate(body()):
+        tags = {"Modality": "MR", "signed": 1, "intercept": 0, "RescaleSlope": str(slopes[i % len(slopes)])}
+        one = ct_slice(image, i, (-10, -20, 2.5 * i), **tags)
+        block = one.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
+        block.add_new(0x0E, "FL", scales[i % len(scales)])
+        save(one, tmp_path / str(i))
+    if sound:
+        assert len(find(tmp_path, modality="MR").sources) == 1
+    else:
+        assert "scale slopes of Philips" in refused(tmp_path, modality="MR")
 
 
 def test_volumes_that_nothing_tells_apart_are_refused(tmp_path):

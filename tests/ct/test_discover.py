@@ -31,6 +31,7 @@ def test_names_links_and_hidden_files(tmp_path):
         uids = [source.uid for source in found.sources]
         assert found.bad == [("broken.mha", "a link to a file that is not there")]
         assert len(set(uids)) == 3 and "plain_a.b" in uids
+        assert found.passed_over["hidden files and folders (names that begin with a dot)"] == 1
         assert all(uid.isascii() and " " not in uid and "/" not in uid for uid in uids)
 
 

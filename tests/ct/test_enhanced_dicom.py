@@ -44,6 +44,51 @@ def test_several_files_of_a_series(tmp_path):
     np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
 
 
+def test_files_of_one_frame_each(tmp_path):
+    for i, one in enumerate(slices(body())):
+        save(multi_frame([one], SOPInstanceUID=f"1.5.{i + 1}"), tmp_path / f"{i}.dcm")
+    np.testing.assert_array_equal(read_scan(only(tmp_path)).voxels, body())
+
+
+def test_magnitude_and_phase_of_mr_are_scans_of_their_own(tmp_path):
+    data = multi_frame(slices(body()) + slices(body()[:, ::-1]), Modality="MR")
+    for i, groups in enumerate(data.PerFrameFunctionalGroupsSequence):
+        kind = pydicom.Dataset()
+        kind.FrameType = ["ORIGINAL", "PRIMARY", ("M", "PHASE")[i // 12], "NONE"]
+        groups.MRImageFrameTypeSequence = [kind]
+    save(data, tmp_path / "a.dcm")
+    first, second = find_scans([str(tmp_path)], "", options=SearchOptions(modality="MR")).sources
+    np.testing.assert_array_equal(read_image(first).values, body())
+    np.testing.assert_array_equal(read_image(second).values, body()[:, ::-1])
+
+
+@pytest.mark.parametrize("what", ["stack", "kV"])
+def test_stacks_and_energies_are_scans_of_their_own(tmp_path, what):
+    data = multi_frame(slices(body()) + slices(body()[:, ::-1]))
+    for i, groups in enumerate(data.PerFrameFunctionalGroupsSequence):
+        if what == "stack":
+            groups.FrameContentSequence[0].StackID = str(1 + i // 12)
+        else:
+            details = pydicom.Dataset()
+            details.KVP = (80, 140)[i // 12]
+            groups.CTXRayDetailsSequence = [details]
+    save(data, tmp_path / "a.dcm")
+    found = find_scans([str(tmp_path)], "").sources
+    assert len(found) == 2 and all(f", {what} " in one.name for one in found)
+
+
+@pytest.mark.parametrize("lacks", ["PixelData", "HighBit", "PixelRepresentation"])
+def test_headers_that_lack_what_pixels_need(tmp_path, lacks):
+    data = multi_frame(slices(body()))
+    delattr(data, lacks)
+    save(data, tmp_path / "a.dcm")
+    with pytest.raises(BadScan, match=lacks):
+        found = find_scans([str(tmp_path)], "")
+        for _, why in found.bad:
+            raise BadScan(why)
+        read_scan(found.sources[0])
+
+
 def test_phases_are_scans_of_their_own(tmp_path):
     later = slices(body()[:, ::-1], TemporalPositionIdentifier="2")
     save(multi_frame(slices(body(), TemporalPositionIdentifier="1") + later), tmp_path / "a.dcm")

@@ -99,6 +99,18 @@ def test_select(study, expression, chosen):
     assert len(found.left_out) == 5 - len(chosen)
 
 
+def test_scans_of_one_name_are_chosen_each_by_itself(tmp_path):
+    for patient, count in (("A", 12), ("B", 6)):
+        tags = {"PatientID": patient, "StudyInstanceUID": f"1.{count}"}
+        write_series(tmp_path, body()[:count], first=20 * count, prefix=patient, **tags)
+    assert len({source.name for source in find(tmp_path).sources}) == 1
+    found = choose(find(tmp_path), lambda grid: "cut", "slices > 6")
+    (source,) = found.sources
+    assert len(source.files) == 12 and len(found.left_out) == 1
+    assert found.passed_over == {"files of scans that were not chosen": 6}
+    assert len(choose(find(tmp_path), lambda grid: "cut", one_per_study="thinnest").sources) == 2
+
+
 def test_the_thinnest_of_a_study(study):
     found = choose(find(study), action, one_per_study="thinnest")
     assert [source.uid for source in found.sources] == ["1.2.2", "other"]

@@ -10,9 +10,9 @@ from ct_files import ct, write
 
 from p2w.ct import voxel_files
 from p2w.ct.discover import ScanSource, find_scans
-from p2w.ct.orientation import BadScan
+from p2w.ct.orientation import BadScan, reason_of
 from p2w.ct.scan import read_grid, read_scan, source_files
-from p2w.ct.voxel_files import VoxelLayout, read_voxels
+from p2w.ct.voxel_files import VoxelLayout, last_line, read_voxels
 
 SHAPE = (12, 20, 16)
 
@@ -95,6 +95,10 @@ MANY_SPACES = '(0,0,2.5)\nspace units: "{0}" "{0}" "{0}"'
         ("a.mha", "ElementType", "ElementSpacing = 9 9 9\nElementType", "ElementSpacing twice"),
         ("a.mha", "ElementType", "ElementByteOrderMSB = True\nElementType", "contradict each other"),
         ("a.mha", "NDims", "ndims", "no NDims"),
+        ("a.mha", "ElementSpacing", "elementspacing", "has elementspacing, which readers pass over"),
+        ("a.mha", "TransformMatrix", "TRANSFORMMATRIX", "which readers pass over: write TransformMatrix"),
+        ("a.mha", "ElementType", "Position = 1 2 3\nElementType", "Offset and Position and Origin that differ"),
+        ("a.mha", "ElementType", "HeaderSize = 16\nElementType", "HeaderSize is 16, but its voxels follow"),
         ("a.mha", "ElementSpacing = 0.", "ElementSpacing = 0.0000", "are they in another unit than mm?"),
         ("a.nrrd", "(0,0,2.5)", MANY_SPACES.format("cm"), "space units cm: readers take sizes for mm"),
         ("a.nrrd", "(0,0,2.5)", MANY_SPACES.format("m"), "space units m: readers take sizes for mm"),
@@ -119,6 +123,16 @@ def test_meta_image_words_for_yes(tmp_path, yes):
     path = write(tmp_path / "packed.mha", hu)
     edited(path, "CompressedData = True", f"CompressedData = {yes}")
     np.testing.assert_array_equal(read_scan(source(path)).voxels, hu)
+
+
+def test_reasons_name_no_folder_of_this_machine(tmp_path):
+    inner = RuntimeError(
+        f"Exception\nITK ERROR: GDCMImageIO(0x55bb357f4600): {tmp_path}/a b.dcm: cannot be read"
+    )
+    assert last_line(inner) == "ITK ERROR: GDCMImageIO: a b.dcm: cannot be read"
+    with pytest.raises(OSError, match="No such file") as error:
+        (tmp_path / "a.dcm").read_bytes()
+    assert reason_of(error.value) == "cannot be read: No such file or directory"
 
 
 def test_remarks_of_an_nrrd_are_no_fields(tmp_path):
@@ -194,6 +208,8 @@ def test_nrrd_lists(tmp_path, form):
     np.testing.assert_array_equal(scan.voxels, hu)
     assert scan.nbytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert read_grid(source(path))[1] == scan.nbytes
+    (tmp_path / "s4.raw").write_bytes(hu[4].tobytes() * 2)  # of another type, or of another header
+    assert "wrong size: its data files have" in refused(path)
 
 
 def _members(values, wbits, level=6, members=1):

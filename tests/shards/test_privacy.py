@@ -55,7 +55,13 @@ def test_what_a_manifest_tells_by_intention(split, source, line):
     [
         ("/home/anna/scans/a.nii", "absolute paths"),
         ("C:\\data\\anna", "absolute paths"),
+        ("D:/data/anna", "absolute paths"),
+        ("cannot read /raid/ct/a.nii", "absolute paths"),
+        ("file:///volume1/nas/a.nii", "absolute paths"),
         ("DOE^JANE", "names of persons"),
+        ("Müller^Jürgen", "names of persons"),
+        ("born 1950-01-31", "dates of a day"),
+        ("case 31.01.1950", "dates of a day"),
         ("case-20150607", "dates of a day"),
         ("1.3.12.2.1107.5.1.4.2015060710111200.7", "dates of a day"),
     ],
@@ -72,7 +78,17 @@ def test_what_identifies_is_found_in_every_kind_of_file(tmp_path, capsys, text, 
 
 @pytest.mark.parametrize(
     "text",
-    ["a/b/c.nii", "1.3.6.1.4.1.14519.5.2.1.6279.6001.105756658031515062000744821260", "https://x.org/data/a"],
+    [
+        "a/b/c.nii",
+        "1.3.6.1.4.1.14519.5.2.1.6279.6001.105756658031515062000744821260",
+        "https://x.org/data/a",
+        "<b>a</b></td></tr>",
+        "2026-11-27T10:00:00",
+        "/usr/bin/python3",
+        "s3://bucket/data/a",
+        "base64,/9j/4AAQSk+/Pz7/GQw/8=",
+        "ORIGINAL/PRIMARY/AXIAL",
+    ],
 )
 def test_what_tells_nothing_is_not_pointed_at(tmp_path, capsys, text):
     (tmp_path / "a.json").write_text(json.dumps({"note": text}))

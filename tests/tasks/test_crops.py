@@ -92,3 +92,24 @@ def test_a_mask_elsewhere_is_refused_or_resampled_as_simpleitk_does(tmp_path):
         sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     )
     assert (laid != expected).mean() < 0.01 and expected.any()  # ties at half a voxel
+
+
+def test_a_coarse_mask_reaches_to_the_edges_of_its_voxels():
+    axes = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    fine = orientation.Grid((20, 20, 20), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), axes)
+    coarse = orientation.Grid((3, 4, 4), (5.0, 5.0, 5.0), (2.0, 2.0, 2.0), axes)  # ends at x = 14.5
+    values = np.arange(1, 49, dtype=np.int16).reshape(4, 4, 3)
+    laid = source_files.on_grid(values, coarse, ScanSource("m", "m", ()), fine, (20, 20, 20), True)
+    np.testing.assert_array_equal(laid[:, :, :15], values.repeat(5, 0).repeat(5, 1).repeat(5, 2))
+    assert not laid[:, :, 15:].any()
+
+
+def test_an_image_in_place_of_a_mask_is_refused(tmp_path):
+    values = np.random.default_rng(0).integers(-1000, 400, (6, 7, 8)).astype(np.int16)
+    write(tmp_path / "a.nii.gz", values, TURNS["plain"])
+    source = ScanSource("a", "a.nii.gz", (str(tmp_path / "a.nii.gz"),))
+    read = read_image(source)
+    with pytest.raises(orientation.BadScan, match=r"mask a.nii.gz: holds values from -\d+: is it an image"):
+        source_files.read_mask(source, read.grid, values.shape, (), False)
+    mask, _ = source_files.read_mask(source, read.grid, values.shape, (-5, 7), False)
+    np.testing.assert_array_equal(mask, np.isin(read.values, (-5, 7)))

@@ -41,6 +41,33 @@ def cut(task, folder):
     return task, cases, {case.uid: list(task.cut(case, SIZE).samples) for case in cases.cases}
 
 
+def test_files_that_are_of_no_case_are_named(tmp_path):
+    write_pair(tmp_path / "pairs", "x_image.nii.gz", "x_mask.nii.gz")
+    write_pair(tmp_path / "pairs", "y_IMAGE.nii.gz", "y_mask.nii.gz")
+    found = Custom().find(str(tmp_path / "pairs"), "")
+    assert [case.name for case in found.cases] == ["x_image.nii.gz"]
+    why = "called neither like --images *_image.nii.gz nor like --masks *_mask.nii.gz"
+    assert sorted(found.left_out) == [
+        ("y_IMAGE.nii.gz", why),
+        ("y_mask.nii.gz", "of no image *_image.nii.gz"),
+    ]
+    write_pair(tmp_path / "raw", "imagesTr/x_0000.nii.gz", "labelsTr/x.nii.gz")
+    for other in "yz":
+        write(tmp_path / "raw" / "imagesTr" / f"{other}_0000.nii.gz", ct(SHAPE))
+    labels = {"background": 0, "body": 1, "tumour": 2}
+    (tmp_path / "raw" / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 1})
+    )
+    found = Custom(layout="nnunet").find(str(tmp_path / "raw"), "")
+    assert found.left_out == [("imagesTr: 2 files, the first y_0000.nii.gz", "of no labelled case")]
+    write_pair(tmp_path / "total", "x/ct.nii.gz", "x/segmentations/body.nii.gz")
+    write_pair(tmp_path / "total", "y/CT.nii.gz", "y/segmentations/body.nii.gz")
+    found = Custom(layout="structures", images="*/ct.nii.gz", masks="*/segmentations").find(
+        str(tmp_path / "total"), ""
+    )
+    assert found.left_out == [("y/segmentations", "folders of masks of no image */ct.nii.gz")]
+
+
 def whole_label(samples):
     """The middle of a sample of the whole scan, which is not resampled."""
     return samples[0].record[-1]

@@ -99,6 +99,41 @@ def test_contours_that_are_not_on_slices(tmp_path, z, why):
         masks_of(tmp_path, masks="rtstruct", structures="liver")
 
 
+def on_grid(folder, contours):
+    """The mask [z,y,x] of an RTSTRUCT whose structure GTV has these contours."""
+    structures(folder, contours)
+    return masks_of(folder, masks="rtstruct", structures="GTV")[0]
+
+
+def test_contours_that_are_there_twice_or_in_one_another(tmp_path):
+    series(tmp_path)
+    outer, hole, island = (
+        square(3, (5, 24), (5, 24)),
+        square(3, (8, 20), (8, 20)),
+        square(3, (10, 12), (10, 12)),
+    )
+    above = square(4, (5, 24), (5, 24))
+    ring = np.zeros(HU.shape, bool)
+    ring[3:5, 5:25, 5:25] = True
+    np.testing.assert_array_equal(on_grid(tmp_path, [outer, above, outer[2:] + outer[:2]]), ring)
+    ring[3, 8:21, 8:21] = False
+    ring[3, 10:13, 10:13] = True
+    for order in ([outer, hole, island], [island, outer, hole], [hole, island, outer]):
+        np.testing.assert_array_equal(on_grid(tmp_path, [above, *order]), ring)
+    with pytest.raises(BadScan, match="two contours of GTV cross"):
+        on_grid(tmp_path, [outer, square(3, (20, 30), (20, 30))])
+
+
+def test_contours_on_some_slices_alone(tmp_path):
+    series(tmp_path)
+    levels = {z: square(z, (5, 24), (5, 24)) for z in range(12)}
+    with pytest.raises(BadScan, match=r"GTV has contours on every 3\. slice of the image alone"):
+        on_grid(tmp_path, [levels[z] for z in (1, 4, 7)])
+    for lesions in ((1, 2, 3, 7, 8), (1, 7), (1, 4, 11)):  # apart, or of one slice
+        found = on_grid(tmp_path, [levels[z] for z in lesions])
+        assert np.flatnonzero(found.any(axis=(1, 2))).tolist() == list(lesions)
+
+
 def changed(folder, change):
     """The RTSTRUCT of the folder, with a change by pydicom."""
     data = pydicom.dcmread(folder / "rs.dcm")
@@ -222,6 +257,10 @@ def test_what_has_no_mask_or_several_is_named(tmp_path):
     structures(tmp_path / "b", gtv())
     ((_, why),) = task.find(str(tmp_path), "").bad
     assert why.startswith("has 2 masks: a/rs.dcm, b/rs.dcm")
+    save(rtstruct({"GTV": gtv()}, series="1.99"), tmp_path / "b" / "rs.dcm")
+    found = task.find(str(tmp_path), "")
+    assert ("b/rs.dcm", "refers to no series that is there and can be used") in found.left_out
+    assert len(found.cases) == 1
 
 
 @pytest.mark.parametrize(
