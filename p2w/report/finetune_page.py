@@ -374,6 +374,9 @@ def _commands(found: FineTuningFacts) -> Markup:
         words = other_start(str(start["command"]), found.manifest, other, folder)
         if words:
             compare = f"p2w table1 {run} {shlex.quote(folder)}"
+            if init != "random":
+                label = shlex.quote(str(child(found.manifest, "init").get("label", "")))
+                compare += f" --ours {label} --against Scratch"
             parts += [tag("h3", title), command_lines(f"{launcher} {shlex.join(words)}\n{compare}")]
     kind = str(child(found.manifest, "task").get("kind", ""))
     if kind.endswith("segmentation"):

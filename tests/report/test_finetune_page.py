@@ -110,7 +110,7 @@ def test_the_comparison_is_the_same_command_from_random_weights(tmp_path, no_cha
         "--network": "unet3d",
     }
     assert options == expected | {"--width": "8"}
-    assert f"p2w table1 {tmp_path}/tuned {tmp_path}/tuned-random" in said
+    assert f"p2w table1 {tmp_path}/tuned {tmp_path}/tuned-random --ours Parts2Whole --against Scratch" in said
     assert finetune_page.other_start("a 'b", {}, "random", "other") == []
     own = finetune_page.other_start(
         "f.py --init random --allow-leak --width 8 --trials 1", {"width": 8}, "RUN", "other"
