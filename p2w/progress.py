@@ -59,9 +59,9 @@ class Progress:
         self.bar.update(self.task, advance=1, note=f"{self.rate():.2f} {self.what}/s · {note}")
 
     def tick(self) -> None:
-        """Print a line if there is no terminal and 15 seconds have passed."""
+        """Print a line if there is no terminal and 15 seconds have passed; the last one is printed at the end."""
         now = time.monotonic()
-        if not _console.is_terminal and now - self.last > EVERY:
+        if not _console.is_terminal and self.done < self.total and now - self.last > EVERY:
             self.last = now
             say(self.line())
 

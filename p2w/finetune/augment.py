@@ -100,9 +100,12 @@ PROBABILITIES = (
 )  # fmt: skip
 
 USUAL = Augmentation(
-    flip=0.5, rotation=0.2, scaling=0.2, brightness=0.15, contrast=0.15, gamma=0.3, blur=0.2, low_resolution=0.25, noise=0.1,
+    rotation=0.2, scaling=0.2, brightness=0.15, contrast=0.15, gamma=0.3, blur=0.2, low_resolution=0.25, noise=0.1,
 )  # fmt: skip
-"""nnU-Net's probabilities (Isensee et al. 2021); ranges for values in [0, 1] are our choice."""
+"""nnU-Net's probabilities (Isensee et al. 2021) without mirroring; ranges for values in [0, 1] are our choice.
+
+Scans are brought to one orientation, so that no mirrored body is ever predicted, and learning those took more steps than
+short trials have (docs/finetune_recipes.md)."""
 
 
 @dataclass(frozen=True)

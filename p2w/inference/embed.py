@@ -340,7 +340,7 @@ def embed_scans(
     todo = [scan for scan in scans if parts.read(scan) is None]
     if len(todo) < len(scans):
         say(f"{len(scans) - len(todo)} scans are done already")
-    progress, bad = Progress(len(todo), "scans"), 0
+    progress, bad, windows = Progress(len(todo), "scans"), 0, 0
     device = next(model.encoder.parameters()).device
     waiting: list[Cut] = []
 
@@ -358,9 +358,11 @@ def embed_scans(
         waiting.clear()
 
     def finish(pending: Pending) -> None:
+        nonlocal windows
         if pending.complete and all(one is not None for one in pending.found):
             parts.write(pending.scan, pending)
-            progress.step(f"{len(pending.found)} windows")
+            windows += len(pending.found)
+            progress.step(f"{windows:,} windows")
             progress.tick()
 
     with (

@@ -132,7 +132,7 @@ def test_the_recipe_is_named_beside_its_settings(balls, tmp_path):
         [*base, "--recipe", "modern", "--recipe.ema", "0.5", "--recipe.augment.noise", "0"]
     )
     assert args.recipe.schedule == "cosine" and args.recipe.ema == 0.5 and args.recipe.augment.noise == 0
-    assert args.recipe.augment.flip == 0.5
+    assert args.recipe.augment.gamma == 0.3 and args.recipe.augment.flip == 0  # bodies have one orientation
     assert finetune.parse(base)[0].recipe == FineTuneRecipe()
     with pytest.raises(UserError, match="--recipe best: must be paper or modern"):
         finetune.parse([*base, "--recipe=best"])
