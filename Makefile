@@ -7,8 +7,9 @@
 # make gpu-rehearsal   every stage of bench/gpu/day.sh at toy size on the CPU: two minutes on two free cores
 # make docs    docs/ as a site that opens from disk: site/index.html
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
-# make evidence   train and analyse; writes docs/evidence.md: half an hour on two free cores
-#                 P2W_REAL_DATA=FOLDER (luna16, dicom, nifti in it) brings real scans in
+# make evidence   train and analyse; writes docs/evidence.md: about 55 minutes on two free cores
+#                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
+# make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
 # make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores
 # make targets    the paper's Tables 1 and 2 at CPU size; fills docs/targets.md: an hour and a half more
 #
@@ -23,7 +24,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak evidence methods targets clean
+.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak evidence leaderboard methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -108,6 +109,9 @@ soak: $(VENV)/.tools
 
 evidence: $(VENV)/.installed
 	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"
+
+leaderboard: $(VENV)/.installed
+	$(BIN)/python bench/evidence/leaderboard.py --folder evidence --real "$(P2W_REAL_DATA)"
 
 methods: $(VENV)/.installed
 	$(BIN)/python bench/evidence/methods.py --folder evidence

@@ -8,18 +8,30 @@ import pytest
 import torch
 from processes import REPO
 
+from p2w.analysis.features import extract, pixels
 from p2w.analysis.similarity import auc, pair_cosines
+from p2w.commands.train import parse
+from p2w.config import PretextConfig
 from p2w.finetune.task_types import task_type
 from p2w.model import build_encoder
 from p2w.pretext import PRETEXTS
 from p2w.reproduce.table import BEST, Cell, Claim, Column, Table
+from p2w.shards.grouping import split_groups
 from p2w.stats import compare_pretrainings, paired
+from p2w.stream.stream import open_set
+from p2w.world import World
 
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
+import designs
+import evidence_page
 import gate
+import leaderboard
+import measure_run
 import methods
 import methods_page
 import page
+import pretrainings
+import run
 import shortcuts
 import targets
 import targets_page
@@ -209,3 +221,177 @@ def test_methods_are_tested_against_random_with_holms_p_and_one_seed_is_no_test(
     assert found["simclr", "ncc"].startswith(f"{one.difference:+.3f} ({one.low:.3f} to {one.high:.3f}), p ")
     assert found["simclr", "ncc"].endswith("p < 0.001" if 2 * one.p < 0.001 else f"p = {2 * one.p:.3f}")
     assert found["mae", "ncs"] == "+0.250, one pretraining is no replicate"
+
+
+def test_folds_set_each_scan_aside_once_as_the_cutting_command_splits_them():
+    scans = [f"scan-{number}" for number in range(11)]
+    folds = designs.fold_seeds(scans, 4)
+    sets = [split_groups({scan: scan for scan in scans}, share, seed) for share, seed in folds]
+    assert sorted(scan for one in sets for scan in one) == sorted(scans)
+    assert [len(one) for one in sets] == [3, 3, 3, 2] and folds[0] == (run.FIRST_FOLD / run.PATIENTS, 0)
+    assert designs.fold_seeds(scans[::-1], 4) == folds
+    with pytest.raises(ValueError, match="2 scans: 3 folds"):
+        designs.fold_seeds(scans[:2], 3)
+
+
+def test_the_plan_has_one_seed_of_every_method_on_every_fold_before_a_second():
+    sets = designs.data_sets(True)
+    planned = designs.plan(["simclr", "spark"], sets, 2)
+    assert len(set(planned)) == len(planned) == 2 * 2 * len(sets)
+    assert {one.seed for one in planned[: len(planned) // 2]} == {0}
+    assert [one.data for one in planned[: designs.FOLDS]] == sets[: designs.FOLDS]
+    seeds = {designs.seed_of(one) for one in planned if one.method == "spark" and one.kind == "real"}
+    assert len(seeds) == 2 * designs.FOLDS  # no two folds begin with the same weights
+    designs.check()
+
+
+@pytest.mark.slow
+def test_every_row_of_the_leaderboard_is_a_pretext_that_takes_no_more_than_the_compute(tmp_path):
+    for name in designs.METHODS:  # each parses, and builds its network
+        assert designs.steps_of(name) <= designs.MOST
+        assert designs.steps_of(name) * designs.cost(name) <= designs.STEPS + designs.cost(name)
+    assert (
+        designs.steps_of("parts2whole") == designs.STEPS and designs.steps_of("parts2whole_contrast") == 150
+    )
+    config = parse(designs.train_command(tmp_path, designs.Pretraining("dino", "real-1", 2))[2:])[0].config
+    assert config.pretext.size == (16, 16, 16) and config.train.seed == config.data.seed == 102
+    assert config.train.steps == designs.steps_of("dino") and config.pretext.name == "dino"
+
+
+def of(method, data, seed, plain, top1=0.5, **more):
+    numbers = {"plain": plain, "top1": top1}
+    return {"method": method, "data": data, "seed": seed, "features": {method: numbers}, "wholes": 20, **more}
+
+
+def test_seeds_of_a_fold_are_one_unit_and_the_test_is_that_of_folds():
+    """Three seeds of two folds: six pretrainings, of which a test that took them for independent would make too much."""
+    ours = [
+        of("a", f"real-{fold}", seed, 0.8 + 0.1 * fold + 0.01 * seed)
+        for fold in range(2)
+        for seed in range(3)
+    ]
+    base = [of("b", f"real-{fold}", 0, 0.6) for fold in range(2)]
+    found = [*ours, *base, of("a", "phantom", 0, 0.1)]
+    a, b = (pretrainings.values(found, "real", name, "plain") for name in "ab")
+    assert len(a) == 6 and pretrainings.units(a) == pytest.approx({"real-0": 0.81, "real-1": 0.91})
+    assert pretrainings.compare(a, b) == paired([0.8, 0.9], [0.6, 0.6])  # of seed 0, which both have
+    assert pretrainings.counted(found, "real", "a") == "6 in 2 folds"
+    assert pretrainings.cell(a).startswith(
+        "0.860 (0.225 to 1.495)"
+    )  # t of one degree of freedom: 12.7 x 0.05
+    assert pretrainings.cell(a, share=True).startswith("0.860 (0.225 to 1.000)")
+    assert pretrainings.cell({}) == pretrainings.counted(found, "phantom", "b") == "not run"
+    assert pretrainings.cell(pretrainings.values(found, "phantom", "a", "plain")) == "0.100"
+
+
+def test_p_of_a_table_is_holms_and_what_was_not_run_says_so():
+    values = {"a": [0.9, 0.8, 0.85, 0.95], "b": [0.6, 0.55, 0.5, 0.7], "c": [0.8, 0.8, 0.8, 0.8]}
+    seen = {name: {(f"real-{at}", 0): one for at, one in enumerate(some)} for name, some in values.items()}
+    tests = {name: pretrainings.compare(seen["a"], seen[name]) for name in "bc"}
+    tests["d"] = pretrainings.compare(seen["a"], {})
+    tests["e"] = pretrainings.compare(seen["a"], {("real-0", 0): 0.5})
+    said = pretrainings.tested(tests)
+    plain = paired(values["a"], values["b"])
+    smaller = min(2 * plain.p, 1.0)
+    assert said["b"] == f"+0.287 ({plain.low:+.3f} to {plain.high:+.3f}), " + (
+        "p < 0.001" if smaller < 0.001 else f"p = {smaller:.3f}"
+    )
+    assert said["d"] == "not run" and said["e"] == "+0.400, one pretraining: no test"
+
+
+def test_the_fall_of_the_loss_stands_beside_r_and_its_interval_is_over_pretrainings():
+    falling = {"step": [1, 2, 3, 4, 5], "mse": [5.0, 4, 3, 2, 1], "auc": [0.5, 0.6, 0.7, 0.8, 0.9]}
+    runs = [
+        of(
+            "parts2whole",
+            f"real-{at}",
+            0,
+            0.9,
+            course=falling | {"contrast": [8.5, 8.4, 8.3, 8.2, 8.1 - 0.1 * at]},
+        )
+        for at in range(2)
+    ]
+    rows = evidence_page.course(runs, "real").splitlines()
+    assert rows[2].startswith("| autoencoder | not run")
+    ours = rows[3].split(" | ")
+    assert ours[1:5] == [
+        "2 x 5", "8.500 -> 8.050", "0.450 (-0.185 to 1.085)", "0.250 (-0.385 to 0.885)",
+    ]  # fmt: skip
+    assert ours[5] == "0.500 -> 0.900" and ours[6].startswith(("0.99", "1.00"))
+
+
+def test_pages_are_made_of_what_is_there_and_name_what_is_not(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in ("evidence", "leaderboard"):
+        (docs / f"{name}.md").write_text((REPO / "docs" / f"{name}.md").read_text())
+    spent = {"training_s": 30.0, "measuring_s": 5.0, "mse": 0.03, "mse_of_mean": 0.05, "scans": 3}
+    ours = [of("parts2whole", f"real-{fold}", 0, 0.9, **spent) for fold in range(2)]
+    for one in ours:
+        one["features"] |= {name: {"plain": 0.7, "top1": 0.3} for name in ("random", "histogram", "pixels")}
+    leaderboard.write(docs, ours)
+    board = (docs / "leaderboard.md").read_text().partition("<!-- /leaderboard -->")[0]
+    assert "| parts2whole | not run | not run | not run | not run | not run | 2 in 2 folds | 0.900" in board
+    assert (docs / "leaderboard.md").read_text().count("| spark | not run | not run") >= 1
+    evidence_page.write(docs, tmp_path, ours)
+    text = (docs / "evidence.md").read_text()
+    assert "| random initialisation | 2 in 2 folds | 0.700 (0.700 to 0.700) |" in text
+    assert "| simclr | not run | not run" in text
+    assert "| real-1 | 3 | 20 | 0.700 | 0.700 | 0.900 |" in text
+
+
+def test_parts_are_cut_once_and_features_of_them_are_those_of_the_analysis(tiny_set):
+    shards, view = open_set(str(tiny_set)), PretextConfig(size=(8, 8, 8))
+    ids = measure_run.tested_wholes(shards)
+    parts = measure_run.cut(shortcuts.FEW, view, shards, tuple(ids.tolist()))
+    assert parts.shape == (len(ids), shortcuts.FEW.count, 1, 8, 8, 8)
+    once = measure_run.encode(pixels, parts)
+    assert np.array_equal(once, extract(pixels, view, shortcuts.FEW, shards, ids, World.from_env()))
+
+
+def test_a_frozen_probe_reads_what_is_in_the_features_and_no_more():
+    rng = np.random.default_rng(0)
+    places = [rng.random((wholes, 4, 3)) for wholes in (32, 12)]
+    features = [np.concatenate((one, one[..., :1] ** 2), 2) for one in places]
+    assert measure_run.frozen_probe(features[0], places[0], features[1], places[1]) > 0.99
+    noise = [rng.normal(size=(len(one), 4, 8)) for one in places]
+    assert measure_run.frozen_probe(noise[0], places[0], noise[1], places[1]) < 0.05
+
+
+def test_a_parts_place_is_a_share_of_its_scan():
+    class Wholes:
+        """Two tiles of one scan, (64, 128, 128) voxels each, and a scan of a single tile."""
+
+        shape = (64, 128, 128)
+        keys = ("a/z0000_y0000_x0000", "a/z0064_y0000_x0128", "b/z0000_y0000_x0000")
+
+        def ids(self, split):
+            return np.arange(3)
+
+        def key(self, number):
+            return self.keys[number]
+
+    class Corner:
+        """One part of each whole: its first eighth."""
+
+        def boxes(self, ids, shards):
+            return torch.tensor([0.0, 0, 0, 32, 64, 64]).expand(len(ids), 1, 6)
+
+    found = measure_run.positions(Corner(), Wholes(), np.arange(3))
+    assert found[:, 0].tolist() == [[0.125, 0.25, 0.125], [0.625, 0.25, 0.625], [0.25, 0.25, 0.25]]
+
+
+def test_a_scan_of_many_wholes_outweighs_no_other():
+    class Wholes:
+        """Keys of 40 wholes of one scan and 5 of another."""
+
+        def ids(self, split):
+            return np.arange(45)
+
+        def key(self, number):
+            return f"big/{number}" if number < 40 else f"small/{number}"
+
+    ids = measure_run.tested_wholes(Wholes())
+    assert len(ids) == measure_run.PER_SCAN + 5 and list(ids[-5:]) == [40, 41, 42, 43, 44]
+    scan, tile = measure_run.places(Wholes(), ids)
+    assert list(scan) == [0] * measure_run.PER_SCAN + [1] * 5 and len(set(tile.tolist())) == len(ids)

@@ -30,15 +30,15 @@ class Job:
         return self.done.exists()
 
 
-def work(jobs: list[Job], folder: Path) -> None:
-    """Run the unfinished jobs, one for each core at a time, and print the last line of each every minute."""
+def work(jobs: list[Job], folder: Path, workers: int = 0) -> None:
+    """Run the unfinished jobs in order, `workers` at a time (0: one for each core); the last line of each every minute."""
     waiting = [job for job in jobs if not job.finished]
     running: dict[Job, subprocess.Popen[bytes]] = {}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "COLUMNS": "200"}
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     said = time.monotonic()
     while waiting or running:
-        while waiting and len(running) < usable_cores():
+        while waiting and len(running) < (workers or usable_cores()):
             job = waiting.pop(0)
             with open(folder / "logs" / f"{job.name}.txt", "ab") as log:
                 command = [sys.executable, *map(str, job.command)]

@@ -1,114 +1,109 @@
-"""Does reconstruction alone make contrastive features? Trains, analyses and updates docs/evidence.md.
+"""Does reconstruction alone make contrastive features? Trains, measures and updates docs/evidence.md.
 
     make evidence                                          # phantom; with P2W_REAL_DATA=FOLDER the real scans too
     python bench/evidence/run.py --folder evidence --real ../shared/data
-    python bench/evidence/run.py --page-only               # from what is in the folder
+    python bench/evidence/run.py --page-only               # from bench/results/pretrainings.json
 
-About half an hour on two free cores. The same command continues one that was stopped. On every data set two networks are
-trained, alike but for what they see: Parts2Whole parts of 1/16 to 1/4, an autoencoder the whole. launch/analyze.py compares
-them with the random network they began as, and with features that are no network; shortcuts.py asks what they read.
+What is trained on what: designs.py. What is measured of each network: measure_run.py. The same command continues one that
+was stopped; the page says of every row how many pretrainings it rests on, and `not run` where there are none. The runs are
+shared with `make leaderboard`, which has more methods.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import page
+import evidence_page
+import pretrainings
+from designs import (
+    EVIDENCE,
+    REAL,
+    REFERENCE,
+    SEEDS,
+    Pretraining,
+    check,
+    cut_job,
+    data_sets,
+    folds_of,
+    link_scans,
+    phantom_jobs,
+    plan,
+)
 from jobs import REPO, Job, work
 
-from p2w.resources import usable_cores
-
-STEPS = {"phantom": 600, "real": 300}  # the real set is a quarter of the phantom's: 40 epochs and 79
-EVERY = {"phantom": 25, "real": 12}  # steps between checkpoints, each validated
-PRETEXTS: dict[str, list[str]] = {"parts": [], "autoencoder": ["--pretext.volume-fraction", "1", "1"]}
-REAL = ("luna16", "dicom", "nifti")  # of the folder of real scans; its other folders hold no whole chests
+PATIENTS, FIRST_FOLD = 11, 3  # real scans, one of each patient; those of the first fold
+FIGURES_OF = ("real-0", "phantom")  # data sets whose first network analyze.py draws
 
 
 def data_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
-    """Sets of sub-scans: 40 phantom scans, a quarter of them for validation; real scans, one of three for validation."""
-    luna, phantom = folder / "LUNA16", folder / "phantom"
-    cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", phantom, "--subsets", "0-9"]
-    phantoms = ["-m", "p2w.phantom", "--out", luna, "--scans", "40", "--workers", str(usable_cores())]
-    done = phantom / "manifest.parquet"
-    jobs = [Job("phantom-scans", phantoms, done), Job("phantom-cut", [*cut, "--val-fraction", "0.25"], done)]
+    """Stages that cut the phantoms and the first fold of the real scans, from which the other folds follow."""
+    stages = phantom_jobs(folder)
     if real:
-        links = (
-            folder / "realscans"
-        )  # one folder with nothing else in it: names, and so the split, follow from it
-        links.mkdir(parents=True, exist_ok=True)
-        for name in REAL:
-            if not (links / name).exists():
-                (links / name).symlink_to(real / name)
-        cut = [
-            "preprocess/shard_scans.py",
-            "--scans",
-            links,
-            "--out",
-            folder / "real",
-            "--val-fraction",
-            "0.34",
-        ]
-        jobs.append(Job("real-cut", cut, folder / "real" / "manifest.parquet"))
-    return [[job] for job in jobs]
+        link_scans(folder, real)
+        stages.insert(0, [cut_job(folder, 0, FIRST_FOLD / PATIENTS, 0)])
+    return stages
 
 
-def train_job(folder: Path, data: str, pretext: str) -> Job:
-    """Train one network."""
-    run = folder / "runs" / f"{data}-{pretext}"
-    steps, every = STEPS[data], EVERY[data]
-    length = (
-        f"demo --train.steps {steps} --train.validate-every {every} --train.checkpoint-every {every}".split()
-    )
-    where = [
-        "--train.keep",
-        "100",
-        "--train.checkpoint-minutes",
-        "0",
-        "--shards",
-        folder / data,
-        "--run-dir",
-        run,
-    ]
-    return Job(run.name, ["launch/train.py", *length, *where, *PRETEXTS[pretext]], run / "status.json")
+def prepare(folder: Path, real: Path | None, workers: int) -> None:
+    """Cut all data sets."""
+    for stage in data_jobs(folder, real):
+        work(stage, folder, workers)
+    if real:
+        folds = folds_of(folder)
+        if folds[0] != (FIRST_FOLD / PATIENTS, 0):
+            sys.exit(
+                f"error: {real}: its folders {', '.join(REAL)} must hold {PATIENTS} scans in all, one a patient"
+            )
+        work([cut_job(folder, at, *fold) for at, fold in enumerate(folds)], folder, workers)
+
+
+def measure_job(folder: Path, one: Pretraining) -> Job:
+    """Train and measure one network."""
+    command = ["bench/evidence/measure_run.py", folder, one.data, one.method, one.seed]
+    return Job(one.name, command, folder / "runs" / one.name / "measured.json")
 
 
 def analysis_job(folder: Path, data: str) -> Job:
-    """Analyse Parts2Whole against all others, at the last step of each."""
-    run, other = (folder / "runs" / f"{data}-{name}" for name in PRETEXTS)
-    against = f"histogram,pixels,random,autoencoder={other}@{STEPS[data]}"
-    command = ["launch/analyze.py", "--run", run, "--step", STEPS[data], "--against", against]
-    sizes = "--max-wholes 40 --parts 10 --scales 6 --scale-parts 4"
-    command += ["--shards", folder / data, *sizes.split()]
-    return Job(f"{data}-analysis", command, run / "analysis" / "summary.json")
+    """Draw Fig. 2 of the first network on a data set, against those that were trained on the same."""
+    run, other = (folder / "runs" / Pretraining(name, data, 0).name for name in (REFERENCE, "autoencoder"))
+    against = f"histogram,pixels,random,autoencoder={other}"
+    command = ["launch/analyze.py", "--run", run, "--against", against, "--shards", folder / data]
+    sizes = "--max-wholes 40 --parts 8 --scales 6 --scale-parts 3 --scatter-parts 100"
+    return Job(f"{data}-analysis", [*command, *sizes.split()], run / "analysis" / "summary.json")
 
 
-def shortcuts_job(folder: Path, data: str) -> Job:
-    """Measure which cues the features of each network use."""
-    command = ["bench/evidence/shortcuts.py", folder, data, STEPS[data]]
-    return Job(f"{data}-shortcuts", command, folder / "runs" / f"{data}-shortcuts.json")
+def run_all(folder: Path, real: Path | None, methods: tuple[str, ...], seeds: int, workers: int) -> None:
+    """Everything that is not there yet, the most telling first."""
+    check()
+    prepare(folder, real, workers)
+    sets = data_sets(bool(real))
+    todo = [measure_job(folder, one) for one in plan(methods, sets, seeds)]
+    figures = [analysis_job(folder, data) for data in FIGURES_OF if data in sets]
+    work([*todo, *figures], folder, workers)
+
+
+def arguments(text: str) -> tuple[argparse.Namespace, Path, Path | None]:
+    """The command line that run.py and leaderboard.py share, the folder of runs, and that of real scans."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
+    parser.add_argument("--real", default="", help=f"folder with {', '.join(REAL)}; empty: phantoms only")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="pretrainings of a method on each data set")
+    parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one for each core")
+    parser.add_argument("--methods", nargs="+", help="of designs.py, in this order; default: the page's")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    args = parser.parse_args()
+    real = Path(args.real).resolve() if args.real else None
+    if real and not all((real / name).is_dir() for name in REAL):
+        sys.exit(f"error: {real}: must hold the folders {', '.join(REAL)}; leave --real out to do without")
+    return args, args.folder.resolve(), real
 
 
 def main() -> None:
-    """Train, analyse and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
-    parser.add_argument(
-        "--real", default="", help="folder of real scans with luna16, dicom, nifti; empty: phantom only"
-    )
-    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
-    args = parser.parse_args()
-    folder, real = args.folder.resolve(), Path(args.real).resolve() if args.real else None
-    if real and not all((real / name).is_dir() for name in REAL):
-        sys.exit(f"error: {real}: must hold the folders {', '.join(REAL)}; leave --real out to do without")
-    sets = ["phantom", *(["real"] if real else [])]
+    """Train, measure and write the page."""
+    args, folder, real = arguments(__doc__)
     if not args.page_only:
-        for stage in data_jobs(folder, real):
-            work(stage, folder)
-        work([train_job(folder, data, pretext) for data in sets for pretext in PRETEXTS], folder)
-        work([make(folder, data) for data in sets for make in (analysis_job, shortcuts_job)], folder)
-    page.write(REPO / "docs", folder, sets)
+        run_all(folder, real, tuple(args.methods or EVIDENCE), args.seeds, args.workers)
+    evidence_page.write(REPO / "docs", folder, pretrainings.collect(folder))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,11 @@
-"""Which cues do features use? Separability of parts without one cue after another.
-
-    python bench/evidence/shortcuts.py FOLDER DATA STEP      # as run.py does
+"""Which cues do features use? Separability of parts without one cue after another, for measure_run.py and compare.py.
 
 W, P, C = wholes, parts of each, channels. All subjects see the same parts, of 1/16 to 1/4, and all pairs are taken.
 """
 
 import dataclasses
 import itertools
-import json
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, baseline
-from p2w.analysis.features import Features, PartSet, extract
-from p2w.analysis.recalibration import TrainingWholes
-from p2w.analysis.similarity import auc, contrastive_losses, pair_cosines
-from p2w.files import write_atomic
-from p2w.log import read_metrics
+from p2w.analysis.features import Features, PartSet
+from p2w.analysis.similarity import auc, contrastive_losses
 from p2w.stream.local import ShardSet
-from p2w.stream.stream import open_set
-from p2w.train.optim import choose_precision
-from p2w.world import World
 
 Array = NDArray[np.float64]
 PARTS = PartSet("parts", 1_000, 8, ((1 / 16, 1 / 4),))
@@ -68,61 +55,9 @@ def changed(features: Features, change: Features) -> Features:
     return lambda parts: features(change(parts))
 
 
-def measure(folder: Path, data: str, step: int) -> None:
-    """Write FOLDER/runs/DATA-shortcuts.json."""
-    out = folder / "runs" / f"{data}-shortcuts.json"
-    torch.set_num_threads(1)
-    world, shards = World.from_env(), open_set(str(folder / data))
-    ids, wholes, began = shards.ids("val"), TrainingWholes(shards, world), time.monotonic()
-    found: dict[str, Any] = {}
-    for subject in subjects(folder, data, step, world):
-        features = subject.load(wholes)
-        seen = {
-            name: extract(changed(features, make()), subject.view, PARTS, shards, ids, world)
-            for name, make in CHANGES.items()
-        }
-        found[subject.label] = numbers({k: v.astype(np.float64) for k, v in seen.items()}, shards, ids)
-        print(f"{data}, {subject.label}: {json.dumps(found[subject.label])}", flush=True)
-    for name in ("parts", "autoencoder"):
-        found[f"course of {name}"] = course(
-            AnalysedRun.open(folder / "runs" / f"{data}-{name}"), shards, ids, world
-        )
-    found["seconds"] = round(time.monotonic() - began, 1)
-    write_atomic(out, json.dumps(found, indent=1))
-
-
-def course(
-    run: AnalysedRun, shards: ShardSet, ids: NDArray[np.int64], world: World
-) -> dict[str, list[float]]:
-    """For every checkpoint: validation MSE, contrastive loss, the same after subtracting the mean feature, and 1 - AUC."""
-    wholes = TrainingWholes(shards, world)
-    mse = {one["step"]: one["val/loss"] for one in read_metrics(run.path) if "val/loss" in one}
-    found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "centred", "error")}
-    for step in run.checkpoints.steps():
-        subject = run.feature_source("", step, world, choose_precision("fp32", world.device))
-        features = extract(subject.load(wholes), subject.view, FEW, shards, ids, world).astype(np.float64)
-        told = auc(*pair_cosines(features))
-        centred = contrast(features - features.mean((0, 1)))
-        for name, value in zip(found, (step, mse[step], contrast(features), centred, 1 - told), strict=True):
-            found[name].append(value)
-    return found
-
-
 def contrast(features: Array) -> float:
     """The paper's contrastive loss, mean over wholes."""
     return float(contrastive_losses(torch.from_numpy(features)).mean())
-
-
-def subjects(folder: Path, data: str, step: int, world: World) -> list[FeatureSource]:
-    """The feature sources of the analysis, with the same labels."""
-    precision = choose_precision("fp32", world.device)
-    parts, other = (AnalysedRun.open(folder / "runs" / f"{data}-{name}") for name in ("parts", "autoencoder"))
-    view = parts.config.pretext
-    found = [baseline(name, view) for name in ("histogram", "pixels")]
-    found.append(parts.feature_source("random", None, world, precision))
-    found.append(other.feature_source("autoencoder", step, world, precision))
-    found.append(parts.feature_source(f"{data}-parts", step, world, precision))
-    return [dataclasses.replace(one, view=view) for one in found]
 
 
 def numbers(seen: dict[str, Array], shards: ShardSet, ids: NDArray[np.int64]) -> dict[str, Any]:
@@ -188,7 +123,3 @@ def readable(features: Array, target: Array) -> list[float]:
     flat, wanted = features.reshape(-1, channels), target.reshape(wholes * parts, -1)
     guess = cross_val_predict(model, flat, wanted, groups=groups, cv=GroupKFold(5)).reshape(wanted.shape)
     return [float(one) for one in r2_score(wanted, guess, multioutput="raw_values")]
-
-
-if __name__ == "__main__":
-    measure(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
