@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import multiprocessing.context
 import os
+import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +61,7 @@ class _Server:
         self.control: socket.socket | None = None
         self.owner = 0
         self.environment: dict[str, str] = {}
+        self.one_request = threading.Lock()
 
     def _start(self) -> None:
         self.control, theirs = socket.socketpair()
@@ -73,17 +76,18 @@ class _Server:
 
     def ask(self, request: dict[str, Any], files: list[int]) -> socket.socket:
         """Begin a command; returns the socket that says its process id, and its exit status when it ends."""
-        if self.control is None or self.owner != os.getpid():
-            self._start()
-        if reason := same_modules(request["env"], self.environment):
-            raise ValueError(f"{reason}; start a new interpreter")
-        mine, theirs = socket.socketpair()
-        with theirs:
-            text = json.dumps(request).encode()
-            descriptors = array.array("i", [*files, theirs.fileno()])
-            kind = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
-            self.control.sendmsg([len(text).to_bytes(4, "big")], [kind])
-            self.control.sendall(text)
+        with self.one_request:
+            if self.control is None or self.owner != os.getpid():
+                self._start()
+            if reason := same_modules(request["env"], self.environment):
+                raise ValueError(f"{reason}; start a new interpreter")
+            mine, theirs = socket.socketpair()
+            with theirs:
+                text = json.dumps(request).encode()
+                descriptors = array.array("i", [*files, theirs.fileno()])
+                kind = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)
+                self.control.sendmsg([len(text).to_bytes(4, "big")], [kind])
+                self.control.sendall(text)
         return mine
 
 
@@ -158,6 +162,82 @@ class Forked(subprocess.Popen):
             self._told.close()
             self.returncode = os.waitstatus_to_exitcode(int(self._heard))
         return self.returncode
+
+
+GATE_CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+
+words = sys.argv[1:]
+if tuple(words[:2]) in {forked} or words[:1] == ["launch/finetune.py"]:
+    gate = socket.socket(socket.AF_UNIX)
+    gate.connect({gate!r})
+    text = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
+    socket.send_fds(gate, [len(text).to_bytes(4, "big")], [0, 1, 2])
+    gate.sendall(text)
+    answer = gate.makefile()
+    if pid := int(answer.readline()):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda got, _: os.kill(pid, got))
+        code = int(answer.readline())
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        sys.exit(code)
+os.execv({python!r}, [{python!r}, *words])
+"""
+
+
+class ForkGate:
+    """A program `folder/python`, for commands that other programs start: it runs some as forks, all else as it is.
+
+    `forked` are the first two words of the commands that are forked. Signals to the program are passed on, and its exit code
+    is the fork's; the fork is in a session of its own, and is killed when the program is.
+    """
+
+    def __init__(self, folder: Path, forked: set[tuple[str, str]]) -> None:
+        folder.mkdir()
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(os.fspath(folder / "gate"))
+        self.server.listen(64)
+        text = GATE_CLIENT.format(python=sys.executable, gate=os.fspath(folder / "gate"), forked=forked)
+        (folder / "python").write_text(text)
+        (folder / "python").chmod(0o755)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                one, _ = self.server.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=[one], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            size, files, _, _ = socket.recv_fds(client, 4, 3)
+            with client.makefile("rb") as reader:
+                words, env, cwd = json.loads(reader.read(int.from_bytes(size, "big")))
+            own = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
+            try:
+                process = Forked([sys.executable, *words], env=env, cwd=cwd, start_new_session=True, **own)
+            except ValueError:  # a variable that is read at imports
+                client.sendall(b"0\n")
+                return
+            finally:
+                for file in files:
+                    os.close(file)
+            client.sendall(f"{process.pid}\n".encode())
+            if client in select.select([client, process._told], [], [])[0]:
+                process.kill()
+            code = process.wait()
+            with contextlib.suppress(OSError):
+                client.sendall(f"{code}\n".encode())
+
+    def close(self) -> None:
+        """Fork no more."""
+        self.server.shutdown(socket.SHUT_RDWR)
+        self.server.close()
 
 
 def run(

@@ -4,11 +4,13 @@ import base64
 import io
 import json
 import os
+import subprocess
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import matplotlib as mpl
+import processes
 import pytest
 from processes import REPO
 
@@ -21,14 +23,18 @@ def cells(kind):
 
 @pytest.mark.slow
 def test_every_cell_runs(monkeypatch, tmp_path):
-    """In one namespace and this process, as a kernel does it; a picture is drawn wherever one was committed."""
+    """In one namespace and this process, as a kernel does it; a picture is drawn wherever one was committed.
+
+    Its training, of four steps, is a fork.
+    """
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("P2W_DEVICE", "cpu")
-    monkeypatch.setenv("STEPS", "20")
+    monkeypatch.setenv("STEPS", "4")
+    monkeypatch.setattr(subprocess, "run", processes.run)
     monkeypatch.chdir(tmp_path)
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: (drawn.append(len(plt.gcf().axes)), plt.close("all")))
@@ -42,7 +48,7 @@ def test_every_cell_runs(monkeypatch, tmp_path):
         printed = any("text" in one or "text/html" in one.get("data", {}) for one in cell["outputs"])
         assert bool(out.getvalue().strip()) == printed, f"cell {number}: {out.getvalue()}"
         if "metrics.jsonl" in code:
-            assert "step 20 " in out.getvalue()
+            assert "step 4 " in out.getvalue()
     assert os.listdir(tmp_path) == [], "it leaves nothing behind"
 
 

@@ -38,6 +38,7 @@ def trained(forge, tiny_set, tmp_path_factory):
     """A run with checkpoints at 3, 6, 9, 12; step 3 was not validated. Copy it, do not change it."""
     folder = tmp_path_factory.mktemp("trained")
     argv = [*TINY, "--train.steps", "12", "--train.checkpoint-every", "3", "--train.keep", "9"]
+    argv += ["--train.validate-every", "6"]
     codes, _, err = forge.run(folder, "demo", *argv, "--shards", tiny_set, "--run-dir", folder / "run")
     assert codes == [0], err
     return folder / "run"
@@ -47,18 +48,30 @@ def trained(forge, tiny_set, tmp_path_factory):
 def analyzed(forge, trained, tmp_path_factory):
     """The run analysed by one process."""
     return analyze(
-        forge, trained, tmp_path_factory.mktemp("analyzed"), "--against", "random,histogram,pixels"
+        forge,
+        trained,
+        tmp_path_factory.mktemp("analyzed"),
+        "--against",
+        "random,histogram,pixels",
+        draws=True,
     )
 
 
-def analyze(forge, trained, folder, *argv, ranks=1):
+def analyze(forge, trained, folder, *argv, ranks=1, draws=False):
     run = folder / "run"
     if not run.exists():
         shutil.copytree(trained, run)
-    codes, out, err = forge.run(folder, "--run-dir", run, *SMALL, *argv, ranks=ranks, script=SCRIPT)
+    codes, out, err = forge.run(
+        folder, "--run-dir", run, *SMALL, *argv, ranks=ranks, script=SCRIPT, **drawing(draws)
+    )
     assert codes == [0] * ranks, err
     assert "Traceback" not in err and "Warning" not in err, err
     return run, out, err
+
+
+def drawing(draws):
+    """How a run is started that draws, or that leaves out what takes most of its time."""
+    return {} if draws else {"spies": (("draw_nothing",),)}
 
 
 def summary(run):
@@ -290,12 +303,12 @@ def test_one_process_of_several_that_is_killed_ends_the_others_and_the_command_c
     run = shutil.copytree(trained, tmp_path / "run")
     cache = run / "analysis" / "cache"
     argv = ["--run-dir", run, *SMALL, "--against", "random", "--parts", "24", "--no-checkpoints"]
-    pids = forge.start(tmp_path, *argv, ranks=2, script=SCRIPT)
+    pids = forge.start(tmp_path, *argv, ranks=2, script=SCRIPT, **drawing(False))
     wait_for(lambda: cache.is_dir() and any(cache.glob("*.npz")), "the first features")
     os.kill(pids[1], signal.SIGKILL)
     assert all(forge.wait()) and not (run / "analysis" / "summary.json").exists()
     times = {path: path.stat().st_mtime_ns for path in cache.glob("*.npz")}
-    codes, _, err = forge.run(tmp_path, *argv, script=SCRIPT)
+    codes, _, err = forge.run(tmp_path, *argv, script=SCRIPT, **drawing(False))
     assert codes == [0], err
     assert times and times == {path: path.stat().st_mtime_ns for path in times}
     assert len(summary(run)["networks"]) == 2

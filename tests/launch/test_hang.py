@@ -9,7 +9,6 @@ import psutil
 import pytest
 from launch_runs import TINY, metrics, status, wait_for, weights
 
-LOOKS = ["--train.validate-every", 12, "--train.probe-every", 10]
 HANG = ["--train.hang-minutes", "0.5"]  # a rank that gives no sign of life is found after 7.5 s
 
 
@@ -23,7 +22,7 @@ def calm(forge, tiny_set, tmp_path_factory):
 
 
 def argv(shards, run):
-    return "demo", *TINY, *LOOKS, "--data.batch", 6, *HANG, "--shards", shards, "--run-dir", run
+    return "demo", *TINY, "--data.batch", 6, *HANG, "--shards", shards, "--run-dir", run
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -19,7 +19,8 @@ CHAIN = ((1, 0), (2, 2), (5, 0), (8, 2))  # killed at the step after so many, wi
 
 def command(shards, run, readers):
     sizes = (
-        f"--data.batch 8 --train.steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY}"
+        f"--data.batch 8 --train.steps {STEPS} --train.validate-every 100 --train.checkpoint-every {EVERY} "
+        "--train.probe-every 0"
     )
     return [
         "demo", *TINY, *sizes.split(), "--data.reader-threads", readers, "--shards", shards, "--run-dir", run,
@@ -105,7 +106,16 @@ def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
 def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
     """Before its first file, before its checksums, before it is durable: what is there stays sound, and the run ends as
     if nothing had been."""
-    sizes = "--train.steps 10 --train.checkpoint-every 1 --train.validate-every 100".split()  # noqa: SIM905
+    sizes = [
+        "--train.steps",
+        10,
+        "--train.checkpoint-every",
+        1,
+        "--train.validate-every",
+        100,
+        "--train.probe-every",
+        0,
+    ]
     argv = ["demo", *TINY, *sizes, "--shards", tiny_set, "--run-dir"]
     run, reached = tmp_path / "run", tmp_path / "reached"
     folder = run / "checkpoints"

@@ -23,7 +23,7 @@ def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_s
     run = tmp_path / "run"
     err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run, draws=True))
     assert status(run) == {"state": "finished", "step": 30, "why": ""}
-    first, last = [record["val/loss"] for record in metrics(run) if "val/loss" in record][::5]
+    first, last = [record["val/loss"] for record in metrics(run) if "val/loss" in record][::2]
     assert last < 0.8 * first
     assert {
         "config.json",

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import SimpleITK as sitk
 from pretrain_runs import SMALL, Start
@@ -57,7 +57,7 @@ def shards(luna: Path) -> Path:
     """The five scans cut by one process, without Slurm."""
     out = luna.parent / "shards"
     command = [sys.executable, "preprocess/shard_luna.py", "--luna", str(luna), "--out", str(out), *CUT]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    processes.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
     return out
 
 
@@ -65,10 +65,9 @@ def shards(luna: Path) -> Path:
 def pretrain(cluster: Cluster, shards: Path) -> Start:
     """Submit the small run into a folder."""
 
-    def submit(run: Path, *options: str, more: tuple[str, ...] = ()) -> str:
+    def submit(run: Path, *options: str, more: tuple[str, ...] = (), **variables: str) -> str:
         where = [f"--shards={shards}", "--run", str(run)]
-        return cluster.sbatch(
-            "--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more, P2W_END_SECONDS="15"
-        )
+        words = ["--nodes=2", *options, "slurm/pretrain.sbatch", *SMALL, *where, *more]
+        return cluster.sbatch(*words, P2W_END_SECONDS="15", **variables)
 
     return submit

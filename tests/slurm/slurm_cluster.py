@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import ForkGate
+
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -60,6 +62,8 @@ PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
 CUT = ["--subsets", "0-1", "--workers", "1"]
+# What jobs run as forks. What srun starts stays in the tree of its slurmstepd, to which Slurm's signals go.
+FORKED = {("-m", "p2w"), ("-m", "p2w.commands.train")}
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -69,10 +73,11 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "P2W_"))}
-        # Jobs run the interpreter of the tests, and leave what torchrun leaves in the scratch folder.
+        # Jobs run the interpreter of the tests, or forks of it, and leave what torchrun leaves in the scratch folder.
         self.env |= {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "P2W_PYTHON": str(folder / "bin" / "python"),
             "PYTHONPATH": f"{SITE}:{ROOT}",
             "TMPDIR": str(folder / "tmp"),
         }
@@ -183,6 +188,7 @@ def start(folder: Path) -> Cluster:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     cluster = Cluster(folder)
+    ForkGate(folder / "bin", FORKED)
     own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
     cluster.run("slurmctld")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pretrain_runs import SMALL
 from slurm_cluster import CUT, Cluster
 from test_shard_array import hashes
 
@@ -47,16 +48,7 @@ def test_an_array_cuts_in_the_image(
 
 def test_two_nodes_train_in_the_image(cluster: Cluster, shards: Path, image, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    small = [
-        "demo",
-        "--data.batch=4",
-        "--model.width=4",
-        "--pretext.size",
-        "8",
-        "16",
-        "16",
-        "--train.steps=3",
-    ]
+    small = [*SMALL, "--train.steps=3"]
     where = [f"--shards={shards}", "--run", str(run)]
     job = cluster.sbatch("--nodes=2", "slurm/pretrain.sbatch", *small, *where, P2W_END_SECONDS="15", **image)
     assert cluster.ended(job)["ExitCode"] == "0:0", cluster.log(job)

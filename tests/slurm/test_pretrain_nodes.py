@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from pretrain_runs import SMALL, STEPS, Start, losses
 from slurm_cluster import Cluster
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.t
 def calm(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The job and folder of the run that nothing disturbs, beside the disturbed ones; named by variables."""
     run = tmp_path_factory.mktemp("slurm") / "calm"
-    where = {"P2W_SHARDS": str(shards), "P2W_RUN": str(run)}
+    where = {"P2W_SHARDS": str(shards), "P2W_RUN": str(run), "P2W_PYTHON": ""}  # the `python` on the path
     return cluster.sbatch("--nodes=2", "slurm/pretrain.sbatch", *SMALL, **where), run
 
 
@@ -35,7 +36,7 @@ def test_two_nodes_train_as_one_and_neither_a_warning_nor_a_dead_worker_changes_
     assert f"continues after step {stopped} of {STEPS}" in cluster.log(job)
 
     cluster.wait(job, "steps after the restart", lambda: len(losses(run)) > stopped)
-    os.kill(next(int(pid) for pid in os.listdir("/proc") if is_worker(pid, run, rank=1)), signal.SIGKILL)
+    worker(run, node=1).kill()
     end = cluster.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert f"failed with exit code 1; newest checkpoint {stopped:08d}" in cluster.log(job)
@@ -104,13 +105,13 @@ def step_daemon(job: str, node: str) -> int:
     raise AssertionError(f"job {job} has no step daemon on {node}")
 
 
-def is_worker(pid: str, run: Path, rank: int) -> bool:
-    """Whether process ``pid`` is that rank of the run."""
-    if not pid.isdigit():
-        return False
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return str(run) in words and f"RANK={rank}" in variables
+def worker(run: Path, node: int) -> psutil.Process:
+    """The rank of the run that torchrun has started on a node, counted from 0; torchrun itself is that rank's parent."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if str(run) in words and "torch.distributed.run" in words:
+                at = words.index("--node-rank") + 1
+                if words[at] == str(node) and (ranks := process.children()):
+                    return ranks[0]
+    raise AssertionError(f"no rank of {run} runs on node {node}")
