@@ -139,7 +139,7 @@ def volumes_of(slices: list[Slice], allow_gaps: bool, resample: bool = False) ->
         first, *others = _volumes(kept, allow_gaps, tuple(PARTS), DEEPEST)
     except BadScan as why:
         overlap = slices[0].modality != "MR" and _interleaved(kept, ("acquisition", "phase", "kernel"))
-        if resample and not overlap and (leaning := _to_resample(kept)):
+        if resample and not overlap and (leaning := _to_resample(kept, allow_gaps)):
             return [replace(leaning, resampled=str(why).partition(";")[0].partition(" (")[0], copies=copies)]
         raise
     return [replace(first, copies=copies), *others]
@@ -405,13 +405,25 @@ def _only_gaps(steps: NDArray[np.float64], usual: float) -> bool:
     return bool(near.all()) and longest <= ROW_OF_GAPS
 
 
-def _to_resample(slices: list[Slice]) -> DicomVolume | None:
-    """A volume of slices that lean or lie unevenly, to be resampled at the usual step; None where two share a height."""
+def _to_resample(slices: list[Slice], allow_gaps: bool) -> DicomVolume | None:
+    """A volume of slices that lean or lie unevenly, to be resampled at the usual step; None where two share a height.
+
+    Raises BadScan where slices are missing: what lies between them would be made up.
+    """
     normal = _normal(slices[0])
     slices = sorted(slices, key=lambda one: float(normal @ one.position))
     along = np.array([normal @ one.position for one in slices])
     steps = np.diff(along)
     if len(slices) < 2 or (steps < APART_MM).any():
         return None
+    around = np.pad(steps, 1)
+    holes = np.flatnonzero(steps > WIDE * np.maximum(around[:-2], around[2:]))
+    if holes.size and len(steps) > 1 and not allow_gaps:
+        at = int(holes[0])
+        names = " and ".join(os.path.basename(one.path) for one in slices[at : at + 2])
+        raise BadScan(
+            f"slices missing: {steps[at]:.2f} mm between {names}, {float(np.median(steps)):.2f} mm elsewhere, and "
+            "--resample-tilt makes nothing up; --allow-gaps takes it all the same"
+        )
     grid = grid_of(slices, normal, float(np.median(steps)))
     return DicomVolume(slices, grid, positions=tuple(one.position for one in slices))

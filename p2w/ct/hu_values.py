@@ -28,6 +28,9 @@ MOST_SATURATED = 0.01  # share of voxels that may have the highest value, where 
 BONE_HU = 700  # above: of dense bone alone there is less than MOST_SATURATED
 SCANNER_LIMIT = 3000  # HU; scanners themselves stop at 3071 or above, where metal is
 NO_CT_HU = 30_000  # no CT has such values, metal included
+JUMP_HU = 500  # by which voxels of adjacent slices differ at edges of organs alone
+MOST_JUMPS = 0.6  # share of the voxels of a slice; at most 0.06 in real CT of 5 mm slices
+LEAST_STD_HU = 50  # of a slice that shows anything
 CLEARLY = 1.5  # times as frequent as anything in the expected range
 FEWEST_VALUES = 3  # different values, below which an image is a drawing that has no peaks
 LOWEST = 1 << 15  # of int16, without its sign
@@ -63,6 +66,30 @@ def check_hu(voxels: NDArray[np.int16]) -> None:
         )
     _check_tails(values, inside, high)
     _check_peaks(values, inside)
+    _check_slices(voxels[:, ::4, ::4])
+
+
+def _check_slices(sample: NDArray[np.int16]) -> None:
+    """Raise BadScan where a slice of [z,y,x] is much brighter or darker than its neighbour in most places.
+
+    Padding and slices that are nearly constant, such as empty ones, are not compared.
+    """
+    before: NDArray[np.int32] | None = None
+    for z, values in enumerate(sample):
+        own = values.astype(np.int32)
+        if own.std() < LEAST_STD_HU:
+            before = None
+            continue
+        if before is not None:
+            both = (own > PADDING_HU) & (before > PADDING_HU)
+            off = np.count_nonzero(both & (np.abs(own - before) > JUMP_HU))
+            if off > MOST_JUMPS * np.count_nonzero(both) and off > RARE * own.size:
+                share = off / np.count_nonzero(both)
+                raise BadScan(
+                    f"not HU: stored slices {z - 1} and {z} are more than {JUMP_HU} HU apart in {share:.0%} of their "
+                    f"voxels: has one of them a wrong rescale? {REMEDY}"
+                )
+        before = own
 
 
 class _Histogram:

@@ -134,6 +134,16 @@ def test_an_acquisition_without_a_number_is_one_too(tmp_path):
     np.testing.assert_array_equal(read_scan(found.sources[0]).voxels, body()[:, ::-1])
 
 
+@pytest.mark.parametrize("at", [3, 10])
+@pytest.mark.parametrize("leans", [0.0, 0.5])
+def test_missing_slices_are_not_made_up_where_slices_are_resampled(tmp_path, at, leans):
+    heights = [2.5 * i + (31.3 if i > at else 0) for i in range(12)]
+    write_series(tmp_path, body(), place=lambda i: (-10, -20 + leans * i, heights[i]))
+    assert "slices missing: 33.80 mm between 00" in refused(tmp_path, resample=True)
+    (source,) = find(tmp_path, resample=True, allow_gaps=True).sources
+    assert source.positions and source.grid.spacing[2] == pytest.approx(2.5)
+
+
 def test_overlapping_acquisitions_are_not_resampled_into_one(tmp_path):
     hu = body(20)
     write_series(tmp_path, hu[:14], [2.5 * i + 0.6 * (i == 3) for i in range(14)], AcquisitionNumber=1)

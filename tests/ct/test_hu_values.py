@@ -52,6 +52,24 @@ def test_a_chest_passes(chest, how):
     check_hu(as_int16(RIGHT[how](chest)))
 
 
+@pytest.mark.parametrize(
+    "change", [lambda hu: hu + 1024, lambda hu: hu - 600, lambda hu: -1 - np.maximum(hu, -1024)]
+)
+@pytest.mark.parametrize("slices", [slice(5, 6), slice(20, None)])
+def test_slices_with_a_rescale_of_their_own_that_is_wrong(chest, change, slices):
+    wrong = chest.copy()
+    wrong[slices] = change(wrong[slices])
+    with pytest.raises(BadScan, match=r"not HU: "):
+        check_hu(as_int16(wrong))
+
+
+def test_empty_slices_pass(chest):
+    for empty in (-1000, -3024, -1024):
+        padded = chest.copy()
+        padded[[0, 1, -1]] = empty
+        check_hu(as_int16(padded))
+
+
 @pytest.mark.parametrize("how", WRONG)
 def test_other_values_do_not(chest, how):
     with pytest.raises(BadScan, match=r"not (CT values|HU): ") as error:
