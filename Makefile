@@ -7,6 +7,7 @@
 # make gpu-rehearsal   every stage of bench/gpu/day.sh at toy size on the CPU: two minutes on two free cores
 # make docs    docs/ as a site that opens from disk: site/index.html
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
+# make soak-slurm   dead nodes, links down and partitions on a real Slurm of two nodes: ten minutes; as root, needs slurmd and iproute2
 # make evidence   train and analyse; writes docs/evidence.md: about 55 minutes on two free cores
 #                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
 # make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
@@ -24,7 +25,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak evidence leaderboard methods targets clean
+.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak soak-slurm evidence leaderboard methods targets clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -106,6 +107,9 @@ gpu-rehearsal: $(VENV)/.tools
 soak: $(VENV)/.tools
 	$(BIN)/python bench/soak.py --folder $(SOAK)
 	$(BIN)/python bench/goodput.py --folder $(SOAK)
+
+soak-slurm: $(VENV)/.tools
+	$(BIN)/python bench/soak_slurm.py --folder $(SOAK)
 
 evidence: $(VENV)/.installed
 	$(BIN)/python bench/evidence/run.py --folder evidence --real "$(P2W_REAL_DATA)"

@@ -115,6 +115,7 @@ def main() -> int:
     """Soak until enough faults or minutes; 1 when a promise was not kept."""
     options = tyro.cli(Options, description=__doc__)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no process behind
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, ranks would ignore it too
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)

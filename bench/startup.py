@@ -11,6 +11,8 @@ IMPORT_S = 2.3  # of a core for `import torch` and p2w, from a warm page cache
 IMPORT_FILES = 9_000  # looked up or opened on the way
 MEET_S = 1.0  # until the first ranks have met
 MEET_RANK_S = 0.02  # for every further rank: the store asks DNS for the name of each, one after the other
+GATHERS = 4  # of a number of each rank, before the first step: order, checkpoint twice, plan of the epoch
+GATHER_RANK_S = 1e-4  # of a rank's processor, for each rank of such a gather, which goes round in a ring
 ROW_S, MAPPED_ROW_S = (
     4e-7,
     2e-7,
@@ -18,7 +20,8 @@ ROW_S, MAPPED_ROW_S = (
 MAPPED_FROM = 1_000_000  # rows
 CHECKSUM_BYTES_PER_S = 5e9  # of a core
 STARTUP_SOURCES = (
-    f"{IMPORT_S} s of imports, {MEET_RANK_S * 1e3:.0f} ms a rank to meet (bench/store_load.py), {ROW_S * 1e6:.1f} us a row "
+    f"{IMPORT_S} s of imports, {MEET_RANK_S * 1e3:.0f} ms a rank to meet (bench/store_load.py), "
+    f"{GATHERS * GATHER_RANK_S * 1e3:.1f} ms a rank for collectives (bench/collectives.py), {ROW_S * 1e6:.1f} us a row "
     "of a manifest (bench/large_set.py)"
 )
 
@@ -79,7 +82,7 @@ def forecast_startup(
     checkpoint = checkpoint_bytes / speed + checkpoint_bytes / CHECKSUM_BYTES_PER_S * (1 + share)
     return StartupForecast(
         imports_s=imports,
-        meeting_s=0.0 if ranks == 1 else MEET_S + MEET_RANK_S * ranks,
+        meeting_s=0.0 if ranks == 1 else MEET_S + (MEET_RANK_S + GATHERS * GATHER_RANK_S) * ranks,
         shards_s=rows * (unpacked + mapped) + files(shards),
         checkpoint_s=checkpoint if checkpoint_bytes else 0.0,
     )

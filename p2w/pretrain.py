@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -75,7 +75,7 @@ def elastic_settings(config: Config, began: int, ranks: int) -> Config:
         accumulate = next(
             passes for passes in range(1, rows + 1) if not rows % passes and rows // passes <= most
         )
-    together = "on" if shared and ranks > 1 else "off"
+    together: Literal["on", "off"] = "on" if shared and ranks > 1 else "off"
     return replace(config, optim=replace(optim, accumulate=accumulate, sync_batchnorm=together))
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-NETNS = Path("/etc/netns")  # files that `ip netns exec NAME` shows in place of those of /etc
+NETNS = Path("/etc/netns")  # NETNS / NAME: files that take the place of those of /etc on this host
 
 
 def ip(*words: str) -> str:
@@ -24,8 +24,8 @@ class Hosts:
 
     def __init__(self, count: int = 2, gateway: bool = False) -> None:
         """With `gateway`, this machine itself is 10.77.N.254. Raises RuntimeError where hosts cannot be made."""
-        if os.geteuid() != 0 or not shutil.which("ip"):
-            raise RuntimeError("needs root and iproute2 to make network namespaces")
+        if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
+            raise RuntimeError("needs root, iproute2 and util-linux to make network namespaces")
         word, self.subnet = f"p2w{os.getpid()}", f"10.77.{os.getpid() % 256}"
         self.names = [f"{word}{letter}" for letter in "abcdefgh"[:count]]
         self.links = [f"{name[-13:]}v" for name in self.names]  # as each host names its interface
@@ -57,8 +57,20 @@ class Hosts:
             ip("-n", name, "link", "set", link, "up")
 
     def inside(self, host: int) -> list[str]:
-        """The words before a command that runs it on this host."""
-        return ["ip", "netns", "exec", self.names[host]]
+        """The words before a command that runs it on this host: `ip netns exec`, which hides control groups from slurmd."""
+        name = self.names[host]
+        own = " && ".join(
+            f"mount --bind {NETNS / name / file} /etc/{file}" for file in ("hosts", "resolv.conf")
+        )
+        return [
+            "nsenter",
+            f"--net=/var/run/netns/{name}",
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            f'{own} && exec "$0" "$@"',
+        ]
 
     def link(self, host: int, up: bool) -> None:
         """Unplug the host, or plug it in again."""

@@ -242,6 +242,8 @@ def second_run(run: Run, rng: random.Random) -> str:
     wait_for(lambda: not life.running(), "the refusal of a second run", 60)
     said = (beside / "err.txt").read_text()
     (beside / "err.txt").unlink()
+    if not run.life.running():  # the first has come to its end meanwhile
+        return "goes on"
     hold(life.codes() == [2], f"a second run in the folder ended with {life.codes()}\n{said}")
     hold(any(f"pid {pid})" in said for pid in ranks) and "another process trains in it" in said, said)
     return "goes on"

@@ -123,12 +123,7 @@ class Services:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.forge = Forge()
-
-    @functools.cached_property
-    def second_forge(self) -> Forge:
-        """For a run beside the run."""
-        return Forge()
+        self.forge, self.second_forge = Forge(), Forge()  # the second one for a run beside the run
 
     @functools.cached_property
     def server(self) -> WebServer:
@@ -164,8 +159,7 @@ class Services:
         """End those that have been made."""
         made = vars(self)
         self.forge.close()
-        if "second_forge" in made:
-            self.second_forge.close()
+        self.second_forge.close()
         if "server" in made:
             self.server.close()
         if made.get("hosts"):

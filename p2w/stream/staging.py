@@ -10,6 +10,7 @@ A copy that was interrupted goes on where it ended. Ids and order are those of t
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import time
@@ -197,7 +198,7 @@ def _copy_shard(one: ShardSet, place: Path, name: str, nbytes: int, checksum: in
 
 
 @contextlib.contextmanager
-def _opened(source: str) -> Iterator[object]:
+def _opened(source: str) -> Iterator[io.FileIO]:
     """A shard of a folder, to be read. Raises DataError."""
     try:
         with open(source, "rb", buffering=0) as file:
