@@ -119,7 +119,13 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
                 fault = f"{fault}, the manifest says {shard['nbytes']:,}"
             unpacked = manifest_schema.unpacked_bytes(manifest.meta)
             return ShardFault(
-                shard, fault, [key for key, *location in rows if not _is_sound(file, *location, unpacked)]
+                shard,
+                fault,
+                [
+                    key
+                    for key, offset, nbytes, checksum in rows
+                    if not _is_sound(file, offset, nbytes, checksum, unpacked)
+                ],
             )
     except OSError as error:
         return ShardFault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
@@ -212,7 +218,7 @@ def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int, unpacked:
     try:
         data = os.pread(file.fileno(), nbytes, offset)
         if unpacked is not None:
-            return crc32c(unpack_voxels(data, unpacked)) == checksum
+            return crc32c(unpack_voxels(data, unpacked).data) == checksum
     except (OSError, ValueError):  # a bad block of the disk; bytes that do not unpack
         return False
     return len(data) == nbytes and crc32c(data) == checksum

@@ -251,11 +251,12 @@ class LocalSet(ShardSet):
         buffer = self._buffers.__dict__.get("bytes")
         if buffer is None or len(buffer) < nbytes:
             buffer = self._buffers.__dict__["bytes"] = np.empty(max(nbytes, self.nbytes), np.uint8)
+        view = memoryview(buffer.data)[:nbytes]
         try:
             file = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 done = 0
-                while done < nbytes and (count := os.preadv(file, [buffer[done:nbytes]], start + done)):
+                while done < nbytes and (count := os.preadv(file, [view[done:]], start + done)):
                     done += count
             finally:
                 os.close(file)
