@@ -6,7 +6,8 @@
 
 The floor is `SimpleITK.ReadImage` of the same files (which checks nothing). Both run in one process and take
 turns, on files the system has cached; only ratios count on a busy machine, above all those of processor time. Reading alone
-(`read_scan`, with every check) is timed beside cutting. Then whole runs, of one and of two
+(`read_scan`, with every check) is timed beside cutting. Of scans that are given, the sub-scans are also packed by zstd
+(`--compress`), and unpacked again. Then whole runs, of one and of two
 workers, beside as many processes that only read: what six more scans take, so that starting counts for nothing. Memory:
 peak of a fresh process that cuts one 512 x 512 x 764 scan. Results go to bench/results/shard.json.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from p2w.ct.scan import quiet_itk, read_scan, source_files
 from p2w.shards.build import BuildOptions, cut_source
 from p2w.shards.build_folder import JobShare
 from p2w.shards.scan_shards import ScanFolder, ShardingSettings, build_shards
+from p2w.shards.writer import unpack_voxels
 
 FEW, MANY = 2, 8  # scans
 
@@ -48,6 +50,9 @@ class Options:
     repeats: int = 5
     memory: bool = True
     """Measure the peak memory too (writes 400 MB to the temporary folder)."""
+    runs: bool = True
+    """Measure whole runs of one and of two workers too."""
+    out: str = os.fspath(RESULTS / "shard.json")
 
 
 def synthetic(path: Path, slices: int) -> None:
@@ -110,6 +115,33 @@ def measure(source: ScanSource, folder: ScanFolder, repeats: int) -> dict[str, A
         "read_per_source_byte": round(statistics.median(disk) / record["nbytes"], 3),
         "written_per_kept_byte": round(record["shard"]["nbytes"] / kept, 4),
     }
+
+
+def packing(sources: Sequence[ScanSource], root: Path) -> tuple[list[Row], list[Goal]]:
+    """How small `--compress zstd` makes the sub-scans of these scans, and how fast they unpack."""
+    folder = ScanFolder(str(root), ShardingSettings(format="arrow", compress="zstd"))
+    ratios, plain, cpu = [], 0, 0.0
+    with folder.share_lock(JobShare()):
+        folder.prepare(JobShare())
+        for source in sources:
+            record = cut_source(source, folder, JobShare())
+            if "bad" in record or not record["rows"]:
+                continue
+            data = Path(folder.shard(source.uid)).read_bytes()
+            parts = [data[row["offset"] : row["offset"] + row["nbytes"]] for row in record["rows"]]
+            size = 2 * int(np.prod(folder.settings.tiling.shape))
+            *_, seconds = timed(lambda: [unpack_voxels(part, size) for part in parts])  # noqa: B023
+            ratios.append(len(parts) * size / sum(map(len, parts)))
+            plain, cpu = plain + len(parts) * size, cpu + seconds
+    group = f"--compress zstd, {len(ratios)} scans"
+    rows = [
+        Row(
+            group, "bytes of voxels for a byte stored, the median scan", statistics.median(ratios), "", "ours"
+        ),
+        Row(group, "the same, the scan that packs least", min(ratios), "", "ours"),
+        Row(group, "unpacked by one core, processor time", plain / cpu / 1e9, "GB/s", "ours"),
+    ]
+    return rows, [Goal("bytes of voxels for a byte packed, the median scan", statistics.median(ratios), 1.5)]
 
 
 def headers(path: Path, count: int) -> list[str]:
@@ -239,14 +271,16 @@ def main() -> None:
                 )  # not getrusage, which counts the parent's before exec
                 return
             rows = [measure(source, folder, options.repeats) for source in found.sources]
+        more_rows, more_goals = packing(found.sources, scratch / "packed") if options.scans else ([], [])
         memory = peak_memory(scratch) if options.memory else {}
-        runs = whole_runs(scratch, max(1, options.repeats // 2))
+        runs = whole_runs(scratch, max(1, options.repeats // 2)) if options.runs else {}
     table, goals = report([row for row in rows if "bad" not in row], runs)
+    table, goals = table + more_rows, goals + more_goals
     if memory:
         goals.append(Goal("MiB at most in a worker, 512x512x764", max(memory.values()), 2048, at_least=False))
     command = " ".join(["python bench/shard.py", *(["--scans DIR"] if options.scans else [])])
     question = "cutting scans against SimpleITK.ReadImage"
-    show(save(RESULTS / "shard.json", question, command, table, goals, scans=rows, peak_mib=memory))
+    show(save(Path(options.out), question, command, table, goals, scans=rows, peak_mib=memory))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every pretext beside the others: separability and retrieval on phantoms and real scans. Fills docs/leaderboard.md.
 
     make leaderboard                                       # phantom; with P2W_REAL_DATA=FOLDER the real scans too
-    python bench/evidence/leaderboard.py --folder evidence --real ../shared/data --methods spark voco
+    python bench/evidence/leaderboard.py --folder evidence --real scans --methods spark voco
     python bench/evidence/leaderboard.py --page-only       # from bench/results/pretrainings.json
 
 A row of one's own is a line in METHODS of designs.py. Runs are shared with `make evidence`; `--methods` begins with those it

@@ -1,7 +1,7 @@
 """Does reconstruction alone make contrastive features? Trains, measures and updates docs/evidence.md.
 
     make evidence                                          # phantom; with P2W_REAL_DATA=FOLDER the real scans too
-    python bench/evidence/run.py --folder evidence --real ../shared/data
+    python bench/evidence/run.py --folder evidence --real scans
     python bench/evidence/run.py --page-only               # from bench/results/pretrainings.json
 
 What is trained on what: designs.py. What is measured of each network: measure_run.py. The same command continues one that

@@ -1,7 +1,7 @@
 """What is pretraining worth downstream? The paper's Tables 1 and 2 at CPU size. Fills docs/targets.md.
 
     make targets                                             # phantoms; with P2W_REAL_DATA=FOLDER the sarcoma set too
-    python bench/evidence/targets.py --folder evidence --real ../shared/data --parts table1
+    python bench/evidence/targets.py --folder evidence --real scans --parts table1
     python bench/evidence/targets.py --parts methods         # the contenders of methods.py, on two tasks, for its table
 
 Five phantom tasks in the public sets' formats, 100 patients each, and real soft-tissue sarcomas. `rates`: the learning rate

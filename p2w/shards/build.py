@@ -354,7 +354,7 @@ def _write_shard(cut: CutSource, uid: str, folder: BuildFolder[Any, Any], tempor
     try:
         for row, voxels in cut.parts:
             shard = shard or open_shard(
-                path, voxels.shape, folder.schema.schema, folder.note, folder.sample_note
+                path, voxels.shape, folder.schema.schema, folder.note, folder.sample_note, folder.compress
             )
             rows.append(shard.add(row, voxels))
         done = shard.close() if shard else None

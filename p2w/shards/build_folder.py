@@ -154,6 +154,7 @@ class BuildFolder(ABC, Generic[S, Source]):
     columns: pa.Schema  # of its rows
     schema: ManifestSchema
     note: dict[str, Any]  # metadata of an Arrow shard
+    compress = "none"  # how the voxels in Arrow shards are packed: "none" or "zstd"
     sample_note: dict[str, Any] | None = None  # what the JSON of a sample in a tar says beside its columns
 
     def __init__(self, root: str, settings: S) -> None:

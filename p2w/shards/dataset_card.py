@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from p2w.shards.manifest_schema import stored_shape, stores_scans
+from p2w.shards.manifest_schema import compressed, stored_shape, stores_scans
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # list of shards -> split of `datasets`
 MARK = "<!-- written by p2w; delete this line to keep your own text -->"
@@ -65,6 +65,8 @@ def dataset_card(meta: dict[str, Any], lists: dict[str, list[str]]) -> bytes:
     members = MEMBERS[meta["format"]].format(
         shape=" x ".join(map(str, stored_shape(meta))), axes=axes, note=note
     )
+    if compressed(meta):
+        members += "\nThe buffers of a batch are packed by zstd, which `pyarrow` unpacks by itself.\n"
     counts = "\n".join(f"- `{split}`: {len(shards):,} shards" for split, shards in splits.items())
     what = "Whole scans" if whole_scans else os.path.basename(str(meta.get("task", "Sub-scans")))
     text = f"""# {what} of a p2w data set

@@ -27,6 +27,7 @@ TABLE_VERSION = 2  # of a large set: the lists of the metadata are tables of the
 COUNTS = {3: "three", 4: "four"}
 MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
 CHECKED = 1 << 20  # rows checked at a time
+LEAST_PACKED = 16  # bytes of packed voxels: their size, and the least zstd frame
 MOST_VOXELS = 1 << 16  # along an axis
 UNPACKED = (
     1 << 26
@@ -40,6 +41,7 @@ GEOMETRY_META = {"shape": [int], "spacing_mm": [float], "origin_xyz_mm": [float]
 OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "dtype": str,
     "format": str,
+    "compression": str,
     "tool": str,
     "sample_version": int,
     "window_hu": [float],
@@ -56,6 +58,16 @@ STORES_SCANS = (
 def stores_scans(meta: dict[str, Any]) -> bool:
     """Whether the set of this metadata holds whole scans in chunks (`scan_store`), and not sub-scans."""
     return meta.get("store") == STORES_SCANS
+
+
+def compressed(meta: dict[str, Any]) -> bool:
+    """Whether the voxels in the shards of this set are packed by zstd (`writer.unpack_voxels`)."""
+    return "compression" in meta
+
+
+def unpacked_bytes(meta: dict[str, Any]) -> int | None:
+    """Bytes of the voxels of a sub-scan where they are packed in the shards; None where they are not."""
+    return 2 * math.prod(stored_shape(meta)) if compressed(meta) else None
 
 
 def stored_shape(meta: dict[str, Any]) -> list[int]:
@@ -90,6 +102,7 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
         if len(meta["chunk"]) != 3 or not all(1 <= n <= MOST_VOXELS for n in meta["chunk"]):
             raise ValueError(f"its chunks are {meta['chunk']}, not three numbers of voxels")
     names, sizes, checksums = shard_columns(meta)
+    _check_compression(meta, names)
     for name in names:
         if not plain_name(name):
             raise ValueError(f"shard {name!r} is no plain file name, it could lead outside the folder")
@@ -98,6 +111,14 @@ def check_meta(meta: Any, dims: int | None = 3, optional: dict[str, Any] = OPTIO
             raise ValueError(f"shard {name}: {nbytes} bytes, checksum {crc}")
     if len(set(names)) < len(names):
         raise ValueError("two shards have one name")
+
+
+def _check_compression(meta: dict[str, Any], names: list[str]) -> None:
+    """Raise ValueError where the voxels are packed in a way that this version cannot read."""
+    if not compressed(meta):
+        return
+    if meta["compression"] != "zstd" or stores_scans(meta) or not all(n.endswith(".arrow") for n in names):
+        raise ValueError(f"its voxels are packed by {meta['compression']!r}, which this p2w cannot read")
 
 
 def shard_columns(meta: dict[str, Any]) -> tuple[list[str], list[int], list[int]]:
@@ -128,7 +149,8 @@ def check_shard_size(file: Any, nbytes: int, meta: dict[str, Any]) -> None:
     """
     groups = [file.row_group(i) for i in range(file.num_row_groups)]
     unpacked = sum(g.column(c).total_uncompressed_size for g in groups for c in range(g.num_columns))
-    room = sum(shard_columns(meta)[1]) // (2 * math.prod(stored_shape(meta)))
+    least = LEAST_PACKED if compressed(meta) else 2 * math.prod(stored_shape(meta))
+    room = sum(shard_columns(meta)[1]) // least
     if file.num_rows > min(room, nbytes) or unpacked > max(UNPACKED, UNPACKED_TIMES * nbytes):
         raise ValueError(f"{file.num_rows:,} rows, its shards have room for {room:,} sub-scans")
 
@@ -151,7 +173,11 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
     for start in range(0, len(shard), CHECKED):  # of ten million rows at once, the sizes alone take 80 MB
         part = slice(start, start + CHECKED)
         size = size_of[shard[part]]
-        wrong = (nbytes[part] != expected) | (offset[part] < 0) | (offset[part] > size - nbytes[part])
+        if compressed(meta):
+            wrong = (nbytes[part] < LEAST_PACKED) | (nbytes[part] > expected + expected // 8 + 4096)
+        else:
+            wrong = nbytes[part] != expected
+        wrong |= (offset[part] < 0) | (offset[part] > size - nbytes[part])
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             raise ValueError(
@@ -163,10 +189,10 @@ def check_rows(table: pa.Table, meta: dict[str, Any]) -> None:
         if ((real < 1) | (real > edge)).any():
             at = int(np.flatnonzero((real < 1) | (real > edge))[0])
             raise ValueError(f"{keys[at]}: {name} is {real[at]}, not from 1 to {edge}")
-    if _in_runs(shard) and _ascending(shard, offset, expected):
+    if not compressed(meta) and _in_runs(shard) and _ascending(shard, offset, expected):
         return
     order = np.lexsort((offset, shard))
-    apart = (np.diff(shard[order]) > 0) | (np.diff(offset[order]) >= nbytes[order][1:])
+    apart = (np.diff(shard[order]) > 0) | (np.diff(offset[order]) >= nbytes[order][:-1])
     if not apart.all():
         raise ValueError(f"{keys[int(order[int(np.argmin(apart)) + 1])]} overlaps another sub-scan")
 
@@ -264,7 +290,7 @@ SUB_SCAN_COLUMNS = pa.schema(
         ("split", pa.string()),  # train | val
         ("shard", pa.string()),  # file name in the same folder
         ("offset", pa.int64()),  # byte of the shard at which the raw voxels start
-        ("nbytes", pa.int64()),  # of the raw voxels
+        ("nbytes", pa.int64()),  # of the raw voxels, or of the packed ones
         ("crc32c", pa.uint32()),  # of the raw voxels
         ("scan_uid", pa.string()),
         ("subset", pa.int16()),  # LUNA16's subset, -1 where there is none

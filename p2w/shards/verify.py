@@ -35,6 +35,7 @@ from p2w.shards.manifest_schema import ANY_SCHEMA
 from p2w.shards.privacy import privacy_lines
 from p2w.shards.scan_shards import ScanFolder, ShardingSettings
 from p2w.shards.tiling import Tiling
+from p2w.shards.writer import unpack_voxels
 
 USAGE = """Check that the shards of a data set are the bytes that were written, and repair them from their scans.
 
@@ -116,8 +117,15 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
                 fault = f"crc32c {crc:08x}, the manifest says {shard['crc32c']:08x}"
             else:
                 fault = f"{fault}, the manifest says {shard['nbytes']:,}"
+            unpacked = manifest_schema.unpacked_bytes(manifest.meta)
             return ShardFault(
-                shard, fault, [key for key, *location in rows if not _is_sound(file, *location)]
+                shard,
+                fault,
+                [
+                    key
+                    for key, offset, nbytes, checksum in rows
+                    if not _is_sound(file, offset, nbytes, checksum, unpacked)
+                ],
             )
     except OSError as error:
         return ShardFault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
@@ -138,10 +146,12 @@ def verify_remote_shard(manifest: Manifest, shard: dict[str, Any]) -> ShardFault
     fault = f"crc32c {whole:08x}, the manifest says {shard['crc32c']:08x}"
     if done != shard["nbytes"]:
         fault = f"has {'more' if done > shard['nbytes'] else f'{done:,}'} bytes, the manifest says {shard['nbytes']:,}"
+    # Checksums are of voxels, and packed ones pass by here as they are: each may be the damaged one.
+    packed = manifest_schema.compressed(manifest.meta)
     bad = [
         key
         for (key, offset, nbytes, checksum), crc in zip(rows, found, strict=True)
-        if crc != checksum or offset + nbytes > done
+        if packed or crc != checksum or offset + nbytes > done
     ]
     return ShardFault(shard, fault, bad)
 
@@ -203,11 +213,13 @@ def _rows(manifest: Manifest, shard: dict[str, Any]) -> list[tuple[str, int, int
     return list(zip(manifest.keys.take(rows).to_pylist(), *columns, strict=True))
 
 
-def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int) -> bool:
-    """Whether a sub-scan's voxels are those that were written."""
+def _is_sound(file: BinaryIO, offset: int, nbytes: int, checksum: int, unpacked: int | None) -> bool:
+    """Whether a sub-scan's voxels are those that were written; packed ones have `unpacked` bytes."""
     try:
         data = os.pread(file.fileno(), nbytes, offset)
-    except OSError:  # a bad block of the disk
+        if unpacked is not None:
+            return crc32c(unpack_voxels(data, unpacked).data) == checksum
+    except (OSError, ValueError):  # a bad block of the disk; bytes that do not unpack
         return False
     return len(data) == nbytes and crc32c(data) == checksum
 
@@ -354,6 +366,7 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
         Tiling.from_meta(meta["tiling"]),
         meta["format"],
         store="scans" if manifest_schema.stores_scans(meta) else "subscans",
+        compress="zstd" if manifest_schema.compressed(meta) else "none",
         allow_gaps=True,
         modality=_modality(manifest),
         sample_version=meta.get("sample_version", 1),

@@ -1,11 +1,13 @@
-"""Write a shard: the sub-scans of one scan in a WebDataset tar or an Arrow IPC file, voxels uncompressed.
+"""Write a shard: the sub-scans of one scan in a WebDataset tar or an Arrow IPC file, voxels uncompressed unless asked for.
 
 In both, the voxels of a sub-scan are int16 little-endian [z,y,x] and start at a multiple of 64 bytes, and the row for the
 manifest is the same: a reader needs only (offset, nbytes), and can map the file into memory.
 
 - tar: members `KEY.npy` and `KEY.json` with fixed times and owners; opens with stock `webdataset`. The JSON has the columns
   of the manifest that say what the sub-scan is, and, from version 2 on, what a reader must know of the voxels (SAMPLE_NOTE).
-- Arrow: one record batch per sub-scan, voxels (`fixed_shape_tensor`) and metadata; opens with `pyarrow`.
+- Arrow: one record batch per sub-scan, voxels (`fixed_shape_tensor`) and metadata; opens with `pyarrow`. With "zstd" as
+  `compress` Arrow packs the buffers of a batch, and (offset, nbytes) are those of the packed voxels (`unpack_voxels`);
+  `pyarrow` opens these too.
 """
 
 import io
@@ -31,6 +33,19 @@ NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "
 # alone; a set that was begun in it goes on, and is repaired, in it (`scan_shards.ShardingSettings.sample_version`).
 SAMPLE_VERSION = 2
 SAMPLE_NOTE = {"window_hu": [-1000, 1000], "axis_order": "zyx", "orientation": "LPS", "spacing_unit": "mm"}
+
+
+def unpack_voxels(packed: Any, nbytes: int) -> np.ndarray:
+    """The `nbytes` bytes of voxels that Arrow has packed into a buffer of an IPC file by zstd: their size in 8 bytes, then a
+    zstd frame. uint8 (nbytes,). Raises ValueError when it unpacks to something else."""
+    size = int.from_bytes(bytes(packed[:8]), "little", signed=True)
+    if size != nbytes:
+        raise ValueError(f"unpack to {size:,} bytes of {nbytes:,}")
+    try:
+        unpacked = pa.Codec("zstd").decompress(pa.py_buffer(packed[8:]), nbytes)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError("do not unpack") from error
+    return np.frombuffer(unpacked, np.uint8)
 
 
 def columns_of(schema: pa.Schema) -> list[str]:
@@ -70,6 +85,8 @@ class _Sink:
         self.position = 0
         self.crc = 0
         self.closed = False  # pyarrow reads it
+        self.prefix: bytes | None = None  # of a write that is looked for, and
+        self.found = (0, 0)  # its position and size
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -77,6 +94,8 @@ class _Sink:
         while written < len(view):  # a raw write may be short, above all on a disk that is filling up
             written += self.file.write(view[written:])
         self.crc = crc32c(view, self.crc)
+        if self.prefix is not None and bytes(view[: len(self.prefix)]) == self.prefix:
+            self.prefix, self.found = None, (self.position, written)
         self.position += written
         return written
 
@@ -108,7 +127,9 @@ class TarShard:
         schema: pa.Schema = SUB_SCAN_COLUMNS,
         note: dict[str, Any] = NOTE,
         sample_note: dict[str, Any] | None = None,
+        compress: str = "none",
     ) -> None:
+        assert compress == "none"  # a .npy of a tar cannot be packed, and stay one
         self.sink = _Sink(path)
         self.shape = shape
         self.columns = columns_of(schema)
@@ -163,14 +184,17 @@ class ArrowShard:
         schema: pa.Schema = SUB_SCAN_COLUMNS,
         note: dict[str, Any] = NOTE,
         sample_note: dict[str, Any] | None = None,
+        compress: str = "none",
     ) -> None:
         self.sink = _Sink(path)
         self.shape = shape
+        self.compressed = compress != "none"
         self.columns = columns_of(schema)
         self.tensor = pa.fixed_shape_tensor(pa.int16(), shape)
         fields = [pa.field("voxels", self.tensor)] + [schema.field(name) for name in self.columns]
         self.schema = pa.schema(fields, metadata={b"p2w": canonical_json(note)})
-        self.writer = pa.ipc.new_file(self.sink, self.schema)
+        options = pa.ipc.IpcWriteOptions(compression=compress if self.compressed else None)
+        self.writer = pa.ipc.new_file(self.sink, self.schema, options=options)
         self.header_sizes: dict[int, int] = {}  # padding -> bytes before the voxels of a batch
         self.start = 0  # where the next batch starts
 
@@ -205,6 +229,13 @@ class ArrowShard:
         _check(voxels, self.shape)
         row = {**row, "crc32c": crc32c(voxels.data)}
         batch = self._batch(row, voxels)
+        if self.compressed:
+            self.sink.prefix = voxels.nbytes.to_bytes(
+                8, "little"
+            )  # Arrow writes the voxels at once, behind their size
+            self.writer.write_batch(batch)
+            assert self.sink.prefix is None
+            return {**row, "offset": self.sink.found[0], "nbytes": self.sink.found[1]}
         if not self.header_sizes:
             self._measure(batch)
         padding = next(p for p, size in self.header_sizes.items() if (self.start + size) % ALIGNMENT == 0)
@@ -232,10 +263,11 @@ def open_shard(
     schema: pa.Schema = SUB_SCAN_COLUMNS,
     note: dict[str, Any] = NOTE,
     sample_note: dict[str, Any] | None = None,
+    compress: str = "none",
 ) -> ShardFile:
     """Create a shard at `path`, in the format of its extension (.tar or .arrow), for arrays of `shape`.
 
     Every array is stored with the columns that `columns_of(schema)` names. `note` is the metadata of an Arrow file,
-    `sample_note` what the JSON of every sample in a tar says besides.
+    `sample_note` what the JSON of every sample in a tar says besides. `compress` is "none", or "zstd" for Arrow.
     """
-    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note, sample_note)
+    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note, sample_note, compress)

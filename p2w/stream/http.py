@@ -45,7 +45,7 @@ class HttpSet(ShardSet):
         try:
             for attempt in Attempts(url, self.retry_s, self.on_wait, _PAUSE):
                 with attempt:
-                    data = http_client.read_range(url, start, self.nbytes)
+                    data = http_client.read_range(url, start, self.stored_bytes(sub_scan))
                     break
         except RequestFailed as error:
             raise DataError(

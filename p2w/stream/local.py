@@ -25,7 +25,8 @@ from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
 from p2w.shards.manifest_keys import codes_of
-from p2w.shards.manifest_schema import REAL_COLUMNS, shard_columns
+from p2w.shards.manifest_schema import REAL_COLUMNS, compressed, shard_columns
+from p2w.shards.writer import unpack_voxels
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all. A set of more is read without maps
@@ -76,6 +77,8 @@ class ShardSet:
         self.keys = manifest.keys
         # Views of the table's columns: those of a large manifest are mapped, and shared by the processes of a node.
         self.offsets: Ids = table["offset"].to_numpy()
+        # Bytes of every sub-scan in its shard, where they are packed; else all have `nbytes`.
+        self.packed_sizes: Ids | None = table["nbytes"].to_numpy() if compressed(self.meta) else None
         self.checksums: NDArray[np.uint32] = table["crc32c"].to_numpy()
         self._table = table
         padded = REAL_COLUMNS[0] in table.column_names
@@ -193,11 +196,20 @@ class ShardSet:
             return f"it is a copy of that in {self.copy_of}: delete it, and the next start copies it again"
         return f"cut that scan again: {repair_command(self.where, self.meta)}"
 
+    def stored_bytes(self, sub_scan: int) -> int:
+        """Number of bytes that a sub-scan has in its shard."""
+        return self.nbytes if self.packed_sizes is None else int(self.packed_sizes[sub_scan])
+
     def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:
-        """Copy voxels as raw bytes (nbytes,) into `out` and compare their checksum with the manifest's."""
+        """Copy voxels as raw bytes, unpacked if need be, into `out` and compare their checksum with the manifest's."""
         target = np.asarray(out)
         assert target.shape == self.shape and target.dtype == np.int16 and target.flags.c_contiguous
         target = target.reshape(-1).view(np.uint8)
+        if self.packed_sizes is not None:
+            try:
+                source = unpack_voxels(source, self.nbytes)
+            except ValueError as error:
+                raise self.damaged(sub_scan, f"its packed voxels {error}") from error
         if len(source) != self.nbytes:
             raise self.damaged(sub_scan, f"{len(source)} bytes of {self.nbytes}")
         # Copies and crc32c release the GIL, so reader threads run in parallel.
@@ -238,12 +250,16 @@ class LocalSet(ShardSet):
         Of so many shards most would be mapped for one sub-scan, and unmapped: five calls of the system, and a page fault for
         every 4 kB, where these are three.
         """
-        buffer = self._buffers.__dict__.setdefault("bytes", np.empty(self.nbytes, np.uint8))
+        nbytes = self.stored_bytes(sub_scan)
+        buffer = self._buffers.__dict__.get("bytes")
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._buffers.__dict__["bytes"] = np.empty(max(nbytes, self.nbytes), np.uint8)
+        view = memoryview(buffer.data)[:nbytes]
         try:
             file = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 done = 0
-                while done < self.nbytes and (count := os.preadv(file, [buffer[done:]], start + done)):
+                while done < nbytes and (count := os.preadv(file, [view[done:]], start + done)):
                     done += count
             finally:
                 os.close(file)
@@ -282,7 +298,7 @@ class LocalSet(ShardSet):
             self._check_size(sub_scan, number)  # a shard that was cut short cannot be mapped
             raise
         self._check_size(sub_scan, number)
-        self.copy(sub_scan, shard[start : start + self.nbytes], out)
+        self.copy(sub_scan, shard[start : start + self.stored_bytes(sub_scan)], out)
 
     def _check_size(self, sub_scan: int, number: int) -> None:
         """Raise DataError where a shard has another size than the manifest says, or cannot be looked at."""
