@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 IMPORT_S = 2.3  # of a core for `import torch` and p2w, from a warm page cache
-IMPORT_FILES = 9_000  # looked up or opened on the way
+IMPORT_FILES = 40_000  # times that a file is looked up or opened on the way, counted by strace
 MEET_S = 1.0  # until the first ranks have met
 MEET_RANK_S = 0.02  # for every further rank: the store asks DNS for the name of each, one after the other
 GATHERS = 4  # of a number of each rank, before the first step: order, checkpoint twice, plan of the epoch
