@@ -89,6 +89,7 @@ bench: $(VENV)/.tools
 	$(BIN)/python bench/shard.py
 	$(BIN)/python bench/store_scans.py
 	$(BIN)/python bench/resample.py
+	$(BIN)/python bench/sliding.py
 	$(BIN)/python bench/checkpoint.py
 	@$(BIN)/python bench/table.py
 
