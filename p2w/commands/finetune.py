@@ -9,10 +9,10 @@
     p2w finetune --task targets/ncs --init runs/paper --run-dir runs/ncs-p2w --dry-run
 
 The encoder is transferred, what is behind it starts at random (`--decoder pretrained`, `--decoder up-path`: the decoder is
-transferred too). The same command on the same folder continues: finished trials are skipped, one that was interrupted goes on after its last
-checkpoint. Processes that are started with the same command share the trials, on one machine or many. A trial comes out
-the same on any number of ranks, but for rounding. `p2w table1 RUN…` reads the results. What the settings do, and where they
-are from: docs/finetune_recipes.md.
+transferred too). The same command on the same folder continues: finished trials are skipped, one that was interrupted goes
+on after its last checkpoint. Processes that are started with the same command share the trials, on one machine or many. A
+trial comes out the same on any number of ranks, but for rounding. `p2w table1 RUN…` reads the results. What the settings do,
+and where they are from: docs/finetune_recipes.md.
 
 Exit code 0 when no trial is left to this process, 2 for bad input, 143 when told to stop before.
 """
