@@ -12,6 +12,7 @@
 #                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
 # make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
 # make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores
+# make transfer   tasks that ask for place, frozen and fine-tuned; fills tables of docs/targets.md: five hours on two free cores
 # make targets    the paper's Tables 1 and 2 at CPU size; fills docs/targets.md: an hour and a half more
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:
@@ -25,7 +26,7 @@ PEERS  ?= .venv-peers
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak soak-slurm evidence leaderboard methods targets clean
+.PHONY: help install demo quick test lint docs bench bench-peers gpu-rehearsal soak soak-slurm evidence leaderboard methods targets transfer clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -120,6 +121,9 @@ leaderboard: $(VENV)/.installed
 
 methods: $(VENV)/.installed
 	$(BIN)/python bench/evidence/methods.py --folder evidence
+
+transfer: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python bench/evidence/transfer.py --folder evidence --workers 2
 
 targets: $(VENV)/.installed
 	$(BIN)/python bench/evidence/targets.py --folder evidence --real "$(P2W_REAL_DATA)"

@@ -24,6 +24,7 @@ from p2w.world import World
 sys.path.insert(0, str(REPO / "bench" / "evidence"))
 import designs
 import evidence_page
+import frozen_decoder
 import gate
 import leaderboard
 import measure_run
@@ -35,6 +36,7 @@ import run
 import shortcuts
 import targets
 import targets_page
+import transfer_page
 
 
 def test_separability_is_that_of_all_pairs_and_kinds_are_told_apart():
@@ -395,3 +397,102 @@ def test_a_scan_of_many_wholes_outweighs_no_other():
     assert len(ids) == measure_run.PER_SCAN + 5 and list(ids[-5:]) == [40, 41, 42, 43, 44]
     scan, tile = measure_run.places(Wholes(), ids)
     assert list(scan) == [0] * measure_run.PER_SCAN + [1] * 5 and len(set(tile.tolist())) == len(ids)
+
+
+def cut_masks(rng, patients, each=4):
+    """Crops whose features say where in the crop the border between two classes lies, and crops' masks."""
+    count = patients * each
+    border = torch.from_numpy(rng.integers(2, 15, count))
+    masks = 1 + (torch.arange(16).view(1, 16, 1, 1) < border.view(-1, 1, 1, 1)).short().expand(-1, -1, 16, 16)
+    told = (
+        torch.arange(16).view(1, 16) < border.view(-1, 1)
+    ).float()  # one channel for each slice below a cell
+    features = told.view(count, 2, 8).transpose(1, 2)[..., None, None].expand(-1, -1, -1, 2, 2)
+    return features, masks[:, None], [f"p{at // each}" for at in range(count)]
+
+
+def test_a_linear_decoder_draws_what_the_features_determine_and_nothing_from_noise():
+    rng = np.random.default_rng(0)
+    sets = {split: cut_masks(rng, patients) for split, patients in (("train", 9), ("val", 3), ("test", 4))}
+    kind = task_type("multi-class segmentation").for_set({"classes": ["background", "above", "below"]})
+    masks, owners = ({split: one[at] for split, one in sets.items()} for at in (1, 2))
+    crops = frozen_decoder.Crops(kind, {}, masks, owners)
+    told = frozen_decoder.decode({split: one[0] for split, one in sets.items()}, crops, 0)
+    assert told["test"]["dice"] > 0.95 and told["explained"] > 0.9
+    noise = {split: torch.randn(one[0].shape, generator=torch.manual_seed(1)) for split, one in sets.items()}
+    assert frozen_decoder.decode(noise, crops, 0)["explained"] < 0.1
+    drawn = [set(crops.drawn(seed).tolist()) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 6 * 4
+
+
+def test_blocks_of_a_mask_are_put_together_again():
+    masks = torch.randint(0, 3, (2, 1, 8, 16, 24), generator=torch.manual_seed(0))
+    grid = torch.Size((2, 2, 3))
+    below = frozen_decoder.blocks(masks, grid, 3)
+    assert below.shape == (2 * 12, 4 * 8 * 8 * 3) and (below.view(24, -1, 3).sum(2) == 1).all()
+    assert torch.equal(frozen_decoder.volumes(below, masks.shape, grid, 3).argmax(1, keepdim=True), masks)
+
+
+def frozen_runs(place, **means):
+    """Results of transfer.py's first part: for each method, the mean Dice of each pretraining; three decoders each."""
+    (place / "frozen").mkdir(parents=True)
+    for method, values in means.items():
+        for seed, value in enumerate(values):
+            decoders = [
+                {"seed": at, "explained": value / 2, "test": {"dice": value + 0.001 * at}} for at in range(3)
+            ]
+            found = {
+                "method": method.replace("_", " "),
+                "seed": seed,
+                "chosen": 5e-4,
+                "decoders": decoders,
+                "cpu_s": 60,
+            }
+            (place / "frozen" / f"{method}-seed{seed}.json").write_text(json.dumps(found))
+
+
+def test_the_page_says_that_the_claim_fails_unless_every_difference_is_significant(tmp_path):
+    ours = [0.50, 0.51, 0.505]
+    frozen_runs(tmp_path / "a", Parts2Whole=ours, Random=[0.30, 0.32, 0.31], Autoencoder=[0.49, 0.52, 0.50])
+    text = transfer_page.frozen_table(tmp_path / "a")
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert (
+        "30.10" not in rows["Random"]
+        and "31.10 ± 1.00 (n = 3 x 3)" in rows["Random"]
+        and "+19.50 (" in rows["Random"]
+    )
+    assert "p < 0.001" in rows["Random"] and "not run" in rows["SimMIM"]
+    assert (
+        "**The claim fails here**: Parts2Whole is significantly ahead of Random, and not ahead of Autoencoder."
+        in text
+    )
+    assert (
+        "Open, with fewer than two pretrainings: Models Genesis, SimMIM." in text
+        and "The gate was not run" in text
+    )
+    others = {name: [0.30, 0.32, 0.31] for name in ("Random", "Autoencoder", "Models_Genesis", "SimMIM")}
+    frozen_runs(tmp_path / "b", Parts2Whole=ours, **others)
+    assert (
+        "**Parts2Whole is ahead of Random, Autoencoder, Models Genesis, SimMIM**"
+        in transfer_page.frozen_table(tmp_path / "b")
+    )
+    frozen_runs(tmp_path / "c", Parts2Whole=ours, Random=[0.30, 0.31, 0.32], Autoencoder=[0.30])
+    undecided = transfer_page.frozen_table(tmp_path / "c")
+    assert "**Not decided.** Parts2Whole is ahead of Random" in undecided and "no replicate" in undecided
+    assert set(transfer_page.tuned_table(tmp_path / "none").split("|")[6].split()) <= {"---", "--:"}
+
+
+def test_the_number_of_trials_is_that_of_the_textbook():
+    """Cohen (1988): d = 0.5 takes 64 of each of two groups, or 34 pairs; d = 0.8 takes 26 of each."""
+    assert transfer_page.trials_needed(2.0, 1.0, 0.05) == 64
+    assert transfer_page.trials_needed(2.0, 1.0, 0.05, paired=True) == 34
+    assert transfer_page.trials_needed(1.25, 1.0, 0.05) == 26
+    page_text = (
+        "<!-- table2 -->\n|  | NCC | NCS |\n| --- | --: | --: |\n| a | **9.00 ± 2.00** | 8.00 ± 1.00 |\n"
+    )
+    page_text += "| b | 6.00 ± 4.00 | 8.50 ± 1.00 |\n<!-- /table2 -->"
+    line = transfer_page.power_table(page_text).splitlines()[2]
+    assert (
+        line.startswith("| NCC | 3.16 | 3.00 |")
+        and str(transfer_page.trials_needed(10**0.5, 3.0, 0.05)) in line
+    )

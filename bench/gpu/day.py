@@ -2,7 +2,8 @@
 
     python3 bench/gpu/day.py 1           stages of the first call; OUT and DAY are folders (rows.py), LIMIT seconds in all
     python3 bench/gpu/day.py 2           stages of the second call, after it what the first had no time for
-    python3 bench/gpu/day.py --rehearse  both at toy size on the CPU, into OUT/1 and OUT/2, and a table of them
+    python3 bench/gpu/day.py 3           whether pretraining transfers, with data of its own
+    python3 bench/gpu/day.py --rehearse  all at toy size on the CPU, into OUT/1, OUT/2 and OUT/3, and a table of them
 
 A stage that fails or is too slow does not stop the next one. A stage is skipped where the time that is left is needed by
 later stages of more worth. OUT then has at most 8 files: rows-N.jsonl and log-N.txt are written as stages go.
@@ -71,6 +72,8 @@ def stages(call: int, out: Path, day: Path, toy: bool) -> list[Stage]:
     ]
     if call == 1:
         return first
+    if call == 3:
+        return [Stage("transfer", (f"{HERE}/science.py", "transfer"), 390, 150)]
     missed = day / "missed.json"
     names = json.loads(missed.read_text()) if missed.exists() else []
     return second + [stage for stage in first if stage.name in names]
@@ -118,18 +121,19 @@ class Call:
 
     def background(self) -> subprocess.Popen[bytes] | None:
         """Start to make the data sets in parallel, in a session of its own: this process may end before it."""
-        note = self.day / "background" / "pid"
+        what, last = ("transfer_data", "cut organs") if self.number == 3 else ("data", "candidates")
+        note = self.day / "background" / ("pid" if what == "data" else "pid-3")
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(note.read_text()), 0)
             return None  # that of the first call is at work
-        if (self.day / "candidates.ok").exists():
+        if (self.day / f"{last}.ok").exists():
             return None
         environment = self.environment(
             "data", float("inf"), OUT=str(self.day / "background"), ROWS="rows.jsonl", OMP_NUM_THREADS="1"
         )
         with open(self.day / "background" / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                ["nice", "-n", "19", sys.executable, f"{HERE}/science.py", "data"],
+                ["nice", "-n", "19", sys.executable, f"{HERE}/science.py", what],
                 cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         note.write_text(str(process.pid))
@@ -231,14 +235,21 @@ def pack(out: Path) -> None:
 
 
 def rehearse(out: Path, day: Path) -> dict[str, str]:
-    """Both calls at toy size, then the table of their rows."""
+    """All calls at toy size, then the table of their rows."""
     found: dict[str, str] = {}
-    for number in (1, 2):
+    for number in (1, 2, 3):
         call = Call(number, out / str(number), day, True, time.time() + 3600)
         found |= call.run()
     table = Stage(
         "table",
-        (f"{HERE}/table.py", str(out / "1"), str(out / "2"), "--out", str(out / "gpu_day.json")),
+        (
+            f"{HERE}/table.py",
+            str(out / "1"),
+            str(out / "2"),
+            str(out / "3"),
+            "--out",
+            str(out / "gpu_day.json"),
+        ),
         60,
         5,
     )
@@ -250,8 +261,8 @@ def rehearse(out: Path, day: Path) -> dict[str, str]:
 def main() -> int:
     """Read the arguments, run, sum up."""
     given = sys.argv[1:]
-    if given not in (["1"], ["2"], ["--rehearse"]):
-        print("bench/gpu/day.py: one argument: 1, 2 or --rehearse", file=sys.stderr)
+    if given not in (["1"], ["2"], ["3"], ["--rehearse"]):
+        print("bench/gpu/day.py: one argument: 1, 2, 3 or --rehearse", file=sys.stderr)
         return 2
     out, day = (
         Path(os.environ.get("OUT", "gpu-day")).resolve(),

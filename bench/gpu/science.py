@@ -3,6 +3,8 @@
     python3 bench/gpu/science.py data             in the background: made on the machine's cores, nothing of it on the card
     python3 bench/gpu/science.py pretrain         recipe `paper`, stopped by SIGTERM, then the same command again
     python3 bench/gpu/science.py finetune         nodule classification from that run and from scratch, then the table
+    python3 bench/gpu/science.py transfer_data    in the background: varied phantoms, nodules to segment, organs by place
+    python3 bench/gpu/science.py transfer         2,500 steps on these phantoms, then both tasks with a tenth of the labels
 
 The commands are those that users type; each takes its share of the time that the stage has (STAGE_ENDS). Repeated, they go
 on where they stopped. Rows as in rows.py; report.html, metrics.jsonl, table1.txt and trials.tgz go to OUT.
@@ -21,6 +23,7 @@ from typing import Any
 from rows import CUDA, DAY, OUT, REPO, failures, say, seconds_left, stages
 
 from p2w.resources import usable_cores
+from p2w.stats import Trials, compare
 
 PYTHON = sys.executable
 SHARDS, NCC, RUNS = DAY / "shards", DAY / "ncc", DAY / "runs"
@@ -49,6 +52,35 @@ TRIALS = (
     else ["--trials", "2", "--fraction", "0.5", "--workers", "1", "--recipe.max-epochs", "1", "--recipe.epoch-steps",
           "2", "--recipe.batch", "8"]
 )  # fmt: skip
+
+# Of `transfer`: pretraining at the paper's size, and fine-tuning as docs/targets.md has it.
+VARIED = DAY / "varied"
+VARIED_SCANS = ["160", "--shape", "128", "256", "256"] if CUDA else ["4", "--shape", "64", "256", "256"]
+VARIED_TASKS = ["anatomy", "ncs"] if CUDA else ["anatomy"]
+VARIED_PATIENTS = ["60", "--shape", "64", "128", "128"] if CUDA else ["10", "--shape", "32", "64", "64"]
+TASK_CUTS = {
+    "ncs": ["ncs", "--source", str(VARIED / "raw" / "LIDC-IDRI"), "--spacing", "1.5", "1.5", "1.5", "--crops", "4"],
+    "organs": ["custom", "--layout", "nnunet", "--source", str(VARIED / "raw" / "Anatomy"), "--spacing", "3.2", "1.8", "1.8",
+               "--around", "foreground", "--crops", "6"],
+}  # fmt: skip
+if not CUDA:
+    del TASK_CUTS["ncs"]
+TASK_SIZE = [] if CUDA else ["--size", "16", "16", "16"]
+COMPARED = {"ncs": "mean_iou", "organs": "dice"}
+LONG_TRAIN = (
+    ["paper", "--train.steps", "2500", "--optim.lr", "3e-4", "--optim.schedule", "cosine", "--train.validate-every", "500",
+     "--train.checkpoint-every", "500", "--data.reader-threads", "6", "--data.cache-on-device"]
+    if CUDA
+    else [*TRAIN[:2], "4", *TRAIN[3:]]
+)  # fmt: skip
+TENTH = ["--recipe.schedule", "cosine", "--recipe.encoder-lr", "0.1", "--recipe.precision", "auto"]
+TENTH += (
+    ["--trials", "4", "--fraction", "0.1", "--workers", "4", "--recipe.max-epochs", "24", "--recipe.patience", "24",
+     "--recipe.warmup-epochs", "2"]
+    if CUDA
+    else ["--trials", "2", "--fraction", "1", "--recipe.max-epochs", "1", "--recipe.epoch-steps", "2", "--recipe.batch", "8"]
+)  # fmt: skip
+TRANSFERRED = {"Scratch": [], "encoder": [], "encoder and up-path": ["--decoder", "up-path"]}
 
 
 def run(command: list[str], seconds: float = float("inf")) -> int:
@@ -82,6 +114,27 @@ def data() -> None:
         "candidates": ["preprocess/prepare_target.py", "ncc", "--source", str(targets / "LUNA16"), "--out", str(NCC),
                        "--max-negatives", *NEGATIVES],
     }  # fmt: skip
+    make(steps)
+
+
+def transfer_data() -> None:
+    """Make the varied phantoms, their shards, and the two tasks of other patients; finished steps are skipped."""
+    source, raw = VARIED / "LUNA16", VARIED / "raw"
+    steps = {
+        "varied phantoms": ["-m", "p2w.phantom", "--out", str(source), "--varied", "--seed", "4000", "--scans",
+                            *VARIED_SCANS],
+        "varied shards": ["preprocess/shard_luna.py", "--luna", str(source), "--out", str(VARIED / "shards"), "--subsets",
+                          "0-9", "--min-std", "0", *CUT],
+        "varied patients": ["-m", "p2w.phantom.target_tasks", "--out", str(raw), "--tasks", *VARIED_TASKS, "--patients",
+                            *VARIED_PATIENTS],
+        **{f"cut {task}": ["preprocess/prepare_target.py", *cut, "--out", str(VARIED / task), *TASK_SIZE]
+           for task, cut in TASK_CUTS.items()},
+    }  # fmt: skip
+    make(steps)
+
+
+def make(steps: dict[str, list[str]]) -> None:
+    """Run the steps that are not finished, one after the other; a step that fails ends them."""
     for name, command in steps.items():
         done = DAY / f"{name}.ok"
         if done.exists():
@@ -203,5 +256,72 @@ def finetune() -> None:
                 archive.add(path, path.relative_to(RUNS))
 
 
+def transfer() -> None:
+    """Pretrain, then fine-tune from scratch, from the encoder, and from encoder and up-path, with paired trials."""
+    ready("varied shards", 0.4)
+    pretrained = RUNS / "varied"
+    began = time.time()
+    command = [
+        "launch/train.py",
+        *LONG_TRAIN,
+        "--shards",
+        str(VARIED / "shards"),
+        "--run-dir",
+        str(pretrained),
+    ]
+    code = run(command, 0.5 * seconds_left())
+    say("transfer: pretraining", exit_code=code, seconds=round(time.time() - began, 1))
+    if not (pretrained / "checkpoints").is_dir():
+        failures.append("nothing was pretrained")
+        return
+    for place, task in enumerate(TASK_CUTS):
+        ready(f"cut {task}", 0.3)
+        found: dict[str, Trials] = {}
+        for order, (start, options) in enumerate(TRANSFERRED.items()):
+            folder = RUNS / f"{task}-{start.replace(' ', '-')}"
+            init = ["--init", str(pretrained)] if start != "Scratch" else ["--init", "random"]
+            width = ["--width", "4"] if start == "Scratch" and not CUDA else []
+            runs_left = len(TRANSFERRED) * (len(TASK_CUTS) - place) - order
+            words = [
+                "--task",
+                str(VARIED / task),
+                "--run-dir",
+                str(folder),
+                "--label",
+                start,
+                *init,
+                *width,
+                *options,
+                *TENTH,
+            ]
+            began = time.time()
+            code = run(["launch/finetune.py", *words], (seconds_left() - 10) / runs_left)
+            results = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
+            found[start] = {one["trial"]: (one["seed"], one["metrics"][COMPARED[task]]) for one in results}
+            values = [value for _, value in found[start].values()]
+            say(
+                "transfer", task=task, start=start, metric=COMPARED[task], trials=len(values), exit_code=code,
+                mean=sum(values) / len(values) if values else None, seconds=round(time.time() - began, 1),
+            )  # fmt: skip
+            if code not in (0, STOPPED) or not values:
+                failures.append(f"{task} from {start}")
+        for start in TRANSFERRED:
+            if start != "Scratch" and found[start] and found["Scratch"]:
+                # Of these weights: one pretraining says nothing of what another seed of it would change.
+                apart = compare(found[start], found["Scratch"])
+                say(
+                    "transfer against scratch", task=task, start=start, difference=apart.difference, low=apart.low,
+                    high=apart.high, p=apart.p, test=apart.method,
+                )  # fmt: skip
+
+
 if __name__ == "__main__":
-    stages({"data": data, "pretrain": pretrain, "finetune": finetune})
+    stages(
+        {
+            "data": data,
+            "pretrain": pretrain,
+            "finetune": finetune,
+            "transfer_data": transfer_data,
+            "transfer": transfer,
+        }
+    )

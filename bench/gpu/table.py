@@ -1,6 +1,6 @@
 """Collects the results of the GPU day: rows and goals in bench/results/gpu_day.json, and a section of table.md.
 
-    python bench/gpu/table.py OUT-OF-1 OUT-OF-2      folders that bench/gpu/day.sh wrote to; then `python bench/table.py`
+    python bench/gpu/table.py OUT-OF-1 OUT-OF-2 OUT-OF-3      folders of bench/gpu/day.sh; then `python bench/table.py`
 
 Reads rows-*.jsonl, kernel.json and end_to_end.json in those folders, wherever they lie. What a stage could not measure is
 listed as skipped, with its reason; a part that failed is a goal that is not met.
@@ -216,6 +216,21 @@ def science(found: Found, card: str) -> tuple[list[Row], list[Goal]]:
                     note,
                 )
             )
+    against = {(row["task"], row["start"]): row for row in of(found, "transfer against scratch")}
+    for row in of(found, "transfer"):
+        if row["mean"] is not None:
+            apart = against.get((row["task"], row["start"]))
+            beside = (
+                ""
+                if apart is None
+                else f", {100 * apart['difference']:+.1f} points against scratch, p = {apart['p']:.3f}"
+            )
+            rows.append(
+                Row(
+                    f"{row['task']} on varied phantoms, a tenth of the patients, {card}", row["start"], row["mean"],
+                    row["metric"], "peer" if row["start"] == "Scratch" else "ours", None, f"{row['trials']} trials{beside}",
+                )
+            )  # fmt: skip
     for stopped, continued in zip(
         of(found, "pretraining told to stop"), of(found, "pretraining continued"), strict=False
     ):
@@ -261,7 +276,7 @@ def main() -> None:
     profiles = {row["form"]: row for row in of(found, "profile")}
     stages = {row["stage"]: [row["state"], row["seconds"]] for row in found if row["what"] == "stage"}
     result = save(
-        args.out, "what runs on a card: right, and how fast", "bash bench/gpu/day.sh 1; bash bench/gpu/day.sh 2",
+        args.out, "what runs on a card: right, and how fast", "for call in 1 2 3; do bash bench/gpu/day.sh $call; done",
         [*step_rows, *kernel_rows, *layers(found, card), *tuned_rows],
         [*step_goals, *kernel_goals, *tuned_goals, *correct(found)],
         skipped=skipped(found), profiles=profiles, stages=stages,

@@ -41,23 +41,25 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-6000:]
     rows = []
-    for call in ("1", "2"):
+    for call in ("1", "2", "3"):
         files = list((tmp_path / "out" / call).iterdir())
         assert len(files) <= day.MOST_FILES and all(path.is_file() for path in files)
         rows += [json.loads(line) for path in files if path.name.startswith("rows-") for line in path.open()]
     assert [row["what"] for row in rows if "error" in row] == []
-    planned = [stage.name for call in (1, 2) for stage in day.stages(call, tmp_path, tmp_path, True)]
+    planned = [stage.name for call in (1, 2, 3) for stage in day.stages(call, tmp_path, tmp_path, True)]
     ended = {row["stage"]: row for row in rows if row["what"] == "stage"}
     assert {name: ended[name]["state"] for name in planned} == dict.fromkeys(planned, "done")
     measured = {row["what"] for row in rows if "skipped" not in row}
     assert {
         *("machine", "tests marked gpu", "convolutions in bf16", "crop-resize", "losses in bf16", "resume"),
         *("set on the device", "step", "profile", "start", "copy", "matrix product", "norm", "upsampling"),
-        *("convolution", "pretraining continued", "fine-tuning"),
+        *("convolution", "pretraining continued", "fine-tuning", "transfer", "transfer against scratch"),
     } <= measured  # fmt: skip
     assert not [row for row in rows if row["what"] == "resume" and not row["holds"]]
     tuned = {row["start"]: row["trials"] for row in rows if row["what"] == "fine-tuning"}
     assert tuned == {"Scratch": 2, "Parts2Whole": 2}
+    moved = {(row["task"], row["start"]): row["trials"] for row in rows if row["what"] == "transfer"}
+    assert moved == {("organs", start): 2 for start in ("Scratch", "encoder", "encoder and up-path")}
     stopped = next(row for row in rows if row["what"] == "pretraining told to stop")
     continued = next(row for row in rows if row["what"] == "pretraining continued")
     assert (stopped["state"], continued["state"]) == ("told to stop", "finished")
@@ -144,6 +146,21 @@ def test_a_table_of_a_card_has_its_goals(tmp_path):
     assert result["skipped"] == ["norm: 3 s left, 5 s needed"]
     assert [row["name"] for row in result["rows"]] == ["plain loop, fp16", "as a run chooses"]
     assert result["machine"]["card"] == "NVIDIA H200"
+
+
+def test_a_start_of_the_transfer_stands_beside_scratch():
+    moved = {"stage": "transfer", "what": "transfer", "task": "organs", "metric": "dice", "trials": 4}
+    found = [
+        moved | {"start": "Scratch", "mean": 0.5}, moved | {"start": "encoder", "mean": 0.53},
+        moved | {"start": "nothing", "mean": None},
+        {"what": "transfer against scratch", "task": "organs", "start": "encoder", "difference": 0.03, "p": 0.0421},
+    ]  # fmt: skip
+    rows, _ = table.science(found, "H100")
+    assert [(row.name, row.value, row.kind) for row in rows] == [
+        ("Scratch", 0.5, "peer"),
+        ("encoder", 0.53, "ours"),
+    ]
+    assert rows[1].note == "4 trials, +3.0 points against scratch, p = 0.042"
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):
