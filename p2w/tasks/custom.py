@@ -353,8 +353,10 @@ class Custom(TileSettings):
             of = dicom_masks.masks_by_series(source, out, self.masks)
             masks = {scan.uid: of.get(scan.info.series, []) for scan in series}
             there = {scan.info.series for scan in series}
-            for mask in dict.fromkeys(mask for uid, own in of.items() if uid not in there for mask in own):
-                cases.left_out.append((mask.name, "refers to no series that is there and can be used"))
+            strays = {one.name for uid, own in of.items() if uid not in there for one in own}
+            strays -= {one.name for own in masks.values() for one in own}
+            why = "refers to no series that is there and can be used"
+            cases.left_out += [(stray, why) for stray in sorted(strays)]
         else:
             names = dicom_masks.image_names(found)
             masks = {scan.uid: [] for scan in series}
