@@ -14,11 +14,12 @@ from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
 from p2w.tasks.answer_tables import AnswerRow, read_answers, refuse_two_rows
 from p2w.tasks.bms import TOP
-from p2w.tasks.case_samples import Declared, RandomCrops, SampleCutter, read_channels, read_classes
+from p2w.tasks.case_samples import Declared, SampleCutter, read_channels, read_classes
 from p2w.tasks.crops import AroundObjects, TileSettings
 from p2w.tasks.dataset_folders import read_decathlon, read_nnunet, read_structures
 from p2w.tasks.dicom_masks import MODALITY
 from p2w.tasks.label_values import BACKGROUND, parse_label_names
+from p2w.tasks.random_crops import RandomCrops
 from p2w.tasks.splits import check_folds, split_by_folds, split_by_table_folds
 from p2w.tasks.task import (
     CLASSIFICATION,
@@ -352,8 +353,10 @@ class Custom(TileSettings):
             of = dicom_masks.masks_by_series(source, out, self.masks)
             masks = {scan.uid: of.get(scan.info.series, []) for scan in series}
             there = {scan.info.series for scan in series}
-            for spare in dict.fromkeys(mask for uid, own in of.items() if uid not in there for mask in own):
-                cases.left_out.append((spare.name, "refers to no series that is there and can be used"))
+            strays = {one.name for uid, own in of.items() if uid not in there for one in own}
+            strays -= {one.name for own in masks.values() for one in own}
+            why = "refers to no series that is there and can be used"
+            cases.left_out += [(stray, why) for stray in sorted(strays)]
         else:
             names = dicom_masks.image_names(found)
             masks = {scan.uid: [] for scan in series}
