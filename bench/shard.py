@@ -32,6 +32,7 @@ import tyro
 from common import RESULTS, Goal, Row, save, show
 
 from p2w.ct.discover import ScanSource, find_scans
+from p2w.ct.orientation import BadScan
 from p2w.ct.scan import quiet_itk, read_scan, source_files
 from p2w.shards.build import BuildOptions, cut_source
 from p2w.shards.build_folder import JobShare
@@ -94,7 +95,10 @@ def measure(source: ScanSource, folder: ScanFolder, repeats: int) -> dict[str, A
         }
         for name, work in ways.items():
             before = read_bytes()
-            record, *seconds = timed(work)
+            try:
+                record, *seconds = timed(work)
+            except BadScan as error:
+                return {"scan": source.name, "bad": str(error)}
             runs[name].append((seconds[0], seconds[1]))
         disk.append(read_bytes() - before)
         if "bad" in record:
@@ -278,7 +282,8 @@ def main() -> None:
     table, goals = table + more_rows, goals + more_goals
     if memory:
         goals.append(Goal("MiB at most in a worker, 512x512x764", max(memory.values()), 2048, at_least=False))
-    command = " ".join(["python bench/shard.py", *(["--scans DIR"] if options.scans else [])])
+    said = {"--scans DIR": options.scans, "--no-memory": not options.memory, "--no-runs": not options.runs}
+    command = " ".join(["python bench/shard.py", *(name for name, given in said.items() if given)])
     question = "cutting scans against SimpleITK.ReadImage"
     show(save(Path(options.out), question, command, table, goals, scans=rows, peak_mib=memory))
 
