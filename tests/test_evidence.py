@@ -322,6 +322,7 @@ def test_the_fall_of_the_loss_stands_beside_r_and_its_interval_is_over_pretraini
     assert ours[5] == "0.500 -> 0.900" and ours[6].startswith(("0.99", "1.00"))
 
 
+@pytest.mark.slow
 def test_pages_are_made_of_what_is_there_and_name_what_is_not(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
