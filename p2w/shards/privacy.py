@@ -28,8 +28,9 @@ COMMON_NAMES = {"", "root", "user", "localhost", "docker"}  # of users and machi
 DATE = r"(?:19[2-9]\d|20[0-4]\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 SUSPECTS = {
     "absolute paths": re.compile(
-        # Two folders or more; those that every machine has tell nothing. A closing tag and a picture in a page are none.
-        r"(?:(?<![\w./:<+-])(?<!base64,)|(?<=file://))/(?!(?:bin|dev|etc|lib\w*|proc|sys|usr)/)(?:[\w.@+-]+/)+[\w.@+-]+"
+        # Two folders or more; those that every machine has tell nothing. A closing tag and a picture in a page are none,
+        # nor is what follows a variable in quotes, as in a command of a README.
+        r"(?:(?<![\w./:<+-])(?<!base64,)(?<!\$PWD\")|(?<=file://))/(?!(?:bin|dev|etc|lib\w*|proc|sys|usr)/)(?:[\w.@+-]+/)+[\w.@+-]+"
         r"|\b[A-Z]:(?:\\{1,4}|/)\w[\w\\/. -]+"
     ),
     "names of persons, as DICOM writes them": re.compile(r"[^\W\d_](?:[^\W\d_]|['-])+\^[^\W\d_]+"),

@@ -14,12 +14,11 @@ from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
 from p2w.tasks.answer_tables import AnswerRow, read_answers, refuse_two_rows
 from p2w.tasks.bms import TOP
-from p2w.tasks.case_samples import Declared, SampleCutter, read_channels, read_classes
+from p2w.tasks.case_samples import Declared, RandomCrops, SampleCutter, read_channels, read_classes
 from p2w.tasks.crops import AroundObjects, TileSettings
 from p2w.tasks.dataset_folders import read_decathlon, read_nnunet, read_structures
 from p2w.tasks.dicom_masks import MODALITY
 from p2w.tasks.label_values import BACKGROUND, parse_label_names
-from p2w.tasks.random_crops import RandomCrops
 from p2w.tasks.splits import check_folds, split_by_folds, split_by_table_folds
 from p2w.tasks.task import (
     CLASSIFICATION,
