@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ DURATIONS = Path(__file__).with_name("durations.json")  # file -> seconds, of fi
 SLOW_TESTS = Path(__file__).with_name(
     "slow_tests.json"
 )  # tests that count as marked `slow`, since they take long
+
+# As a terminal starts it: `nohup`, and `&` of a script, leave signals ignored, which every process of a test would inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -332,12 +332,12 @@ def read_tar_stream(folder: Path) -> None:
         with open(folder / "1.2.0000.tar", "rb") as file:
             yield file
 
-    before, tar._open_stream = tar._open_stream, opened
+    before, tar.open_stream = tar.open_stream, opened
     try:
         for sub_scan in range(3):
             shards.read_into(sub_scan, np.empty(shards.shape, np.int16))
     finally:
-        tar._open_stream = before
+        tar.open_stream = before
 
 
 def make_checkpoint(folder: Path) -> None:
