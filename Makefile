@@ -8,7 +8,7 @@
 # make docs    docs/ as a site that opens from disk: site/index.html
 # make soak    200 random faults in real runs, and goodput under faults: an hour and a half
 # make soak-slurm   dead nodes, links down and partitions on a real Slurm of two nodes: ten minutes; as root, needs slurmd and iproute2
-# make evidence   train and analyse; writes docs/evidence.md: about 55 minutes on two free cores
+# make evidence   train and analyse; writes docs/evidence.md: a little more than an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
 # make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
 # make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores

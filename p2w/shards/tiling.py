@@ -161,7 +161,7 @@ class Tiling:
         return math.prod(map(len, self.starts(shape)))
 
     def keeps(self, voxels: np.ndarray) -> bool:
-        """Whether a box of these voxels of a scan [z,y,x] is not left out for what it shows.
+        """Whether a box of these voxels of a scan [z,y,x], clipped to the window, is not left out for what it shows.
 
         The answer is that of `SubScan.kept`. Most boxes are settled by every eighth slice: the squared deviations of some
         voxels from their own mean are never more than those of all voxels from the mean of all.
