@@ -40,6 +40,7 @@ METHODS: dict[str, list[str]] = {
     "voco": ["--pretext.name", "voco", "--voco.grid", "2", "2", "2"],
     "dino": ["--pretext.name", "dino"],
     "mae": ["--pretext.name", "mae", "--model.name", "vit3d"],  # leaves tokens out, which takes a transformer
+    "mae_primus": ["--pretext.name", "mae", "--model.name", "primus"],
 }
 # What the words of docs/evidence.md need; the leaderboard has all.
 EVIDENCE = (REFERENCE, "autoencoder", "simclr", "parts2whole_contrast", "models_genesis", "simmim")
