@@ -286,6 +286,20 @@ def test_seeds_of_a_fold_are_one_unit_and_the_test_is_that_of_folds():
     assert pretrainings.cell(pretrainings.values(found, "phantom", "a", "plain")) == "0.100"
 
 
+def test_what_was_fine_tuned_is_a_column_and_a_pretraining_without_it_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrainings, "RESULTS", tmp_path / "results.json")
+    for seed, tuned in ((0, 0.7), (1, None), (2, 0.9)):
+        place = tmp_path / "runs" / f"phantom-a-seed{seed}"
+        place.mkdir(parents=True)
+        (place / "measured.json").write_text(json.dumps(of("a", "phantom", seed, 0.6)))
+        if tuned:
+            (place / "tuned.json").write_text(json.dumps({"a": tuned}))
+    found = pretrainings.collect(tmp_path)
+    assert pretrainings.values(found, "phantom", "a", "tuned") == {("phantom", 0): 0.7, ("phantom", 2): 0.9}
+    assert pretrainings.values(found, "phantom", "b", "tuned") == {}
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
 def test_p_of_a_table_is_holms_and_what_was_not_run_says_so():
     values = {"a": [0.9, 0.8, 0.85, 0.95], "b": [0.6, 0.55, 0.5, 0.7], "c": [0.8, 0.8, 0.8, 0.8]}
     seen = {name: {(f"real-{at}", 0): one for at, one in enumerate(some)} for name, some in values.items()}

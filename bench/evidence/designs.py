@@ -40,7 +40,19 @@ METHODS: dict[str, list[str]] = {
     "voco": ["--pretext.name", "voco", "--voco.grid", "2", "2", "2"],
     "dino": ["--pretext.name", "dino"],
     "mae": ["--pretext.name", "mae", "--model.name", "vit3d"],  # leaves tokens out, which takes a transformer
+    "mae_primus": ["--pretext.name", "mae", "--model.name", "primus"],
 }
+# Reconstruction and contrast in one pass: weight and temperature of the contrastive loss, and random intensity curves.
+CANDIDATES: dict[str, list[str]] = {
+    f"unified_w{weight:g}_t{temperature:g}_i{strength:g}": [
+        *("--pretext.name", "parts2whole_contrast", "--intensity.strength", f"{strength:g}"),
+        *("--contrast.weight", f"{weight:g}", "--contrast.temperature", f"{temperature:g}"),
+    ]
+    for weight, temperature, strength in (
+        (0.01, 0.1, 0), (0.03, 0.1, 0), (0.1, 0.1, 0), (0.01, 0.3, 0), (0.03, 0.3, 0), (0.1, 0.3, 0),
+        (0.03, 0.1, 0.25), (0.1, 0.1, 0.25),
+    )
+}  # fmt: skip
 # What the words of docs/evidence.md need; the leaderboard has all.
 EVIDENCE = (REFERENCE, "autoencoder", "simclr", "parts2whole_contrast", "models_genesis", "simmim")
 FOLLOWED = (REFERENCE, "autoencoder")  # measured at every checkpoint
@@ -67,6 +79,11 @@ class Pretraining:
     def name(self) -> str:
         """The name of its folder."""
         return f"{self.data}-{self.method}-seed{self.seed}"
+
+
+def flags_of(method: str) -> list[str]:
+    """The flags of a row, or of a candidate for one."""
+    return METHODS[method] if method in METHODS else CANDIDATES[method]
 
 
 def data_sets(real: bool) -> list[str]:
@@ -157,7 +174,7 @@ def cost(method: str) -> float:
 @functools.cache
 def _flops(method: str) -> int:
     """Arithmetic of a sample, forward and backward."""
-    config = parse([*RECIPE, *METHODS[method]])[0].config
+    config = parse([*RECIPE, *flags_of(method)])[0].config
     return run_cost(config, lambda: build_pretext_and_network(config), 1, 4).flops_per_sample
 
 
@@ -176,7 +193,7 @@ def train_command(folder: Path, one: Pretraining) -> list[str]:
     return [
         sys.executable,
         "launch/train.py",
-        *map(str, [*RECIPE, *length, *METHODS[one.method], *where, *seeds]),
+        *map(str, [*RECIPE, *length, *flags_of(one.method), *where, *seeds]),
     ]
 
 

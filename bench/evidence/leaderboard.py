@@ -2,26 +2,32 @@
 
     make leaderboard                                       # phantom; with P2W_REAL_DATA=FOLDER the real scans too
     python bench/evidence/leaderboard.py --folder evidence --real scans --methods spark voco
+    python bench/evidence/leaderboard.py --folder evidence --real scans --tune    # fine-tunes what is pretrained
     python bench/evidence/leaderboard.py --page-only       # from bench/results/pretrainings.json
 
 A row of one's own is a line in METHODS of designs.py. Runs are shared with `make evidence`; `--methods` begins with those it
 names, and the page always has all rows. The same command continues one that was stopped.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pretrainings
-from designs import METHODS, MOST, STEPS, cost, steps_of
-from jobs import REPO
+from designs import METHODS, MOST, STEPS, cost, data_sets, plan, steps_of
+from fine_tuned import set_jobs, tune_job
+from jobs import REPO, work
 from page import fill, table
 from pretrainings import NOT_RUN, Found, column, compare, counted, tested, values
-from run import arguments, run_all
+from run import arguments, measure_job, run_all
 
 BARE = ("histogram", "pixels", "random")
 NUMBERS = {"AUC": "plain", "top-1": "top1"}
-PROBE = "probe"
+PROBE, TUNED = "probe", "tuned"
 KINDS = ("phantom", "real")
-COLUMNS = (*NUMBERS, "frozen probe, R²", "fine-tuning")  # these networks are fine-tuned by no command yet
+COLUMNS = {
+    "phantom": (*NUMBERS, "frozen probe, R²", "fine-tuning, AUC of NCC"),
+    "real": (*NUMBERS, "frozen probe, R²", "fine-tuning, Dice of sarcomas"),
+}
 
 
 def write(docs: Path, found: Found) -> None:
@@ -46,14 +52,15 @@ def ranked(found: Found) -> list[str]:
 
 def board(found: Found) -> str:
     """Methods x (AUC, retrieval, frozen probe, fine-tuning) x (phantom, real)."""
-    heads = [f"{kind}: {name}" for kind in KINDS for name in ("pretrainings", *COLUMNS)]
+    heads = [f"{kind}: {name}" for kind in KINDS for name in ("pretrainings", *COLUMNS[kind])]
     rows = []
     for label in ranked(found):
         cells = []
         for kind in KINDS:
             cells.append(counted(found, kind, label))
             cells += [column("", number)[1](found, kind, label) for number in (*NUMBERS.values(), PROBE)]
-            cells.append(NOT_RUN)
+            bare = label in ("histogram", "pixels")  # no networks
+            cells.append("-" if bare else column("", TUNED)[1](found, kind, label))
         rows.append([label, *cells])
     return table(("method", *heads), rows)
 
@@ -88,10 +95,20 @@ def compute(found: Found) -> str:
     return table(("method", *head.split(", "), "processor time of a pretraining"), rows)
 
 
+def tune(folder: Path, real: Path | None, seeds: int, workers: int, methods: Iterable[str]) -> None:
+    """Fine-tune the networks that are pretrained and measured."""
+    for stage in set_jobs(folder, real):
+        work(stage, folder, workers)
+    wanted = plan(methods, data_sets(bool(real)), seeds)
+    work([tune_job(folder, one) for one in wanted if measure_job(folder, one).finished], folder, workers)
+
+
 def main() -> None:
-    """Train, measure and write the page."""
-    args, folder, real = arguments(__doc__)
-    if not args.page_only:
+    """Train, measure, fine-tune where asked, and write the page."""
+    args, folder, real = arguments(__doc__, tunes=True)
+    if args.tune:
+        tune(folder, real, args.seeds, args.workers, args.methods or [*METHODS])
+    elif not args.page_only:
         first = args.methods or []
         methods = (*first, *(name for name in METHODS if name not in first))
         run_all(folder, real, methods, args.seeds, args.workers)

@@ -20,7 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from designs import EVERY, FOLLOWED, METHODS, REFERENCE, Pretraining, cost, steps_of, train_command
+from designs import (
+    CANDIDATES,
+    EVERY,
+    FOLLOWED,
+    METHODS,
+    REFERENCE,
+    Pretraining,
+    cost,
+    steps_of,
+    train_command,
+)
 from jobs import REPO
 from numpy.typing import NDArray
 from shortcuts import CHANGES, FEW, PARTS, changed, contrast, separability
@@ -43,7 +53,11 @@ PER_SCAN, PROBED = 12, 64  # wholes: tested of a scan; that a frozen probe is fi
 WHOLE = PartSet("whole", 0, 1, ((1.0, 1.0),))
 Ids = NDArray[np.int64]
 Array = NDArray[np.float64]
-FROM_PARTS = ("parts2whole", "parts2whole_contrast")  # draw a whole from a part: their errors compare
+FROM_PARTS = (
+    "parts2whole",
+    "parts2whole_contrast",
+    *CANDIDATES,
+)  # draw a whole from a part: their errors compare
 
 
 def tested_wholes(shards: ShardSet, most: int = PER_SCAN) -> Ids:
@@ -241,7 +255,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="data sets and runs, as run.py makes them")
     parser.add_argument("data", help="real-0, real-1, … or phantom")
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=(*METHODS, *CANDIDATES))
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     one, folder = Pretraining(args.method, args.data, args.seed), args.folder.resolve()

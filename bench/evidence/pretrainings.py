@@ -29,11 +29,20 @@ Units = dict[str | int, float]
 
 def collect(folder: Path) -> Found:
     """All measurements below FOLDER/runs, kept in bench/results too; without any, those that are kept there."""
-    found = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*/measured.json"))]
+    found = [_measured(path) for path in sorted((folder / "runs").glob("*/measured.json"))]
     if found:
         lines = (json.dumps(_rounded(one), separators=(",", ":")) for one in found)
         write_atomic(RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """What measure_run.py wrote of a run, with what fine_tuned.py wrote beside it as the number `tuned`."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    beside = path.with_name("tuned.json")
+    for label, value in (json.loads(beside.read_text()) if beside.exists() else {}).items():
+        found["features"][label]["tuned"] = value
+    return found
 
 
 def _rounded(value: Any) -> Any:
@@ -133,7 +142,7 @@ def mean_image_error(found: Found, kind: str) -> Values:
     return {(one["data"], one["seed"]): one["mse_of_mean"] for one in runs_of(found, kind, REFERENCE)}
 
 
-SHARES = {"plain", "standardised", "gamma", "against_one_scan", "against_one_tile", "top1", "mrr"}
+SHARES = {"tuned", "plain", "standardised", "gamma", "against_one_scan", "against_one_tile", "top1", "mrr"}
 Column = tuple[str, Callable[[Found, str, str], str]]
 
 

@@ -82,7 +82,7 @@ def run_all(folder: Path, real: Path | None, methods: tuple[str, ...], seeds: in
     work([*todo, *figures], folder, workers)
 
 
-def arguments(text: str) -> tuple[argparse.Namespace, Path, Path | None]:
+def arguments(text: str, tunes: bool = False) -> tuple[argparse.Namespace, Path, Path | None]:
     """The command line that run.py and leaderboard.py share, the folder of runs, and that of real scans."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
@@ -90,6 +90,8 @@ def arguments(text: str) -> tuple[argparse.Namespace, Path, Path | None]:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="pretrainings of a method on each data set")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one for each core")
     parser.add_argument("--methods", nargs="+", help="of designs.py, in this order; default: the page's")
+    if tunes:
+        parser.add_argument("--tune", action="store_true", help="fine-tune the networks that are pretrained")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     args = parser.parse_args()
     real = Path(args.real).resolve() if args.real else None

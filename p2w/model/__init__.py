@@ -9,6 +9,7 @@ from p2w.errors import UserError
 from p2w.model.dense_vnet import DenseVNet
 from p2w.model.encoder import Encoder, Network, Output
 from p2w.model.i3d import I3D
+from p2w.model.primus import Primus
 from p2w.model.resencl import ResEncL
 from p2w.model.resnet3d import ResNet3d
 from p2w.model.unet3d import UNet3dEncoder
@@ -22,6 +23,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "unet3d": UNet3dEncoder,
     "resencl": ResEncL,
     "vit3d": ViT3d,
+    "primus": Primus,
     "resnet10": functools.partial(ResNet3d, 10),
     "resnet18": functools.partial(ResNet3d, 18),
     "resnet34": functools.partial(ResNet3d, 34),

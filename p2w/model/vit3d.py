@@ -96,10 +96,7 @@ class ViT3d(Encoder):
 
         Raises UserError for other edges.
         """
-        if any(edge % PATCH for edge in x.shape[2:]):
-            raise UserError(
-                f"input {tuple(x.shape[2:])}: each edge must be a multiple of {PATCH}; pad or crop it"
-            )
+        check_edges(x)
         features, tokens, grid = self._embed(x)
         return [*features, self._transform(tokens).transpose(1, 2).unflatten(2, grid)]
 
@@ -126,6 +123,14 @@ class ViT3d(Encoder):
             tokens = block(tokens)
         normed: Tensor = self.norm(tokens)
         return normed
+
+
+def check_edges(x: Tensor) -> None:
+    """Raises UserError where an edge of (B, C, D, H, W) is no multiple of a patch."""
+    if any(edge % PATCH for edge in x.shape[2:]):
+        raise UserError(
+            f"input {tuple(x.shape[2:])}: each edge must be a multiple of {PATCH}; pad or crop it"
+        )
 
 
 def positions(grid: tuple[int, ...], channels: int, device: torch.device) -> Tensor:

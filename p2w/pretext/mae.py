@@ -160,7 +160,7 @@ class Mae(SimMim):
         if encoder.token_edge != PATCH:
             raise UserError(
                 f"pretext.name={self.config.name}: leaves hidden patches out, which takes a transformer; pass --model.name "
-                "vit3d, or --pretext.name simmim, which fills them and takes any encoder"
+                "vit3d or primus, or --pretext.name simmim, which fills them and takes any encoder"
             )
         if self.mae.decoder_width % 6:
             raise UserError(

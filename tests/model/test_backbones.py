@@ -16,7 +16,12 @@ from p2w.train.optim import Precision
 from p2w.train.preflight import convolution_error
 
 # Width, and size of the input: as small as the strides allow. One depth stands for those of the same code.
-TINY = {"unet3d": (2, (8, 16, 16)), "resencl": (1, (32, 32, 64)), "vit3d": (1, (16, 16, 16))}
+TINY = {
+    "unet3d": (2, (8, 16, 16)),
+    "resencl": (1, (32, 32, 64)),
+    "vit3d": (1, (16, 16, 16)),
+    "primus": (1, (16, 16, 16)),
+}
 OTHERS = (2, (16, 32, 32))
 SAME_CODE = {"resnet18", "resnet34", "resnet101", "resnet152", "resnet200"}
 ONLY_WITH_SKIPS = {"dense_vnet"}

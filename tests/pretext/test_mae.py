@@ -140,7 +140,7 @@ def test_each_patch_of_the_output_is_where_its_token_is():
 def test_mae_takes_a_transformer_and_simmim_any_encoder():
     _, pretext, _ = mae()
     with pytest.raises(
-        UserError, match=r"pretext\.name=mae: .*--model\.name vit3d, or --pretext\.name simmim"
+        UserError, match=r"pretext\.name=mae: .*--model\.name vit3d or primus, or --pretext\.name simmim"
     ):
         pretext.build(build_encoder("unet3d", 2))
     with pytest.raises(UserError, match=r"mae\.decoder_width=16: must be a multiple of 6"):
