@@ -78,11 +78,6 @@ def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:
         there[name].form = form
 
 
-def forms_of(model: nn.Module) -> dict[str, str]:
-    """{module name: form that is set} of all modules with forms."""
-    return {name: module.form for name, module in formed_modules(model)}
-
-
 @dataclass(frozen=True)
 class FoldCost:
     """FLOPs of one forward pass, a multiply and an add counted as two; a backward pass has twice as many."""

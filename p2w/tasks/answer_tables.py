@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from p2w.errors import UserError
 from p2w.tasks import source_files
 from p2w.tasks.label_values import check_class_names
-from p2w.tasks.task import MOST_LABEL, MULTI_CLASS, MULTI_LABEL, REGRESSION, SPLITS, Triple
+from p2w.tasks.task import MOST_LABEL, MULTI_CLASS, MULTI_LABEL, REGRESSION, Triple
 
 KINDS = {"class": MULTI_CLASS, "labels": MULTI_LABEL, "value": REGRESSION}
 SCAN = ("scan", "series", "seriesuid", "path", "image", "file")
@@ -105,10 +105,7 @@ def _row(
     scan, patient, split, fold = values[:4]
     if not scan:
         raise UserError(f"{path}, line {line}: no scan")
-    if split and split not in SPLITS:
-        raise UserError(
-            f"{path}, line {line}: split {split!r}: one of {', '.join(SPLITS)}, or nothing in all lines"
-        )
+    source_files.parse_split(path, line, split)
     xyz = WHOLE
     if points:
         x, y, z = (

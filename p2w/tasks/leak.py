@@ -1,7 +1,7 @@
 """Whether pretraining has seen what a target task is tested on.
 
-    check_leak(target, open_manifest("shards").meta)     # raises UserError naming the first test scan seen
     check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
+    first_leak(target, training_scans(meta), fold)       # compares with one set, of whose manifest `meta` is the metadata
 
 A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when both
 sets were given the same name for them (`--groups`, `--salt`), of which the pretraining set's manifest holds hashes
@@ -23,18 +23,6 @@ from p2w.tasks.reader import TargetSet
 REMEDY = (
     "pretrain on other scans, test on others, or pass --allow-leak and say so where you report the result"
 )
-
-
-def check_leak(target: TargetSet, pretrain: dict[str, Any], fold: int | None = None) -> None:
-    """Compare the scans that `target` tests on with those that a pretraining set trains on.
-
-    `pretrain` is the metadata of that set's manifest; of a set with folds, `fold` names one, None all of them.
-
-    Raises:
-        UserError: pretraining trained on a scan of the test split; the message names the first.
-    """
-    if said := _first_leak(target, pretrain, fold):
-        raise UserError(f"{target.where}: {said}: {REMEDY}")
 
 
 def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fold: int | None = None) -> str:
@@ -97,7 +85,7 @@ def _checked(
     said, lines = None, list[str]()
     try:
         for scans, where in find():
-            if said := _first_leak(target, scans, fold):
+            if said := first_leak(target, scans, fold):
                 break
             lines.append(_no_leak(scans, where))
     except UserError as error:
@@ -138,12 +126,11 @@ def pretraining_of(run: Path) -> list[tuple[dict[str, Any], str]]:
     return open_trained_sets(run, starts[-1], starts[-1].get("data"), str(run))
 
 
-def _first_leak(target: TargetSet, pretrain: dict[str, Any] | TrainingScans, fold: int | None) -> str | None:
-    """One line on the first test scan that pretraining trains on; None when there is none.
+def first_leak(target: TargetSet, trained: TrainingScans, fold: int | None) -> str | None:
+    """One line on the first test scan that a set of pretraining trains on; None when there is none.
 
-    `pretrain` is the metadata of a manifest, or what was read from it or from a card.
+    Of a target set with folds, `fold` names the one that is tested on, None all of them.
     """
-    trained = pretrain if isinstance(pretrain, TrainingScans) else training_scans(pretrain)
     tested = _tested(target, fold)
     for source in target.meta["sources"]:
         uid = source["uid"]

@@ -266,7 +266,7 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
         if not series:
             raise UserError(f"{path}, line {line}: no series")
         own = patient or series
-        at = parse_fold(path, line, fold), _split(path, line, split)
+        at = parse_fold(path, line, fold), parse_split(path, line, split)
         said = listed.setdefault(series, Series(line, own, *at))
         if said.patient != own:
             raise UserError(
@@ -295,7 +295,8 @@ def parse_fold(path: str, line: int, text: str) -> int:
     return int(text)
 
 
-def _split(path: str, line: int, text: str) -> str:
+def parse_split(path: str, line: int, text: str) -> str:
+    """The split of a row, "" for none. Raises UserError."""
     if text and text not in SPLITS:
         raise UserError(
             f"{path}, line {line}: split {text!r}: one of {', '.join(SPLITS)}, or nothing in all lines"

@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,13 +168,6 @@ def gpu_seconds(call: Callable[[], None]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def wall_seconds(call: Callable[[], None]) -> float:
-    """Seconds of wall-clock time that `call` takes, for use on a CPU."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 class _FormTester:

@@ -8,7 +8,11 @@ import torch
 from p2w.errors import UserError
 from p2w.model import build_encoder
 from p2w.model.decoder import EncoderDecoder, build_decoder
-from p2w.model.forms import formed_modules, forms_of, set_forms
+from p2w.model.forms import formed_modules, set_forms
+
+
+def forms_of(model):
+    return {name: one.form for name, one in formed_modules(model)}
 
 
 def network(skips=False):

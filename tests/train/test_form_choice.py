@@ -1,6 +1,7 @@
 """The fastest form that computes the same is taken, by all ranks, and taken again when the run goes on."""
 
 import json
+import time
 from dataclasses import replace
 from datetime import timedelta
 
@@ -12,12 +13,19 @@ from torch import nn
 
 from p2w.model import build_encoder
 from p2w.model.decoder import EncoderDecoder
-from p2w.model.forms import FOLDED, PLAIN, Formed, forms_of, set_forms
+from p2w.model.forms import FOLDED, PLAIN, Formed, formed_modules, set_forms
 from p2w.model.unet3d import UNet3dDecoder, folded_by_count
 from p2w.train import isolated_layer
-from p2w.train.form_choice import RECORD, choose_forms, read_form_record, wall_seconds
+from p2w.train.form_choice import RECORD, choose_forms, read_form_record
 from p2w.train.optim import Precision
 from p2w.world import World
+
+
+def wall_seconds(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
 
 CPU = torch.device("cpu")
 FP32, BF16 = Precision("fp32", None, ""), Precision("bf16", torch.bfloat16, "")
@@ -83,7 +91,7 @@ def test_the_fastest_form_that_computes_the_same_is_taken(precision):
     random = torch.get_rng_state()
     choice = choose(model, warned, precision=precision)
     assert choice.forms == {"0": "fast", "1": "fast"}
-    assert forms_of(model) == {"0": PLAIN, "1": PLAIN}
+    assert {name: one.form for name, one in formed_modules(model)} == {"0": PLAIN, "1": PLAIN}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert choice.line.startswith("forms           fast in 2 of 2 modules, ")
@@ -148,7 +156,7 @@ def test_on_a_cpu_and_where_nothing_is_measured_the_form_with_less_arithmetic_is
     assert FOLDED in choice.forms.values() and PLAIN in choice.forms.values() and warned == []
     assert "by the number of operations" in choice.line
     set_forms(model, choice.forms)
-    assert forms_of(model) == choice.forms
+    assert {name: one.form for name, one in formed_modules(model)} == choice.forms
     plain = choose_forms(model, (2, 1, 16, 16, 16), precision, WORLD, warned.append, rule="plain")
     assert set(plain.forms.values()) == {PLAIN} and "as asked for" in plain.line
 
@@ -285,6 +293,6 @@ def test_on_a_gpu_every_form_of_the_papers_network_is_sound_and_the_chosen_ones_
     world = replace(WORLD, device=device, device_reason=torch.cuda.get_device_name())
     model = unet(32).to(device, memory_format=torch.channels_last_3d)
     choice = choose_forms(model, (4, 1, 32, 64, 64), precision, world, warned.append, rule="measure")
-    assert warned == [] and set(choice.forms) == set(forms_of(model))
+    assert warned == [] and set(choice.forms) == {name for name, _ in formed_modules(model)}
     for name, times in choice.record["ms"].items():
         assert times[choice.forms[name]] <= times[PLAIN], (name, times)
