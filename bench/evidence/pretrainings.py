@@ -28,7 +28,7 @@ Units = dict[str | int, float]
 
 
 def collect(folder: Path) -> Found:
-    """All measurements below FOLDER/runs but those of unified.py, kept in bench/results too; without any, those that are kept there."""
+    """All measurements below FOLDER/runs but those of unified.py; kept in bench/results, read there if it has none."""
     found = [_measured(path) for path in sorted((folder / "runs").glob("*/measured.json"))]
     found = [one for one in found if one["seed"] != SELECTION_SEED]
     if found:
