@@ -35,9 +35,9 @@ from p2w.stream.local import ShardSet
 from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.form_choice import choose_run_forms
-from p2w.train.graph import WARM_UP_STEPS
 from p2w.train.loop import Trainer
 from p2w.train.optim import choose_precision
+from p2w.train.step import WARM_UP_STEPS
 from p2w.world import World
 
 WAYS = ("wholes from shards", "wholes in memory", "parts and wholes in memory")

@@ -4,6 +4,7 @@ p2w COMMAND --help        the same as  python -m p2w COMMAND --help
 """
 
 import importlib
+import re
 import sys
 
 from p2w import __version__
@@ -56,7 +57,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.doctor.command",
         "check this machine against the needs of a run, with the remedy of each problem",
     ),
-    "completion": ("p2w.commands.completion", "completion of commands and options in bash"),
+    "completion": ("p2w.__main__:main_completion", "completion of commands and options in bash"),
     "table1": (
         "p2w.reproduce.commands:main_table1",
         "starting points on the target tasks, beside the paper's Table 1",
@@ -77,6 +78,49 @@ def usage() -> str:
     width = max(map(len, COMMANDS), default=0)
     lines = [f"    p2w {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([(__doc__ or "").rstrip(), "", *lines])
+
+
+# Of the command `p2w completion`, whose --help begins with this text.
+COMPLETION = """Completion of p2w's commands and options in a shell.
+
+eval "$(p2w completion bash)"        in this shell; for all to come, the same line in ~/.bashrc
+"""
+SCRIPT = """# of p2w: commands, then options, else files. The options of a command are
+# what its --help lists, asked once a shell.
+declare -gA _p2w_options
+_p2w() {
+    local word=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]}
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)); then
+        mapfile -t COMPREPLY < <(compgen -W "COMMANDS" -- "$word")
+    elif [[ $word == -* && " COMMANDS " == *" $command "* ]]; then
+        if [[ ! -v _p2w_options[$command] ]]; then
+            _p2w_options[$command]=$("${COMP_WORDS[0]}" "$command" --help 2>/dev/null \\
+                | grep -oE -- '--[a-z][a-z0-9.-]*[a-z0-9]' | sort -u)
+        fi
+        mapfile -t COMPREPLY < <(compgen -W "${_p2w_options[$command]}" -- "$word")
+    fi
+}
+complete -o default -F _p2w p2w
+"""
+
+
+def completion_script(commands: list[str]) -> str:
+    """The lines that bash reads, for these commands."""
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in commands), commands
+    return SCRIPT.replace("COMMANDS", " ".join(commands))
+
+
+def main_completion(argv: list[str]) -> int:
+    """The command `p2w completion`: prints the script."""
+    from typing import Annotated, Literal  # noqa: PLC0415 - other commands need neither of these
+
+    import tyro  # noqa: PLC0415
+
+    shell = Annotated[Literal["bash"], tyro.conf.Positional, tyro.conf.arg(metavar="bash")]
+    tyro.cli(shell, args=argv, prog="p2w completion", description=COMPLETION)
+    print(completion_script([*COMMANDS]), end="")
+    return 0
 
 
 @exits

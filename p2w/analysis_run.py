@@ -23,9 +23,9 @@ import torch
 from p2w import report
 from p2w.analysis import plots, qualitative, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
+from p2w.analysis.features import is_early
 from p2w.analysis.measure import PART_SETS, AnalysisSettings, Cache, Key, Measure
 from p2w.analysis.monitors import Validation
-from p2w.analysis.recalibration import is_early
 from p2w.errors import UserError
 from p2w.files import write_atomic, write_remedy
 from p2w.log import Log, read_metrics

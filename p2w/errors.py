@@ -18,6 +18,11 @@ class SharedError(UserError):
     """A UserError that all ranks raise together with the same message, which only one of them prints."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def refuse_old_options(argv: Sequence[str], renamed: Mapping[str, str]) -> None:
     """Raise UserError where `argv` holds an option that has another name now; `renamed` maps old names to new ones."""
     for argument in argv:

@@ -24,15 +24,11 @@ import crc32c as package
 from p2w.errors import UserError
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: Path, data: str | bytes | memoryview) -> None:
     """Replace `path` atomically: a reader, or a power cut, finds the complete old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_published(str(path), data.encode() if isinstance(data, str) else data, str(temporary))
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -75,7 +71,7 @@ def canonical_json(value: object, indent: int | None = None) -> bytes:
     return text.encode() + b"\n"
 
 
-def write_published(path: str, data: bytes, temporary: str) -> None:
+def write_published(path: str, data: bytes | memoryview, temporary: str) -> None:
     """Write `data` to the path `temporary`, flush it to the disk and rename it to `path`, which is complete or absent."""
     with open(temporary, "wb") as file:
         file.write(data)

@@ -13,12 +13,12 @@ import torch
 from p2w import __version__, report
 from p2w import config as settings
 from p2w.analysis import plots
+from p2w.analysis.features import TrainingWholes
 from p2w.analysis.monitors import Monitors, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
-from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config
-from p2w.errors import UserError, command_line
+from p2w.errors import UserError, command_line, first_line
 from p2w.files import write_atomic
 from p2w.log import Log, read_metrics
 from p2w.model.encoder import set_memory_format
@@ -35,8 +35,7 @@ from p2w.train.loop import Outcome, Trainer
 from p2w.train.optim import Precision
 from p2w.train.preflight import check_numerics, check_rank_consistency
 from p2w.train.run_dir import RunDir, describe_data
-from p2w.train.stop import EvaluationInterrupted, InterruptibleStream
-from p2w.train.watchdog import Watchdog
+from p2w.train.watchdog import EvaluationInterrupted, InterruptibleStream, Watchdog
 from p2w.weights.start import initialise
 from p2w.world import World
 
@@ -59,7 +58,7 @@ def ranks_that_train(config: Config, ranks: int) -> int:
 
 
 def elastic_settings(config: Config, began: int, ranks: int) -> Config:
-    """The settings with which `ranks` ranks go on with the steps of a run that `began` ranks have begun.
+    """The settings with which `ranks` ranks continue a run that `began` ranks began.
 
     Without `train.elastic`, or at the same number of ranks, those of the run. Else batch norm is shared by the ranks if it
     was, and what belongs together in a step keeps its size: with shared batch norm, or a loss that compares wholes, the
@@ -155,8 +154,8 @@ def _run(
     config: Config, shards: ShardSet, place: str, folder: RunDir, data: str, world: World, precision: Precision,
     watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
-    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended. `place` is where the set is
-    for others, `shards` may read a copy of it."""
+    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended. `place` is the set's own
+    path, for the records; `shards` may read a copy of it."""
     log = Log(folder.path, world.is_main, config.train.steps, config.log)
     asked, began = config, folder.ranks_of_first_start() or world.size
     config = elastic_settings(asked, began, world.size)
@@ -212,7 +211,7 @@ def _run(
     try:
         outcome = _fit(trainer, validation, monitors, pictures, folder, log)
     except BaseException as error:
-        outcome = Outcome("failed", trainer.step, str(error).partition("\n")[0])
+        outcome = Outcome("failed", trainer.step, first_line(error))
         raise
     finally:
         if world.is_main:
@@ -229,7 +228,7 @@ def _record_failure(folder: RunDir, reason: str, step: int) -> None:
     """Write into status.json why all ranks leave, if the folder can still be written."""
     with contextlib.suppress(OSError):
         folder.write_status("failed", step, reason)
-    folder.owner.release()  # on rank 0: a start on another node need not wait until this one is stale
+    folder.owner.release()  # on rank 0, so that a start on another node need not wait until this mark is stale
 
 
 def _build(
@@ -285,7 +284,9 @@ def _build(
         f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate"
         f"{RANDOM_PLACES * shards.random_places}"
     )
-    log.line(f"memory format   {memory_format}")  # not before all that can be refused: that is one line alone
+    log.line(
+        f"memory format   {memory_format}"
+    )  # after all that may refuse the run, so that a refusal is one line alone
     return (
         choice,
         trainer,

@@ -299,15 +299,21 @@ def ratio_interval(
     return bootstrap(ratio, range(len(top)) if patients is None else patients)
 
 
+def numbered(names: Sequence[Hashable]) -> tuple[NDArray[np.intp], list[Hashable]]:
+    """The number (N,) of each name, counted in the order in which names come first, and the names in that order."""
+    numbers: dict[Hashable, int] = {}
+    own = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.intp)
+    return own, list(numbers)
+
+
 def bootstrap(statistic: Callable[[Floats], float], patients: Sequence[Hashable]) -> Interval:
     """95 % percentile interval of `statistic(weights)` over resampled patients.
 
     `weights` (N,) is how often each case was drawn, `patients` (N,) names the patient of each case. The seed is fixed, so
     results are reproducible. NaN for fewer than two patients, or if fewer than half of the resamples have a value.
     """
-    numbers: dict[Hashable, int] = {}
-    owner = np.array([numbers.setdefault(patient, len(numbers)) for patient in patients], np.intp)
-    count = len(numbers)
+    owner, names = numbered(patients)
+    count = len(names)
     if count < 2:
         return UNDEFINED
     rng = np.random.default_rng(SEED)

@@ -106,6 +106,11 @@ def test_the_picture_of_the_imports_is_their_table():
             assert wrong == [], f"{room} may import {wrong}, which does not stand below it"
 
 
+def test_every_module_of_the_package_is_in_the_tree():
+    modules = {path.stem for path in (REPO / "p2w").rglob("*.py") if not path.stem.startswith("__")}
+    assert modules <= set(re.findall(r"\w+", BLOCKS[0]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_imports_of_the_python_examples_work(page):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

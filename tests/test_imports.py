@@ -39,7 +39,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.geometry": ("p2w.errors", "p2w.rng", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),
     "p2w.ct": ("p2w.errors", "p2w.files", "p2w.ct"),
-    "p2w.phantom": ("p2w.errors", "p2w.progress", "p2w.phantom"),
+    "p2w.phantom": ("p2w.errors", "p2w.files", "p2w.progress", "p2w.phantom"),
     "p2w.rng": ("p2w.errors", "p2w.kernels"),
     "p2w.shards": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards"),
     "p2w.stream": ("p2w.errors", "p2w.files", "p2w.http_client", "p2w.resources", "p2w.rng", "p2w.shards", "p2w.stream"),

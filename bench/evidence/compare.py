@@ -18,8 +18,7 @@ from shortcuts import CHANGES, PARTS, changed, numbers
 
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import AnalysedRun
-from p2w.analysis.features import PartSet, extract
-from p2w.analysis.recalibration import TrainingWholes
+from p2w.analysis.features import PartSet, TrainingWholes, extract
 from p2w.config import PretextConfig
 from p2w.files import write_atomic
 from p2w.stream.stream import open_set

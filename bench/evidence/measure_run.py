@@ -4,7 +4,7 @@
 
 W, P, C = wholes, parts of each, channels. Every network sees the same parts, of 1/16 to 1/4, of at most PER_SCAN wholes of
 each scan, evenly spread, so that no scan outweighs the others. Batch norm is recalibrated on training wholes before each
-measurement (p2w.analysis.recalibration), an untrained network's too.
+measurement (p2w.analysis.features), an untrained network's too.
 """
 
 import argparse
@@ -39,9 +39,8 @@ from torch import Tensor
 
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, baseline
-from p2w.analysis.features import Features, PartSet, extract
+from p2w.analysis.features import Features, PartSet, TrainingWholes, extract
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
-from p2w.analysis.recalibration import TrainingWholes
 from p2w.config import PretextConfig
 from p2w.files import write_atomic
 from p2w.model import Network

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from p2w import geometry
 from p2w.analysis.feature_sources import AnalysedRun, baseline, parse_against
-from p2w.analysis.features import Features
+from p2w.analysis.features import Features, TrainingWholes
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
-from p2w.analysis.recalibration import TrainingWholes
 from p2w.analysis.similarity import auc, pair_cosines
 from p2w.config import PretextConfig
 from p2w.errors import exits

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from p2w import config as settings
-from p2w.analysis.features import BASELINES, Features
-from p2w.analysis.recalibration import IDENTITY, TrainingWholes
+from p2w.analysis.features import BASELINES, IDENTITY, Features, TrainingWholes
 from p2w.config import Config, PretextConfig
 from p2w.errors import UserError
 from p2w.model import Network

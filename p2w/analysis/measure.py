@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import FeatureSource
-from p2w.analysis.features import Array, Features, PartSet, extract, log_bins, tsne
-from p2w.analysis.recalibration import TrainingWholes
+from p2w.analysis.features import Array, Features, PartSet, TrainingWholes, extract, log_bins, tsne
 from p2w.analysis.similarity import NEGATIVES, TEMPERATURE, TESTS, Floats, cosines, draw_pairs, separability
 from p2w.config import PretextConfig
 from p2w.errors import UserError

@@ -114,7 +114,7 @@ class SimilarityMonitor:
         """Read this rank's share. `before_batch` is called before each batch, and may raise to interrupt.
 
         `recalibrate` gives the encoder that is probed: a copy of the run's, in evaluation mode, whose batch norms were
-        recalibrated (see `p2w.analysis.recalibration`).
+        recalibrated (see `p2w.analysis.features`).
         """
         self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
         self.before_batch, self.recalibrate = before_batch, recalibrate

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from p2w import geometry
 from p2w.analysis import plots, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
-from p2w.analysis.features import PartSet, cut_parts
+from p2w.analysis.features import PartSet, TrainingWholes, cut_parts
 from p2w.analysis.measure import RECONSTRUCTION_SCALES, Measure
 from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
-from p2w.analysis.recalibration import TrainingWholes
 from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.log import Log

@@ -124,8 +124,8 @@ def show(summary: dict[str, Any], run: Path) -> None:
     if over:
         (low, high), r = over["ci95"], over["pearson_r"]
         interval = "" if math.isnan(low) else f", 95 % interval {low:.2f} to {high:.2f}"
-        told = "undefined" if math.isnan(r) else f"{r:.3f}{interval}"
-        print(f"Pearson r of contrastive loss and validation MSE: {told}, n = {over['n']} checkpoints")
+        value = "undefined" if math.isnan(r) else f"{r:.3f}{interval}"
+        print(f"Pearson r of contrastive loss and validation MSE: {value}, n = {over['n']} checkpoints")
     print(
         f"numbers  {run / 'analysis' / 'summary.json'}\nfigures  {run / 'figures'}\nreport   {run / 'report.html'}"
     )

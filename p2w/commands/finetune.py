@@ -51,8 +51,7 @@ from p2w.tasks.reader import TargetSet, open_target
 from p2w.trackers import LogConfig
 from p2w.train.optim import Precision, choose_precision
 from p2w.train.preflight import check_rank_consistency
-from p2w.train.stop import StopRequest
-from p2w.train.watchdog import Watchdog
+from p2w.train.watchdog import StopRequest, Watchdog
 from p2w.weights.hub import is_hub_name, parse_hub_name, pin
 from p2w.world import World, weights_checksum
 

@@ -28,8 +28,7 @@ import tyro
 
 from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.orientation import Grid
-from p2w.ct.percentiles import Modality
-from p2w.ct.scan import straightened
+from p2w.ct.scan import Modality, straightened
 from p2w.ct.series_table import choose, series_rows, table_csv, table_json, table_text
 from p2w.errors import UserError, program
 from p2w.shards.build import BuildOptions

@@ -57,7 +57,7 @@ class Common:
     """Print the commands; run nothing."""
 
     def transfers(self) -> sweep_jobs.FineTuningPlan:
-        """The plan that all jobs share. Raises UserError for options that cannot be done."""
+        """The plan that all jobs share. Raises UserError for options that contradict one another."""
         least = {"--trials": self.trials, "--jobs": self.jobs}
         if wrong := next((flag for flag, value in least.items() if value < 1), None):
             raise UserError(f"{wrong} {least[wrong]}: must be at least 1")

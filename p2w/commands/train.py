@@ -76,7 +76,7 @@ class Args:
 
     @property
     def folder(self) -> Path:
-        """The run folder, once `parse` has settled it."""
+        """The run folder, which is known after `parse`."""
         assert self.run is not None
         return self.run
 
@@ -115,7 +115,7 @@ def _recorded_init(run: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line comes to. `recipe` is what it named first."""
+    """The run that the command line describes. `recipe` is the name that it begins with."""
 
     args: Args
     config: Config  # of this start: with train.elastic, passes may be others than those of args.config
@@ -176,7 +176,7 @@ def refuse_other_wholes(pretext: Pretext, config: Config, shards: ShardSet) -> N
 
 
 def show_plan(job: Job, world: World) -> None:
-    """The dry run's page."""
+    """Print what the run would do and cost."""
     from p2w.train.estimate import describe_scaling, run_cost  # noqa: PLC0415  (torch's FLOP counter imports triton: only for this page)
 
     config, batch, precision = job.config, job.config.data.batch, job.precision
@@ -208,7 +208,7 @@ def show_plan(job: Job, world: World) -> None:
 
 
 def dry_run(job: Job, world: World) -> int | None:
-    """With --dry-run the page, once, and exit code 0; else None."""
+    """With --dry-run, print the plan once and return exit code 0; else None."""
     if job.args.dry_run and world.is_main:
         show_plan(job, world)
     return 0 if job.args.dry_run else None

@@ -57,7 +57,7 @@ DEEPEST = 2  # fields that together tell volumes apart
 MR_PACKAGES = (
     "acquisition",
     "time",
-)  # fields in which the slices of one MR volume differ that were measured by turns
+)  # fields in which the slices of one MR volume differ when it was measured in several passes
 SIDE_BY_SIDE = 0.75  # share of their thickness by which slices of one volume are apart at least
 MOST_SCOUTS = 3  # slices of another orientation that are no part of a volume
 TURNED_AWAY = 0.7  # cosine of the angle of the normals, below which a slice is of another orientation
@@ -164,7 +164,7 @@ def _volumes(
 
 
 def _is_side_by_side(slices: list[Slice], allow_gaps: bool) -> bool:
-    """Whether slices of MR are one volume whose slices do not overlap: its slices are measured by turns, each some apart."""
+    """Whether slices of MR are one volume of slices that do not overlap, measured in several interleaved passes."""
     thickness = slices[0].thickness
     if slices[0].modality != "MR" or thickness <= 0:
         return False
@@ -202,7 +202,7 @@ def _part_label(name: str, key: str, number: int) -> str:
 
 
 def _with_rescale(slices: list[Slice]) -> list[Slice]:
-    """The slices, of MR without any rescale with the one that changes nothing: its values have no unit."""
+    """The slices; MR slices without a rescale get the one that changes nothing, since their values have no unit."""
     if any(one.rescale or one.modality != "MR" for one in slices):
         return slices
     return [replace(one, rescale=(1.0, 0.0)) for one in slices]
@@ -258,7 +258,7 @@ def _check_equal(what: str, kinds: Counter[str]) -> None:
 def _without_copies(slices: list[Slice]) -> list[Slice]:
     """The slices without copies of a file: the same SOPInstanceUID and position, and the same values.
 
-    Archives change headers and transfer syntaxes of what they send again.
+    Archives may change headers and transfer syntaxes of files that they send again.
 
     Images of one SOPInstanceUID that lie apart are all kept: an anonymizer gave them one. Raises BadScan for images of one
     SOPInstanceUID and one position that are not the same.

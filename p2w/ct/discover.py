@@ -194,10 +194,10 @@ def find_scans(
 
 def _reasons(found: ScanListing) -> str:
     """Why files were passed over, where there is more to say than that they are no images."""
-    told = [
+    counted = [
         f"{count} {reason}" for reason, count in found.passed_over.items() if reason in set(OTHERS.values())
     ]
-    return f"; {', '.join(told)}" if any(":" in reason for reason in told) else ""
+    return f"; {', '.join(counted)}" if any(":" in reason for reason in counted) else ""
 
 
 class _Search:
@@ -307,7 +307,7 @@ class _Search:
         self._name_voxel_files()
 
     def _name_voxel_files(self) -> None:
-        """Count voxel files that a header names as what they are, and so as read."""
+        """Count voxel files that a header names among the files that are read."""
         if not self.voxel_files:
             return
         for source in self.found.sources:

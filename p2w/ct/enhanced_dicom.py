@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from p2w.ct.dicom import Slice, not_a_scan
 from p2w.ct.dicom_pixels import AIR, PixelForm, darken_padding, fill_padding, unpacked_files
 from p2w.ct.orientation import BadScan
+from p2w.errors import first_line
 
 MISSING = "needs pydicom: pip install 'parts2whole[dicom]'"
 
@@ -45,11 +46,7 @@ def read_dataset(path: str, pixels: bool = True) -> Any:
     except BadScan:
         raise
     except Exception as error:  # pydicom raises whatever its parsers do
-        raise BadScan(f"cannot be read: {type(error).__name__}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+        raise BadScan(f"cannot be read: {type(error).__name__}: {first_line(error)[:200]}") from error
 
 
 def _frames(one: Slice) -> list[Slice]:
@@ -66,7 +63,7 @@ def _frames(one: Slice) -> list[Slice]:
         return [_frame(one, number, groups, shared) for number, groups in enumerate(own)]
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadScan(
-            f"its functional groups are damaged ({type(error).__name__}: {_line(error)})"
+            f"its functional groups are damaged ({type(error).__name__}: {first_line(error)[:200]})"
         ) from error
 
 
@@ -130,15 +127,15 @@ def read_frames(files: Sequence[str], frames: Sequence[tuple[int, int]], in_hu: 
             cells = _cells(data)
         except Exception as error:  # pydicom raises whatever its decoders do
             raise BadScan(
-                f"the pixels of {os.path.basename(path)} cannot be read ({_line(error)}); compressed ones may need "
-                "pip install pylibjpeg[all]"
+                f"the pixels of {os.path.basename(path)} cannot be read ({first_line(error)[:200]}); compressed ones may "
+                "need pip install pylibjpeg[all]"
             ) from error
         cells = cells if cells.ndim == 3 else cells[None]
         try:
             slices, form = _frames_rescale(path, data, len(cells)), _form(data)
         except (AttributeError, TypeError, ValueError) as error:
             raise BadScan(
-                f"the header of {os.path.basename(path)} is damaged ({type(error).__name__}: {_line(error)})"
+                f"the header of {os.path.basename(path)} is damaged ({type(error).__name__}: {first_line(error)[:200]})"
             ) from error
         for z, (file, frame) in enumerate(frames):
             if file != number:

@@ -87,8 +87,8 @@ def _check_fields(fields: dict[str, str]) -> None:
     if fields["elementdatafile"].upper() == "LOCAL" and fields.get("headersize", "0") not in ("0", "-1"):
         raise BadScan(f"HeaderSize is {fields['headersize']}, but its voxels follow its header: remove it")
     for names in ALIASES:
-        told = {tuple(fields[name.lower()].split()) for name in names if name.lower() in fields}
-        if len(told) > 1:
+        written = {tuple(fields[name.lower()].split()) for name in names if name.lower() in fields}
+        if len(written) > 1:
             raise BadScan(
                 f"the MetaImage header has {' and '.join(names)} that differ: remove the wrong ones"
             )

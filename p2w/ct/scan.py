@@ -1,18 +1,25 @@
-"""Read a scan: int16 HU [z,y,x] in LPS orientation, with its grid in the patient's space.
+"""Read a scan: int16 HU [z,y,x] in LPS orientation, with its grid in the patient's space; or one of another modality.
 
 LPS is the canonical orientation: x grows to the patient's left, y to posterior, z to superior, as in DICOM and LUNA16.
 Scans stored in another orientation (flipped or permuted direction matrices) become views with permuted and flipped axes;
 nothing is interpolated, and an oblique scan keeps its small angles in `direction`.
+
+Modalities other than CT have values without a fixed unit, so each scan is scaled by its own percentiles: the 0.5th of all
+voxels becomes 0, the 99.5th becomes 1, and what lies beyond is clipped. Shards hold these as int16 in the CT window, -1000
+for 0 and 1000 for 1, so that every recipe's `pretext.window_hu` reads them as they are. Target tasks (`p2w prepare general
+--values percentiles`) and `p2w predict` scale by the same percentiles.
 """
 
 import contextlib
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import SimpleITK as sitk
 from crc32c import crc32c
+from numpy.typing import NDArray
 
 from p2w.ct.dicom_pixels import correct_gdcm, plain_pixels, unpacked_files
 from p2w.ct.discover import ScanSource
@@ -21,7 +28,7 @@ from p2w.ct.hu_values import check_hu
 from p2w.ct.meta_image import meta_image_files, meta_image_layout
 from p2w.ct.nifti import read_nifti
 from p2w.ct.orientation import BadScan, Grid, ShearedAxes, check_axes, leaning_slices, to_canonical
-from p2w.ct.straighten import straight_grid, straighten
+from p2w.ct.resample import straight_grid, straighten
 from p2w.ct.voxel_files import (
     VoxelLayout,
     check_file_size,
@@ -35,6 +42,8 @@ from p2w.ct.voxel_files import (
 )
 
 INT16 = np.iinfo(np.int16)
+Modality = Literal["ct", "mr", "pt"]
+PERCENTILES = (0.5, 99.5)
 VOXEL_BYTES = (
     24  # memory that ITK takes for a voxel while it reads: two images of 8 bytes, and one to convert
 )
@@ -274,3 +283,30 @@ def _checksum(files: tuple[str, ...]) -> int:
             while piece := file.read(1 << 20):
                 crc = crc32c(piece, crc)
     return crc
+
+
+def percentile_range(values: NDArray) -> tuple[float, float]:
+    """The values of a scan that become 0 and 1: its percentiles over all voxels. Raises BadScan where they are one value."""
+    low, high = (float(value) for value in np.percentile(values, PERCENTILES))
+    if not low < high:
+        raise BadScan(
+            f"99 % of its voxels have one value, {low:g}: nothing to scale by percentiles; is it a mask or an empty image?"
+        )
+    return low, high
+
+
+def read_scaled(source: ScanSource, window: tuple[int, int]) -> tuple[Scan, tuple[float, float]]:
+    """Read a scan of any modality and scale its percentiles to `window`, int16 rounded half to even; and their values.
+
+    Raises BadScan as `read_image` and `percentile_range` do.
+    """
+    image = read_image(source)
+    low, high = percentile_range(image.values)
+    bottom, top = window
+    voxels = np.empty(image.values.shape, np.int16)
+    for z, values in enumerate(
+        image.values
+    ):  # slice by slice, so that a whole scan is never in memory as float64
+        share = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
+        voxels[z] = np.rint(bottom + share * (top - bottom))
+    return Scan(source.uid, voxels, image.grid, image.nbytes, image.checksum), (low, high)

@@ -70,9 +70,9 @@ def series_rows(found: ScanListing, action: Callable[[Grid], str]) -> list[Serie
         rows.append(SeriesRow(values, source))
     for what, entries in (("refuse", found.bad), ("leave out", found.left_out)):
         for where, why in entries:
-            told = found.infos.get(where)
-            values = _values(replace(told, name=where) if told else ScanSource("", where, ()))
-            values |= {"slices": float(len(told.files)) if told else None, "action": what, "why": why}
+            known = found.infos.get(where)
+            values = _values(replace(known, name=where) if known else ScanSource("", where, ()))
+            values |= {"slices": float(len(known.files)) if known else None, "action": what, "why": why}
             rows.append(SeriesRow(values))
     return sorted(rows, key=lambda row: str(row.values["name"]))
 

@@ -21,9 +21,8 @@ from rich.text import Text
 
 from p2w import config as settings
 from p2w.config import Config
-from p2w.doctor import machine, network, software
-from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
-from p2w.errors import UserError
+from p2w.doctor import CheckContext, CheckResult, machine, network, note, ok, problem, refused, size, software
+from p2w.errors import UserError, first_line
 from p2w.recipes import named
 from p2w.run_owner import run_state
 from p2w.shards.manifest import data_fingerprint
@@ -173,7 +172,7 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
         )
         return [*rows, hangs]
     for error in broken:
-        text = (str(error).splitlines() or [""])[0]
+        text = first_line(error)
         rows.append(
             problem(
                 name,
@@ -231,7 +230,7 @@ def run_checks(options: DoctorOptions, recipe: str, say: Callable[[str], None]) 
     try:
         from p2w.world import World  # noqa: PLC0415
     except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         return [
             problem(
                 "torch",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from p2w.doctor.check import GIB, CheckContext, CheckResult, note, ok, problem, refused, size
+from p2w.doctor import GIB, CheckContext, CheckResult, note, ok, problem, refused, size
 from p2w.errors import UserError
 from p2w.resources import free_memory, usable_cores
 from p2w.shards.manifest_schema import MANIFEST_NAME

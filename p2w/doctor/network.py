@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem
+from p2w.doctor import CheckContext, CheckResult, note, ok, problem
 from p2w.world import World, variable, variables
 
 TORCHRUN_PORT = 29500

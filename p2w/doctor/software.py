@@ -16,8 +16,8 @@ from torch import nn
 
 from p2w import __version__, rng
 from p2w.config import OptimConfig
-from p2w.doctor.check import CheckContext, CheckResult, note, ok, problem, refused, size
-from p2w.errors import UserError
+from p2w.doctor import CheckContext, CheckResult, note, ok, problem, refused, size
+from p2w.errors import UserError, first_line
 from p2w.geometry import part_and_whole, sample_boxes
 from p2w.model.encoder import set_memory_format
 from p2w.rng import SampleKeys
@@ -153,7 +153,7 @@ def triton(case: CheckContext) -> Iterator[CheckResult]:
             for a, b in zip(there, part_and_whole(wholes, boxes, (8, 16, 16)), strict=True)
         )
     except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         yield problem(
             "triton",
             f"{version}: the kernel does not run: {text}",
@@ -201,7 +201,7 @@ def libraries(case: CheckContext) -> Iterator[CheckResult]:
             module = importlib.import_module(name)
             versions[name] = str(getattr(module, "__version__", "")) or importlib.metadata.version(name)
         except Exception as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0]
+            text = first_line(error)
             yield problem("libraries", f"{name}: {text}", "make install   # or  pip install --editable .")
     found = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
     if len(versions) == len(LIBRARIES):

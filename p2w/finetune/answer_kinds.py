@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 
 from p2w import stats
-from p2w.finetune import metrics, result_pictures
+from p2w.finetune import metrics
 from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Classifier
@@ -114,7 +114,7 @@ class MultiClass(Answer):
         """ROC curves."""
         score = torch.log_softmax(records[:, :-1], 1).numpy()
         truth = records[:, -1:].numpy() == np.arange(score.shape[1])
-        return result_pictures.roc_curves(score, truth.astype(np.float64), self.classes)
+        return metrics.roc_curves(score, truth.astype(np.float64), self.classes)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Probabilities (N, K), label, and the classes' names."""
@@ -191,7 +191,7 @@ class MultiLabel(ByColumn):
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """ROC curves."""
         logits, target = (part.numpy() for part in records.chunk(2, 1))
-        return result_pictures.roc_curves(logits, target, self.classes)
+        return metrics.roc_curves(logits, target, self.classes)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Probabilities and targets (N, K), NaN where unknown, and the labels' names."""
@@ -284,7 +284,7 @@ class Regression(ByColumn):
     def picture(self, records: Tensor, patients: list[str]) -> bytes:
         """Predicted numbers over the true ones."""
         predicted, target = (part.numpy() for part in records.chunk(2, 1))
-        return result_pictures.agreement(predicted, target, self.classes)
+        return metrics.agreement(predicted, target, self.classes)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Predicted values and targets (N, K), NaN where unknown, and the columns' names."""

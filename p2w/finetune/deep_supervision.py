@@ -53,7 +53,7 @@ class DeepSupervision(nn.Module):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what the levels compute, pass after pass; only within do `logits` and `loss` work."""
+        """In the block, keep what the levels compute in each pass, which `logits` and `loss` need."""
 
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self._features.append(output)
@@ -67,7 +67,7 @@ class DeepSupervision(nn.Module):
                 handle.remove()
 
     def logits(self) -> list[Tensor]:
-        """Logits (B, out, d, h, w) float32 of the levels in the last pass, coarse to fine; its features are let go."""
+        """Logits (B, out, d, h, w) float32 of the levels in the last pass, coarse to fine; its features are then freed."""
         found = [head(feature).float() for head, feature in zip(self.heads, self._features, strict=True)]
         self._features.clear()
         return found

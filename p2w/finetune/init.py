@@ -41,7 +41,7 @@ class InitRecord:
 def resolve_init(init: str) -> InitRecord:
     """`random`, a run (its best checkpoint, else the newest), RUN@STEP, or any file that `load_start` reads.
 
-    Raises UserError for a run without checkpoints, a step that it does not have, or what the Hub does not.
+    Raises UserError for a run without checkpoints, a step that it does not have, or a name that the Hub does not know.
     """
     if init == RANDOM:
         return InitRecord(RANDOM)
@@ -120,8 +120,8 @@ def network_of(
     """The network to fine-tune; what is new in it draws from torch's generator.
 
     A decoder starts from scratch and has skips, as in the paper, or it is the one that was pretrained with the encoder, with
-    the skips that it was pretrained with. `up_path`: it has skips, and where they are not concerned the values of the one
-    that was pretrained without. Raises UserError when there is none.
+    the skips that it was pretrained with. `up_path`: it has skips, and takes all values that skips do not concern from
+    a decoder that was pretrained without them. Raises UserError when the starting point has no decoder.
     """
     if up_path:
         network = kind.network(start.encoder, classes)

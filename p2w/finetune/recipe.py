@@ -168,7 +168,7 @@ def check_recipe(recipe: FineTuneRecipe) -> FineTuneRecipe:
     return recipe
 
 
-# Settings that may change when a run folder is continued: they do not touch what comes out.
+# Settings that may change when a run folder is continued: they do not change the results.
 MAY_CHANGE = frozenset({"cache_gib", "checkpoint_minutes", "keep_weights"})
 
 
@@ -179,7 +179,7 @@ RENAMED = {"amp": "precision", "held_gib": "cache_gib"}
 def current_names(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as a file holds it, with the names that its settings have now, and those that it was written without.
 
-    What was written before a setting was there was done as the setting's default says; see `recalibrate`.
+    A file that lacks a setting is older than the setting, and its run was trained as the default says; see `recalibrate`.
     """
     named = {RENAMED.get(name, name): value for name, value in recipe.items()}
     if isinstance(named.get("channels_last"), bool):  # every encoder of that time was faster with it
@@ -206,7 +206,7 @@ SINCE = frozenset(  # settings that files of the first version lack
 def rate_at(recipe: FineTuneRecipe, epochs: float, plateau_lr: float) -> float:
     """The learning rate of the step that ends `epochs` epochs (a fraction) after the start of the trial.
 
-    `plateau_lr` is the rate that `Plateau` has come to; a cosine does not look at it.
+    `plateau_lr` is the rate that `Plateau` has come to; a cosine schedule ignores it.
     """
     if epochs < recipe.warmup_epochs:
         return recipe.lr * epochs / recipe.warmup_epochs

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import parse_json, type_mismatch
 from p2w.finetune.recipe import MAY_CHANGE, current_names
 
@@ -230,7 +230,7 @@ def _parse(path: Path, form: dict[str, Any]) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a folder that p2w finetune wrote") from error
     except ValueError as error:
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise UserError(
             f"{path}: damaged ({said}); delete it and repeat the command that wrote it"
         ) from error

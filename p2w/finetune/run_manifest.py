@@ -142,7 +142,9 @@ def run_workers(argv: list[str], workers: int) -> int:
                 child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)  # the terminal tells all
+    before[signal.SIGINT] = signal.signal(
+        signal.SIGINT, lambda number, frame: None
+    )  # a terminal sends it to all
     try:
         for worker in range(workers):
             device = {"LOCAL_RANK": str(worker % devices)} if devices else {}
@@ -189,7 +191,7 @@ def show_fine_tuning_plan(
         "passes": _passes(fine_tuning, steps, counts[0]),
         "processes": f"{world.describe()}; {precision.name} ({precision.reason})",
         "trials": f"{fine_tuning.trials}, seeds {seeds} -> {fine_tuning.folder}",
-        "recipe": "  ".join(f"{name} {value}" for name, value in _told(tree["recipe"]).items()),
+        "recipe": "  ".join(f"{name} {value}" for name, value in _named_settings(tree["recipe"]).items()),
     }
     if fine_tuning.fold is not None:
         lines["fold"] = (
@@ -198,8 +200,8 @@ def show_fine_tuning_plan(
     print("\n".join(f"{name:12}{text}" for name, text in lines.items()))
 
 
-def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a plan names: all but those of transforms and parts that are off."""
+def _named_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a plan prints: all but those of transforms and parts that are off."""
     named = recipes.current_names(recipe)
     off = {name for name in recipes.SINCE if named[name] == recipes.DEFAULTS[name]}
     off |= {n for n in named if n.startswith("augment.") and named[n] == recipes.DEFAULTS[n]}

@@ -89,7 +89,7 @@ def oversampled(
     return found
 
 
-OVERSAMPLED = 1 << 20  # a key of its own: epochs are repeated less often than this
+OVERSAMPLED = 1 << 20  # key of this random stream; repetitions of an epoch have keys below it
 CHUNK = 64  # samples read at a time
 Positions = Sequence[int] | NDArray[np.int64]
 

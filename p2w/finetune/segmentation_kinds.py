@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from p2w import stats
-from p2w.finetune import metrics, result_pictures
+from p2w.finetune import metrics
 from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Segmenter, build_decoder
@@ -134,7 +134,7 @@ class ClassSegmentation(TaskType):
         for name, (above, below) in ratios.items():
 
             def of_all(weights: Floats, above: Floats = above, below: Floats = below) -> Floats:
-                return _ratio(weights @ above, weights @ below)
+                return metrics.overlap(weights @ above, weights @ below)
 
             every = of_all(np.ones(len(names)))
             found[name] = float(every.mean())
@@ -146,7 +146,7 @@ class ClassSegmentation(TaskType):
             for k, of in enumerate(self.judged):
                 found[f"{name}:{of}"] = float(every[k])
                 sure[f"{name}:{of}"] = partial(stats.ratio_interval, above[:, k], below[:, k], names)
-            self._add_means(found, sure, f"{name}_patient", _ratio(above, below), names)
+            self._add_means(found, sure, f"{name}_patient", metrics.overlap(above, below), names)
         surfaces = self._surfaces(records)
         for number, name in enumerate(("hd95_mm", "surface_dice") if surfaces.size else ()):
             columns = [metrics.patient_means(own, patients) for own in surfaces[:, :, number].T]
@@ -181,15 +181,12 @@ class ClassSegmentation(TaskType):
         """Dice of every patient and class."""
         pooled = self._pooled(records, patients)[1]
         hit, predicted, true = pooled.transpose(2, 0, 1)
-        return result_pictures.by_patient(_ratio(2 * hit, predicted + true), self.judged, "Dice")
+        return metrics.by_patient(metrics.overlap(2 * hit, predicted + true), self.judged, "Dice")
 
     def _pooled(self, records: Tensor, patients: list[str]) -> tuple[list[str], Floats]:
         """The patients in the order of their first samples, and the sums of their counts (patients, K, 3)."""
         counts = self._counts(records).astype(np.float64)
-        names = {name: number for number, name in enumerate(dict.fromkeys(patients))}
-        pooled = np.zeros((len(names), *counts.shape[1:]))
-        np.add.at(pooled, [names[patient] for patient in patients], counts)
-        return list(names), pooled
+        return list(dict.fromkeys(patients)), metrics.pooled_by_patient(counts, patients)
 
     def keep(self, records: Tensor) -> dict[str, NDArray[Any]]:
         """Counts (N, K, 3) of voxels hit, predicted and true; hd95_mm and surface_dice (N, K) of test records."""
@@ -212,11 +209,6 @@ class ClassSegmentation(TaskType):
         """(B, K, 3): sums over voxels of probability x mask, probability, mask; float32."""
         own, true = probability.flatten(2), mask.flatten(2).float()
         return torch.stack(((own * true).sum(2), own.sum(2), true.sum(2)), 2)
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """Dice or IoU; 1 where there is nothing and nothing is predicted."""
-    return np.where(below > 0, above / np.maximum(below, 1), 1.0)
 
 
 def soft_dice(sums: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from p2w import stats
 from p2w.errors import UserError
+from p2w.finetune import metrics
 from p2w.finetune.answer_kinds import MultiClass, MultiLabel, Regression
 from p2w.finetune.segmentation_kinds import MultiClassSegmentation, MultiLabelSegmentation
 from p2w.finetune.task_interface import Intervals, Measures, TaskType
@@ -50,7 +51,7 @@ HIT, PREDICTED, TRUE, VOXELS = range(4)  # columns of a sample's counts
 def segmentation(counts: NDArray[np.int64], patients: Sequence[str]) -> tuple[Measures, Intervals]:
     """Counts (N, T, 4) a sample and threshold: voxels hit, predicted, true, all -> metrics and their 95 % intervals."""
     table = np.asarray(counts, np.float64)
-    per_patient = _pooled(table, patients)
+    per_patient = metrics.pooled_by_patient(table, patients)
     half, whole = table[:, 0], per_patient[:, 0]
     found = {
         "iou": float(iou(half.sum(0))),
@@ -86,7 +87,7 @@ def classification(probability: Floats, label: Floats, patients: Sequence[str]) 
     score, truth = np.asarray(probability, np.float64), np.asarray(label) > 0.5
     found = {"auc": float(roc_auc_score(truth, score))}
     sure = {"auc": stats.auc_interval(score, truth, list(patients))}
-    owner = _numbers(patients)
+    owner, _ = stats.numbered(patients)
     highest, positive = np.full(owner.max() + 1, -np.inf), np.zeros(owner.max() + 1, bool)
     np.maximum.at(highest, owner, score)
     np.logical_or.at(positive, owner, truth)
@@ -98,12 +99,12 @@ def classification(probability: Floats, label: Floats, patients: Sequence[str]) 
 
 def iou(counts: Floats) -> Floats:
     """Foreground IoU of counts (…, 4) -> (…); 1 where there is nothing and nothing is predicted."""
-    return _ratio(counts[..., HIT], counts[..., PREDICTED] + counts[..., TRUE] - counts[..., HIT])
+    return metrics.overlap(counts[..., HIT], counts[..., PREDICTED] + counts[..., TRUE] - counts[..., HIT])
 
 
 def dice(counts: Floats) -> Floats:
     """Dice of counts (…, 4) -> (…); 1 where there is nothing and nothing is predicted."""
-    return _ratio(2 * counts[..., HIT], counts[..., PREDICTED] + counts[..., TRUE])
+    return metrics.overlap(2 * counts[..., HIT], counts[..., PREDICTED] + counts[..., TRUE])
 
 
 def mean_iou(counts: Floats) -> float:
@@ -111,25 +112,7 @@ def mean_iou(counts: Floats) -> float:
     missed = counts[..., TRUE] - counts[..., HIT]
     false = counts[..., PREDICTED] - counts[..., HIT]
     clear = counts[..., VOXELS] - counts[..., HIT] - missed - false  # background in both
-    return float((iou(counts) + _ratio(clear, clear + missed + false)).mean() / 2)
-
-
-def _ratio(above: Floats, below: Floats) -> Floats:
-    return np.where(below > 0, above / np.maximum(below, 1), 1.0)
-
-
-def _pooled(table: Floats, patients: Sequence[str]) -> Floats:
-    """The sums over each patient's rows, patients in the order of their first samples."""
-    owner = _numbers(patients)
-    pooled = np.zeros((owner.max() + 1, *table.shape[1:]))
-    np.add.at(pooled, owner, table)
-    return pooled
-
-
-def _numbers(patients: Sequence[str]) -> NDArray[np.intp]:
-    """A number for every patient, in the order of their first samples."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(patient, len(known)) for patient in patients], np.intp)
+    return float((iou(counts) + metrics.overlap(clear, clear + missed + false)).mean() / 2)
 
 
 SMOOTH = 1.0  # of soft Dice, as in Models Genesis' code (docs/paper.md)

@@ -71,7 +71,7 @@ class FineTuning:
     def rows(self) -> dict[str, Rows]:
         """Row numbers by split; "train" has all training samples, whatever the fraction.
 
-        Raises UserError for a fold that there is not.
+        Raises UserError for a fold that the set does not have.
         """
         return {split: self.source.rows(split, self.fold) for split in ("train", "val", "test")}
 
@@ -214,7 +214,7 @@ def one_trial(
 
 
 def tracked_settings(fine_tuning: FineTuning, index: int) -> dict[str, Any]:
-    """What trackers are told of a trial."""
+    """The settings of a trial that trackers show."""
     recipe = {f"recipe.{name}": value for name, value in plain_recipe(fine_tuning.recipe).items()}
     return recipe | {
         "task": str(fine_tuning.source.meta["task"]),

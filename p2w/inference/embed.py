@@ -29,8 +29,7 @@ from p2w import __version__
 from p2w.config import Amp
 from p2w.ct.dicom import salted_hash
 from p2w.ct.orientation import BadScan
-from p2w.ct.percentiles import read_scaled
-from p2w.ct.scan import Scan, read_scan
+from p2w.ct.scan import Scan, read_scaled, read_scan
 from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort

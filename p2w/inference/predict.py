@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from p2w.config import Amp
 from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
-from p2w.ct.percentiles import percentile_range
-from p2w.ct.scan import read_image, read_scan, stored_grid, straightened
+from p2w.ct.scan import percentile_range, read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG

@@ -11,12 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.phantom.body import Balls, Floats, Frame, Label
-from p2w.phantom.organs import Layer
 
 Box = tuple[slice, slice, slice]
 _SLAB = 16  # slices painted at a time
 _CELL_MM = 9.0  # a sheet is searched within this distance of the coarse grid's nodes
 _FAR = -1e3  # depth of a voxel that no ball reaches, mm
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Paint `hu` where `distance` < 0; both on the coarse grid.
+
+    shell: only that many mm inside the surface. sheet: instead, a sheet that thick where the distance is 0.
+    over: only onto voxels of this label.
+    """
+
+    label: Label
+    distance: Floats
+    hu: Floats | float
+    shell: float = 0.0
+    sheet: float = 0.0
+    over: Label | None = None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from p2w.errors import UserError
-from p2w.phantom.anatomy import anatomy
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
 from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
 from p2w.phantom.lungs import lay_tubes, look_up, paint_lungs, plaques
-from p2w.phantom.organs import Cavity, layers
+from p2w.phantom.organs import Cavity, anatomy, layers
 
 _SLAB = 16
 

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from p2w.phantom.anatomy import Region
+from p2w.files import write_atomic
 from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
-from p2w.phantom.image_files import blob, put_file, write_image
+from p2w.phantom.image_files import blob, write_image
 from p2w.phantom.lidc import uids, write_series
+from p2w.phantom.organs import Region
 
 Shape = tuple[int, int, int]
 
@@ -92,7 +93,7 @@ def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
         ]
         for mm, label in marks
     ]
-    put_file(folder / "note.json", json.dumps(rows).encode())
+    write_atomic(folder / "note.json", json.dumps(rows).encode())
 
 
 def write_candidate_table(out: Path, parts: list[Path]) -> None:
@@ -100,7 +101,7 @@ def write_candidate_table(out: Path, parts: list[Path]) -> None:
     lines = ["patient,series,x,y,z,label,fold"]
     for part in parts:
         lines += [",".join(map(str, row)) for row in json.loads((part / "note.json").read_text())]
-    put_file(out / "candidates.csv", "\n".join([*lines, ""]).encode())
+    write_atomic(out / "candidates.csv", "\n".join([*lines, ""]).encode())
 
 
 def _candidates(
@@ -184,7 +185,7 @@ def _around(depth: NDArray, centre: NDArray) -> NDArray:
 
 
 def write_organs_patient(folder: Path, seed: int, number: int, shape: Shape) -> None:
-    """Write a chest and a map of its regions (p2w.phantom.anatomy.Region), in nnU-Net's layout.
+    """Write a chest and a map of its regions (p2w.phantom.organs.Region), in nnU-Net's layout.
 
     Liver, spleen, heart, vessels and oesophagus have the same HU; lobes and levels of the spine never differ in theirs. A
     mask of them asks where in the body a voxel lies, and not how bright it is.
@@ -224,4 +225,4 @@ def write_organs_table(out: Path, parts: list[Path]) -> None:
         "numTraining": len(parts),
         "file_ending": ".nii.gz",
     }
-    put_file(out / "dataset.json", (json.dumps(table, indent=1) + "\n").encode())
+    write_atomic(out / "dataset.json", (json.dumps(table, indent=1) + "\n").encode())

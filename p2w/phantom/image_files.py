@@ -24,12 +24,14 @@ from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from p2w.errors import UserError
+from p2w.files import write_atomic
 from p2w.phantom.chest import PhantomScan, Triple, check_phantom, make_scan
 
 VERSION = 1  # of the phantom: raised when the same seed gives other bytes
@@ -103,7 +105,9 @@ def write_luna(
         job.header.parent.mkdir(parents=True, exist_ok=True)
     (out / "masks").mkdir(exist_ok=True)
     todo = [job for job in jobs if not (job.header.exists() and job.record.exists())]
-    for uid in chain((job.uid for job in jobs if job not in todo), _run(todo, workers)):
+    for uid in chain(
+        (job.uid for job in jobs if job not in todo), in_workers(_write_scan, [*zip(todo)], workers)
+    ):
         if done is not None:
             done(uid)
     _write_tables(out, jobs)
@@ -111,22 +115,21 @@ def write_luna(
     return [job.uid for job in jobs]
 
 
-def _run(todo: list[PhantomJob], workers: int) -> Iterator[str]:
-    if workers == 1 or len(todo) < 2:
-        for job in todo:
-            yield _write_scan(job)
+def in_workers(write: Callable[..., str], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[str]:
+    """What `write(*job)` returns for each of the jobs, as they end; with several, in processes of their own."""
+    if workers == 1 or len(jobs) < 2:
+        yield from (write(*job) for job in jobs)
         return
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _end_with_parent) as pool:
         try:
-            for done in as_completed([pool.submit(_write_scan, job) for job in todo]):
+            for done in as_completed([pool.submit(write, *job) for job in jobs]):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this worker when the process that started it is killed; else it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None  # this runs in workers only
@@ -138,35 +141,47 @@ def end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
-    """Create `out`, or check that it is a phantom of the same settings. Raises UserError for a folder with other files."""
-    note = out / "phantom.json"
+def claim_folder(out: Path, name: str, fits: Callable[[Any], bool]) -> Path:
+    """Create `out`, or check that the JSON file `name` in it says the settings that it `fits`; the path of that file.
+
+    Raises UserError for a folder with other files, or with phantoms of other settings.
+    """
+    note = out / name
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
     if note.exists():
         try:
-            there = json.loads(note.read_text())
-            expected = {"varied": False} | identity  # folders of earlier versions do not say it
-            same = {k: ({"varied": False} | there)[k] for k in expected} == expected
-            count = int(there["scans"])
+            same = fits(json.loads(note.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{note}: cannot be read ({error}); remove the folder or choose another --out"
             ) from None
-        if not same or count > len(jobs):
+        if not same:
             raise UserError(
-                f"{out}: holds another phantom (see {note.name}); remove the folder or choose another --out"
+                f"{out}: holds another phantom (see {name}); remove the folder or choose another --out"
             )
     elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and no phantom (no phantom.json); choose another --out")
+        raise UserError(f"{out}: is not empty and no phantom (no {name}); choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    return note
+
+
+def _claim(out: Path, identity: dict, jobs: list[PhantomJob]) -> None:
+    """Take `out` for these scans. Raises UserError for a folder with others, or on a disk without room for them."""
+    expected = {"varied": False} | identity  # folders of earlier versions do not say it
+
+    def fits(there: Any) -> bool:
+        said = {"varied": False} | there
+        return all(said[key] == value for key, value in expected.items()) and int(there["scans"]) <= len(jobs)
+
+    note = claim_folder(out, "phantom.json", fits)
     missing = sum(not job.header.exists() for job in jobs)
     need, free = missing * int(np.prod(jobs[0].shape)) * 2.1, shutil.disk_usage(out).free
     if need > free:
         raise UserError(
             f"{out}: {missing} scans take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room"
         )
-    put_file(note, json.dumps({**identity, "scans": len(jobs)}, indent=1).encode() + b"\n")
+    write_atomic(note, json.dumps({**identity, "scans": len(jobs)}, indent=1) + "\n")
 
 
 def _write_scan(job: PhantomJob) -> str:
@@ -192,9 +207,9 @@ def _write_scan(job: PhantomJob) -> str:
         raise OSError(f"{mask} cannot be written: {str(error).splitlines()[-1]}") from None
     os.replace(part, mask)
     voxels = np.ascontiguousarray(scan.voxels[turn], "<i2")
-    put_file(job.header.with_suffix(".raw"), voxels.data)
-    put_file(job.record, json.dumps(_record(scan), indent=1).encode() + b"\n")
-    put_file(job.header, _header(job, spacing, origin, direction).encode())
+    write_atomic(job.header.with_suffix(".raw"), voxels.data)
+    write_atomic(job.record, json.dumps(_record(scan), indent=1) + "\n")
+    write_atomic(job.header, _header(job, spacing, origin, direction))
     return job.uid
 
 
@@ -233,18 +248,8 @@ def _write_tables(out: Path, jobs: list[PhantomJob]) -> None:
             nodules.append(",".join([job.uid, *(f"{v:.6f}" for v in n["mm_xyz"]), f"{n['diameter_mm']:.6f}"]))
         for c in record["candidates"]:
             candidates.append(",".join([job.uid, *(f"{v:.6f}" for v in c["mm_xyz"]), str(c["class"])]))
-    put_file(out / "annotations.csv", "\n".join([*nodules, ""]).encode())
-    put_file(out / "candidates_V2.csv", "\n".join([*candidates, ""]).encode())
-
-
-def put_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_atomic(out / "annotations.csv", "\n".join([*nodules, ""]))
+    write_atomic(out / "candidates_V2.csv", "\n".join([*candidates, ""]))
 
 
 def write_image(

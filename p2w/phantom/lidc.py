@@ -9,9 +9,9 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2w.files import write_atomic
 from p2w.phantom.body import Label
 from p2w.phantom.chest import PhantomScan, make_scan
-from p2w.phantom.image_files import put_file
 
 Shape = tuple[int, int, int]
 READERS = 4
@@ -35,7 +35,7 @@ def write_lidc_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
     series_folder = folder / patient / "study" / "series"
     series_folder.mkdir(parents=True)
     write_series(series_folder, scan, {"0010|0020": patient, "0020|000d": study, "0020|000e": series})
-    put_file(series_folder / "readings.xml", _readings(scan, series, rng).encode())
+    write_atomic(series_folder / "readings.xml", _readings(scan, series, rng).encode())
 
 
 def uids(kind: str, seed: int, number: int) -> tuple[str, str]:

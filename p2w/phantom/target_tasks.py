@@ -4,18 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from p2w.errors import UserError, exits
+from p2w.files import write_atomic
 from p2w.phantom import brats, ct_targets, lidc
 from p2w.phantom.chest import check_phantom
-from p2w.phantom.image_files import end_with_parent, put_file, write_luna
+from p2w.phantom.image_files import claim_folder, in_workers, write_luna
 from p2w.progress import Progress, say
 
 USAGE = """Write phantoms of the target tasks, in the formats of LUNA16, LIDC-IDRI, LiTS, a CTPA set and BraTS.
@@ -75,7 +74,9 @@ def write_targets(
         raise UserError(
             f"phantom: --shape {' '.join(map(str, shape))}: a target needs 32 voxels along each axis"
         )
-    _claim(out, {"version": VERSION, "seed": seed, "shape_zyx": list(shape)})
+    identity = {"version": VERSION, "seed": seed, "shape_zyx": list(shape)}
+    note = claim_folder(out, "phantom-targets.json", lambda there: there == identity)
+    write_atomic(note, json.dumps(identity, indent=1) + "\n")
     for task in tasks:
         root = out / TASKS[task].folder
         if task == "ncc":
@@ -101,18 +102,7 @@ def _write_all(task: str, root: Path, patients: int, seed: int, shape: Shape, wo
     parts = [root / ".phantom" / f"{number:04d}" for number in range(patients)]
     todo = [number for number in range(patients) if not (parts[number] / "done").exists()]
     yield from (f"{task} {number}" for number in range(patients) if number not in todo)
-    if workers == 1 or len(todo) < 2:
-        yield from (_write(task, root, number, seed, shape) for number in todo)
-    else:
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), spawn, end_with_parent) as pool:
-            try:
-                futures = [pool.submit(_write, task, root, number, seed, shape) for number in todo]
-                for done in as_completed(futures):
-                    yield done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    yield from in_workers(_write, [(task, root, number, seed, shape) for number in todo], workers)
     TASKS[task].finish(root, parts)
 
 
@@ -132,7 +122,7 @@ def _write(task: str, root: Path, number: int, seed: int, shape: Shape) -> str:
             else:
                 os.replace(Path(folder) / name, below / name)
     shutil.rmtree(fresh)
-    put_file(part / "done", b"")
+    write_atomic(part / "done", b"")
     return f"{task} {number}"
 
 
@@ -144,27 +134,7 @@ def _first_table(root: Path) -> None:
         [uid, *(f"{float(v) + 0.5:.6f}" for v in xyz), label] for uid, *xyz, label in rows if label == "1"
     ]
     table = [lines[0], *(",".join(row) for row in [*rows, *more])]
-    put_file(root / "candidates.csv", "\n".join([*table, ""]).encode())
-
-
-def _claim(out: Path, identity: dict) -> None:
-    """Create `out`, or check that it is a phantom of the same settings. Raises UserError for a folder with other files."""
-    note = out / "phantom-targets.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; --out must be a folder, new or empty")
-    if note.exists():
-        try:
-            same = json.loads(note.read_text()) == identity
-        except ValueError:
-            same = False
-        if not same:
-            raise UserError(
-                f"{out}: holds other phantoms (see {note.name}); remove the folder or choose another --out"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and no phantom (no {note.name}); choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    put_file(note, json.dumps(identity, indent=1).encode() + b"\n")
+    write_atomic(root / "candidates.csv", "\n".join([*table, ""]))
 
 
 @dataclass(frozen=True)

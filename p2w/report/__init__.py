@@ -19,7 +19,7 @@ import tyro
 
 from p2w.errors import UserError
 from p2w.files import write_atomic, write_remedy
-from p2w.report import finetune_page, page, run_reader, trial_reader
+from p2w.report import finetune_page, page, run_reader
 
 NAME = "report.html"
 
@@ -38,8 +38,8 @@ def write_report(run: Path) -> Path:
     Raises UserError when `run` is no run folder, OSError when the page cannot be written.
     """
     path = run / NAME
-    if trial_reader.folders_of(run):
-        text = finetune_page.render_fine_tuning(trial_reader.read_trials(run))
+    if run_reader.folders_of(run):
+        text = finetune_page.render_fine_tuning(run_reader.read_trials(run))
     else:
         text = page.render_report(run_reader.read_run(run))
     # A run folder is untrusted: its JSON may contain lone surrogates, which UTF-8 cannot encode.

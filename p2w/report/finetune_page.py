@@ -21,8 +21,16 @@ from p2w.report.markup import (
     table,
     tag,
 )
-from p2w.report.run_reader import RunFacts, child, number
-from p2w.report.trial_reader import FineTuningFacts, metric_words, over_trials, scores, whole
+from p2w.report.run_reader import (
+    FineTuningFacts,
+    RunFacts,
+    child,
+    metric_words,
+    number,
+    over_trials,
+    scores,
+    whole,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -275,16 +283,19 @@ def _trials(found: FineTuningFacts) -> Markup | None:
     name = found.metrics[0] if found.metrics else ""
     rows = []
     for trial in found.trials:
-        told = trial.result
+        outcome = trial.result
         low, high = trial.interval(name)
-        seconds, last = number(told.get("seconds")), max(trial.facts.series("val_loss")[0], default=math.nan)
+        seconds, last = (
+            number(outcome.get("seconds")),
+            max(trial.facts.series("val_loss")[0], default=math.nan),
+        )
         rows.append(
             (
-                trial.name, told.get("seed", DASH), "finished" if trial.finished else "unfinished",
-                figure(number(told.get("epochs", last)), 0), figure(number(told.get("best_val_loss")), 4),
+                trial.name, outcome.get("seed", DASH), "finished" if trial.finished else "unfinished",
+                figure(number(outcome.get("epochs", last)), 0), figure(number(outcome.get("best_val_loss")), 4),
                 DASH if math.isnan(seconds) else hours_minutes_seconds(seconds),
                 figure(trial.metric(name), 3), DASH if math.isnan(low) else f"{figure(low, 3)} to {figure(high, 3)}",
-                figure(number(told.get("n_train")), 0),
+                figure(number(outcome.get("n_train")), 0),
             )
         )  # fmt: skip
     head = ("trial", "seed", "state", "epochs", "best validation loss", "time", metric_words(name) or "metric",

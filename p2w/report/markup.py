@@ -1,4 +1,8 @@
-"""HTML pages from untrusted text: everything that is not `Markup` is escaped."""
+"""HTML pages from untrusted text: everything that is not `Markup` is escaped.
+
+Functions and not jinja2's templates, which torch brings along: most of a page is computed (which rows, captions and numbers
+there are), types are checked here, and a template would only move the tags, which are the lesser part, to another language.
+"""
 
 import base64
 import hashlib

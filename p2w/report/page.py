@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w import __version__
+from p2w.errors import first_line
 from p2w.report import curves, results_section, run_section
 from p2w.report.markup import HERE, Markup, document, join_markup, safe, several, tag
 from p2w.report.run_reader import RunFacts
@@ -53,9 +54,7 @@ def find_volumes(run: Path, problems: list[str], edges: Sequence[float] = ()) ->
             try:
                 return _read(run / name, name, edges)
             except (OSError, ValueError, LookupError, EOFError, MemoryError, RuntimeError) as error:
-                problems.append(
-                    f"{name}: not read ({str(error).partition(chr(10))[0] or type(error).__name__})"
-                )
+                problems.append(f"{name}: not read ({first_line(error)})")
             except (zipfile.BadZipFile, zlib.error, SyntaxError, NotImplementedError) as error:
                 problems.append(f"{name}: not read ({error})")
     return None

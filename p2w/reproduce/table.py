@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import parse_json
 
 BEST, EQUIVALENT = "best", "equivalent"
@@ -149,5 +149,5 @@ def load_table(path: Path) -> Table:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make it again: p2w {path.stem}") from error
     except (ValueError, TypeError) as error:
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise UserError(f"{path}: damaged ({said}); make it again: p2w {path.stem}") from error

@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_end
 from types import FrameType
 from typing import Any
 
@@ -30,7 +29,7 @@ import pyarrow.compute as pc
 import p2w
 from p2w.ct.orientation import CANONICAL, BadScan
 from p2w.ct.scan import quiet_itk
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import canonical_json, write_published
 from p2w.progress import Progress, say
 from p2w.resources import free_disk, free_memory, usable_cores
@@ -103,9 +102,8 @@ def build_data_set(
     for where, why in listing.left_out:
         say(f"left out: {where}: {why}")
     share = options.share
-    mine = share.of(listing.sources)
     if options.dry_run:
-        return _dry_run(folder, listing, mine, options)
+        return _dry_run(folder, listing, options)
     with folder.share_lock(share):
         folder.prepare(share)
         folder.refuse_other_sources(listing.sources, listing.bad)
@@ -113,7 +111,7 @@ def build_data_set(
             _report_bad(folder, where, why, options.strict)
         bad = len(listing.bad)
         if not options.merge:
-            bad += _cut(folder, listing, mine, options)
+            bad += _cut(folder, listing, options)
         with folder.merge_lock():
             missing = unfinished_sources(listing, folder)
             if not missing:
@@ -129,14 +127,10 @@ def build_data_set(
     return 1 if bad else 0
 
 
-def _cut(
-    folder: BuildFolder[Any, Source],
-    listing: SourceListing[Source],
-    mine: list[Source],
-    options: BuildOptions,
-) -> int:
+def _cut(folder: BuildFolder[Any, Source], listing: SourceListing[Source], options: BuildOptions) -> int:
     """Cut the sources of this share that are not finished; the number of bad ones among them."""
     nouns = f"{folder.source_noun}s"
+    mine = options.share.of(listing.sources)
     todo = [source for source in mine if folder.finished(source) is None]
     if not todo:
         say(f"{folder.root}: all {len(mine)} {nouns} are cut already")
@@ -165,12 +159,8 @@ def _cut(
     return bad
 
 
-def _dry_run(
-    folder: BuildFolder[Any, Source],
-    listing: SourceListing[Source],
-    mine: list[Source],
-    options: BuildOptions,
-) -> int:
+def _dry_run(folder: BuildFolder[Any, Source], listing: SourceListing[Source], options: BuildOptions) -> int:
+    mine = options.share.of(listing.sources)
     workers = min(options.workers or default_workers(), max(1, len(mine)))
     forecast = folder.forecast(listing, mine, workers)
     bad = sorted(listing.bad + forecast.bad)
@@ -245,9 +235,7 @@ def merge_records(
         "format": form,
         "dtype": "int16",
         "orientation": CANONICAL,
-        "shards": [
-            {"name": f"{record['uid']}.{form}", **record["shard"]} for record in good if record["shard"]
-        ],
+        "shards": [{"name": f"{one['uid']}.{form}", **one["shard"]} for one in good if one["shard"]],
         "bad_scans": bad,
     }
     rows: list[dict[str, Any]] | pa.Table
@@ -257,14 +245,12 @@ def merge_records(
     else:
         rows = [row | {"shard": f"{row['scan_uid']}.{form}"} for row in content.rows]
     left_out = [{"where": where, "why": why} for where, why in (*listing.left_out, *content.left_out)]
-    told = {f"bad_{folder.source_noun}s": bad, "left_out": left_out} | (report or {})
-    files = {
-        name: "".join(f"{shard}\n" for shard in shards).encode() for name, shards in content.lists.items()
-    }
+    entries = {f"bad_{folder.source_noun}s": bad, "left_out": left_out} | (report or {})
+    files = {name: "".join(f"{one}\n" for one in shards).encode() for name, shards in content.lists.items()}
     if may_write(os.path.join(folder.root, "README.md")):
         files["README.md"] = dataset_card(meta, content.lists)
     files |= {
-        "report.json": canonical_json(told, indent=1),
+        "report.json": canonical_json(entries, indent=1),
         MANIFEST_NAME: manifest_bytes(rows, meta, folder.schema),
     }
     for name, data in files.items():
@@ -341,7 +327,7 @@ def errors_of_readers() -> Iterator[None]:
     except MemoryError as error:
         raise BadScan("does not fit into memory: use fewer --workers, or a machine with more") from error
     except (ValueError, OverflowError, IndexError, KeyError, struct.error, RuntimeError) as error:
-        said = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         raise BadScan(f"cannot be read: {type(error).__name__}: {said}") from error
 
 
@@ -387,14 +373,12 @@ def cut_in_workers(
     `finish(source, record)` runs in this process as soon as a record is there, and returns the text that the progress
     shows. `workers` 0 means `default_workers`. Raises UserError when a worker process was killed.
     """
-    nouns = f"{folder.source_noun}s"
-    progress = Progress(len(sources), nouns)
-    with progress, _worker_pool(min(workers or default_workers(), len(sources))) as submit:
+    nouns, many = f"{folder.source_noun}s", min(workers or default_workers(), len(sources))
+    with Progress(len(sources), nouns) as progress, _worker_pool(many) as submit:
         left, waiting = iter(sources), dict[Future[dict[str, Any]], Source]()
-        ahead = 4 * min(workers or default_workers(), len(sources))
         while True:
-            # A few at a time: to wait for one of all takes as long as there are scans, for every scan.
-            for source in itertools.islice(left, max(0, ahead - len(waiting))):
+            # A few at a time: waiting for one of all would take time in proportion to their number, for every scan.
+            for source in itertools.islice(left, max(0, 4 * many - len(waiting))):
                 waiting[submit(cut_source, source, folder, share)] = source
             if not waiting:
                 break
@@ -404,9 +388,8 @@ def cut_in_workers(
                 try:
                     record = future.result()
                 except BrokenProcessPool as error:
-                    time.sleep(
-                        0.2
-                    )  # where all processes got a signal, ours may still arrive: its message says more
+                    # Where all processes got a signal, ours may still arrive: its message says more.
+                    time.sleep(0.2)
                     raise UserError(
                         f"a worker was killed while it cut {source.name} or one of the next {len(waiting)} {nouns} (most "
                         f"often: out of memory); finished {nouns} are kept: give the same command again with fewer --workers"
@@ -457,10 +440,10 @@ def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet_itk(threads)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
+    assert parent is not None  # this runs in workers only
 
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
 
-def _exit_with_parent(sentinel: int) -> None:
-    wait_for_end([sentinel])
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -43,20 +43,20 @@ class GroupingOptions:
     """Secret that is hashed with each patient's identifier; the same one for all sets whose patients shall be compared."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for a regular expression that is none."""
+        """Raise UserError for an invalid regular expression."""
         if self.groups and not self.groups.lower().endswith(".csv"):
             _pattern(self.groups)
 
     def plain(self) -> dict[str, Any]:
-        """What settings.json holds of them: nothing where they are as by default, and no path or secret."""
-        told: dict[str, Any] = {} if self.group is None else {"group": self.group}
+        """What settings.json holds of these options: only those that differ from the default, and no path or secret."""
+        named: dict[str, Any] = {} if self.group is None else {"group": self.group}
         if self.groups.lower().endswith(".csv"):
-            told["groups"] = f"sha256:{hashlib.sha256(_read(self.groups).encode()).hexdigest()[:16]}"
+            named["groups"] = f"sha256:{hashlib.sha256(_read(self.groups).encode()).hexdigest()[:16]}"
         elif self.groups:
-            told["groups"] = self.groups
+            named["groups"] = self.groups
         if self.salt:
-            told["salt"] = f"sha256:{salted_hash('salt', self.salt)}"
-        return told
+            named["salt"] = f"sha256:{salted_hash('salt', self.salt)}"
+        return named
 
     def apply(self, found: ScanListing) -> str:
         """Write the patients and studies that `groups` tells into the listing; one line on how scans are grouped.

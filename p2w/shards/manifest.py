@@ -32,11 +32,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import canonical_json, parse_json
 from p2w.shards import manifest_schema
-from p2w.shards.manifest_index import INDEX_ROWS, mapped_rows
-from p2w.shards.manifest_keys import Keys, codes_of, compact, keys_of, own_dictionaries, sorted_rows
+from p2w.shards.manifest_index import (
+    INDEX_ROWS,
+    Keys,
+    codes_of,
+    compact,
+    keys_of,
+    mapped_rows,
+    own_dictionaries,
+    sorted_rows,
+)
 from p2w.shards.manifest_schema import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -211,11 +219,9 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
         text = (schema.metadata or {}).get(b"p2w", b"{}")
         meta = parse_json(text, {})
     except (pa.ArrowException, OSError) as error:
-        raise DamagedManifest(
-            f"{name} is not a parquet file ({_first_line(error)}): copy it again"
-        ) from error
+        raise DamagedManifest(f"{name} is not a parquet file ({first_line(error)}): copy it again") from error
     except ValueError as error:
-        raise DamagedManifest(f"{name} is damaged ({_first_line(error)}): copy it again") from error
+        raise DamagedManifest(f"{name} is damaged ({first_line(error)}): copy it again") from error
     version = meta.get("schema")
     if type(version) is int and version > TABLE_VERSION:
         raise DamagedManifest(
@@ -248,7 +254,7 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
     except UserError as error:  # a list of the metadata that could not be unpacked
         raise DamagedManifest(str(error)) from error
     except (ValueError, pa.ArrowException, OSError) as error:
-        raise DamagedManifest(f"{name} makes no sense ({_first_line(error)}): copy it again") from error
+        raise DamagedManifest(f"{name} makes no sense ({first_line(error)}): copy it again") from error
     return Manifest(table.replace_schema_metadata(schema.metadata), meta, root)
 
 
@@ -265,10 +271,6 @@ def _check_seal(data: bytes | mmap.mmap) -> str:
         if b"%08x" % crc32c(view[at + len(UNSEALED) :], found) != bytes(view[at : at + len(UNSEALED)]):
             raise ValueError("its checksum differs from what was written")
         return bytes(view[at : at + len(UNSEALED)]).decode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def data_fingerprint(meta: dict[str, Any]) -> str:

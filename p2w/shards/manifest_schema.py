@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from p2w.errors import UserError
 from p2w.files import type_mismatch
-from p2w.shards.manifest_keys import KEY_COLUMNS, POSITION, TEXT, codes_of, keys_of
+from p2w.shards.manifest_index import KEY_COLUMNS, POSITION, TEXT, codes_of, keys_of
 from p2w.shards.manifest_tables import TableList
 
 MANIFEST_NAME = "manifest.parquet"
@@ -226,7 +226,7 @@ def _keys_differ(table: pa.Table) -> bool:
 
 
 def _differ(scan: NDArray[Any], place: list[NDArray[Any]]) -> bool:
-    """Whether no two rows have one scan and place, for rows in any order."""
+    """Whether no two rows have the same scan and position, for rows in any order."""
     order = np.lexsort((*reversed(place), scan))
     same = np.diff(scan[order]) == 0
     for axis in place:

@@ -16,7 +16,7 @@ from typing import Any, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import canonical_json, type_mismatch
 
 LISTS = (("shards",), ("sources",), ("bad_scans",), ("split", "train_scans"), ("split", "val_scans"))
@@ -50,7 +50,7 @@ class TableList(Sequence[Any]):
                 if field.metadata == AS_JSON and field.type != pa.string():
                     said = f"{field.name!r} of an entry is {field.type}"
         except (ValueError, pa.ArrowException, OSError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
         if said or len(table) != self._length:
             raise UserError(
                 f"{self.name} makes no sense ({said or 'other rows than it says'}): copy it again"

@@ -15,8 +15,7 @@ import tyro
 
 from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.orientation import BadScan, reason_of
-from p2w.ct.percentiles import PERCENTILES, Modality, read_scaled
-from p2w.ct.scan import Scan, read_grid, read_scan, source_files
+from p2w.ct.scan import PERCENTILES, Modality, Scan, read_grid, read_scaled, read_scan, source_files
 from p2w.errors import UserError
 from p2w.files import canonical_json, parse_json
 from p2w.progress import duration, say
@@ -223,7 +222,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         return {"modality": self.settings.modality, "intensity": scale}
 
     def adopt_version(self, theirs: bytes) -> None:
-        """Stay with version 1 in a folder that was begun in it: its settings name no version."""
+        """Keep version 1 in a folder that was begun with it: the settings of such a folder name no version."""
         with suppress(ValueError):
             if "sample_version" not in parse_json(theirs, {}):
                 self.settings = replace(self.settings, sample_version=1)

@@ -42,7 +42,7 @@ MOST_TILE_VOXELS = 1 << 28  # of a sub-scan: half a GiB
 BODY_HU = -900  # lung and all other tissue lie above; air and its noise, clothes and foam below
 BODY_SHARE = 0.1  # of a sub-scan's own voxels
 SOME_SLICES = 8  # every so many slices are looked at first
-# Types of the entries of a manifest's tiling that are there only where they are not as by default.
+# Types of the entries of a manifest's tiling that are written only where they differ from the default.
 OPTIONAL_META = {
     "stride": [int],
     "short": str,
@@ -107,7 +107,7 @@ class Tiling:
         )
 
     def to_meta(self) -> dict[str, Any]:
-        """The tiling as manifests and settings.json name it; what is as by default is left out, as in earlier versions."""
+        """The tiling as manifests and settings.json name it; defaults are left out, as in earlier versions."""
         meta = {"tile": list(self.shape), "z_margin": self.z_margin, "min_std_hu": self.min_std_hu}
         if self.stride not in (None, self.shape):
             meta["stride"] = list(self.stride)
@@ -163,7 +163,7 @@ class Tiling:
     def keeps(self, voxels: np.ndarray) -> bool:
         """Whether a box of these voxels of a scan [z,y,x], clipped to the window, is not left out for what it shows.
 
-        The answer is that of `SubScan.kept`. Most boxes are settled by every eighth slice: the squared deviations of some
+        The answer is that of `SubScan.kept`. For most boxes every eighth slice decides: the squared deviations of some
         voxels from their own mean are never more than those of all voxels from the mean of all.
         """
         if self.body_only and not shows_body(voxels):
@@ -252,7 +252,7 @@ def _spaced(numbers: Iterable[float]) -> str:
 
 
 _ROWS = (1 << 24) // max(map(abs, WINDOW_HU)) ** 2  # squares whose sum float32 holds exactly: 16
-_BLOCK = 1 << 16  # voxels looked at at a time, which stay in a core's cache; a multiple of _ROWS
+_BLOCK = 1 << 16  # voxels that are summed at a time, so that they stay in a core's cache; a multiple of _ROWS
 
 
 def _mean_std(voxels: np.ndarray) -> tuple[float, float]:

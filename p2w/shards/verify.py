@@ -21,8 +21,7 @@ from crc32c import crc32c
 
 from p2w import http_client
 from p2w.ct.discover import ScanListing, ScanSource, SearchOptions, find_luna, find_scans
-from p2w.ct.percentiles import Modality
-from p2w.ct.scan import straightened
+from p2w.ct.scan import Modality, straightened
 from p2w.errors import UserError
 from p2w.files import file_crc32c, hold_lock, sync_to_disk
 from p2w.progress import Progress, say
@@ -237,7 +236,7 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
         waiting, tasks = iter(shards), dict[Future[ShardFault | None], dict[str, Any]]()
         try:
             while True:
-                # A few at a time: to wait for one of all takes as long as there are shards, for every shard.
+                # A few at a time: waiting for one of all would take time in proportion to their number, for every shard.
                 for shard in itertools.islice(waiting, max(0, 4 * workers + 4 - len(tasks))):
                     tasks[pool.submit(verify_one, manifest, shard)] = shard
                 if not tasks:
@@ -259,7 +258,7 @@ def verify_shards(manifest: Manifest, workers: int) -> list[ShardFault]:
 
 
 def _privacy(where: str, repair: bool) -> int:
-    """Say what a folder or file tells; the exit code, 1 where there is something to look at."""
+    """Print what a folder or file tells; returns the exit code, 1 where there is something to look at."""
     if repair or "://" in where:
         raise UserError(f"{where}: --privacy goes with a folder or file, and without --repair")
     is_set = os.path.isfile(os.path.join(where, manifest_schema.MANIFEST_NAME))
@@ -374,11 +373,11 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
 
 
 def _modality(manifest: Manifest) -> Modality:
-    """The modality of the scans. Raises UserError for one that there is not."""
-    told = manifest.meta.get("modality", "ct")
-    if told not in get_args(Modality):
-        raise UserError(f"{manifest.root}: its manifest names the modality {told!r}: cut the set anew")
-    modality: Modality = told
+    """The modality of the scans. Raises UserError for an unknown one."""
+    said = manifest.meta.get("modality", "ct")
+    if said not in get_args(Modality):
+        raise UserError(f"{manifest.root}: its manifest names the modality {said!r}: cut the set anew")
+    modality: Modality = said
     return modality
 
 

@@ -24,7 +24,7 @@ from p2w.errors import UserError
 from p2w.files import crc32c
 from p2w.rng import Ids
 from p2w.shards.manifest import Manifest, repair_command
-from p2w.shards.manifest_keys import codes_of
+from p2w.shards.manifest_index import codes_of
 from p2w.shards.manifest_schema import REAL_COLUMNS, compressed, shard_columns
 from p2w.shards.writer import unpack_voxels
 from p2w.stream import sampler

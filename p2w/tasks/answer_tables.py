@@ -1,4 +1,4 @@
-"""What is to be told of a scan or of a place in it: columns of a CSV or TSV table. No torch.
+"""Answers to learn about a scan, or about a point in it: columns of a CSV or TSV table. No torch.
 
     scan,patient,label             --answer class: one of several classes, as text or whole numbers
     scan,emphysema,nodule          --answer labels: columns of 0, 1, or nothing where it is unknown

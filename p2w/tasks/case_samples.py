@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.orientation import BadScan, Grid
-from p2w.ct.percentiles import percentile_range
-from p2w.ct.scan import read_image, read_scan
+from p2w.ct.scan import percentile_range, read_image, read_scan
 from p2w.errors import UserError
 from p2w.tasks import crops, source_files
 from p2w.tasks.bms import crop_in_range, intensity_range
@@ -111,9 +110,9 @@ def read_classes(
         image = source_files.read_labels(source)
         values = present_values(image.values)
         if len(values - {0}) > 1:
-            told = ", ".join(map(str, sorted(values)[:5]))
+            listed = ", ".join(map(str, sorted(values)[:5]))
             raise BadScan(
-                f"mask {source.name}: holds the values {told}: the mask of a structure holds 0 and one other"
+                f"mask {source.name}: holds the values {listed}: the mask of a structure holds 0 and one other"
             )
         inside = (image.values != 0).astype(np.uint8)
         mask = source_files.on_grid(inside, image.grid, source, grid, shape, resample).astype(bool)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import tyro
 
-from p2w.ct.discover import SearchOptions, find_scans
+from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.scan import read_scan, straightened
 from p2w.errors import UserError
 from p2w.tasks import crops, dicom_masks, source_files, splits
@@ -151,17 +151,13 @@ class Custom(TileSettings):
             raise UserError("--images dicom: is CT, --values hu")
         self._around(self.size).check() if self.around == "object" else self._drawn(self.size).check()
         self._check_layout()
-        try:
-            re.compile(self.structures)
-        except re.error as error:
-            raise UserError(
-                f"--structures {self.structures!r}: is no regular expression ({error})"
-            ) from error
-        try:
-            if self.patient and re.compile(self.patient).groups < 1:
-                raise UserError(f"--patient {self.patient!r}: has no group (…) that would be the patient")
-        except re.error as error:
-            raise UserError(f"--patient {self.patient!r}: is no regular expression ({error})") from error
+        for option, pattern in (("--structures", self.structures), ("--patient", self.patient)):
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise UserError(f"{option} {pattern!r}: is no regular expression ({error})") from error
+            if pattern and option == "--patient" and not groups:
+                raise UserError(f"--patient {pattern!r}: has no group (…) that would be the patient")
 
     def _check_layout(self) -> None:
         """Raise UserError for options of layouts and answers that do not go together."""
@@ -231,25 +227,28 @@ class Custom(TileSettings):
         declared = Declared(found.channels, found.labels.names, found.labels.values, found.labels.order, kind)
         cases = found.cases
         cases.task = replace(self, declared=declared)
-        if self.resample_tilt:
-            cases.cases = [
-                replace(
-                    case,
-                    files=tuple(
-                        (role, straightened(one) if role.startswith("image") else one)
-                        for role, one in case.files
-                    ),
-                )
-                for case in cases.cases
-            ]
-        if self.patient:
-            every, cases.cases = cases.cases, []
-            for case in every:
-                if (match := re.search(self.patient, case.name)) and match[1]:
-                    cases.cases.append(replace(case, patient=match[1]))
-                else:
-                    cases.bad.append((case.name, f"its name does not match --patient {self.patient!r}"))
+        every, cases.cases = cases.cases, []
+        for case in every:
+            files = tuple(
+                (role, self._straight(one) if role.startswith("image") else one) for role, one in case.files
+            )
+            if patient := self._patient_of(case.name, case.patient, cases):
+                cases.cases.append(replace(case, files=files, patient=patient))
         return cases
+
+    def _straight(self, scan: ScanSource) -> ScanSource:
+        """The scan, on a straight grid where --resample-tilt asks for it."""
+        return straightened(scan) if self.resample_tilt else scan
+
+    def _patient_of(self, name: str, otherwise: str, cases: Cases) -> str:
+        """The patient in an image's name, without --patient `otherwise`; "", and a bad case, where the name has none."""
+        if not self.patient:
+            return otherwise
+        match = re.search(self.patient, name)
+        if match and match[1]:
+            return match[1]
+        cases.bad.append((name, f"its name does not match --patient {self.patient!r}"))
+        return ""
 
     def _find_answers(self, source: str, out: str) -> Cases:
         """One case for each scan that a table of answers names. Raises UserError for a row of a scan that is not there."""
@@ -258,8 +257,7 @@ class Custom(TileSettings):
         modality = "CT" if self.values == "hu" else "MR"
         search = SearchOptions(modality=modality, assume_hu=self.assume_hu, resample=self.resample_tilt)
         found = find_scans([source], out, flag="--source", options=search)
-        if self.resample_tilt:
-            found.sources = [straightened(scan) for scan in found.sources]
+        found.sources = [self._straight(scan) for scan in found.sources]
         names = source_files.scans_by_name(found)
         rows: dict[str, list[AnswerRow]] = {}
         for row in table.rows:
@@ -292,15 +290,12 @@ class Custom(TileSettings):
                     f"{first.line}"
                 )
             patient = first.patient
-            if not patient and self.patient:
-                match = re.search(self.patient, scan.name)
-                if match is None or not match[1]:
-                    cases.bad.append((scan.name, f"its name does not match --patient {self.patient!r}"))
-                    continue
-                patient = match[1]
-            # Series of one patient stay together; the name tells nothing of the PatientID.
-            patient = patient or first_of.setdefault(scan.info.patient or scan.uid, scan.uid)
-            cases.cases.append(Case(scan.uid, scan.name, patient, roles, (), marks, first.split, first.fold))
+            if not patient:  # series of one patient stay together; the name tells nothing of the PatientID
+                series = first_of.setdefault(scan.info.patient or scan.uid, scan.uid)
+                patient = self._patient_of(scan.name, series, cases)
+            if patient:
+                case = Case(scan.uid, scan.name, patient, roles, (), marks, first.split, first.fold)
+                cases.cases.append(case)
         if table.unanswered:
             cases.left_out.append((path, f"{table.unanswered} rows without an answer"))
         if unlisted := len(found.sources) - len(cases.cases):
@@ -333,14 +328,10 @@ class Custom(TileSettings):
             if name not in masks:
                 cases.bad.append((image, f"has no mask {self.masks.replace('*', name)}"))
                 continue
-            match = re.search(self.patient, image) if self.patient else None
-            if self.patient and (match is None or not match[1]):
-                cases.bad.append((image, f"its name does not match --patient {self.patient!r}"))
-                continue
-            first = source_files.as_source(image, files[image])
-            first = straightened(first) if self.resample_tilt else first
+            first = self._straight(source_files.as_source(image, files[image]))
             roles = (("image", first), ("mask", source_files.as_source(masks[name], files[masks[name]])))
-            cases.cases.append(Case(first.uid, image, match[1] if match else name, roles))
+            if patient := self._patient_of(image, name, cases):
+                cases.cases.append(Case(first.uid, image, patient, roles))
         return cases
 
     def _find_dicom(self, source: str, out: str) -> Cases:
@@ -371,16 +362,10 @@ class Custom(TileSettings):
             first.setdefault(scan.info.patient or scan.uid, scan.uid)
         for scan in series:
             own = masks[scan.uid]
-            match = re.search(self.patient, scan.name) if self.patient else None
             if len(own) != 1:
                 many = f"{len(own)} masks: {', '.join(mask.name for mask in own)}" if own else "no mask"
                 cases.bad.append((scan.name, f"has {many} (--masks {self.masks}), one is needed"))
-            elif self.patient and (match is None or not match[1]):
-                cases.bad.append(
-                    (scan.name, f"its name holds no patient as --patient {self.patient!r} wants it")
-                )
-            else:
-                patient = match[1] if match else first[scan.info.patient or scan.uid]
+            elif patient := self._patient_of(scan.name, first[scan.info.patient or scan.uid], cases):
                 cases.cases.append(Case(scan.uid, scan.name, patient, (("image", scan), ("mask", own[0]))))
         return cases
 

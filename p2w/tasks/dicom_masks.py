@@ -19,7 +19,7 @@ from p2w.ct.discover import ScanListing, ScanSource
 from p2w.ct.enhanced_dicom import read_dataset
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan_folders import printable, safe_uid, walk
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.tasks import crops, source_files
 
 MODALITY = {"rtstruct": "RTSTRUCT", "seg": "SEG"}
@@ -109,7 +109,7 @@ def read_mask(
     except BadScan as error:
         raise BadScan(f"mask {source.name}: {error}") from error
     except (AttributeError, TypeError, ValueError, LookupError) as error:
-        said = (str(error).splitlines() or [""])[0][:200]
+        said = first_line(error)[:200]
         raise BadScan(
             f"mask {source.name}: is damaged ({type(error).__name__}: {said}): export it again"
         ) from error
@@ -251,7 +251,7 @@ def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
     except BadScan:
         raise
     except Exception as error:  # highdicom raises whatever its parsers do
-        said = (str(error).splitlines() or [""])[0][:200]
+        said = first_line(error)[:200]
         raise BadScan(f"cannot be read: {type(error).__name__}: {said}") from error
     array = np.array((np.asarray(volume.array) >= 0.5).any(axis=-1), np.uint8)
     affine = np.asarray(volume.affine, float)  # from slice, row and column to x, y, z in mm

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2w.ct.orientation import BadScan
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.files import parse_json
 from p2w.tasks.task import (
     MOST_BITS,
@@ -82,12 +82,12 @@ class LabelValues:
         declared = {0, *(value for own in self.values for value in own)}
         stray = sorted(present_values(found) - declared)
         if stray:
-            told = ", ".join(
+            known = ", ".join(
                 f"{n}={','.join(map(str, v))}" for n, v in zip(self.names, self.values, strict=True)
             )
             raise WrongLabels(
                 f"mask {name}: holds the value{'s' * (len(stray) > 1)} {', '.join(map(str, stray[:5]))}, declared are 0 and "
-                f"{told}: declare all values, or correct the mask"
+                f"{known}: declare all values, or correct the mask"
             )
         table = np.zeros(max(declared) + 1, np.int16)
         for number, own in enumerate(self.values):
@@ -159,7 +159,7 @@ def read_dataset_json(source: str) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); name the folder that holds it"
         ) from error
     except (ValueError, RecursionError) as error:
-        said = str(error).partition("\n")[0]
+        said = first_line(error)
         raise UserError(f"{path}: is no dataset.json ({said}); copy it again") from error
     return tree
 

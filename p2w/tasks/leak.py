@@ -3,8 +3,8 @@
     check_leak(target, open_manifest("shards").meta)     # raises UserError naming the first test scan seen
     check_run(target, Path("runs/paper"), allow_leak)    # finds the run's data set itself; says what could not be checked
 
-A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when the
-name that the target task has is the one that the pretraining set was told, whose manifest holds hashes
+A scan is the same when its uid is, or when its file is, byte for byte (size and checksum). A patient is the same when both
+sets were given the same name for them (`--groups`, `--salt`), of which the pretraining set's manifest holds hashes
 (`p2w.shards.grouping`), or where both are of DICOM and have one PatientID; of a set with a secret salt, patients cannot
 be compared. Of exported weights whose set is not found, the hashes of scans, files and patients in the card are compared.
 """

@@ -19,7 +19,7 @@ from p2w.model.forms import FoldCost
 from p2w.model.unet3d import UpBlock, fold_cost_of
 from p2w.pretext.protocol import Pretext
 from p2w.rng import SampleKeys
-from p2w.train.stop import STOP_POLL_S
+from p2w.train.watchdog import STOP_POLL_S
 
 
 @dataclass(frozen=True)

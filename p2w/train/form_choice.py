@@ -31,7 +31,6 @@ from p2w.log import Log
 from p2w.model.forms import FOLDED, PLAIN, Formed, formed_modules, set_forms
 from p2w.model.norm import BatchNorm3d
 from p2w.model.unet3d import UpBlock, folded_by_count
-from p2w.train.check_cache import CheckKey, machine_key, passed_before, record_pass
 from p2w.train.isolated_layer import (
     LayerCall,
     RandomTensors,
@@ -46,6 +45,7 @@ from p2w.train.isolated_layer import (
     trace_layers,
 )
 from p2w.train.optim import Precision
+from p2w.train.preflight import CheckKey, machine_key, passed_before, record_pass
 from p2w.world import World
 
 RECORD = "kernels.json"

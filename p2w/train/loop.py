@@ -23,13 +23,11 @@ from p2w.log import Log
 from p2w.pretext.protocol import Pretext, Views, has_after_step
 from p2w.rng import SampleKeys
 from p2w.stream.stream import Batch, Stream
-from p2w.train.budgets import BadSampleBudget, Collapse, LogWindow, NonfiniteSteps
+from p2w.train.budgets import BadSampleBudget, Collapse, IdAudit, LogWindow, NonfiniteSteps
 from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
-from p2w.train.id_audit import IdAudit
 from p2w.train.optim import Precision, Schedule, build_optimizer, load_optimizer, optimizer_state
 from p2w.train.step import Stepper, StepResult
-from p2w.train.stop import STOP_POLL_S, EvaluationInterrupted, StopRequest
-from p2w.train.watchdog import Watchdog
+from p2w.train.watchdog import STOP_POLL_S, EvaluationInterrupted, StopRequest, Watchdog
 from p2w.world import World
 
 Evaluate = Callable[[int], Iterable[tuple[str, float]]]

@@ -10,9 +10,9 @@ import torch
 from ct_sets import write_structured_set
 from torch import nn
 
-from p2w.analysis import recalibration
+from p2w.analysis import features
 from p2w.analysis.feature_sources import AnalysedRun
-from p2w.analysis.recalibration import BATCHES, ROWS, TrainingWholes, is_early
+from p2w.analysis.features import BATCHES, ROWS, TrainingWholes, is_early
 from p2w.config import Config, DataConfig, ModelConfig, PretextConfig
 from p2w.errors import UserError
 from p2w.model import build_encoder
@@ -178,7 +178,7 @@ def test_an_untrained_network_is_recalibrated_and_so_are_all_networks_of_an_anal
     encoder = network.encoder.eval()
     assert not torch.allclose(found, encoder.pooled(parts), rtol=0.1)
     torch.testing.assert_close(found, recalibrated(encoder, given).pooled(parts), rtol=1e-4, atol=1e-5)
-    assert recalibration.IDENTITY in source.identity
+    assert features.IDENTITY in source.identity
 
 
 def test_training_wholes_that_cannot_be_read_are_left_out_and_a_set_without_any_is_refused(tmp_path):

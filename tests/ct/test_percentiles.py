@@ -6,7 +6,7 @@ from ct_files import write
 
 from p2w.ct.discover import ScanSource
 from p2w.ct.orientation import BadScan
-from p2w.ct.percentiles import percentile_range, read_scaled
+from p2w.ct.scan import percentile_range, read_scaled
 from p2w.tasks.bms import TOP
 from p2w.tasks.case_samples import read_channels
 from p2w.tasks.crops import CropBox

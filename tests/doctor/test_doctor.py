@@ -20,8 +20,7 @@ from cut_here import cut_here
 
 from p2w import config as settings
 from p2w import resources
-from p2w.doctor import command, machine, network, software
-from p2w.doctor.check import CheckContext, CheckResult, ok, refused
+from p2w.doctor import CheckContext, CheckResult, command, machine, network, ok, refused, software
 from p2w.doctor.command import CHECKS, run_check
 from p2w.errors import UserError
 from p2w.recipes import named

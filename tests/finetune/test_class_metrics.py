@@ -52,14 +52,10 @@ def test_surfaces_are_those_of_a_plain_loop_and_of_monai(spacing, seed):
 def test_a_box_moved_by_known_millimetres():
     one, other = np.zeros((12, 30, 30), bool), np.zeros((12, 30, 30), bool)
     one[2:8, 5:15, 5:15], other[4:10, 5:15, 5:15] = True, True
-    assert metrics.hausdorff95(one, other, (2.5, 1, 1)) == pytest.approx(5.0)  # two slices of 2.5 mm
-    assert metrics.hausdorff95(one, one, (2.5, 1, 1)) == 0
-    assert metrics.surface_dice(one, one, (2.5, 1, 1)) == 1
-    assert (
-        metrics.surface_dice(one, other, (2.5, 1, 1), 5.0)
-        == 1
-        > metrics.surface_dice(one, other, (2.5, 1, 1), 4.9)
-    )
+    assert metrics.surface_measures(one, one, (2.5, 1, 1)) == (0, 1)
+    distance, near = metrics.surface_measures(one, other, (2.5, 1, 1), 5.0)
+    assert distance == pytest.approx(5.0) and near == 1  # two slices of 2.5 mm
+    assert metrics.surface_measures(one, other, (2.5, 1, 1), 4.9)[1] < 1
 
 
 def test_empty_masks_are_as_stated():
@@ -139,7 +135,7 @@ def test_segmentation_of_classes_is_what_counting_gives(name):
         by_patient = [(t[:2], a[:2]), (t[2:3], a[2:3]), (t[3:], a[3:])]
         each.append(np.mean([2 * (p & q).sum() / (p.sum() + q.sum()) for p, q in by_patient]))
         assert found[f"dice_patient:{of}"] == pytest.approx(each[-1])
-        far = [metrics.hausdorff95(q, p, (2, 2, 2)) for p, q in zip(t, a, strict=True)]
+        far = [metrics.surface_measures(q, p, (2, 2, 2))[0] for p, q in zip(t, a, strict=True)]
         means = [np.mean(far[:2]), far[2], np.mean(far[3:])]
         assert found[f"hd95_mm:{of}"] == pytest.approx(np.mean(means))
     assert found["dice"] == pytest.approx(np.mean(dice)) and found["dice_patient"] == pytest.approx(

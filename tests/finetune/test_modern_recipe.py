@@ -14,7 +14,6 @@ from target_sets import write_target_set
 from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.deep_supervision import DeepSupervision, at_size, decoder_levels, wants_supervision
-from p2w.finetune.layer_rates import encoder_blocks, rate_shares, set_rate
 from p2w.finetune.recipe import (
     DEFAULTS,
     FineTuneRecipe,
@@ -26,7 +25,7 @@ from p2w.finetune.recipe import (
 )
 from p2w.finetune.samples import Samples, epoch_batches, oversampled
 from p2w.finetune.task_types import soft_dice, task_type
-from p2w.finetune.trainer import FineTuner, StopRequested
+from p2w.finetune.trainer import FineTuner, StopRequested, encoder_blocks, rate_shares, set_rate
 from p2w.model import ENCODERS, build_encoder
 from p2w.tasks.reader import open_target
 from p2w.train.optim import Precision

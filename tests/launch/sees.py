@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from p2w.analysis.features import TrainingWholes
 from p2w.analysis.monitors import SimilarityMonitor, Validation
-from p2w.analysis.recalibration import TrainingWholes
 from p2w.config import Config, DataConfig, PretextConfig
 from p2w.geometry import sample_boxes
 from p2w.log import Log

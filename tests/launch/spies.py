@@ -27,7 +27,7 @@ from p2w.stream.local import ShardSet
 from p2w.stream.stream import Stream
 from p2w.train import checkpoint, preflight
 from p2w.train.step import Stepper
-from p2w.train.stop import InterruptibleStream
+from p2w.train.watchdog import InterruptibleStream
 
 TRAINS_ON = 24  # samples of the sets in target_sets.py that are trained on, and of no other split
 OTHERS: list[socket.socket] = []  # kept open

@@ -12,7 +12,7 @@ from launch_runs import TINY, metrics, status, wait_for, weights
 from processes import kill_group, torchrun
 
 from p2w.log import read_metrics
-from p2w.train.stop import StopRequest
+from p2w.train.watchdog import StopRequest
 
 RUN = ("demo", *TINY, "--train.validate-every", 12, "--train.probe-every", 10)
 

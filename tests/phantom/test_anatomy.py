@@ -8,10 +8,10 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from p2w.errors import UserError
-from p2w.phantom.anatomy import Region
 from p2w.phantom.body import LUNGS, Body, Label
 from p2w.phantom.chest import PhantomScan, Scanner, _detail, make_scan
 from p2w.phantom.image_files import write_luna
+from p2w.phantom.organs import Region
 from p2w.phantom.target_tasks import write_targets
 
 pytestmark = pytest.mark.slow  # seconds of computing

@@ -15,7 +15,7 @@ from p2w import report
 from p2w.commands import finetune
 from p2w.finetune.task_types import task_type
 from p2w.inference import drawing
-from p2w.report import finetune_page, trial_reader
+from p2w.report import finetune_page, run_reader
 from p2w.report.markup import DASH
 from p2w.world import World
 
@@ -126,7 +126,7 @@ def test_roc_curves_are_those_of_the_predictions(tmp_path):
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    assert finetune_page._roc(axes, trial_reader.read_trials(run))
+    assert finetune_page._roc(axes, run_reader.read_trials(run))
     (line, _) = axes.lines  # and the diagonal
     assert line.get_xydata().tolist() == [[0, 0], [0, 0.5], [0.5, 1], [1, 1]]
 

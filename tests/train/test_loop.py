@@ -16,7 +16,7 @@ from p2w.stream.stream import Stream, open_set
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.loop import Trainer
 from p2w.train.optim import Precision
-from p2w.train.stop import EvaluationInterrupted
+from p2w.train.watchdog import EvaluationInterrupted
 from p2w.world import World
 
 

@@ -13,7 +13,7 @@ from p2w.model import build_encoder
 from p2w.model.conv import Conv3d
 from p2w.model.decoder import EncoderDecoder
 from p2w.model.unet3d import UNet3dDecoder
-from p2w.train import check_cache, isolated_layer, preflight
+from p2w.train import isolated_layer, preflight
 from p2w.train.optim import Precision
 from p2w.train.preflight import check_numerics, convolution_error, crop_resize_error
 from p2w.world import World
@@ -189,9 +189,9 @@ def test_what_was_found_sound_is_not_computed_again_until_something_changes(chec
     assert checks() == (BF16, 0, [])
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert checks()[1] == 2 and checks()[1] == 0
-    monkeypatch.setattr(check_cache, "KERNEL_VARIABLES", ("P2W_TEST",))
+    monkeypatch.setattr(preflight, "KERNEL_VARIABLES", ("P2W_TEST",))
     assert checks()[1] == 2
-    monkeypatch.setattr(check_cache, "_source_hash", lambda: "changed source")
+    monkeypatch.setattr(preflight, "_source_hash", lambda: "changed source")
     assert checks()[1] == 2
     assert checks(Precision("fp32", None, "")) == (Precision("fp32", None, ""), 0, [])
 
@@ -237,7 +237,7 @@ def test_ranks_may_remember_the_same_verdict_at_once(tmp_path, monkeypatch):
     warned = []
     threads = [
         threading.Thread(
-            target=lambda: [check_cache.record_pass({"rank": [1, 2]}, warned.append) for _ in range(20)]
+            target=lambda: [preflight.record_pass({"rank": [1, 2]}, warned.append) for _ in range(20)]
         )
         for _ in range(6)
     ]
@@ -246,8 +246,8 @@ def test_ranks_may_remember_the_same_verdict_at_once(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert warned == [] and len(list((tmp_path / "p2w").iterdir())) == 1
-    assert check_cache.passed_before({"rank": (1, 2)}, warned.append) and warned == []
-    assert not check_cache.passed_before({"rank": [1, 3]}, warned.append)
+    assert preflight.passed_before({"rank": (1, 2)}, warned.append) and warned == []
+    assert not preflight.passed_before({"rank": [1, 3]}, warned.append)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import time
 import pytest
 from processes import Forked
 
-from p2w.train.stop import StopRequest
+from p2w.train.watchdog import StopRequest
 
 
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)
@@ -24,7 +24,7 @@ def test_a_signal_sets_the_flag_and_handlers_are_restored(number):
 
 WAITS = """
 import sys, time
-from p2w.train.stop import StopRequest
+from p2w.train.watchdog import StopRequest
 with StopRequest() as stop:
     print("open", flush=True)
     while not stop.requested: time.sleep(0.01)

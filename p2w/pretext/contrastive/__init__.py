@@ -6,7 +6,7 @@
     Pirl       the same bank; a jigsaw of the second part is compared with it too           memory_bank.PirlBank
     Exemplar   a learned vector for each whole: every whole is a class                      memory_bank.InstanceClasses
     Swav       no negatives: prototypes, to which a batch is assigned in equal shares       objectives.Prototypes
-    Dino       no negatives: what a slowly following copy of the encoder assigns       self_distillation.SelfDistillation
+    Dino       no negatives: what a slowly following copy of the encoder assigns       objectives.SelfDistillation
     Amdim      cells of one part's features against all of another part                     objectives.LocalGlobal
 
 Batch norm in an encoder averages over a rank's own parts: that, and nothing else here, differs with the number of ranks.
@@ -29,8 +29,8 @@ from p2w.pretext.contrastive.objectives import (
     MocoQueue,
     MomentumTeacher,
     Prototypes,
+    SelfDistillation,
 )
-from p2w.pretext.contrastive.self_distillation import SelfDistillation
 
 
 class SimClr(ContrastivePretext):

@@ -1,7 +1,8 @@
-"""Contrastive objectives: against the batch, a queue, local features, or prototypes."""
+"""Contrastive objectives: against the batch, a queue, local features, or prototypes (SwAV, and DINO by a teacher)."""
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -283,6 +284,27 @@ class LocalGlobal(ContrastiveObjective):
         )
 
 
+def swapped_entropy(
+    codes: Sequence[Tensor],
+    logs: Sequence[Tensor],
+    small: Tensor | None,
+    prototypes: Tensor,
+    temperature: float,
+) -> Tensor:
+    """(B,): cross-entropy of what each part, and each small one, predicts and what the other of the two is assigned.
+
+    `codes` and `logs` are the assignments (B, P) of the two parts and the logarithms of what they predict; `small` are
+    embeddings (B * V, C) of V small parts, which predict both assignments.
+    """
+    told = codes[0] * logs[1] + codes[1] * logs[0]
+    if small is not None:
+        several = small.unflatten(0, (len(told), -1))
+        with full_precision(small):
+            seen = (several @ prototypes.T / temperature).log_softmax(2).sum(1)
+        told = (told + (codes[0] + codes[1]) * seen) / (1 + several.shape[1])
+    return -told.sum(1) / 2
+
+
 class Prototypes(ContrastiveObjective):
     """SwAV (Caron et al. 2020): each part predicts to which of `contrast.prototypes` learned vectors the other is assigned.
 
@@ -320,13 +342,8 @@ class Prototypes(ContrastiveObjective):
             scores = (vectors @ prototypes.T).chunk(2)
         codes = self._assign(scores, ids, prototypes.detach())
         logs = [(score / self.temperature).log_softmax(1) for score in scores]
-        told = codes[0] * logs[1] + codes[1] * logs[0]
-        if more is not None:
-            small = head(encoder.pooled(more.flatten(0, 1)[:, None])).unflatten(0, more.shape[:2])
-            with full_precision(small):
-                seen = (small @ prototypes.T / self.temperature).log_softmax(2).sum(1)
-            told = (told + (codes[0] + codes[1]) * seen) / (1 + more.shape[1])
-        losses = -told.sum(1) / 2
+        small = None if more is None else head(encoder.pooled(more.flatten(0, 1)[:, None]))
+        losses = swapped_entropy(codes, logs, small, prototypes, self.temperature)
         one, two = vectors.detach().chunk(2)
         if self.training and self.config.swav_queue:
             self._put(all_gather(one), all_gather(two))
@@ -356,3 +373,64 @@ class Prototypes(ContrastiveObjective):
         slots = (self.entries + torch.arange(latest.shape[1], device=one.device)) % size
         self.queue.index_copy_(1, slots, latest)
         self.entries.add_(latest.shape[1])
+
+
+class SelfDistillation(MomentumTeacher):
+    """DINO (Caron et al. 2021): cross-entropy between the assignments of the teacher and of the network, softmaxes over
+    `contrast.prototypes` cosines.
+
+    The teacher sees the two parts of a whole; the network sees these and `contrast.small_parts` further ones, and predicts
+    from each what the teacher assigns each other of the two. The teacher's assignments are sharpened by a temperature of
+    its own, and a moving mean of its cosines, over the batches of all ranks, is taken off before: without the first all
+    assignments would become even, without the second all of them one vector. The accuracy is the share of wholes whose two
+    parts the teacher assigns to the same vector. Validation compares the wholes of a batch, as SimCLR does, so that losses
+    of steps compare.
+
+    What differs from the paper: the learned vectors do train in the first epoch, the teacher's temperature stays, and the
+    head has two layers, as in the rest of the family, with many fewer outputs.
+    """
+
+    @classmethod
+    def views(cls, config: ContrastConfig) -> OtherViews:
+        """Small parts, where there are any."""
+        return "small parts" if config.small_parts else None
+
+    def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
+        super().__init__(config, encoder, head)
+        self.prototypes = nn.Parameter(torch.randn(config.prototypes, head.channels) / head.channels**0.5)
+        self.slow_prototypes = nn.Parameter(self.prototypes.detach().clone(), requires_grad=False)
+        self.centre: Tensor
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+
+    def forward(
+        self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,
+        more: Tensor | None = None,
+    ) -> ContrastOutcome:  # fmt: skip
+        """A pass of the network over both parts, one over small ones, and one of the teacher over both."""
+        both = torch.cat((part, other))
+        with torch.no_grad():
+            taught = self.slow_head(self.slow_encoder.pooled(both))
+            with full_precision(taught):
+                cosines = taught @ l2_normalise(self.slow_prototypes).T
+            codes = ((cosines - self.centre) / self.config.teacher_temperature).softmax(1).chunk(2)
+        vectors = head(encoder.pooled(both))
+        with full_precision(vectors):
+            prototypes = l2_normalise(self.prototypes)
+            logs = (vectors @ prototypes.T / self.temperature).log_softmax(1).chunk(2)
+        small = None if more is None else head(encoder.pooled(more.flatten(0, 1)[:, None]))
+        losses = swapped_entropy(codes, logs, small, prototypes, self.temperature)
+        self._follow(cosines)
+        one, two = vectors.detach().chunk(2)
+        return losses, (one * two).sum(1), (codes[0].argmax(1) == codes[1].argmax(1)).float()
+
+    @torch.no_grad()
+    def _follow(self, cosines: Tensor) -> None:
+        """Move the centre towards the mean over the parts (2 B, P) of all ranks."""
+        mean = cosines.mean(0)
+        average_over_ranks([mean])
+        self.centre.lerp_(mean, 1 - self.config.centre_momentum)
+
+    def copied(self, encoder: Encoder, head: ProjectionHead) -> tuple[list[Tensor], list[Tensor]]:
+        """The learned vectors follow too."""
+        slow, fast = super().copied(encoder, head)
+        return [*slow, self.slow_prototypes], [*fast, self.prototypes]
