@@ -1,6 +1,7 @@
 """What the pages tell users to type is taken by the command line; files, links and imports are as they say."""
 
 import importlib
+import json
 import re
 
 import pytest
@@ -167,8 +168,9 @@ def test_hours_memory_and_disk_in_the_readme_are_the_forecasts(costs):
     (wholes,) = re.findall(r"the paper's ([\d,]+) sub-scans", README)
     wholes = int(wholes.replace(",", ""))
     assert wholes // 16 * 200 == steps and f"| {wholes * SAMPLE_BYTES / 2**30:.0f} GiB of shards" in README
-    days, seconds = (
-        re.findall(found, README)[0]
-        for found in (r"(\d+) to (\d+) days", r"([\d.]+) s a sample.* ([\d.]+) s on")
-    )
+    (days,) = re.findall(r"(\d+) to (\d+) days", README)
+    seconds = re.findall(r"([\d.]+) s (?:a sample where|on another)", README)
     assert days == tuple(f"{float(one) * 16 * steps / 86400:.0f}" for one in seconds)
+    assert f"(the defaults): {seconds[0]} s a sample" in (REPO / "bench" / "NOTES.md").read_text()
+    rows = json.loads((REPO / "bench" / "results" / "end_to_end.json").read_text())["rows"]
+    assert {f"{1 / row['value']:.1f}" for row in rows if row["unit"] == "samples/s"} == {seconds[1]}
