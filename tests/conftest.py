@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # a GPU that is looked at otherwise is none in a fork
+
+import processes
 import pytest
 from ct_sets import write_structured_set
+from forked_workers import ForkedWorkers, is_slow
 from processes import REPO, kill_group
 
 PROCESSES = (
@@ -31,6 +37,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--workers", type=int, default=0, help="run the files of tests in so many forks of this process"
+    )
+    parser.addoption(
         "--record-durations",
         action="store_true",
         help="write tests/durations.json and slow_tests.json: long files start early, `make quick` leaves long tests out",
@@ -38,23 +47,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with quick tests come first, so that what is broken is said soon; then those of slow tests, the longest first.
+    """Quick tests come first, so that what is broken is said soon; then files of slow tests, the longest first.
 
-    Workers take whole files in this order (`--dist loadfile --no-loadscope-reorder`): they come to the long files together,
-    and the shortest of those keep all workers busy up to the end.
+    Workers take the quick tests of a file, or its slow ones, in this order: they come to the long files together, and the
+    shortest of those keep all workers busy up to the end.
     """
     seconds, slow = json.loads(DURATIONS.read_text()), set(json.loads(SLOW_TESTS.read_text()))
-    quick = set()
     for item in items:
         if item.path.parent.name in PROCESSES or item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
-        if not item.get_closest_marker("slow"):
-            quick.add(item.path)
 
     def rank(item: pytest.Item) -> tuple[bool, float, int]:
         folder = item.path.parent.name
         return (
-            item.path not in quick,
+            is_slow(item),
             -seconds.get(item.nodeid.partition("::")[0], 0),
             PROCESSES.index(folder) if folder in PROCESSES else len(PROCESSES),
         )
@@ -120,11 +126,15 @@ class DurationRecorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+    if hasattr(config, "workerinput"):  # pytest-xdist's workers report to the process that started them
         return
     config.pluginmanager.register(QuickTests())
     if config.getoption("--record-durations"):
         config.pluginmanager.register(DurationRecorder())
+    if workers := config.getoption("--workers"):
+        config.pluginmanager.register(ForkedWorkers(config, workers))
+        if not config.option.markexpr:  # slow tests start processes: let its imports be done meanwhile
+            processes.SERVER.start()
 
 
 @pytest.fixture(scope="session", autouse=True)
