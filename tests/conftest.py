@@ -3,7 +3,9 @@
 import collections
 import json
 import os
+import resource
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +70,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
-    """Note the CPU time of a test and of the processes that it waited for, which a busy machine hardly changes."""
-    began = sum(os.times()[:4])
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def note_cpu(item: pytest.Item, name: str):
+    began = cpu_seconds()
     try:
         return (yield)
     finally:
-        item.user_properties.append(("cpu_s", sum(os.times()[:4]) - began))
+        item.user_properties.append((name, cpu_seconds() - began))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item):
+    """Note the CPU time of a test's fixtures, those included that it is the first to need."""
+    return (yield from note_cpu(item, "fixtures_cpu_s"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Note the CPU time of a test, which a busy machine changes less than its seconds."""
+    return (yield from note_cpu(item, "cpu_s"))
 
 
 class QuickTests:
@@ -87,7 +105,8 @@ class QuickTests:
         self.long: list[tuple[float, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        seconds = dict(report.user_properties).get("cpu_s", 0.0)
+        noted = dict(report.user_properties)
+        seconds = noted.get("cpu_s", 0.0) + noted.get("fixtures_cpu_s", 0.0)
         if (
             report.when == "call"
             and seconds > self.MOST_S
@@ -103,26 +122,32 @@ class QuickTests:
 
 
 class DurationRecorder:
-    """Writes the seconds of each file's tests, of all workers, where they are at least `LEAST`; and the tests that take
-    `SLOW_S` of CPU time or more."""
+    """Writes the seconds of each file's slow tests, where they are at least `LEAST`; and which tests are slow without being
+    marked so: those that take `SLOW` times the CPU time of the median test, on any machine, busy or not."""
 
-    LEAST, SLOW_S = 5, 0.1
+    LEAST, SLOW = 5, 10
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
-        self.slow: set[str] = set()
+        self.cpu: dict[str, float] = {}  # of tests that nobody has marked
+        self.marked: set[str] = set()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.marked = {item.nodeid for item in items if is_slow(item) or item.path.parent.name in PROCESSES}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid.partition("::")[0]] += report.duration
-        folder = Path(report.nodeid.partition("::")[0]).parent.name
-        long = dict(report.user_properties).get("cpu_s", 0.0) >= self.SLOW_S
-        if report.when == "call" and long and folder not in PROCESSES:
-            self.slow.add(report.nodeid)
+        if {"slow", "slurm"} & set(report.keywords):
+            self.seconds[report.nodeid.partition("::")[0]] += report.duration
+        if report.when == "call" and report.nodeid not in self.marked:
+            self.cpu[report.nodeid] = dict(report.user_properties)["cpu_s"]
 
     def pytest_sessionfinish(self) -> None:
         long = {name: round(took) for name, took in self.seconds.most_common() if took >= self.LEAST}
         DURATIONS.write_text(json.dumps(long, indent=1) + "\n")
-        SLOW_TESTS.write_text(json.dumps(sorted(self.slow), indent=0) + "\n")
+        most = self.SLOW * statistics.median(self.cpu.values())
+        slow = sorted(name for name, seconds in self.cpu.items() if seconds >= most)
+        SLOW_TESTS.write_text(json.dumps(slow, indent=0) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:

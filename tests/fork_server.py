@@ -297,8 +297,10 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
 def main() -> None:
     """Serve over the listening socket whose descriptor is the only argument."""
     listener = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # else each fork's collections walk through, and copy, all that was imported here
     if asked := serve(listener):

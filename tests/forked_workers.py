@@ -10,6 +10,7 @@ worker. Reports reach this process as if it ran the tests itself: `-x`, `--durat
 
 import collections
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -136,6 +137,7 @@ class ForkedWorkers:
     """The plugin of the first process: hands out the tests in the order of the items, and takes the reports."""
 
     def __init__(self, config: pytest.Config, most: int) -> None:
+        gc.disable()  # imports make few cycles, and collections among them take a second
         self.config, self.most = config, most
         self.cores = len(os.sched_getaffinity(0))
         self.started = 0
@@ -145,6 +147,8 @@ class ForkedWorkers:
         if session.testsfailed or session.config.option.collectonly:
             return None  # as without workers
         session.config._tmp_path_factory.getbasetemp()
+        gc.freeze()  # else each worker's collections walk through, and copy, all that is here
+        gc.enable()
         groups: dict[tuple[bool, str], list[int]] = {}
         for index, item in enumerate(session.items):
             groups.setdefault((is_slow(item), item.nodeid.partition("::")[0]), []).append(index)
