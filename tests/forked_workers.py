@@ -2,7 +2,7 @@
 
 Importing what the tests use and collecting them takes 14 s of a core. Workers that are interpreters of their own, as those
 of pytest-xdist, spend them each; here they are spent once, and a worker costs a fork, so that there can be more workers than
-cores for tests that wait. A fork has no CUDA where this process has set it up, so `bench/gpu` takes xdist.
+cores for tests that wait.
 
 A worker runs the quick tests of a file, or its slow ones, and asks for more; fixtures of a session are made once in each
 worker. Reports reach this process as if it ran the tests itself: `-x`, `--durations` and `--junitxml` do as ever.
@@ -22,6 +22,8 @@ from multiprocessing import connection
 import pytest
 from _pytest.runner import runtestprotocol
 
+# Collecting asks torch whether there is a GPU, which leaves forks without it unless torch asks the driver's library.
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 LEAVE_S = 20  # that workers have to end what their fixtures have started
 
 
@@ -71,6 +73,7 @@ def _interrupt_once(*_: object) -> None:
 def _work(session: pytest.Session, link: connection.Connection, number: int) -> None:
     """Run what the first process names, range after range of the session's items; then take down what fixtures made."""
     config = session.config
+    os.environ.pop(NVML)
     if capture := config.pluginmanager.getplugin(
         "capturemanager"
     ):  # its files' positions are shared with other workers
@@ -138,6 +141,7 @@ class ForkedWorkers:
 
     def __init__(self, config: pytest.Config, most: int) -> None:
         gc.disable()  # imports make few cycles, and collections among them take a second
+        os.environ[NVML] = "1"
         self.config, self.most = config, most
         self.cores = len(os.sched_getaffinity(0))
         self.started = 0
