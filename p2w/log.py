@@ -6,6 +6,7 @@ On a terminal there is a progress bar with rate and time left; without one, a li
 import contextlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,7 @@ class Log:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._writer: Any = None
         self._board = TENSORBOARD in self.settings.trackers()  # and its files can be written
+        self._hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self._trackers: list[TrackerProcess] = []
         self._bar: rp.Progress | None = None
         self._task: rp.TaskID | None = None
@@ -160,8 +162,20 @@ class Log:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a second of imports, rank 0 only)
 
+            self._silence_its_threads()
             self._writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=step)
         return self._writer
+
+    def _silence_its_threads(self) -> None:
+        """Let threads of TensorBoard end without a traceback: their error comes with the next number, and is one line."""
+        before = threading.excepthook
+
+        def hook(args: "threading.ExceptHookArgs") -> None:
+            if not type(args.thread).__module__.startswith("tensorboard."):
+                before(args)
+
+        self._hooks = hook, before
+        threading.excepthook = hook
 
     def progress(self, step: int, loss: float, samples_per_s: float, wait_share: float) -> None:
         """Show the step, loss, rate, share of time spent waiting for data, and time left."""
@@ -200,6 +214,8 @@ class Log:
             self._bar.stop()
         if self._writer is not None:
             self._on_board(0, lambda board: board.close())
+            if self._hooks and threading.excepthook is self._hooks[0]:
+                threading.excepthook = self._hooks[1]
         for tracker in self._trackers:
             tracker.close(state)
 

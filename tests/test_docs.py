@@ -1,6 +1,7 @@
 """What the pages tell users to type is taken by the command line; files, links and imports are as they say."""
 
 import importlib
+import json
 import re
 
 import pytest
@@ -9,6 +10,9 @@ from processes import REPO
 from p2w import config as settings
 from p2w.commands.train import parse
 from p2w.config import Config
+from p2w.pretext import build_pretext_and_network
+from p2w.recipes import RECIPES
+from p2w.train.estimate import SAMPLE_BYTES, describe_scaling, run_cost
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 OPTION = re.compile(
@@ -133,3 +137,45 @@ def test_links_lead_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
             assert anchor in slugs, f"{page.name} links to {file}#{anchor}"
+
+
+README = (REPO / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """recipe -> its cost on one rank of 16 samples in bf16, as `p2w train RECIPE --dry-run` counts it on a GPU."""
+    return {
+        name: run_cost(one.config, lambda config=one.config: build_pretext_and_network(config), 16, 2)
+        for name, one in RECIPES.items()
+    }
+
+
+@pytest.mark.slow
+def test_the_arithmetic_in_the_readme_is_that_of_the_dry_run(costs):
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\| ([\d,]+) GFLOP \|$", README, re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(RECIPES)
+    for name, what, gflop in rows:
+        assert f"{costs[name].flops_per_sample / 1e9:,.0f}" == gflop, name
+        for parameters in re.findall(r"([\d.]+) M parameters", what):
+            assert f"{costs[name].parameters / 1e6:.2f}" == parameters, name
+
+
+@pytest.mark.slow
+def test_hours_memory_and_disk_in_the_readme_are_the_forecasts(costs):
+    paper, steps = costs["paper"], RECIPES["paper"].config.train.steps
+    said = describe_scaling(paper, "", ranks=1, per_node=1, batch=16, steps=steps)[0]
+    speed, hours = re.findall(r"([\d,.]+)-([\d,.]+) (?:samples/s|h)", said)
+    assert "{} to {} hours".format(*hours) in README and "{} to {} samples/s".format(*speed) in README
+    state, activations = paper.state_bytes / 2**30, paper.activation_bytes / 2**30
+    assert f"{state:.2f} for weights, {activations:.2f} for activations" in README
+    assert f"| {state + activations:.1f} GiB, beside" in README and f"all {steps:,} steps" in README
+    (wholes,) = re.findall(r"the paper's ([\d,]+) sub-scans", README)
+    wholes = int(wholes.replace(",", ""))
+    assert wholes // 16 * 200 == steps and f"| {wholes * SAMPLE_BYTES / 2**30:.0f} GiB of shards" in README
+    (days,) = re.findall(r"(\d+) to (\d+) days", README)
+    seconds = re.findall(r"([\d.]+) s (?:a sample where|on another)", README)
+    assert days == tuple(f"{float(one) * 16 * steps / 86400:.0f}" for one in seconds)
+    assert f"(the defaults): {seconds[0]} s a sample" in (REPO / "bench" / "NOTES.md").read_text()
+    rows = json.loads((REPO / "bench" / "results" / "end_to_end.json").read_text())["rows"]
+    assert {f"{1 / row['value']:.1f}" for row in rows if row["unit"] == "samples/s"} == {seconds[1]}

@@ -295,9 +295,11 @@ def test_what_was_fine_tuned_is_a_column_and_a_pretraining_without_it_has_none(t
         if tuned:
             (place / "tuned.json").write_text(json.dumps({"a": tuned}))
     found = pretrainings.collect(tmp_path)
-    assert pretrainings.values(found, "phantom", "a", "tuned") == {("phantom", 0): 0.7, ("phantom", 2): 0.9}
-    assert pretrainings.values(found, "phantom", "b", "tuned") == {}
     assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert pretrainings.values(found, "phantom", "a", "tuned") == {("phantom", 0): 0.7, ("phantom", 2): 0.9}
+    (place / "measured.json").write_text(json.dumps(of("a", "phantom", designs.SELECTION_SEED, 0.6)))
+    assert len(pretrainings.collect(tmp_path)) == 2  # what settings were chosen by is no result
+    assert pretrainings.values(found, "phantom", "b", "tuned") == {}
 
 
 def test_p_of_a_table_is_holms_and_what_was_not_run_says_so():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from processes import REPO
 import p2w
 
 pytestmark = pytest.mark.slow
+# Folders of a checkout that are packed, with the files beside them.
+PACKED = ["p2w", "launch", "preprocess", "slurm", "docs", "examples", "containers", "bench", "tests"]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +59,29 @@ def test_the_package_is_imported_from_any_folder(checkout, where):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A virtual environment with this checkout's wheel and the packages it needs: (environment, wheel)."""
+    """A virtual environment with the wheel of the sdist, and the packages it needs: (environment, wheel, unpacked sdist)."""
     pytest.importorskip("setuptools")
     top = tmp_path_factory.mktemp("wheel")
     source = top / "source"
     source.mkdir()
-    for name in ("p2w", "slurm", "docs", "setup.cfg", "pyproject.toml", "LICENSE"):
-        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
-        copy(REPO / name, source / name)
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(top)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    for path in REPO.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, source)
+    for name in PACKED:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignored)
+    build = "from setuptools import build_meta; build_meta.build_{}({!r})"
+    subprocess.run(
+        [sys.executable, "-c", build.format("sdist", f"{top}")], cwd=source, check=True, capture_output=True
+    )
     shutil.rmtree(source)
+    (packed,) = top.glob("*.tar.gz")
+    with tarfile.open(packed) as file:
+        file.extractall(top, filter="data")
+    unpacked = packed.with_name(packed.name.removesuffix(".tar.gz"))
+    subprocess.run(
+        [sys.executable, "-c", build.format("wheel", f"{top}")], cwd=unpacked, check=True, capture_output=True
+    )
     (wheel,) = top.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", top / "env"], check=True)
     (site,) = (top / "env" / "lib").glob("python*/site-packages")
@@ -76,11 +91,11 @@ def installed(tmp_path_factory):
     (site / "needs.pth").write_text(
         f"{needs}\n"
     )  # a path alone: its own .pth files, an editable p2w's too, are not read
-    return top / "env", wheel
+    return top / "env", wheel, unpacked
 
 
 def test_the_wheel_says_what_it_is(installed):
-    _, wheel = installed
+    _, wheel, _ = installed
     assert wheel.name.startswith("parts2whole-")
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
@@ -93,6 +108,25 @@ def test_the_wheel_says_what_it_is(installed):
     } <= names
     assert "Name: parts2whole\n" in metadata and "Classifier: Typing :: Typed" in metadata
     assert not re.search(r"\]\((?!https?:)", metadata), "a relative link in the long description"
+
+
+def test_the_sdist_has_what_the_pages_lead_to(installed):
+    """The README of an unpacked sdist, its pages and its Makefile: pictures, examples and files that they name are there."""
+    _, _, unpacked = installed
+    for page in (unpacked / "README.md", unpacked / "CONTRIBUTING.md", *(unpacked / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for name in (
+        "Makefile",
+        "mkdocs.yml",
+        "launch/train.py",
+        "preprocess/shard_luna.py",
+        "slurm/pretrain.sbatch",
+    ):
+        assert (unpacked / name).is_file(), name
+    assert (unpacked / "containers" / "install.sh").is_file() and (
+        unpacked / "docs" / "site_hooks.py"
+    ).is_file()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +144,7 @@ def without_network() -> tuple[str, ...]:
 @pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
 def test_from_scans_to_predictions_with_the_wheel_alone(installed, without_network, tmp_path):
     """Every stage by the commands of the wheel, in a folder that has no checkout, and where possible without a network."""
-    env, _ = installed
+    env, _, _ = installed
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     clean |= {"PATH": f"{env / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -119,6 +153,10 @@ def test_from_scans_to_predictions_with_the_wheel_alone(installed, without_netwo
             [*without_network, *command], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        # What Python or a package has to say of deprecation would be the first thing that a user reads.
+        assert not re.search(r"^.*Warning: .*$", done.stderr, re.MULTILINE), (
+            f"{command}\n{done.stderr[-2000:]}"
+        )
         return done.stdout
 
     where = run("python", "-c", "import p2w; print(p2w.__file__)")

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import sys
+import threading
+import time
 
 import pytest
 
@@ -67,6 +69,32 @@ def test_off_a_terminal_there_is_a_line_with_rate_and_time_left(tmp_path, capsys
     log.progress(2, 0.4, 12.3, 0.04)  # within ten seconds of the first: silent
     shown = capsys.readouterr().err
     assert shown == "step 1/100  loss 0.5000  12.3 samples/s  waiting 4%  left ?\n"
+
+
+def test_a_run_folder_that_moves_costs_tensorboard_one_line(tmp_path, capsys, monkeypatch):
+    """Its thread writes every two minutes; what that raises is no traceback of its own beside our line."""
+    threads = []
+    monkeypatch.setattr(threading, "excepthook", threads.append)
+    (tmp_path / "run").mkdir()
+    log = Log(tmp_path / "run", True, 10)
+    log.metrics(1, {"loss": 1.0})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").mkdir()  # as p2w.train.run_dir makes it anew
+    writer = next(one for one in threading.enumerate() if type(one).__module__.startswith("tensorboard."))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 300)
+    log.metrics(2, {"loss": 1.0})
+    writer.join()
+    for step in (3, 4):
+        log.metrics(step, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tensorboard: not written" in said and threads == []
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    assert [one.exc_type for one in threads] == [ZeroDivisionError]
+    log.close()
+    assert steps(tmp_path / "run") == [2, 3, 4] and threading.excepthook == threads.append
 
 
 def test_text_in_brackets_is_not_markup(tmp_path, capsys):

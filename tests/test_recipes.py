@@ -1,6 +1,7 @@
 """The named runs: what the paper says stands in `paper`, and every recipe can be built."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_every_recipe_is_sound_and_can_be_built(name):
 
 def test_large_has_the_network_size_of_a_sub_scan():
     assert named("large").pretext.size == (64, 128, 128)
+
+
+def test_unified_is_for_the_papers_arithmetic_and_differs_in_nothing_else():
+    unified, paper = named("unified"), named("paper")
+    assert unified.pretext == replace(paper.pretext, name="parts2whole_contrast")
+    assert unified.train == replace(paper.train, steps=paper.train.steps // 2)
+    assert unified.optim == paper.optim and unified.data == paper.data and unified.model == paper.model
+    assert unified.contrast.weight == 0.01 and unified.contrast.temperature is None
 
 
 def test_an_unknown_recipe_is_named_with_the_known_ones():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from designs import EVIDENCE, FOLLOWED, REFERENCE, STEPS, Pretraining
+from designs import EVIDENCE, FOLLOWED, LONGER, REFERENCE, STEPS, Pretraining
 from page import fill, shrink, table
 from pretrainings import (
     NOT_RUN,
@@ -73,7 +73,7 @@ def networks(found: Found, kind: str) -> str:
         column("MSE of the whole", "mse", 4),
     ]  # fmt: skip
     rows = []
-    for label in ROWS:
+    for label in (*ROWS, *(name for name in LONGER if runs_of(found, kind, name))):
         cells = [fill_in(found, kind, label) for _, fill_in in columns]
         drawn = runs_of(found, kind, label) and cells[-1] != NOT_RUN
         rows.append([title(label), counted(found, kind, label), *cells[:-1], cells[-1] if drawn else "-"])

@@ -24,6 +24,7 @@ from designs import (
     CANDIDATES,
     EVERY,
     FOLLOWED,
+    LONGER,
     METHODS,
     REFERENCE,
     Pretraining,
@@ -56,6 +57,7 @@ Array = NDArray[np.float64]
 FROM_PARTS = (
     "parts2whole",
     "parts2whole_contrast",
+    *LONGER,
     *CANDIDATES,
 )  # draw a whole from a part: their errors compare
 
@@ -255,7 +257,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="data sets and runs, as run.py makes them")
     parser.add_argument("data", help="real-0, real-1, … or phantom")
-    parser.add_argument("method", choices=(*METHODS, *CANDIDATES))
+    parser.add_argument("method", choices=(*METHODS, *LONGER, *CANDIDATES))
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     one, folder = Pretraining(args.method, args.data, args.seed), args.folder.resolve()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from designs import REFERENCE
+from designs import REFERENCE, SELECTION_SEED
 from jobs import REPO
 
 from p2w.files import write_atomic
@@ -28,8 +28,9 @@ Units = dict[str | int, float]
 
 
 def collect(folder: Path) -> Found:
-    """All measurements below FOLDER/runs, kept in bench/results too; without any, those that are kept there."""
+    """All measurements below FOLDER/runs but those of unified.py; kept in bench/results, read there if it has none."""
     found = [_measured(path) for path in sorted((folder / "runs").glob("*/measured.json"))]
+    found = [one for one in found if one["seed"] != SELECTION_SEED]
     if found:
         lines = (json.dumps(_rounded(one), separators=(",", ":")) for one in found)
         write_atomic(RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")

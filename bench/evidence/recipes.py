@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning at equal steps, from random starts: the figures in docs/finetune_recipes.md.
+"""Recipes of fine-tuning at equal steps, from a random or a pretrained start: the figures in docs/finetune_recipes.md.
 
     python -m p2w.phantom.target_tasks --out T --tasks lcs --patients 24 --shape 32 64 64
     p2w prepare lcs --source T/LiTS --out lcs --train 0-11 --val 12-15 --test 16-23 --size 16 32 32
@@ -6,6 +6,7 @@
         --crops 4 --size 16 32 32 --spacing 5 5 5
     python bench/evidence/recipes.py --task lcs --width 2 --out recipes.jsonl
     python bench/evidence/recipes.py --task sarcoma --folds 4 --batch 5 --epochs 15 --epoch-steps 8 --out recipes.jsonl
+    python bench/evidence/recipes.py … --init runs/pretrained        # the same from a run; its width and spacing are its own
 
 A line a trial: Dice and soft Dice loss of the weights that validation chose, on the samples of each split. Settings are
 chosen by the validation samples. The same command continues one that was stopped.
@@ -25,9 +26,9 @@ from p2w.finetune.recipe import FineTuneRecipe, recipe_of
 from p2w.finetune.samples import Samples
 from p2w.finetune.task_types import task_type
 from p2w.finetune.trainer import FineTuner
-from p2w.model import build_encoder
 from p2w.tasks.reader import TargetSet, open_target
 from p2w.train.optim import Precision
+from p2w.weights.start import RANDOM, load_start
 from p2w.world import World
 
 CPU = torch.device("cpu")
@@ -52,13 +53,13 @@ def recipes() -> dict[str, FineTuneRecipe]:
 
 
 def trial(
-    source: TargetSet, recipe: FineTuneRecipe, seed: int, fold: int | None, width: int
+    source: TargetSet, recipe: FineTuneRecipe, seed: int, fold: int | None, width: int, init: str
 ) -> dict[str, list[float]]:
     """Dice and loss by split, of one trial without early stop."""
     parts = {split: Samples(source, source.rows(split, fold), CPU, 1e9) for split in ("train", "val", "test")}
     torch.manual_seed(2 * seed)
     kind = task_type("segmentation")
-    network = kind.network(build_encoder("unet3d", width))
+    network = kind.network(load_start(init, width=width).encoder)
     world = World(0, 1, 0, 1, "here", CPU, "benchmark")
     tuner = FineTuner(network, kind, recipe, Precision("fp32", None, ""), world, seed)
     while not tuner.ended:
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["paper", "modern"], choices=recipes())
     parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4, help="of the network; with --init, that of the run")
+    parser.add_argument("--init", default=RANDOM, help="a run, or any file that p2w finetune --init takes")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--epoch-steps", type=int, default=16)
@@ -96,6 +98,7 @@ def main() -> None:
     for number in range(options.folds or options.seeds):
         for name in options.recipes:
             told = [options.task.name, name, number, options.width, options.epochs * options.epoch_steps]
+            told += [Path(options.init).name] if options.init != RANDOM else []
             if told in done:
                 continue
             recipe = replace(
@@ -105,7 +108,7 @@ def main() -> None:
             )  # fmt: skip
             fold, seed = (number, 0) if options.folds else (None, number)
             began = time.process_time()
-            found = trial(source, recipe, seed, fold, options.width)
+            found = trial(source, recipe, seed, fold, options.width, options.init)
             line = json.dumps({"trial": told, **found, "cpu_s": round(time.process_time() - began, 1)})
             print(line, flush=True)
             with options.out.open("a") as file:

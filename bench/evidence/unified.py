@@ -13,14 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from designs import CANDIDATES, REFERENCE, Pretraining
+from designs import CANDIDATES, REFERENCE, SELECTION_SEED, Pretraining
 from jobs import REPO, work
 from page import fill, table
 from run import measure_job, prepare
 
 from p2w.files import write_atomic
 
-SEED = 10
 RESULTS = REPO / "bench" / "results" / "unified.json"
 HEAD = ("weight", "temperature", "intensity strength", "AUC", "top-1", "MSE of the whole", "steps")
 
@@ -29,7 +28,7 @@ def measured(folder: Path) -> dict[str, dict[str, Any]]:
     """Candidate or reference -> its numbers, of those that are there; kept in bench/results too."""
     found = {}
     for name in (REFERENCE, *CANDIDATES):
-        path = folder / "runs" / Pretraining(name, "phantom", SEED).name / "measured.json"
+        path = folder / "runs" / Pretraining(name, "phantom", SELECTION_SEED).name / "measured.json"
         if path.exists():
             one = json.loads(path.read_text())
             features = one["features"][name]
@@ -71,7 +70,10 @@ def main() -> None:
     folder = args.folder.resolve()
     if not args.page_only:
         prepare(folder, None, args.workers)
-        todo = [measure_job(folder, Pretraining(name, "phantom", SEED)) for name in (*CANDIDATES, REFERENCE)]
+        todo = [
+            measure_job(folder, Pretraining(name, "phantom", SELECTION_SEED))
+            for name in (*CANDIDATES, REFERENCE)
+        ]
         work(todo, folder, args.workers)
     page = REPO / "docs" / "evidence.md"
     page.write_text(fill(page.read_text(), "unified choice", choice(measured(folder))))

@@ -41,6 +41,7 @@ UNPACKED = 1 << 24  # most bytes of a deflated or gzip-packed header, decompress
 PACKED_TIMES = 1032  # highest compression ratio, that of zlib: a header that claims more pixels is wrong
 HEAD = 1 << 16  # bytes read at first; nearly every header fits
 GZIP, GZIP_MAGIC = 16 + zlib.MAX_WBITS, b"\x1f\x8b"
+NO_POSITION = "a slice whose position in space is missing (ImagePositionPatient)"
 COLOURLESS = ("", "MONOCHROME1", "MONOCHROME2")
 HU_TYPES = ("", "HU", "US", "HU_MOD")  # RescaleType; US: not specified, which many converters write for HU
 
@@ -111,6 +112,7 @@ class Slice:
     stack: str = ""  # StackID of a frame
     philips_scale: float = 0.0  # scale slope of MR, 0 where there is none
     of_groups: bool = False  # its geometry was read from functional groups
+    has_location: bool = False  # SliceLocation, which pictures that are no slices lack
 
     @property
     def has_groups(self) -> bool:
@@ -362,6 +364,7 @@ def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -
         echo=text(0x00180081),
         b_value=found.get(0x00189087, b"").hex(),
         philips_scale=struct.unpack(code.order + "f", scale)[0] if len(scale) == 4 else 0.0,
+        has_location=len(numbers(0x00201041)) == 1,
     )
 
 
@@ -377,5 +380,6 @@ def not_a_scan(one: Slice, modality: str = "CT") -> str | None:
     if modality == "CT" and one.rescale_type not in HU_TYPES:
         return f"its values are {one.rescale_type} (RescaleType), not HU"
     if not one.has_groups and len(one.position) != 3:
-        return "a picture without a position in space (a dose report or screenshot)"
+        picture = "a picture without a position in space (a dose report or screenshot)"
+        return NO_POSITION if one.has_location else picture
     return None

@@ -239,8 +239,11 @@ def _check_headers(slices: list[Slice]) -> None:
             "scale slopes of Philips (2005,100E) that RescaleSlope does not follow from slice to slice, so their values do "
             "not compare: convert it to NIfTI (dcm2niix)"
         )
-    if any(len(one.position) != 3 for one in slices):
-        raise BadScan("has slices without a position in space (ImagePositionPatient)")
+    if lost := sum(len(one.position) != 3 for one in slices):
+        raise BadScan(
+            f"{lost} of {len(slices)} slices without a position in space (ImagePositionPatient): export the series from its "
+            "archive again"
+        )
     row, column = np.array(first.orientation).reshape(2, 3)
     lengths = [float(np.linalg.norm(row)), float(np.linalg.norm(column))]
     if max(abs(length - 1) for length in lengths) > TURNED or abs(float(row @ column)) > TURNED:

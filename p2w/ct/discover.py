@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2w.ct.dicom import SeriesInfo, Slice, not_a_scan, read_slice, starts_as_dicom
+from p2w.ct.dicom import NO_POSITION, SeriesInfo, Slice, not_a_scan, read_slice, starts_as_dicom
 from p2w.ct.dicom_series import DicomVolume, people_apart, volumes_of, without_scouts
 from p2w.ct.enhanced_dicom import frames_of
 from p2w.ct.meta_image import meta_image_files
@@ -200,6 +200,12 @@ def _reasons(found: ScanListing) -> str:
     return f"; {', '.join(counted)}" if any(":" in reason for reason in counted) else ""
 
 
+NO_POSITIONS = (
+    "{} of {} slices without a position in space (ImagePositionPatient); SliceLocation does not replace it, since it says "
+    "nothing of x and y and may be counted from anywhere: export the series from its archive again"
+)
+
+
 class _Search:
     """The listing while files are looked at one after the other; series are put together at the end."""
 
@@ -333,8 +339,18 @@ class _Search:
         for reason, count in reasons.items():
             found.passed_over[f"DICOM images: {reason}"] += count
         slices = [(name, one) for name, one in members if not_a_scan(one, self.options.modality) is None]
-        if not slices:
+        sizes = {(one.rows, one.columns) for _, one in slices or members}
+        lost = [
+            (one.rows, one.columns) in sizes
+            for _, one in members
+            if not_a_scan(one, self.options.modality) == NO_POSITION
+        ]
+        if any(lost):  # a volume that lost slices, which at its ends would leave no gap
+            found.bad.append((name, NO_POSITIONS.format(sum(lost), sum(lost) + len(slices))))
+            found.passed_over["slices of bad series"] += len(slices)
+        elif not slices:
             found.left_out.append((name, ", ".join(sorted(reasons))))
+        if any(lost) or not slices:
             self._remember(name, [one for _, one in members])
             return
         names = {one.path: name for name, one in slices}

@@ -109,11 +109,18 @@ class FineTunedModel:
             return None
         return float(ranges[0][0]), float(ranges[1][0]), float(ranges[2][0])
 
-    @torch.no_grad()
+    def scale(self, values: Tensor) -> Tensor:
+        """Turn stored values, float32 of any shape, into the network's input in [0, 1], in place."""
+        low, high = self.window
+        return values.sub_(low).div_(high - low).clamp_(0, 1)
+
     def predictions(self, crops: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Stored values int16 (B, C, D, H, W) on the network's device -> what `TaskType.predict` makes of its logits."""
-        low, high = self.window
-        x = crops.float().sub_(low).div_(high - low).clamp_(0, 1)
+        return self.predictions_of_scaled(self.scale(crops.float()), dtype)
+
+    @torch.no_grad()
+    def predictions_of_scaled(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """`predictions` of crops that were scaled before."""
         with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             logits: Tensor = self.network(x)
         return self.kind.predict(logits)
@@ -187,10 +194,10 @@ class EnsembleModel(FineTunedModel):
         return int((1 + len(self.others)) * 2 ** len(self.flips))
 
     @torch.no_grad()
-    def predictions(self, crops: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """As `FineTunedModel.predictions`, the mean over networks and flips; of one network without flips, its own bits."""
+    def predictions_of_scaled(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The mean over networks and flips; of one network without flips, its own bits. All networks have one window."""
         if self.passes == 1:
-            return super().predictions(crops, dtype)
+            return super().predictions_of_scaled(x, dtype)
         subsets = [
             [AXES[axis] for axis in chosen]
             for count in range(len(self.flips) + 1)
@@ -199,7 +206,7 @@ class EnsembleModel(FineTunedModel):
         own = FineTunedModel(self.file, self.network, self.card)
         total: Tensor | None = None
         for model, axes in itertools.product((own, *self.others), subsets):
-            found = model.predictions(crops.flip(axes), dtype).float()
+            found = model.predictions_of_scaled(x.flip(axes), dtype).float()
             if self.kind.per_voxel:
                 found = found.flip(axes)
             total = found if total is None else total + found

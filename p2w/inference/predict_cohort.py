@@ -12,8 +12,8 @@
 
 Reading the next scan and writing the last one go on while the network computes. Memory for a scan of N voxels: 2 N bytes for
 each of these three, 5 N for masks, or 18 N with --probabilities (12 N more for each further class), and three times a
-window's height of slices as float32, of each class: for 1,000 slices of 512 x 512 about 3 GiB, or 6 GiB with
---probabilities, beside what reading a file takes.
+window's height of slices as float32, of each class, and once of each channel: for 1,000 slices of 512 x 512 about 3 GiB, or
+6 GiB with --probabilities, beside what reading a file takes.
 """
 
 import base64

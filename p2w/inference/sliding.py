@@ -6,6 +6,7 @@ the network was trained at. Memory holds as many slices as a window is high, not
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +47,13 @@ class Windows:
         z, y, x = (int(n) for n in shape)
         return cls((z, y, x), size, (float(step[0]), float(step[1]), float(step[2])), overlap)
 
-    @property
+    @cached_property
     def extent(self) -> Triple:
         """The size of the scan in voxels of the windows' grid."""
         counts = [max(1, round(n / step)) for n, step in zip(self.shape, self.step, strict=True)]
         return counts[0], counts[1], counts[2]
 
-    @property
+    @cached_property
     def first(self) -> NDArray[np.float64]:
         """The voxel of the scan under voxel 0 of the grid; both have their middle in common."""
         step = np.array(self.step)
@@ -83,6 +84,11 @@ class Windows:
         step = np.array(self.step)
         first = self.first + np.array(start) * step
         return CropBox(np.rint(first) if (step == 1).all() else first, step, self.size)
+
+    @property
+    def on_the_scans_grid(self) -> bool:
+        """Whether windows show voxels of the scan as they are, so that crops are copies."""
+        return all(step == 1 for step in self.step)
 
 
 def weight(size: int) -> Floats:
@@ -124,7 +130,8 @@ def slices(windows: Windows, predict: Predict, batch: int) -> Iterator[Floats]:
         for row in range(done):
             yield buffer[..., skipped + row, :, :] / (plane * sums[0][max(z, 0) + row])
         kept = windows.size[0] - done
-        buffer[..., :kept, :, :] = buffer[..., done:, :, :]
+        for row in range(kept):  # one by one: of slices that overlap NumPy would make a copy first
+            buffer[..., row, :, :] = buffer[..., row + done, :, :]
         buffer[..., kept:, :, :] = 0
 
 
@@ -150,7 +157,7 @@ def _overlap(
 def on_scan(found: Iterable[Floats], windows: Windows) -> Iterator[Floats]:
     """Slices on the windows' grid -> every slice (H, W) or (K, H, W) of the scan, linear between voxels, constant at the
     ends."""
-    if windows.extent == windows.shape and all(step == 1 for step in windows.step):
+    if windows.on_the_scans_grid:
         yield from found
         return
     at = [

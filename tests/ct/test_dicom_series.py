@@ -380,6 +380,30 @@ def test_headers_without_a_geometry(tmp_path, tags, why):
     assert why in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "lost", [(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), (5,), (11,), (0, 1, 2, 3, 4, 5, 6, 7, 8)]
+)
+def test_slices_that_lost_their_position(tmp_path, lost):
+    """SliceLocation alone is none. A slice at the end would leave no gap, and three of twelve would be a volume."""
+    for number, hu in enumerate(body()):
+        place = {"ImagePositionPatient": None} if number in lost else {}
+        save(
+            ct_slice(hu, number, (0, 0, 2.5 * number), SliceLocation=str(2.5 * number), **place),
+            tmp_path / f"{number:02}",
+        )
+    assert refused(tmp_path).startswith(
+        f"{len(lost)} of 12 slices without a position in space (ImagePositionPatient); SliceLoc"
+    )
+
+
+def test_a_screenshot_among_slices_is_no_lost_slice(tmp_path):
+    write_series(tmp_path, body())
+    for name, hu, location in (("shot", body()[0], None), ("other size", body(12, 32, 32)[0], "5")):
+        tags = {"SliceLocation": location} if location else {}
+        save(ct_slice(hu, 20, (0, 0, 0), ImagePositionPatient=None, **tags), tmp_path / name)
+    assert len(find(tmp_path).sources[0].files) == 12 and not find(tmp_path).bad
+
+
 def test_slices_of_two_orientations(tmp_path):
     write_series(tmp_path, body()[:6])
     write_series(tmp_path, body()[6:], [15 + 2.5 * i for i in range(6)], first=6, prefix="b", iop=tilted(5))

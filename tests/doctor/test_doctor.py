@@ -194,11 +194,44 @@ def test_a_busy_port_a_wrong_host_name_and_an_unknown_interface(case, monkeypatc
 
 @pytest.mark.slow
 def test_an_all_reduce_that_fails_or_hangs(case, monkeypatch):
-    late = only(network.all_reduce(case, 0.2))
+    with monkeypatch.context() as idle:
+        idle.setattr(network, "queued_s", lambda pid: 0.0)  # as on an idle machine
+        late = only(network.all_reduce(case, 0.2))
     assert late.status == "problem" and "no answer" in late.found
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
     failed = only(network.all_reduce(case))
     assert failed.status == "problem" and "none7" in failed.found
+
+
+class Sleeper:
+    """A process that never ends."""
+
+    pid, returncode = 1, None
+
+    def poll(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("share", "status", "least_s"),
+    [(0.0, "problem", 2), (0.3, "problem", 5), (0.4, "problem", 10), (1.0, "note", 20)],
+)
+def test_waiting_for_a_busy_machine_is_no_hang(monkeypatch, share, status, least_s):
+    """`share` of the time each of two ranks waits for a processor, on a clock of the test's own."""
+    clock = [100.0]
+    monkeypatch.setattr(network.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(network.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+    monkeypatch.setattr(network, "queued_s", lambda pid: share * (clock[0] - 100))
+    found = network._wait_for([Sleeper(), Sleeper()], 2.0)
+    assert found.status == status and clock[0] - 100 >= least_s
+    assert (found.remedy == "p2w doctor   # again, when less runs here (uptime)") == (status == "note")
+
+
+def test_time_without_a_processor_is_read_of_all_threads(tmp_path):
+    for thread, waited in ((7, "5000000000 1500000000 3"), (8, "1 500000000 3"), (9, "")):
+        (tmp_path / f"7/task/{thread}").mkdir(parents=True)
+        (tmp_path / f"7/task/{thread}/schedstat").write_text(waited)
+    assert network.queued_s(7, tmp_path) == 2.0 and network.queued_s(8, tmp_path) == 0.0
 
 
 @pytest.mark.parametrize("nvidia", [False, True])

@@ -312,6 +312,25 @@ def test_memory_does_not_grow_with_the_number_of_slices():
     assert peak(400) < 2 * peak(40)
 
 
+@pytest.mark.parametrize("shape", [(19, 40, 37), (3, 40, 9), (8, 16, 16), (9, 17, 5)])
+@pytest.mark.parametrize("overlap", [0, 0.5, 0.8])
+def test_windows_are_cut_from_slices_scaled_once(shape, overlap):
+    """Of two channels, and where the scan is smaller than a window: bit for bit what is cut window by window."""
+    model = fitted(spacing=None)
+    images = [np.random.default_rng(seed).integers(-3000, 3000, shape).astype(np.int16) for seed in (0, 1)]
+    cuts = tuple(lambda crop_box, image=image: crops.crop_hu(image, crop_box) for image in images)
+    scan = predict.InferenceInput("", "", cuts, images[0], None, None, None)
+    windows = Windows(shape, model.size, (1.0, 1.0, 1.0), overlap)
+    scaled = predict.ScaledSlices(scan, windows, model, torch.device("cpu"))
+
+    def check(boxes):
+        assert torch.equal(scaled.batch(boxes), model.scale(torch.from_numpy(scan.crop_batch(boxes)).float()))
+        return np.zeros((len(boxes), *model.size), np.float32)
+
+    assert len(list(slices(windows, check, 3))) == shape[0]
+    assert scaled.slices.shape[1] == model.size[0]
+
+
 def test_a_folder_of_mr_is_read_for_a_network_that_was_not_trained_on_ct(tmp_path):
     values = np.random.default_rng(0).gamma(2.0, 300.0, (8, 16, 16)).astype(np.int16)
     tags = {"0008|0060": "MR", "0028|1052": "0", "0028|1053": "1"}
