@@ -73,7 +73,7 @@ lint: $(VENV)/.tools
 
 docs: $(VENV)/.installed
 	$(PIP) --editable '.[docs]'
-	PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet
 	@echo "look            site/index.html"
 
 # Peers take part where `make bench-peers` has installed them. bench/fuzz.py, soak.py, goodput.py are no questions of speed.

@@ -57,16 +57,23 @@ def test_an_image_takes_no_data_along():
         for name in (".gitignore", ".dockerignore")
     )
     assert ignored - {"__pycache__", "*.pyc"} <= left_out
-    assert not left_out & {
-        "p2w",
-        "slurm",
-        "docs",
-        "containers",
-        "setup.cfg",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-    }
+    assert not left_out & needed_by_an_image()
+
+
+def needed_by_an_image():
+    """Files and folders of the checkout that `containers/install.sh` reads."""
+    script = (REPO / "containers" / "install.sh").read_text()
+    (copied,) = re.findall(r'cp -r (.*) "\$copy"', script)
+    return {"containers", "constraints.txt", *re.findall(r'"?\$source"?/([\w.]+)', copied)}
+
+
+def test_an_apptainer_image_takes_what_its_script_needs_and_no_more():
+    """Apptainer has no .dockerignore: its definition names each file, so that no scans, runs or environments come along."""
+    text = (REPO / "containers" / "p2w.def").read_text()
+    files = text.partition("%files\n")[2].partition("\n\n")[0]
+    pairs = [line.split() for line in files.splitlines() if not line.strip().startswith("#")]
+    assert {source for source, _ in pairs} == needed_by_an_image()
+    assert all(target == f"/src/{source}" for source, target in pairs)
 
 
 TREE = (REPO / "docs" / "architecture.md").read_text().partition("## The tree")[2]
