@@ -55,15 +55,16 @@ demo: $(VENV)/.installed
 	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards"
 	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
-# Six workers for two cores: most of a test of processes is waiting, which leaves its core to another.
+# Eight workers for two cores: most of a test of processes is waiting, which leaves its core to another.
 # Hundreds of processes import the package: its bytecode is kept for them, also where the environment says otherwise.
 # One thread each: beside one another, threads of one computation wait for each other many times longer than they compute.
-PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+WORKERS ?= 8
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --workers $(WORKERS)
 quick: $(VENV)/.tools
-	$(PYTEST) --numprocesses 2 -m 'not slow and not slurm'
+	$(PYTEST) -m 'not slow and not slurm'
 
 test: $(VENV)/.tools
-	$(PYTEST) --numprocesses 6 $(if $(RECORD),--record-durations)
+	$(PYTEST) $(if $(RECORD),--record-durations)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -3,13 +3,21 @@
 import collections
 import json
 import os
+import resource
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # a GPU that is looked at otherwise is none in a fork
+
+import processes
 import pytest
 from ct_sets import write_structured_set
+from forked_workers import ForkedWorkers, is_slow
 from processes import REPO, kill_group
 
 PROCESSES = (
@@ -31,6 +39,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--workers", type=int, default=0, help="run the files of tests in so many forks of this process"
+    )
+    parser.addoption(
         "--record-durations",
         action="store_true",
         help="write tests/durations.json and slow_tests.json: long files start early, `make quick` leaves long tests out",
@@ -38,23 +49,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with quick tests come first, so that what is broken is said soon; then those of slow tests, the longest first.
+    """Quick tests come first, so that what is broken is said soon; then files of slow tests, the longest first.
 
-    Workers take whole files in this order (`--dist loadfile --no-loadscope-reorder`): they come to the long files together,
-    and the shortest of those keep all workers busy up to the end.
+    Workers take the quick tests of a file, or its slow ones, in this order: they come to the long files together, and the
+    shortest of those keep all workers busy up to the end.
     """
     seconds, slow = json.loads(DURATIONS.read_text()), set(json.loads(SLOW_TESTS.read_text()))
-    quick = set()
     for item in items:
         if item.path.parent.name in PROCESSES or item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
-        if not item.get_closest_marker("slow"):
-            quick.add(item.path)
 
     def rank(item: pytest.Item) -> tuple[bool, float, int]:
         folder = item.path.parent.name
         return (
-            item.path not in quick,
+            is_slow(item),
             -seconds.get(item.nodeid.partition("::")[0], 0),
             PROCESSES.index(folder) if folder in PROCESSES else len(PROCESSES),
         )
@@ -62,14 +70,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
-    """Note the CPU time of a test and of the processes that it waited for, which a busy machine hardly changes."""
-    began = sum(os.times()[:4])
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def note_cpu(item: pytest.Item, name: str):
+    began = cpu_seconds()
     try:
         return (yield)
     finally:
-        item.user_properties.append(("cpu_s", sum(os.times()[:4]) - began))
+        item.user_properties.append((name, cpu_seconds() - began))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item):
+    """Note the CPU time of a test's fixtures, those included that it is the first to need."""
+    return (yield from note_cpu(item, "fixtures_cpu_s"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Note the CPU time of a test, which a busy machine changes less than its seconds."""
+    return (yield from note_cpu(item, "cpu_s"))
 
 
 class QuickTests:
@@ -81,7 +105,8 @@ class QuickTests:
         self.long: list[tuple[float, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        seconds = dict(report.user_properties).get("cpu_s", 0.0)
+        noted = dict(report.user_properties)
+        seconds = noted.get("cpu_s", 0.0) + noted.get("fixtures_cpu_s", 0.0)
         if (
             report.when == "call"
             and seconds > self.MOST_S
@@ -97,34 +122,44 @@ class QuickTests:
 
 
 class DurationRecorder:
-    """Writes the seconds of each file's tests, of all workers, where they are at least `LEAST`; and the tests that take
-    `SLOW_S` of CPU time or more."""
+    """Writes the seconds of each file's slow tests, where they are at least `LEAST`; and which tests are slow without being
+    marked so: those that take `SLOW` times the CPU time of the median test, on any machine, busy or not."""
 
-    LEAST, SLOW_S = 5, 0.1
+    LEAST, SLOW = 5, 10
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
-        self.slow: set[str] = set()
+        self.cpu: dict[str, float] = {}  # of tests that nobody has marked
+        self.marked: set[str] = set()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.marked = {item.nodeid for item in items if is_slow(item) or item.path.parent.name in PROCESSES}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid.partition("::")[0]] += report.duration
-        folder = Path(report.nodeid.partition("::")[0]).parent.name
-        long = dict(report.user_properties).get("cpu_s", 0.0) >= self.SLOW_S
-        if report.when == "call" and long and folder not in PROCESSES:
-            self.slow.add(report.nodeid)
+        if {"slow", "slurm"} & set(report.keywords):
+            self.seconds[report.nodeid.partition("::")[0]] += report.duration
+        if report.when == "call" and report.nodeid not in self.marked:
+            self.cpu[report.nodeid] = dict(report.user_properties)["cpu_s"]
 
     def pytest_sessionfinish(self) -> None:
         long = {name: round(took) for name, took in self.seconds.most_common() if took >= self.LEAST}
         DURATIONS.write_text(json.dumps(long, indent=1) + "\n")
-        SLOW_TESTS.write_text(json.dumps(sorted(self.slow), indent=0) + "\n")
+        most = self.SLOW * statistics.median(self.cpu.values())
+        slow = sorted(name for name, seconds in self.cpu.items() if seconds >= most)
+        SLOW_TESTS.write_text(json.dumps(slow, indent=0) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+    if hasattr(config, "workerinput"):  # pytest-xdist's workers report to the process that started them
         return
     config.pluginmanager.register(QuickTests())
     if config.getoption("--record-durations"):
         config.pluginmanager.register(DurationRecorder())
+    if workers := config.getoption("--workers"):
+        config.pluginmanager.register(ForkedWorkers(config, workers))
+        if not config.option.markexpr:  # slow tests start processes: let its imports be done meanwhile
+            processes.SERVER.start()
 
 
 @pytest.fixture(scope="session", autouse=True)

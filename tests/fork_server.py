@@ -1,8 +1,9 @@
 """Runs Python commands as forks of one process that has done the slow imports: 0.1 s of a core instead of 3 to 9.
 
-`processes.Forked` and `processes.run` start it and ask it; nothing else needs to. A request is a line of JSON over a Unix
-socket, {words, env, cwd, session, spies}, with four file descriptors: the command's stdin, stdout and stderr, and a socket
-on which the server says the process id and, at the end, the exit status as `os.waitpid` gives it.
+`processes.Forked` and `processes.run` start it and ask it; nothing else needs to. All workers of a pytest share one. A
+request is a line of JSON over a Unix socket, {words, env, cwd, session, spies}, with four file descriptors: the command's
+stdin, stdout and stderr, and a socket on which the server says the process id and, at the end, the exit status as
+`os.waitpid` gives it.
 
 The same as for a process that a shell starts: process id, session and group, environment, folder, arguments, `sys.path`,
 `__main__` (which workers that are spawned import again), files, signals, exit code, threads that are waited for, `atexit`.
@@ -31,6 +32,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -241,26 +243,45 @@ def receive(control: socket.socket) -> tuple[dict, list[int]] | None:
     return json.loads(text), list(size)
 
 
-def serve(control: socket.socket) -> tuple[dict, list[int]] | None:
-    """Fork for each request; returns the request in the forked process, and None in the server once the tests have ended."""
-    living: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> process, socket that is told of it
+def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
+    """Fork for each request; returns the request in the forked process, and None in the server once no tests are left.
+
+    Each process of tests has a connection of its own: when it ends, what it has started is killed.
+    """
+    clients: dict[int, socket.socket] = {}
+    # pidfd -> process, socket that is told of it, the connection that asked
+    living: dict[int, tuple[int, socket.socket, int]] = {}
     poll = select.poll()
-    poll.register(control, select.POLLIN)
+    poll.register(listener, select.POLLIN)
     while True:
         for file, _ in poll.poll():
             if file in living:
-                pid, told = living.pop(file)
+                pid, told, _ = living.pop(file)
                 poll.unregister(file)
                 os.close(file)
                 _, status = os.waitpid(pid, 0)
                 with contextlib.suppress(OSError), told:
                     told.sendall(f"{status}\n".encode())
                 continue
-            asked = receive(control)
+            if file == listener.fileno():
+                client, _ = listener.accept()
+                _, user, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                if user != os.getuid():  # its address is open to all
+                    client.close()
+                    continue
+                clients[client.fileno()] = client
+                poll.register(client, select.POLLIN)
+                continue
+            asked = receive(clients[file])
             if asked is None:
-                for pid, _ in living.values():
-                    os.kill(pid, signal.SIGKILL)
-                return None
+                for pid, _, client in living.values():
+                    if client == file:
+                        os.kill(pid, signal.SIGKILL)
+                poll.unregister(file)
+                clients.pop(file).close()
+                if not clients:
+                    return None
+                continue
             pid = os.fork()
             if pid == 0:
                 return asked
@@ -269,18 +290,20 @@ def serve(control: socket.socket) -> tuple[dict, list[int]] | None:
                 os.close(one)
             told = socket.socket(fileno=told)
             told.sendall(f"{pid}\n".encode())
-            living[ended := os.pidfd_open(pid)] = pid, told
+            living[ended := os.pidfd_open(pid)] = pid, told, file
             poll.register(ended, select.POLLIN)
 
 
 def main() -> None:
-    """Serve over the socket whose descriptor is the only argument."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    """Serve over the listening socket whose descriptor is the only argument."""
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # else each fork's collections walk through, and copy, all that was imported here
-    if asked := serve(control):
+    if asked := serve(listener):
         request, files = asked
         _posixsubprocess.fork_exec = subprocess._fork_exec = fork_exec
         signal.signal(signal.SIGINT, signal.default_int_handler)

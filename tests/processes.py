@@ -55,30 +55,40 @@ def torchrun(ranks: int, *args: object, restarts: int = 0) -> list[str]:
 
 
 class _Server:
-    """tests/fork_server.py, which is started when it is first asked, and ends with this process."""
+    """tests/fork_server.py, started when it is first asked; forks of this process share it, and it ends with all."""
 
     def __init__(self) -> None:
+        self.name = ""
         self.control: socket.socket | None = None
         self.owner = 0
         self.environment: dict[str, str] = {}
         self.one_request = threading.Lock()
 
-    def _start(self) -> None:
-        self.control, theirs = socket.socketpair()
-        self.owner = os.getpid()
+    def start(self) -> None:
+        """Begin the imports; returns at once."""
         self.environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        with theirs:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("")  # a free name outside of the file system
+            listener.listen(64)
+            self.name = listener.getsockname()
+            self._connect()
             subprocess.Popen(
-                [sys.executable, str(REPO / "tests" / "fork_server.py"), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=REPO, env=self.environment,
+                [sys.executable, str(REPO / "tests" / "fork_server.py"), str(listener.fileno())],
+                stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()], cwd=REPO, env=self.environment,
                 start_new_session=True,
             )  # fmt: skip
+
+    def _connect(self) -> None:
+        self.owner, self.control = os.getpid(), socket.socket(socket.AF_UNIX)
+        self.control.connect(self.name)
 
     def ask(self, request: dict[str, Any], files: list[int]) -> socket.socket:
         """Begin a command; returns the socket that says its process id, and its exit status when it ends."""
         with self.one_request:
-            if self.control is None or self.owner != os.getpid():
-                self._start()
+            if not self.name:
+                self.start()
+            elif self.owner != os.getpid():
+                self._connect()
             if reason := same_modules(request["env"], self.environment):
                 raise ValueError(f"{reason}; start a new interpreter")
             mine, theirs = socket.socketpair()
@@ -91,7 +101,7 @@ class _Server:
         return mine
 
 
-_SERVER = _Server()
+SERVER = _Server()
 
 
 class Forked(subprocess.Popen):
@@ -124,7 +134,7 @@ class Forked(subprocess.Popen):
                 "words": args[1:], "env": dict(os.environ if env is None else env), "cwd": os.fspath(cwd or os.getcwd()),
                 "session": bool(start_new_session), "spies": self._spies,
             }  # fmt: skip
-            self._told = _SERVER.ask(request, files)
+            self._told = SERVER.ask(request, files)
         for theirs, mine in ((p2cread, p2cwrite), (c2pwrite, c2pread), (errwrite, errread)):
             if mine != -1:  # a pipe; a file is the caller's
                 os.close(theirs)

@@ -13,7 +13,7 @@ from pretrain_runs import SMALL
 from slurm_cluster import CUT, Cluster
 from test_shard_array import hashes
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 APPTAINER = """#!/bin/bash
 echo "$SLURMD_NODENAME $*" >> "{said}"

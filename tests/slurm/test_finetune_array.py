@@ -9,7 +9,7 @@ from target_sets import write_target_set
 
 from p2w.finetune import results
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 SMALL = [
     "--width",
     "2",

@@ -7,7 +7,7 @@ import pytest
 from pretrain_runs import Start, losses
 from slurm_cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 LIVES = 120  # steps of a run that is preempted three times on its way
 

@@ -12,7 +12,7 @@ import pytest
 from pretrain_runs import SMALL, STEPS, Start, losses
 from slurm_cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

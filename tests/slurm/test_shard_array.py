@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import CUT, Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
 
 def hashes(folder: Path) -> dict[str, str]:
