@@ -113,6 +113,7 @@ def test_the_summary_is_that_of_all_patients_together(run):
     assert row["sd_of_folds"] == pytest.approx(np.mean(np.std(folds, axis=1, ddof=1)))
 
 
+@pytest.mark.slow  # its fixture
 def test_folds_of_other_settings_or_missing_make_no_summary(run, tmp_path, capsys):
     copied = shutil.copytree(run, tmp_path / "run")
     transfer = copied / "fold-1" / "transfer.json"
