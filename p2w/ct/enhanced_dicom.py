@@ -5,6 +5,7 @@ Frames carry their geometry and rescale in functional groups, shared or of each 
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,12 +35,19 @@ def frames_of(slices: Sequence[Slice], modality: str = "CT") -> list[Slice]:
     return usable
 
 
+def drop_dicom_warnings() -> None:
+    """Drop warnings of pydicom and highdicom in this process: they quote values of headers, such as a patient's name."""
+    ours = r"p2w\.(ct|tasks|inference)\..*dicom"
+    warnings.filterwarnings("ignore", category=UserWarning, module=rf"(pydicom|highdicom)\.|{ours}")
+
+
 def read_dataset(path: str, pixels: bool = True) -> Any:
     """A file as pydicom reads it. Raises BadScan when it cannot, or pydicom is not installed."""
     try:
         import pydicom  # noqa: PLC0415  (an extra)
     except ImportError as error:
         raise BadScan(f"a multi-frame DICOM {MISSING}") from error
+    drop_dicom_warnings()
     try:
         with unpacked_files((path,)) as files:  # force: without the preamble, as p2w.ct.dicom reads it too
             return pydicom.dcmread(files[0], stop_before_pixels=not pixels, force=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from p2w import __version__
 from p2w.ct.dicom_pixels import unpacked_files
 from p2w.ct.discover import ScanSource
-from p2w.ct.enhanced_dicom import read_dataset
+from p2w.ct.enhanced_dicom import drop_dicom_warnings, read_dataset
 from p2w.errors import UserError
 
 ENDING = ".dcm"
@@ -69,6 +69,7 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[Any]], source: ScanS
     """
     from pydicom.uid import generate_uid  # noqa: PLC0415  (an extra)
 
+    drop_dicom_warnings()
     frames = np.stack([np.asarray(mask) > 0 for mask in masks.values()], -1).astype(np.uint8)
     told = hashlib.sha256(np.packbits(frames).tobytes()).hexdigest()
     headers = _headers(source)

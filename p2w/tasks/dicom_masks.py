@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from p2w.ct.dicom import GZIP_MAGIC, elements, read_slice, unpack_gzip
 from p2w.ct.discover import ScanListing, ScanSource
-from p2w.ct.enhanced_dicom import read_dataset
+from p2w.ct.enhanced_dicom import drop_dicom_warnings, read_dataset
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan_folders import printable, safe_uid, walk
 from p2w.errors import UserError, first_line
@@ -242,6 +242,7 @@ def _segments(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
         from highdicom.seg import segread  # noqa: PLC0415  (an extra)
     except ImportError as error:
         raise BadScan("needs highdicom: pip install 'parts2whole[dicom]'") from error
+    drop_dicom_warnings()
     try:
         segmentation = segread(source.files[0])
         names = {

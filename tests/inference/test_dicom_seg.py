@@ -1,5 +1,7 @@
 """DICOM-SEG out of p2w predict, read back by the reader of masks: the same voxels, whatever way round the series lies."""
 
+import warnings
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -97,6 +99,21 @@ def test_an_empty_mask_several_classes_and_the_same_object_again(tmp_path):
     assert pydicom.dcmread(out / "a.dcm").SOPInstanceUID != one.SOPInstanceUID
 
 
+def test_no_warning_quotes_the_patients_name(tmp_path):
+    """highdicom warns of a name of one word, and prints it."""
+    folder = series(tmp_path / "ct", ids=IDS | {"PatientName": "Smithson", "PatientID": "4711"})
+    out = tmp_path / "seg"
+    out.mkdir()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        write_dicom_seg(out / "a.dcm", {"Liver": MASK}, source_of(folder), "weights")
+        again(folder, out)
+    assert not [
+        str(one.message) for one in said if "Smithson" in str(one.message) or "4711" in str(one.message)
+    ]
+    assert pydicom.dcmread(out / "a.dcm").PatientName == "Smithson"
+
+
 def test_frames_of_one_file_in_another_order(tmp_path):
     folder, out = tmp_path / "ct", tmp_path / "seg"
     slices = [pydicom.dcmread(path) for path in sorted(series(tmp_path / "single").iterdir())]
@@ -129,7 +146,9 @@ def test_what_cannot_be_referred_to_is_refused_before_anything_is_computed(tmp_p
 
 def test_from_the_command_one_scan_and_many(tmp_path, capsys, monkeypatch):
     """The object holds the mask that an image file would hold, of a network that finds what is above 0 HU."""
-    monkeypatch.setattr(FineTunedModel, "predictions", lambda self, crops, dtype: (crops[:, 0] > 0).float())
+    monkeypatch.setattr(
+        FineTunedModel, "predictions_of_scaled", lambda self, x, dtype: (x[:, 0] > 0.5).float()
+    )
     folder = series(tmp_path / "scans" / "ct", *ORIENTATIONS["rows and slices the other way"])
     saved(tmp_path / "run" / "trial-00", "segmentation")
     run, dcm, mha = str(tmp_path / "run"), tmp_path / "one" / "a.dcm", tmp_path / "a.mha"
