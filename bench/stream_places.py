@@ -2,17 +2,21 @@
 
     python bench/stream_places.py --folder /data/bench    # sets that `bench/stream.py --folder … --write` has written
     python bench/stream_places.py                         # writes its own
+    python bench/stream_places.py --web-only --out bench/results/http_ranges.json    # the web server alone
 
 Cold: before each turn every file of the set leaves the page cache (posix_fadvise), with no map of it left, and what the disk
 then gave is counted; peers' clocks run from the start here, since some read ahead before their first batch. HTTP: nginx
 on this machine; ours by byte ranges, globally shuffled, or streamed through curl as from a server without ranges;
-webdataset streams whole shards through curl; a set held in the device's memory crosses the wire once. Memory: what the
-process has to itself (RssAnon) after each of 20 epochs.
+webdataset streams whole shards through curl; a set held in the device's memory crosses the wire once. curl gets whole
+shards, and the very ranges of an epoch in its order, and throws both away. By the clock, server and client share the cores,
+so the processor time of each client is recorded too, with that of its processes. Memory: what the process has to itself
+(RssAnon) after each of 20 epochs.
 """
 
 import gc
 import itertools
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -29,8 +33,8 @@ import numpy as np
 import torch
 import tyro
 from common import RESULTS, Goal, over, rotate, row, save, show
+from stream import SHAPE, Peer, write, write_set
 from stream import Options as Sets
-from stream import Peer, write
 
 from p2w.shards.manifest import read_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
@@ -48,6 +52,7 @@ class Options:
     batch: int = 16
     rounds: int = 3
     epochs: int = 20
+    web_only: bool = False  # leave out disk and memory
     out: str = os.fspath(RESULTS / "stream_places.json")
 
 
@@ -150,6 +155,36 @@ def served(folder: str) -> Iterator[str]:
             server.wait()
 
 
+def processor_s() -> float:
+    """Seconds of a core that this process has used, with the processes it started that have ended."""
+    own, ended = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+
+
+def counted(
+    ways: dict[str, Callable[[], float]], used: dict[str, list[float]]
+) -> dict[str, Callable[[], float]]:
+    """The same ways, each of which also adds the processor seconds that it used to `used`."""
+
+    def count(name: str, way: Callable[[], float]) -> Callable[[], float]:
+        def run() -> float:
+            before = processor_s()
+            rate = way()
+            used.setdefault(name, []).append(processor_s() - before)
+            return rate
+
+        return run
+
+    return {name: count(name, way) for name, way in ways.items()}
+
+
+CURL, CURL_RANGES, RANGES = (
+    "curl to nowhere, one connection",
+    "curl to nowhere, the same ranges",
+    "p2w, byte ranges",
+)
+
+
 def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], float]]:
     """Ways to read tar shards from a web server."""
     shards = sorted(path.name for path in Path(f"{folder}/tar").glob("*.tar"))
@@ -158,7 +193,7 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
     numbers = itertools.count()
     front = TarSet(read_manifest(fetch_manifest(f"{url}/{MANIFEST_NAME}")), url)
     streams = {
-        "p2w, byte ranges": Stream(whole, batch=options.batch),
+        RANGES: Stream(whole, batch=options.batch),
         "p2w, streamed, readers 2": Stream(front, batch=options.batch),
         "p2w, set held in memory, from the second epoch": Stream(whole, batch=options.batch, cache=held),
     }
@@ -170,6 +205,18 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
             ["curl", "-sf", *(f"{url}/{name}" for name in shards)], check=True, stdout=subprocess.DEVNULL
         )
         return len(whole.ids("train")) / (time.perf_counter() - began)
+
+    def curl_ranges() -> float:
+        sampler = streams[RANGES].sampler
+        ids = np.concatenate([sampler.step_ids(0, step) for step in range(sampler.steps)])
+        starts = whole.offsets[ids]
+        asked = [
+            f'url = "{url}/{whole.shard(one)}"\nrange = "{start}-{start + whole.nbytes - 1}"\noutput = "/dev/null"\n'
+            for one, start in zip(ids.tolist(), starts.tolist(), strict=True)
+        ]
+        began = time.perf_counter()
+        subprocess.run(["curl", "-sf", "-K", "-"], input="next\n".join(asked), text=True, check=True)
+        return len(ids) / (time.perf_counter() - began)
 
     def webdataset() -> float:
         import webdataset as wds  # noqa: PLC0415
@@ -183,7 +230,8 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
         return count / (time.perf_counter() - began)
 
     return {
-        "curl to nowhere, one connection": curl,
+        CURL: curl,
+        CURL_RANGES: curl_ranges,
         **{name: lambda stream=stream: epoch(stream, next(numbers)) for name, stream in streams.items()},
         "webdataset, 2 workers": webdataset,
     }
@@ -209,13 +257,18 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     folder = options.folder or tempfile.mkdtemp()
     try:
-        if not options.folder:
+        if not options.folder and options.web_only:
+            wholes = np.random.default_rng(0).integers(-1000, 1001, (256, *SHAPE), dtype=np.int16)
+            write_set(f"{folder}/tar", "tar", wholes)
+        elif not options.folder:
             write(folder, Sets(samples=256, peers=options.peers))
         given: list[float] = []
-        disk = rotate(cold(folder, options, given), options.rounds)
+        disk = {} if options.web_only else rotate(cold(folder, options, given), options.rounds)
+        used: dict[str, list[float]] = {}
         with served(f"{folder}/tar") as url:
-            web = rotate(remote(url, folder, options), options.rounds)
-        kept = memory(folder, options)
+            web = rotate(counted(remote(url, folder, options), used), options.rounds)
+        kept = [] if options.web_only else memory(folder, options)
+        count = len(open_set(f"{folder}/tar").ids("train"))
     finally:
         if not options.folder:
             shutil.rmtree(folder)
@@ -226,20 +279,39 @@ def main(options: Options) -> None:
         for group, found in groups.items()
         for name, rates in found.items()
     ]
-    peer = max((name for name in disk if "2 workers" in name), key=lambda name: statistics.median(disk[name]))
-    slope = float(np.polyfit(range(len(kept) - 2), kept[2:], 1)[0])
+    used = {name: seconds[1:] for name, seconds in used.items()}  # round 0 warms up
     goals = [
-        Goal(f"cold, times the best peer ({peer})", over(disk["p2w arrow, readers 2"], disk[peer]), 1.0),
-        Goal("HTTP, times webdataset", over(web["p2w, byte ranges"], web["webdataset, 2 workers"]), 1.0),
-        Goal("MiB more each epoch", slope, 0.1, at_least=False),
+        Goal("HTTP, times webdataset", over(web[RANGES], web["webdataset, 2 workers"]), 1.0),
+        Goal("HTTP, times curl for the same ranges", over(web[RANGES], web[CURL_RANGES]), 0.8),
+        Goal(
+            "HTTP, processor time of curl for the same ranges over ours",
+            over(used[CURL_RANGES], used[RANGES]),
+            0.8,
+        ),
+        Goal("HTTP, processor time of curl for whole shards over ours", over(used[CURL], used[RANGES]), 0.8),
     ]
+    if not options.web_only:
+        peer = max(
+            (name for name in disk if "2 workers" in name), key=lambda name: statistics.median(disk[name])
+        )
+        slope = float(np.polyfit(range(len(kept) - 2), kept[2:], 1)[0])
+        ratio = over(disk["p2w arrow, readers 2"], disk[peer])
+        goals = [
+            Goal(f"cold, times the best peer ({peer})", ratio, 1.0),
+            *goals,
+            Goal("MiB more each epoch", slope, 0.1, at_least=False),
+        ]
     more = {
         "rates": {**disk, **web},
+        "processor_ms_a_sub_scan": {
+            name: [round(1000 * one / count, 3) for one in seconds] for name, seconds in used.items()
+        },
         "bytes_from_disk_per_byte_of_the_set": given,
         "own_mib_after_each_epoch": kept,
     }
     question = "samples/s of reading what is not in memory yet, and memory over epochs"
-    show(save(Path(options.out), question, "python bench/stream_places.py", rows, goals, **more))
+    command = f"python bench/stream_places.py{' --web-only' * options.web_only}"
+    show(save(Path(options.out), question, command, rows, goals, **more))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """HTTP requests of a data set: what the server answers, and when another try may help. Reaches no torch.
 
-One client, `requests`, fetches manifests, byte ranges and whole shards, so that the same proxies, certificates and .netrc
-hold for all of them. A request takes at most CONNECT_S to connect, READ_S without a byte, and longer than that only while
-SLOWEST bytes a second arrive.
+One client, `requests`, fetches manifests and whole shards, and says which proxies, certificates and .netrc entries hold for
+a server. `p2w.stream.http` receives byte ranges by the same settings, without it where no proxy is between. A request takes
+at most CONNECT_S to connect, READ_S without a byte, and longer than that only while SLOWEST bytes a second arrive.
 
 - 5xx, 408, 429, a connection that is refused, reset or silent: tried again, after a pause that doubles up to
   LONGEST_PAUSE_S, or as long as the server's Retry-After says.
@@ -11,12 +11,16 @@ SLOWEST bytes a second arrive.
 
 import contextlib
 import email.utils
+import functools
+import http.client
+import importlib.util
 import logging
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -30,13 +34,22 @@ TRIES = 5  # at least
 PAUSE_S = 0.5  # before the first new try, doubled for each further one
 LONGEST_PAUSE_S = 30.0
 PIECE = 1 << 20  # bytes read at a time
+SIGNED_S = 300  # how long a signed address is used: less than credentials that AWS hands out still hold
 _RETRY_STATUS = frozenset({408, 429})  # the statuses below 500 after which another try may succeed
 _WITHOUT_RANGES = frozenset(
     {200, 400, 416, 501}
 )  # answers of a server that cannot give a range of a file that is there
 _own = threading.local()  # each thread keeps its own connections
+_signing = threading.Lock()  # botocore's sessions are not for several threads
 
-FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+FAILURES = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+)
+
+Headers = Mapping[str, str] | http.client.HTTPMessage
 
 
 class RequestFailed(Exception):
@@ -49,6 +62,57 @@ class Refused(Exception):
     def __init__(self, reason: str, final: bool, pause_s: float | None = None) -> None:
         super().__init__(reason)
         self.final, self.pause_s = final, pause_s
+
+
+def reaches(url: str) -> bool:
+    """Whether requests can be sent for a URL: http, https, and s3 where botocore is installed."""
+    if url.startswith("s3:"):
+        return importlib.util.find_spec("botocore") is not None
+    return url.startswith(("http:", "https:"))
+
+
+def address(url: str) -> str:
+    """Where requests for a URL go: an s3 URL's signed https address, good for an hour, else the URL itself.
+
+    Messages name the URL, since whoever has the address can read the object. Raises OSError, or Refused.
+    """
+    return _signed(url, int(time.monotonic() // SIGNED_S)) if url.startswith("s3:") else url
+
+
+@functools.lru_cache(4096)
+def _signed(url: str, _turn: int) -> str:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    with _signing:
+        client = _s3_client(bucket)
+    parameters = {"Bucket": bucket, "Key": key}
+    signed: str = client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=3600)
+    return signed
+
+
+@functools.lru_cache(64)
+def _s3_client(bucket: str) -> Any:
+    """botocore's client for the region of a bucket, unsigned where this machine has no credentials.
+
+    Credentials, profiles, endpoints and regions are those of AWS's own programs (AWS_ENDPOINT_URL, AWS_PROFILE, roles …).
+    """
+    import botocore.exceptions  # noqa: PLC0415 - the extra `s3`
+    import botocore.session  # noqa: PLC0415
+    from botocore.config import Config  # noqa: PLC0415
+
+    try:
+        own = botocore.session.get_session()
+        version = "s3v4" if own.get_credentials() else botocore.UNSIGNED
+        config = Config(signature_version=version)
+        client = own.create_client("s3", config=config)
+        # Anybody is told the region of a bucket, without the right to read it; other stores than AWS may not know any.
+        place = f"{client.meta.endpoint_url}/{bucket}"
+        with session().head(place, timeout=(CONNECT_S, READ_S), allow_redirects=False) as answer:
+            region = answer.headers.get("x-amz-bucket-region")
+        if region and region != client.meta.region_name:
+            client = own.create_client("s3", region_name=region, config=config)
+        return client
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise Refused(f"AWS's settings: {error}", final=True) from error
 
 
 def session() -> requests.Session:
@@ -66,11 +130,12 @@ def get(url: str, headers: dict[str, str]) -> requests.Response:
     sub-scan; here it is looked at once for each thread and server. A server that redirects is asked in the usual way, since
     other settings may hold for the server behind it.
     """
+    url = address(url)
     parts = urlsplit(url)
     origin = (parts.scheme, parts.netloc)
     servers: dict[tuple[str, str], requests.Session] = _own.__dict__.setdefault("servers", {})
     if origin not in servers:
-        servers[origin] = _fixed_session(url)
+        servers[origin] = fixed_session(url)
     answer = servers[origin].get(
         url,
         headers=headers,
@@ -85,7 +150,7 @@ def get(url: str, headers: dict[str, str]) -> requests.Response:
     return answer
 
 
-def _fixed_session(url: str) -> requests.Session:
+def fixed_session(url: str) -> requests.Session:
     """A session with what the environment says of this server, which does not look there again."""
     settings = session().merge_environment_settings(url, {}, True, None, None)
     fixed = requests.Session()
@@ -153,33 +218,32 @@ def range_headers(start: int, nbytes: int) -> dict[str, str]:
     return {"Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity"}
 
 
-def check_status(answer: requests.Response, wanted: int) -> None:
-    """Raise Refused unless the answer has the status `wanted`."""
-    status = answer.status_code
+def check_status(status: int, reason: str, headers: Headers, wanted: int) -> None:
+    """Raise Refused unless an answer has the status `wanted`."""
     if status == wanted:
         return
     final = status < 500 and status not in _RETRY_STATUS
-    raise Refused(f"the server answers {status} {answer.reason}", final, _retry_after(answer))
+    raise Refused(f"the server answers {status} {reason}", final, _retry_after(headers))
 
 
-def check_range(answer: requests.Response, start: int, nbytes: int) -> None:
-    """Raise Refused unless the answer has these bytes of the file, as they are."""
-    check_status(answer, 206)
-    found = answer.headers.get("Content-Range", "")
+def check_range(status: int, reason: str, headers: Headers, start: int, nbytes: int) -> None:
+    """Raise Refused unless an answer has these bytes of the file, as they are."""
+    check_status(status, reason, headers, 206)
+    found = headers.get("Content-Range", "")
     if found.partition("/")[0] != f"bytes {start}-{start + nbytes - 1}":
         raise Refused(f"the server gives '{found}' for bytes {start}-{start + nbytes - 1}", final=True)
-    _check_encoding(answer)
+    _check_encoding(headers)
 
 
-def _check_encoding(answer: requests.Response) -> None:
-    packed = answer.headers.get("Content-Encoding", "identity")
+def _check_encoding(headers: Headers) -> None:
+    packed = headers.get("Content-Encoding", "identity")
     if packed != "identity":
         raise Refused(f"the server compresses its answers ({packed})", final=True)
 
 
-def _retry_after(answer: requests.Response) -> float | None:
+def _retry_after(headers: Headers) -> float | None:
     """Seconds to wait as the header Retry-After says, a number or a date; None without a valid one."""
-    said = answer.headers.get("Retry-After", "")
+    said = headers.get("Retry-After", "")
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, float(said))
     with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -191,7 +255,7 @@ def read_range(url: str, start: int, nbytes: int) -> bytes:
     """Ask once for a range of a file. Raises Refused, or an error of the connection."""
     headers = range_headers(start, nbytes)
     with get(url, headers) as answer:
-        check_range(answer, start, nbytes)
+        check_range(answer.status_code, answer.reason, answer.headers, start, nbytes)
         data: bytes = answer.raw.read(nbytes, decode_content=False)
         if len(data) < nbytes:
             raise Refused(f"{len(data):,} bytes of {nbytes:,} arrived", final=False)
@@ -202,9 +266,9 @@ def read_range(url: str, start: int, nbytes: int) -> bytes:
 def read_pieces(url: str, on_piece: Callable[[], None] = lambda: None) -> Generator[bytes, None, None]:
     """Ask once for a whole file, and yield its bytes in pieces. Raises Refused, or an error of the connection."""
     own = {"Accept-Encoding": "identity"}
-    with session().get(url, headers=own, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
-        check_status(answer, 200)
-        _check_encoding(answer)
+    with session().get(address(url), headers=own, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+        check_status(answer.status_code, answer.reason, answer.headers, 200)
+        _check_encoding(answer.headers)
         began, done = time.monotonic(), 0
         expected = answer.headers.get("Content-Length")
         while data := answer.raw.read(PIECE, decode_content=False):
@@ -271,25 +335,25 @@ def supports_ranges(
 
 def _has_ranges(url: str) -> bool:
     headers = range_headers(0, 1)
-    with session().get(url, headers=headers, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+    with session().get(address(url), headers=headers, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
         if answer.status_code == 206:
             with contextlib.suppress(Refused):
-                check_range(answer, 0, 1)
+                check_range(answer.status_code, answer.reason, answer.headers, 0, 1)
                 return True
             return False
         if answer.status_code not in _WITHOUT_RANGES:
-            check_status(answer, 206)
+            check_status(answer.status_code, answer.reason, answer.headers, 206)
         answer.close()  # the rest of the file is not read
         return False
 
 
 def refuses(url: str) -> bool:
     """Whether an http(s) server answers a request for this file in a way that another try will not change; asked once."""
-    if not url.startswith(("http:", "https:")):
+    if not reaches(url):
         return False
     try:
-        with session().get(url, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
-            check_status(answer, 200)
+        with session().get(address(url), stream=True, timeout=(CONNECT_S, READ_S)) as answer:
+            check_status(answer.status_code, answer.reason, answer.headers, 200)
     except Refused as error:
         return error.final
     except FAILURES:

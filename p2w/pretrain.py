@@ -169,6 +169,9 @@ def _run(
         log.warn(
             f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
         )
+    elif streaming:
+        needs = "botocore is not installed" if place.startswith("s3:") else "the server gives no byte ranges"
+        log.line(f"order           of a streamed set, not that of a folder, since {needs} (docs/data.md)")
     # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts

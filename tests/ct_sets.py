@@ -23,13 +23,15 @@ def structured_hu(scan: int, tile: int, shape: tuple[int, int, int] = SHAPE) -> 
     return np.clip(600 * ramp + 800 * ball - 300, -1000, 1000).astype("<i2")
 
 
-def write_structured_set(folder: Path, form: str = "tar", train: int = 6, val: int = 2, per: int = 4) -> Path:
+def write_structured_set(
+    folder: Path, form: str = "tar", train: int = 6, val: int = 2, per: int = 4, compress: str = "none"
+) -> Path:
     """A data set of `train` + `val` scans with `per` sub-scans each."""
     folder.mkdir(parents=True)
     rows, shards = [], []
     for scan in range(train + val):
         uid = f"1.2.826.{scan:04d}"
-        shard = open_shard(os.fspath(folder / f"{uid}.{form}"), SHAPE)
+        shard = open_shard(os.fspath(folder / f"{uid}.{form}"), SHAPE, compress=compress)
         for tile in range(per):
             voxels = structured_hu(scan, tile)
             row = {"key": f"{uid}/z{tile * SHAPE[0]:04d}_y0000_x0000", "scan_uid": uid, "subset": -1}
@@ -53,6 +55,8 @@ def write_structured_set(folder: Path, form: str = "tar", train: int = 6, val: i
         "shards": shards,
     }
     meta |= {"window_hu": [-1000, 1000], "axis_order": "zyx", "split": {"rule": "scan", "val_scans": val}}
+    if compress != "none":
+        meta["compression"] = compress
     write_published(
         os.fspath(folder / MANIFEST_NAME), manifest_bytes(rows, meta), os.fspath(folder / "unfinished")
     )

@@ -34,6 +34,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def waited_for_core_s(pid: int) -> float:
+    """Seconds that the main thread of a process was ready to run and other work had the cores; 0 for one that is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 class Torchrun:
     """A run that torchrun started, and its ranks."""
 

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
+from faults.launched_run import waited_for_core_s
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 from faults.services import Services
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
-TOLD_S = 30.0  # a run that was told to stop is gone by then
+TOLD_S = 30.0  # a run that was told to stop is gone by then, without the time that other work had the cores
 MEANWHILE = 0.45  # how often the folder or the data suffers too before the command is typed again
 
 
@@ -34,6 +35,9 @@ class Soak:
         self.services = Services(folder)
         self.run: Run | None = None
         self.began, self.first = time.monotonic(), len(self.done)
+        self.queued: dict[
+            int, tuple[float, float]
+        ] = {}  # by rank: seconds without a core, at the fault and now
 
     def go(self) -> None:
         """Run until there were enough faults, or the time is over, and the current run has ended."""
@@ -151,6 +155,7 @@ class Soak:
         facts = {"run": run.plan.number, "at": run.step(), "ranks": run.life.count}
         facts["by"] = "torchrun" if run.life.agent else "forked"
         before, began = run.starts(), time.monotonic()
+        self.queued = {pid: (delay := waited_for_core_s(pid), delay) for pid in run.life.ranks()}
         promise = KINDS[name].inject(run, self.rng)
         if promise == "goes on":
             began, aim = time.monotonic(), min(run.step() + 3, STEPS)
@@ -196,10 +201,17 @@ class Soak:
             reached, writing = max(reached, run.step()), run.writing()
             run.beside = max(run.beside, 0 if writing is None else reached - writing)
             hold(time.monotonic() < began + 240, f"{promise}: does not train again")
+            self.queued = {
+                pid: (first, max(last, waited_for_core_s(pid))) for pid, (first, last) in self.queued.items()
+            }
             if not run.life.running():
                 left = left or round(time.monotonic() - began, 1)
                 if promise == "told":
-                    hold(left < TOLD_S, f"told to stop, left after {left} s")
+                    others = max((last - first for first, last in self.queued.values()), default=0.0)
+                    hold(
+                        left - others < TOLD_S,
+                        f"told to stop, left after {left} s, {others:.1f} of them without a core",
+                    )
                     hold(run.status()["state"] == "told to stop", f"told to stop, but {run.status()}")
                 if not more and self.rng.random() < MEANWHILE and (other := self.draw("down", run)):
                     more = [other]

@@ -1,26 +1,46 @@
-"""A data set below an http(s) URL whose server supports byte ranges: random access, in the order of a local set.
+"""A data set below an http(s) or s3 URL whose server supports byte ranges: random access, in the order of a local set.
 
     GET …/shard.tar   Range: bytes=start-end   ->   206, the voxels of one sub-scan
 
-The batches are those of the same set in a folder, bit for bit, for either format of shards; only the bytes that are used
-are fetched, and nothing is buffered. Servers without byte ranges, and s3, are streamed (see `tar`).
+The batches are those of the same set in a folder, bit for bit, for either format of shards. Only the bytes that are used are
+fetched; they are received where they belong, and each block is checked before the next one comes. Servers without byte
+ranges, and s3 without botocore, are streamed (see `tar`).
 
 Each thread keeps its connection. To hide the latency, at least MIN_THREADS threads send requests in parallel if a rank's
 batch has as many rows. What is tried again, and for how long: `p2w.http_client` and `data.retry_minutes`.
 """
 
+import functools
+import http.client
+import io
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 import numpy as np
+import requests
+from numpy.typing import NDArray
 
 from p2w import http_client
-from p2w.http_client import Attempts, RequestFailed
+from p2w.files import crc32c
+from p2w.http_client import Attempts, Refused, RequestFailed
 from p2w.rng import Ids
 from p2w.stream.local import DataError, SampleReader, ShardSet
 
 MIN_THREADS = 8
+HEAD = 16 << 10  # bytes of an answer's head at most
+BLOCK = 512 << 10  # bytes received at a time, then checked while they are still in a core's cache
 _PAUSE = http_client.PAUSE_S
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_own = threading.local()  # each thread keeps its own connections
 
 
 class HttpSet(ShardSet):
@@ -40,16 +60,242 @@ class HttpSet(ShardSet):
         Raises:
             DataError: the server does not send them, after several tries where that may help; or the checksum differs.
         """
-        url = f"{self.where}/{self.shard(sub_scan)}"
-        start, data = int(self.offsets[sub_scan]), b""
+        url, start = f"{self.where}/{self.shard(sub_scan)}", int(self.offsets[sub_scan])
+        packed = self.packed_sizes is not None
+        target = np.empty(self.stored_bytes(sub_scan), np.uint8) if packed else self.bytes_of(out)
+        found = 0
         try:
             for attempt in Attempts(url, self.retry_s, self.on_wait, _PAUSE):
                 with attempt:
-                    data = http_client.read_range(url, start, self.stored_bytes(sub_scan))
+                    found = self._receive(url, start, target)
                     break
         except RequestFailed as error:
             raise DataError(
                 f"{url}: cannot be fetched {error}: check that the shard is there and whole, upload it again, or copy "
                 "the set to a local folder"
             ) from error
-        self.copy(sub_scan, np.frombuffer(data, np.uint8), out)
+        if packed:
+            self.copy(sub_scan, target, out)
+        elif self.verify:
+            self.check(sub_scan, found)
+
+    def _receive(self, url: str, start: int, target: NDArray[np.uint8]) -> int:
+        """Ask once for the bytes of a file from `start` on, and receive them in `target`; returns their CRC-32C."""
+        found = done = 0
+        for end in receive_range(url, start, target.data):
+            if self.verify and self.packed_sizes is None:
+                found = crc32c(target[done:end].data, found)
+            done = end
+        return found
+
+
+def receive_range(url: str, start: int, out: memoryview) -> Generator[int, None, None]:
+    """Ask once for `len(out)` bytes of a file, and receive them in `out`; yields after each block how many are there.
+
+    What lies behind the last number yielded is not there yet. A server behind a proxy, and one that redirects, is asked
+    through `requests`. Raises Refused, or an error of the connection.
+    """
+    address = http_client.address(url)
+    parts = urlsplit(address)
+    servers: dict[tuple[str, str], Connection | None] = _own.__dict__.setdefault("servers", {})
+    origin = (parts.scheme, parts.netloc)
+    if origin not in servers:
+        servers[origin] = Connection.to(address)
+    connection = servers[origin]
+    if connection is not None:
+        try:
+            yield from connection.receive(address, start, out)
+            return
+        except Redirected:
+            servers[origin] = None
+    out[:] = http_client.read_range(url, start, len(out))
+    yield len(out)
+
+
+class Redirected(Exception):
+    """A server sends on to another address."""
+
+
+class Connection:
+    """A kept connection to a server, for one thread, that receives bodies without a copy in between.
+
+    `requests` reads a body 16 kB at a time into memory of its own, and takes longer for a head than a body takes here: for
+    2 MiB three times the processor time. The usual answer, a body of the length asked for, is recognized here; the standard
+    library reads any other.
+    """
+
+    def __init__(self, connection: http.client.HTTPConnection, headers: dict[str, str]) -> None:
+        """Connect with the first request; `headers` go with each."""
+        self.connection = connection
+        self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+        self.arrived = bytearray(HEAD)
+
+    @classmethod
+    def to(cls, url: str) -> "Connection | None":
+        """One to the server of a URL; None where a proxy, a client's certificate or a password in the URL is to be used."""
+        session = http_client.fixed_session(url)
+        request = session.prepare_request(requests.Request("GET", url))
+        parts = urlsplit(str(request.url))
+        if requests.utils.select_proxy(url, session.proxies) or session.cert or "@" in parts.netloc:
+            return None
+        headers = {name: str(value) for name, value in request.headers.items()}
+        headers |= {"Host": parts.netloc, "Accept-Encoding": "identity"}
+        place = parts.hostname or "", parts.port
+        if parts.scheme == "http":
+            return cls(http.client.HTTPConnection(*place, timeout=http_client.CONNECT_S), headers)
+        context = _tls_context(session.verify)
+        return cls(
+            http.client.HTTPSConnection(*place, timeout=http_client.CONNECT_S, context=context), headers
+        )
+
+    def __del__(self) -> None:
+        """Close it with the thread that has it."""
+        self.connection.close()
+
+    def receive(self, url: str, start: int, out: memoryview) -> Generator[int, None, None]:
+        """As `receive_range`. Raises Redirected too."""
+        reusable, nbytes = False, len(out)
+        try:
+            count, body = self._ask(url, start, nbytes)
+            if _is_usual(bytes(self.arrived[: body - 4]), start, nbytes):
+                first = min(count - body, nbytes)
+                out[:first] = memoryview(self.arrived)[body : body + first]
+                for done in _receive_body(self.connection.sock, out, first):
+                    reusable = done == nbytes == max(done, count - body)
+                    yield done
+                return
+            answer = _Answer(bytes(self.arrived[:count]), self.connection.sock)
+            response = http.client.HTTPResponse(cast(socket.socket, answer), method="GET")
+            response.begin()
+            if response.status in _REDIRECTS:
+                raise Redirected
+            http_client.check_range(response.status, response.reason, response.headers, start, nbytes)
+            for done in _receive_body(response, out, 0):
+                reusable = done == nbytes and not response.read(1) and not response.will_close
+                yield done
+        finally:
+            if not reusable:  # what is left of the answer must not be taken for the next one
+                self.connection.close()
+
+    def _ask(self, url: str, start: int, nbytes: int) -> tuple[int, int]:
+        """Send a request for a range; how many bytes of the answer have arrived, and at which of them its body starts."""
+        connection = self.connection
+        if connection.sock is not None and _readable(connection.sock):
+            connection.close()  # the server has ended it since
+        if connection.sock is None:
+            connection.connect()
+            assert connection.sock is not None
+            # The system's limit counts for a whole block; with Python's, each arrival would be a call of its own.
+            limit = struct.pack("ll", int(http_client.READ_S), int(http_client.READ_S % 1 * 1e6))
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        connection.sock.settimeout(http_client.READ_S)
+        end = start + nbytes - 1
+        words = (_target(url), self.headers, start, end)
+        connection.sock.sendall(b"GET %b HTTP/1.1\r\n%bRange: bytes=%d-%d\r\n\r\n" % words)
+        count, room = 0, memoryview(self.arrived)
+        while got := connection.sock.recv_into(room[count : count + 4096]):
+            count += got
+            found = self.arrived.find(b"\r\n\r\n", 0, count)
+            if found >= 0:
+                return count, found + 4
+        if count == 0:
+            raise http.client.RemoteDisconnected("the server closes the connection without response")
+        raise Refused("the head of the answer has no end", final=False)
+
+
+class _Answer(io.RawIOBase):
+    """An answer as a file: what of it has arrived, and then what the connection gives."""
+
+    def __init__(self, arrived: bytes, connection: socket.socket) -> None:
+        self.arrived, self.connection = arrived, connection
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, out: Any) -> int:
+        """Bytes put in `out`; 0 at the end."""
+        if not self.arrived:
+            return self.connection.recv_into(out)
+        count = min(len(out), len(self.arrived))
+        out[:count], self.arrived = self.arrived[:count], self.arrived[count:]
+        return count
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As that of a socket."""
+        return io.BufferedReader(self)
+
+
+def _is_usual(head: bytes, start: int, nbytes: int) -> bool:
+    """Whether the head of an answer, without its last line, promises a body of the bytes asked for, as they are.
+
+    An answer of which this is False may be right all the same.
+    """
+    status, *lines = head.lower().split(b"\r\n")
+    found: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or name in found or name != name.strip():
+            return False
+        found[name] = value.strip()
+    return (
+        status.startswith(b"http/1.1 206")
+        and found.get(b"content-range", b"").startswith(b"bytes %d-%d/" % (start, start + nbytes - 1))
+        and found.get(b"content-length") == b"%d" % nbytes
+        and found.get(b"connection", b"keep-alive") == b"keep-alive"
+        and not found.keys() & {b"transfer-encoding", b"content-encoding"}
+    )
+
+
+def _receive_body(
+    source: "socket.socket | http.client.HTTPResponse", out: memoryview, done: int
+) -> Generator[int, None, None]:
+    """Receive `out` from its byte `done` on; yields after each block how many bytes are there.
+
+    A socket without TLS is asked once for a block, and Python's other threads run until it is there.
+    """
+    nbytes, began = len(out), time.monotonic()
+    receive: Callable[[memoryview], int]
+    if type(source) is socket.socket:
+        source.settimeout(None)
+        receive = functools.partial(source.recv_into, nbytes=0, flags=socket.MSG_WAITALL)
+    else:
+        receive = source.readinto if isinstance(source, http.client.HTTPResponse) else source.recv_into
+    while True:
+        end = min(nbytes, (done // BLOCK + 1) * BLOCK)
+        while done < end:
+            try:
+                count = receive(out[done:end])
+            except BlockingIOError as error:  # how the system's limit shows
+                raise TimeoutError("timed out") from error
+            done += count
+            if not count:
+                raise Refused(f"{done:,} bytes of {nbytes:,} arrived", final=False)
+            if done < end and time.monotonic() - began > http_client.READ_S + done / http_client.SLOWEST:
+                raise Refused(f"{done:,} bytes in {time.monotonic() - began:.0f} s", final=False)
+        yield done
+        if done == nbytes:
+            return
+
+
+def _readable(connection: socket.socket) -> bool:
+    """Whether a connection without a request under way has something to read, which can only be its end."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+@functools.lru_cache(4096)
+def _target(url: str) -> bytes:
+    """What a request for the URL names: path and query, quoted."""
+    return str(requests.Request("GET", url).prepare().path_url).encode("ascii")
+
+
+@functools.lru_cache(16)
+def _tls_context(verify: bool | str) -> ssl.SSLContext:
+    """The certificates of `requests`' setting `verify`: certifi's for True, else those of a file or folder."""
+    where = requests.certs.where() if verify is True else str(verify)
+    folder = os.path.isdir(where)
+    context = ssl.create_default_context(cafile=None if folder else where, capath=where if folder else None)
+    context.set_alpn_protocols(["http/1.1"])
+    return context

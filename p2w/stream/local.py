@@ -202,9 +202,7 @@ class ShardSet:
 
     def copy(self, sub_scan: int, source: NDArray[np.uint8], out: Any) -> None:
         """Copy voxels as raw bytes, unpacked if need be, into `out` and compare their checksum with the manifest's."""
-        target = np.asarray(out)
-        assert target.shape == self.shape and target.dtype == np.int16 and target.flags.c_contiguous
-        target = target.reshape(-1).view(np.uint8)
+        target = self.bytes_of(out)
         if self.packed_sizes is not None:
             try:
                 source = unpack_voxels(source, self.nbytes)
@@ -216,11 +214,22 @@ class ShardSet:
         if not self.verify:
             np.copyto(target, source)
             return
-        found, expected = 0, int(self.checksums[sub_scan])
+        found = 0
         for start in range(0, self.nbytes, _BLOCK):
             block = target[start : start + _BLOCK]
             np.copyto(block, source[start : start + _BLOCK])
             found = crc32c(block.data, found)
+        self.check(sub_scan, found)
+
+    def bytes_of(self, out: Any) -> NDArray[np.uint8]:
+        """The bytes of `out`, int16 (D, H, W) in C order, as they are stored."""
+        target = np.asarray(out)
+        assert target.shape == self.shape and target.dtype == np.int16 and target.flags.c_contiguous
+        return target.reshape(-1).view(np.uint8)
+
+    def check(self, sub_scan: int, found: int) -> None:
+        """Raise DataError where the CRC-32C of voxels that were read is not the manifest's."""
+        expected = int(self.checksums[sub_scan])
         if found != expected:
             at = int(self.offsets[sub_scan])
             raise self.damaged(

@@ -172,7 +172,7 @@ class Count:
 def _copy_shard(one: ShardSet, place: Path, name: str, nbytes: int, checksum: int, count: Count) -> None:
     """Copy a shard and compare it with the manifest. Raises DataError, or OSError of writing."""
     source, temporary = f"{one.where}/{name}", place / f".{name}.part"
-    if source.startswith(("http:", "https:")):
+    if http_client.reaches(source):
         try:
             for attempt in http_client.Attempts(source, one.retry_s, lambda: count.add(0)):
                 with attempt:

@@ -1,4 +1,4 @@
-"""A data set below an s3 URL, or an http(s) URL without byte ranges: tar shards, streamed through `webdataset`.
+"""A data set below a URL without byte ranges, or an s3 URL without botocore: tar shards, streamed through `webdataset`.
 
 Nothing is stored on disk. A stream has no random access, so the order is `sampler.streamed_order` (a shuffle of shards,
 then within a buffer), where a local set is shuffled globally. It too depends on seed, epoch and batch alone, not on the
@@ -52,7 +52,10 @@ _HEADERS = threading.Lock()
 _PROGRAMS = {
     "http": ("curl", "apt-get install curl"),
     "https": ("curl", "apt-get install curl"),
-    "s3": ("aws", "install the AWS CLI, https://aws.amazon.com/cli"),
+    "s3": (
+        "aws",
+        "pip install botocore, which reads by byte ranges, or install the AWS CLI, https://aws.amazon.com/cli",
+    ),
 }
 
 
@@ -111,7 +114,7 @@ def fetch_manifest(url: str, retry_s: float = 0.0) -> bytes:
     Raises:
         UserError: it cannot be fetched.
     """
-    if not url.startswith("s3:"):
+    if http_client.reaches(url):
         return http_client.fetch(url, MOST_MANIFEST, retry_s, pause_s=_PAUSE)
     stream = wds.gopen(tar_source(url))
     try:
@@ -140,10 +143,11 @@ def open_url(where: str, verify: bool = True, retry_s: float = 0.0) -> ShardSet:
         UserError: there is no manifest; the server does not answer; or the set must be streamed, and its shards are not tar.
     """
     where = where.rstrip("/")
-    tar_source(where)  # refuses other schemes
+    if not (where.startswith("s3:") and http_client.reaches(where)):
+        tar_source(where)  # refuses other schemes, and says which program is missing
     manifest_url = f"{where}/{manifest_schema.MANIFEST_NAME}"
     found = read_manifest(fetch_manifest(manifest_url, retry_s))
-    if not where.startswith("s3:") and http_client.supports_ranges(manifest_url, retry_s, pause_s=_PAUSE):
+    if http_client.reaches(where) and http_client.supports_ranges(manifest_url, retry_s, pause_s=_PAUSE):
         if not manifest_schema.stores_scans(found.meta):
             return HttpSet(found, where, verify)
         from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only

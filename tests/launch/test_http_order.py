@@ -141,8 +141,11 @@ def test_a_rank_that_gets_no_ranges_streams_with_all_others(forge, tiny_set, cal
     codes, _, err, ids = train(forge, tmp_path, tiny_set, "--train.steps", 12, run=tmp_path / "run")
     assert codes == [0, 0], err
     with serve(tiny_set, lambda self, kind, number: kind == "probe" and self.whole()) as (url, _):
-        codes, _, err, through = train(forge, tmp_path / "through", url, "--train.steps", 12)
+        codes, out, err, through = train(forge, tmp_path / "through", url, "--train.steps", 12)
     assert codes == [0, 0], err
+    assert (out + err).count(
+        "of a streamed set, not that of a folder, since the server gives no byte ranges"
+    ) == 1
     assert trained_on(ids) == trained_on(through)
 
 

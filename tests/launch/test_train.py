@@ -41,10 +41,15 @@ def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_s
     assert str(tiny_set) in (run / "run.json").read_text()
 
 
-def test_tar_and_arrow_give_the_same_bits(forge, tiny_set, tiny_arrow_set, tmp_path):
-    for name, shards in (("tar", tiny_set), ("arrow", tiny_arrow_set)):
+def test_tar_arrow_and_packed_arrow_give_the_same_bits(forge, tiny_set, tiny_arrow_set, tmp_path):
+    packed = write_structured_set(tmp_path / "zstd", "arrow", compress="zstd")
+    plain, small = (
+        sum(path.stat().st_size for path in one.glob("*.arrow")) for one in (tiny_arrow_set, packed)
+    )
+    assert small < plain / 2
+    for name, shards in (("tar", tiny_set), ("arrow", tiny_arrow_set), ("packed", packed)):
         finished(forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / name))
-    assert weights(tmp_path / "tar", 6) == weights(tmp_path / "arrow", 6)
+    assert weights(tmp_path / "tar", 6) == weights(tmp_path / "arrow", 6) == weights(tmp_path / "packed", 6)
 
 
 BAD = {

@@ -28,6 +28,7 @@ from p2w.shards.tiling import Tiling
 from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError
 from p2w.stream.random_places import TRIES
+from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream, open_set
 
 TILE = (32, 64, 64)
@@ -358,3 +359,16 @@ def test_a_manifest_of_tables_says_the_same(stored, tmp_path):
     assert two.store.place.tolist() == one.store.place.tolist()
     assert [two.key(n) for n in range(len(two))] == [one.key(n) for n in range(len(one))]
     same(take(Stream(one, batch=4, seed=3), 3), take(Stream(two, batch=4, seed=3), 3))
+
+
+def test_a_copy_on_the_nodes_disk_has_the_same_places(stored, tmp_path):
+    """Whole scans are copied as sub-scans are: the same ids, voxels and validation, epoch after epoch."""
+    source = open_set(os.fspath(stored))
+    copies = StagedCopy(source, tmp_path)
+    copies.copy()
+    found = copies.open()
+    assert found.random_places and found.copy_of == source.where and found.where != source.where
+    for epoch in (0, 3):
+        same(take(Stream(found, batch=4, seed=5), 3, epoch), take(Stream(source, batch=4, seed=5), 3, epoch))
+    same(take(Stream.validation(found, batch=4), 2), take(Stream.validation(source, batch=4), 2))
+    assert copies.remove() and not list(tmp_path.iterdir())
