@@ -72,7 +72,12 @@ def first_page() -> str:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Name a file outside docs/ instead of linking to it: the site is read without the repository."""
     markdown = re.sub(r"\]\((?:\.\./)+examples/look_inside\.ipynb\)", "](notebook.md)", markdown)
-    return OUTSIDE.sub(r"\1 (`\2` of the repository)", markdown)
+    return OUTSIDE.sub(lambda found: _outside(found[1], found[2]), markdown)
+
+
+def _outside(text: str, path: str) -> str:
+    """What stands for a link to `path` in the repository: its text and where it leads, or the path alone if they are one."""
+    return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}` of the repository)"
 
 
 INLINE = re.compile(r"(?<!<span></span>)<code>([^<\n]+)</code>")  # code in a sentence or a table, not a block
