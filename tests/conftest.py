@@ -125,7 +125,7 @@ class DurationRecorder:
     """Writes the seconds of each file's slow tests, where they are at least `LEAST`; and which tests are slow without being
     marked so: those that take `SLOW` times the CPU time of the median test, on any machine, busy or not."""
 
-    LEAST, SLOW = 5, 10
+    LEAST, SLOW = 5, 15
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
