@@ -183,8 +183,13 @@ def draw_map(points: NDArray[np.floating], names: Sequence[str], labels: Sequenc
             label=kind or "no label",
         )  # fmt: skip
     if len(names) <= NAMED:
+        middle = (points[:, 0].min() + points[:, 0].max()) / 2
+        # Names stand towards the middle, so that none leaves the frame.
         for (x, y), name in zip(points, names, strict=True):
-            axes.annotate(name, (float(x), float(y)), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            side, align = (-4, "right") if x > middle else (4, "left")
+            axes.annotate(
+                name, (float(x), float(y)), xytext=(side, 3), ha=align, textcoords="offset points", fontsize=7
+            )
     if labels:
         axes.legend(fontsize=8)
     axes.set_xticks([])
