@@ -133,17 +133,16 @@ class Connection:
     @classmethod
     def to(cls, url: str) -> "Connection | None":
         """One to the server of a URL; None where a proxy, a client's certificate or a password in the URL is to be used."""
-        session = http_client.fixed_session(url)
-        request = session.prepare_request(requests.Request("GET", url))
-        parts = urlsplit(str(request.url))
-        if requests.utils.select_proxy(url, session.proxies) or session.cert or "@" in parts.netloc:
+        parts = urlsplit(url)
+        found = _settings(parts.scheme, parts.netloc)
+        if found is None:
             return None
-        headers = {name: str(value) for name, value in request.headers.items()}
-        headers |= {"Host": parts.netloc, "Accept-Encoding": "identity"}
-        place = parts.hostname or "", parts.port
+        headers, verify = found
+        host = urlsplit(f"//{headers['Host']}")
+        place = host.hostname or "", host.port
         if parts.scheme == "http":
             return cls(http.client.HTTPConnection(*place, timeout=http_client.CONNECT_S), headers)
-        context = _tls_context(session.verify)
+        context = _tls_context(verify)
         return cls(
             http.client.HTTPSConnection(*place, timeout=http_client.CONNECT_S, context=context), headers
         )
@@ -289,6 +288,22 @@ def _readable(connection: socket.socket) -> bool:
 def _target(url: str) -> bytes:
     """What a request for the URL names: path and query, quoted."""
     return str(requests.Request("GET", url).prepare().path_url).encode("ascii")
+
+
+@functools.lru_cache(64)
+def _settings(scheme: str, netloc: str) -> tuple[dict[str, str], bool | str] | None:
+    """Headers for a server, and its certificates as `requests` names them; None for one that `requests` is to ask.
+
+    Looked up once in a process, in which every validation starts threads of its own.
+    """
+    url = f"{scheme}://{netloc}/"
+    session = http_client.fixed_session(url)
+    if requests.utils.select_proxy(url, session.proxies) or session.cert or "@" in netloc:
+        return None
+    request = session.prepare_request(requests.Request("GET", url))
+    headers = {name: str(value) for name, value in request.headers.items()}
+    headers |= {"Host": urlsplit(str(request.url)).netloc, "Accept-Encoding": "identity"}
+    return headers, session.verify
 
 
 @functools.lru_cache(16)

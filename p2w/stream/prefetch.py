@@ -194,7 +194,8 @@ class Prefetch:
                 row_reader.fill(*position, self.ring[count % len(self.ring)])
                 with self.condition:
                     self.filled[count % len(self.ring)] += 1
-                    self.condition.notify_all()
+                    if self.filled[count % len(self.ring)] == len(self.row_readers):
+                        self.condition.notify_all()  # the consumer waits for a whole batch, nobody for less
         except BaseException as error:  # the consumer raises it
             with self.condition:
                 self.error = self.error or error

@@ -275,6 +275,7 @@ def test_https_takes_the_certificates_of_the_environment(tmp_path, monkeypatch):
             np.testing.assert_array_equal(out, wholes[sub_scan])
         monkeypatch.delenv("REQUESTS_CA_BUNDLE")
         stream_http._own.servers.clear()
+        stream_http._settings.cache_clear()
         with pytest.raises(DataError, match="certificate verify failed"):
             shards.read_into(2, out)
 
