@@ -10,7 +10,8 @@ from p2w.ct.discover import ScanListing, ScanSource
 from p2w.errors import UserError
 from p2w.shards.grouping import GroupingOptions, group_of, split_groups
 from p2w.shards.scan_shards import ScanFolder, ShardingSettings
-from p2w.tasks.leak import _first_leak
+from p2w.shards.training_scans import training_scans
+from p2w.tasks.leak import first_leak
 
 NAMES = ["anna/a.nii", "anna/b.nii", "bert/x/c.nii", "bert/d.nii", "carl.nii"]
 
@@ -192,19 +193,21 @@ def test_a_test_patient_who_was_pretrained_on_is_a_leak():
     meta = _manifest(listing(names, patients), GroupingOptions())
     trained = "Muller" if "q_1" in meta["split"]["train_scans"] else "Smith"
     validated = "Smith" if trained == "Muller" else "Muller"
-    assert "of a patient who is tested on, in scan t" in _first_leak(Target(trained), meta, None)
+    assert "of a patient who is tested on, in scan t" in first_leak(
+        Target(trained), training_scans(meta), None
+    )
     by_hash = Target("Nobody")  # as p2w prepare general --images dicom names patients: after a series
     by_hash.meta["sources"][0]["patient_hash"] = salted_hash(trained, "")
-    assert "of a patient who is tested on, in scan t" in _first_leak(by_hash, meta, None)
+    assert "of a patient who is tested on, in scan t" in first_leak(by_hash, training_scans(meta), None)
     by_hash.meta["sources"][0]["patient_hash"] = salted_hash(validated, "")
-    assert _first_leak(by_hash, meta, None) is None
-    assert _first_leak(Target(validated), meta, None) is None
-    assert _first_leak(Target("Nobody"), meta, None) is None
+    assert first_leak(by_hash, training_scans(meta), None) is None
+    assert first_leak(Target(validated), training_scans(meta), None) is None
+    assert first_leak(Target("Nobody"), training_scans(meta), None) is None
     secret = _manifest(listing(names, patients), GroupingOptions(salt="x"))
-    assert secret["split"]["secret"] and _first_leak(Target(trained), secret, None) is None
+    assert secret["split"]["secret"] and first_leak(Target(trained), training_scans(secret), None) is None
     meta["sources"][0]["patient"] = 7
     with pytest.raises(UserError, match="makes no sense"):
-        _first_leak(Target("Nobody"), meta, None)
+        first_leak(Target("Nobody"), training_scans(meta), None)
 
 
 def test_a_secret_salt_is_written_nowhere():
