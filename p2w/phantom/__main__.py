@@ -7,15 +7,19 @@
 Interrupted? The same command completes the folder. Exit code 0: written; 2: it cannot be, one line says why.
 """
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from p2w.errors import UserError, exits
 from p2w.phantom import write_luna
-from p2w.progress import Progress, say
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,7 @@ class PhantomArgs:
 def main() -> None:
     """Parse the command line, write the scans and print what was written."""
     args = tyro.cli(PhantomArgs, prog="python -m p2w.phantom", description=__doc__)
-    with Progress(args.scans, "phantom scans") as progress:
-
-        def done(uid: str) -> None:
-            progress.step(uid)
-            progress.tick()
-
+    with _follow(args.scans) as done:
         try:
             write_luna(
                 args.out,
@@ -66,7 +65,34 @@ def main() -> None:
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{args.out}: {why}; mend it and repeat the command, it goes on") from None
-    say(f"{args.out}: {args.scans} scans of {' x '.join(map(str, args.shape))} voxels (z y x)")
+    print(f"{args.out}: {args.scans} scans of {' x '.join(map(str, args.shape))} voxels (z y x)", flush=True)
+
+
+@contextmanager
+def _follow(total: int) -> Iterator[Callable[[str], None]]:
+    """Show progress: a bar on a terminal, elsewhere a line per scan."""
+    console, begin, count = Console(), time.perf_counter(), 0
+    columns = [
+        TextColumn("phantom scans"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    ]
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, rate="")
+
+        def done(uid: str) -> None:
+            nonlocal count
+            count += 1
+            spent = time.perf_counter() - begin
+            bar.update(task, completed=count, rate=f"{count / spent:.2f} scans/s")
+            if not console.is_terminal:
+                left = spent / count * (total - count)
+                print(
+                    f"scan {count}/{total}  {count / spent:.2f} scans/s  {left:.0f} s left  {uid}", flush=True
+                )
+
+        yield done
 
 
 if __name__ == "__main__":
