@@ -24,6 +24,7 @@ from _pytest.runner import runtestprotocol
 
 # Collecting asks torch whether there is a GPU, which leaves forks without it unless torch asks the driver's library.
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+CROWD = 4  # threads a core that compute: half of the workers wait until there are no more
 LEAVE_S = 20  # that workers have to end what their fixtures have started
 
 
@@ -165,29 +166,44 @@ class ForkedWorkers:
         return True
 
     def _loop(self, session: pytest.Session, left: collections.deque, workers: list[_Worker]) -> None:
+        idle: list[_Worker] = []
         while True:
-            # Quick tests compute. Slow ones wait, for other processes mostly, and leave their core to another worker.
-            while left and len(workers) < (self.most if left[0][0] else min(self.most, self.cores)):
-                workers.append(worker := self._start(session, workers))
-                worker.run(left.popleft()[1])
+            while left and self._may_begin(left[0][0], len(workers), len(idle)):
+                if not idle:
+                    workers.append(self._start(session, workers))
+                    idle.append(workers[-1])
+                idle.pop().run(left.popleft()[1])
+            if not left:
+                for worker in idle:
+                    worker.run([])
+                idle = []
             if not workers:
                 return
-            for link in connection.wait([worker.link for worker in workers]):
+            for link in connection.wait([worker.link for worker in workers], 0.5 if left else None):
                 worker = next(one for one in workers if one.link is link)
                 try:
                     kind, said = link.recv()
                 except (EOFError, OSError):
                     workers.remove(worker)
+                    idle = [one for one in idle if one is not worker]
                     self._died(worker, left)
                     continue
                 if kind == "idle":
-                    worker.run(left.popleft()[1] if left else [])
+                    idle.append(worker)
                 else:
                     self._take(worker, kind, said)
                 if session.shouldfail:
                     raise session.Failed(session.shouldfail)
                 if session.shouldstop:
                     raise session.Interrupted(session.shouldstop)
+
+    def _may_begin(self, slow: bool, workers: int, idle: int) -> bool:
+        """Whether another file of tests begins now. Quick tests compute: a core each. Slow ones wait, for other processes
+        mostly, and leave their core to another worker; their time limits are for a machine that is not overrun."""
+        if not slow:
+            return idle > 0 or workers < min(self.most, self.cores)
+        few = workers - idle < max(self.cores, self.most // 2)
+        return (idle > 0 or workers < self.most) and (few or runnable() <= CROWD * self.cores)
 
     def _start(self, session: pytest.Session, workers: list[_Worker]) -> _Worker:
         self.started += 1
@@ -239,6 +255,12 @@ class ForkedWorkers:
                 if time.monotonic() > deadline:
                     os.kill(worker.pid, signal.SIGKILL)
                 time.sleep(0.05)
+
+
+def runnable() -> int:
+    """Threads of the machine that compute now or could."""
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[0])
 
 
 def is_slow(item: pytest.Item) -> bool:
