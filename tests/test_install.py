@@ -86,7 +86,11 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", top / "env"], check=True)
     (site,) = (top / "env" / "lib").glob("python*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", top / "env" / "bin" / "python", "--quiet", "install"]
-    subprocess.run([*pip, "--disable-pip-version-check", "--no-index", "--no-deps", wheel], check=True)
+    # A checkout on PYTHONPATH that somebody has installed from would pass for the package.
+    apart = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(
+        [*pip, "--disable-pip-version-check", "--no-index", "--no-deps", wheel], check=True, env=apart
+    )
     needs = Path(sysconfig.get_paths()["purelib"])
     (site / "needs.pth").write_text(
         f"{needs}\n"

@@ -47,7 +47,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait={kill_wait}
 SlurmdTimeout=30
 SlurmctldPort={ports[0]}
 StateSaveLocation={dir}/ctld
@@ -65,6 +65,7 @@ GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_g
 CUT = ["--subsets", "0-1", "--workers", "1"]
 # What jobs run as forks. What srun starts stays in the tree of its slurmstepd, to which Slurm's signals go.
 FORKED = {("-m", "p2w"), ("-m", "p2w.commands.train")}
+KILL_WAIT = 10  # seconds from SIGTERM to SIGKILL
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -112,14 +113,16 @@ class Cluster:
     def wait(self, job: str, what: str, true: Callable[[], bool], seconds: float = 180) -> None:
         """Until ``true()``; fails when time is up or the job ends before, with the job's log.
 
-        Slurm is asked once a second: each time takes two processes and the controller's time.
+        A job that was cancelled is final to Slurm at once, while its processes have KillWait to end in. Slurm is asked once
+        a second: each time takes two processes and the controller's time.
         """
         end, asked = time.monotonic() + seconds, time.monotonic()
+        final: float | None = None
         while not true():
-            over = False
-            if time.monotonic() - asked > 1:
-                over = self.job(job)["JobState"] in FINAL and not true()
+            if final is None and time.monotonic() - asked > 1:
                 asked = time.monotonic()
+                final = asked if self.job(job)["JobState"] in FINAL else None
+            over = final is not None and time.monotonic() - final > KILL_WAIT + 1 and not true()
             if over or time.monotonic() > end:
                 raise AssertionError(f"job {job}: no {what}\n{self.job(job)}\n{self.log(job)[-6000:]}")
             time.sleep(0.1)
@@ -187,6 +190,7 @@ def start(folder: Path, hosts: Hosts | None = None) -> Cluster:
         user=getpass.getuser(), dir=folder, ports=free_ports(3),
         controller=hosts.gateway if hosts else "127.0.0.1",
         addresses=hosts.addresses if hosts else ["127.0.0.1"] * 2,
+        kill_wait=KILL_WAIT,
     )  # fmt: skip
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text(GRES_CONF)
