@@ -199,7 +199,7 @@ def test_sizes_that_there_are_not():
         ResNet3d(20)
     with pytest.raises(UserError, match=r"model\.width=0"):
         build_encoder("i3d", 0)
-    with pytest.raises(UserError, match="unknown; one of dense_vnet, i3d, res"):
+    with pytest.raises(UserError, match="unknown; one of dense_vnet, i3d, primus, res"):
         build_encoder("resnet", 32)
 
 
