@@ -55,10 +55,10 @@ demo: $(VENV)/.installed
 	@echo "your scans      python preprocess/shard_scans.py --scans FOLDER --out shards"
 	@echo "                torchrun launch/train.py paper   on GPUs; here, to try: torchrun launch/train.py demo"
 
-# Eight workers for two cores: most of a test of processes is waiting, which leaves its core to another.
+# More workers than cores: a test of processes waits much of its time, which leaves its core to another (bench/NOTES.md).
 # Hundreds of processes import the package: its bytecode is kept for them, also where the environment says otherwise.
 # One thread each: beside one another, threads of one computation wait for each other many times longer than they compute.
-WORKERS ?= 8
+WORKERS ?= 6
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --workers $(WORKERS)
 quick: $(VENV)/.tools
 	$(PYTEST) -m 'not slow and not slurm'
