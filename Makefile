@@ -11,7 +11,7 @@
 # make evidence   train and analyse; writes docs/evidence.md: a little more than an hour on two free cores
 #                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
 # make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
-# make methods    every pretext at equal compute; fills docs/methods.md: hours on two cores
+# make methods    what each pretext shows and asks: table and pictures of docs/methods.md, a quarter of an hour
 # make transfer   tasks that ask for place, frozen and fine-tuned; fills tables of docs/targets.md: five hours on two free cores
 # make targets    the paper's Tables 1 and 2 at CPU size; fills docs/targets.md: an hour and a half more
 #

@@ -17,7 +17,7 @@ from p2w.model import build_encoder
 from p2w.pretext import PRETEXTS
 from p2w.reproduce.table import BEST, Cell, Claim, Column, Table
 from p2w.shards.grouping import split_groups
-from p2w.stats import compare_pretrainings, paired
+from p2w.stats import paired
 from p2w.stream.stream import open_set
 from p2w.world import World
 
@@ -29,7 +29,6 @@ import gate
 import leaderboard
 import measure_run
 import methods
-import methods_page
 import page
 import pretrainings
 import run
@@ -53,15 +52,6 @@ def test_separability_is_that_of_all_pairs_and_kinds_are_told_apart():
     assert shortcuts.separability(features, np.arange(12), tile)["one_scan"] is None
 
 
-def test_what_is_in_the_features_can_be_read_from_wholes_that_were_not_fitted():
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(20, 6, 5))
-    place = features[..., :2] @ np.array([[1.0, 0.5], [0.0, 1.0]])
-    chance = rng.normal(size=(20, 6, 1))
-    read = shortcuts.readable(features, np.concatenate((place, chance), 2))
-    assert min(read[:2]) > 0.99 and read[2] < 0.1
-
-
 def test_changes_take_away_what_they_say():
     parts = torch.rand(3, 1, 4, 8, 8) * 0.2 + torch.tensor([0.1, 0.3, 0.5]).view(3, 1, 1, 1, 1)
     even = shortcuts.standardised(parts).flatten(1)
@@ -79,24 +69,18 @@ def test_a_page_keeps_the_words_between_its_blocks():
         page.fill(text, "real times", "new")
 
 
-@pytest.mark.slow
-def test_every_pretext_is_compared_at_the_arithmetic_of_parts2whole(tmp_path):
+def test_every_pretext_has_a_row_and_a_picture(tmp_path):
     shown = {
         flags[flags.index("--pretext.name") + 1]
-        for flags in methods.METHODS.values()
+        for flags in designs.METHODS.values()
         if "--pretext.name" in flags
     }
-    assert shown | {"parts2whole"} == set(PRETEXTS)
-    folders = {methods.folder_of(tmp_path, name, 0) for name in methods.METHODS}
-    assert len(folders) == len(methods.METHODS)
-    assert methods.share("parts2whole") == 1 and methods.share("+ contrast") == pytest.approx(2, rel=0.01)
-    assert methods.share("simclr") < 0.5  # no decoder
-    assert "--train.steps 100 " in " ".join(map(str, methods.train_job(tmp_path, "+ contrast", 0).command))
-
-
-def test_a_cell_is_mean_and_deviation_over_seeds_and_what_was_not_run_is_a_dash():
-    assert methods_page._cell([0.5, 0.7]) == "0.600 ± 0.141"
-    assert methods_page._cell([0.5, None]) == "0.500" and methods_page._cell([None]) == "-"
+    assert shown | {designs.REFERENCE} == set(PRETEXTS)
+    for name in designs.METHODS:
+        command = methods.train_job(tmp_path, name).command
+        assert parse([*map(str, command)][1:])[0].config.train.steps == methods.STEPS
+    pictured = methods.pictured((REPO / "docs" / "methods.md").read_text())
+    assert set(pictured) <= set(designs.METHODS) and len(set(pictured)) == len(pictured) > 9
 
 
 def test_the_target_sets_and_sweeps_are_commands_that_exist(tmp_path, monkeypatch):
@@ -200,29 +184,6 @@ def test_rates_are_chosen_by_the_loss_on_validation_patients(tmp_path, monkeypat
     monkeypatch.setattr(targets_page, "put", lambda block, text: written.update({block: text}))
     targets_page.rates(found, {"A": 1e-3, "B": 1e-4})
     assert written["rates"].splitlines()[3] == "| **A, 0.001** | 0.6000 | 0.0200 |"
-
-
-def test_methods_are_tested_against_random_with_holms_p_and_one_seed_is_no_test(tmp_path):
-    def trials(folder, values):
-        for index, value in enumerate(values):
-            place = folder / f"trial-{index:02d}"
-            place.mkdir(parents=True)
-            one = {"trial": index, "seed": index, "metrics": {"auc": value, "mean_iou": value}}
-            (place / "result.json").write_text(json.dumps(one))
-
-    for task in methods_page.TASKS:
-        trials(tmp_path / "transfer" / task / "scratch", [0.5, 0.6, 0.55])
-        for seed in range(3):
-            trials(tmp_path / "transfer" / task / f"simclr-seed{seed}", [0.8 + 0.01 * seed, 0.9, 0.85])
-        trials(tmp_path / "transfer" / task / "mae-seed0", [0.8, 0.9, 0.7])
-    found = methods_page.against_random(tmp_path, ["simclr", "mae"], methods.folder_of)
-    one = compare_pretrainings(
-        {s: {0: (0, 0.8 + 0.01 * s), 1: (1, 0.9), 2: (2, 0.85)} for s in range(3)},
-        {None: {0: (0, 0.5), 1: (1, 0.6), 2: (2, 0.55)}},
-    )
-    assert found["simclr", "ncc"].startswith(f"{one.difference:+.3f} ({one.low:.3f} to {one.high:.3f}), p ")
-    assert found["simclr", "ncc"].endswith("p < 0.001" if 2 * one.p < 0.001 else f"p = {2 * one.p:.3f}")
-    assert found["mae", "ncs"] == "+0.250, one pretraining is no replicate"
 
 
 def test_folds_set_each_scan_aside_once_as_the_cutting_command_splits_them():

@@ -31,6 +31,8 @@ REFERENCE = "parts2whole"
 # The rows of the leaderboard: a name for the table, and the flags that make it. A pretext of one's own is a line here.
 METHODS: dict[str, list[str]] = {
     REFERENCE: [],
+    "parts2whole_intensity": ["--intensity.strength", "0.25"],
+    "parts2whole_position": ["--position.weight", "0.1"],
     "autoencoder": ["--pretext.name", "autoencoder"],
     "parts2whole_contrast": ["--pretext.name", "parts2whole_contrast"],
     "simclr": ["--pretext.name", "simclr"],
@@ -41,6 +43,9 @@ METHODS: dict[str, list[str]] = {
     "dino": ["--pretext.name", "dino"],
     "mae": ["--pretext.name", "mae", "--model.name", "vit3d"],  # leaves tokens out, which takes a transformer
     "mae_primus": ["--pretext.name", "mae", "--model.name", "primus"],
+    "rubiks_cube": ["--pretext.name", "rubiks_cube"],
+    "rubiks_cube_pp": ["--pretext.name", "rubiks_cube_pp"],
+    **{name: ["--pretext.name", name] for name in ("exemplar", "moco", "instdisc", "pirl", "swav", "amdim")},
 }
 # Parts2Whole for longer than the others: whether what it lacks is steps. Only where `--methods` names it.
 LONGER = {"parts2whole_1200": 1200}

@@ -2,7 +2,6 @@
 
     make targets                                             # phantoms; with P2W_REAL_DATA=FOLDER the sarcoma set too
     python bench/evidence/targets.py --folder evidence --real scans --parts table1
-    python bench/evidence/targets.py --parts methods         # the contenders of methods.py, on two tasks, for its table
 
 Five phantom tasks in the public sets' formats, 100 patients each, and real soft-tissue sarcomas. `rates`: the learning rate
 of each pretraining, chosen by the fine-tunings' loss on validation patients. `table1`: random, autoencoder, Models Genesis
@@ -23,8 +22,8 @@ from pathlib import Path
 
 import gate
 import linear_probe
-import methods
 import targets_page
+from designs import METHODS, cost
 from gate import read_gates
 from jobs import REPO, Job, work
 from page import table
@@ -61,7 +60,7 @@ RATES, RATE_STEPS, RATE_TRIALS, RATE_SEED = (
     1000,
 )  # another seed than any that is tested
 SEEDS = 3  # pretrainings of each method
-CONTEST = ("ncc", "ncs")  # what Table 2 and the contenders are fine-tuned on
+CONTEST = ("ncc", "ncs")  # what Table 2 is fine-tuned on
 
 
 def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
@@ -105,8 +104,8 @@ def start_job(
 ) -> Job:
     """Pretrain a starting point for the arithmetic of `steps` steps of Parts2Whole."""
     run = folder / place / f"{name}-seed{seed}-lr{rate:g}"
-    words: list[object] = ["launch/train.py", "demo", *length(round(steps / methods.share(name)), rate)]
-    words += [*methods.METHODS[name], "--shards", folder / "phantom", "--run", run]
+    words: list[object] = ["launch/train.py", "demo", *length(round(steps / cost(name)), rate)]
+    words += [*METHODS[name], "--shards", folder / "phantom", "--run", run]
     words += ["--train.seed", seed, "--data.seed", seed]
     return Job(f"pretrain-{run.name}", words, run / "status.json")
 
@@ -234,17 +233,6 @@ def features(folder: Path) -> None:
     targets_page.put("frozen", table(head, rows))
 
 
-def contest(folder: Path) -> None:
-    """The runs of methods.py that exist: three trials of each seed."""
-    for names, steps in ((methods.CONTENDERS, methods.STEPS), (methods.LONGER, methods.LONG)):
-        asked = [(name, seed, steps) for seed in range(methods.SEEDS) for name in names]
-        runs = [job.done.parent for job in (methods.train_job(folder, *one) for one in asked) if job.finished]
-        if runs:
-            out = folder / runs[0].parent.name.replace("methods", "transfer")
-            starts = ("scratch=random", *(f"{run.name}={run}" for run in runs))
-            sweep(folder, out, "table1", CONTEST, "--trials", 3, "--fraction", 0.1, "--inits", *starts)
-
-
 PARTS: dict[str, Callable[[Path], None]] = {
     "rates": rates,
     "gate": gates,
@@ -252,7 +240,6 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "table2": table2,
     "control": control,
     "frozen": features,
-    "methods": contest,
 }
 
 

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import methods
+import designs
 import torch
 import transfer_page
 from frozen_decoder import Crops, coarsest, decode
@@ -111,10 +111,10 @@ def pretrained(folder: Path, size: Size, method: str, seed: int, rate: float) ->
     job = Job("", (), run / "status.json")
     if job.finished:
         return run
-    flags = list(methods.METHODS[METHODS[method]])
+    flags = list(designs.METHODS[METHODS[method]])
     if METHODS[method] == "simmim":  # 64 patches, as at the sizes of the recipes
         flags += ["--mae.patch", *(str(edge // 4) for edge in size.crop)]
-    steps = round(size.steps / methods.share(METHODS[method]))
+    steps = round(size.steps / designs.cost(METHODS[method]))
     began = time.process_time()
     argv = [
         "demo", *flags, "--pretext.size", *words(size.crop), "--model.width", str(size.width),
