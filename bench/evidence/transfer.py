@@ -12,6 +12,7 @@ in the order of their worth, and the page is written after each round. One proce
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -221,7 +222,7 @@ def gates(folder: Path, workers: int = 1) -> None:
 
 
 def tuned(folder: Path, workers: int = 1) -> None:
-    """E2: fine-tuning with a tenth of the labels, one pretraining after the other, all methods and tasks of each."""
+    """E2: fine-tuning with a tenth of the labels; Parts2Whole beside scratch comes first, task by task."""
     make_sets(folder, MATCHED)
     place = folder / MATCHED.name
     for task, command in tuned_sets(place).items():
@@ -229,21 +230,12 @@ def tuned(folder: Path, workers: int = 1) -> None:
             call([sys.executable, *command])
     trials = transfer_page.TUNED_TRIALS
     tenth = (*transfer_page.TENTH.split(), "--workers", workers)
-    for seed in range(SEEDS):
+    width = ("--init", "random", "--width", MATCHED.width)
+    for methods in ((OURS,), ("Autoencoder", "Models Genesis")):
         for task in transfer_page.TUNED_TASKS:
             target, out = place / "targets" / task, place / "tuned" / task
-            fine_tune(
-                target,
-                out / "Scratch",
-                "Scratch",
-                trials,
-                "--init",
-                "random",
-                "--width",
-                MATCHED.width,
-                *tenth,
-            )
-            for method in (OURS, "Models Genesis", "Autoencoder"):
+            fine_tune(target, out / "Scratch", "Scratch", trials, *width, *tenth)
+            for method, seed in itertools.product(methods, range(SEEDS)):
                 start = pretrained(folder, MATCHED, method, seed, MATCHED_RATE)
                 fine_tune(target, out / f"{method} seed {seed}", method, trials, "--init", start, *tenth)
                 transfer_page.write(folder)
