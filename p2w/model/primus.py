@@ -151,7 +151,10 @@ class Primus(Encoder):
 
 
 class PrimusDecoder(nn.Module):
-    """Doubles the edges three times, with a norm over channels and GELU between; channels fall by a factor of four [?]."""
+    """Doubles the edges three times, with a norm over channels and GELU between.
+
+    The channels fall to a quarter each time, which is our choice.
+    """
 
     def __init__(self, channels: int, skips: bool, out_channels: int = 1) -> None:
         super().__init__()
