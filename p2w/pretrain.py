@@ -164,50 +164,15 @@ def _run(
             f"elastic         began with {began} ranks, goes on with {world.size}: a rank has "
             f"{config.data.batch // world.size} wholes of each step, in {config.optim.accumulate} pass(es)"
         )
-    if 0 < len(streaming) < world.size:
-        names = ", ".join(map(str, streaming[:8]))
-        log.warn(
-            f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
-        )
-    elif streaming:
-        needs = "botocore is not installed" if place.startswith("s3:") else "the server gives no byte ranges"
-        log.line(f"order           of a streamed set, not that of a folder, since {needs} (docs/data.md)")
+    log_order(shards, place, streaming, world, log)
     # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
-        command = {"command": command_line(), "cwd": os.getcwd(), "precision": precision.name}
-        facts = {
-            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-            "changed_from": settings.changed_from(asked),
-        }
-        folder.open(
-            asked,
-            data,
-            place,
-            {
-                **world.machine(),
-                **command,
-                **facts,
-                "order": shards.order,
-                "order_version": trainer.stream.sampler.order_version,
-                "data_set": describe_data(shards),
-            },
-        )
-        versions = {"p2w": __version__, "torch": torch.__version__}
-        about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
-        log.describe(
-            folder.path.absolute().name,
-            settings.flatten(asked) | {"parameters": facts["parameters"]} | about,
-        )
+        _open_folder(folder, asked, data, place, shards, trainer, precision, log)
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
                 choice.write(folder.path)
-        trainer.checkpointer.checkpoints.guard = folder.check_owner
-        folder.watch(
-            lambda: trainer.step, log.warn,
-            lambda why: world.abort(1, f"error: {why}; it leaves without saving", at_once=True),
-        )  # fmt: skip
     world.barrier()
     watchdog.on_exit = lambda reason, step: _record_failure(folder, reason, step)
     outcome = Outcome("failed", 0)
@@ -225,6 +190,52 @@ def _run(
             folder.close()
         log.close(outcome.state)
     return outcome
+
+
+def log_order(shards: ShardSet, place: str, streaming: list[int], world: World, log: Log) -> None:
+    """Say why the set has the order of a streamed one, if it has; `streaming` are the ranks that get no byte ranges."""
+    if 0 < len(streaming) < world.size:
+        names = ", ".join(map(str, streaming[:8]))
+        log.warn(
+            f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
+        )
+    elif streaming:
+        needs = "botocore is not installed" if place.startswith("s3:") else "the server gives no byte ranges"
+        log.line(f"order           of a streamed set, not that of a folder, since {needs} (docs/data.md)")
+
+
+def _open_folder(
+    folder: RunDir, config: Config, data: str, place: str, shards: ShardSet, trainer: Trainer, precision: Precision,
+    log: Log,
+) -> None:  # fmt: skip
+    """Rank 0: create or continue the folder, record this start in it, and watch that it stays this process's own."""
+    world = trainer.world
+    facts = {
+        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+        "changed_from": settings.changed_from(config),
+    }
+    start = {
+        **world.machine(),
+        "command": command_line(),
+        "cwd": os.getcwd(),
+        "precision": precision.name,
+        **facts,
+        "order": shards.order,
+        "order_version": trainer.stream.sampler.order_version,
+        "data_set": describe_data(shards),
+    }
+    folder.open(config, data, place, start)
+    versions = {"p2w": __version__, "torch": torch.__version__}
+    about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
+    log.describe(
+        folder.path.absolute().name,
+        settings.flatten(config) | {"parameters": facts["parameters"]} | about,
+    )
+    trainer.checkpointer.checkpoints.guard = folder.check_owner
+    folder.watch(
+        lambda: trainer.step, log.warn,
+        lambda why: world.abort(1, f"error: {why}; it leaves without saving", at_once=True),
+    )  # fmt: skip
 
 
 def _record_failure(folder: RunDir, reason: str, step: int) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ SHAPE = (8, 24, 20)  # z, y, x of the scans
 class Kind:
     """`make` writes valid files; `read` reads them; `sealed` names files of which no byte may change unnoticed."""
 
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     read: Callable[[Path], object]
     sealed: tuple[str, ...] = ()
     expands: int = 0  # bytes that a file may unpack to, for each of its bytes
@@ -32,66 +33,7 @@ class Kind:
 
 def kinds() -> dict[str, Kind]:
     """Everything that is read from a disk or a line."""
-    from ct_files import ct, dicom, write  # noqa: PLC0415
-
-    def scan(name: str) -> Callable[[Path], None]:
-        return lambda folder: write(folder / name, ct(SHAPE)) and None
-
-    def series(folder: Path) -> None:
-        dicom(folder / "ct", ct((4, 24, 20)), "1.2.3")
-
-    def packed_series(folder: Path) -> None:
-        dicom(folder / "ct", ct((4, 24, 20)), "1.2.3", compressor="JPEG2000")
-
-    def bare_series(folder: Path) -> None:
-        for path in dicom(folder / "ct", ct((4, 24, 20)), "1.2.3"):
-            path.write_bytes(path.read_bytes()[132:])
-
-    def gzip_series(folder: Path) -> None:
-        for path in dicom(folder / "ct", ct((4, 24, 20)), "1.2.3"):
-            (folder / "ct" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-            path.unlink()
-
-    def listed(folder: Path) -> None:
-        head = write(folder / "a.mhd", ct(SHAPE)).read_text()
-        for z, image in enumerate(ct(SHAPE)):
-            (folder / f"{z}.raw").write_bytes(image.tobytes())
-        (folder / "a.raw").unlink()
-        names = "\n".join(f"{z}.raw" for z in range(SHAPE[0]))
-        (folder / "a.mhd").write_text(head.replace("a.raw", f"LIST\n{names}"))
-
-    def text(folder: Path) -> None:
-        hu = ct(SHAPE)
-        path = write(folder / "a.mha", hu)
-        head = path.read_bytes()[: -hu.nbytes].replace(b"BinaryData = True", b"BinaryData = False")
-        path.write_bytes(head + " ".join(map(str, hu.ravel().tolist())).encode())
-
-    def frames(folder: Path) -> None:
-        from dicom_files import body, ct_slice, multi_frame, save  # noqa: PLC0415
-
-        every = [ct_slice(hu, i, (-10, -20, 2.5 * i)) for i, hu in enumerate(body(4))]
-        save(multi_frame(every), folder / "a.dcm")
-
-    names = (
-        "a.mhd",
-        "packed.mhd",
-        "a.mha",
-        "packed.mha",
-        "a.nii",
-        "a.nii.gz",
-        "a.nrrd",
-        "packed.nrrd",
-        "a.nhdr",
-    )
-    table = {f"scan-{name}": Kind(scan(name), read_scans, expands=1032) for name in names}
-    return table | {
-        "scan-dicom": Kind(series, read_scans),
-        "scan-dicom-bare": Kind(bare_series, read_scans),
-        "scan-dicom-gzip": Kind(gzip_series, read_scans, expands=1032),
-        "scan-list": Kind(listed, read_scans),
-        "scan-text": Kind(text, read_scans),
-        "scan-dicom-packed": Kind(packed_series, read_scans, expands=1032),
-        "scan-dicom-frames": Kind(frames, read_scans),
+    return scan_kinds() | {
         "mask-rtstruct": Kind(
             lambda folder: make_masks(folder, "rtstruct"), lambda folder: read_masks(folder, "rtstruct")
         ),
@@ -111,6 +53,83 @@ def kinds() -> dict[str, Kind]:
         "config": Kind(make_config, read_config),
         "settings": Kind(make_settings, read_settings),
     }
+
+
+SCAN_FILES = "a.mhd packed.mhd a.mha packed.mha a.nii a.nii.gz a.nrrd packed.nrrd a.nhdr".split()  # noqa: SIM905
+
+
+def scan_kinds() -> dict[str, Kind]:
+    """Scans, in files and in folders of DICOM."""
+    files = {
+        f"scan-{name}": Kind(partial(make_scan, name=name), read_scans, expands=1032) for name in SCAN_FILES
+    }
+    return files | {
+        "scan-dicom": Kind(make_series, read_scans),
+        "scan-dicom-bare": Kind(make_bare_series, read_scans),
+        "scan-dicom-gzip": Kind(make_gzip_series, read_scans, expands=1032),
+        "scan-list": Kind(make_listed_slices, read_scans),
+        "scan-text": Kind(make_text, read_scans),
+        "scan-dicom-packed": Kind(partial(make_series, compressor="JPEG2000"), read_scans, expands=1032),
+        "scan-dicom-frames": Kind(make_frames, read_scans),
+    }
+
+
+def make_scan(folder: Path, name: str) -> None:
+    """Write a scan in a file of this name."""
+    from ct_files import ct, write  # noqa: PLC0415
+
+    write(folder / name, ct(SHAPE))
+
+
+def make_series(folder: Path, **options: str) -> list[Path]:
+    """Write a series of DICOM, four files of a slice each, and return them."""
+    from ct_files import ct, dicom  # noqa: PLC0415
+
+    paths: list[Path] = dicom(folder / "ct", ct((4, 24, 20)), "1.2.3", **options)
+    return paths
+
+
+def make_bare_series(folder: Path) -> None:
+    """Write a series without DICOM's preamble."""
+    for path in make_series(folder):
+        path.write_bytes(path.read_bytes()[132:])
+
+
+def make_gzip_series(folder: Path) -> None:
+    """Write a series of which each file is gzipped."""
+    for path in make_series(folder):
+        (folder / "ct" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+
+
+def make_listed_slices(folder: Path) -> None:
+    """Write a MetaImage header that lists a file for each slice."""
+    from ct_files import ct, write  # noqa: PLC0415
+
+    head = write(folder / "a.mhd", ct(SHAPE)).read_text()
+    for z, image in enumerate(ct(SHAPE)):
+        (folder / f"{z}.raw").write_bytes(image.tobytes())
+    (folder / "a.raw").unlink()
+    names = "\n".join(f"{z}.raw" for z in range(SHAPE[0]))
+    (folder / "a.mhd").write_text(head.replace("a.raw", f"LIST\n{names}"))
+
+
+def make_text(folder: Path) -> None:
+    """Write a MetaImage whose voxels are numbers in text."""
+    from ct_files import ct, write  # noqa: PLC0415
+
+    hu = ct(SHAPE)
+    path = write(folder / "a.mha", hu)
+    head = path.read_bytes()[: -hu.nbytes].replace(b"BinaryData = True", b"BinaryData = False")
+    path.write_bytes(head + " ".join(map(str, hu.ravel().tolist())).encode())
+
+
+def make_frames(folder: Path) -> None:
+    """Write an enhanced CT, all slices in one DICOM file."""
+    from dicom_files import body, ct_slice, multi_frame, save  # noqa: PLC0415
+
+    every = [ct_slice(hu, i, (-10, -20, 2.5 * i)) for i, hu in enumerate(body(4))]
+    save(multi_frame(every), folder / "a.dcm")
 
 
 def read_scans(folder: Path) -> None:
@@ -142,15 +161,7 @@ def make_masks(folder: Path, kind: str) -> None:
     from dicom_files import body, rtstruct, save, write_series  # noqa: PLC0415
 
     hu = body(4)
-    patient = (
-        "PatientName",
-        "PatientBirthDate",
-        "PatientSex",
-        "StudyID",
-        "StudyDate",
-        "StudyTime",
-        "AccessionNumber",
-    )
+    patient = "PatientName PatientBirthDate PatientSex StudyID StudyDate StudyTime AccessionNumber".split()  # noqa: SIM905
     tags = dict.fromkeys((*patient, "ReferringPhysicianName", "PositionReferenceIndicator"), "")
     uids = {
         "PatientID": "A",

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from torch import Tensor
 
 from p2w.config import Amp
 from p2w.ct.discover import ScanSource, SearchOptions, find_scans
@@ -33,7 +32,7 @@ from p2w.inference.mask_files import (
     write_classes,
     write_volumes,
 )
-from p2w.inference.sliding import Windows, on_scan, slices
+from p2w.inference.sliding import Cut, ScaledSlices, Windows, on_scan, slices
 from p2w.progress import Progress
 from p2w.tasks import crops, source_files
 from p2w.tasks.bms import crop_in_range, intensity_range
@@ -61,7 +60,6 @@ Candidates: columns x, y, z (or coordX, coordY, coordZ) in LPS mm; with a column
 """
 
 
-Cut = Callable[[CropBox], NDArray[np.int16]]  # one channel's crop, in stored values
 SCORED = (("x", "coordX"), ("y", "coordY"), ("z", "coordZ"), ("series", "seriesuid", "scan", ""))
 
 
@@ -184,61 +182,6 @@ def probabilities_for(scan: InferenceInput, model: FineTunedModel) -> NDArray[np
     return np.empty((*([classes] if classes else []), *scan.voxels.shape), np.float32)
 
 
-CHUNK = 1 << 18  # voxels that are scaled at a time, few enough for a processor's cache
-
-
-class ScaledSlices:
-    """The network's input for the windows of a scan that is not resampled: each slice is cut and scaled once, not once for
-    each window that shows it.
-
-    Holds as many slices as a window is high, float32 [C, D, H, W] on the network's device, as wide as windows reach.
-    """
-
-    def __init__(
-        self, scan: InferenceInput, windows: Windows, model: FineTunedModel, device: torch.device
-    ) -> None:
-        """Nothing is cut before the first `batch`."""
-        self.scan, self.model, self.device = scan, model, device
-        self.size = windows.size
-        starts = [windows.starts(axis) for axis in (1, 2)]
-        self.first = [some[0] for some in starts]  # below 0 in a scan that is smaller than a window
-        reach = [some[-1] - some[0] + size for some, size in zip(starts, windows.size[1:], strict=True)]
-        self.slices = torch.empty(len(scan.cuts), windows.size[0], *reach, device=device)
-        self.z: int | None = None
-        self.stack = torch.empty(0)
-
-    def batch(self, crop_boxes: Sequence[CropBox]) -> Tensor:
-        """The windows (B, C, D, H, W) of `crop_boxes`, which come level by level from the first on.
-
-        The tensor is written anew by the next call.
-        """
-        if len(self.stack) < len(crop_boxes):
-            self.stack = torch.empty(len(crop_boxes), len(self.slices), *self.size, device=self.device)
-        _, height, width = self.size
-        for row, crop_box in enumerate(crop_boxes):
-            z, y, x = (int(at) for at in crop_box.first)
-            if z != self.z:
-                self._move_to(z)
-            top, left = y - self.first[0], x - self.first[1]
-            self.stack[row] = self.slices[:, :, top : top + height, left : left + width]
-        return self.stack[: len(crop_boxes)]
-
-    def _move_to(self, z: int) -> None:
-        """Let the slices be those from `z` on: what is there already moves, the others are cut, some at a time."""
-        depth, *reach = self.slices.shape[1:]
-        kept = 0 if self.z is None else max(0, self.z + depth - z)
-        for row in range(kept):
-            self.slices[:, row] = self.slices[:, row + depth - kept]
-        some = max(1, CHUNK // (reach[0] * reach[1]))
-        for begin in range(kept, depth, some):
-            size = (min(some, depth - begin), reach[0], reach[1])
-            crop_box = CropBox(np.array([z + begin, *self.first]), np.ones(3), size)
-            for channel, cut in zip(self.slices, self.scan.cuts, strict=True):
-                channel[begin : begin + size[0]] = torch.from_numpy(cut(crop_box)).to(self.device)
-            self.model.scale(self.slices[:, begin : begin + size[0]])
-        self.z = z
-
-
 def mask_of(
     scan: InferenceInput,
     model: FineTunedModel,
@@ -258,7 +201,7 @@ def mask_of(
     device = next(model.network.parameters()).device
     levels, across = len(windows.starts(0)), len(windows.starts(1)) * len(windows.starts(2))
     progress = Progress(levels * math.ceil(across / batch), "batches of windows")
-    scaled = ScaledSlices(scan, windows, model, device) if windows.on_the_scans_grid else None
+    scaled = ScaledSlices(scan.cuts, windows, model.scale, device) if windows.on_the_scans_grid else None
 
     def predict(crop_boxes: list[CropBox]) -> NDArray[np.float32]:
         if scaled is None:

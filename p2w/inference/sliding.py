@@ -4,12 +4,14 @@ Windows lie on a grid of their own, `Windows.step` voxels of the scan apart: tha
 the network was trained at. Memory holds as many slices as a window is high, not the volume. All sizes are z, y, x.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from p2w.tasks.crops import CropBox
 
@@ -17,8 +19,10 @@ Floats = NDArray[np.float32]  # volumes and slices may have an axis of classes b
 Triple = tuple[int, int, int]
 SIGMA = 1 / 8  # of a window's edge: how fast its weight falls towards the rim
 LEAST = 1e-3  # weight of a window's corner voxel along an axis, so that none has no weight
+CHUNK = 1 << 18  # voxels that are scaled at a time, few enough for a processor's cache
 # A batch of crops to probabilities (B, D, H, W), or (B, K, D, H, W) of K classes
 Predict = Callable[[list[CropBox]], Floats]
+Cut = Callable[[CropBox], NDArray[np.int16]]  # one channel's crop, in stored values
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,58 @@ class Windows:
     def on_the_scans_grid(self) -> bool:
         """Whether windows show voxels of the scan as they are, so that crops are copies."""
         return all(step == 1 for step in self.step)
+
+
+class ScaledSlices:
+    """The network's input for the windows of a scan that is not resampled: each slice is cut and scaled once, not once for
+    each window that shows it.
+
+    Holds as many slices as a window is high, float32 [C, D, H, W] on the network's device, as wide as windows reach.
+    """
+
+    def __init__(
+        self, cuts: Sequence[Cut], windows: Windows, scale: Callable[[Tensor], object], device: torch.device
+    ) -> None:
+        """Cut nothing yet. There is one of `cuts` for each channel; `scale` scales stored values, float32, in place."""
+        self.cuts, self.scale, self.device = cuts, scale, device
+        self.size = windows.size
+        starts = [windows.starts(axis) for axis in (1, 2)]
+        self.first = [some[0] for some in starts]  # below 0 in a scan that is smaller than a window
+        reach = [some[-1] - some[0] + size for some, size in zip(starts, windows.size[1:], strict=True)]
+        self.slices = torch.empty(len(cuts), windows.size[0], *reach, device=device)
+        self.z: int | None = None
+        self.stack = torch.empty(0)
+
+    def batch(self, crop_boxes: Sequence[CropBox]) -> Tensor:
+        """The windows (B, C, D, H, W) of `crop_boxes`, which come level by level from the first on.
+
+        The tensor is written anew by the next call.
+        """
+        if len(self.stack) < len(crop_boxes):
+            self.stack = torch.empty(len(crop_boxes), len(self.slices), *self.size, device=self.device)
+        _, height, width = self.size
+        for row, crop_box in enumerate(crop_boxes):
+            z, y, x = (int(at) for at in crop_box.first)
+            if z != self.z:
+                self._move_to(z)
+            top, left = y - self.first[0], x - self.first[1]
+            self.stack[row] = self.slices[:, :, top : top + height, left : left + width]
+        return self.stack[: len(crop_boxes)]
+
+    def _move_to(self, z: int) -> None:
+        """Let the slices be those from `z` on: what is there already moves, the others are cut, some at a time."""
+        depth, *reach = self.slices.shape[1:]
+        kept = 0 if self.z is None else max(0, self.z + depth - z)
+        for row in range(kept):
+            self.slices[:, row] = self.slices[:, row + depth - kept]
+        some = max(1, CHUNK // (reach[0] * reach[1]))
+        for begin in range(kept, depth, some):
+            size = (min(some, depth - begin), reach[0], reach[1])
+            crop_box = CropBox(np.array([z + begin, *self.first]), np.ones(3), size)
+            for channel, cut in zip(self.slices, self.cuts, strict=True):
+                channel[begin : begin + size[0]] = torch.from_numpy(cut(crop_box)).to(self.device)
+            self.scale(self.slices[:, begin : begin + size[0]])
+        self.z = z
 
 
 def weight(size: int) -> Floats:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from p2w.kernels.sample_triton import splitmix64
+
 # What Triton compiles is typed by Triton:
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -64,14 +66,6 @@ def last_block_kernel(
 
 
 @triton.jit
-def _mix(z):
-    """SplitMix64's finaliser on uint64; p2w.rng.splitmix64 on int64 gives the same bits."""
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
 def shuffle_kernel(
     volumes_ptr,  # (B, V)
     draws_ptr,  # (B, 6, N) float64 in [0, 1)
@@ -107,7 +101,7 @@ def shuffle_kernel(
         draw = tl.load(seeds_ptr + sample * N + block, mask=covered, other=0.0)
         seed = (draw * 9007199254740992.0).to(tl.int64).to(tl.uint64)  # all 53 bits of the draw
         for n in tl.static_range(ROUNDS):
-            key = _mix(seed + (n * ODD % 2**62))
+            key = splitmix64(seed + (n * ODD % 2**62))
             even = (key >> 1) & 0x3FFFFFFFFFFFFFFF
             partner = (even % size.to(tl.uint64)).to(tl.int32) - slot
             partner = tl.where(partner < 0, partner + size, partner)

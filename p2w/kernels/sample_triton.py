@@ -26,8 +26,8 @@ SECOND = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
-def _mix(z):
-    """SplitMix64's finaliser on uint64."""
+def splitmix64(z):
+    """SplitMix64's finaliser on uint64; p2w.rng.splitmix64 on int64 gives the same bits. Other kernels call it too."""
     z = (z ^ (z >> 30)) * FIRST
     z = (z ^ (z >> 27)) * SECOND
     return z ^ (z >> 31)
@@ -38,13 +38,13 @@ def _stream(ids, state_high, state_low):
     """Start of the stream of every sub-scan. The state is split in halves, since Triton types ints by their size."""
     high = state_high.to(tl.int64).to(tl.uint64, bitcast=True) << 32
     state = high | (state_low.to(tl.int64) & 0xFFFFFFFF).to(tl.uint64, bitcast=True)
-    return _mix((ids.to(tl.uint64, bitcast=True) ^ state) + GOLDEN)
+    return splitmix64((ids.to(tl.uint64, bitcast=True) ^ state) + GOLDEN)
 
 
 @triton.jit
 def _uniform(stream, counter):
     """Uniform number `counter`, counted from 1, of a stream: float64 in [0, 1) of 53 random bits."""
-    bits = _mix(stream + counter.to(tl.uint64) * GOLDEN)
+    bits = splitmix64(stream + counter.to(tl.uint64) * GOLDEN)
     return (bits >> 11).to(tl.int64, bitcast=True).to(tl.float64) * (1.0 / (1 << 53))
 
 

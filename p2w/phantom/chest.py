@@ -10,7 +10,7 @@ from p2w.errors import UserError
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
 from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
-from p2w.phantom.lungs import lay_tubes, look_up, paint_lungs, plaques
+from p2w.phantom.lungs import Mediastinum, lay_tubes, look_up, paint_lungs, plaques
 from p2w.phantom.organs import Cavity, anatomy, layers
 
 _SLAB = 16
@@ -343,14 +343,7 @@ def make_scan(
     pose, patient, soft, tubes, lung, lesion, scanner_rng = (
         np.random.default_rng([seed, stage]) for stage in range(7)
     )
-    body = Body.varied(patient) if varied else Body.draw(patient)
-    if contrast is not None:
-        body = replace(body, contrast=contrast, aorta_contrast=None)
-    if equal_hu is not None:
-        body = replace(
-            body, contrast=0.0, aorta_contrast=None, liver=equal_hu, spleen=equal_hu, oesophagus=equal_hu, blood=equal_hu,
-            myocardium=equal_hu,
-        )  # fmt: skip
+    body = _draw_body(patient, contrast, equal_hu, varied)
     side = body.cage_width + body.wall + body.fat + 6
     frame = Frame.draw(pose, shape, spacing_mm, (300.0, 2 * side * 0.86, 2 * side))
     scanner = Scanner.varied(scanner_rng) if varied else Scanner.draw(scanner_rng)
@@ -361,15 +354,7 @@ def make_scan(
     canvas.paint(stack)
     paint_bones(canvas, body, tubes)
     middle = lay_tubes(body, tubes)
-    blood = body.blood + body.contrast
-    canvas.balls(middle.oesophagus).paint(body.oesophagus, Label.OESOPHAGUS)
-    canvas.balls(middle.vessels).paint(blood, Label.GREAT_VESSEL)
-    aortic = blood if body.aorta_contrast is None else body.blood + body.aorta_contrast
-    canvas.balls(middle.aorta).paint(aortic, Label.AORTA)
-    if body.plaques:
-        canvas.balls(plaques(body, middle.aorta, lesion)).paint(480.0, Label.AORTA)
-    rings = canvas.balls(Balls(middle.windpipe.points, middle.windpipe.radius + 1.4))
-    rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
+    _paint_mediastinum(canvas, body, middle, lesion)
     forks = paint_lungs(canvas, body, cavity, middle, lung)
     spots = paint_nodules(canvas, cavity, forks, lesion)
     areas = anatomy(canvas, body, cavity) if regions else None
@@ -396,6 +381,34 @@ def make_scan(
         tuple(candidates),
         areas,
     )
+
+
+def _draw_body(
+    rng: np.random.Generator, contrast: float | None, equal_hu: float | None, varied: bool
+) -> Body:
+    """Draw a patient, and set the HU that `make_scan` was asked for."""
+    body = Body.varied(rng) if varied else Body.draw(rng)
+    if contrast is not None:
+        body = replace(body, contrast=contrast, aorta_contrast=None)
+    if equal_hu is not None:
+        body = replace(
+            body, contrast=0.0, aorta_contrast=None, liver=equal_hu, spleen=equal_hu, oesophagus=equal_hu, blood=equal_hu,
+            myocardium=equal_hu,
+        )  # fmt: skip
+    return body
+
+
+def _paint_mediastinum(canvas: Canvas, body: Body, tubes: Mediastinum, rng: np.random.Generator) -> None:
+    """Paint oesophagus, great vessels, aorta with its plaques, and windpipe."""
+    blood = body.blood + body.contrast
+    canvas.balls(tubes.oesophagus).paint(body.oesophagus, Label.OESOPHAGUS)
+    canvas.balls(tubes.vessels).paint(blood, Label.GREAT_VESSEL)
+    aortic = blood if body.aorta_contrast is None else body.blood + body.aorta_contrast
+    canvas.balls(tubes.aorta).paint(aortic, Label.AORTA)
+    if body.plaques:
+        canvas.balls(plaques(body, tubes.aorta, rng)).paint(480.0, Label.AORTA)
+    rings = canvas.balls(Balls(tubes.windpipe.points, tubes.windpipe.radius + 1.4))
+    rings.paint(25.0, Label.AIRWAY_WALL).paint(-990.0, Label.AIRWAY, inset=1.4)
 
 
 def _triple(values: np.ndarray) -> Triple:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from p2w.finetune.task_types import task_type
 from p2w.inference import mask_files, predict
 from p2w.inference.finetuned_model import FineTunedModel, load_finetuned
 from p2w.inference.predict import mask_of, read_input
-from p2w.inference.sliding import Windows, slices
 from p2w.model import build_encoder
 from p2w.tasks import crops
 
@@ -295,40 +293,6 @@ def test_refusals(tmp_path, voxels):
     ):
         with pytest.raises(UserError, match=said):
             predict.main([str(word) for word in argv])
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_slices():
-    def peak(depth):
-        windows = Windows((depth, 64, 64), (8, 32, 32), (1.0, 1.0, 1.0), 0.5)
-        tracemalloc.start()
-        for _ in slices(windows, lambda places: np.zeros((len(places), 8, 32, 32), np.float32), 4):
-            pass
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return found
-
-    peak(8)  # what is imported and cached once
-    assert peak(400) < 2 * peak(40)
-
-
-@pytest.mark.parametrize("shape", [(19, 40, 37), (3, 40, 9), (8, 16, 16), (9, 17, 5)])
-@pytest.mark.parametrize("overlap", [0, 0.5, 0.8])
-def test_windows_are_cut_from_slices_scaled_once(shape, overlap):
-    """Of two channels, and where the scan is smaller than a window: bit for bit what is cut window by window."""
-    model = fitted(spacing=None)
-    images = [np.random.default_rng(seed).integers(-3000, 3000, shape).astype(np.int16) for seed in (0, 1)]
-    cuts = tuple(lambda crop_box, image=image: crops.crop_hu(image, crop_box) for image in images)
-    scan = predict.InferenceInput("", "", cuts, images[0], None, None, None)
-    windows = Windows(shape, model.size, (1.0, 1.0, 1.0), overlap)
-    scaled = predict.ScaledSlices(scan, windows, model, torch.device("cpu"))
-
-    def check(boxes):
-        assert torch.equal(scaled.batch(boxes), model.scale(torch.from_numpy(scan.crop_batch(boxes)).float()))
-        return np.zeros((len(boxes), *model.size), np.float32)
-
-    assert len(list(slices(windows, check, 3))) == shape[0]
-    assert scaled.slices.shape[1] == model.size[0]
 
 
 def test_a_folder_of_mr_is_read_for_a_network_that_was_not_trained_on_ct(tmp_path):

@@ -1,9 +1,13 @@
 """Sliding windows against a sum over whole volumes in float64; there and back between grids."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+import torch
 
-from p2w.inference.sliding import Windows, on_scan, slices, weight
+from p2w.inference.sliding import ScaledSlices, Windows, on_scan, slices, weight
+from p2w.tasks import crops
 from p2w.tasks.crops import CropBox
 
 CASES = [((9, 20, 17), (4, 8, 8)), ((3, 20, 5), (4, 8, 8)), ((4, 8, 8), (4, 8, 8)), ((2, 3, 4), (4, 8, 8))]
@@ -79,3 +83,40 @@ def test_several_classes_are_each_as_one_alone(shape, size, step):
     for k in (1, 2, 3):
         alone = np.stack(list(on_scan(slices(windows, lambda p, k=k: predict(p, (k,)), 3), windows)))
         assert (together[k - 1] == alone).all()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_slices():
+    def peak(depth):
+        windows = Windows((depth, 64, 64), (8, 32, 32), (1.0, 1.0, 1.0), 0.5)
+        tracemalloc.start()
+        for _ in slices(windows, lambda places: np.zeros((len(places), 8, 32, 32), np.float32), 4):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(8)  # what is imported and cached once
+    assert peak(400) < 2 * peak(40)
+
+
+@pytest.mark.parametrize("shape", [(19, 40, 37), (3, 40, 9), (8, 16, 16), (9, 17, 5)])
+@pytest.mark.parametrize("overlap", [0, 0.5, 0.8])
+def test_windows_are_cut_from_slices_scaled_once(shape, overlap):
+    """Of two channels, and where the scan is smaller than a window: bit for bit what is cut window by window."""
+    images = [np.random.default_rng(seed).integers(-3000, 3000, shape).astype(np.int16) for seed in (0, 1)]
+    cuts = tuple(lambda crop_box, image=image: crops.crop_hu(image, crop_box) for image in images)
+    windows = Windows(shape, (8, 16, 16), (1.0, 1.0, 1.0), overlap)
+
+    def scale(values):
+        return values.sub_(-1000).div_(2000).clamp_(0, 1)
+
+    scaled = ScaledSlices(cuts, windows, scale, torch.device("cpu"))
+
+    def check(boxes):
+        batch = np.stack([[cut(box) for cut in cuts] for box in boxes])
+        assert torch.equal(scaled.batch(boxes), scale(torch.from_numpy(batch).float()))
+        return np.zeros((len(boxes), *windows.size), np.float32)
+
+    assert len(list(slices(windows, check, 3))) == shape[0]
+    assert scaled.slices.shape[1] == windows.size[0]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from layers_float64 import Layers
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
@@ -34,15 +35,8 @@ def test_sizes_are_the_published_ones(name, width, channels, depth, heads):
 
 def block_float64(x, grid, pairs, state, heads):
     """Naive block on (N, C): positions as complex numbers, loops over heads, queries and keys."""
-    w = {name: value.double().numpy() for name, value in state.items()}
-
-    def norm(x, name):
-        centred = x - x.mean(1, keepdims=True)
-        return centred / np.sqrt(x.var(1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
+    layers = Layers(state)
+    norm, linear = layers.norm, layers.linear
     count, channels = x.shape
     each = channels // heads
     turns = np.array(
@@ -66,9 +60,11 @@ def block_float64(x, grid, pairs, state, heads):
         for i in range(count):
             score = np.exp([(qs[i] @ ks[j].conj()).real / math.sqrt(each) for j in range(count)])
             mixed[i, mine] = sum(score[j] * v[j, mine] for j in range(count)) / score.sum()
-    x = x + w["scale1"] * linear(norm(mixed, "attention.norm"), "attention.out")
+    x = x + layers.weights["scale1"] * linear(norm(mixed, "attention.norm"), "attention.out")
     gate, value = (linear(norm(x, "norm2"), f"mlp.{name}") for name in ("gate", "value"))
-    return x + w["scale2"] * linear(norm(gate / (1 + np.exp(-gate)) * value, "mlp.norm"), "mlp.out")
+    return x + layers.weights["scale2"] * linear(
+        norm(gate / (1 + np.exp(-gate)) * value, "mlp.norm"), "mlp.out"
+    )
 
 
 def test_one_block_against_numpy():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from layers_float64 import Layers
 
 from p2w.errors import UserError
 from p2w.model import build_encoder
@@ -37,15 +38,8 @@ def test_any_multiple_of_a_patch_goes_and_the_papers_decoder_fits(size):
 
 def attention_float64(x, state):
     """Naive block on (N, C): loops over heads, queries and keys."""
-    w = {name: value.double().numpy() for name, value in state.items()}
-
-    def norm(x, name):
-        centred = x - x.mean(1, keepdims=True)
-        return centred / np.sqrt(x.var(1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
+    layers = Layers(state)
+    norm, linear = layers.norm, layers.linear
     count, channels = x.shape
     each = channels // HEADS
     q, k, v = np.split(linear(norm(x, "norm1"), "attention.qkv"), 3, axis=1)

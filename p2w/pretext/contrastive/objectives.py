@@ -105,16 +105,18 @@ class ContrastiveObjective(nn.Module):
     further views (B, V, d', h', w') of each whole where `views` says so.
 
     `remembers`: it keeps embeddings of training wholes from earlier steps, so validation takes the objective of its own
-    batch instead. `own_temperature`: where `contrast.temperature` leaves it open.
+    batch instead. `takes_small_parts`: its further views are the small parts of `contrast.small_parts`.
+    `own_temperature`: where `contrast.temperature` leaves it open.
     """
 
     remembers: ClassVar[bool] = False
+    takes_small_parts: ClassVar[bool] = False
     own_temperature: ClassVar[float] = 0.1
 
     @classmethod
     def views(cls, config: ContrastConfig) -> OtherViews:
         """Which further views of each whole it needs beside two parts."""
-        return None
+        return "small parts" if cls.takes_small_parts and config.small_parts else None
 
     @classmethod
     def mirrors(cls, config: ContrastConfig) -> bool:
@@ -315,10 +317,7 @@ class Prototypes(ContrastiveObjective):
     far as it is filled; and there prototypes stand still in the first epoch, which is not done here.
     """
 
-    @classmethod
-    def views(cls, config: ContrastConfig) -> OtherViews:
-        """Small parts, where there are any."""
-        return "small parts" if config.small_parts else None
+    takes_small_parts = True
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__(config, encoder, head)
@@ -390,10 +389,7 @@ class SelfDistillation(MomentumTeacher):
     head has two layers, as in the rest of the family, with many fewer outputs.
     """
 
-    @classmethod
-    def views(cls, config: ContrastConfig) -> OtherViews:
-        """Small parts, where there are any."""
-        return "small parts" if config.small_parts else None
+    takes_small_parts = True
 
     def __init__(self, config: ContrastConfig, encoder: Encoder, head: ProjectionHead) -> None:
         super().__init__(config, encoder, head)
