@@ -32,6 +32,7 @@ import tyro
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "slurm")]
 
+from faults.run_clock import mark_children  # noqa: E402
 from faults.timed_run import Plain, Way, Whole  # noqa: E402
 from soak import prepare  # noqa: E402
 
@@ -217,6 +218,7 @@ def main() -> None:
         folder = options.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
+        mark_children()
         shards = open_set(str(folder / "set" / "tar"))
         ids = shards.ids("train")
         wholes = np.empty((len(ids), *shards.shape), np.int16)

@@ -28,6 +28,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "slurm")]
 
 from faults.kinds import KINDS, PROMISES  # noqa: E402
+from faults.run_clock import mark_children  # noqa: E402
 from faults.runs import EVERY, STEPS  # noqa: E402
 from faults.supervisor import Soak  # noqa: E402
 
@@ -119,6 +120,7 @@ def main() -> int:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
+    mark_children()
     soak = Soak(
         folder, options.faults, options.minutes, options.torchrun, options.seed, options.only or tuple(KINDS)
     )

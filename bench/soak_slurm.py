@@ -28,9 +28,11 @@ import tyro
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "slurm")]
 
+from faults.run_clock import mark_children  # noqa: E402
+from faults.runs import bounded, wait_for  # noqa: E402
 from network_hosts import Hosts, ip  # noqa: E402
 from pretrain_runs import SMALL, STEPS, losses  # noqa: E402
-from slurm_cluster import PREFIX, Cluster, start, stop  # noqa: E402
+from slurm_cluster import FINAL, PREFIX, Cluster, start, stop  # noqa: E402
 from soak import prepare  # noqa: E402
 
 NODE2 = 1  # its number among the hosts
@@ -138,17 +140,25 @@ def difference(run: Path, calm: Path, exact: bool) -> str:
     return "the last weights differ" if exact and weights(run) != weights(calm) else ""
 
 
+def ended(cluster: Cluster, job: str, run: Path) -> dict[str, str]:
+    """The job's record once it has come to its end; Wrong after six minutes without a new step, by RunClock."""
+    final = lambda: cluster.job(job)["JobState"] in FINAL  # noqa: E731
+    wait_for(final, "a step or the end of the job", 360, 0.5, lambda: losses(run)[-1:])
+    return cluster.job(job)
+
+
 def tried(cluster: Cluster, hosts: Hosts, folder: Path, name: str, calm: Path) -> dict[str, object]:
     """One job with a fault: how it ended, and `wrong` if that is not as promised."""
     fault, run = FAULTS[name], folder / "slurm" / re.sub(r"\W+", "-", name)
     while cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D") != "2":
         time.sleep(0.5)
     job = submit(cluster, folder, run, fault.nodes, fault.more)
-    cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
+    begins = bounded(lambda: len(losses(run)) >= 3, "the first steps", 180)
+    cluster.wait(job, "first steps", begins, float("inf"))  # `bounded` keeps the time
     began, wrong = time.monotonic(), ""
     fault.inject(cluster, hosts)
     try:
-        end = cluster.ended(job, 420)
+        end = ended(cluster, job, run)
         wrong = "" if end["JobState"] == "COMPLETED" else f"ended as {end['JobState']}"
         wrong = wrong or difference(run, calm, exact=not fault.more)
         if not fault.restarts and end["Restarts"] != "0":
@@ -173,13 +183,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no process behind
     folder = options.folder.resolve()
     prepare(folder)
+    mark_children()
     hosts, scratch = Hosts(gateway=True), Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     scratch.chmod(0o755)
     found = []
     try:
         cluster, calm = start(scratch, hosts), folder / "slurm" / "calm"
         job = submit(cluster, folder, calm)
-        end = cluster.ended(job, 600)
+        end = ended(cluster, job, calm)
         if end["JobState"] != "COMPLETED" or end["Restarts"] != "0":
             raise RuntimeError(f"the job that nothing disturbs: {end}\n{cluster.log(job)}")
         for name in options.only or tuple(FAULTS):

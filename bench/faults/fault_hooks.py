@@ -2,10 +2,11 @@
 
 With fault hooks: trap files that make a rank raise or its clock jump, and NaN targets. What torchrun would set in the
 environment is set here; one rank that fails brings the others down, as there. Most starts of the soak are forked here; a
-stated share goes through torchrun, which runs launch/train.py unchanged. Reads JSON lines {script, argv, argvs, ranks,
-traps, poison, hosts, address, skew, locks, out, err} from stdin; answers with the ranks' process ids, and at the end with
-their exit codes. `hosts` are network namespaces, which share the ranks; `address` is that of the first one; `skew` are
-seconds by which the clocks of these ranks differ; `locks` is the errno with which flock fails, as on some file systems.
+stated share goes through torchrun, which runs launch/train.py unchanged. Reads JSON lines {number, script, argv, argvs,
+ranks, traps, poison, hosts, address, skew, locks, out, err} from stdin; answers {number, pids} with the ranks' process ids,
+and at the end {number, codes} with their exit codes. `hosts` are network namespaces, which share the ranks; `address` is
+that of the first one; `skew` are seconds by which the clocks of these ranks differ; `locks` is the errno with which flock
+fails, as on some file systems.
 """
 
 import ctypes
@@ -26,11 +27,13 @@ import sklearn.metrics  # noqa: F401  as does the similarity check
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401  as does the log
 
+from faults.run_clock import RunClock
 from p2w import pretrain, run_owner  # noqa: F401  as does the command
 from p2w.train import run_dir
 from p2w.train.step import Stepper
 
 JUMP_S = -3600.0
+END_S = 10.0  # for which the others of a rank that has failed may run on
 NETWORK, MOUNTS, HOST_NAME = 0x40000000, 0x20000, 0x4000000  # CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUTS
 PRIVATE, BIND = 0x44000, 0x1000  # MS_REC | MS_PRIVATE, MS_BIND
 run_owner.BEAT_S = run_dir.BEAT_S = 0.5  # a whole run here takes as long as ten beats of a real one
@@ -119,18 +122,18 @@ def become_rank(request: dict, rank: int, port: int) -> None:
 
 
 def wait(pids: list[int]) -> list[int]:
-    """Exit code of each, -9 for a SIGKILL; the first that fails ends the others, after ten seconds by force."""
+    """Exit code of each, -9 for a SIGKILL; the first that fails ends the others, after END_S by force."""
     codes: dict[int, int] = {}
-    deadline = None
+    clock: RunClock | None = None
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-            elif deadline is not None and time.monotonic() > deadline:
+            elif clock is not None and clock.seconds() > END_S:
                 os.kill(pid, signal.SIGKILL)
-        if deadline is None and any(codes.values()):
-            deadline = time.monotonic() + 10
+        if clock is None and any(codes.values()):
+            clock = RunClock(lambda: set(pids) - set(codes))
             for pid in set(pids) - set(codes):
                 os.kill(pid, signal.SIGTERM)
         time.sleep(0.01)
@@ -151,8 +154,8 @@ def main() -> None:
             if pid == 0:
                 return become_rank(request, rank, port)
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        print(json.dumps(wait(pids)), flush=True)
+        print(json.dumps({"number": request["number"], "pids": pids}), flush=True)
+        print(json.dumps({"number": request["number"], "codes": wait(pids)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from faults.data import damage_shard, other_set, shard_gone
 from faults.launched_run import Forked, send
-from faults.runs import LIFE_S, STEPS, Run, Wrong, hold, wait_for
+from faults.runs import LIFE_S, STEPS, Run, Wrong, bounded, happens, hold, wait_for
 
 Inject = Callable[[Run, random.Random], str]
 
@@ -138,10 +138,7 @@ def disk_full(run: Run, rng: random.Random) -> str:
     with contextlib.suppress(OSError):  # the run writes too, and may have taken the last of it
         ballast.write_bytes(bytes(max(0, shutil.disk_usage(run.disk).free - room)))
     before = run.said().count("not saved")
-    with contextlib.suppress(Wrong):
-        wait_for(
-            lambda: run.said().count("not saved") > before or not run.life.running(), "", rng.uniform(1, 5)
-        )
+    happens(lambda: run.said().count("not saved") > before or not run.life.running(), rng.uniform(1, 5))
     ballast.unlink()
     run.gaps = True
     return "goes on"
@@ -204,17 +201,18 @@ def other_ranks(run: Run, rng: random.Random) -> str:
 def link_down(run: Run, rng: random.Random) -> str:
     """A host is unplugged, for some seconds or until the others have named it and left."""
     host, hosts, before = rng.randrange(2), run.services.hosts, len(run.said())
-    seconds = rng.uniform(0.5, 2.5) if rng.random() < 0.6 else 90
+    seconds = rng.uniform(0.5, 2.5) if rng.random() < 0.6 else None
     hosts.link(host, up=False)
     try:
-        with contextlib.suppress(Wrong):
-            wait_for(lambda: not run.life.running(), "", seconds)
+        if seconds is None:
+            wait_for(lambda: not run.life.running(), "the end of all ranks, of which half were cut off,", 90)
+        else:
+            happens(lambda: not run.life.running(), seconds)
     finally:
         hosts.link(host, up=True)
-    if seconds < 90:
+    if seconds is not None:
         hold(run.life.running(), f"a link was down for {seconds:.1f} s, and the run has ended")
         return "goes on"
-    hold(not run.life.running(), "a host was away for 90 s, and its ranks or the others are still waiting")
     hold("hangs: " in run.said()[before:], f"nobody has named the host that was away:\n{run.said()[-2000:]}")
     return "killed"
 
@@ -313,6 +311,7 @@ exec bash slurm/pretrain.sbatch {recipe} --shards {shards} --run "${{runs[$SLURM
 def array_warning(run: Run, rng: random.Random) -> str:
     """The run is the last task of a Slurm array, and warned of its time limit: it alone is requeued, not the array."""
     cluster, beside, run.remote = run.services.cluster, run.folder / "array", False
+    ever = float("inf")  # to the cluster: `bounded` keeps the time
     shutil.rmtree(beside, ignore_errors=True)
     recipe, *words = run.argv(steps=100 * STEPS)  # both are ended before
     at = words.index("--shards")
@@ -327,9 +326,17 @@ def array_warning(run: Run, rng: random.Random) -> str:
     )  # fmt: skip
     first, last = f"{job}_0", f"{job}_1"
     try:
-        cluster.wait(last, "steps", lambda: run.step() >= aim and (beside / "metrics.jsonl").exists(), LIFE_S)
+        trains = bounded(
+            lambda: run.step() >= aim and (beside / "metrics.jsonl").exists(),
+            "steps of both tasks",
+            LIFE_S,
+            run.step,
+        )
+        cluster.wait(last, "steps", trains, ever)
         cluster.run("scancel", "--batch", "--signal=USR1", last)
-        cluster.wait(last, "requeue", lambda: cluster.log(last).count(": requeued") == 1)
+        cluster.wait(
+            last, "requeue", bounded(lambda: cluster.log(last).count(": requeued") == 1, "the requeue"), ever
+        )
         wait_for(lambda: cluster.job(last).get("Restarts") == "1", "the requeue of the last task")
         found = cluster.job(first)
         hold((found["JobState"], found["Restarts"]) == ("RUNNING", "0"), f"the first task: {found}")

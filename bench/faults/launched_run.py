@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,20 +25,12 @@ def send(number: int, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs; a zombie does not, and another one that has got its id is not it."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def waited_for_core_s(pid: int) -> float:
-    """Seconds that the main thread of a process was ready to run and other work had the cores; 0 for one that is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
 
 
 class Torchrun:
@@ -50,7 +41,7 @@ class Torchrun:
     def __init__(
         self, folder: Path, argv: list[str], ranks: int, restarts: int, script: str = "launch/train.py"
     ) -> None:
-        self.count, self.began, self.seen = ranks, time.monotonic(), set[int]()
+        self.count, self.seen = ranks, set[psutil.Process]()
         self.script = script
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command += [f"--max-restarts={restarts}", script, *argv]
@@ -66,14 +57,13 @@ class Torchrun:
 
     def ranks(self) -> list[int]:
         """Process ids of the current ranks."""
-        try:
-            found = [
-                one.pid for one in psutil.Process(self.process.pid).children() if self.script in one.cmdline()
-            ]
-        except psutil.NoSuchProcess:
-            found = []
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found += [one] if self.script in one.cmdline() else []
         self.seen.update(found)
-        return sorted(found)
+        return sorted(one.pid for one in found)
 
     def running(self) -> bool:
         """Whether torchrun or one of its ranks still runs."""
@@ -85,35 +75,58 @@ class Torchrun:
 
     def kill(self) -> None:
         """End all of it by force."""
-        send(signal.SIGKILL, [*self.ranks(), *self.seen, self.process.pid])
+        self.ranks()
+        for one in self.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        self.process.kill()
         self.process.wait()
 
 
 class Forge:
-    """The process that forks ranks, for one run at a time."""
+    """The process that forks ranks, for one start at a time; it numbers them, and so does each of its answers."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
+    def __init__(self, popen: type["subprocess.Popen[bytes]"] = subprocess.Popen) -> None:
+        self.number, self.pids, self.ended = 0, list[int](), dict[int, list[int]]()
+        self.process = popen(
             [sys.executable, REPO / "bench" / "faults" / "fault_hooks.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=REPO, env={**os.environ, **ENV},
             start_new_session=True,
         )  # fmt: skip
 
-    def ask(self, request: dict) -> None:
-        """Send it a line."""
+    def start(self, request: dict) -> tuple[int, list[int]]:
+        """Fork the ranks of a request, once those of the one before are gone; its number and their process ids."""
+        self.end()
+        self.number += 1
         assert self.process.stdin
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(json.dumps({"number": self.number, **request}).encode() + b"\n")
+        self.pids = self._answer("pids")
+        return self.number, self.pids
 
-    def answer(self, seconds: float | None = None) -> list[int] | None:
-        """Its next line; None after the time-out. Lines are far apart, so Python's buffer is empty afterwards."""
+    def codes(self, number: int, wait: bool) -> list[int] | None:
+        """Exit codes of the ranks of a start, -9 for a SIGKILL; None while one of them runs, unless it is waited for."""
+        if number not in self.ended and (wait or select.select([self.process.stdout], [], [], 0)[0]):
+            self.ended[self.number] = self._answer("codes")
+        return self.ended.get(number)
+
+    def _answer(self, what: str) -> list[int]:
         assert self.process.stdout
-        if seconds is not None and not select.select([self.process.stdout], [], [], seconds)[0]:
-            return None
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()  # without a buffer, in which select would see no line
+        answer = json.loads(line) if line else {}
+        if answer.get("number") != self.number or what not in answer:
+            raise RuntimeError(f"start {self.number}: the forge answers {line!r} instead of {what}")
+        return answer[what]
+
+    def end(self) -> None:
+        """Kill the ranks that still run, also of a start that nobody waits for any more, and wait until they are gone."""
+        if self.number and self.codes(self.number, wait=False) is None:
+            send(signal.SIGKILL, self.pids)
+            self.codes(self.number, wait=True)
 
     def close(self) -> None:
-        """End the forge."""
+        """End the forge and its ranks."""
+        with contextlib.suppress(RuntimeError):  # it is gone
+            self.end()
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(20)
@@ -127,27 +140,25 @@ class Forked:
     def __init__(
         self, forge: Forge, folder: Path, argv: list[str], ranks: int, poison: Iterable[int] = (),
         argvs: dict[str, list[str]] | None = None, hosts: Hosts | None = None, skew: dict[str, float] | None = None,
-        locks: int = 0,
+        locks: int = 0, script: str = "launch/train.py",
     ) -> None:  # fmt: skip
         """On one host, or half of the ranks on each of two; `skew` and `locks` as in fault_hooks.py."""
         self.traits = frozenset({"forked", *(["hosts"] if hosts else [])})
         self.hosts, self.locks = hosts, locks
-        self.forge, self.count, self.began = forge, ranks, time.monotonic()
-        self._codes: list[int] | None = None
+        self.forge, self.count = forge, ranks
         request = {
             "argv": argv,
             "argvs": argvs or {},
             "ranks": ranks,
             "poison": sorted(poison),
-            "script": "launch/train.py",
+            "script": script,
             "hosts": hosts.names if hosts else [],
             "address": hosts.addresses[0] if hosts else "127.0.0.1",
             "skew": skew or {},
             "locks": locks,
         }
         request |= {"traps": str(folder), "out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
-        forge.ask(request)
-        self._pids = forge.answer() or []
+        self._number, self._pids = forge.start(request)
 
     def ranks(self) -> list[int]:
         """Process ids of all ranks, also of those that have ended."""
@@ -155,22 +166,18 @@ class Forked:
 
     def running(self) -> bool:
         """Whether a rank still runs."""
-        if self._codes is None:
-            self._codes = self.forge.answer(0)
-        return self._codes is None
+        return self.forge.codes(self._number, wait=False) is None
 
     def codes(self) -> list[int]:
         """Exit codes of the ranks, -9 for a SIGKILL."""
-        if self._codes is None:
-            self._codes = self.forge.answer()
-        assert self._codes is not None
-        return self._codes
+        codes = self.forge.codes(self._number, wait=True)
+        assert codes is not None
+        return codes
 
     def kill(self) -> None:
         """End all of it by force."""
         if self.running():
-            send(signal.SIGKILL, self._pids)
-            self.codes()
+            self.forge.end()
 
 
 LaunchedRun = Torchrun | Forked

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from faults.launched_run import Forked, LaunchedRun, Torchrun
+from faults.run_clock import RunClock
 from faults.services import Services
 
 STEPS, EVERY = 120, 6
@@ -30,12 +31,50 @@ def hold(true: bool, what: str) -> None:
         raise Wrong(what)
 
 
-def wait_for(happened: Callable[[], bool], what: str, seconds: float = LIFE_S, every: float = 0.01) -> None:
-    """Poll until it has happened."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        hold(time.monotonic() < deadline, f"{what} did not come in {seconds:.0f} s")
+def wait_for(
+    happened: Callable[[], bool],
+    what: str,
+    seconds: float = LIFE_S,
+    every: float = 0.01,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Poll until it has happened; Wrong after so many seconds, by RunClock, in which `progress` did not change either."""
+    has_happened = bounded(happened, what, seconds, progress)
+    while not has_happened():
         time.sleep(every)
+
+
+def bounded(
+    happened: Callable[[], bool],
+    what: str,
+    seconds: float = LIFE_S,
+    progress: Callable[[], object] = lambda: None,
+) -> Callable[[], bool]:
+    """`happened` with the bound of `wait_for`, for a loop of others."""
+    clock, reached = RunClock(), progress()
+
+    def check() -> bool:
+        nonlocal reached
+        if happened():
+            return True
+        if (now := progress()) != reached:
+            reached = now
+            clock.restart()
+        hold(
+            clock.seconds() < seconds,
+            f"{what} did not come in {seconds:.0f} s, without {clock.waited:.0f} s for a core",
+        )
+        return False
+
+    return check
+
+
+def happens(happened: Callable[[], bool], seconds: float) -> bool:
+    """Whether it happens within so many seconds of the wall clock: for how long a fault lasts, not for a bound."""
+    end = time.monotonic() + seconds
+    while not (found := happened()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 def noted(run: Path) -> list[dict]:
@@ -196,7 +235,12 @@ def calm(like: Run) -> tuple[list[dict], bytes]:
         ends = [first for first, _ in like.plan.segments[1:]] + [STEPS]
         for (_, ranks), end in zip(like.plan.segments, ends, strict=True):
             life = Forked(like.services.forge, run.folder, run.argv(steps=end), ranks, plan.poison)
-            wait_for(lambda life=life: not life.running(), "the end of a calm run")
+            wait_for(
+                lambda life=life: not life.running(),
+                "a step or the end of a calm run",
+                every=0.1,
+                progress=run.step,
+            )
             hold(set(life.codes()) == {0}, f"calm run: exit codes {life.codes()}\n{run.said()}")
         (run.folder / "done").touch()
     return run.records(), run.weights()

@@ -155,6 +155,11 @@ class Services:
         slurm = all(shutil.which(name, path=path) for name in (*DAEMONS, "sbatch", "srun"))
         return {name for name, has in (("two hosts", self.hosts is not None), ("slurm", slurm)) if has}
 
+    def end_forked(self) -> None:
+        """End all ranks that were forked and still run, whoever has forgotten them."""
+        self.forge.end()
+        self.second_forge.end()
+
     def close(self) -> None:
         """End those that have been made."""
         made = vars(self)

@@ -11,12 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from faults.kinds import KINDS, NOT_FINITE
-from faults.launched_run import waited_for_core_s
+from faults.run_clock import RunClock
 from faults.runs import EVERY, STEPS, Plan, Run, Wrong, calm, hold, wait_for
 from faults.services import Services
 
 NEAR_END = 20  # steps: nearer to its end a run is left alone
-TOLD_S = 30.0  # a run that was told to stop is gone by then, without the time that other work had the cores
+TOLD_S = 30.0  # a run that was told to stop is gone by then; this and all other bounds are by RunClock
+BACK_S = 240.0  # a run trains again by then
 MEANWHILE = 0.45  # how often the folder or the data suffers too before the command is typed again
 
 
@@ -35,9 +36,6 @@ class Soak:
         self.services = Services(folder)
         self.run: Run | None = None
         self.began, self.first = time.monotonic(), len(self.done)
-        self.queued: dict[
-            int, tuple[float, float]
-        ] = {}  # by rank: seconds without a core, at the fault and now
 
     def go(self) -> None:
         """Run until there were enough faults, or the time is over, and the current run has ended."""
@@ -48,13 +46,7 @@ class Soak:
             except Wrong as error:
                 self.note(wrong=str(error)[:2000], run=run.plan.number)
                 self.clear(run, keep=True)
-            except (
-                OSError,
-                RuntimeError,
-                LookupError,
-                ValueError,
-                AttributeError,
-            ):  # of the soak itself, not of what it tries
+            except Exception:  # of the soak itself, not of what it tries
                 self.note(harness=traceback.format_exc()[-2000:], run=run.plan.number)
                 self.clear(run, keep=True)
                 if len(self.log) > 2 and all(
@@ -109,6 +101,7 @@ class Soak:
         """Delete a finished run, or move it to DIR/kept."""
         if run.life:
             run.life.kill()
+        self.services.end_forked()
         if keep:
             shutil.copytree(run.folder, self.folder / "kept" / run.folder.name, dirs_exist_ok=True)
         self.sweep(run)
@@ -121,7 +114,7 @@ class Soak:
         shutil.rmtree(run.folder, ignore_errors=True)
 
     def draw(self, phase: str, run: Run) -> str | None:
-        """A kind of fault that fits this start, one of those that were rarest so far."""
+        """A kind of fault that fits this start: one that has not been yet, or else one of those that were rarest so far."""
         had = Counter(entry["kind"] for entry in self.done)
         fits, left = run.traits(), STEPS - run.step()
         saved = any((run.run / "checkpoints").glob("step-*/meta.json"))
@@ -134,7 +127,8 @@ class Soak:
             and left > kind.room
             and run.plan.ranks >= kind.least
         ]
-        return min(names, key=lambda name: had[name] + 3 * self.rng.random(), default=None)
+        self.rng.shuffle(names)
+        return min(names, key=lambda name: had[name] and had[name] + 3 * self.rng.random(), default=None)
 
     def begin(self, run: Run) -> None:
         """Run the command, by torchrun for a share of the starts."""
@@ -147,33 +141,41 @@ class Soak:
             run.calm = calm(run)[0] if len(run.plan.segments) == 1 else None
             before = run.starts()
             self.begin(run)
-            wait_for(lambda: run.resumed(before) is not None or not run.life.running(), "the start")
+            wait_for(
+                lambda: run.resumed(before) is not None or not run.life.running(),
+                "the start",
+                progress=run.starts,
+            )
             run.took_up(run.resumed(before) or 0)
         name = self.draw("live", run) if self.ahead(run) and len(self.done) < self.faults else None
         if name is None:
             return self.finish(run)
         facts = {"run": run.plan.number, "at": run.step(), "ranks": run.life.count}
         facts["by"] = "torchrun" if run.life.agent else "forked"
-        before, began = run.starts(), time.monotonic()
-        self.queued = {pid: (delay := waited_for_core_s(pid), delay) for pid in run.life.ranks()}
+        before, clock = run.starts(), RunClock()
         promise = KINDS[name].inject(run, self.rng)
         if promise == "goes on":
-            began, aim = time.monotonic(), min(run.step() + 3, STEPS)
-            wait_for(lambda: run.step() >= aim or not run.life.running(), f"step {aim}", every=0.02)
+            clock, aim = RunClock(), min(run.step() + 3, STEPS)
+            wait_for(
+                lambda: run.step() >= aim or not run.life.running(),
+                f"step {aim}",
+                every=0.02,
+                progress=run.step,
+            )
             hold(
                 run.step() >= aim,
                 f"{name}: ended with {run.life.codes()}" if not run.life.running() else name,
             )
             lost, left, more = 0, None, []
         else:
-            lost, left, more = self.again(run, before, began, promise)
+            lost, left, more = self.again(run, before, clock, promise)
         damaged = sum("newest checkpoint" in other for other in more)
         allowed = EVERY * damaged + (EVERY + run.beside if promise == "killed" or more else 0)
         hold(lost <= allowed, f"{[name, *more]}: lost {lost} steps, {allowed} allowed")
         run.check(run.calm if len(run.plan.segments) == 1 else None)
         run.save()
         facts["restarted"] = promise != "goes on"
-        back = round(time.monotonic() - began, 1) if not more else None
+        back = round(time.monotonic() - clock.began, 1) if not more else None
         self.note(kind=name, lost=None if more else lost, back_s=back, left_s=left, **facts)
         for other in more:
             self.note(kind=other, lost=None, back_s=None, left_s=None, **facts)
@@ -181,7 +183,9 @@ class Soak:
     def ahead(self, run: Run) -> bool:
         """Let the run take some steps; False when it comes near its end."""
         aim = run.step() + self.rng.randint(1, 7)
-        wait_for(lambda: run.step() >= aim or not run.life.running(), f"step {aim}", every=0.02)
+        wait_for(
+            lambda: run.step() >= aim or not run.life.running(), f"step {aim}", every=0.02, progress=run.step
+        )
         alive = run.life.running()
         hold(
             alive or run.status()["state"] == "finished",
@@ -189,33 +193,37 @@ class Soak:
         )
         return alive and run.step() < STEPS - NEAR_END
 
-    def again(self, run: Run, before: int, began: float, promise: str) -> tuple[int, float | None, list[str]]:
-        """Repeat the command each time it ends, until the run trains again.
+    def again(
+        self, run: Run, before: int, clock: RunClock, promise: str
+    ) -> tuple[int, float | None, list[str]]:
+        """Repeat the command each time it ends, until the run trains again; `clock` began with the fault.
 
-        Returns the steps lost, after how many seconds all ranks were gone (None: torchrun stayed), and the faults that
-        folder or data suffered meanwhile.
+        Returns the steps lost, after how many seconds by `clock` all ranks were gone (None: torchrun stayed), and the
+        faults that folder or data suffered meanwhile.
         """
-        reached, left, more = run.step(), None, list[str]()
+        reached, left, more, bound = run.step(), None, list[str](), clock
         run.beside = 1  # steps done while a checkpoint was being written that a kill has cost
         while (resumed := run.resumed(before)) is None:
             reached, writing = max(reached, run.step()), run.writing()
             run.beside = max(run.beside, 0 if writing is None else reached - writing)
-            hold(time.monotonic() < began + 240, f"{promise}: does not train again")
-            self.queued = {
-                pid: (first, max(last, waited_for_core_s(pid))) for pid, (first, last) in self.queued.items()
-            }
-            if not run.life.running():
-                left = left or round(time.monotonic() - began, 1)
+            hold(
+                bound.seconds() < BACK_S,
+                f"{promise}: does not train again in {BACK_S:.0f} s, without {bound.waited:.0f} s for a core",
+            )
+            running = run.life.running()
+            seconds = clock.seconds()  # asked often, see there
+            if not running:
+                left = left or round(seconds, 1)
                 if promise == "told":
-                    others = max((last - first for first, last in self.queued.values()), default=0.0)
                     hold(
-                        left - others < TOLD_S,
-                        f"told to stop, left after {left} s, {others:.1f} of them without a core",
+                        left < TOLD_S,
+                        f"told to stop, left after {left} s, without {clock.waited:.1f} s for a core",
                     )
                     hold(run.status()["state"] == "told to stop", f"told to stop, but {run.status()}")
                 if not more and self.rng.random() < MEANWHILE and (other := self.draw("down", run)):
                     more = [other]
                     KINDS[other].inject(run, self.rng)
+                    bound = RunClock()
                     reached = max(reached, run.step())
                 before = run.starts()
                 self.begin(run)
@@ -227,7 +235,9 @@ class Soak:
 
     def finish(self, run: Run) -> None:
         """Without further faults, the run must finish and equal the uninterrupted one."""
-        wait_for(lambda: not run.life.running(), "the end of the run")
+        wait_for(
+            lambda: not run.life.running(), "a step or the end of the run", every=0.05, progress=run.step
+        )
         hold(run.status() == {"state": "finished", "step": STEPS, "why": ""}, f"ended as {run.status()}")
         records, weights = calm(run)
         run.check(records)

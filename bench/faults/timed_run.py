@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from faults.launched_run import Torchrun
+from faults.run_clock import RunClock
 from faults.runs import noted
 
-STUCK_S = 90.0  # without a new step; a start takes ten to thirty seconds
+STUCK_S = 90.0  # without a new step, by RunClock; a start takes ten to thirty seconds
 TAIL = 1 << 14
 
 
@@ -27,7 +28,7 @@ class Way:
         self.reached, self.durations = 0, list[float]()
         self.lost, self.restarts = list[int](), list[float]()
         self._kill: float | None = None
-        self._start, self._moved = 0, 0.0
+        self._start, self._still = 0, RunClock()
 
     def begin(self) -> None:
         """Run the command."""
@@ -42,6 +43,7 @@ class Way:
         while not self.tail() or self.starts() <= before:
             time.sleep(0.05)
         self._start, self.reached = self.starts(), self.tail()[-1]["step"]
+        self._still.restart()
 
     def tail(self) -> list[dict]:
         """The newest lines of the log of steps."""
@@ -65,7 +67,7 @@ class Way:
     def killed(self, now: float) -> None:
         """A rank was killed."""
         self._kill = now if self._kill is None else self._kill
-        self._moved = now
+        self._still.restart()
 
     def look(self, now: float) -> int:
         """Record the run's step; returns 1 when it was stuck and had to be started by hand."""
@@ -76,15 +78,17 @@ class Way:
                 if self._kill is not None:
                     self.lost.append(self.reached - begun)
                     self.restarts.append(now - self._kill)
-                self._start, self.reached, self._kill, self._moved = starts, step, None, now
+                self._start, self.reached, self._kill = starts, step, None
+                self._still.restart()
         elif starts == self._start and (lines := self.tail()) and lines[-1]["step"] > self.reached:
             fresh = [line["time"] for line in lines if line["step"] >= self.reached]
             self.durations += [after - before for before, after in itertools.pairwise(fresh)]
-            self.reached, self._moved = lines[-1]["step"], now
-        if now - self._moved > STUCK_S:
+            self.reached = lines[-1]["step"]
+            self._still.restart()
+        if self._still.seconds() > STUCK_S:
             self.life.kill()
             self.begin()
-            self._moved = now
+            self._still.restart()
             return 1
         return 0
 
