@@ -146,7 +146,7 @@ class Watchdog:
                     peer.heard = peer.moved = now
             last = now
             reason = self._reason or self.find_hang(time.monotonic(), store_error)
-            if reason:
+            if reason and not self._end.is_set():  # else this rank has left meanwhile
                 self._exit(reason, store_answers=not store_error)
         self._exchange()
 
@@ -237,9 +237,13 @@ class Watchdog:
         me = self.peers[self.world.rank]
         # Rank 0 knows all; another rank knows itself and rank 0, and watches its own progress once rank 0 has left.
         known = self.peers if me.rank == 0 or not self.world.store else [self.peers[0], me]
+        # torchrun, where it has the store, takes it along. The ranks then save and leave, and watch their own progress.
+        storeless = bool(store_error) and self.world.orphaned()
+        if storeless:
+            known = [me]
         others = [peer for peer in known if peer is not me]
         running = [peer for peer in known if not peer.left]
-        if store_error:
+        if store_error and not storeless:
             quiet = now - max((peer.heard for peer in others), default=now)
             if quiet <= self.silent_s:
                 return ""
@@ -247,7 +251,7 @@ class Watchdog:
                 f"no answer from the rendezvous store for {quiet:.0f} s ({store_error}): its node is stopped, dead or cut "
                 "off"
             )
-        silent = self._silent_peers(now)
+        silent = [peer for peer in self._silent_peers(now) if peer in known]
         if silent:
             return "; ".join(
                 f"{p}: no sign of life for {now - p.heard:.0f} s, last heard of {p.doing()}" for p in silent
@@ -258,7 +262,7 @@ class Watchdog:
             return "; ".join(
                 f"{peer} has left, at step {peer.progress[0]}; its own message says why" for peer in failed
             )
-        watched_by_0 = bool(me.rank and not self.peers[0].left and self.world.store)
+        watched_by_0 = bool(me.rank and not self.peers[0].left and self.world.store and not storeless)
         slow = not self._steps or any(PHASES[peer.progress[1]] == "drawing" for peer in running)
         allowed = self.hang_s * (SLOW_FACTOR if slow else 1.0)
         if watched_by_0 or not running or min(now - peer.moved for peer in running) <= allowed:
