@@ -299,6 +299,46 @@ def test_the_fall_of_the_loss_stands_beside_r_and_its_interval_is_over_pretraini
     assert ours[5] == "0.500 -> 0.900" and ours[6].startswith(("0.99", "1.00"))
 
 
+def test_varied_phantoms_have_their_own_runs_and_table_and_are_in_no_other(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "work", lambda jobs, folder, workers: asked.extend(jobs))
+    run.run_varied(tmp_path, designs.ON_VARIED, 2, 1)
+    scans, cut, *runs = [" ".join(map(str, job.command)) for job in asked]
+    assert scans.endswith("--varied") and f"--out {tmp_path}/LUNA16-varied --scans 40" in scans
+    assert cut.startswith(
+        f"preprocess/shard_luna.py --luna {tmp_path}/LUNA16-varied --out {tmp_path}/varied "
+    )
+    assert [command.split()[2:] for command in runs[:2]] == [
+        ["varied", name, "0"] for name in designs.ON_VARIED[:2]
+    ]
+    assert (
+        asked[2].done == tmp_path / "runs" / "varied-parts2whole-seed0" / "measured.json" and len(runs) == 8
+    )
+    usual = [" ".join(map(str, job.command)) for stage in designs.phantom_jobs(tmp_path) for job in stage]
+    assert not any("--varied" in command for command in usual) and f"{tmp_path}/LUNA16 " in usual[0]
+
+    def measured(data, seed, **whose):
+        one = of("parts2whole", data, seed, 0.8, mse_of_mean=0.05)
+        one["features"] |= {name: {"plain": 0.6, "against_one_tile": value} for name, value in whose.items()}
+        return one
+
+    found = [
+        measured("varied", 0, histogram=0.68, parts2whole=0.5),
+        measured("varied", 1, histogram=0.68, parts2whole=0.6),
+        measured("phantom", 0, parts2whole=0.52),
+    ]
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in evidence_page.varied(found).splitlines()}
+    ours = paired([0.5, 0.6], [0.68, 0.68])
+    assert rows["| **parts2whole**"] == [
+        "2", "0.600 (0.600 to 0.600)", "not run", "0.550 (0.000 to 1.000)",
+        f"-0.130 ({ours.low:+.3f} to {ours.high:+.3f}), p = {ours.p:.3f}", "0.520 |",
+    ]  # fmt: skip
+    assert rows["| intensity histogram"][3:] == ["0.680 (0.680 to 0.680)", "", "not run |"]
+    assert rows["| simclr"] == ["not run"] * 5 + ["not run |"]
+    assert pretrainings.values(found, "phantom", "parts2whole", "plain") == {("phantom", 0): 0.6}
+    assert "histogram" not in evidence_page.networks(found, "phantom").partition("| autoencoder")[2]
+
+
 @pytest.mark.slow
 def test_pages_are_made_of_what_is_there_and_name_what_is_not(tmp_path):
     docs = tmp_path / "docs"

@@ -63,6 +63,9 @@ CANDIDATES: dict[str, list[str]] = {
 # What the words of docs/evidence.md need; the leaderboard has all.
 EVIDENCE = (REFERENCE, "autoencoder", "simclr", "parts2whole_contrast", "models_genesis", "simmim")
 FOLLOWED = (REFERENCE, "autoencoder")  # measured at every checkpoint
+# Phantoms whose patients and scanners differ more, so that it can be learned whose chest a part is of.
+VARIED = "varied"
+ON_VARIED = (REFERENCE, "simclr", "parts2whole_contrast", "autoencoder")
 RECIPE = (
     f"demo --pretext.size 16 16 16 --optim.lr 1e-3 --train.probe-every {STEPS * 99} --train.keep 99 "
     "--train.checkpoint-minutes 0"
@@ -79,7 +82,7 @@ class Pretraining:
 
     @property
     def kind(self) -> str:
-        """`real` or `phantom`."""
+        """`real`, `phantom` or `varied`."""
         return self.data.partition("-")[0]
 
     @property
@@ -136,9 +139,9 @@ def fold_seeds(scans: Sequence[str], folds: int) -> list[tuple[float, int]]:
     return found
 
 
-def phantom_jobs(folder: Path) -> list[list[Job]]:
-    """40 phantom chests, a quarter of them set aside."""
-    luna, phantom = folder / "LUNA16", folder / "phantom"
+def phantom_jobs(folder: Path, data: str = "phantom") -> list[list[Job]]:
+    """40 phantom chests, or as many varied ones, a quarter of them set aside."""
+    luna, out = folder / ("LUNA16" if data == "phantom" else f"LUNA16-{data}"), folder / data
     make: list[object] = [
         "-m",
         "p2w.phantom",
@@ -149,9 +152,10 @@ def phantom_jobs(folder: Path) -> list[list[Job]]:
         "--workers",
         usable_cores(),
     ]
-    cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", phantom, "--subsets", "0-9"]
-    done = phantom / "manifest.parquet"
-    return [[Job("phantom-scans", make, done)], [Job("phantom-cut", [*cut, "--val-fraction", "0.25"], done)]]
+    cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", out, "--subsets", "0-9"]
+    done = out / "manifest.parquet"
+    make += ["--varied"] if data == VARIED else []
+    return [[Job(f"{data}-scans", make, done)], [Job(f"{data}-cut", [*cut, "--val-fraction", "0.25"], done)]]
 
 
 def link_scans(folder: Path, real: Path) -> Path:

@@ -256,7 +256,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="data sets and runs, as run.py makes them")
-    parser.add_argument("data", help="real-0, real-1, … or phantom")
+    parser.add_argument("data", help="real-0, real-1, …, phantom or varied")
     parser.add_argument("method", choices=(*METHODS, *LONGER, *CANDIDATES))
     parser.add_argument("seed", type=int)
     args = parser.parse_args()

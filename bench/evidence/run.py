@@ -2,6 +2,7 @@
 
     make evidence                                          # phantom; with P2W_REAL_DATA=FOLDER the real scans too
     python bench/evidence/run.py --folder evidence --real scans
+    python bench/evidence/run.py --folder evidence --sets varied --seeds 2    # phantoms that differ more, and nothing else
     python bench/evidence/run.py --page-only               # from bench/results/pretrainings.json
 
 What is trained on what: designs.py. What is measured of each network: measure_run.py. The same command continues one that
@@ -11,15 +12,18 @@ shared with `make leaderboard`, which has more methods.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import evidence_page
 import pretrainings
 from designs import (
     EVIDENCE,
+    ON_VARIED,
     REAL,
     REFERENCE,
     SEEDS,
+    VARIED,
     Pretraining,
     check,
     cut_job,
@@ -32,6 +36,7 @@ from designs import (
 from jobs import REPO, Job, work
 
 PATIENTS, FIRST_FOLD = 11, 3  # real scans, one of each patient; those of the first fold
+SETS = ("usual", VARIED)  # usual: the phantoms, and the real scans where --real names them
 FIGURES_OF = ("real-0", "phantom")  # data sets whose first network analyze.py draws
 
 
@@ -72,6 +77,13 @@ def analysis_job(folder: Path, data: str) -> Job:
     return Job(f"{data}-analysis", [*command, *sizes.split()], run / "analysis" / "summary.json")
 
 
+def run_varied(folder: Path, methods: Sequence[str], seeds: int, workers: int) -> None:
+    """Everything on varied phantoms that is not there yet."""
+    for stage in phantom_jobs(folder, VARIED):
+        work(stage, folder, workers)
+    work([measure_job(folder, one) for one in plan(methods, [VARIED], seeds)], folder, workers)
+
+
 def run_all(folder: Path, real: Path | None, methods: tuple[str, ...], seeds: int, workers: int) -> None:
     """Everything that is not there yet, the most telling first."""
     check()
@@ -82,8 +94,13 @@ def run_all(folder: Path, real: Path | None, methods: tuple[str, ...], seeds: in
     work([*todo, *figures], folder, workers)
 
 
-def arguments(text: str, tunes: bool = False) -> tuple[argparse.Namespace, Path, Path | None]:
-    """The command line that run.py and leaderboard.py share, the folder of runs, and that of real scans."""
+def arguments(
+    text: str, tunes: bool = False, sets: Sequence[str] = ()
+) -> tuple[argparse.Namespace, Path, Path | None]:
+    """The command line that run.py and leaderboard.py share, the folder of runs, and that of real scans.
+
+    With `tunes` it has --tune; with `sets`, names of data sets, --sets.
+    """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=REPO / "evidence", help="data, runs and logs")
     parser.add_argument("--real", default="", help=f"folder with {', '.join(REAL)}; empty: phantoms only")
@@ -92,6 +109,9 @@ def arguments(text: str, tunes: bool = False) -> tuple[argparse.Namespace, Path,
     parser.add_argument("--methods", nargs="+", help="of designs.py, in this order; default: the page's")
     if tunes:
         parser.add_argument("--tune", action="store_true", help="fine-tune the networks that are pretrained")
+    if sets:
+        words = f"{' or '.join(sets)}: which data; default: the first"
+        parser.add_argument("--sets", nargs="+", choices=sets, default=[sets[0]], help=words)
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     args = parser.parse_args()
     real = Path(args.real).resolve() if args.real else None
@@ -102,9 +122,11 @@ def arguments(text: str, tunes: bool = False) -> tuple[argparse.Namespace, Path,
 
 def main() -> None:
     """Train, measure and write the page."""
-    args, folder, real = arguments(__doc__)
-    if not args.page_only:
+    args, folder, real = arguments(__doc__, sets=SETS)
+    if not args.page_only and "usual" in args.sets:
         run_all(folder, real, tuple(args.methods or EVIDENCE), args.seeds, args.workers)
+    if not args.page_only and VARIED in args.sets:
+        run_varied(folder, args.methods or ON_VARIED, args.seeds, args.workers)
     evidence_page.write(REPO / "docs", folder, pretrainings.collect(folder))
 
 
