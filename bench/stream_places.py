@@ -9,8 +9,9 @@ then gave is counted; peers' clocks run from the start here, since some read ahe
 on this machine; ours by byte ranges, globally shuffled, or streamed through curl as from a server without ranges;
 webdataset streams whole shards through curl; a set held in the device's memory crosses the wire once. curl gets whole
 shards, and the very ranges of an epoch in its order, and throws both away. By the clock, server and client share the cores,
-so the processor time of each client is recorded too, with that of its processes. Memory: what the process has to itself
-(RssAnon) after each of 20 epochs.
+so the processor time of each client is recorded too, with that of its processes. A stream reads ahead, and at the end of an
+epoch into the next one: what a set with random access has read counts, also beyond the epoch. Memory: what the process has
+to itself (RssAnon) after each of 20 epochs.
 """
 
 import gc
@@ -73,15 +74,44 @@ def from_disk() -> int:
     return int(lines["pgpgin"]) << 10
 
 
-def epoch(stream: Stream, number: int = 0) -> float:
-    """Run an epoch; its samples a second."""
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of a way has read, and how long that took."""
+
+    sub_scans: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Sub-scans a second."""
+        return self.sub_scans / self.seconds
+
+
+def epoch(stream: Stream, number: int = 0) -> Turn:
+    """Run an epoch, and count what was read of it and, ahead, of the next one."""
+    shards, read = stream.sampler.shards, list[int]()
+    read_into = shards.read_into
+
+    def counted_read(sub_scan: int, out: object) -> None:
+        read_into(sub_scan, out)
+        read.append(sub_scan)
+
     began = time.perf_counter()
-    count = sum(
-        len(batch.voxels) for batch in itertools.islice(stream.batches(number), stream.steps_per_epoch)
-    )
-    seconds = time.perf_counter() - began
-    stream.close()
-    return count / seconds
+    with patched(shards, "read_into", counted_read):
+        batches = itertools.islice(stream.batches(number), stream.steps_per_epoch)
+        used = sum(len(batch.voxels) for batch in batches)
+        stream.close()
+    return Turn(max(used, len(read)), time.perf_counter() - began)
+
+
+@contextmanager
+def patched(thing: object, name: str, value: object) -> Iterator[None]:
+    """An attribute of one object, for the time of the block."""
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        delattr(thing, name)
 
 
 def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callable[[], float]]:
@@ -92,9 +122,9 @@ def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callabl
             drop(f"{folder}/{form}")
             before = from_disk()
             stream = Stream(open_set(f"{folder}/{form}"), batch=options.batch, readers=readers)
-            rate = epoch(stream)
-            given.append((from_disk() - before) / (stream.sampler.n * stream.sampler.shards.nbytes))
-            return rate
+            turn = epoch(stream)
+            given.append((from_disk() - before) / (turn.sub_scans * stream.sampler.shards.nbytes))
+            return turn.rate
 
         return run
 
@@ -162,16 +192,16 @@ def processor_s() -> float:
 
 
 def counted(
-    ways: dict[str, Callable[[], float]], used: dict[str, list[float]]
+    ways: dict[str, Callable[[], Turn]], used: dict[str, list[float]]
 ) -> dict[str, Callable[[], float]]:
-    """The same ways, each of which also adds the processor seconds that it used to `used`."""
+    """The rates of these ways, each of which also adds the processor seconds of a sub-scan to `used`."""
 
-    def count(name: str, way: Callable[[], float]) -> Callable[[], float]:
+    def count(name: str, way: Callable[[], Turn]) -> Callable[[], float]:
         def run() -> float:
             before = processor_s()
-            rate = way()
-            used.setdefault(name, []).append(processor_s() - before)
-            return rate
+            turn = way()
+            used.setdefault(name, []).append((processor_s() - before) / turn.sub_scans)
+            return turn.rate
 
         return run
 
@@ -185,7 +215,7 @@ CURL, CURL_RANGES, RANGES = (
 )
 
 
-def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], float]]:
+def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], Turn]]:
     """Ways to read tar shards from a web server."""
     shards = sorted(path.name for path in Path(f"{folder}/tar").glob("*.tar"))
     whole = open_set(url)
@@ -199,14 +229,14 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
     }
     epoch(streams["p2w, set held in memory, from the second epoch"])
 
-    def curl() -> float:
+    def curl() -> Turn:
         began = time.perf_counter()
         subprocess.run(
             ["curl", "-sf", *(f"{url}/{name}" for name in shards)], check=True, stdout=subprocess.DEVNULL
         )
-        return len(whole.ids("train")) / (time.perf_counter() - began)
+        return Turn(len(whole.ids("train")), time.perf_counter() - began)
 
-    def curl_ranges() -> float:
+    def curl_ranges() -> Turn:
         sampler = streams[RANGES].sampler
         ids = np.concatenate([sampler.step_ids(0, step) for step in range(sampler.steps)])
         starts = whole.offsets[ids]
@@ -216,9 +246,9 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
         ]
         began = time.perf_counter()
         subprocess.run(["curl", "-sf", "-K", "-"], input="next\n".join(asked), text=True, check=True)
-        return len(ids) / (time.perf_counter() - began)
+        return Turn(len(ids), time.perf_counter() - began)
 
-    def webdataset() -> float:
+    def webdataset() -> Turn:
         import webdataset as wds  # noqa: PLC0415
 
         data = wds.WebDataset([f"{url}/{name}" for name in shards], shardshuffle=len(shards))
@@ -227,7 +257,7 @@ def remote(url: str, folder: str, options: Options) -> dict[str, Callable[[], fl
         )
         began = time.perf_counter()
         count = sum(len(batch[0]) for batch in loader)
-        return count / (time.perf_counter() - began)
+        return Turn(count, time.perf_counter() - began)
 
     return {
         CURL: curl,
@@ -268,7 +298,6 @@ def main(options: Options) -> None:
         with served(f"{folder}/tar") as url:
             web = rotate(counted(remote(url, folder, options), used), options.rounds)
         kept = [] if options.web_only else memory(folder, options)
-        count = len(open_set(f"{folder}/tar").ids("train"))
     finally:
         if not options.folder:
             shutil.rmtree(folder)
@@ -304,7 +333,7 @@ def main(options: Options) -> None:
     more = {
         "rates": {**disk, **web},
         "processor_ms_a_sub_scan": {
-            name: [round(1000 * one / count, 3) for one in seconds] for name, seconds in used.items()
+            name: [round(1000 * one, 3) for one in seconds] for name, seconds in used.items()
         },
         "bytes_from_disk_per_byte_of_the_set": given,
         "own_mib_after_each_epoch": kept,

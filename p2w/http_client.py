@@ -1,8 +1,8 @@
 """HTTP requests of a data set: what the server answers, and when another try may help. Reaches no torch.
 
-One client, `requests`, fetches manifests and whole shards, and says which proxies, certificates and .netrc entries hold for
-a server. `p2w.stream.http` receives byte ranges by the same settings, without it where no proxy is between. A request takes
-at most CONNECT_S to connect, READ_S without a byte, and longer than that only while SLOWEST bytes a second arrive.
+`requests` fetches manifests and whole shards, and decides which proxies, certificates and .netrc entries hold for a server.
+`p2w.stream.http` receives byte ranges with the same settings, and without `requests` where there is no proxy. A request may
+take CONNECT_S to connect and READ_S without a byte; a body that takes longer must arrive at SLOWEST bytes a second at least.
 
 - 5xx, 408, 429, a connection that is refused, reset or silent: tried again, after a pause that doubles up to
   LONGEST_PAUSE_S, or as long as the server's Retry-After says.
@@ -57,7 +57,7 @@ class RequestFailed(Exception):
 
 
 class Refused(Exception):
-    """An answer other than the one asked for; `final` when another try is useless, else after `pause_s` if it names one."""
+    """The answer is not the one asked for. `final`: another try is useless; `pause_s`: the wait that the server asks for."""
 
     def __init__(self, reason: str, final: bool, pause_s: float | None = None) -> None:
         super().__init__(reason)
@@ -72,9 +72,9 @@ def reaches(url: str) -> bool:
 
 
 def address(url: str) -> str:
-    """Where requests for a URL go: an s3 URL's signed https address, good for an hour, else the URL itself.
+    """The address that requests for a URL go to: for s3 a signed https address, valid for an hour, else the URL itself.
 
-    Messages name the URL, since whoever has the address can read the object. Raises OSError, or Refused.
+    Messages name the URL and not the address, which lets anyone read the object. Raises OSError, or Refused.
     """
     return _signed(url, int(time.monotonic() // SIGNED_S)) if url.startswith("s3:") else url
 
@@ -126,9 +126,9 @@ def session() -> requests.Session:
 def get(url: str, headers: dict[str, str]) -> requests.Response:
     """The answer to a GET, its body still to be read.
 
-    requests looks at the environment (proxies, certificates, .netrc) in every request, which takes as long as receiving a
-    sub-scan; here it is looked at once for each thread and server. A server that redirects is asked in the usual way, since
-    other settings may hold for the server behind it.
+    `requests` reads the environment (proxies, certificates, .netrc) for every request, which takes as long as receiving a
+    sub-scan; here it is read once for each thread and server. A server that redirects is asked in the usual way, since
+    other settings may hold for the server that it names.
     """
     url = address(url)
     parts = urlsplit(url)
@@ -151,7 +151,7 @@ def get(url: str, headers: dict[str, str]) -> requests.Response:
 
 
 def fixed_session(url: str) -> requests.Session:
-    """A session with what the environment says of this server, which does not look there again."""
+    """A session with the settings of the environment for this server, which are not read again."""
     settings = session().merge_environment_settings(url, {}, True, None, None)
     fixed = requests.Session()
     fixed.trust_env = False
@@ -180,7 +180,7 @@ class Attempts:
         self._first = 0.0
 
     def __iter__(self) -> Iterator["Attempts"]:
-        """Yield without end; a failure that no other try may mend raises RequestFailed from the `with` block."""
+        """Yield itself without end; the `with` block raises RequestFailed after a failure that no other try may mend."""
         while True:
             yield self
 

@@ -6,8 +6,9 @@ The batches are those of the same set in a folder, bit for bit, for either forma
 fetched; they are received where they belong, and each block is checked before the next one comes. Servers without byte
 ranges, and s3 without botocore, are streamed (see `tar`).
 
-Each thread keeps its connection. To hide the latency, at least MIN_THREADS threads send requests in parallel if a rank's
-batch has as many rows. What is tried again, and for how long: `p2w.http_client` and `data.retry_minutes`.
+Each thread keeps its connections open, one to each server. To hide the latency, at least MIN_THREADS threads send requests
+in parallel if a rank's batch has as many rows. `p2w.http_client` says which requests are tried again, `data.retry_minutes`
+for how long.
 """
 
 import functools
@@ -36,15 +37,15 @@ from p2w.rng import Ids
 from p2w.stream.local import DataError, SampleReader, ShardSet
 
 MIN_THREADS = 8
-HEAD = 16 << 10  # bytes of an answer's head at most
-BLOCK = 512 << 10  # bytes received at a time, then checked while they are still in a core's cache
+HEAD = 16 << 10  # most bytes that the head of an answer may have
+BLOCK = 512 << 10  # bytes received at a time, and checked while they are still in a core's cache
 _PAUSE = http_client.PAUSE_S
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _own = threading.local()  # each thread keeps its own connections
 
 
 class HttpSet(ShardSet):
-    """A data set below a URL, read by byte ranges. Threads share it."""
+    """A data set below a URL, read by byte ranges. Reader threads share one object."""
 
     min_threads = MIN_THREADS
 
@@ -90,10 +91,10 @@ class HttpSet(ShardSet):
 
 
 def receive_range(url: str, start: int, out: memoryview) -> Generator[int, None, None]:
-    """Ask once for `len(out)` bytes of a file, and receive them in `out`; yields after each block how many are there.
+    """Ask once for `len(out)` bytes of a file from `start` on, and receive them in `out`.
 
-    What lies behind the last number yielded is not there yet. A server behind a proxy, and one that redirects, is asked
-    through `requests`. Raises Refused, or an error of the connection.
+    Yields after each block how many bytes have arrived; the rest of `out` is not valid yet. A server behind a proxy, and one
+    that redirects, is asked through `requests`. Raises Refused, or an error of the connection.
     """
     address = http_client.address(url)
     parts = urlsplit(address)
@@ -113,26 +114,26 @@ def receive_range(url: str, start: int, out: memoryview) -> Generator[int, None,
 
 
 class Redirected(Exception):
-    """A server sends on to another address."""
+    """The server redirects the request to another address."""
 
 
 class Connection:
-    """A kept connection to a server, for one thread, that receives bodies without a copy in between.
+    """A connection to a server that one thread keeps open; the body of an answer is received where it belongs.
 
-    `requests` reads a body 16 kB at a time into memory of its own, and takes longer for a head than a body takes here: for
-    2 MiB three times the processor time. The usual answer, a body of the length asked for, is recognized here; the standard
-    library reads any other.
+    `requests` copies a body in pieces of 16 kB, and takes longer for a head than a whole answer takes here: for 2 MiB three
+    times the processor time. The usual answer, a body of the length asked for, is parsed here; any other one is parsed by
+    the standard library.
     """
 
     def __init__(self, connection: http.client.HTTPConnection, headers: dict[str, str]) -> None:
-        """Connect with the first request; `headers` go with each."""
+        """Prepare; the first request connects. Every request is sent with `headers`."""
         self.connection = connection
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
         self.arrived = bytearray(HEAD)
 
     @classmethod
     def to(cls, url: str) -> "Connection | None":
-        """One to the server of a URL; None where a proxy, a client's certificate or a password in the URL is to be used."""
+        """A connection to the server of a URL; None if it needs a proxy, a client certificate or a password in the URL."""
         parts = urlsplit(url)
         found = _settings(parts.scheme, parts.netloc)
         if found is None:
@@ -148,11 +149,11 @@ class Connection:
         )
 
     def __del__(self) -> None:
-        """Close it with the thread that has it."""
+        """Close the connection when the thread that keeps it ends."""
         self.connection.close()
 
     def receive(self, url: str, start: int, out: memoryview) -> Generator[int, None, None]:
-        """As `receive_range`. Raises Redirected too."""
+        """Receive a range of bytes as `receive_range` does; also raises Redirected."""
         reusable, nbytes = False, len(out)
         try:
             count, body = self._ask(url, start, nbytes)
@@ -173,18 +174,21 @@ class Connection:
                 reusable = done == nbytes and not response.read(1) and not response.will_close
                 yield done
         finally:
-            if not reusable:  # what is left of the answer must not be taken for the next one
+            if not reusable:  # the rest of this answer must not be read as the next one
                 self.connection.close()
 
     def _ask(self, url: str, start: int, nbytes: int) -> tuple[int, int]:
-        """Send a request for a range; how many bytes of the answer have arrived, and at which of them its body starts."""
+        """Send a request for a range, and receive the head of the answer in `arrived`.
+
+        Returns how many bytes have arrived, and the position of the body among them.
+        """
         connection = self.connection
         if connection.sock is not None and _readable(connection.sock):
-            connection.close()  # the server has ended it since
+            connection.close()  # the server has closed it
         if connection.sock is None:
             connection.connect()
             assert connection.sock is not None
-            # The system's limit counts for a whole block; with Python's, each arrival would be a call of its own.
+            # The system's time-out allows one call for a whole block; with Python's, each arrival would need a call.
             limit = struct.pack("ll", int(http_client.READ_S), int(http_client.READ_S % 1 * 1e6))
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         connection.sock.settimeout(http_client.READ_S)
@@ -203,17 +207,17 @@ class Connection:
 
 
 class _Answer(io.RawIOBase):
-    """An answer as a file: what of it has arrived, and then what the connection gives."""
+    """An answer as a file object: first the bytes that have arrived, then what the connection gives."""
 
     def __init__(self, arrived: bytes, connection: socket.socket) -> None:
         self.arrived, self.connection = arrived, connection
 
     def readable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def readinto(self, out: Any) -> int:
-        """Bytes put in `out`; 0 at the end."""
+        """Fill `out`, and return how many bytes were put there; 0 at the end."""
         if not self.arrived:
             return self.connection.recv_into(out)
         count = min(len(out), len(self.arrived))
@@ -221,14 +225,14 @@ class _Answer(io.RawIOBase):
         return count
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """As that of a socket."""
+        """The file object that http.client asks a socket for."""
         return io.BufferedReader(self)
 
 
 def _is_usual(head: bytes, start: int, nbytes: int) -> bool:
-    """Whether the head of an answer, without its last line, promises a body of the bytes asked for, as they are.
+    """Whether the head of an answer, without its empty last line, announces exactly the bytes asked for, not encoded.
 
-    An answer of which this is False may be right all the same.
+    An answer for which this is False may still be right: then the standard library parses it.
     """
     status, *lines = head.lower().split(b"\r\n")
     found: dict[bytes, bytes] = {}
@@ -249,9 +253,9 @@ def _is_usual(head: bytes, start: int, nbytes: int) -> bool:
 def _receive_body(
     source: "socket.socket | http.client.HTTPResponse", out: memoryview, done: int
 ) -> Generator[int, None, None]:
-    """Receive `out` from its byte `done` on; yields after each block how many bytes are there.
+    """Receive the bytes of `out` from byte `done` on; yields after each block how many have arrived.
 
-    A socket without TLS is asked once for a block, and Python's other threads run until it is there.
+    Without TLS one call receives a whole block, and Python's other threads run meanwhile.
     """
     nbytes, began = len(out), time.monotonic()
     receive: Callable[[memoryview], int]
@@ -265,7 +269,7 @@ def _receive_body(
         while done < end:
             try:
                 count = receive(out[done:end])
-            except BlockingIOError as error:  # how the system's limit shows
+            except BlockingIOError as error:  # the system's time-out
                 raise TimeoutError("timed out") from error
             done += count
             if not count:
@@ -278,7 +282,7 @@ def _receive_body(
 
 
 def _readable(connection: socket.socket) -> bool:
-    """Whether a connection without a request under way has something to read, which can only be its end."""
+    """Whether a connection on which no answer is awaited can be read: the server has closed it."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(0))
@@ -286,15 +290,15 @@ def _readable(connection: socket.socket) -> bool:
 
 @functools.lru_cache(4096)
 def _target(url: str) -> bytes:
-    """What a request for the URL names: path and query, quoted."""
+    """Path and query of a URL, quoted, as the first line of a request has them."""
     return str(requests.Request("GET", url).prepare().path_url).encode("ascii")
 
 
 @functools.lru_cache(64)
 def _settings(scheme: str, netloc: str) -> tuple[dict[str, str], bool | str] | None:
-    """Headers for a server, and its certificates as `requests` names them; None for one that `requests` is to ask.
+    """Headers for a server, and the setting `verify` of `requests` for it; None if `requests` must ask this server itself.
 
-    Looked up once in a process, in which every validation starts threads of its own.
+    Cached for the process, since every validation starts new threads.
     """
     url = f"{scheme}://{netloc}/"
     session = http_client.fixed_session(url)
@@ -308,7 +312,7 @@ def _settings(scheme: str, netloc: str) -> tuple[dict[str, str], bool | str] | N
 
 @functools.lru_cache(16)
 def _tls_context(verify: bool | str) -> ssl.SSLContext:
-    """The certificates of `requests`' setting `verify`: certifi's for True, else those of a file or folder."""
+    """TLS with the certificates that `requests` would use: certifi's for `verify=True`, else those of a file or folder."""
     where = requests.certs.where() if verify is True else str(verify)
     folder = os.path.isdir(where)
     context = ssl.create_default_context(cafile=None if folder else where, capath=where if folder else None)
