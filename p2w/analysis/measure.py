@@ -30,10 +30,12 @@ from p2w.errors import UserError
 from p2w.files import write_atomic, write_remedy
 from p2w.geometry import Range
 from p2w.progress import Progress
+from p2w.rng import hash64
 from p2w.stream.local import ShardSet
 from p2w.world import World
 
 SMALLEST = 1 / 16  # scale of the smallest part [P]
+SUBSET = 0x5B5E7  # first word of the key that the subset of wholes is drawn with
 RECONSTRUCTION_SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # scales of the reconstructions
 
 
@@ -62,11 +64,11 @@ class AnalysisSettings:
     volume_fraction: tuple[float, float] | None = None
     """Scale of the parts in pairs and tests; default: as the run was trained, 1/16 to 1/4 for one that saw no parts."""
     max_wholes: int = 0
-    """Take this many wholes, evenly spread; 0 takes all."""
+    """Take this many wholes, a random subset that is the same for every run on the data set; 0 takes all."""
     batch: int = 16
     """Parts that go through the network at a time."""
     seed: int = 0
-    """Another seed cuts other parts and draws other pairs."""
+    """Another seed takes another subset of wholes, cuts other parts and draws other pairs."""
 
     def check(self) -> "AnalysisSettings":
         """Return itself. Raises UserError for values out of range."""
@@ -105,9 +107,14 @@ class AnalysisSettings:
         return {one.name: one for one in sets}
 
     def wholes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The wholes to analyse: all `ids`, or `max_wholes` of them, evenly spaced."""
-        count = min(len(ids), self.max_wholes or len(ids))
-        return ids[np.linspace(0, len(ids) - 1, count).astype(int)]
+        """The wholes to analyse: all `ids`, or `max_wholes` of them in ascending order, those with the smallest hash.
+
+        A stride would meet the period of the tiling: every second whole of a set of two tiles a scan is the left half of a
+        chest. The subset depends on ids and seed alone, and a smaller one is part of a larger one.
+        """
+        if not 0 < self.max_wholes < len(ids):
+            return ids
+        return np.sort(ids[hash64(ids, SUBSET, self.seed).argsort()[: self.max_wholes]])
 
     def scattered(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The wholes that t-SNE shows, one of each of `scatter_wholes` ranges of `ids`, so that scans differ if possible."""

@@ -1,11 +1,14 @@
 """Features of many parts against one part at a time; and features without a network."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from p2w import geometry
 from p2w.analysis.features import PartSet, extract, histogram, log_bins, pixels
+from p2w.analysis.measure import AnalysisSettings
 from p2w.analysis.monitors import VALIDATION_SEED
 from p2w.config import PretextConfig
 from p2w.model import build_encoder
@@ -39,6 +42,21 @@ def test_against_one_part_at_a_time(tiny_set, batch):
                 )
             encoder.float()
             np.testing.assert_allclose(found[w, p], expected[0], atol=1e-5)
+
+
+def test_a_subset_of_wholes_does_not_meet_the_period_of_the_tiling():
+    """Two tiles a scan: a stride over 80 wholes, as there was before, took 39 left halves and one right one."""
+    ids = np.arange(160, 240)
+
+    def subset(count, seed=0):
+        return AnalysisSettings(max_wholes=count, seed=seed).wholes(ids).tolist()
+
+    assert len(subset(40)) == 40 and subset(40) == sorted(set(subset(40))) == subset(40)
+    for count, seed in itertools.product((16, 40, 60), range(5)):
+        right = sum(one % 2 for one in subset(count, seed))
+        assert abs(right - count / 2) < 2 * count**0.5  # four standard deviations of independent draws
+    assert set(subset(16)) < set(subset(40)) and subset(40, seed=1) != subset(40)
+    assert subset(0) == subset(80) == subset(1000) == ids.tolist()
 
 
 def test_scales_are_in_their_ranges_and_the_whole_is_the_whole(tiny_set):
