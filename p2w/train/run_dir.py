@@ -216,11 +216,20 @@ class RunDir:
             # The final state stays: when the watchdog has reported a hang, a collective fails next, and must not replace it.
             if state in ("running", "failed") and self._end.is_set():
                 return
+            if state == "failed" and self._has_ended():  # on another rank, which waits for one that has left
+                return
             if state != "running":
                 self._end.set()  # the heartbeat does not overwrite it
             write_atomic(
                 self.path / "status.json", json.dumps({"state": state, "step": step, "why": why, **alive})
             )
+
+    def _has_ended(self) -> bool:
+        """Whether a rank of the newest start has written how it ended; a start that has `from_step` was "running" before."""
+        with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+            now = json.loads((self.path / "status.json").read_text())
+            return "from_step" in self.last_start() and now["state"] != "running"
+        return False
 
     def last_start(self) -> dict[str, Any]:
         """The newest start in run.json; empty when there is none. Raises UserError for a run.json that is broken."""

@@ -140,3 +140,32 @@ def test_an_old_run_keeps_its_order_and_a_new_one_records_its_own(tmp_path, monk
     (folder / "run.json").write_text(json.dumps({"starts": [start | {"order_version": 3}]}))
     with pytest.raises(UserError, match=r"order of version 3, .*continue it with the version of p2w"):
         RunDir(folder).order_version()
+
+
+def test_a_rank_that_waits_for_one_that_has_left_does_not_change_how_the_run_ended(run):
+    """Of several nodes the first leaves with the store, and the others' watchdogs call that a hang."""
+
+    def state() -> str:
+        return json.loads((run.path / "status.json").read_text())["state"]
+
+    def start() -> tuple[RunDir, RunDir]:
+        first, other = RunDir(run.path), RunDir(run.path)
+        first.open(CONFIG, "abc", "shards", MACHINE)
+        return first, other
+
+    first, other = start()
+    first.write_status("running", 3)
+    first.add_to_start(from_step=3)
+    first.write_status("told to stop", 5, "torchrun is gone")
+    other.write_status("failed", 5, "hangs: no answer from the rendezvous store")
+    assert state() == "told to stop"
+    first.close()
+
+    first, other = start()  # the next start hangs before it trains: the state is still that of the one before
+    other.write_status("failed", 5, "hangs: rank 0")
+    assert state() == "failed"
+    first.write_status("running", 5)
+    first.add_to_start(from_step=5)
+    RunDir(run.path).write_status("failed", 6, "hangs: rank 0")  # and here while it trains
+    assert json.loads((run.path / "status.json").read_text())["step"] == 6
+    first.close()
