@@ -61,7 +61,7 @@ def ways(
     scan = InferenceInput("scan", "scan", cut, voxels, grid, grid, source)
 
     def ours() -> NDArray[np.uint8]:
-        mask: NDArray[np.uint8] = mask_of(scan, model, OVERLAP, 0.5, BATCH, None, shown=False)
+        mask: NDArray[np.uint8] = mask_of(scan, model, OVERLAP, 0.5, BATCH, None, progress_bar=False)
         return mask
 
     @torch.no_grad()

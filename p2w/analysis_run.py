@@ -164,15 +164,15 @@ def _write(
     mse: list[float],
 ) -> dict[str, Any]:
     """On rank 0, compute the numbers of every network and over the checkpoints, and draw all figures."""
-    networks, pairs, places = {}, {}, {}
+    networks, pairs, points = {}, {}, {}
     for subject in subjects:
         a.log.line(f"{subject.label}: pairs, retrieval, t-SNE")
         numbers, pairs[subject.label] = measure.numbers(subject)
         networks[subject.label] = {"kind": subject.kind, "step": subject.step, **numbers}
-        places[subject.label] = measure.tsne_points(subject)
+        points[subject.label] = measure.tsne_points(subject)
     kinds, scale = measure.scatter()
     drawn = {
-        "tsne": plots.tsne_figure(places, kinds, scale),
+        "tsne": plots.tsne_figure(points, kinds, scale),
         "similarity_networks": plots.similarity_figure(
             pairs, {k: v["similarity"] for k, v in networks.items()}
         ),

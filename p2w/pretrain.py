@@ -101,9 +101,9 @@ def pretrain(
     check_rank_consistency(world, given, precision, data, "--train.precision")
     with Watchdog(world, 60 * config.train.hang_minutes) as watchdog:
         shards.call_while_waiting(watchdog.count)  # a server that is down for a while is no hang
-        place = shards.where
+        shards_path = shards.where
         with staged(shards, staging, world, watchdog) as read_from:
-            return _run(config, read_from, place, folder, data, world, precision, watchdog, streaming)
+            return _run(config, read_from, shards_path, folder, data, world, precision, watchdog, streaming)
 
 
 @contextlib.contextmanager
@@ -151,11 +151,11 @@ def agree_on_order(shards: ShardSet, world: World) -> list[int]:
 
 
 def _run(
-    config: Config, shards: ShardSet, place: str, folder: RunDir, data: str, world: World, precision: Precision,
+    config: Config, shards: ShardSet, shards_path: str, folder: RunDir, data: str, world: World, precision: Precision,
     watchdog: Watchdog, streaming: list[int],
 ) -> Outcome:  # fmt: skip
-    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended. `place` is the set's own
-    path, for the records; `shards` may read a copy of it."""
+    """Build and train. Rank 0 locks the folder meanwhile, and writes there how the run ended. `shards_path` is the
+    set's own path, for the records; `shards` may read a copy of it."""
     log = Log(folder.path, world.is_main, config.train.steps, config.log)
     asked, began = config, folder.ranks_of_first_start() or world.size
     config = elastic_settings(asked, began, world.size)
@@ -164,12 +164,12 @@ def _run(
             f"elastic         began with {began} ranks, goes on with {world.size}: a rank has "
             f"{config.data.batch // world.size} wholes of each step, in {config.optim.accumulate} pass(es)"
         )
-    log_order(shards, place, streaming, world, log)
+    log_order(shards, shards_path, streaming, world, log)
     # Errors raised here leave no folder behind.
     parts = _build(config, shards, folder, world, precision, log, watchdog)
     choice, trainer, validation, monitors, pictures = parts
     if world.is_main:
-        _open_folder(folder, asked, data, place, shards, trainer, precision, log)
+        _open_folder(folder, asked, data, shards_path, shards, trainer, precision, log)
         if world.device.type == "cuda":
             with log.tolerate(RECORD):
                 choice.write(folder.path)
@@ -192,7 +192,7 @@ def _run(
     return outcome
 
 
-def log_order(shards: ShardSet, place: str, streaming: list[int], world: World, log: Log) -> None:
+def log_order(shards: ShardSet, shards_path: str, streaming: list[int], world: World, log: Log) -> None:
     """Say why the set has the order of a streamed one, if it has; `streaming` are the ranks that get no byte ranges."""
     if 0 < len(streaming) < world.size:
         names = ", ".join(map(str, streaming[:8]))
@@ -200,12 +200,13 @@ def log_order(shards: ShardSet, place: str, streaming: list[int], world: World, 
             f"{shards.where}: rank(s) {names} get no byte ranges, so all ranks take the order of a streamed set"
         )
     elif streaming:
-        needs = "botocore is not installed" if place.startswith("s3:") else "the server gives no byte ranges"
+        on_s3 = shards_path.startswith("s3:")
+        needs = "botocore is not installed" if on_s3 else "the server gives no byte ranges"
         log.line(f"order           of a streamed set, not that of a folder, since {needs} (docs/data.md)")
 
 
 def _open_folder(
-    folder: RunDir, config: Config, data: str, place: str, shards: ShardSet, trainer: Trainer, precision: Precision,
+    folder: RunDir, config: Config, data: str, shards_path: str, shards: ShardSet, trainer: Trainer, precision: Precision,
     log: Log,
 ) -> None:  # fmt: skip
     """Rank 0: create or continue the folder, record this start in it, and watch that it stays this process's own."""
@@ -224,7 +225,7 @@ def _open_folder(
         "order_version": trainer.stream.sampler.order_version,
         "data_set": describe_data(shards),
     }
-    folder.open(config, data, place, start)
+    folder.open(config, data, shards_path, start)
     versions = {"p2w": __version__, "torch": torch.__version__}
     about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
     log.describe(

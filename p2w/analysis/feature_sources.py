@@ -130,7 +130,7 @@ class AnalysedRun:
             dataclasses.asdict(config.pretext),
             precision.name,
             IDENTITY,
-            _shown(config),
+            _pretext_settings(config),
         )
         return FeatureSource(label, "random" if step is None else "run", step, config.pretext, identity, load)
 
@@ -145,8 +145,8 @@ class AnalysedRun:
             ) from error
 
 
-def _shown(config: Config) -> dict[str, Any]:
-    """The settings of the run's pretext, since what it shows decides the recalibrated statistics."""
+def _pretext_settings(config: Config) -> dict[str, Any]:
+    """The settings of the run's pretext: the recalibrated statistics depend on what it shows the network."""
     return {
         group: dataclasses.asdict(getattr(config, group))
         for group in pretext_class(config.pretext.name).groups

@@ -5,10 +5,10 @@ Part p of whole k is a function of (seed, k, p) alone, and a batch has parts of 
 any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the network's input.
 
 Monitors, analyses and everything that reads features of a run judge the network that `TrainingWholes.recalibrate` gives, so
-that its weights are judged: running statistics as training left them are those of its last steps, and those of an untrained
-network are mean 0 and variance 1. The network sees what its pretext shows in training, of WHOLES training wholes spread
-evenly over the set, in BATCHES batches of ROWS. These are functions of the data set alone: the same at every step, in every
-run on it, and for any number of ranks.
+that its weights alone are judged: the running statistics that training leaves are those of its last steps, and those of an
+untrained network are mean 0 and variance 1. The network sees what its pretext shows in training, of WHOLES training wholes
+spread evenly over the set, in BATCHES batches of ROWS. These are functions of the data set alone: the same at every step, in
+every run on it, and for any number of ranks.
 """
 
 import itertools
@@ -40,7 +40,8 @@ Module = TypeVar("Module", bound=nn.Module)
 WHOLES, BATCHES, ROWS = 64, 8, 16  # that batch norm is recalibrated on
 IDENTITY = ["batch norm recalibrated", WHOLES, BATCHES, ROWS]  # part of the key of cached features
 SEED = VALIDATION_SEED + 0xBA7C4
-YOUNG = 0.01  # share of the first running statistics, mean 0 and variance 1, in those of a checkpoint
+# Of the initial running statistics, mean 0 and variance 1, in those of an early checkpoint, at least.
+EARLY_SHARE = 0.01
 MOMENTUM = 0.1  # weight of a batch in the running statistics, in every network here
 
 
@@ -241,8 +242,8 @@ class TrainingWholes:
 
 
 def is_early(step: int, passes: int = 1) -> bool:
-    """Whether stored running statistics still hold more than YOUNG of what they began with after `step` steps.
+    """Whether running statistics still hold more than EARLY_SHARE of their initial values after `step` steps.
 
     The losses that were logged until then were computed with them. `passes`: of a step, see optim.accumulate.
     """
-    return bool((1 - MOMENTUM) ** (step * passes) > YOUNG)
+    return bool((1 - MOMENTUM) ** (step * passes) > EARLY_SHARE)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-CANDIDATES, SHOWN = 24, 4
+CANDIDATES = 24  # wholes that are read
+DRAWN = 4  # those of them with the highest contrast
 
 
 class Pictures:
@@ -105,7 +106,7 @@ def high_contrast_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
             f"{shards.where}: not one of {len(ids)} sub-scans of '{split}' can be read; run p2w verify on it"
         )
     voxels, ids = voxels[torch.from_numpy(good)], ids[good]
-    best = voxels.flatten(1)[:, ::16].float().std(1).argsort(descending=True, stable=True)[:SHOWN]
+    best = voxels.flatten(1)[:, ::16].float().std(1).argsort(descending=True, stable=True)[:DRAWN]
     return voxels[best], torch.from_numpy(ids)[best]
 
 

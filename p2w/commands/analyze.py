@@ -91,13 +91,13 @@ def _shards(args: Args) -> ShardSet:
     last = RunDir(args.run).last_start()
     if not args.shards and not last.get("shards"):
         raise UserError(f"{args.run / 'run.json'}: does not say where the data set lies; pass --shards")
-    places = [args.shards] if args.shards else candidate_data_paths(args.run, last)
-    for place in places:
-        shards = open_set(place)
+    paths = [args.shards] if args.shards else candidate_data_paths(args.run, last)
+    for path in paths:
+        shards = open_set(path)
         if last.get("data") in (None, data_fingerprint(shards.meta)):
             return shards
     raise UserError(
-        f"{place}: is data set {data_fingerprint(shards.meta)}, the run was trained on {last['data']}: its "
+        f"{path}: is data set {data_fingerprint(shards.meta)}, the run was trained on {last['data']}: its "
         "validation wholes would be others; pass the --shards it was trained on"
     )
 

@@ -24,7 +24,7 @@ from p2w.finetune.results import RUN_MANIFEST, read_fine_tuning
 from p2w.finetune.task_types import TaskType
 from p2w.finetune.trial import PREDICTIONS, folder_of
 from p2w.tasks.reader import TargetSet
-from p2w.tasks.splits import check_folds, deal_folds
+from p2w.tasks.splits import assign_folds, check_folds
 
 SUMMARY = "cross_validation.json"
 VAL_FRACTION = 0.15  # of the patients who are not tested on: `p2w prepare`'s own default
@@ -46,7 +46,7 @@ def with_folds(source: TargetSet, folds: int) -> TargetSet:
     if len(patients) < folds:
         raise UserError(f"--folds {folds}: {source.where} has {len(patients)} patients; pass fewer folds")
     seed = int(source.meta["split"].get("seed", 0))
-    fold_of = deal_folds(patients, folds, seed)
+    fold_of = assign_folds(patients, folds, seed)
     scans: dict[str, list[str]] = defaultdict(list)
     for uid, patient in dict(zip(source.scan_uid, source.patient, strict=True)).items():
         scans[str(fold_of[patient])].append(uid)

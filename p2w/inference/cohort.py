@@ -7,7 +7,7 @@
     FILE          one image file
 
 A scan's identifier is a salted hash of its uid: the path below the folder without the ending, SeriesInstanceUID of DICOM,
-or what the table says under `name`. Without a salt of one's own, who knows the names can try them out.
+or what the table has in its column `name`. Without a salt of one's own, anyone who knows the names can compute the hashes.
 """
 
 import csv
@@ -43,9 +43,9 @@ class CohortScan:
     """What messages call it: the path that the user knows."""
     sources: tuple[ScanSource, ...]
     patient: str = ""
-    """Salted hash of the patient's identifier; "" where nothing tells it."""
+    """Salted hash of the patient's identifier; "" where it is unknown."""
     given_name: str = ""
-    """What the table's column `name` says."""
+    """The scan's name in the table's column `name`."""
 
     def identifier(self, salt: str) -> str:
         """16 hexadecimal digits that stand for the uid."""
@@ -53,7 +53,7 @@ class CohortScan:
 
     def state(self) -> str:
         """A hash of sizes and times of its files, which changes when they do. Raises BadScan where one is gone."""
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for source in self.sources:
             files = source.files if source.grid is not None else source_files(source)
             for path in files:
@@ -61,8 +61,8 @@ class CohortScan:
                     status = os.stat(path)
                 except OSError as error:
                     raise BadScan(f"cannot be read ({error.strerror})") from error
-                told.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-        return told.hexdigest()[:16]
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -86,7 +86,7 @@ def list_cohort(
     """The cohort that `--scans` names; `out` is a folder that is not searched.
 
     `channels`: names of a network's channels where it has several. `groups` as for sharding: a table or a regular
-    expression that tells the patients. Raises UserError where there is no scan, or a table breaks its rules.
+    expression that gives the patients. Raises UserError where there is no scan, or a table breaks its rules.
     """
     search = SearchOptions(salt=salt, modality=modality, assume_hu=assume_hu)
     path = Path(where)
@@ -166,10 +166,10 @@ def _of_rows(table: Path, rows: Iterable[Row], groups: str, search: SearchOption
         except UserError as error:
             cohort.bad.append((f"{table}, line {line}", str(error)))
             continue
-        told = salted_hash(patient, search.salt) or sources[0].info.patient
-        cohort.scans.append(CohortScan(uid, name or paths[0], sources, told, name))
+        patient_hash = salted_hash(patient, search.salt) or sources[0].info.patient
+        cohort.scans.append(CohortScan(uid, name or paths[0], sources, patient_hash, name))
     if groups:
-        _tell_patients(cohort, groups, search.salt)
+        _group_patients(cohort, groups, search.salt)
     return cohort
 
 
@@ -185,13 +185,13 @@ def _row_source(path: Path, name: str, search: SearchOptions) -> ScanSource:
     return found.sources[0]
 
 
-def _tell_patients(cohort: Cohort, groups: str, salt: str) -> None:
-    """Write into the scans of a table what `--groups` tells; what the table itself says stays."""
+def _group_patients(cohort: Cohort, groups: str, salt: str) -> None:
+    """Give the scans of a table their patients from `--groups`, where the table itself names none."""
     named = [replace(scan.sources[0], uid=scan.uid, name=scan.name) for scan in cohort.scans]
     listing = ScanListing(sources=named)
     GroupingOptions(None, groups, salt).apply(listing)
-    told = {source.uid: source.info.patient for source in listing.sources}
-    cohort.scans = [replace(scan, patient=scan.patient or told[scan.uid]) for scan in cohort.scans]
+    patients = {source.uid: source.info.patient for source in listing.sources}
+    cohort.scans = [replace(scan, patient=scan.patient or patients[scan.uid]) for scan in cohort.scans]
 
 
 def identifiers_of(text: str, salt: str) -> tuple[str, ...]:
@@ -215,12 +215,12 @@ def write_rows(path: Path, head: Sequence[object], rows: Iterable[Sequence[objec
 class ReadAhead(Generic[T]):
     """Iterates over `items` in a thread, at most `depth` items ahead of the reader; use it in a `with` block.
 
-    An item is made only after one of `depth` places is free, so besides the reader's own item `depth` are in memory. What
-    the iterator raises is raised where the item would have come.
+    An item is made only when one of `depth` slots is free, so at most `depth` items are in memory beside the one that the
+    reader works on. An error of the iterator is raised to the reader where the item would have come.
     """
 
     def __init__(self, items: Iterable[T], depth: int = 1) -> None:
-        self._items, self._places = iter(items), threading.Semaphore(depth)
+        self._items, self._slots = iter(items), threading.Semaphore(depth)
         self._ready: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="p2w-read-ahead", daemon=True)
@@ -233,13 +233,13 @@ class ReadAhead(Generic[T]):
     def __exit__(self, *_: object) -> None:
         """Stop after the item under way."""
         self._stopped.set()
-        self._places.release()
+        self._slots.release()
         self._thread.join()
 
     def _work(self) -> None:
         try:
             while True:
-                self._places.acquire()
+                self._slots.acquire()
                 if self._stopped.is_set():
                     return
                 self._ready.put(("item", next(self._items)))
@@ -256,5 +256,5 @@ class ReadAhead(Generic[T]):
                 return
             if isinstance(item, BaseException) and kind == "error":
                 raise item
-            self._places.release()  # the next item is made while the reader works on this one
+            self._slots.release()  # the next item is made while the reader works on this one
             yield item  # type: ignore[misc]

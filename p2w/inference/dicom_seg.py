@@ -25,7 +25,7 @@ ENDING = ".dcm"
 FORMAT = "dicom-seg"
 SERIES_NUMBER = 300  # beside a study's own, which begin at 1
 LABEL = 64  # characters that DICOM allows in a segment's label
-# What readers of the object ask for and anonymized series may lack; an empty value says "not known".
+# Attributes that readers of the object ask for, and that anonymized series may lack; an empty value says "not known".
 MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber",
     "ReferringPhysicianName", "PositionReferenceIndicator",
@@ -71,9 +71,9 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[Any]], source: ScanS
 
     drop_dicom_warnings()
     frames = np.stack([np.asarray(mask) > 0 for mask in masks.values()], -1).astype(np.uint8)
-    told = hashlib.sha256(np.packbits(frames).tobytes()).hexdigest()
+    digest = hashlib.sha256(np.packbits(frames).tobytes()).hexdigest()
     headers = _headers(source)
-    entropy = [*(str(header.SOPInstanceUID) for header in headers), told, weights, *masks, __version__]
+    entropy = [*(str(header.SOPInstanceUID) for header in headers), digest, weights, *masks, __version__]
     series, instance = (generate_uid(entropy_srcs=[*entropy, what]) for what in ("series", "instance"))
     try:
         made = _segmentation(headers, _in_order_of_frames(frames, source), list(masks), series, instance)
@@ -128,7 +128,7 @@ def _in_order_of_frames(frames: NDArray[np.uint8], source: ScanSource) -> NDArra
 def _segmentation(
     headers: list[Any], frames: NDArray[np.uint8], names: list[str], series: str, instance: str
 ) -> Any:
-    """The object: binary, every frame there, segments of an algorithm, of the general category tissue."""
+    """Make the object: binary, with a frame for every slice; its segments are by an algorithm, of the category tissue."""
     from highdicom import AlgorithmIdentificationSequence  # noqa: PLC0415  (an extra)
     from highdicom.seg import (  # noqa: PLC0415
         SegmentAlgorithmTypeValues,

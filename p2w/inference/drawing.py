@@ -33,7 +33,7 @@ def draw_preview(
     title: str,
     classes: Classes = lambda mask: {"": mask != 0},
 ) -> None:
-    """A PNG of the axial slice with most of the mask, and the coronal and sagittal slices through the middle of it.
+    """Draw a PNG of the axial slice with most of the mask, and the coronal and sagittal slices through the middle of it.
 
     `voxels`, `mask`: canonical [z,y,x]; without any mask, the middle of the scan. `classes` says where each class is, which
     gets an outline of its own; the largest have their names beside. Raises UserError where it cannot write.
@@ -47,7 +47,7 @@ def draw_preview(
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map
-    shown: dict[str, tuple[int, Any]] = {}  # name -> voxels, colour
+    outlined: dict[str, tuple[int, Any]] = {}  # name -> voxels, colour
     for axis, panel in enumerate(figure.subplots(1, 3)):
         index: list[Any] = [slice(None)] * 3
         index[axis] = where[axis]
@@ -62,12 +62,12 @@ def draw_preview(
             if inside.any():
                 colour = palette[number % len(palette)] if name else RED
                 panel.contour(inside, levels=[0.5], colors=[colour], linewidths=1.2)
-                shown[name] = shown.get(name, (0, colour))[0] + int(np.count_nonzero(inside)), colour
+                outlined[name] = outlined.get(name, (0, colour))[0] + int(np.count_nonzero(inside)), colour
         panel.set_title(f"{AXES[axis]}: {'zyx'[axis]} = {where[axis]}", fontsize=9)
         panel.set_axis_off()
-    largest = sorted((name for name in shown if name), key=lambda name: -shown[name][0])[:LEGEND]
+    largest = sorted((name for name in outlined if name), key=lambda name: -outlined[name][0])[:LEGEND]
     if largest:
-        lines = [Line2D([], [], color=shown[name][1]) for name in largest]
+        lines = [Line2D([], [], color=outlined[name][1]) for name in largest]
         figure.legend(lines, largest, loc="outside lower center", ncols=min(6, len(largest)), fontsize=8)
     millilitres = int(np.count_nonzero(mask)) * float(np.prod(spacing)) / 1000
     figure.suptitle(f"{title}: {millilitres:.1f} ml", fontsize=11)
@@ -87,17 +87,17 @@ def _middle(mask: NDArray[Any]) -> tuple[int, int, int]:
     return z, y, x
 
 
-SHOWN = 4  # test samples in a picture
+SAMPLE_COUNT = 4  # test samples in a picture
 SAMPLES = "figures/predictions.png"
 
 
 def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | None:
-    """RUN/figures/predictions.png: four test samples, from the worst to the best, by the trial that `p2w predict` takes.
+    """Draw RUN/figures/predictions.png: four test samples, from the worst to the best, by the trial of `p2w predict`.
 
-    Of a segmentation the slice with most of the mask, with the outlines of the mask and of what was predicted; of a
-    classification with one probability the middle slice, from the lowest probability to the highest. None where there is
-    nothing to draw: no finished trial with weights, no foreground in the test samples, shards that are gone, another kind.
-    Raises OSError where it cannot write.
+    Of a segmentation it draws the slice with most of the mask, with the outlines of the mask and of the prediction; of a
+    classification with one probability the middle slice, from the lowest probability to the highest. Returns None where
+    there is nothing to draw: no finished trial with weights, no foreground in the test samples, shards that are gone, or
+    another kind of task. Raises OSError where it cannot write.
     """
     kind = fine_tuning.kind
     if not kind.per_voxel and kind.columns(kind.classes) != ("probability",):
@@ -120,7 +120,7 @@ def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | N
     figure = Figure(figsize=(8.0, 2.2), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
     low, high = model.window
-    for at, (panel, title) in enumerate(zip(figure.subplots(1, SHOWN).flat, titles, strict=False)):
+    for at, (panel, title) in enumerate(zip(figure.subplots(1, SAMPLE_COUNT).flat, titles, strict=False)):
         truth = targets[at, 0].numpy() if kind.per_voxel else np.zeros(voxels.shape[2:], np.uint8)
         z = _middle(truth)[0]
         spacing = fine_tuning.source.spacing_mm[rows[at]]
@@ -156,17 +156,20 @@ def _choose_samples(kept: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int64]
     else:
         score, name = kept["probability"].reshape(-1).astype(np.float64), "probability"
     order = np.argsort(score, kind="stable")[: int(np.isfinite(score).sum())]
-    ranks = np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))
+    ranks = np.unique(np.linspace(0, len(order) - 1, min(SAMPLE_COUNT, len(order))).round().astype(int))
     chosen = order[ranks]
     label = kept.get("label")
-    told = [f", label {label[at]}" if label is not None else "" for at in chosen]
-    return chosen, [f"{name} {score[at]:.2f}{more}" for at, more in zip(chosen, told, strict=True)]
+    labels = [f", label {label[at]}" if label is not None else "" for at in chosen]
+    return chosen, [f"{name} {score[at]:.2f}{more}" for at, more in zip(chosen, labels, strict=True)]
 
 
 def _outlines(
     kind: TaskType, truth: NDArray[Any], predicted: NDArray[np.float32]
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_], Any]]:
-    """Of each class in a slice: the true mask (H, W), the predicted one, a colour. `predicted`: (H, W), or (K, H, W)."""
+    """Yield for each class in a slice the true mask (H, W), the predicted one, and a colour.
+
+    `predicted`: (H, W), or (K, H, W).
+    """
     from matplotlib import colormaps  # noqa: PLC0415
 
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map

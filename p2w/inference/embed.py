@@ -2,7 +2,7 @@
 
 Windows lie on a grid of the spacing that the encoder was trained at, evenly apart, and cover the scan. Of the coarsest
 features in a window the mean, the largest value and the deviation are kept; those of a scan are taken over all voxels of
-all its windows. A window of one single value (air, after clipping) has nothing to say and is left out.
+all its windows. A window whose voxels all have one value (air, after clipping) is left out.
 
     OUT.parquet               a row a scan: scan, name, patient, windows, left_out, shape_zyx, spacing_mm_zyx, mean, max, std
     OUT.windows.parquet       a row a window: scan, centre_mm_zyx (LPS), mean, max, std
@@ -69,7 +69,7 @@ class EmbedOptions:
     """Folder of scans, table.csv with a column `scan`, list.txt with one path a line, or one image file."""
     out: Path
     """The table of scans, .parquet."""
-    fed: Annotated[EncoderOptions, tyro.conf.arg(name="")] = EncoderOptions()  # noqa: RUF009 (frozen)
+    encoder_input: Annotated[EncoderOptions, tyro.conf.arg(name="")] = EncoderOptions()  # noqa: RUF009 (frozen)
     overlap: float = 0.0
     """Share of a window's edge that neighbouring windows have in common at least, from 0 to 0.9."""
     batch: int = 8
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--overlap {options.overlap} --batch {options.batch}: from 0 to 0.9; at least 1")
     world = World.from_env()
     precision = choose_precision(options.precision, world.device)
-    model = load_encoder_input(options.encoder, options.fed, world.device)
+    model = load_encoder_input(options.encoder, options.encoder_input, world.device)
     parts = Parts(options.out, model, options, precision.name)
     cohort = list_cohort(
         options.scans, out=str(parts.folder), groups=options.groups, salt=options.salt, modality=model.modality,
@@ -169,14 +169,14 @@ class Parts:
         return self.folder / f"{scan.identifier(self.salt)}.parquet"
 
     def read(self, scan: CohortScan) -> "tuple[pa.Table, dict[str, Any]] | None":
-        """The part of a scan and what it says; None where there is none that fits the settings and the scan's files."""
+        """The part of a scan and its record; None where there is none that fits the settings and the scan's files."""
         try:
             table = pq.read_table(self.path(scan))
-            told = json.loads(table.schema.metadata[b"p2w"])
-            fits = told["settings"] == self.settings and told["state"] == scan.state()
+            record = json.loads(table.schema.metadata[b"p2w"])
+            fits = record["settings"] == self.settings and record["state"] == scan.state()
         except (OSError, ValueError, LookupError, TypeError, pa.ArrowException, BadScan):
             return None
-        return (table, told) if fits and table.schema.equals(self.window_schema) else None
+        return (table, record) if fits and table.schema.equals(self.window_schema) else None
 
     def write(self, scan: CohortScan, pending: "Pending") -> None:
         """Write the part of a scan."""
@@ -184,12 +184,12 @@ class Parts:
         stack = np.stack([one for one in pending.found if one is not None])
         columns = [pa.array([identifier] * len(stack)), _vectors(np.array(pending.centres, np.float32))]
         columns += [_vectors(stack[:, number]) for number in range(len(KINDS))]
-        told = {
+        record = {
             "settings": self.settings, "state": pending.state, "left_out": pending.left_out,
             "shape_zyx": pending.shape, "spacing_mm_zyx": pending.spacing_mm,
         }  # fmt: skip
         table = pa.Table.from_arrays(columns, schema=self.window_schema)
-        _write_table(self.path(scan), [table], _with(self.window_schema, told))
+        _write_table(self.path(scan), [table], _with_record(self.window_schema, record))
         self.path(scan).with_suffix(".bad").unlink(missing_ok=True)
 
     def mark_bad(self, scan: CohortScan) -> None:
@@ -214,7 +214,7 @@ class Parts:
         if missing:
             say(f"{self.out}: not yet written, {len(missing)} scans of other shares are missing")
             return True
-        told = {
+        record = {
             **self.settings, "p2w": __version__, "where": self.where, "secret": bool(self.salt),
             "bad": len(bad) + len(cohort.bad),
         }  # fmt: skip
@@ -232,29 +232,29 @@ class Parts:
                     rows.append(self._row(scan, *part))
                     yield part[0]
 
-        _write_table(self.windows_out, windows(), _with(self.window_schema, told))
+        _write_table(self.windows_out, windows(), _with_record(self.window_schema, record))
         if not rows:
             self.windows_out.unlink()
             say(f"{self.out}: not written, not one scan could be used")
             return False
         table = pa.Table.from_pylist(rows, self.scan_schema)
-        _write_table(self.out, [table], _with(self.scan_schema, told))
+        _write_table(self.out, [table], _with_record(self.scan_schema, record))
         patients = len({row["patient"] for row in rows} - {""})
         say(
             f"{self.out}: {len(rows)} scans"
             + (f" of {patients} patients" if patients else ", patients unknown (--groups)")
             + f", {sum(row['windows'] for row in rows):,} windows in {self.windows_out.name}"
-            + (f"; {told['bad']} bad ones left out" if told["bad"] else "")
+            + (f"; {record['bad']} bad ones left out" if record["bad"] else "")
         )
-        return not told["bad"]
+        return not record["bad"]
 
-    def _row(self, scan: CohortScan, table: pa.Table, told: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, scan: CohortScan, table: pa.Table, record: dict[str, Any]) -> dict[str, Any]:
         kinds = [features_of(table, kind) for kind in KINDS]
         mean, largest, deviation = scan_features(*kinds)
         return {
             "scan": scan.identifier(self.salt), "name": scan.given_name or (scan.name if self.keep_names else ""),
-            "patient": scan.patient, "windows": len(table), "left_out": told["left_out"],
-            "shape_zyx": told["shape_zyx"], "spacing_mm_zyx": told["spacing_mm_zyx"],
+            "patient": scan.patient, "windows": len(table), "left_out": record["left_out"],
+            "shape_zyx": record["shape_zyx"], "spacing_mm_zyx": record["spacing_mm_zyx"],
             "mean": mean, "max": largest, "std": deviation,
         }  # fmt: skip
 
@@ -286,8 +286,8 @@ def _vectors(values: Floats) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])
 
 
-def _with(schema: pa.Schema, told: dict[str, Any]) -> pa.Schema:
-    return schema.with_metadata({b"p2w": canonical_json(told)})
+def _with_record(schema: pa.Schema, record: dict[str, Any]) -> pa.Schema:
+    return schema.with_metadata({b"p2w": canonical_json(record)})
 
 
 def _write_table(path: Path, tables: "Iterator[pa.Table] | Sequence[pa.Table]", schema: pa.Schema) -> None:
@@ -307,7 +307,7 @@ def _write_table(path: Path, tables: "Iterator[pa.Table] | Sequence[pa.Table]", 
 
 @dataclass
 class Pending:
-    """A scan under way: what is known of it, and the features (3, C) of its windows as they come."""
+    """A scan that is being computed, and the features (3, C) of its windows as they come."""
 
     scan: CohortScan
     state: str
@@ -331,7 +331,7 @@ def embed_scans(
     batch: int,
     dtype: torch.dtype | None,
 ) -> int:
-    """Write the part of every scan that has none yet; how many scans cannot be used.
+    """Write the part of every scan that has none yet; return how many scans cannot be used.
 
     Files are read in one thread and windows are cut in another, while the network computes. Batches are full: windows of
     the next scan follow, and the last batch is filled up, so that features do not depend on which scans are done together.
@@ -430,7 +430,7 @@ def _cut_scans(read: "ReadAhead[Read]", model: EncoderInput, overlap: float) -> 
 
 
 def _stored_window(model: EncoderInput) -> tuple[int, int]:
-    """The smallest and largest stored value that tell something."""
+    """The smallest and largest stored value inside the window, rounded outwards."""
     return int(np.floor(model.window[0])), int(np.ceil(model.window[1]))
 
 

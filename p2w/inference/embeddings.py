@@ -32,16 +32,16 @@ class Embeddings:
     scans: tuple[str, ...]
     """Identifiers."""
     names: tuple[str, ...]
-    """What the table calls the scans, "" where names were not kept."""
+    """The scans' names in the table, "" where names were not kept."""
     patients: tuple[str, ...]
-    """Hashed; that of a scan of which none is known is the scan's identifier."""
+    """The scans' patients, hashed; a scan whose patient is unknown has its own identifier here."""
     known_patients: bool
     """Whether the patient of every scan is known."""
-    told: dict[str, Any]
+    settings: dict[str, Any]
     """The settings of `p2w embed`."""
 
-    def shown(self, index: int) -> str:
-        """What a scan is called in output."""
+    def display_name(self, index: int) -> str:
+        """The name of a scan in output."""
         return self.names[index] or self.scans[index]
 
     def index_of(self, text: str, salt: str) -> int | None:
@@ -63,11 +63,11 @@ def read_embeddings(path: Path, features: Features, salt: str) -> Embeddings:
     """The table of scans at `path`. Raises UserError where it is none of `p2w embed`, or was written with another salt."""
     try:
         table = pq.read_table(path)
-        told = json.loads(table.schema.metadata[b"p2w"])
+        record = json.loads(table.schema.metadata[b"p2w"])
         kinds = KINDS if features == "all" else (features,)
         values = np.concatenate([features_of(table, kind) for kind in kinds], 1).astype(np.float64)
         columns = [table[name].to_pylist() for name in ("scan", "name", "patient")]
-        check = told["salt"]
+        check = record["salt"]
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: no table of scans of p2w embed ({said}); name its --out") from error
@@ -77,7 +77,7 @@ def read_embeddings(path: Path, features: Features, salt: str) -> Embeddings:
         raise UserError(f"{path}: holds features that are not finite; run p2w embed again")
     scans, names, patients = columns
     owners = tuple(patient or scan for patient, scan in zip(patients, scans, strict=True))
-    return Embeddings(path, values, tuple(scans), tuple(names), owners, all(patients), told)
+    return Embeddings(path, values, tuple(scans), tuple(names), owners, all(patients), record)
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,17 @@ def read_labels(path: Path, column: str, embeddings: Embeddings, salt: str) -> L
             "embed (or uid, or identifier), and pass its --salt"
         )
     order = sorted(rows)
-    told = [rows[index][1] for index in order]
-    owners = tuple(own or embeddings.patients[index] for own, index in zip(told, order, strict=True))
-    known = all(told) or (embeddings.known_patients and not any(told))
+    hashes = [rows[index][1] for index in order]
+    owners = tuple(own or embeddings.patients[index] for own, index in zip(hashes, order, strict=True))
+    known = all(hashes) or (embeddings.known_patients and not any(hashes))
     return Labels(tuple(order), tuple(rows[index][0] for index in order), owners, tuple(unknown), known)
 
 
 def centred_directions(values: Doubles) -> Doubles:
     """Features (N, C) -> unit vectors: each feature less its mean over the cohort and divided by its deviation.
 
-    Without it, all similarities are near 1, since features after a ReLU point one way, and a few large ones decide. A scan
-    that is the mean in all features becomes zeros.
+    Without centring, all similarities are near 1, since features after a ReLU are positive, and a few large features decide.
+    A scan whose features are all the cohort's means becomes zeros.
     """
     spread = values.std(0)
     scaled = (values - values.mean(0)) / np.where(

@@ -31,7 +31,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What an encoder is fed, where its card does not say it, or something else is wanted."""
+    """The input of an encoder, where its card does not say it, or another input is wanted."""
 
     size: Size | None = None
     """Voxels z y x of a window; default: as the card says."""
@@ -51,7 +51,7 @@ class EncoderOptions:
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """An encoder in evaluation mode, and what it is fed."""
+    """An encoder in evaluation mode, and how its input is made."""
 
     encoder: Encoder
     where: str
@@ -106,16 +106,16 @@ def load_encoder_input(name: str, options: EncoderOptions, device: torch.device)
     """
     if options.spacing is not None and options.native_spacing:
         raise UserError("--spacing and --native-spacing exclude each other; pass one of them")
-    told = _told(name, device)
-    if told is None:
+    stated = _read_card_input(name, device)
+    if stated is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            told = _Told(load_start(name, options.network, options.width).encoder)
+            stated = _CardInput(load_start(name, options.network, options.width).encoder)
     elif options.network is not None or options.width is not None:
         raise UserError(f"{name}: names its own network; leave --network and --width out")
-    size, window = options.size or told.size, options.window_hu or told.window
-    native = options.native_spacing or (told.native and options.spacing is None)
-    spacing = None if native else options.spacing or told.spacing_mm
+    size, window = options.size or stated.size, options.window_hu or stated.window
+    native = options.native_spacing or (stated.native and options.spacing is None)
+    spacing = None if native else options.spacing or stated.spacing_mm
     wanted = (
         (size is None, "--size D H W (voxels)"),
         (spacing is None and not native, "--spacing Z Y X (mm) or --native-spacing"),
@@ -124,14 +124,14 @@ def load_encoder_input(name: str, options: EncoderOptions, device: torch.device)
     if missing := [text for lacking, text in wanted if lacking]:
         raise UserError(f"{name}: does not say what it is fed; pass {', '.join(missing)}")
     assert size is not None and window is not None
-    _check(told.encoder, size, spacing, window)
-    encoder = told.encoder.to(device).eval()
-    return EncoderInput(encoder, name, size, spacing, window, told.modality, _checksum(encoder))
+    _check(stated.encoder, size, spacing, window)
+    encoder = stated.encoder.to(device).eval()
+    return EncoderInput(encoder, name, size, spacing, window, stated.modality, _checksum(encoder))
 
 
 @dataclass(frozen=True)
-class _Told:
-    """An encoder, and what its card says of its input; None where it does not say it."""
+class _CardInput:
+    """An encoder, and its input as its card says it; a field is None where the card does not say it."""
 
     encoder: Encoder
     size: Size | None = None
@@ -141,8 +141,8 @@ class _Told:
     modality: str = "CT"
 
 
-def _told(name: str, device: torch.device) -> _Told | None:
-    """An encoder with a card of ours, else None: `random`, or a file that others published."""
+def _read_card_input(name: str, device: torch.device) -> _CardInput | None:
+    """An encoder that has a card of p2w, with its input; None for `random`, and for a file that others published."""
     if name == RANDOM:
         return None
     run, _, step = name.rpartition("@")
@@ -169,24 +169,28 @@ def _told(name: str, device: torch.device) -> _Told | None:
     return _of_finetuned(file, device) if "task" in card else _of_card(file, load(path), card)
 
 
-def _of_card(where: Path, encoder: Encoder, card: dict[str, Any]) -> _Told:
+def _of_card(where: Path, encoder: Encoder, card: dict[str, Any]) -> _CardInput:
     if said := type_mismatch(card, CARD, "its card"):
         raise UserError(f"{where}: {said}; export the run again")
-    fed = card["input"]
-    size, spacing, window = fed["size_zyx"], fed["spacing_mm_zyx"]["network"], fed["window_hu"]
-    modality = str(fed.get("modality", "ct")).upper()
+    described = card["input"]
+    size, spacing, window = (
+        described["size_zyx"],
+        described["spacing_mm_zyx"]["network"],
+        described["window_hu"],
+    )
+    modality = str(described.get("modality", "ct")).upper()
     if len(size) != 3 or len(window) != 2 or (spacing is not None and len(spacing) != 3):
         raise UserError(
             f"{where}: its card has size {size}, spacing {spacing}, window {window}; export the run again"
         )
     mm = None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
-    return _Told(
+    return _CardInput(
         encoder, (size[0], size[1], size[2]), mm, False, (float(window[0]), float(window[1])), modality
     )
 
 
-def _of_finetuned(where: Path, device: torch.device) -> _Told:
-    """The encoder of a fine-tuned network, fed as its task's samples were."""
+def _of_finetuned(where: Path, device: torch.device) -> _CardInput:
+    """The encoder of a fine-tuned network, whose input is made as the samples of its task were."""
     model = load_finetuned(where, device)
     if model.channels != 1 or not (model.in_hu or model.by_percentiles):
         raise UserError(
@@ -195,8 +199,8 @@ def _of_finetuned(where: Path, device: torch.device) -> _Told:
         )
     window = model.window if model.in_hu else WINDOW_HU
     spacing = model.spacing_mm
-    told = (model.size, spacing, spacing is None, window, "CT" if model.in_hu else "MR")
-    return _Told(model.network.encoder, *told)
+    fields = (model.size, spacing, spacing is None, window, "CT" if model.in_hu else "MR")
+    return _CardInput(model.network.encoder, *fields)
 
 
 def _check(encoder: Encoder, size: Size, spacing: Triple | None, window: tuple[float, float]) -> None:

@@ -46,7 +46,7 @@ class FineTunedModel:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What the task calls its classes; () where the card does not say."""
+        """The names of the task's classes; () where the card has none."""
         return tuple(self.card["task"].get("classes") or ())
 
     @property
@@ -83,7 +83,7 @@ class FineTunedModel:
 
     @property
     def of_whole_scans(self) -> bool:
-        """Whether a sample was a whole scan, and so is what it tells something of."""
+        """Whether a sample was a whole scan, so that a prediction is about a whole scan too."""
         return not self.kind.per_voxel and (self.card["task"].get("target") or {}).get("sample") == "scan"
 
     def check_threshold(self, threshold: float, default: float) -> None:
@@ -139,14 +139,14 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
         raise UserError(
             f"{file}: no fine-tuned weights ({problem}); name a run of p2w finetune, or a trial of it"
         )
-    described = card["encoder"]
-    encoder = build_encoder(described["name"], described["width"], described["in_channels"])
-    if described["feeding"] not in get_args(InputNorm):
+    spec = card["encoder"]
+    encoder = build_encoder(spec["name"], spec["width"], spec["in_channels"])
+    if spec["feeding"] not in get_args(InputNorm):
         raise UserError(
-            f"{file}: its card has the input normalisation {described['feeding']!r}; known are "
+            f"{file}: its card has the input normalisation {spec['feeding']!r}; known are "
             f"{', '.join(get_args(InputNorm))}; use the version of p2w that wrote it"
         )
-    encoder.input_norm = described["feeding"]
+    encoder.input_norm = spec["feeding"]
     classes = card["task"].get("classes") or ()
     try:
         task_type(card["kind"]).for_set(card["task"]).mask_legend()
@@ -237,7 +237,7 @@ def load_ensemble(
         wrong = [
             f"{what} {theirs} and {ours}" for what, ours, theirs in zip(
                 ("kind", "classes", "labels", "channels", "size", "window", "spacing", "values"),
-                _fed(first), _fed(other), strict=True,
+                _comparable(first), _comparable(other), strict=True,
             ) if ours != theirs
         ]  # fmt: skip
         if wrong:
@@ -250,7 +250,8 @@ def load_ensemble(
     return EnsembleModel(first.file, first.network, first.card, tuple(others), tuple(flips))
 
 
-def _fed(model: FineTunedModel) -> tuple[object, ...]:
+def _comparable(model: FineTunedModel) -> tuple[object, ...]:
+    """What networks must have in common to be averaged, in the order that `load_ensemble` names it."""
     values = "percentiles" if model.by_percentiles else "own range"
     size, window = model.size, model.window
     legend = model.kind.mask_legend()

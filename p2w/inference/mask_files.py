@@ -23,7 +23,7 @@ ENDING = ".nii.gz"  # of files in a folder of masks or probabilities
 
 
 class StoredGeometry(Protocol):
-    """A scan that knows where its file has its voxels; `p2w.inference.predict.InferenceInput` is one."""
+    """A scan that knows the grid and the voxel order of its file; `p2w.inference.predict.InferenceInput` is one."""
 
     @property
     def stored_grid(self) -> Grid:
@@ -36,16 +36,18 @@ class StoredGeometry(Protocol):
 def write_classes(
     out: Path, mask: NDArray[Any], scan: StoredGeometry, kind: TaskType, ending: str = ""
 ) -> list[Path]:
-    """Write a canonical mask of `TaskType.to_mask`, and a JSON file of its labels where it has several; all files' paths.
+    """Write a canonical mask of `TaskType.to_mask`, and a JSON file of its labels where it has several.
+
+    Returns the paths of all files.
 
     `out` is the file; of labels that may overlap, a folder that gets a file for each, with `ending`.
     """
     files = kind.mask_files(mask)
-    legend = out / "labels.json" if kind.separate_files else out.with_name(f"{_stem(out)}.labels.json")
+    legend_file = out / "labels.json" if kind.separate_files else out.with_name(f"{_stem(out)}.labels.json")
     paths = write_volumes(out, files, scan, ending)
-    if told := kind.mask_legend():
-        publish_text(legend, json.dumps(told, indent=2) + "\n")
-        paths.append(legend)
+    if labels := kind.mask_legend():
+        publish_text(legend_file, json.dumps(labels, indent=2) + "\n")
+        paths.append(legend_file)
     return paths
 
 

@@ -90,22 +90,22 @@ def main(argv: list[str]) -> int:
         )
     patients = embeddings.patients if options.other_patients else None
     directions = centred_directions(embeddings.values)
-    asked = []
+    queries = []
     for text in options.query:
         index = embeddings.index_of(text, options.salt)
         if index is None:
             raise UserError(
                 f"--query {text}: is not among the {len(embeddings.scans)} scans of {embeddings.path}"
             )
-        asked.append(index)
-    for index in asked:
-        print(embeddings.shown(index))
+        queries.append(index)
+    for index in queries:
+        print(embeddings.display_name(index))
         for other, similarity in neighbours(directions, index, options.k, patients):
-            print(f"    {similarity:6.3f}  {embeddings.shown(other)}")
-    every = asked or list(range(len(embeddings.scans)))
+            print(f"    {similarity:6.3f}  {embeddings.display_name(other)}")
+    every = queries or list(range(len(embeddings.scans)))
     if options.out is not None:
         rows = [
-            (embeddings.shown(index), rank, embeddings.shown(other), f"{similarity:.6f}")
+            (embeddings.display_name(index), rank, embeddings.display_name(other), f"{similarity:.6f}")
             for index in every
             for rank, (other, similarity) in enumerate(neighbours(directions, index, options.k, patients), 1)
         ]
@@ -127,8 +127,8 @@ def _labels(options: NeighbourOptions, embeddings: Embeddings) -> list[str] | No
     if options.labels is None:
         return None
     found = read_labels(options.labels, options.label, embeddings, options.salt)
-    told = dict(zip(found.rows, found.labels, strict=True))
-    return [told.get(index, "") for index in range(len(embeddings.scans))]
+    label_of = dict(zip(found.rows, found.labels, strict=True))
+    return [label_of.get(index, "") for index in range(len(embeddings.scans))]
 
 
 def map_page(
@@ -139,7 +139,7 @@ def map_page(
 
     directions = centred_directions(embeddings.values)
     points = tsne(directions, seed)
-    names = [embeddings.shown(index) for index in range(len(embeddings.scans))]
+    names = [embeddings.display_name(index) for index in range(len(embeddings.scans))]
     picture = base64.b64encode(draw_map(points, names, labels)).decode()
     head = ["scan", *(["label"] if labels else []), *(f"neighbour {rank}" for rank in range(1, k + 1))]
     rows = []
@@ -148,7 +148,7 @@ def map_page(
         cells = [f"{names[other]} ({similarity:.2f})" for other, similarity in found]
         rows.append([name, *([labels[index]] if labels else []), *cells, *[""] * (k - len(cells))])
     more = f"The first {LISTED} of {len(names)}. " if len(names) > LISTED else ""
-    settings = embeddings.told
+    settings = embeddings.settings
     body = join_markup(
         [
             tag("header", tag("h1", f"{len(names)} scans by their features"),

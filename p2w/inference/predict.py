@@ -40,7 +40,7 @@ from p2w.tasks.crops import CropBox
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
-USAGE = """What a fine-tuned network says of a whole scan.
+USAGE = """Predictions of a fine-tuned network for a whole scan.
 
     p2w predict runs/lcs-p2w --scan scan.nii.gz --out liver.nii.gz                       a mask in the scan's own geometry
     p2w predict runs/lcs-p2w/trial-03 --scan DICOMFOLDER --out liver.mha --preview liver.png
@@ -48,7 +48,7 @@ USAGE = """What a fine-tuned network says of a whole scan.
     p2w predict runs/bms-p2w --scan P_flair.nii.gz P_t1.nii.gz --out tumour.nii.gz       one image a channel
     p2w predict runs/sts --scan scan.nii.gz --out labels.nii.gz --probabilities labels   a label map, labels.labels.json
     p2w predict runs/ncc-p2w --scan scan.mhd --candidates candidates.csv --out scored.csv    a probability a candidate
-    p2w predict runs/age --scan scan.nii.gz --out age.csv                                what it says of the whole scan
+    p2w predict runs/age --scan scan.nii.gz --out age.csv                                a prediction for the whole scan
 
 Of a run, the trial with the lowest validation loss; of a cross-validation (p2w finetune --folds), the mean over one of each
 fold. Masks: windows of the training crops' size and spacing slide over the scan and overlap; what is more probable than
@@ -190,12 +190,12 @@ def mask_of(
     batch: int,
     dtype: torch.dtype | None,
     probabilities: NDArray[np.float32] | None = None,
-    shown: bool = True,
+    progress_bar: bool = True,
 ) -> NDArray[Any]:
     """What `TaskType.to_mask` makes of the predictions of all windows, on the canonical grid [z,y,x].
 
-    The predictions themselves are written into `probabilities` (see `probabilities_for`), if it is given. `shown`: with a
-    progress bar.
+    The predictions themselves are written into `probabilities` (see `probabilities_for`), if it is given.
+    `progress_bar`: whether to show one.
     """
     windows = windows_of(scan, model, overlap)
     device = next(model.network.parameters()).device
@@ -209,14 +209,14 @@ def mask_of(
         else:
             x = scaled.batch(crop_boxes)
         found: NDArray[np.float32] = model.predictions_of_scaled(x, dtype).cpu().numpy()
-        if shown:
+        if progress_bar:
             progress.step(f"{len(windows):,} windows in all")
             progress.tick()
         return found
 
     mask: NDArray[Any] | None = None
     kind = model.kind
-    with progress if shown else nullcontext():
+    with progress if progress_bar else nullcontext():
         for z, image in enumerate(on_scan(slices(windows, predict, batch), windows)):
             values = kind.to_mask(image, threshold)
             mask = np.zeros(windows.shape, values.dtype) if mask is None else mask
@@ -228,7 +228,7 @@ def mask_of(
 
 
 def answers_of(scan: InferenceInput, model: FineTunedModel, dtype: torch.dtype | None) -> list[float]:
-    """What a network of whole scans says of one: a number for each of `columns`."""
+    """The predictions of a network of whole scans for one scan: a number for each of `TaskType.columns`."""
     device = next(model.network.parameters()).device
     box = CropBox.of_whole(model.size, scan.grid, model.spacing_mm)
     stack = torch.from_numpy(scan.crop(box)[None]).to(device)
@@ -393,7 +393,7 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
 
 
 def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
-    """`_check` of a network that says something of candidates, or of the whole scan."""
+    """`_check` for a network that classifies candidates or whole scans."""
     if options.format == DICOM_SEG:
         raise UserError(f"--format {DICOM_SEG}: {model.file} makes no mask; leave it out")
     is_table = options.out.name.lower().endswith(".csv")
@@ -409,7 +409,7 @@ def _check_answers(options: PredictOptions, model: FineTunedModel) -> None:
 
 
 def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
-    """`_check` of a network that segments."""
+    """`_check` for a network that segments."""
     model.check_threshold(options.threshold, PredictOptions.threshold)
     name, layers = options.out.name.lower(), model.kind.layers()
     if options.format == DICOM_SEG:

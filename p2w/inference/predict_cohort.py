@@ -8,7 +8,7 @@
     OUT/records/UID.json            written last: what was predicted of which files, or why a scan is bad
     OUT/predictions.json            the settings
     OUT/volumes.csv, index.html     written when all scans have their records
-    OUT/answers.csv                 of a network of whole scans, in place of masks and all that is made of them
+    OUT/answers.csv                 for a network of whole scans, instead of masks and everything made of them
 
 Reading the next scan and writing the last one go on while the network computes. Memory for a scan of N voxels: 2 N bytes for
 each of these three, 5 N for masks, or 18 N with --probabilities (12 N more for each further class), and three times a
@@ -56,7 +56,7 @@ from p2w.shards.build_folder import JobShare
 from p2w.train.optim import choose_precision
 from p2w.world import World
 
-USAGE = """What a fine-tuned network says of many scans.
+USAGE = """Predictions of a fine-tuned network for many scans.
 
     p2w predict runs/lcs-p2w --scans FOLDER --out OUT                        every scan below a folder
     p2w predict runs/lcs-p2w --scans scans.csv --out OUT --probabilities     a table: columns scan (or one a channel), name
@@ -66,7 +66,7 @@ USAGE = """What a fine-tuned network says of many scans.
 Stop and repeat: scans that are done are passed over, unless their files changed. Scans that cannot be used are named in one
 line each, the others go on, and the exit code is 1. OUT/index.html shows all. One scan alone: p2w predict --help.
 """
-SHOWN = 60  # overlays in the page; of others it has the files' names
+OVERLAYS_IN_PAGE = 60  # overlays in the page; of others it has the files' names
 
 
 @dataclass(frozen=True)
@@ -215,21 +215,21 @@ class PredictionFolder:
         return self.root / kind / f"{scan.uid}{ending}"
 
     def record(self, scan: CohortScan) -> dict[str, Any] | None:
-        """What is recorded of a scan, if it fits the settings and, of a good one, the scan's files; else None."""
+        """The record of a scan, if it fits the settings and, for a scan that could be used, the scan's files; else None."""
         try:
-            told = json.loads(self.path("records", scan).read_bytes())
-            fits = told["settings"] == self.settings
-            if "bad" not in told:
-                fits &= told["state"] == scan.state() and all(self.path(k, scan).exists() for k in self.kinds)
+            found = json.loads(self.path("records", scan).read_bytes())
+            fits = found["settings"] == self.settings
+            if "bad" not in found:
+                fits &= found["state"] == scan.state()
+                fits &= all(self.path(kind, scan).exists() for kind in self.kinds)
         except (OSError, ValueError, LookupError, TypeError, BadScan):
             return None
-        return told if fits else None
+        return found if fits else None
 
-    def write_record(self, scan: CohortScan, told: dict[str, Any]) -> None:
+    def write_record(self, scan: CohortScan, values: dict[str, Any]) -> None:
         """Record a scan, after its files."""
-        write_atomic(
-            self.path("records", scan), canonical_json({**told, "name": scan.name, "settings": self.settings})
-        )
+        record = {**values, "name": scan.name, "settings": self.settings}
+        write_atomic(self.path("records", scan), canonical_json(record))
 
     def finish(self, cohort: Cohort) -> bool:
         """Write table and page when all scans have records, else say how many have none. False where some are bad."""
@@ -239,12 +239,13 @@ class PredictionFolder:
         lock.acquire(wait=True)
         try:
             records = [(scan, self.record(scan)) for scan in cohort.scans]
-            missing = sum(told is None for _, told in records)
+            missing = sum(record is None for _, record in records)
             if missing:
                 say(f"{self.root}: {missing} scans of other shares are missing; the page comes with the last")
                 return True
-            good = [(scan, told) for scan, told in records if told is not None and "bad" not in told]
-            bad = [(s.name, str(told["bad"])) for s, told in records if told is not None and "bad" in told]
+            found = [(scan, record) for scan, record in records if record is not None]
+            good = [(scan, record) for scan, record in found if "bad" not in record]
+            bad = [(scan.name, str(record["bad"])) for scan, record in found if "bad" in record]
             self.publish(good, [*cohort.bad, *bad])
         except OSError as error:
             raise UserError(f"{self.root}: cannot be written ({error}); repeat the command") from error
@@ -263,9 +264,9 @@ class PredictionFolder:
         names = names if names != [""] else []
         head = ("scan", "mask", "voxels", "ml", *(f"ml:{name}" for name in names))
         rows = []
-        for s, told in good:
-            each = [f"{told['classes'][name]:.3f}" for name in names]
-            rows.append((s.name, self.path("masks", s).name, told["voxels"], f"{told['ml']:.3f}", *each))
+        for s, record in good:
+            each = [f"{record['classes'][name]:.3f}" for name in names]
+            rows.append((s.name, self.path("masks", s).name, record["voxels"], f"{record['ml']:.3f}", *each))
         write_rows(self.root / "volumes.csv", head, rows)
         write_atomic(self.root / "index.html", self.page(good, bad))
 
@@ -277,26 +278,31 @@ class PredictionFolder:
         options: PredictCohortOptions,
         dtype: torch.dtype | None,
     ) -> Callable[[], None]:
-        """Predict a scan; a function that writes its files and then its record."""
+        """Predict a scan; returns a function that writes its files and then its record."""
         found = probabilities_for(image, self.model) if options.probabilities else None
         mask = mask_of(
-            image, self.model, options.overlap, options.threshold, options.batch, dtype, found, shown=False
-        )
+            image, self.model, options.overlap, options.threshold, options.batch, dtype, found, progress_bar=False,
+        )  # fmt: skip
         return _writer(self, scan, state, image, mask, found, options.overlays)
 
     def page(self, good: Sequence[tuple[CohortScan, dict[str, Any]]], bad: Sequence[tuple[str, str]]) -> str:
         """An HTML page that needs no network: a table of volumes, what is bad, and overlays."""
-        millilitres = [told["ml"] for _, told in good]
+        millilitres = [record["ml"] for _, record in good]
         middle = f", median {np.median(millilitres):.1f} ml" if good else ""
-        empty = sum(told["voxels"] == 0 for _, told in good)
+        empty = sum(record["voxels"] == 0 for _, record in good)
         rows = [
-            (s.name, " x ".join(map(str, told["shape_zyx"])), f"{told['voxels']:,}", f"{told['ml']:.1f}")
-            for s, told in good
+            (
+                s.name,
+                " x ".join(map(str, record["shape_zyx"])),
+                f"{record['voxels']:,}",
+                f"{record['ml']:.1f}",
+            )
+            for s, record in good
         ]
         pictures = []
-        for number, (scan, told) in enumerate(good if "overlays" in self.kinds else ()):
-            caption = f"{scan.name}: {told['ml']:.1f} ml"
-            if number >= SHOWN:
+        for number, (scan, record) in enumerate(good if "overlays" in self.kinds else ()):
+            caption = f"{scan.name}: {record['ml']:.1f} ml"
+            if number >= OVERLAYS_IN_PAGE:
                 break
             data = base64.b64encode(self.path("overlays", scan).read_bytes()).decode()
             image = tag("img", src=f"data:image/png;base64,{data}", alt=caption)
@@ -314,7 +320,7 @@ class PredictionFolder:
 
 
 class AnswerFolder(PredictionFolder):
-    """The folder of what a network says of whole scans: a record of each, and answers.csv."""
+    """The folder of predictions for whole scans: a record of each, and answers.csv."""
 
     published = "answers.csv"
 
@@ -326,7 +332,7 @@ class AnswerFolder(PredictionFolder):
         self, good: Sequence[tuple[CohortScan, dict[str, Any]]], bad: Sequence[tuple[str, str]]
     ) -> None:
         """Write the table."""
-        rows = [(scan.name, *(f"{value:.6f}" for value in told["answers"])) for scan, told in good]
+        rows = [(scan.name, *(f"{value:.6f}" for value in record["answers"])) for scan, record in good]
         write_rows(self.root / self.published, ("scan", *self.type.columns(self.model.classes)), rows)
 
     def compute(
@@ -337,7 +343,7 @@ class AnswerFolder(PredictionFolder):
         options: PredictCohortOptions,
         dtype: torch.dtype | None,
     ) -> Callable[[], None]:
-        """Predict a scan; a function that writes its record."""
+        """Predict a scan; returns a function that writes its record."""
         answers = answers_of(image, self.model, dtype)
         return lambda: self.write_record(scan, {"state": state, "answers": answers})
 
@@ -371,7 +377,7 @@ def predict_scans(
     options: PredictCohortOptions,
     dtype: torch.dtype | None,
 ) -> int:
-    """Write files and record of every scan that has none yet; how many scans cannot be used.
+    """Write files and record of every scan that has none yet; return how many scans cannot be used.
 
     One thread reads the next scan, another writes the last one.
     """
@@ -436,7 +442,7 @@ def _writer(
             png = folder.path("overlays", scan)
             draw_preview(png, image.voxels, mask, image.grid, title, kind.mask_classes)
         shape = [int(n) for n in mask.shape]
-        told = {"state": state, "voxels": count, "ml": millilitres, "shape_zyx": shape, "classes": classes}
-        folder.write_record(scan, told)
+        record = {"state": state, "voxels": count, "ml": millilitres, "shape_zyx": shape, "classes": classes}
+        folder.write_record(scan, record)
 
     return write

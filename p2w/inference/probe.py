@@ -1,4 +1,4 @@
-"""k nearest neighbours and a linear probe on the features of a cohort: what do they tell about a label?"""
+"""How well k nearest neighbours and a linear probe read a label from the features of a cohort."""
 
 import json
 import math
@@ -82,9 +82,9 @@ def main(argv: list[str]) -> int:
         print(
             f"{len(labels.unknown)} scans of {options.labels} have no features, the first is {labels.unknown[0]}"
         )
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "classes": classes, "scans": len(truth), "patients": len(set(labels.patients)), "division": how,
-        "features": options.features, "embeddings": embeddings.told, "chance": 1 / len(classes),
+        "features": options.features, "embeddings": embeddings.settings, "chance": 1 / len(classes),
     }  # fmt: skip
     found = {}
     for name, score in (
@@ -92,19 +92,19 @@ def main(argv: list[str]) -> int:
         ("linear", linear_scores(values, truth, splits, options.strength)),
     ):
         found[name] = score
-        told[name] = judge(score, truth, labels.patients)
-        print(f"{name:8} " + "   ".join(_said(kind, *of) for kind, of in told[name].items()))
+        report[name] = judge(score, truth, labels.patients)
+        print(f"{name:8} " + "   ".join(_said(kind, *of) for kind, of in report[name].items()))
     print(f"chance   balanced accuracy {1 / len(classes):.3f}, AUC 0.500")
     if options.out is not None:
         try:
-            write_atomic(options.out, json.dumps(told, indent=2))
+            write_atomic(options.out, json.dumps(report, indent=2))
         except OSError as error:
             raise UserError(f"--out {options.out}: not written ({error.strerror}); name another") from error
     if options.predictions is not None:
         head = ["scan", "label", *(f"{name} {one}" for name in found for one in classes)]
         rows = (
             [
-                embeddings.shown(row),
+                embeddings.display_name(row),
                 label,
                 *(f"{value:.6f}" for score in found.values() for value in score[at]),
             ]
@@ -118,13 +118,15 @@ def _said(kind: str, value: float, low: float, high: float) -> str:
     return f"{kind} {value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-Splits = list[tuple[NDArray[np.intp], NDArray[np.intp]]]  # numbers of the scans to learn from, and to judge
+Splits = list[
+    tuple[NDArray[np.intp], NDArray[np.intp]]
+]  # indices of the scans to learn from, and of those to test
 
 
 def divide(
     truth: NDArray[np.intp], patients: Sequence[str], folds: int, seed: int, classes: Sequence[str]
 ) -> tuple[Splits, str]:
-    """Folds of whole patients, each with about the same share of classes, and a phrase that says how.
+    """Divide into folds of whole patients, each with about the same share of classes; the folds, and the rule in words.
 
     Raises UserError unless there are two classes of two patients each.
     """
@@ -162,7 +164,7 @@ def nearest_scores(values: Doubles, truth: NDArray[np.intp], splits: Splits, k: 
     """Probabilities (N, classes) by the k nearest scans, by the cosine of standardised features.
 
     Every class counts alike, however many scans it has: a neighbour's vote is divided by the share of its class. Where the
-    rarest class has r scans to learn from, 2 r - 1 neighbours are asked at most: of more, most could not be its own.
+    rarest class has r scans to learn from, at most 2 r - 1 neighbours vote: among more, its own could never be the majority.
     """
     from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
 
@@ -207,8 +209,8 @@ Figure = tuple[float, float, float]  # value, and the ends of its 95 % interval
 def judge(scores: Doubles, truth: NDArray[np.intp], patients: Sequence[str]) -> dict[str, Figure]:
     """Balanced accuracy, and of two classes the AUC of the second; of more the mean AUC of each against the others.
 
-    Intervals are by patient. Where nothing is wrong, resampling would find no spread: the lower end is then that of n
-    successes in n trials, n the number of patients of the rarest class. Scores of different folds are compared in one AUC.
+    Intervals are by patient. Where every scan is right, resampling finds no spread: the lower end is then that of n
+    successes in n trials, where n is the number of patients of the rarest class. One AUC compares scores of all folds.
     """
     hit = (scores.argmax(1) == truth).astype(np.float64)
     members = [(truth == at).astype(np.float64) for at in range(scores.shape[1])]

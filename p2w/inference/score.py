@@ -112,10 +112,10 @@ def _labels(options: ScoreOptions) -> LabelValues | None:
         if not path.is_file():
             continue
         try:
-            told: Mapping[str, Any] = parse_json(path.read_bytes(), {})
-            if "labels" not in told:
+            tree: Mapping[str, Any] = parse_json(path.read_bytes(), {})
+            if "labels" not in tree:
                 return None  # structures, a file each
-            named = {name: own if isinstance(own, list) else [own] for name, own in told["labels"].items()}
+            named = {name: own if isinstance(own, list) else [own] for name, own in tree["labels"].items()}
             classes = {name: tuple(int(value) for value in own) for name, own in named.items() if own != [0]}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: no table of labels ({error}); name them with --label-names") from error

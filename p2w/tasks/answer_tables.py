@@ -39,7 +39,7 @@ class AnswerRow:
 
 @dataclass
 class AnswerTable:
-    """The rows with an answer, what the classes or columns are called, and how many rows have none."""
+    """The rows with an answer, the names of the classes or columns, and how many rows have no answer."""
 
     kind: str
     classes: tuple[str, ...] = ()
@@ -75,11 +75,11 @@ def read_answers(
         raise UserError(f"{path}: no row has a value of {', '.join(columns)}")
     table = AnswerTable(KINDS[answer], tuple(columns))
     if answer == "class":
-        told = [(line, values[head]) for line, values in read]
-        classes = _declared(label_names) if label_names else _found_classes(path, told)
+        labels = [(line, values[head]) for line, values in read]
+        classes = _declared(label_names) if label_names else _found_classes(path, labels)
         table.classes = tuple(classes.values())
         numbers = {text: number for number, text in enumerate(classes)}
-        _check_classes(path, told, classes)
+        _check_classes(path, labels, classes)
     for line, values in read:
         given = values[head:]
         if not any(given):
@@ -139,12 +139,12 @@ def _declared(label_names: Sequence[str]) -> dict[str, str]:
     return classes
 
 
-def _found_classes(path: str, told: Sequence[tuple[int, str]]) -> dict[str, str]:
+def _found_classes(path: str, rows: Sequence[tuple[int, str]]) -> dict[str, str]:
     """The classes of a table that declares none: its texts in alphabetical order, or whole numbers in theirs.
 
     Raises UserError for numbers with gaps, which are as often a slip as a class without a case, and for fractions.
     """
-    texts = sorted({text for _, text in told if text})
+    texts = sorted({text for _, text in rows if text})
     if all(text.lstrip("+-").isdecimal() for text in texts) and texts:
         numbers = sorted({int(text) for text in texts})
         if len(numbers) < len(texts):
@@ -155,7 +155,7 @@ def _found_classes(path: str, told: Sequence[tuple[int, str]]) -> dict[str, str]
                 "them all with --label-names, or take --answer value for numbers"
             )
         return {text: text for text in sorted(texts, key=int)}
-    for line, text in told:
+    for line, text in rows:
         try:
             fraction = bool(text) and not float(text).is_integer()
         except ValueError:
@@ -168,13 +168,13 @@ def _found_classes(path: str, told: Sequence[tuple[int, str]]) -> dict[str, str]
     return {text: text for text in texts}
 
 
-def _check_classes(path: str, told: Sequence[tuple[int, str]], classes: dict[str, str]) -> None:
+def _check_classes(path: str, rows: Sequence[tuple[int, str]], classes: dict[str, str]) -> None:
     """Raise UserError unless the classes found are those declared, two or more, and few enough."""
-    for line, text in told:
+    for line, text in rows:
         if text and text not in classes:
             named = ", ".join(f"{name}={own}" for own, name in classes.items())
             raise UserError(f"{path}, line {line}: class {text!r} is not declared: {named[:120]}")
-    present = {text for _, text in told}
+    present = {text for _, text in rows}
     lacks = [name for text, name in classes.items() if text not in present]
     if lacks:
         raise UserError(f"{path}: class {lacks[0]} has no case; declare only classes that the table holds")
@@ -183,7 +183,7 @@ def _check_classes(path: str, told: Sequence[tuple[int, str]], classes: dict[str
 
 
 def _check_columns(path: str, table: AnswerTable, answer: str) -> None:
-    """Raise UserError for a column that says the same of all scans, or nothing."""
+    """Raise UserError for a column that has the same value for all scans, or none."""
     for number, column in enumerate(table.classes):
         known = {row.targets[number] for row in table.rows if not math.isnan(row.targets[number])}
         if len(known) < 2:
@@ -195,7 +195,7 @@ def _check_columns(path: str, table: AnswerTable, answer: str) -> None:
 def _check_patients(path: str, rows: Sequence[AnswerRow]) -> None:
     """Raise UserError where a scan is of two patients, or a patient in two splits or folds."""
     of: dict[str, AnswerRow] = {}
-    place: dict[str, AnswerRow] = {}
+    split_of: dict[str, AnswerRow] = {}
     for row in rows:
         first = of.setdefault(row.scan, row)
         if first.patient != row.patient:
@@ -203,7 +203,7 @@ def _check_patients(path: str, rows: Sequence[AnswerRow]) -> None:
                 f"{path}, line {row.line}: scan {row.scan} is of patient {row.patient or '(none)'}, in line {first.line} of "
                 f"{first.patient or '(none)'}: a scan has one"
             )
-        before = place.setdefault(row.patient or row.scan, row)
+        before = split_of.setdefault(row.patient or row.scan, row)
         if (before.split, before.fold) != (row.split, row.fold):
             raise UserError(
                 f"{path}, line {row.line}: patient {row.patient or row.scan} is in another split or fold than in line "

@@ -1,7 +1,8 @@
 """BMS: where is the brain tumour? BraTS' patients in four modalities; labels 1, 2 and 4 are the whole tumour.
 
-Each channel is scaled by its patient's own smallest and largest value to 0 … 32,767, so that int16 holds it; the window
-says so. The paper's crop of 100 x 100 x 50 voxels (x, y, z) of 1 mm is a setting in mm; where it lies is not published.
+Each channel is scaled by its patient's own smallest and largest value to 0 … 32,767, so that int16 holds it; that range is
+the set's window. The paper's crop of 100 x 100 x 50 voxels (x, y, z) of 1 mm is a setting in mm; where it lies is not
+published.
 """
 
 import os
@@ -97,7 +98,7 @@ class Bms:
         return cases
 
     def split(self, cases: list[Case]) -> Split:
-        """Folds of equal numbers of patients, dealt by the seed."""
+        """Folds of equal numbers of patients, drawn by the seed."""
         return split_by_folds(cases, self.folds, self.val_fraction, self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:

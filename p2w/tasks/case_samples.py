@@ -37,7 +37,7 @@ FileRecord = dict[str, Any]
 
 @dataclass(frozen=True)
 class Declared:
-    """What a source says itself of a set, found before anything is cut: its channels, classes and kind of task."""
+    """The channels, classes and kind of task that a source itself declares, read before anything is cut."""
 
     channels: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Declared:
 def read_channels(
     case: Case, values: str, assume_hu: bool
 ) -> tuple[Channels, Grid, tuple[int, ...], list[FileRecord]]:
-    """A function that cuts the channels of all images of a case, their grid, its shape, and what their files are.
+    """A function that cuts the channels of all images of a case, their grid, its shape, and the records of their files.
 
     `values`: hu, min-max or percentiles. Raises BadScan for images on grids of their own.
     """
@@ -71,7 +71,7 @@ def read_channels(
 def _channel(
     case: Case, role: str, values: str, assume_hu: bool
 ) -> tuple[Channels, Grid, tuple[int, ...], FileRecord]:
-    """A function that cuts one image, its grid, its shape, and what its file is."""
+    """A function that cuts one image, its grid, its shape, and the record of its file."""
     name = case.name if role == "image" else case.source(role).name
     if values == "hu":
         scan = read_scan(replace(case.source(role), assume_hu=assume_hu))
@@ -91,7 +91,7 @@ def _channel(
 def read_classes(
     case: Case, declared: Declared, overlapping: bool, resample: bool, grid: Grid, shape: tuple[int, ...]
 ) -> tuple[NDArray[np.int16], list[FileRecord]]:
-    """The classes of a case on its image's grid, as numbers or bits, and what their files are.
+    """The classes of a case on its image's grid, as numbers or bits, and the records of their files.
 
     Raises WrongLabels for values that are not declared, and for structures that overlap and may not.
     """
@@ -102,9 +102,9 @@ def read_classes(
         found = LabelValues(declared.classes, declared.values, declared.order).encode(
             image.values, source.name
         )
-        placed = source_files.on_grid(found, image.grid, source, grid, shape, resample)
+        on_image = source_files.on_grid(found, image.grid, source, grid, shape, resample)
         record = crops.file_record("mask", source.name, image.nbytes, image.checksum)
-        return placed.astype(np.int16, copy=False), [record]
+        return on_image.astype(np.int16, copy=False), [record]
     labels, files = np.zeros(shape, np.int16), []
     for number, (role, source) in enumerate(own):
         image = source_files.read_labels(source)
@@ -200,7 +200,7 @@ def nth_voxel(mask: NDArray, share: float) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class SampleCutter:
-    """How a case that was read becomes samples of `size`: tiles, crops round objects, random crops, or one of the scan."""
+    """How a case becomes samples of `size`: tiles, crops around objects, random crops, or one sample of the whole scan."""
 
     size: tuple[int, int, int]
     around: str  # tiles, object, foreground or scan
@@ -240,7 +240,7 @@ class SampleCutter:
     def of_answers(
         self, channels: Channels, grid: Grid, shape: Sequence[int], marks: Iterable[CandidatePoint]
     ) -> Iterator[Sample | LeftOut]:
-        """A sample of the scan, or around each point, with what a table says of it; points outside the scan are left out."""
+        """A sample of the scan, or one around each point, with its answer; points outside the scan are left out."""
         for mark in marks:
             if math.isnan(mark.xyz[0]):
                 box = CropBox.of_whole(self.size, grid, self.tiles.spacing)

@@ -78,8 +78,8 @@ class Custom(TileSettings):
     scan_table: str = ""
     """Answers for whole scans: a CSV or TSV table scan,label[,patient][,fold][,split]; a sample is the scan at --spacing."""
     answer: Literal["class", "labels", "value"] | None = None
-    """What --table or --scan-table tells. class: one of several classes; labels: columns of 0, 1 or nothing (unknown).
-    value: a number, for regression. Default: class of --scan-table; of --table 0 or 1."""
+    """The kind of answer in --table or --scan-table. class: one of several classes; labels: columns of 0, 1 or nothing
+    (unknown); value: a number, for regression. Default: class for --scan-table; 0 or 1 for --table."""
     answer_columns: tuple[str, ...] = ("label",)
     """Columns of the table with the answer."""
     values: Literal["hu", "min-max", "percentiles"] = "hu"
@@ -211,7 +211,7 @@ class Custom(TileSettings):
         return cases
 
     def _find_layout(self, source: str, out: str) -> Cases:
-        """The cases of a layout that says itself what the classes are."""
+        """The cases of a layout that names the classes itself."""
         if self.layout == "structures":
             found = read_structures(source, out, self.images, self.masks, self.structures, self.overlapping)
             kind = MULTI_LABEL_SEGMENTATION if self.overlapping else MULTI_CLASS_SEGMENTATION
@@ -251,7 +251,7 @@ class Custom(TileSettings):
         return ""
 
     def _find_answers(self, source: str, out: str) -> Cases:
-        """One case for each scan that a table of answers names. Raises UserError for a row of a scan that is not there."""
+        """One case for each scan that a table of answers names. Raises UserError for a row whose scan is not there."""
         path, answer = self.scan_table or self.table, self.answer or "class"
         table = read_answers(path, answer, self.answer_columns, self.label_names, points=bool(self.table))
         modality = "CT" if self.values == "hu" else "MR"
@@ -290,7 +290,7 @@ class Custom(TileSettings):
                     f"{first.line}"
                 )
             patient = first.patient
-            if not patient:  # series of one patient stay together; the name tells nothing of the PatientID
+            if not patient:  # series of one patient stay together; its name does not give the PatientID away
                 series = first_of.setdefault(scan.info.patient or scan.uid, scan.uid)
                 patient = self._patient_of(scan.name, series, cases)
             if patient:

@@ -32,7 +32,7 @@ OFF_GRID = 0.1  # voxels that a segment's grid may be off the image's
 
 
 def masks_by_series(source: str, out: str, kind: str) -> dict[str, list[ScanSource]]:
-    """RTSTRUCT ("rtstruct") or DICOM-SEG ("seg") files below a folder, by the SeriesInstanceUID that they are of; "": none.
+    """RTSTRUCT ("rtstruct") or DICOM-SEG ("seg") files below a folder, by the SeriesInstanceUID that they name, else "".
 
     Raises UserError without pydicom.
     """
@@ -116,13 +116,13 @@ def read_mask(
 
 
 def _check_frame_of_reference(source: ScanSource, image: ScanSource) -> None:
-    """Raise BadScan where mask and image say that their coordinates are those of two frames of reference."""
+    """Raise BadScan where mask and image name different frames of reference for their coordinates."""
     first = read_slice(image.files[0], image.info.modality)
     own = first.frame_of_reference if first is not None else ""
     data = read_dataset(source.files[0], pixels=False)
     references = [data, *(getattr(data, "ReferencedFrameOfReferenceSequence", None) or [])]
-    told = {str(getattr(one, "FrameOfReferenceUID", "") or "") for one in references} - {""}
-    if own and told and own not in told:
+    uids = {str(getattr(one, "FrameOfReferenceUID", "") or "") for one in references} - {""}
+    if own and uids and own not in uids:
         raise BadScan("its FrameOfReferenceUID is not its image's, so its coordinates are others")
 
 
@@ -158,8 +158,8 @@ def _contours(source: ScanSource, structures: str, grid: Grid, shape: tuple[int,
             points = np.array(contour.ContourData, np.float64).reshape(-1, 3)
             if not np.isfinite(points).all():
                 raise BadScan("a contour has points that are no numbers")
-            place, flat = _on_slice(crops.to_voxel(grid, points[:, ::-1]), shape, name)
-            slices[place].append((flat, kind.endswith("XOR")))
+            slice_key, flat = _on_slice(crops.to_voxel(grid, points[:, ::-1]), shape, name)
+            slices[slice_key].append((flat, kind.endswith("XOR")))
         _check_levels(slices, name)
         for (axis, level), contours in slices.items():
             _fill(np.moveaxis(own, axis, 0)[level], contours, name)

@@ -56,7 +56,7 @@ class Ecc:
         return source_files.cases_of(source, out, table, self.coordinates == "ras")
 
     def split(self, cases: list[Case]) -> Split:
-        """The table's folds; without them patients are dealt to folds by chance."""
+        """The table's folds; without them patients are assigned to folds at random."""
         return split_by_table_folds(cases, self.folds, self.val_fraction, self.seed)
 
     def cut(self, case: Case, size: tuple[int, int, int]) -> CutSamples:

@@ -180,11 +180,11 @@ def nnunet_labels(path: str, tree: Mapping[str, Any]) -> LabelValues:
     Raises UserError for labels that nnU-Net refuses too (not contiguous from 0), and for an ignore label.
     """
     names, values = [], []
-    for name, told in tree["labels"].items():
-        own = told if isinstance(told, list) else [told]
+    for name, declared in tree["labels"].items():
+        own = declared if isinstance(declared, list) else [declared]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in own):
             raise UserError(
-                f"{path}: label {name!r} is {json.dumps(told)[:60]}: a whole number, or of a region a list of them"
+                f"{path}: label {name!r} is {json.dumps(declared)[:60]}: a whole number, or of a region a list of them"
             )
         if name.lower() == "ignore":
             raise UserError(f"{path}: has an ignore label, which is not read here; give these voxels a class")

@@ -29,7 +29,7 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
     """Compare `target` with the set that a run was trained on, and say in one line what was found.
 
     `run` None means that nothing was pretrained. With `allow_leak` the line tells of a leak, or of what could not be
-    checked, in place of an error.
+    checked, instead of an error.
 
     Raises:
         UserError: a leak, or, where the run's data set cannot be reached any more, that it cannot be ruled out.
@@ -54,7 +54,7 @@ def check_shards(
     return _checked(target, of, lambda: _of_card(of, data), allow_leak, fold)
 
 
-Pretraining = Iterable[tuple[TrainingScans, str]]  # what a set trains on, and where it is, in words
+Pretraining = Iterable[tuple[TrainingScans, str]]  # a set's training scans, and where the set is, in words
 
 
 def _of_manifests(found: list[tuple[dict[str, Any], str]]) -> Pretraining:
@@ -102,7 +102,7 @@ def _checked(
 
 
 def _no_leak(scans: TrainingScans, where: str) -> str:
-    """What was compared with a set, in words."""
+    """The line on a set without a leak, and on what could not be compared."""
     line = f"no test scan is among the {scans.count} scans that {where} trains on"
     if scans.without_patients:
         return f"{line} (patients were not compared, {scans.without_patients})"

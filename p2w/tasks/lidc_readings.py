@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from p2w.ct.orientation import BadScan
 
-OTHER_FORMS = ("IdriReadMessage", "readingSession", "CXRreadingSession")  # or too late for a series' uid
+# Elements of other kinds of files; a readingSession before the series' uid means that the file has none in its head.
+OTHER_FORMS = ("IdriReadMessage", "readingSession", "CXRreadingSession")
 Bools = NDArray[np.bool_]
 
 
@@ -160,7 +161,7 @@ def reader_mask(
 
 
 def group_by_nodule(marked: list[ReaderMask]) -> list[list[ReaderMask]]:
-    """Readings of one nodule: those of different readers that share a voxel, and what they share one with in turn."""
+    """Groups of readings of one nodule: readings of different readers that share a voxel are in one group, transitively."""
     of = list(range(len(marked)))
     for i, one in enumerate(marked):
         for j in range(i):

@@ -97,23 +97,23 @@ class TargetSettings:
     whole_paths: bool = False  # whether the folder is of an earlier version, which wrote whole paths
 
     @property
-    def told_options(self) -> dict[str, Any]:
-        """The options as files hold them: a path as its last part, for these files go to others."""
+    def portable_options(self) -> dict[str, Any]:
+        """The options as the set's files record them: of a path the last part alone, since the files are given to others."""
         if self.whole_paths or not self.options.get("pretrained_on"):
             return self.options
         return self.options | {"pretrained_on": last_part(self.options["pretrained_on"])}
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
-        told = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
+        fixed = {"schema": MANIFEST_VERSION, "task": self.task, "size_zyx": self.size, "format": self.format}
         added = OPTIONS_ADDED  # options that folders of earlier versions lack
         options = {
             f"option {name}": value
-            for name, value in self.told_options.items()
+            for name, value in self.portable_options.items()
             if name not in added or value != added[name]
         }
         return json.loads(
-            canonical_json(told | options | {f"table {name}": crc for name, crc in self.tables.items()})
+            canonical_json(fixed | options | {f"table {name}": crc for name, crc in self.tables.items()})
         )
 
 
@@ -290,7 +290,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
             "window": list(task.window),
             "classes": list(task.classes),
             "axis_order": "czyx",
-            "settings": self.settings.told_options,
+            "settings": self.settings.portable_options,
             "tables": self.settings.tables,
             "split": {
                 "rule": split.rule,
@@ -307,7 +307,7 @@ class TargetFolder(BuildFolder[TargetSettings, Case]):
                 for record in good
             ],
         }
-        if target := getattr(task, "target", {}):  # what a kind needs to know beside the classes' names
+        if target := getattr(task, "target", {}):  # what a kind of task needs beside the names of the classes
             meta["target"] = target
         lists = {}
         if not split.folds:
@@ -340,7 +340,7 @@ def _counts(cases: list[Case], split: Split, binary: bool) -> dict[str, str]:
         name = f"fold {split.fold_of[case.patient]}" if split.folds else split.of[case.patient]
         found.setdefault(name, []).append(case)
     order = ["train", "val", "test", *(f"fold {i}" for i in range(split.folds))]
-    told = {}
+    counts = {}
     for name in order:
         own = found.get(name, [])
         if not own and split.folds and name in ("train", "val", "test"):
@@ -350,8 +350,8 @@ def _counts(cases: list[Case], split: Split, binary: bool) -> dict[str, str]:
         many = f", {len(candidates):,} marks" if candidates else ""
         if candidates and binary:
             many += f", {positive:,} positive"
-        told[name] = f"{len(own):,} cases of {len({case.patient for case in own}):,} patients{many}"
-    return told
+        counts[name] = f"{len(own):,} cases of {len({case.patient for case in own}):,} patients{many}"
+    return counts
 
 
 def _split_and_fold(split: Split, patients: set[str]) -> tuple[dict[str, str], dict[str, int]]:
@@ -385,7 +385,7 @@ def _spacing(rows: list[dict[str, Any]]) -> list[list[float]] | None:
 
 
 def refuse_missing_classes(rows: list[dict[str, Any]], task: Task, split: Split) -> None:
-    """Raise UserError for a class of which no sample, or no sample to train on, has anything.
+    """Raise UserError for a class that no sample has, or no training sample.
 
     Of a set with folds, the training samples are checked when a fold is fine-tuned on.
     """
@@ -394,7 +394,7 @@ def refuse_missing_classes(rows: list[dict[str, Any]], task: Task, split: Split)
         return
     names = classes if kind.bits or not kind.masks else classes[1:]
 
-    def held(some: list[dict[str, Any]]) -> list[int]:
+    def counts_in(some: list[dict[str, Any]]) -> list[int]:
         """How many samples have each class, or of regression a value."""
         if not kind.targets:
             return [sum(row["label"] == label for row in some) for label in range(len(names))]
@@ -405,7 +405,7 @@ def refuse_missing_classes(rows: list[dict[str, Any]], task: Task, split: Split)
         ]
 
     training = [row for row in rows if split.folds or row["split"] == "train"]
-    for name, count, trained in zip(names, held(rows), held(training), strict=True):
+    for name, count, trained in zip(names, counts_in(rows), counts_in(training), strict=True):
         what = "value" if task.kind == REGRESSION else "case"
         if not count:
             raise UserError(f"{name}: has no {what} in any sample; declare only what the data holds")

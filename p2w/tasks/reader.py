@@ -38,7 +38,7 @@ class TargetSet:
     key: list[str]
     patient: list[str]
     scan_uid: list[str]
-    of: list[str]  # what the sample is of
+    of: list[str]  # what the sample shows: a row of the table of candidates, a nodule, a tile
     split: NDArray[np.str_]  # "train" | "val" | "test"; of a set with folds: where fold 0 is tested on
     fold: NDArray[np.int16]  # -1: no folds
     label: NDArray[np.int8]  # -1: there is a mask instead

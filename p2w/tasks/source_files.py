@@ -23,8 +23,8 @@ from p2w.tasks.task import SPLITS, CandidatePoint, Case, Cases, Triple
 def read_csv(path: str, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
     """Line number and the values of the columns asked for; each column by any of its names, in any case.
 
-    Values are apart by commas, or by tabs in a .tsv. A column whose names end with "" may be lacking: its values are ""
-    then. Raises UserError.
+    Values are separated by commas, or by tabs in a .tsv. A column whose names end with "" may be missing: its values are
+    "" then. Raises UserError.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -148,7 +148,7 @@ def read_mask(
 
 
 def read_labels(source: ScanSource) -> ImageVolume:
-    """A mask file as it is. Raises BadScan when it cannot be read, or holds anything but whole numbers."""
+    """A mask file with its values unchanged. Raises BadScan when it cannot be read, or holds anything but whole numbers."""
     try:
         image = read_image(source)
     except BadScan as error:
@@ -214,7 +214,7 @@ FORM = "a table patient,series,x,y,z,label,fold"
 
 @dataclass
 class Series:
-    """What the table says of one scan."""
+    """The rows of the table for one scan."""
 
     line: int
     patient: str
@@ -231,15 +231,15 @@ def cases_of(source: str, out: str, table: str, ras: bool, resample: bool = Fals
     cases = Cases(bad=list(found.bad), left_out=list(found.left_out))
     cases.tables = {os.path.basename(table): file_checksum(table)}
     names = scans_by_name(found)
-    for series, said in sorted(listed.items()):
+    for series, entry in sorted(listed.items()):
         scan = names.get(series)
         if scan is None:
-            cases.bad.append((series, f"is not below {source}, but in line {said.line} of the table"))
+            cases.bad.append((series, f"is not below {source}, but in line {entry.line} of the table"))
             continue
-        candidates = tuple(said.candidates)
+        candidates = tuple(entry.candidates)
         files = (("ct", scan),)
         cases.cases.append(
-            Case(scan.uid, scan.name, said.patient, files, (), candidates, said.split, said.fold)
+            Case(scan.uid, scan.name, entry.patient, files, (), candidates, entry.split, entry.fold)
         )
     unlisted = len(found.sources) - len(cases.cases)
     if unlisted:
@@ -267,10 +267,10 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
             raise UserError(f"{path}, line {line}: no series")
         own = patient or series
         at = parse_fold(path, line, fold), parse_split(path, line, split)
-        said = listed.setdefault(series, Series(line, own, *at))
-        if said.patient != own:
+        entry = listed.setdefault(series, Series(line, own, *at))
+        if entry.patient != own:
             raise UserError(
-                f"{path}, line {line}: series {series} is of patient {own}, in line {said.line} of another"
+                f"{path}, line {line}: series {series} is of patient {own}, in line {entry.line} of another"
             )
         before = split_of.setdefault(own, (*at, line))
         if before[:2] != at:
@@ -278,7 +278,7 @@ def read_table(path: str, ras: bool) -> dict[str, Series]:
                             f"{before[2]} in another: a patient has one")  # fmt: skip
         mm = [parse_number(path, line, axis, text) for axis, text in zip("xyz", (x, y, z), strict=True)]
         xyz: Triple = (-mm[0], -mm[1], mm[2]) if ras else (mm[0], mm[1], mm[2])
-        said.candidates.append(
+        entry.candidates.append(
             CandidatePoint(f"{os.path.basename(path)}:{line}", xyz, parse_label(path, line, label))
         )
     if not listed:

@@ -1,7 +1,6 @@
-"""Who is trained on, validated and tested on: by patient, and a function of seed and patients alone. No torch.
+"""Splits by patient: which are for training, validation and test, a function of seed and patients alone. No torch.
 
-Chance is a hash of seed and patient, so a patient's split does not depend on the order or the number of the others'
-files.
+The random order of patients is that of a hash of seed and patient, so it does not depend on the order or number of files.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ def by_fractions(weight: dict[str, int], fractions: Sequence[float], seed: int) 
     return part
 
 
-def deal_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, int]:
+def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, int]:
     """Patient -> fold, folds of equal numbers of patients to within one."""
     return {patient: i % folds for i, patient in enumerate(shuffled_names(patients, seed))}
 
@@ -67,12 +66,12 @@ def check_folds(folds: int, val_fraction: float) -> None:
 
 
 def split_by_folds(cases: list[Case], folds: int, val_fraction: float, seed: int) -> Split:
-    """Folds by chance. Raises UserError for fewer patients than folds."""
+    """Random folds. Raises UserError for fewer patients than folds."""
     patients = {case.patient for case in cases}
     if len(patients) < folds:
-        raise UserError(f"{len(patients)} patients cannot be dealt to --folds {folds}")
+        raise UserError(f"{len(patients)} patients cannot be divided into --folds {folds}")
     rule = f"{folds} folds by patient, dealt in the order of sha256(seed:patient); val from the rest alike"
-    fold_of = deal_folds(patients, folds, seed)
+    fold_of = assign_folds(patients, folds, seed)
     return Split(rule, fold_of=fold_of, folds=folds, seed=seed, val_fraction=val_fraction)
 
 

@@ -150,10 +150,10 @@ class CandidatePoint:
 
 @dataclass(frozen=True)
 class Case:
-    """What one shard is cut from: images, masks and what tables or readers say of them."""
+    """The source of one shard: images, masks, and what tables or readers' files record about them."""
 
     uid: str
-    name: str  # what the user sees
+    name: str  # in messages
     patient: str
     files: tuple[tuple[str, ScanSource], ...]  # (role, image); the uid is that of the first image
     notes: tuple[tuple[str, str], ...] = ()  # (role, path) of other files, such as readers' XML
@@ -214,7 +214,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class CutSamples:
-    """A case that was read: what its files are (`task.TASK_FILE_META`), and its samples."""
+    """A case that was read: the records of its files (`task.TASK_FILE_META`), and its samples."""
 
     files: list[dict[str, Any]]
     samples: Iterator[Sample | LeftOut]

@@ -124,9 +124,9 @@ def last_start(run: Path) -> dict[str, Any]:
 def _scans(data_set: Any) -> dict[str, Any]:
     """Modality of the scans and how intensities were scaled, where they are not CT; their spacing, where it was changed;
     `store` "scans" where wholes were cut at random places of stored scans."""
-    told = data_set if isinstance(data_set, dict) else {}
-    scans = {key: told[key] for key in ("modality", "intensity", "store") if key in told}
-    tiling = told.get("tiling")
+    recorded = data_set if isinstance(data_set, dict) else {}
+    scans = {key: recorded[key] for key in ("modality", "intensity", "store") if key in recorded}
+    tiling = recorded.get("tiling")
     resampled = tiling.get("spacing_mm") if isinstance(tiling, dict) else None
     return scans | ({"resampled_to_mm": resampled} if resampled else {})
 
@@ -165,7 +165,8 @@ def _spacing(config: Config, data_set: Any) -> dict[str, list[float] | None]:
 
 def markdown(card: dict[str, Any]) -> str:
     """The card as README.md of a hub folder."""
-    encoder, fed, training = card["encoder"], card["input"], card["training"]
+    encoder, inputs, training = card["encoder"], card["input"], card["training"]
+    window, axes = inputs["window_hu"], inputs["axis_order"]
     where = card.get("repository", "this folder")
     figures = "".join(f"| {name} | {value:.4f} |\n" for name, value in training["figures"].items())
     return f"""---
@@ -182,8 +183,8 @@ encoder = p2w.load("{where}")    # .channels {tuple(encoder["channels"])}, .stri
 features = encoder(x)                # list, fine to coarse
 ```
 
-**Input**: {fed["what"]}; window {fed["window_hu"]} HU, axes {fed["axis_order"]}; trained at {fed["size_zyx"]} voxels; any
-size whose edges are divisible by {fed["edges_divisible_by"]}. {_of_scans(fed)}
+**Input**: {inputs["what"]}; window {window} HU, axes {axes}; trained at {inputs["size_zyx"]} voxels; any
+size whose edges are divisible by {inputs["edges_divisible_by"]}. {_of_scans(inputs)}
 
 **Training**: {training["samples"]:,} samples in {training["step"]:,} steps; data set {training["data"]["fingerprint"]}
 ({training["fingerprint_is"]}). All settings are in `card.json`.
@@ -208,13 +209,13 @@ def _licences(card: dict[str, Any]) -> str:
     return f"**Licence**: of the weights {card['licence']}. Trained on: {card['data_licence']}.\n\n"
 
 
-def _of_scans(fed: dict[str, Any]) -> str:
-    spacing, resampled = fed["spacing_mm_zyx"], fed.get("resampled_to_mm")
-    said = "Wholes were cut at random places of the scans. " if fed.get("store") == "scans" else ""
-    if "modality" in fed:
-        low, high = fed["intensity"]["percentiles"]
+def _of_scans(inputs: dict[str, Any]) -> str:
+    spacing, resampled = inputs["spacing_mm_zyx"], inputs.get("resampled_to_mm")
+    said = "Wholes were cut at random places of the scans. " if inputs.get("store") == "scans" else ""
+    if "modality" in inputs:
+        low, high = inputs["intensity"]["percentiles"]
         said += (
-            f"The scans are {fed['modality'].upper()}: of each, the percentiles {low} and {high} became the ends of that "
+            f"The scans are {inputs['modality'].upper()}: of each, the percentiles {low} and {high} became the ends of that "
             "window, so yours become 0 and 1. "
         )
     if spacing["network"] is None:
@@ -231,7 +232,7 @@ def _of_scans(fed: dict[str, Any]) -> str:
 
 
 def exported_card(card: dict[str, Any], run: Path) -> tuple[dict[str, Any], str]:
-    """The card of a run's weights, as `model_card` gives it, for an export; and, where it has no hashes, why in words.
+    """The card of an export, from `model_card`'s; and, where it gets no hashes of scans, the reason in words.
 
     Raises UserError for a run that does not name its data set.
     """
@@ -252,7 +253,7 @@ def exported_card(card: dict[str, Any], run: Path) -> tuple[dict[str, Any], str]
 
 
 def portable_shards(where: str, cwd: str) -> str:
-    """A set, or a mixture, as an export names it: the path below `cwd`, else its last part; a URL without user and query."""
+    """The name of a set or mixture in an export: the path below `cwd`, else the last part; a URL without user and query."""
     taken: dict[str, int] = {}
 
     def name(path: str) -> str:

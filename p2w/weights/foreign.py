@@ -1,4 +1,4 @@
-"""Weights that others published, in torch, safetensors or TensorFlow files: recognised by their names and brought to ours.
+"""Weights that others published, in torch, safetensors or TensorFlow files: recognised by tensor names, renamed to ours.
 
 Models Genesis   {"state_dict": {"module.down_tr64.ops.0.conv1.weight": …}}
 MedicalNet       {"state_dict": {"module.layer3.22.conv3.weight": …}}
@@ -131,7 +131,7 @@ IMAGE = {
     f"DenseVNet/batch_norm/{k.removeprefix('bn_/')}": f"image_{v}" for k, v in LEAVES.items() if "bn" in k
 }
 NIFTYNET_HEAD = re.compile(r"DenseVNet/conv(_1)?/conv_/[wb]$")
-# What training left beside the weights: corrections of moving averages, averages of weights, Adam's slots, counters.
+# Variables of training beside the weights: corrections of moving averages, averages of weights, Adam's slots, counters.
 BESIDE = re.compile(
     r"/(biased|local_step|Adam(_\d+)?|Momentum|RMSProp(_\d+)?|ExponentialMovingAverage)$"
     r"|(^|/)(beta[12]_power|global_step)$"
@@ -179,7 +179,7 @@ def _turned(value: Tensor) -> Tensor:
 
 
 CHEST = {"what": "LUNA16, 623 scans of subsets 0-6, as published"}
-UNREADABLE = (  # what torch and safetensors make of files that are none
+UNREADABLE = (  # what torch and safetensors raise for files that they cannot read
     SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AttributeError,
 )  # fmt: skip
 
@@ -200,7 +200,7 @@ class PublishedWeights:
 
 
 def read_published(path: Path) -> PublishedWeights:
-    """Recognise and read a file of others. Raises UserError when it is none of them, damaged, or would run code."""
+    """Recognise and read published weights. Raises UserError for an unknown or damaged file, and one that would run code."""
     prefix = prefix_of(path)
     if prefix is not None:
         bundle = Bundle(prefix)
@@ -347,7 +347,7 @@ def _nnssl(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeight
     """nnssl's ResEncL, such as OpenMind's: `encoder.stem`, `encoder.stages`, each tensor under two names, and a decoder.
 
     Kernels are in the axes that `transpose_forward` of its plan says; its images are z-scored. A file that p2w wrote for
-    nnU-Net and that lost its card is of the same form, and is fed [0, 1].
+    nnU-Net and that lost its card is of the same form, and its input is in [0, 1].
     """
     if "encoder.stem.convs.0.conv.weight" not in tensors:
         return None

@@ -238,10 +238,10 @@ def _torch_card(file: Path) -> Any:
 
 
 def _torch_file(file: Path) -> dict[str, Any]:
-    """What a torch file holds by name, tensors still on the disk. Raises one of UNREADABLE."""
+    """The dict in a torch file, its tensors still on the disk. Raises one of UNREADABLE."""
     try:
         whole = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except OSError as error:  # what mmap makes of an archive that was cut off
+    except OSError as error:  # raised by mmap for an archive that was cut off
         raise ValueError("the archive is damaged") from error
     if not isinstance(whole, dict):
         raise ValueError("no tensors by name")

@@ -74,22 +74,22 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
 
     `spacing` is what the network saw: the scans' median, times what the resize of parts made of it.
     """
-    encoder, fed = card["encoder"], card["input"]
+    encoder, inputs = card["encoder"], card["input"]
     name = "ResEncL" if encoder["width"] == PUBLISHED_WIDTH else "ResidualEncoderUNet"
-    size, data = fed["size_zyx"], card["training"]["data"]
+    size, data = inputs["size_zyx"], card["training"]["data"]
     configuration = {
         "data_identifier": f"p2w_{data['fingerprint']}",
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": "noresample",  # parts are cut from the scans without resampling, and resized to one size
         # CT: the same as ours, with `intensities`. Other modalities: nnU-Net has no percentiles, this comes nearest.
-        "normalization_schemes": ["RescaleTo01Normalization" if "modality" in fed else "CTNormalization"]
+        "normalization_schemes": ["RescaleTo01Normalization" if "modality" in inputs else "CTNormalization"]
         * encoder["in_channels"],
         "use_mask_for_norm": [False] * encoder["in_channels"],
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
         "resampling_fn_mask": "resample_data_or_seg_to_shape",
         "resampling_fn_mask_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
-        "spacing": fed["spacing_mm_zyx"]["network"],
+        "spacing": inputs["spacing_mm_zyx"]["network"],
         "patch_size": size,
     }
     return {
@@ -101,7 +101,7 @@ def nnunet_plan(card: Card) -> dict[str, Any]:
         "pretrain_plan": {
             "dataset_name": f"p2w_{data['fingerprint']}",
             "plans_name": "p2w",
-            "original_median_spacing_after_transp": fed["spacing_mm_zyx"]["scans_median"],
+            "original_median_spacing_after_transp": inputs["spacing_mm_zyx"]["scans_median"],
             "image_reader_writer": "SimpleITKIO",
             "transpose_forward": [0, 1, 2],  # z, y, x, as SimpleITK reads
             "transpose_backward": [0, 1, 2],
@@ -187,7 +187,7 @@ def axes_of(plans: Path) -> list[int]:
 
 def readme(card: Card, out: Path, axes: list[int] | None = None) -> str:
     """Text for README.md of the folder `out`: the commands of nnU-Net, and what they make of axes and intensities."""
-    window, fed = card["input"]["window_hu"], card["input"]
+    window, inputs = card["input"]["window_hu"], card["input"]
     folder = out.resolve().name
     script = shlex.quote(f"{folder}/prepare_nnunet.py")
     checkpoint = f'"$PWD"/{shlex.quote(f"{folder}/{CHECKPOINT}")}'
@@ -207,8 +207,8 @@ nnUNetv2_train_pretrained ID 3d_fullres 0 -p ptPlans__p2w -tr PretrainedTrainer
 ```
 
 `prepare_nnunet.py` needs torch alone, reads the plan that the second command wrote, writes another beside it, and prints the
-last two commands. They use the spacing and the patch of the pretraining, {fed["spacing_mm_zyx"]["network"]} mm and
-{fed["size_zyx"]} voxels (z, y, x). For nnU-Net's own spacing, patch and network with these weights:
+last two commands. They use the spacing and the patch of the pretraining, {inputs["spacing_mm_zyx"]["network"]} mm and
+{inputs["size_zyx"]} voxels (z, y, x). For nnU-Net's own spacing, patch and network with these weights:
 
 ```
 python {script} -d ID "$nnUNet_preprocessed" --plan dataset
@@ -228,5 +228,5 @@ z up (LPS), so nnU-Net's network sees mirrored bodies in files whose axes run th
 scales by your data's statistics, and neither turns kernels (`p2w export --to nnunet --nnunet-plans PLANS.json` does).
 
 For another patch edit `patch_size` in the plan that `prepare_nnunet.py` wrote; edges are divisible by
-{fed["edges_divisible_by"]}.
+{inputs["edges_divisible_by"]}.
 """

@@ -153,7 +153,7 @@ def private_text(name: str, data: bytes) -> Iterator[str]:
 
 
 def _texts(name: str, data: bytes) -> Iterator[tuple[str, str]]:
-    """(place, text) of what people could read in a file."""
+    """(where, text) for every text that people could read in a file."""
     if name.endswith(".safetensors"):
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         for key, text in header["__metadata__"].items():
@@ -165,7 +165,7 @@ def _texts(name: str, data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _strings(tree: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value, keys too, and its dotted place."""
+    """Every string in a JSON value, keys too, with its dotted path."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield where, str(key)
@@ -178,7 +178,7 @@ def _strings(tree: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def _own_names() -> dict[str, str]:
-    """The names of this user and this machine, as far as they are telling: `root` and `localhost` are not."""
+    """The names of this user and this machine, where they identify anything: `root` and `localhost` do not."""
     names = {"this machine's name": socket.gethostname()}
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         names["this user's name"] = getpass.getuser()

@@ -86,8 +86,7 @@ def load_state(
 ) -> LoadReport:
     """Load `state` (names of `encoder`) where names and shapes agree, input channels adapted, and say what happened.
 
-    The encoder takes the values as float32 on its own device; other tensors keep their
-    values.
+    The encoder takes the values as float32 on its own device; its other tensors keep their values.
     """
     wanted = encoder.state_dict()
     taken: State = {}
@@ -275,7 +274,7 @@ def _fits_first_channels(found: torch.Size, wanted: torch.Size) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """A folder, or a file with our card in it or beside it; a path that is not there is left to the readers."""
+    """Whether a path is a folder, or a file with p2w's card in it or beside it; False for a path that does not exist."""
     if path.is_dir():
         return True
     try:
@@ -333,7 +332,7 @@ class InspectOptions:
 
 
 def main_inspect(argv: list[str]) -> int:
-    """Read, fit, print the report."""
+    """Read the weights, fit them, print the report."""
     options = tyro.cli(InspectOptions, args=argv, prog="p2w inspect", description=INSPECT_USAGE)
     start = examine_weights(options.init, options.network, options.width, options.in_channels)
     encoder = start.encoder
@@ -342,7 +341,7 @@ def main_inspect(argv: list[str]) -> int:
     print(
         f"  encoder    {parameters / 1e6:.2f} M parameters, channels {encoder.channels}, strides {encoder.strides}"
     )
-    print(f"  fed        {encoder.input_norm}, {encoder.in_channels} channels")
+    print(f"  input      {encoder.input_norm}, {encoder.in_channels} channels")
     decoder = "none" if start.decoder_state is None else _decoder_of(start)
     print(f"  decoder    {decoder or 'a part, or that of another network'}")
     for key, value in start.pretrained_on.items():

@@ -213,7 +213,7 @@ def test_a_bad_scan_is_named_and_the_others_go_on(command, phantoms, tmp_path):
         (("ncs", "--source", "{T}/CTPA", "--out", "x"), "no readers' XML"),
         (("lcs", "--source", "{T}/BraTS", "--out", "x"), "no volume-N.nii"),
         (("lcs", "--source", "{T}/LiTS", "--out", "x", "--train", "0-2", "--val", "2-3"), "share volumes"),
-        (("bms", "--source", "{T}/BraTS", "--out", "x", "--folds", "9"), "4 patients cannot be dealt"),
+        (("bms", "--source", "{T}/BraTS", "--out", "x", "--folds", "9"), "4 patients cannot be divided"),
         (("bms", "--source", "{T}/BraTS", "--out", "x", "--crops", "2", "--jitter", "0"), "the same crop"),
         (("ecc", "--source", "{T}/BraTS", "--out", "x"), "candidates.csv: no such file"),
         (("general", "--source", "{T}/BraTS", "--out", "x"), "no image there is called"),

@@ -28,7 +28,7 @@ def test_every_part_has_a_patient(count):
 
 
 def test_folds_of_brats():
-    fold_of = splits.deal_folds((str(n) for n in range(285)), 3, 0)
+    fold_of = splits.assign_folds((str(n) for n in range(285)), 3, 0)
     assert Counter(fold_of.values()) == {0: 95, 1: 95, 2: 95}
     tested = []
     for fold in range(3):
@@ -53,7 +53,7 @@ def test_ncs_tests_on_no_patient_that_pretraining_has(monkeypatch):
 def test_a_set_that_was_pretrained_on_is_named_without_its_folder(tmp_path):
     options = {"pretrained_on": "/data/hospital/ward-7/shards", "seed": 0}
     settings = TargetSettings("ncs", options, (8, 8, 8), "tar", {})
-    assert settings.plain()["option pretrained_on"] == settings.told_options["pretrained_on"] == "shards"
+    assert settings.plain()["option pretrained_on"] == settings.portable_options["pretrained_on"] == "shards"
     folder = TargetFolder(str(tmp_path), settings, ncs.Ncs())
     folder.adopt_version(canonical_json(settings.plain(), indent=1))
     assert folder.settings.plain()["option pretrained_on"] == "shards"

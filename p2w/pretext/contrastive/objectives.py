@@ -298,13 +298,13 @@ def swapped_entropy(
     `codes` and `logs` are the assignments (B, P) of the two parts and the logarithms of what they predict; `small` are
     embeddings (B * V, C) of V small parts, which predict both assignments.
     """
-    told = codes[0] * logs[1] + codes[1] * logs[0]
+    terms = codes[0] * logs[1] + codes[1] * logs[0]
     if small is not None:
-        several = small.unflatten(0, (len(told), -1))
+        several = small.unflatten(0, (len(terms), -1))
         with full_precision(small):
             seen = (several @ prototypes.T / temperature).log_softmax(2).sum(1)
-        told = (told + (codes[0] + codes[1]) * seen) / (1 + several.shape[1])
-    return -told.sum(1) / 2
+        terms = (terms + (codes[0] + codes[1]) * seen) / (1 + several.shape[1])
+    return -terms.sum(1) / 2
 
 
 class Prototypes(ContrastiveObjective):
