@@ -125,14 +125,17 @@ def choose_forms(
     if rule == "measure" and world.device.type != "cuda" and timer is None:
         rule = "count"
     modules = dict(formed_modules(model))
-    calls: dict[str, LayerCall] = {}
-    for one in trace_layers(model, shape, (Formed,)):
-        if one.name in modules:
-            calls.setdefault(one.name, one)
     facts: dict[str, Any] = {
         "device": world.machine()["device"], "torch": torch.__version__, "precision": precision.name,
         "input": list(shape), "channels_last": in_channels_last(model), "rule": rule,
     }  # fmt: skip
+    if rule == "plain":  # nothing to compare; a trace would import SymPy, half of a start on a CPU
+        forms = dict.fromkeys(modules, PLAIN)
+        return Choice(forms, "forms           plain, as asked for", {**facts, "forms": forms, "ms": {}})
+    calls: dict[str, LayerCall] = {}
+    for one in trace_layers(model, shape, (Formed,)):
+        if one.name in modules:
+            calls.setdefault(one.name, one)
     known, why_again = _recorded(calls, facts, recorded, world)
     tester = _FormTester(precision, world, facts["channels_last"], warn)
     table: dict[str, dict[str, float]] = recorded.get("ms", {}) if known and recorded else {}
@@ -143,11 +146,9 @@ def choose_forms(
         table = {name: _milliseconds(one, seconds) for name, one in calls.items()}
         forms = {name: _fastest(one, seconds) for name, one in calls.items()}
         how = _gain(forms, table, facts)
-    elif rule == "count":
+    else:
         forms = tester.replace_failing(calls, {name: _by_count(one) for name, one in calls.items()})
         how = "by the number of operations, not measured"
-    else:
-        forms, how = dict.fromkeys(calls, PLAIN), "as asked for"
     line = f"forms           {_counted(calls, forms)}, {how}{f' ({why_again})' if why_again else ''}"
     return Choice(forms, line, {**facts, "forms": forms, "ms": table})
 

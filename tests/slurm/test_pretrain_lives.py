@@ -9,7 +9,7 @@ from slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-LIVES = 120  # steps of a run that is preempted three times on its way
+LIVES = 56  # steps of a run that is preempted three times on its way
 
 
 def test_scancel_saves_and_is_final(cluster, pretrain, tmp_path):

@@ -2,10 +2,11 @@
 
 So a run lasts long enough to be disturbed, without two cores being busy meanwhile. A new process of torch takes 7 s of a
 core: the ranks that torchrun starts are forks of it, as in fork_server.py, and torch._dynamo, which every optimizer imports
-for a decorator, is left out. All else is the real program, in the tree of processes that Slurm knows.
+for two decorators, is left out. All else is the real program, in the tree of processes that Slurm knows.
 """
 
 import _posixsubprocess
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-SLEEP_S = 0.1  # seconds, beside some 0.025 that a step computes
+SLEEP_S = (
+    0.25  # seconds, beside some 0.025 that a step computes: few steps that last take less of a core than many
+)
 
 
 def spy(module: ModuleType) -> None:
@@ -30,6 +33,22 @@ def spy(module: ModuleType) -> None:
 def leave_out_dynamo(module: ModuleType) -> None:
     """Have the decorator that imports torch._dynamo do nothing: without torch.compile it has nothing to do."""
     module._disable_dynamo = lambda fn=None, recursive=True: fn if fn else lambda one: one
+
+
+def leave_out_graph_breaks(module: ModuleType) -> None:
+    """Have an optimizer's `step` set whether gradients are recorded, and not import torch._dynamo for a graph break."""
+
+    def set_grad(step: Callable) -> Callable:
+        @functools.wraps(step)
+        def stepped(self, *args, **kwargs):
+            import torch
+
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                return step(self, *args, **kwargs)
+
+        return stepped
+
+    module._use_grad_for_differentiable = set_grad
 
 
 def fork_ranks(_: ModuleType) -> None:
@@ -47,6 +66,7 @@ def fork_ranks(_: ModuleType) -> None:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "p2w.pretrain": spy,
     "torch._compile": leave_out_dynamo,
+    "torch.optim.optimizer": leave_out_graph_breaks,
     "torch.distributed.elastic.agent.server.api": fork_ranks,  # torchrun's, before it starts anything
 }
 
