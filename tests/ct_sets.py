@@ -1,5 +1,6 @@
 """A small data set with visible structure, written by the package's own writers."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -15,6 +16,11 @@ SHAPE = (16, 32, 32)
 
 def structured_hu(scan: int, tile: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     """int16 HU (D, H, W) in [-1000, 1000]: a smooth ramp of the scan's own direction, and a ball of the sub-scan's own."""
+    return _structured_hu(scan, tile, shape).copy()
+
+
+@functools.cache
+def _structured_hu(scan: int, tile: int, shape: tuple[int, int, int]) -> np.ndarray:
     rng = np.random.default_rng([7, scan, tile])
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
     direction, centre = rng.normal(size=3), rng.uniform(-0.6, 0.6, 3)

@@ -14,8 +14,9 @@ Not the same, and to be tested by a real start where it matters:
 - the interpreter is not taken down, which would take half a second: what only lives in modules is not finalized, and C++
   objects are not destroyed;
 - the parent is this server, and /proc/PID/cmdline is the server's own;
-- what a command starts with its own interpreter (torchrun its ranks, `multiprocessing` its workers, a sweep its jobs) is
-  forked from it in its turn, unless it runs threads of a library or sets such a variable, and finds its modules imported.
+- what a command starts with its own interpreter (torchrun its ranks, `multiprocessing` its workers, a sweep its jobs), also
+  by `nice`, is forked from it in its turn, unless it runs threads of a library or sets such a variable, and finds its
+  modules imported.
 """
 
 import _posixsubprocess
@@ -55,8 +56,14 @@ PRELOAD = (
     "p2w.doctor.command", "p2w.inference.predict", "p2w.phantom.target_tasks", "p2w.shards.verify",
     "p2w.train.form_choice", "p2w.weights.export",
     "tests.launch.spies",
+    # What reading arguments and checksums import at their first use.
+    "typeguard", "rich._emoji_codes", "torch.utils.serialization",
 )  # fmt: skip
+OPTIONAL = ("awscrt.checksums",)  # of the extra `fast`
 TORCHRUN = ["-m", "torch.distributed.run"]
+INHERITED = (
+    "draw_nothing",
+)  # spies that hold for all that a command starts, not only for the ranks of torchrun
 FLAGS = ("-u", "-B")  # of the interpreter, which a fork may go without
 
 
@@ -124,6 +131,9 @@ def fork_exec(
 ):  # fmt: skip
     """`_posixsubprocess.fork_exec`, which `subprocess` and `multiprocessing` call, without the exec where that can be."""
     words = [os.fsdecode(word) for word in args]
+    nicer = 0
+    if words[:2] == ["nice", "-n"]:
+        nicer, words = int(words[2]), words[3:]
     pairs = [os.fsdecode(pair).partition("=") for pair in env] if env is not None else []
     given = {name: value for name, _, value in pairs} if env is not None else dict(os.environ)
     session, preexec_fn = more[3], more[9]
@@ -136,7 +146,8 @@ def fork_exec(
         atexit._clear()
         threading._threading_atexits.clear()
         if not Spies.torchrun:
-            Spies.given = ()
+            Spies.given = tuple(spy for spy in Spies.given if spy[0] in INHERITED)
+        os.nice(nicer)
         keep = set(pass_fds) - {
             more[1]
         }  # the pipe for an exec that fails, which the parent waits to see closed
@@ -300,6 +311,12 @@ def main() -> None:
     gc.disable()
     for name in PRELOAD:
         importlib.import_module(name)
+    for name in OPTIONAL:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    sys.modules["p2w.commands.train"].parse(
+        ["demo"], speaks=False
+    )  # tyro keeps what it has learned of the classes
     gc.enable()
     gc.collect()
     gc.freeze()  # else each fork's collections walk through, and copy, all that was imported here

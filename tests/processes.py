@@ -201,11 +201,13 @@ os.execv({python!r}, [{python!r}, *words])
 class ForkGate:
     """A program `folder/python`, for commands that other programs start: it runs some as forks, all else as it is.
 
-    `forked` are the first two words of the commands that are forked. Signals to the program are passed on, and its exit code
-    is the fork's; the fork is in a session of its own, and is killed when the program is.
+    `forked` are the first two words of the commands that are forked, and `spies` are theirs, as those of `Forked`. Signals
+    to the program are passed on, and its exit code is the fork's; the fork is in a session of its own, and is killed when
+    the program is.
     """
 
-    def __init__(self, folder: Path, forked: set[tuple[str, str]]) -> None:
+    def __init__(self, folder: Path, forked: set[tuple[str, str]], spies: tuple = ()) -> None:
+        self.spies = spies
         folder.mkdir()
         self.server = socket.socket(socket.AF_UNIX)
         self.server.bind(os.fspath(folder / "gate"))
@@ -230,7 +232,14 @@ class ForkGate:
                 words, env, cwd = json.loads(reader.read(int.from_bytes(size, "big")))
             own = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
             try:
-                process = Forked([sys.executable, *words], env=env, cwd=cwd, start_new_session=True, **own)
+                process = Forked(
+                    [sys.executable, *words],
+                    env=env,
+                    cwd=cwd,
+                    start_new_session=True,
+                    spies=self.spies,
+                    **own,
+                )
             except ValueError:  # a variable that is read at imports
                 client.sendall(b"0\n")
                 return

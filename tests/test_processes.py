@@ -108,6 +108,13 @@ def test_workers_and_children_are_its_own(tmp_path):
     assert said.stdout == "child ['-c', 'x'] True 4\n0\n", said.stderr
 
 
+def test_what_it_starts_nicer_is_a_fork_too():
+    code = "import subprocess, sys; subprocess.run(['nice', '-n', '3', sys.executable, '-c', sys.argv[1]], check=True)"
+    inner = "import os, sys; print(os.nice(0), 'p2w.commands.train' in sys.modules)"
+    said = processes.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60)
+    assert said.stdout == f"{min(19, os.nice(0) + 3)} True\n", said.stderr
+
+
 def test_it_is_waited_for_killed_and_timed_out():
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.2)

@@ -34,10 +34,26 @@ SAVING_S = 20.0  # between SIGTERM and the end: the step under way, a checkpoint
 WORKERS = str(min(10, max(1, usable_cores() - 4))) if CUDA else "2"
 
 # Sizes on a card and of a rehearsal. The paper's network on a card sees the paper's sizes.
-SCANS = ["240", "--shape", "128", "256", "256"] if CUDA else ["4", "--shape", "64", "256", "256"]
-PATIENTS = ["200", "--shape", "64", "128", "128"] if CUDA else ["10", "--shape", "32", "64", "64"]
-CUT = ["--val-fraction", "0.1"] if CUDA else ["--val-fraction", "0.25"]
-NEGATIVES = ["20"] if CUDA else ["4", "--size", "16", "16", "16"]
+SCANS = ["240", "--shape", "128", "256", "256"] if CUDA else ["2", "--shape", "64", "256", "256"]
+PATIENTS = ["200", "--shape", "64", "128", "128"] if CUDA else ["6", "--shape", "32", "64", "64"]
+CUT = ["--val-fraction", "0.1"] if CUDA else ["--val-fraction", "0.5"]
+NEGATIVES = (
+    ["20"]
+    if CUDA
+    else [
+        "4",
+        "--size",
+        "16",
+        "16",
+        "16",
+        "--train-subsets",
+        "0-3",
+        "--val-subsets",
+        "4",
+        "--test-subsets",
+        "5-9",
+    ]
+)
 TRAIN = (
     ["paper", "--train.steps", "4000", "--optim.lr", "3e-4", "--train.validate-every", "500", "--train.probe-every",
      "500", "--train.checkpoint-every", "500", "--data.reader-threads", "6", "--data.cache-on-device"]
@@ -55,9 +71,10 @@ TRIALS = (
 
 # Of `transfer`: pretraining at the paper's size, and fine-tuning as docs/targets.md has it.
 VARIED = DAY / "varied"
-VARIED_SCANS = ["160", "--shape", "128", "256", "256"] if CUDA else ["4", "--shape", "64", "256", "256"]
+VARIED_SCANS = ["160", "--shape", "128", "256", "256"] if CUDA else ["2", "--shape", "64", "256", "256"]
 VARIED_TASKS = ["anatomy", "ncs"] if CUDA else ["anatomy"]
-VARIED_PATIENTS = ["60", "--shape", "64", "128", "128"] if CUDA else ["10", "--shape", "32", "64", "64"]
+# Of six small patients, none in the training split has a heart.
+VARIED_PATIENTS = ["60", "--shape", "64", "128", "128"] if CUDA else ["8", "--shape", "32", "64", "64"]
 TASK_CUTS = {
     "ncs": ["ncs", "--source", str(VARIED / "raw" / "LIDC-IDRI"), "--spacing", "1.5", "1.5", "1.5", "--crops", "4"],
     "organs": ["custom", "--layout", "nnunet", "--source", str(VARIED / "raw" / "Anatomy"), "--spacing", "3.2", "1.8", "1.8",

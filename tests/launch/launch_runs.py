@@ -28,8 +28,8 @@ class Forge:
     def start(self, folder: Path, *argv: object, ranks: int = 1, **how: object) -> list[int]:
         """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after.
 
-        `script` is launch/train.py unless named. `spies` are (name, argument, …) of functions in spies.py. Training
-        draws neither pictures nor report.html, which takes most of a tiny run's time, unless `draws`.
+        `script` is launch/train.py unless named. `spies` are (name, argument, …) of functions in spies.py. Training and
+        fine-tuning draw neither pictures nor report.html, which takes most of a tiny run's time, unless `draws`.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ class Forge:
         spies: tuple = (), draws: bool = False, first: bool = True,
     ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        if script == "launch/train.py" and not draws:
+        if script in ("launch/train.py", "launch/finetune.py") and not draws:
             spies = (("draw_nothing",), *spies)
         env = {
             **os.environ,

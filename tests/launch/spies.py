@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -75,6 +76,8 @@ def draw_nothing(rank: int) -> None:
     """Neither pictures nor report.html: most of what a tiny run takes."""
     Log.picture = Pictures.figure = lambda self, *_: None
     plots.save_figure = pretrain._summary = report.write_report = lambda *_: None
+    if finetune := sys.modules.get("p2w.commands.finetune"):  # a fork has imported it
+        finetune.draw_test_samples = lambda *_: None
 
 
 def die(rank: int, at_step: int, victim: int) -> None:
@@ -241,6 +244,17 @@ def stop_epoch(rank: int, epoch: int, victim: int, name: str) -> None:
                 if (seen[0], rank) == (epoch + 1, victim):
                     os.kill(os.getpid(), getattr(signal, name))
             yield batch
+
+    Samples.batches = handed
+
+
+def lag_epochs(rank: int, seconds: float) -> None:
+    """Each epoch of fine-tuning takes this long on top."""
+    batches = Samples.batches
+
+    def handed(self, places):
+        time.sleep(seconds * (len(self) == TRAINS_ON))
+        yield from batches(self, places)
 
     Samples.batches = handed
 

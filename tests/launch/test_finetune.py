@@ -34,12 +34,13 @@ def bright(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(forge, balls, tmp_path_factory):
-    """A run of one trial that nothing interrupted."""
+    """A run of one trial that nothing interrupted; it draws pictures, and those that draw none end with the same bits."""
     folder = tmp_path_factory.mktemp("whole")
     argv = ("--task", balls, "--init", "random", "--run-dir", folder / "run", *SMALL)
-    codes, out, err = forge.run(folder, *argv, script=SCRIPT)
+    codes, out, err = forge.run(folder, *argv, script=SCRIPT, draws=True)
     assert codes == [0], err
     assert "mean_iou" in out and "(1 of 1 trials)" in out
+    assert (folder / "run" / "report.html").exists() and "not written" not in err
     return folder / "run"
 
 

@@ -22,7 +22,19 @@ def calm(forge, tiny_set, tmp_path_factory):
 
 
 def argv(shards, run):
-    return "demo", *TINY, "--data.batch", 6, *HANG, "--shards", shards, "--run-dir", run
+    return (
+        "demo",
+        *TINY,
+        "--data.batch",
+        6,
+        "--train.probe-every",
+        0,
+        *HANG,
+        "--shards",
+        shards,
+        "--run-dir",
+        run,
+    )
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -65,6 +65,9 @@ GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_g
 CUT = ["--subsets", "0-1", "--workers", "1"]
 # What jobs run as forks. What srun starts stays in the tree of its slurmstepd, to which Slurm's signals go.
 FORKED = {("-m", "p2w"), ("-m", "p2w.commands.train")}
+EPOCH_SLEEP_S = (
+    0.4  # of fine-tuning, beside some 0.1 that an epoch computes: a job lasts long enough to be disturbed
+)
 KILL_WAIT = 10  # seconds from SIGTERM to SIGKILL
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -197,7 +200,7 @@ def start(folder: Path, hosts: Hosts | None = None) -> Cluster:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     cluster = Cluster(folder)
-    ForkGate(folder / "bin", FORKED)
+    ForkGate(folder / "bin", FORKED, spies=(("draw_nothing",), ("lag_epochs", EPOCH_SLEEP_S)))
     own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
     cluster.run("slurmctld")

@@ -9,6 +9,7 @@ from target_sets import write_target_set
 
 from p2w.finetune import results
 
+EPOCHS = "16"  # of a trial that is disturbed, each of which sleeps a while
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 SMALL = [
     "--width",
@@ -47,7 +48,7 @@ def test_a_task_a_trial_and_a_task_a_line(cluster: Cluster, balls, tmp_path):
 def test_a_warning_requeues_and_the_trial_goes_on(cluster: Cluster, balls, tmp_path):
     run = tmp_path / "run"
     argv = ["--task", balls, "--run-dir", run, "--trials", "1", *SMALL]
-    argv += ["--recipe.max-epochs", "40", "--recipe.patience", "40", "--recipe.checkpoint-minutes", "0"]
+    argv += ["--recipe.max-epochs", EPOCHS, "--recipe.patience", EPOCHS, "--recipe.checkpoint-minutes", "0"]
     job = cluster.sbatch("slurm/finetune.sbatch", *argv)
     epochs = run / "trial-00" / "metrics.jsonl"
     cluster.wait(job, "third epoch", lambda: epochs.exists() and epochs.read_text().count("\n") > 2)
@@ -56,7 +57,7 @@ def test_a_warning_requeues_and_the_trial_goes_on(cluster: Cluster, balls, tmp_p
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert "continues after epoch" in cluster.log(job) and results.read_fine_tuning(run).finished
     done = [json.loads(line)["step"] for line in epochs.read_text().splitlines()]
-    assert done == list(range(1, 41))
+    assert done == list(range(1, int(EPOCHS) + 1))
 
 
 def test_what_cannot_be_done_is_one_line(cluster: Cluster):
@@ -69,7 +70,7 @@ def test_a_warning_to_the_last_task_of_an_array_requeues_that_task_alone(cluster
     """The last task carries the array's own number, which means all of its tasks."""
     run = tmp_path / "run"
     argv = ["--task", balls, "--run-dir", run, "--trials", "2", *SMALL]
-    argv += ["--recipe.max-epochs", "40", "--recipe.patience", "40", "--recipe.checkpoint-minutes", "0"]
+    argv += ["--recipe.max-epochs", EPOCHS, "--recipe.patience", EPOCHS, "--recipe.checkpoint-minutes", "0"]
     array = cluster.sbatch("--array=0-1", "slurm/finetune.sbatch", *argv)
     epochs = [run / f"trial-0{trial}" / "metrics.jsonl" for trial in (0, 1)]
     cluster.wait(

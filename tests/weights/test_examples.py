@@ -1,5 +1,6 @@
 """The examples run unchanged."""
 
+import functools
 import importlib.util
 import re
 import runpy
@@ -11,6 +12,18 @@ import torch
 from processes import REPO
 
 import p2w
+from p2w.phantom import make_scan
+
+
+@pytest.fixture(autouse=True)
+def one_scan(monkeypatch):
+    """The examples make the same phantom scan, which takes as long as some of their steps: it is made once."""
+    monkeypatch.setattr(p2w.phantom, "make_scan", cached_scan)
+
+
+@functools.cache
+def cached_scan(seed, shape):
+    return make_scan(seed=seed, shape=shape)
 
 
 @pytest.mark.slow
