@@ -5,6 +5,7 @@ that are trained on, and in weights. On phantoms it is the seed. Two methods are
 that both have, on the pretrainings that both have; p is Holm's over all tests of a table.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -81,10 +82,18 @@ def units(seen: Values) -> Units:
 
 
 def compare(a: Values, b: Values) -> Comparison:
-    """Paired t-test over units of what both have."""
+    """Paired t-test over units of what both have; none where no unit differs from another."""
     both = sorted(a.keys() & b.keys())
-    one, two = (units({key: side[key] for key in both}) for side in (a, b))
-    return paired([*one.values()], [*two.values()])
+    one, two = ([*units({key: side[key] for key in both}).values()] for side in (a, b))
+    found = paired(one, two)
+    if len(one) > 1 and alike(np.subtract(one, two)):
+        return dataclasses.replace(found, p=math.nan, low=math.nan, high=math.nan, why=ALIKE)
+    return found
+
+
+def alike(some: Iterable[float]) -> bool:
+    """Whether values are the same but for rounding: no replicates, of which a test could say something."""
+    return bool(np.ptp(np.array([*some])) < 1e-4)
 
 
 def cell(seen: Values, digits: int = 3, share: bool = False) -> str:
@@ -100,11 +109,11 @@ def cell(seen: Values, digits: int = 3, share: bool = False) -> str:
 
 
 def interval(there: Iterable[float]) -> tuple[float, float]:
-    """95 % interval of the mean of independent values; NaN for fewer than two."""
+    """95 % interval of the mean of independent values; NaN for fewer than two, and for those that are all the same."""
     from scipy.stats import t as student  # noqa: PLC0415  (a second of imports)
 
     some = np.array([*there])
-    if len(some) < 2:
+    if len(some) < 2 or alike(some):
         return math.nan, math.nan
     half = float(student.ppf(0.975, len(some) - 1) * some.std(ddof=1) / math.sqrt(len(some)))
     return float(some.mean()) - half, float(some.mean()) + half
@@ -120,7 +129,7 @@ def _say(one: Comparison, p: float, digits: int) -> str:
     if not one.n[0]:
         return NOT_RUN
     if math.isnan(p):
-        return f"{one.difference:+.{digits}f}, one pretraining: no test"
+        return f"{one.difference:+.{digits}f}, {one.why or 'one pretraining'}: no test"
     said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     return f"{one.difference:+.{digits}f} ({one.low:+.{digits}f} to {one.high:+.{digits}f}), {said}"
 
@@ -143,6 +152,7 @@ def mean_image_error(found: Found, kind: str) -> Values:
     return {(one["data"], one["seed"]): one["mse_of_mean"] for one in runs_of(found, kind, REFERENCE)}
 
 
+ALIKE = "the same in each pretraining"
 SHARES = {"tuned", "plain", "standardised", "gamma", "against_one_scan", "against_one_tile", "top1", "mrr"}
 Column = tuple[str, Callable[[Found, str, str], str]]
 
