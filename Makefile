@@ -12,7 +12,7 @@
 #                 P2W_REAL_DATA=FOLDER (chest, luna16, dicom, nifti in it) brings real scans in
 # make leaderboard  every pretext beside the others; writes docs/leaderboard.md, shares the runs: 40 minutes more
 # make methods    what each pretext shows and asks: table and pictures of docs/methods.md, a quarter of an hour
-# make transfer   tasks that ask for place, frozen and fine-tuned; fills tables of docs/targets.md: five hours on two free cores
+# make transfer   tasks that ask for place, frozen and fine-tuned; fills tables of docs/targets.md: a forecast of six hours on two free cores
 # make targets    the paper's Tables 1 and 2 at CPU size; fills docs/targets.md: an hour and a half more
 #
 # Without an NVIDIA GPU, a CPU build of torch spares gigabytes:

@@ -1,6 +1,6 @@
 """Fills docs/methods.md: which pretexts there are, and pictures of what each of them shows and asks.
 
-    make methods                                             # pictures of all: a quarter of an hour on two free cores
+    make methods                                             # pictures of all: about a minute of a core each
     python bench/evidence/methods.py --folder evidence --methods mae spark
     python bench/evidence/methods.py --names-only            # only the table: which pretexts there are
 

@@ -1,4 +1,4 @@
-"""Does pretraining transfer to tasks that ask where in the body a voxel lies? Fills two tables of docs/targets.md.
+"""Does pretraining transfer to tasks that ask where in the body a voxel lies? Fills tables of docs/targets.md.
 
     make transfer                                               # a forecast of the hours: docs/targets.md
     python bench/evidence/transfer.py --folder evidence --parts frozen gate
@@ -7,9 +7,9 @@
 `frozen` (E1): encoders frozen after pretraining, batch norm recalibrated, a linear decoder of the coarsest features; random,
 autoencoder, Models Genesis, SimMIM, Parts2Whole, three pretrainings each with three decoders. `confirmed`: the same with six
 other seeds. `gate`: whether coarse levels matter on that task with all labels. `tuned` (E2): fine-tuning with a tenth of the
-labels at the scale of pretraining, wholes
-of 32x64x64 voxels. `power`: how many trials Table 2 would take. The same command continues one that was stopped; runs come
-in the order of their worth, and the page is written after each round. One process of one thread.
+labels at the scale of pretraining, wholes of 32x64x64 voxels. `power`: how many trials Table 2 would take. The same command
+continues one that was stopped; runs come in the order of their worth, and the page is written after each round. One process
+of one thread.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import transfer_page
 from frozen_decoder import Crops, coarsest, decode
 from jobs import REPO, Job
 from targets import call
-from transfer_page import CONTROL, OURS, RANDOM
+from transfer_page import CONTROL, MORE_SEEDS, OURS, RANDOM, SEEDS
 
 from p2w.commands import train
 from p2w.files import write_atomic
@@ -37,8 +37,7 @@ from p2w.tasks.reader import open_target
 from p2w.weights.start import load_start
 from p2w.world import World
 
-SEEDS, DECODERS = 3, 3  # pretrainings of each method; decoders of each pretraining
-MORE_SEEDS = 6  # fixed before the first of them was run: other seeds, tested apart from the first
+DECODERS = 3  # of each pretraining
 METHODS = {  # in the order in which they are run
     OURS: "parts2whole",
     RANDOM: "",

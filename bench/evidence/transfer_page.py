@@ -17,6 +17,7 @@ from jobs import REPO
 from page import table
 from targets_page import OURS, gate_rows, put
 
+from p2w.files import write_atomic
 from p2w.finetune.results import read_fine_tuning
 from p2w.reproduce.render import probability
 from p2w.stats import LEVEL, Comparison, Pretrainings, Trials, compare_pretrainings, holm
@@ -28,7 +29,9 @@ TUNED_TASKS = {"organs": "dice", "ncs": "mean_iou", "lcs": "iou"}
 MAIN = "dice"
 MEASURED = {MAIN: "mean Dice", "explained": "variance of the masks explained, %"}
 GATE_TRIALS, TUNED_TRIALS = 1, 6
-FIRST_SEEDS, MOST_SEEDS = 3, 9  # pretrainings of E1: the first, and those with the ones that confirm it
+SEEDS = 3  # pretrainings of each method
+MORE_SEEDS = 6  # of E1, fixed before the first of them was run: other seeds, tested apart from the first
+RESULTS = REPO / "bench" / "results" / "frozen_decoder.json"  # E1, each decoder of each pretraining
 ALL_LABELS = (
     "--recipe.max-epochs 16 --recipe.patience 16 --recipe.epoch-steps 15 --recipe.batch 16 --recipe.precision auto "
     "--recipe.lr 3e-3 --recipe.schedule cosine --recipe.warmup-epochs 2"
@@ -42,11 +45,31 @@ SPREAD = re.compile(r"\*{0,2}([\d.]+) ± ([\d.]+)\*{0,2}")
 
 
 def write(folder: Path) -> None:
-    """Fill the blocks `frozen decoder`, `frozen confirmed`, `matched` and `power` of docs/targets.md."""
-    put("frozen decoder", frozen_table(folder / "context", range(FIRST_SEEDS)))
-    put("frozen confirmed", frozen_table(folder / "context", range(FIRST_SEEDS, MOST_SEEDS), False))
+    """Fill the blocks `frozen decoder`, `frozen confirmed`, `matched` and `power` of docs/targets.md; E1 also as JSON."""
+    first, more = range(SEEDS), range(SEEDS, SEEDS + MORE_SEEDS)
+    put("frozen decoder", frozen_table(folder / "context", first))
+    put("frozen confirmed", frozen_table(folder / "context", more, False))
+    write_results(folder / "context")
     put("matched", tuned_table(folder / "matched"))
     put("power", power_table((REPO / "docs" / "targets.md").read_text()))
+
+
+def write_results(place: Path) -> None:
+    """The numbers behind the tables of E1, a line for each pretraining; nothing where none was run."""
+    runs = read_frozen(place, range(SEEDS + MORE_SEEDS))
+    lines = []
+    for own in runs.values():
+        for seed, one in sorted(own.items()):
+            decoders = [(round(it["test"][MAIN], 5), round(it["explained"], 5)) for it in one["decoders"]]
+            found = {
+                "method": one["method"],
+                "seed": seed,
+                "rate": one["chosen"],
+                f"{MAIN}, explained": decoders,
+            }
+            lines.append(json.dumps(found))
+    if lines:
+        write_atomic(RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def read_frozen(place: Path, seeds: Collection[int]) -> dict[str, dict[int, dict[str, Any]]]:
