@@ -36,9 +36,8 @@ LONGEST_PAUSE_S = 30.0
 PIECE = 1 << 20  # bytes read at a time
 SIGNED_S = 300  # how long a signed address is used: less than credentials that AWS hands out still hold
 _RETRY_STATUS = frozenset({408, 429})  # the statuses below 500 after which another try may succeed
-_WITHOUT_RANGES = frozenset(
-    {200, 400, 416, 501}
-)  # answers of a server that cannot give a range of a file that is there
+# Answers of a server that cannot give a range of a file that is there
+_WITHOUT_RANGES = frozenset({200, 400, 416, 501})
 _own = threading.local()  # each thread keeps its own connections
 _signing = threading.Lock()  # botocore's sessions are not for several threads
 
@@ -198,9 +197,8 @@ class Attempts:
         pause = min(LONGEST_PAUSE_S, self.pause_s * 2 ** min(self.failed - 1, 20)) * random.uniform(0.75, 1.0)
         if isinstance(error, Refused) and error.pause_s is not None and self.retry_s:
             pause = max(0.1, min(error.pause_s, self.retry_s))  # the server knows better
-        patience = (
-            0.0 if f"[Errno {socket.EAI_NONAME}]" in reason else self.retry_s
-        )  # no such host: mistyped, as a rule
+        # No such host: mistyped, as a rule
+        patience = 0.0 if f"[Errno {socket.EAI_NONAME}]" in reason else self.retry_s
         over = self.failed >= TRIES and now + pause - self._first > patience
         if over or (isinstance(error, Refused) and error.final):
             took = f" over {now - self._first:.0f} s" if now - self._first >= 60 else ""

@@ -299,9 +299,8 @@ def _build(
         f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate"
         f"{RANDOM_PLACES * shards.random_places}"
     )
-    log.line(
-        f"memory format   {memory_format}"
-    )  # after all that may refuse the run, so that a refusal is one line alone
+    # After all that may refuse the run, so that a refusal is one line alone
+    log.line(f"memory format   {memory_format}")
     return (
         choice,
         trainer,

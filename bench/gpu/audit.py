@@ -107,9 +107,8 @@ def audit(name: str) -> list[str]:
         voxels = torch.empty(WHOLES, dtype=torch.int16, device=CARD)
         ids = torch.empty(WHOLES[0], dtype=torch.int64, device=CARD)
         try:
-            pretext.sample(
-                voxels, SampleKeys(0, 0, ids)
-            )  # tables that stay on the device are copied there once
+            # Tables that stay on the device are copied there once
+            pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as sampling:
                 views = pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as passing, torch.autocast("cuda", torch.bfloat16):

@@ -238,9 +238,8 @@ def starts_as_dicom(data: bytes) -> bool:
         return False
     if data[4:6] in SHORT or data[4:6] in LONG:
         return True
-    return (
-        struct.unpack_from("<I", data, 4)[0] <= 256
-    )  # implicit: the first elements are dates, names and uids
+    # Implicit: the first elements are dates, names and uids
+    return struct.unpack_from("<I", data, 4)[0] <= 256
 
 
 def unpack_gzip(data: bytes, limit: int) -> bytes:

@@ -97,9 +97,8 @@ def resample(
     if along_z is None and along_y is None and along_x is None:
         return (voxels if window is None else voxels.clip(*window)), new
     out = np.empty(new.size[::-1], np.int16)
-    planes = np.empty(
-        (0, *out.shape[1:]), np.float32
-    )  # the slices from `first` to `last`, resampled in their plane
+    # The slices from `first` to `last`, resampled in their plane
+    planes = np.empty((0, *out.shape[1:]), np.float32)
     first = last = 0
     stride = max(1, int(SLAB * min(1.0, len(out) / len(voxels))))
     for start in range(0, len(out), stride):

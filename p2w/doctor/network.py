@@ -121,9 +121,8 @@ def ports(
 def free(port: int) -> bool:
     """Whether a server can listen on this port of all addresses."""
     with socket.socket() as s:
-        s.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torchrun does: closed connections do not count
+        # As torchrun does: closed connections do not count
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("", port))
             return True

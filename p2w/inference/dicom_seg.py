@@ -102,9 +102,8 @@ def _headers(source: ScanSource) -> list[Any]:
         for holder in _pixel_measures(header) if source.frames else [header]:
             if not getattr(holder, "SliceThickness", None):
                 assert source.grid is not None
-                holder.SliceThickness = (
-                    f"{source.grid.spacing[2]:.6g}"  # the step; highdicom asks for a number
-                )
+                # The step; highdicom asks for a number
+                holder.SliceThickness = f"{source.grid.spacing[2]:.6g}"
     return headers
 
 

@@ -20,9 +20,8 @@ from p2w.inference.finetuned_model import load_finetuned
 AXES = ("axial, patient's left on the right", "coronal", "sagittal, front on the left")
 RED, CYAN = "#ff3b30", "#00e5ff"
 LEGEND = 12  # names of classes beside the picture, at most
-Classes = Callable[
-    [NDArray[Any]], Mapping[str, NDArray[np.bool_]]
-]  # of a slice of a mask: where each class is
+# Of a slice of a mask: where each class is
+Classes = Callable[[NDArray[Any]], Mapping[str, NDArray[np.bool_]]]
 
 
 def draw_preview(

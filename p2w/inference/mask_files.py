@@ -109,9 +109,8 @@ def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent) as beside:
             sitk.WriteImage(image, os.path.join(beside, path.name), useCompression=True)
-            for written in sorted(
-                os.listdir(beside), key=lambda name: name == path.name
-            ):  # voxels, then the header
+            # Voxels, then the header
+            for written in sorted(os.listdir(beside), key=lambda name: name == path.name):
                 os.replace(os.path.join(beside, written), path.parent / written)
     except (OSError, RuntimeError) as error:
         said = str(error).strip().splitlines()[-1]

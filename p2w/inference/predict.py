@@ -148,9 +148,8 @@ def _source(path: Path, in_hu: bool, resample_tilt: bool = False) -> ScanSource:
         return straightened(source) if resample_tilt else source
     for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
         search = SearchOptions(modality=modality, resample=resample_tilt)
-        found = find_scans(
-            [str(path)], str(path / ".out"), flag="--scan", options=search
-        )  # there is no such folder
+        # There is no such folder
+        found = find_scans([str(path)], str(path / ".out"), flag="--scan", options=search)
         if found.sources:
             break
     if len(found.sources) != 1:

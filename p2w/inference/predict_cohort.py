@@ -348,9 +348,8 @@ class AnswerFolder(PredictionFolder):
         return lambda: self.write_record(scan, {"state": state, "answers": answers})
 
 
-Read = tuple[
-    CohortScan, InferenceInput | None, str
-]  # a scan's voxels, and the state of its files; or None and why it is bad
+# A scan's voxels, and the state of its files; or None and why it is bad
+Read = tuple[CohortScan, InferenceInput | None, str]
 
 
 def _read_scans(

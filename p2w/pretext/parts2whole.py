@@ -48,9 +48,8 @@ class PartLocation(EncoderDecoder):
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__(encoder, decoder)
-        self.place = nn.Linear(
-            encoder.channels[-1], 6
-        )  # the name that it had in checkpoints of earlier versions
+        # The name that it had in checkpoints of earlier versions
+        self.place = nn.Linear(encoder.channels[-1], 6)
 
     def forward(self, x: Tensor, locations: Tensor | None = None) -> Output:  # type: ignore[override]
         """(B, 1, d, h, w) -> volume of that size in [0, 1]; in training, given `locations` (B, 6), also the error of the

@@ -84,9 +84,8 @@ class SparseAutoencoder(Network):
         super().__init__()
         self.encoder, self.grid, self.count = encoder, grid, count
         self.decoder = build_decoder(encoder, skips=True)
-        joined = encoder.channels[
-            :-1
-        ]  # the coarsest features go into the decoder as they are, if it reads them
+        # The coarsest features go into the decoder as they are, if it reads them
+        joined = encoder.channels[:-1]
         filled = joined if encoder.only_skips else encoder.channels
         self.hidden_vectors = nn.ParameterList(0.02 * torch.randn(channels) for channels in filled)
         self.joins = nn.ModuleList(nn.Conv3d(channels, channels, kernel_size=1) for channels in joined)

@@ -211,9 +211,8 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
     try:
         seal = _check_seal(data)
         if isinstance(data, mmap.mmap):
-            data.madvise(
-                mmap.MADV_DONTNEED
-            )  # its pages were read for the checksum; they stay in the page cache
+            # Its pages were read for the checksum; they stay in the page cache
+            data.madvise(mmap.MADV_DONTNEED)
         file = pq.ParquetFile(pa.BufferReader(buffer), **long_texts(buffer.size))
         schema = file.schema_arrow
         text = (schema.metadata or {}).get(b"p2w", b"{}")

@@ -95,9 +95,8 @@ def _make(file: pq.ParquetFile, shards: pa.Array, folder: str, seal: str) -> pa.
         for field in fixed
         if pa.types.is_dictionary(field.type)
     }
-    for left in glob.glob(
-        os.path.join(glob.escape(folder), ".indexing-*.part")
-    ):  # by a process that was killed
+    # By a process that was killed
+    for left in glob.glob(os.path.join(glob.escape(folder), ".indexing-*.part")):
         os.unlink(left)
     handle, path = tempfile.mkstemp(dir=folder, prefix=".indexing-", suffix=".part")
     try:

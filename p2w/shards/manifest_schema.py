@@ -29,9 +29,8 @@ MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
 CHECKED = 1 << 20  # rows checked at a time
 LEAST_PACKED = 16  # bytes of packed voxels: their size, and the least zstd frame
 MOST_VOXELS = 1 << 16  # along an axis
-UNPACKED = (
-    1 << 26
-)  # bytes that a manifest may take in memory, or UNPACKED_TIMES the size of its file if that is more
+# Bytes that a manifest may take in memory, or UNPACKED_TIMES the size of its file if that is more
+UNPACKED = 1 << 26
 UNPACKED_TIMES = 64
 
 SHARD_META = {"name": str, "nbytes": int, "crc32c": int}
@@ -50,9 +49,8 @@ OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "sources": [SOURCE_META | GEOMETRY_META],
     "bad_scans": [{"where": str, "why": str}],
 }
-STORES_SCANS = (
-    "scans"  # the entry `store` of a set that holds whole scans, in chunks; others have no such entry
-)
+# The entry `store` of a set that holds whole scans, in chunks; others have no such entry
+STORES_SCANS = "scans"
 
 
 def stores_scans(meta: dict[str, Any]) -> bool:

@@ -24,9 +24,8 @@ PLAIN = "value"  # name of the only column of a list of texts
 AS_JSON = {b"p2w": b"json"}  # of a column whose values are JSON texts
 _ABSENT: Any = object()  # in the place of a key that an object does not have
 _SLICE = 4096  # rows turned into Python objects at a time
-PAGE = (
-    64 << 20
-)  # bytes of a parquet dictionary; above the default of 1 MiB, long columns of names are stored as they are
+# Bytes of a parquet dictionary; above the default of 1 MiB, long columns of names are stored as they are
+PAGE = 64 << 20
 
 
 class TableList(Sequence[Any]):
@@ -36,9 +35,8 @@ class TableList(Sequence[Any]):
         """`load` gives the table, of `length` rows; it is called at the first use. `name` is for messages."""
         self._load, self._length, self.name = load, length, name
         self._columns: dict[str, list[Any]] = {}
-        self.form: Any = (
-            None  # of an entry, as `files.type_mismatch` has it; checked when the table is unpacked
-        )
+        # Of an entry, as `files.type_mismatch` has it; checked when the table is unpacked
+        self.form: Any = None
 
     @functools.cached_property
     def table(self) -> pa.Table:

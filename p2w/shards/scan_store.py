@@ -31,9 +31,8 @@ from p2w.shards.manifest_schema import PADDED_COLUMNS, REAL_COLUMNS, sub_scan_ke
 from p2w.shards.tiling import WINDOW_HU, SubScan, Tiling, cut_box
 
 LEAST_CHUNK = 1 << 14  # voxels, 32 KiB: smaller reads cost as much, and a tar adds 2 KiB to each
-MOST_PER_CHUNK = (
-    16  # sub-scans of a set for each of its chunks: their table is kept in memory, 150 bytes each
-)
+# sub-scans of a set for each of its chunks: their table is kept in memory, 150 bytes each
+MOST_PER_CHUNK = 16
 SOURCE = {"uid": str, "shape": [int], "sub_scans": int, "tiles_left_out": [int]}
 Triple = tuple[int, int, int]
 
@@ -127,9 +126,8 @@ class ScanStore:
     counts: NDArray[np.int64]  # (S, 3) number of chunks
     scan: NDArray[np.int32]  # (n,) number of the scan of each sub-scan
     place: NDArray[np.int32]  # (n, 3) first voxel of each sub-scan
-    wholes: (
-        pa.Table
-    )  # (n rows) the sub-scans as the manifest of a set of sub-scans has them, without their bytes
+    # (n rows) the sub-scans as the manifest of a set of sub-scans has them, without their bytes
+    wholes: pa.Table
 
 
 def read_scan_store(manifest: Manifest) -> ScanStore:

@@ -213,9 +213,8 @@ class ArrowShard:
             sink = pa.BufferOutputStream()
             note = {"padding": " " * padding}
             with pa.ipc.new_file(sink, self.schema) as writer:
-                writer.write_batch(
-                    batch, custom_metadata=note
-                )  # Arrow writes the schema with the first batch
+                # Arrow writes the schema with the first batch
+                writer.write_batch(batch, custom_metadata=note)
                 end = sink.tell()
                 writer.write_batch(batch, custom_metadata=note)
             data = sink.getvalue()
@@ -230,9 +229,8 @@ class ArrowShard:
         row = {**row, "crc32c": crc32c(voxels.data)}
         batch = self._batch(row, voxels)
         if self.compressed:
-            self.sink.prefix = voxels.nbytes.to_bytes(
-                8, "little"
-            )  # Arrow writes the voxels at once, behind their size
+            # Arrow writes the voxels at once, behind their size
+            self.sink.prefix = voxels.nbytes.to_bytes(8, "little")
             self.writer.write_batch(batch)
             assert self.sink.prefix is None
             return {**row, "offset": self.sink.found[0], "nbytes": self.sink.found[1]}

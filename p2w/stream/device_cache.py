@@ -63,9 +63,8 @@ class DeviceCache:
         except torch.OutOfMemoryError as error:  # fragmented, or taken by another process meanwhile
             raise UserError(refusal) from error
         self.filled: NDArray[np.bool_] = np.zeros(len(self.ids), np.bool_)
-        self._written: torch.cuda.Event | None = (
-            None  # end of the last copy into the cache, in whichever CUDA stream it ran
-        )
+        # End of the last copy into the cache, in whichever CUDA stream it ran
+        self._written: torch.cuda.Event | None = None
 
     def rows_of(self, ids: Ids) -> Ids:
         """Rows of `voxels` and `filled` that belong to ids of the split."""

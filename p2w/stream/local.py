@@ -30,9 +30,8 @@ from p2w.shards.writer import unpack_voxels
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all. A set of more is read without maps
-STREAM_BUFFER = (
-    16  # sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
-)
+# sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
+STREAM_BUFFER = 16
 _BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
 
 
@@ -245,9 +244,8 @@ class LocalSet(ShardSet):
     def __init__(self, manifest: Manifest, verify: bool = True) -> None:
         """Use a manifest whose shards `read_manifest` has found, each with the right size; nothing is opened yet."""
         super().__init__(manifest, manifest.root, verify)
-        self._buffers = (
-            threading.local()
-        )  # of one sub-scan for each reader thread, where shards are not mapped
+        # Of one sub-scan for each reader thread, where shards are not mapped
+        self._buffers = threading.local()
         self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
 
     def _path(self, number: int) -> str:

@@ -24,9 +24,8 @@ from p2w.shards.mixture import BETWEEN, MixturePart
 from p2w.stream.local import SampleReader, ShardSet
 from p2w.stream.sampler import PERMUTATION_STREAM, permuted_places
 
-MIXING_STREAM = (
-    3  # number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
-)
+# Number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
+MIXING_STREAM = 3
 
 
 class MixedSet(ShardSet):
@@ -46,9 +45,8 @@ class MixedSet(ShardSet):
         self.min_threads = max(one.min_threads for one in sets)
         self.random_places = any(one.random_places for one in sets)
         lengths = [len(one) for one in sets]
-        self.starts: Ids = np.cumsum([0, *lengths]).astype(
-            np.int64
-        )  # first id of each set, and the number of all
+        # First id of each set, and the number of all
+        self.starts: Ids = np.cumsum([0, *lengths]).astype(np.int64)
         weights = [
             len(one.ids("train")) if part.weight is None else part.weight
             for one, part in zip(sets, parts, strict=True)

@@ -24,9 +24,8 @@ from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError, SampleReader
 from p2w.stream.sampler import Sampler
 
-SUBSTITUTE_TRIES = (
-    16  # substitutes may be bad too; if 1 % of the set is bad, 16 bad ones in a row do not happen
-)
+# Substitutes may be bad too; if 1 % of the set is bad, 16 bad ones in a row do not happen
+SUBSTITUTE_TRIES = 16
 _SUBSTITUTE_STREAM = 2  # number of this random stream under (seed, epoch); `sampler.streamed_order` uses 1
 
 OnBadSample = Literal["stop", "skip"]

@@ -39,9 +39,8 @@ def epoch_permutation(ids: Ids, seed: int, epoch: int) -> Ids:
 
 VERSION_2_FROM = 1_000_000  # training sub-scans
 ROUNDS = 6  # of the permutation by index; each depends on a key of its own
-PERMUTATION_STREAM = (
-    4  # number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
-)
+# Number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
+PERMUTATION_STREAM = 4
 _MOST_LOOKED_UP = 1 << 14  # hashes of a round in a table: of sets of up to 268 million
 _PIECE = 1 << 15  # places computed at a time: their words stay in a core's cache
 
@@ -96,9 +95,8 @@ class _Rounds:
             words ^= words >> np.uint64(bits)
             words *= np.uint64(factor)
         words >>= np.uint64(32)
-        words *= np.uint64(
-            self.sizes[number % 2]
-        )  # 32 random bits times the size: the upper half is below it
+        # 32 random bits times the size: the upper half is below it
+        words *= np.uint64(self.sizes[number % 2])
         return (words >> np.uint64(32)).view(np.int64)
 
 

@@ -268,9 +268,8 @@ def _upload(
     ring when its copy is done. The CPU never waits for the computation here.
     """
     side, buffers = torch.cuda.Stream(device), list[Tensor]()
-    ahead: tuple[Batch, torch.cuda.Event] | None = (
-        None  # the batch that is being copied, and the end of its copy
-    )
+    # The batch that is being copied, and the end of its copy
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
     with closing(batches):
         try:
             for count, batch in enumerate(batches):

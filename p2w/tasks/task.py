@@ -102,9 +102,8 @@ SAMPLE_COLUMNS = pa.schema(
     ]
 )
 # Columns of a set whose kind has `SampleKind.targets`.
-TARGET_COLUMNS = pa.schema(
-    [*SAMPLE_COLUMNS, ("targets", pa.list_(pa.float64()))]
-)  # a number a class; null: unknown
+# A number a class; null: unknown
+TARGET_COLUMNS = pa.schema([*SAMPLE_COLUMNS, ("targets", pa.list_(pa.float64()))])
 TASK_FILE_META = {"role": str, "file": str, "nbytes": int, "checksum": str}
 TASK_SOURCE_META = {"uid": str, "patient": str, "files": [TASK_FILE_META], "samples": int, "left_out": [str]}
 TASK_META = {
