@@ -39,7 +39,7 @@ from stream import Options as Sets
 
 from p2w.shards.manifest import read_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
-from p2w.stream.device_cache import DeviceCache
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 from p2w.stream.tar import TarSet, fetch_manifest
 

@@ -25,8 +25,8 @@ from p2w.model.encoder import set_memory_format
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network, pretext_class
 from p2w.shards.manifest import data_fingerprint
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import RANDOM_PLACES, ShardSet
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints

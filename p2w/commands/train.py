@@ -27,10 +27,9 @@ from p2w.pretext.protocol import Pretext
 from p2w.pretrain import Staging, elastic_settings, pretrain, ranks_that_train
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
-from p2w.shards.manifest import data_fingerprint
-from p2w.shards.mixture import BETWEEN
-from p2w.stream.device_cache import refuse_random_places
+from p2w.shards.manifest import BETWEEN, data_fingerprint
 from p2w.stream.local import RANDOM_PLACES, ShardSet
+from p2w.stream.prefetch import refuse_random_places
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision

@@ -19,17 +19,18 @@ from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan import percentile_range, read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
-from p2w.inference.dicom_seg import ENDING as SEG_ENDING
-from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
-from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
 from p2w.inference.finetuned_model import FineTunedModel, load_ensemble
 from p2w.inference.mask_files import (
+    DICOM_SEG,
     ENDING,
     MASKS,
+    SEG_ENDING,
+    check_dicom_source,
     check_geometry,
     publish_text,
     write_classes,
+    write_dicom_seg,
     write_volumes,
 )
 from p2w.inference.sliding import Cut, ScaledSlices, Windows, on_scan, slices

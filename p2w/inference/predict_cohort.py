@@ -36,12 +36,17 @@ from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference import predict
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, write_rows
-from p2w.inference.dicom_seg import ENDING as SEG_ENDING
-from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
-from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
 from p2w.inference.finetuned_model import EnsembleModel, load_ensemble
-from p2w.inference.mask_files import MASKS, check_geometry, write_volumes
+from p2w.inference.mask_files import (
+    DICOM_SEG,
+    MASKS,
+    SEG_ENDING,
+    check_dicom_source,
+    check_geometry,
+    write_dicom_seg,
+    write_volumes,
+)
 from p2w.inference.predict import (
     InferenceInput,
     answers_of,

@@ -8,10 +8,9 @@ from scipy import fft
 
 from p2w.errors import UserError
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
-from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
 from p2w.phantom.lungs import Mediastinum, lay_tubes, look_up, paint_lungs, plaques
-from p2w.phantom.organs import Cavity, anatomy, layers
+from p2w.phantom.organs import Cavity, anatomy, layers, paint_bones
 
 _SLAB = 16
 

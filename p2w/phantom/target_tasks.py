@@ -12,7 +12,7 @@ import tyro
 
 from p2w.errors import UserError, exits
 from p2w.files import write_atomic
-from p2w.phantom import brats, ct_targets, lidc
+from p2w.phantom import brats, ct_targets
 from p2w.phantom.chest import check_phantom
 from p2w.phantom.image_files import claim_folder, in_workers, write_luna
 from p2w.progress import Progress, say
@@ -48,7 +48,7 @@ class TaskFormat:
 
 TASKS: dict[str, TaskFormat] = {
     "ncc": TaskFormat("LUNA16", lambda *_: None),  # by write_luna
-    "ncs": TaskFormat("LIDC-IDRI", lidc.write_lidc_patient),
+    "ncs": TaskFormat("LIDC-IDRI", ct_targets.write_lidc_patient),
     "lcs": TaskFormat("LiTS", ct_targets.write_lits_patient),
     "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
     "bms": TaskFormat("BraTS", brats.write_brats_patient),
@@ -86,7 +86,7 @@ def write_targets(
                 patients,
                 seed,
                 shape=shape,
-                spacing_mm=lidc.spacing_of(shape),
+                spacing_mm=ct_targets.spacing_of(shape),
                 workers=workers,
                 done=names.append,
             )

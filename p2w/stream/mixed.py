@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from p2w.errors import UserError
 from p2w.rng import Ids, hash64
-from p2w.shards.manifest import data_fingerprint
-from p2w.shards.mixture import BETWEEN, MixturePart
+from p2w.shards.manifest import BETWEEN, MixturePart, data_fingerprint
 from p2w.stream.local import SampleReader, ShardSet
 from p2w.stream.sampler import PERMUTATION_STREAM, permuted_places
 

@@ -21,9 +21,8 @@ from pathlib import Path
 from p2w import http_client
 from p2w.errors import UserError
 from p2w.files import FileLock, crc32c, write_atomic, write_remedy
-from p2w.shards.manifest import data_fingerprint, open_manifest, read_manifest
+from p2w.shards.manifest import data_fingerprint, open_manifest, parse_mixture, read_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME, shard_columns, stores_scans
-from p2w.shards.mixture import parse_mixture
 from p2w.stream.local import DataError, LocalSet, ShardSet
 from p2w.stream.mixed import MixedSet
 

@@ -17,7 +17,7 @@ from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.files import parse_json
 from p2w.shards.training_scans import SEEN, TrainingScans, read_hashed_scans, training_scans
-from p2w.stream.trained_sets import open_trained_sets
+from p2w.stream.stream import open_trained_sets
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (

@@ -22,7 +22,7 @@ from p2w.errors import UserError
 from p2w.files import last_part
 from p2w.shards.manifest import open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
-from p2w.tasks import crops, lidc_readings, source_files, splits
+from p2w.tasks import crops, lidc_readings, source_files
 from p2w.tasks.crops import AroundObjects, CropBox, crops_around_objects
 from p2w.tasks.task import (
     SEGMENTATION,
@@ -34,6 +34,8 @@ from p2w.tasks.task import (
     LeftOut,
     Sample,
     Split,
+    by_fractions,
+    shuffled_names,
 )
 
 CASES = (510, 100, 408)  # train, val and test of all 1,018
@@ -125,7 +127,7 @@ class Ncs:
             weight[case.patient] = weight.get(case.patient, 0) + 1
         if self.pretrained_on:
             return self._unseen(cases, weight)
-        part = splits.by_fractions(weight, self.cases, self.seed)
+        part = by_fractions(weight, self.cases, self.seed)
         rule = f"by patient: {' / '.join(map(str, self.cases))} cases or in these proportions, by sha256(seed:patient)"
         return Split(rule, {name: SPLITS[i] for name, i in part.items()}, seed=self.seed)
 
@@ -134,11 +136,11 @@ class Ncs:
         scans = {one["uid"] for one in open_manifest(self.pretrained_on).meta["sources"]}
         seen = {case.patient for case in cases if case.uid in scans}
         wanted, test = round(len(cases) * self.cases[2] / sum(self.cases)), list[str]()
-        for patient in splits.shuffled_names(set(weight) - seen, self.seed):
+        for patient in shuffled_names(set(weight) - seen, self.seed):
             if sum(weight[name] for name in test) < wanted:
                 test.append(patient)
         rest = {patient: n for patient, n in weight.items() if patient not in test}
-        part = splits.by_fractions(rest, self.cases[:2], self.seed)
+        part = by_fractions(rest, self.cases[:2], self.seed)
         counts, of_set = " / ".join(map(str, self.cases)), last_part(self.pretrained_on)
         rule = f"by patient: {counts} in proportion, tested on none in {of_set}"
         of = {name: SPLITS[i] for name, i in part.items()} | dict.fromkeys(test, "test")

@@ -25,8 +25,8 @@ from p2w.shards.manifest import manifest_bytes, read_manifest
 from p2w.shards.manifest_schema import PADDED_SCHEMA
 from p2w.shards.scan_shards import ShardingSettings
 from p2w.shards.tiling import Tiling
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.random_places import TRIES
 from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream, open_set

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from p2w.ct.orientation import BadScan
-from p2w.phantom.lidc import trace
+from p2w.phantom.ct_targets import trace
 from p2w.tasks import lidc_readings
 
 HEAD = '<LidcReadMessage xmlns="http://www.nih.gov"><ResponseHeader><SeriesInstanceUid>1.2</SeriesInstanceUid></ResponseHeader>'
