@@ -41,12 +41,7 @@ _WITHOUT_RANGES = frozenset({200, 400, 416, 501})
 _own = threading.local()  # each thread keeps its own connections
 _signing = threading.Lock()  # botocore's sessions are not for several threads
 
-FAILURES = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
-)
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 
 Headers = Mapping[str, str] | http.client.HTTPMessage
 
@@ -104,8 +99,8 @@ def _s3_client(bucket: str) -> Any:
         config = Config(signature_version=version)
         client = own.create_client("s3", config=config)
         # Anybody is told the region of a bucket, without the right to read it; other stores than AWS may not know any.
-        place = f"{client.meta.endpoint_url}/{bucket}"
-        with session().head(place, timeout=(CONNECT_S, READ_S), allow_redirects=False) as answer:
+        url = f"{client.meta.endpoint_url}/{bucket}"
+        with session().head(url, timeout=(CONNECT_S, READ_S), allow_redirects=False) as answer:
             region = answer.headers.get("x-amz-bucket-region")
         if region and region != client.meta.region_name:
             client = own.create_client("s3", region_name=region, config=config)

@@ -143,10 +143,7 @@ def _check_tails(values: _Histogram, inside: int, high: int) -> None:
 
 def _check_peaks(values: _Histogram, inside: int) -> None:
     """Raise BadScan where the most frequent values are not those of air and of soft tissue."""
-    ranges = (
-        ("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK),
-        ("air", PADDING_HU, AIR_TO, AIR_PEAK),
-    )
+    ranges = (("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK), ("air", PADDING_HU, AIR_TO, AIR_PEAK))
     for name, low, high, (least, most) in ranges:
         counts = values.between(low + 1, high + 1)
         if counts.sum() < RARE * inside:

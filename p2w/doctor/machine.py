@@ -162,13 +162,8 @@ def limits(case: CheckContext, maps: Path = Path("/proc/sys/vm/max_map_count")) 
 
 def clock(case: CheckContext) -> Iterator[CheckResult]:
     """Whether the clock is behind the date of a file, and whether NTP sets it."""
-    behind = clock_behind(
-        [
-            *Path(__file__).parents[1].rglob("*.py"),
-            Path(case.shards or "shards", MANIFEST_NAME),
-            *case.run.glob("*"),
-        ]
-    )
+    ours, manifest = Path(__file__).parents[1].rglob("*.py"), Path(case.shards or "shards", MANIFEST_NAME)
+    behind = clock_behind([*ours, manifest, *case.run.glob("*")])
     if behind:
         yield problem(
             "clock", f"{time.ctime()}: {behind}", "timedatectl set-ntp true   # or  ntpdate -u pool.ntp.org"

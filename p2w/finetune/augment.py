@@ -267,7 +267,7 @@ def _low_resolution(x: Tensor, share: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         n = x.shape[axis]
         m = (share.double().flatten() * n + 0.5).floor().long().clamp(1, n)[:, None]
-        # 2 n times the place among the m
+        # 2 n times the index among the m
         at = ((2 * torch.arange(n, device=x.device) + 1) * m - n).clamp(min=0)
         at = torch.minimum(at, 2 * n * (m - 1))
         low = at // (2 * n)

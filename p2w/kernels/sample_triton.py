@@ -251,8 +251,8 @@ def local_shuffle(
 ) -> Tensor:
     """Volumes (B, 1, d, h, w), contiguous, shuffled where `chosen` (B,) bool; the others are copied.
 
-    `draws` (B, 6 N) float64 in [0, 1): edges along z, y, x, then places; `seeds` (B, N) alike. `rounds` and `odd` are of the
-    permutation, see p2w.pretext.models_genesis.
+    `draws` (B, 6 N) float64 in [0, 1): edges along z, y, x, then positions; `seeds` (B, N) alike. `rounds` and `odd` are of
+    the permutation, see p2w.pretext.models_genesis.
     """
     batch, _, d, h, w = volumes.shape
     count, voxels = seeds.shape[1], d * h * w

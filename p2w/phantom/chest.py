@@ -258,13 +258,7 @@ def _paint_nodule(canvas: Canvas, spot: Spot, rng: np.random.Generator) -> None:
 
 
 def distractors(
-    canvas: Canvas,
-    cavity: Cavity,
-    forks: Balls,
-    spots: list[Spot],
-    *,
-    count: int,
-    rng: np.random.Generator,
+    canvas: Canvas, cavity: Cavity, forks: Balls, spots: list[Spot], *, count: int, rng: np.random.Generator
 ) -> Floats:
     """Body points (N, 3) away from all nodules: forks of vessels, points on the pleura, plain lung."""
     nodes = np.argwhere(cavity.lungs < -1)

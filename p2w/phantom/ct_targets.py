@@ -232,7 +232,6 @@ def write_organs_table(out: Path, parts: list[Path]) -> None:
     write_atomic(out / "dataset.json", (json.dumps(table, indent=1) + "\n").encode())
 
 
-Shape = tuple[int, int, int]
 READERS = 4
 SPAN = (0.7, 0.65, 0.65)  # share of 300 mm that such a scan shows: nodules take voxels enough
 AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # clockwise

@@ -306,13 +306,7 @@ def paint_bones(canvas: Canvas, body: Body, rng: np.random.Generator) -> None:
 
 
 def _shell(
-    canvas: Canvas,
-    body: Body,
-    balls: Balls,
-    label: Label,
-    *,
-    cortex_mm: float,
-    stretch: Floats | None = None,
+    canvas: Canvas, body: Body, balls: Balls, label: Label, *, cortex_mm: float, stretch: Floats | None = None
 ) -> None:
     depth = canvas.balls(balls, stretch)
     depth.paint(body.cortex, label).paint(body.marrow + 70, label, inset=cortex_mm)

@@ -128,9 +128,9 @@ def _with_tables(rows: list[dict[str, Any]] | pa.Table, meta: dict[str, Any], sc
     """A manifest of version 2 before it is sealed."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
     table = compact(sorted_rows(table.select(schema.names).cast(schema)))
-    told = {key: value for key, value in meta.items() if key != "fingerprint"}
-    told |= {"schema": TABLE_VERSION, "seal": SEAL.decode(), "fingerprint": data_fingerprint(told)}
-    rest, blobs = split_off(told)
+    stored = {key: value for key, value in meta.items() if key != "fingerprint"}
+    stored |= {"schema": TABLE_VERSION, "seal": SEAL.decode(), "fingerprint": data_fingerprint(stored)}
+    rest, blobs = split_off(stored)
     schema = table.schema.with_metadata({b"p2w": canonical_json(rest), b"p2w.seal": SEAL + UNSEALED})
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, compression="zstd", dictionary_pagesize_limit=PAGE) as writer:
@@ -354,11 +354,11 @@ def _part(text: str) -> MixturePart:
         return MixturePart(text, None)
 
 
-def relocated(where: str, place: Callable[[str], str]) -> str:
-    """The same set or mixture with every path replaced by `place(path)`."""
+def relocated(where: str, move: Callable[[str], str]) -> str:
+    """The same set or mixture with every path replaced by `move(path)`."""
     if not is_mixture(where):
-        return place(where)
-    return BETWEEN.join(str(MixturePart(place(part.where), part.weight)) for part in parse_mixture(where))
+        return move(where)
+    return BETWEEN.join(str(MixturePart(move(part.where), part.weight)) for part in parse_mixture(where))
 
 
 def mixture_fingerprint(parts: Sequence[dict[str, Any]]) -> str:

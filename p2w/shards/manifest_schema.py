@@ -204,18 +204,18 @@ def _keys_differ(table: pa.Table) -> bool:
         return rising is not False or pc.count_distinct(keys).as_py() == count
     scans = table["scan_uid"].unify_dictionaries()
     scan = codes_of(scans, scans.chunk(0).dictionary) if count else np.zeros(0, np.int32)
-    place = [table[name].to_numpy() for name in POSITION]
+    position = [table[name].to_numpy() for name in POSITION]
     if not _in_runs(scan):
-        order = np.lexsort((*reversed(place), scan))
-        scan, place = scan[order], [one[order] for one in place]
+        order = np.lexsort((*reversed(position), scan))
+        scan, position = scan[order], [one[order] for one in position]
     for start in range(0, count, CHECKED):
         part = slice(start, start + CHECKED + 1)
         after = np.zeros(max(0, len(scan[part]) - 1), np.bool_)
         same = scan[part][1:] == scan[part][:-1]
-        for axis in place:  # z, then y, then x: the first in which two rows differ decides
+        for axis in position:  # z, then y, then x: the first in which two rows differ decides
             step = np.diff(axis[part])
             if (same & (step < 0)).any():
-                return _differ(scan, place)
+                return _differ(scan, position)
             same &= step == 0
             after |= step > 0
         if same.any():
@@ -223,11 +223,11 @@ def _keys_differ(table: pa.Table) -> bool:
     return True
 
 
-def _differ(scan: NDArray[Any], place: list[NDArray[Any]]) -> bool:
+def _differ(scan: NDArray[Any], position: list[NDArray[Any]]) -> bool:
     """Whether no two rows have the same scan and position, for rows in any order."""
-    order = np.lexsort((*reversed(place), scan))
+    order = np.lexsort((*reversed(position), scan))
     same = np.diff(scan[order]) == 0
-    for axis in place:
+    for axis in position:
         same &= np.diff(axis[order]) == 0
     return not same.any()
 

@@ -140,12 +140,12 @@ class Connection:
             return None
         headers, verify = found
         host = urlsplit(f"//{headers['Host']}")
-        place = host.hostname or "", host.port
+        server = host.hostname or "", host.port
         if parts.scheme == "http":
-            return cls(http.client.HTTPConnection(*place, timeout=http_client.CONNECT_S), headers)
+            return cls(http.client.HTTPConnection(*server, timeout=http_client.CONNECT_S), headers)
         context = _tls_context(verify)
         return cls(
-            http.client.HTTPSConnection(*place, timeout=http_client.CONNECT_S, context=context), headers
+            http.client.HTTPSConnection(*server, timeout=http_client.CONNECT_S, context=context), headers
         )
 
     def __del__(self) -> None:

@@ -102,9 +102,9 @@ def free_bytes(device: torch.device) -> int:
     return free_memory()
 
 
-def refuse_random_places(shards: ShardSet) -> None:
+def refuse_random_crops(shards: ShardSet) -> None:
     """Raise UserError for a set of whole scans: its sub-scans are cut elsewhere in each epoch, so none can be kept."""
-    if shards.random_places:
+    if shards.random_crops:
         raise UserError(
             f"data.cache_on_device: {shards.where} stores whole scans, and every epoch cuts other sub-scans of them, so "
             "that none can be kept: pass --data.no-cache-on-device, or cut the set with --store subscans"
@@ -124,7 +124,7 @@ class DeviceCache:
         Raises:
             UserError: the split does not fit, or the set has no sub-scans that stay the same from epoch to epoch.
         """
-        refuse_random_places(shards)
+        refuse_random_crops(shards)
         self.ids = shards.ids(split)  # ascending
         need, free = len(self.ids) * shards.nbytes, free_bytes(device) // sharers
         gib = 1 << 30

@@ -87,7 +87,7 @@ def open_set(
     else:
         manifest = read_manifest(where, check_shards=check_shards)
         if stores_scans(manifest.meta):
-            from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+            from p2w.stream.random_crops import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
 
             shards = open_scan_store(manifest, LocalSet, verify)
         else:

@@ -40,11 +40,7 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
 
 
 def check_shards(
-    target: TargetSet,
-    of: str,
-    data: Mapping[str, Any],
-    allow_leak: bool = False,
-    fold: int | None = None,
+    target: TargetSet, of: str, data: Mapping[str, Any], allow_leak: bool = False, fold: int | None = None
 ) -> str:
     """As `check_run`, for weights named `of` of which `training.data` of their card is known.
 
@@ -76,11 +72,7 @@ def _of_card(of: str, data: Mapping[str, Any]) -> Pretraining:
 
 
 def _checked(
-    target: TargetSet,
-    of: str,
-    find: Callable[[], Pretraining],
-    allow_leak: bool,
-    fold: int | None,
+    target: TargetSet, of: str, find: Callable[[], Pretraining], allow_leak: bool, fold: int | None
 ) -> str:
     said, lines = None, list[str]()
     try:
