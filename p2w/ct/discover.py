@@ -217,10 +217,10 @@ class _Search:
         # Folder, kind of fault
         self.damaged: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
 
-    def pass_over(self, reason: str, count: int = 1) -> None:
-        """Count files that belong to no scan."""
-        self.found.passed_over[reason] += count
-        self.found.not_images += count
+    def pass_over(self, reason: str) -> None:
+        """Count a file that belongs to no scan."""
+        self.found.passed_over[reason] += 1
+        self.found.not_images += 1
 
     def count_hidden(self, count: int) -> None:
         """Account for hidden files and folders, which are not looked into."""

@@ -106,15 +106,9 @@ def read_nifti(path: str) -> tuple[VoxelLayout, Grid]:
         slope, intercept = 1.0, 0.0
     dtype = np.dtype(header.order + NIFTI_TYPES[header.kind])
     layout = VoxelLayout(
-        path,
-        int(header.offset),
-        dtype,
-        math.prod(dims),
-        packed,
-        unpack_first=packed,
-        slope=slope,
+        path, int(header.offset), dtype, math.prod(dims), packed, unpack_first=packed, slope=slope,
         intercept=intercept,
-    )
+    )  # fmt: skip
     return layout, _grid(header, dims)
 
 

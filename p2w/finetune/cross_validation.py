@@ -86,16 +86,9 @@ def summarise_folds(run: Path, folds: int, kind: TaskType) -> dict[str, Any] | N
     first = found[0]
     for one in found[1:]:
         alike = (
-            "fingerprint",
-            "source",
-            "network",
-            "width",
-            "decoder",
-            "fraction",
-            "planned",
-            "recipe",
+            "fingerprint", "source", "network", "width", "decoder", "fraction", "planned", "recipe",
             "of_folds",
-        )
+        )  # fmt: skip
         wrong = [name for name in alike if getattr(one, name) != getattr(first, name)]
         if wrong:
             raise UserError(

@@ -154,11 +154,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(options: PredictCohortOptions) -> None:
-    if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
-        raise UserError(
-            f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
-            "and 1; at least 1"
-        )
+    predict.check_windows(options.overlap, options.threshold, options.batch)
     if options.ending not in MASKS:
         raise UserError(f"--ending {options.ending}: one of {', '.join(MASKS)}")
     if not options.out.parent.is_dir() or (options.out.exists() and not options.out.is_dir()):
@@ -176,11 +172,7 @@ class PredictionFolder:
             "masks": self.type.separate_files and not self.dicom,
             "probabilities": bool(self.type.layers()),
         }  # of each scan
-        self.kinds = [
-            "masks",
-            *(["probabilities"] * options.probabilities),
-            *(["overlays"] * options.overlays),
-        ]
+        self.kinds = ["masks"] + ["probabilities"] * options.probabilities + ["overlays"] * options.overlays
         self.settings: dict[str, Any] = {
             "weights": model.weights(), "flips": sorted(model.flips), "overlap": options.overlap,
             "threshold": options.threshold, "precision": precision, "ending": options.ending,
@@ -295,15 +287,10 @@ class PredictionFolder:
         millilitres = [record["ml"] for _, record in good]
         middle = f", median {np.median(millilitres):.1f} ml" if good else ""
         empty = sum(record["voxels"] == 0 for _, record in good)
-        rows = [
-            (
-                s.name,
-                " x ".join(map(str, record["shape_zyx"])),
-                f"{record['voxels']:,}",
-                f"{record['ml']:.1f}",
-            )
-            for s, record in good
-        ]
+        rows = []
+        for s, record in good:
+            shape = " x ".join(map(str, record["shape_zyx"]))
+            rows.append((s.name, shape, f"{record['voxels']:,}", f"{record['ml']:.1f}"))
         pictures = []
         for number, (scan, record) in enumerate(good if "overlays" in self.kinds else ()):
             caption = f"{scan.name}: {record['ml']:.1f} ml"

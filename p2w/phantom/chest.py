@@ -365,15 +365,9 @@ def make_scan(
     candidates = [Candidate(n.centre_mm, True) for n in nodules]
     candidates += [Candidate(_triple(v * frame.spacing_mm + origin), False) for v in negatives]
     return PhantomScan(
-        seed,
-        voxels,
-        canvas.labels,
-        frame.spacing_mm,
-        _triple(origin),
-        tuple(nodules),
-        tuple(candidates),
+        seed, voxels, canvas.labels, frame.spacing_mm, _triple(origin), tuple(nodules), tuple(candidates),
         areas,
-    )
+    )  # fmt: skip
 
 
 def _draw_body(

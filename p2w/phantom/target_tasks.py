@@ -82,14 +82,9 @@ def write_targets(
         if task == "ncc":
             names: list[str] = []
             write_luna(
-                root,
-                patients,
-                seed,
-                shape=shape,
-                spacing_mm=ct_targets.spacing_of(shape),
-                workers=workers,
+                root, patients, seed, shape=shape, spacing_mm=ct_targets.spacing_of(shape), workers=workers,
                 done=names.append,
-            )
+            )  # fmt: skip
             _first_table(root)
             yield from names
         else:
@@ -144,12 +139,8 @@ class TargetPhantomArgs:
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
     tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs", "anatomy", "dicom"], ...] = (
-        "ncc",
-        "ncs",
-        "lcs",
-        "ecc",
-        "bms",
-    )
+        "ncc", "ncs", "lcs", "ecc", "bms",
+    )  # fmt: skip
     """Names of the tasks; organs: organs, lobes and vertebrae told by place, in nnU-Net's layout; anatomy: the same, of
     patients and scanners that differ more; dicom: DICOM series with masks. All three are for `p2w prepare custom`."""
     patients: int = 20

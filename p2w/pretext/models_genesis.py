@@ -218,13 +218,10 @@ class ModelsGenesis(Pretext):
         made[:, 0].logical_or_(outside)  # the first block of what is kept is always there
         made = made.cumprod(1).bool()
         edges, *limits = self.numbers(
-            device,
-            size,
-            tuple(edge // 6 for edge in size),
-            tuple(edge // 3 - edge // 6 + 1 for edge in size),
-            tuple(edge - 4 * edge // 7 for edge in size),
+            device, size, tuple(edge // 6 for edge in size),
+            tuple(edge // 3 - edge // 6 + 1 for edge in size), tuple(edge - 4 * edge // 7 for edge in size),
             tuple(4 * edge // 7 - 3 * edge // 7 + 1 for edge in size),
-        )
+        )  # fmt: skip
         low, span = (torch.where(outside[:, None, None], limits[2 + k], limits[k]) for k in (0, 1))
         length = low + (u[..., :3] * span).long()  # (B, PAINTED, 3)
         rest = edges - length

@@ -339,13 +339,9 @@ class ManifestSchema:
 
 LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has
 SUB_SCAN_SCHEMA = ManifestSchema(
-    SUB_SCAN_COLUMNS,
-    3,
-    OPTIONAL_META,
-    "p2w shard-luna or p2w shard",
-    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
-    PADDED_COLUMNS,
-)
+    SUB_SCAN_COLUMNS, 3, OPTIONAL_META, "p2w shard-luna or p2w shard",
+    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard", PADDED_COLUMNS,
+)  # fmt: skip
 PADDED_SCHEMA = replace(SUB_SCAN_SCHEMA, schema=PADDED_COLUMNS)  # to write such a set
 # Accepts any kind of set, to check its bytes alone.
 ANY_SCHEMA = ManifestSchema(

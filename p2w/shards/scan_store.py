@@ -175,16 +175,11 @@ def _read(manifest: Manifest) -> ScanStore:
     origin = np.concatenate([kept for _, kept in scans] or [np.zeros((0, 3), np.int64)])
     scan = np.repeat(np.arange(len(scans)), lengths)
     return ScanStore(
-        tiling,
-        chunk,
-        np.array([start for _, start, _ in runs], np.int64),
-        _triples([grid.begin for grid in grids]),
-        _triples([grid.end for grid in grids]),
-        _triples([grid.counts for grid in grids]),
-        scan.astype(np.int32),
-        origin.astype(np.int32),
+        tiling, chunk, np.array([start for _, start, _ in runs], np.int64),
+        _triples([grid.begin for grid in grids]), _triples([grid.end for grid in grids]),
+        _triples([grid.counts for grid in grids]), scan.astype(np.int32), origin.astype(np.int32),
         _wholes(table, runs, grids, tiling, scan, origin),
-    )
+    )  # fmt: skip
 
 
 def _triple(values: list[int]) -> Triple:

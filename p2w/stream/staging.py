@@ -173,10 +173,10 @@ def _copy_shard(one: ShardSet, target: Path, name: str, nbytes: int, checksum: i
     source, temporary = f"{one.where}/{name}", target / f".{name}.part"
     if http_client.reaches(source):
         try:
-            for attempt in http_client.Attempts(source, one.retry_s, lambda: count.add(0)):
-                with attempt:
-                    found = _write(temporary, http_client.read_pieces(source), nbytes, count)
-                    break
+            found = http_client.retried(
+                lambda: _write(temporary, http_client.read_pieces(source), nbytes, count),
+                source, one.retry_s, lambda: count.add(0),
+            )  # fmt: skip
         except http_client.RequestFailed as error:
             raise DataError(f"{source}: cannot be fetched {error}: upload the shard again") from error
     elif "://" in source:

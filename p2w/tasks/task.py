@@ -128,13 +128,9 @@ TASK_META = {
     "bad_scans": [{"where": str, "why": str}],
 }
 SAMPLE_SCHEMA = ManifestSchema(
-    SAMPLE_COLUMNS,
-    4,
-    TASK_META,
-    "p2w prepare",
-    "make the set: p2w prepare TASK --source FOLDER --out DIR",
+    SAMPLE_COLUMNS, 4, TASK_META, "p2w prepare", "make the set: p2w prepare TASK --source FOLDER --out DIR",
     TARGET_COLUMNS,
-)
+)  # fmt: skip
 TARGET_SCHEMA = replace(SAMPLE_SCHEMA, schema=TARGET_COLUMNS)  # to write a set with targets
 
 Triple = tuple[float, float, float]
