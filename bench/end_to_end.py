@@ -169,18 +169,8 @@ def main() -> None:
     command += " --small" * args.small
     question = "the loop of launch/train.py against the same loop on data in memory"
     show(
-        save(
-            args.out,
-            question,
-            command,
-            rows,
-            goals,
-            rates=rates,
-            cpu_s=cpu,
-            threads=args.threads,
-            waited_s=waited,
-        )
-    )
+        save(args.out, question, command, rows, goals, rates=rates, cpu_s=cpu, threads=args.threads, waited_s=waited),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -40,17 +40,10 @@ CALLS = 20  # a timed turn, at least: one call is shorter than the clock can tel
 CACHES = 256 << 20  # bytes, several times the L2 cache of any card (50 MiB on an H100)
 STEP_MS = 20.0  # of 16 samples of the paper's network, where bench/step.py has not measured it
 TUNINGS: tuple[dict[str, int], ...] = (
-    {},
-    {"slices": 4},
-    {"slices": 16},
-    {"slices": 32},
-    {"num_warps": 8},
-    {"num_warps": 8, "slices": 16},
-    {"elements": 4096},
-    {"elements": 4096, "slices": 16},
-    {"elements": 4096, "num_warps": 8},
+    {}, {"slices": 4}, {"slices": 16}, {"slices": 32}, {"num_warps": 8}, {"num_warps": 8, "slices": 16},
+    {"elements": 4096}, {"elements": 4096, "slices": 16}, {"elements": 4096, "num_warps": 8},
     {"elements": 4096, "tile_w": 32},
-)
+)  # fmt: skip
 
 
 def wrong(device: str, seed: int) -> float:

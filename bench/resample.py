@@ -99,14 +99,8 @@ def main() -> None:
             )
     command = f"python bench/resample.py --slices {options.slices} --rounds {options.rounds}"
     show(
-        save(
-            RESULTS / "resample.json",
-            "resampling a scan against SimpleITK's interpolation",
-            command,
-            rows,
-            goals,
-        )
-    )
+        save(RESULTS / "resample.json", "resampling a scan against SimpleITK's interpolation", command, rows, goals),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

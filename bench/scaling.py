@@ -124,13 +124,9 @@ def run(ranks: int, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         line = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
             __file__,
-        ]
+        ]  # fmt: skip
         env = os.environ | {"OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
         subprocess.run([*line, "--job", str(out), "--rounds", str(rounds)], check=True, env=env)
         return json.loads(out.read_text())
@@ -169,15 +165,8 @@ def startup_rows(checkpoint_bytes: float) -> list[Row]:
                     rates != StartupRates()
                 )
                 rows.append(
-                    Row(
-                        group,
-                        f"{ranks:5} ranks",
-                        3600 / said.total_s,
-                        "starts/h",
-                        "bound",
-                        note=note or said.line(),
-                    )
-                )
+                    Row(group, f"{ranks:5} ranks", 3600 / said.total_s, "starts/h", "bound", note=note or said.line()),
+                )  # fmt: skip
     return rows
 
 

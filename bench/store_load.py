@@ -157,13 +157,10 @@ def main() -> int:
             with ThreadPoolExecutor(64) as pool:
                 shared = list(pool.map(lambda _, server=server: server.connect(), range(min(ranks, SHARED))))
             stores = [shared[rank % SHARED] for rank in range(ranks)]
-            rows.append(
-                {
-                    "ranks": ranks,
-                    "meeting": meet(stores, server),
-                    "beats": beat(stores, server, options.seconds) if ranks <= MOST_BEATS else None,
-                }
-            )
+            rows.append({
+                "ranks": ranks, "meeting": meet(stores, server),
+                "beats": beat(stores, server, options.seconds) if ranks <= MOST_BEATS else None,
+            })  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
         finally:
             server.close()

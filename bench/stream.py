@@ -270,17 +270,8 @@ def main(options: Options) -> None:
     question = f"samples/s of reading {options.samples} sub-scans of 2 MiB, warm page cache"
     command = "python bench/stream.py --peers .peers/bin/python"
     show(
-        save(
-            Path(options.out),
-            question,
-            command,
-            rows,
-            goals(rates),
-            rates=rates,
-            absent=absent,
-            checksum=LIBRARY,
-        )
-    )
+        save(Path(options.out), question, command, rows, goals(rates), rates=rates, absent=absent, checksum=LIBRARY),
+    )  # fmt: skip
     for line in absent:
         print(f"  not here: {line}")
 

@@ -107,20 +107,12 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         ]
         for group, rows in groups(result).items():
             lines += [
-                "",
-                f"**{group}**, {rows[0]['unit']}",
-                "",
-                "| | | | ours | |",
-                "|---|---:|---|---:|---|",
-            ]
+                "", f"**{group}**, {rows[0]['unit']}", "", "| | | | ours | |", "|---|---:|---|---:|---|",
+            ]  # fmt: skip
             for row in rows:
                 cells = [
-                    row["name"],
-                    number(row["value"]),
-                    f"`{bar(row, rows)}`",
-                    times(row, rows),
-                    row["note"],
-                ]
+                    row["name"], number(row["value"]), f"`{bar(row, rows)}`", times(row, rows), row["note"],
+                ]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -12,15 +12,9 @@ from p2w.errors import UserError, exits
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "shard-luna": ("p2w.commands.shard_luna", "cut LUNA16 into shards of sub-scans, for pretraining"),
-    "shard": (
-        "p2w.commands.shard_scans",
-        "cut any folder of scans into shards of sub-scans, for pretraining",
-    ),
+    "shard": ("p2w.commands.shard_scans", "cut any folder of scans into shards of sub-scans, for pretraining"),
     "train": ("p2w.commands.train", "pretrain an encoder; on several processes: torchrun -m p2w train"),
-    "analyze": (
-        "p2w.commands.analyze",
-        "does a run learn what the paper says? also by torchrun -m p2w analyze",
-    ),
+    "analyze": ("p2w.commands.analyze", "does a run learn what the paper says? also by torchrun -m p2w analyze"),
     "prepare": ("p2w.commands.prepare_target", "prepare the samples of a target task"),
     "finetune": (
         "p2w.commands.finetune",
@@ -32,48 +26,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "p2w.inference.predict_cohort",
         "apply a fine-tuned network to a scan, or to many: masks, or scores of candidates",
     ),
-    "score": (
-        "p2w.inference.score",
-        "predicted masks beside the true ones: Dice, IoU, surfaces in mm, by class",
-    ),
-    "embed": (
-        "p2w.inference.embed",
-        "pooled features of an encoder for every scan of a cohort, without training",
-    ),
-    "probe": (
-        "p2w.inference.probe",
-        "what embeddings tell about a label: k-NN and a linear probe, by patient",
-    ),
+    "score": ("p2w.inference.score", "predicted masks beside the true ones: Dice, IoU, surfaces in mm, by class"),
+    "embed": ("p2w.inference.embed", "pooled features of an encoder for every scan of a cohort, without training"),
+    "probe": ("p2w.inference.probe", "what embeddings tell about a label: k-NN and a linear probe, by patient"),
     "neighbours": ("p2w.inference.neighbours", "the most similar scans of a cohort; a t-SNE page"),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
-    "push": (
-        "p2w.weights.export:main_push",
-        "publish a run's encoder on the Hugging Face Hub, with its card",
-    ),
+    "push": ("p2w.weights.export:main_push", "publish a run's encoder on the Hugging Face Hub, with its card"),
     "inspect": (
         "p2w.weights.start:main_inspect",
         "which network the weights in a file belong to, and whether all of them can be loaded",
     ),
     "report": ("p2w.report", "RUN/report.html: one page of a run, with curves and a slice slider"),
     "verify": ("p2w.shards.verify", "check that a data set is as it was written; repair it from the scans"),
-    "doctor": (
-        "p2w.doctor.command",
-        "check this machine against the needs of a run, with the remedy of each problem",
-    ),
+    "doctor": ("p2w.doctor.command", "check this machine against the needs of a run, with the remedy of each problem"),
     "completion": ("p2w.__main__:main_completion", "completion of commands and options in bash"),
-    "table1": (
-        "p2w.reproduce.commands:main_table1",
-        "starting points on the target tasks, beside the paper's Table 1",
-    ),
-    "table2": (
-        "p2w.reproduce.commands:main_table2",
-        "scale of the parts and skip connections, beside the paper's Table 2",
-    ),
+    "table1": ("p2w.reproduce.commands:main_table1", "starting points on the target tasks, beside the paper's Table 1"),
+    "table2": ("p2w.reproduce.commands:main_table2", "scale of the parts and skip connections, beside the paper's Table 2"),
     "fig3": (
         "p2w.reproduce.commands:main_fig3",
         "reconstruction against transfer over checkpoints, beside the paper's Fig. 3",
     ),
-}
+}  # fmt: skip
 
 
 def usage() -> str:

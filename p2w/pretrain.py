@@ -350,11 +350,8 @@ def _fit(
     )
     if resumed:
         left = steps - trainer.step
-        log.line(
-            f"continues after step {trainer.step} of {steps}"
-            if left > 0
-            else f"has its {trainer.step} steps already"
-        )
+        after = f"continues after step {trainer.step} of {steps}"
+        log.line(after if left > 0 else f"has its {trainer.step} steps already")
     if world.is_main:
         with log.tolerate("status.json"):
             folder.write_status("running", trainer.step)

@@ -143,15 +143,8 @@ def phantom_jobs(folder: Path, data: str = "phantom") -> list[list[Job]]:
     """40 phantom chests, or as many varied ones, a quarter of them set aside."""
     luna, out = folder / ("LUNA16" if data == "phantom" else f"LUNA16-{data}"), folder / data
     make: list[object] = [
-        "-m",
-        "p2w.phantom",
-        "--out",
-        luna,
-        "--scans",
-        PHANTOMS,
-        "--workers",
-        usable_cores(),
-    ]
+        "-m", "p2w.phantom", "--out", luna, "--scans", PHANTOMS, "--workers", usable_cores(),
+    ]  # fmt: skip
     cut: list[object] = ["preprocess/shard_luna.py", "--luna", luna, "--out", out, "--subsets", "0-9"]
     done = out / "manifest.parquet"
     make += ["--varied"] if data == VARIED else []

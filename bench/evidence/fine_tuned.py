@@ -34,15 +34,8 @@ def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
     """Cut the target sets."""
     raw = folder / "fine-tuning" / "raw"
     make: list[object] = [
-        "-m",
-        "p2w.phantom.target_tasks",
-        "--out",
-        raw,
-        "--tasks",
-        "ncc",
-        "--patients",
-        PATIENTS,
-    ]
+        "-m", "p2w.phantom.target_tasks", "--out", raw, "--tasks", "ncc", "--patients", PATIENTS,
+    ]  # fmt: skip
     sources: dict[str, tuple[str, Path]] = {"phantom": ("ncc", raw / "LUNA16")}
     if real:
         sources["real"] = ("custom", real / "sarcoma")

@@ -216,13 +216,9 @@ def judge_task(place: Path, task: str, width: int) -> None:
     for name, script in (("full", "launch/finetune.py"), ("gate", "bench/evidence/gate.py")):
         more = ("--init", "random", "--width", width, *transfer_page.ALL_LABELS.split())
         fine_tune(
-            place / "targets" / task,
-            place / name / task,
-            name,
-            transfer_page.GATE_TRIALS,
-            *more,
+            place / "targets" / task, place / name / task, name, transfer_page.GATE_TRIALS, *more,
             script=script,
-        )
+        )  # fmt: skip
 
 
 def gates(folder: Path, workers: int = 1) -> None:

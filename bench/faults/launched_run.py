@@ -147,16 +147,10 @@ class Forked:
         self.hosts, self.locks = hosts, locks
         self.forge, self.count = forge, ranks
         request = {
-            "argv": argv,
-            "argvs": argvs or {},
-            "ranks": ranks,
-            "poison": sorted(poison),
-            "script": script,
-            "hosts": hosts.names if hosts else [],
-            "address": hosts.addresses[0] if hosts else "127.0.0.1",
-            "skew": skew or {},
-            "locks": locks,
-        }
+            "argv": argv, "argvs": argvs or {}, "ranks": ranks, "poison": sorted(poison), "script": script,
+            "hosts": hosts.names if hosts else [], "address": hosts.addresses[0] if hosts else "127.0.0.1",
+            "skew": skew or {}, "locks": locks,
+        }  # fmt: skip
         request |= {"traps": str(folder), "out": str(folder / "out.txt"), "err": str(folder / "err.txt")}
         self._number, self._pids = forge.start(request)
 

@@ -8,24 +8,9 @@ import numpy as np
 
 LIMITS = [0, 1, -1, 127, 255, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, -(2**63), 10**30]
 WORDS = [
-    "",
-    "0",
-    "-1",
-    "nan",
-    "inf",
-    "1e999",
-    "..",
-    "/",
-    "../../x",
-    "[]",
-    "{}",
-    "null",
-    "true",
-    "9" * 40,
-    "NaN",
-    "%d",
-    "LIST",
-]
+    "", "0", "-1", "nan", "inf", "1e999", "..", "/", "../../x", "[]", "{}", "null", "true", "9" * 40, "NaN",
+    "%d", "LIST",
+]  # fmt: skip
 
 
 def mutate(rng: np.random.Generator, folder: Path, kind: str) -> set[str]:

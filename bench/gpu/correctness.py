@@ -36,15 +36,8 @@ def tests() -> None:
     )
     # Named as they end (-vv over the -q of pyproject.toml), so that a run that is too slow has said what went through.
     options = [
-        "-vv",
-        "-rfE",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "--continue-on-collection-errors",
-    ]
+        "-vv", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "--continue-on-collection-errors",
+    ]  # fmt: skip
     if CUDA and importlib.util.find_spec("xdist"):
         options += ["--numprocesses", "6"]  # most of their time is compiling and starting
     command = [sys.executable, "-m", "pytest", *options, *files]
@@ -69,13 +62,9 @@ def tests() -> None:
     counts = {kind: len(names) for kind, names in found.items()}
     too_slow = "not all of them ended in time" if code == -1 else ""
     say(
-        "tests marked gpu",
-        **counts,
-        files=len(files),
-        exit_code=code,
-        names_failed=found["failed"],
+        "tests marked gpu", **counts, files=len(files), exit_code=code, names_failed=found["failed"],
         note=too_slow,
-    )
+    )  # fmt: skip
     if found["failed"] or code not in (0, 5):
         failures.append("tests")
 

@@ -155,13 +155,9 @@ class Call:
                 code, state = _end(process), "too slow"
         seconds = round(time.time() - began, 1)
         self.say(
-            stage=stage.name,
-            what="stage",
-            state=state,
-            exit_code=code,
-            seconds=seconds,
+            stage=stage.name, what="stage", state=state, exit_code=code, seconds=seconds,
             allowed_s=round(allowed, 1),
-        )
+        )  # fmt: skip
         said = own.read_text(errors="replace")
         with open(self.log, "a") as log:
             log.write(f"==== {stage.name}: {state}, exit code {code}, {seconds} s\n{said}\n")
@@ -242,17 +238,9 @@ def rehearse(out: Path, day: Path) -> dict[str, str]:
         found |= call.run()
     table = Stage(
         "table",
-        (
-            f"{HERE}/table.py",
-            str(out / "1"),
-            str(out / "2"),
-            str(out / "3"),
-            "--out",
-            str(out / "gpu_day.json"),
-        ),
-        60,
-        5,
-    )
+        (f"{HERE}/table.py", str(out / "1"), str(out / "2"), str(out / "3"), "--out", str(out / "gpu_day.json")),
+        60, 5,
+    )  # fmt: skip
     last = Call(2, out / "2", day, True, time.time() + 60)
     found["table"] = last.stage(table, 60)
     return found

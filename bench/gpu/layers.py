@@ -130,13 +130,9 @@ def norms() -> None:
                 forward = milliseconds(lambda: way(x))
                 both = milliseconds(lambda: torch.autograd.grad(way(x), [x, *weights], by))
                 say(
-                    "norm",
-                    name=name,
-                    dtype=str(x.dtype),
-                    forward_ms=forward,
-                    both_ms=both,
+                    "norm", name=name, dtype=str(x.dtype), forward_ms=forward, both_ms=both,
                     tensor_gb=x.nbytes / 1e9,
-                )
+                )  # fmt: skip
 
             attempt(f"norm {name}", one)
 
@@ -171,12 +167,8 @@ def upsampling() -> None:
 
 
 if __name__ == "__main__":
-    stages(
-        {
-            "ceilings": ceilings,
-            "norms": norms,
-            "upsampling": upsampling,
-            "convolutions_bf16": lambda: convolutions(torch.bfloat16),
-            "convolutions_fp16": lambda: convolutions(torch.float16),
-        }
-    )
+    stages({
+        "ceilings": ceilings, "norms": norms, "upsampling": upsampling,
+        "convolutions_bf16": lambda: convolutions(torch.bfloat16),
+        "convolutions_fp16": lambda: convolutions(torch.float16),
+    })  # fmt: skip

@@ -249,13 +249,9 @@ def finetune() -> None:
         names = sorted(set.intersection(*[set(one) for one in metrics])) if metrics else []
         mean = {name: sum(one[name] for one in metrics) / len(metrics) for name in names}
         say(
-            "fine-tuning",
-            start=label,
-            exit_code=code,
-            trials=len(found),
-            seconds=round(time.time() - began, 1),
-            **mean,
-        )
+            "fine-tuning", start=label, exit_code=code, trials=len(found),
+            seconds=round(time.time() - began, 1), **mean,
+        )  # fmt: skip
         if code not in (0, STOPPED) or not found:
             failures.append(label)
         folders.append(str(folder))
@@ -279,13 +275,8 @@ def transfer() -> None:
     pretrained = RUNS / "varied"
     began = time.time()
     command = [
-        "launch/train.py",
-        *LONG_TRAIN,
-        "--shards",
-        str(VARIED / "shards"),
-        "--run-dir",
-        str(pretrained),
-    ]
+        "launch/train.py", *LONG_TRAIN, "--shards", str(VARIED / "shards"), "--run-dir", str(pretrained),
+    ]  # fmt: skip
     code = run(command, 0.5 * seconds_left())
     say("transfer: pretraining", exit_code=code, seconds=round(time.time() - began, 1))
     if not (pretrained / "checkpoints").is_dir():
@@ -300,17 +291,9 @@ def transfer() -> None:
             width = ["--width", "4"] if start == "Scratch" and not CUDA else []
             runs_left = len(TRANSFERRED) * (len(TASK_CUTS) - place) - order
             words = [
-                "--task",
-                str(VARIED / task),
-                "--run-dir",
-                str(folder),
-                "--label",
-                start,
-                *init,
-                *width,
-                *options,
-                *TENTH,
-            ]
+                "--task", str(VARIED / task), "--run-dir", str(folder), "--label", start, *init, *width,
+                *options, *TENTH,
+            ]  # fmt: skip
             began = time.time()
             code = run(["launch/finetune.py", *words], (seconds_left() - 10) / runs_left)
             results = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
@@ -333,12 +316,7 @@ def transfer() -> None:
 
 
 if __name__ == "__main__":
-    stages(
-        {
-            "data": data,
-            "pretrain": pretrain,
-            "finetune": finetune,
-            "transfer_data": transfer_data,
-            "transfer": transfer,
-        }
-    )
+    stages({
+        "data": data, "pretrain": pretrain, "finetune": finetune, "transfer_data": transfer_data,
+        "transfer": transfer,
+    })  # fmt: skip

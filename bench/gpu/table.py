@@ -92,16 +92,8 @@ def rates(found: Found, results: dict[str, Any], card: str) -> tuple[list[Row], 
         spread = tuple(row["spread_samples_s"])
         kind = "peer" if row.get("floor") else "ours"
         rows.append(
-            Row(
-                f"{group}, {card}",
-                row["form"],
-                row["samples_s"],
-                "samples/s",
-                kind,
-                (spread[0], spread[1]),
-                note,
-            )
-        )
+            Row(f"{group}, {card}", row["form"], row["samples_s"], "samples/s", kind, (spread[0], spread[1]), note),
+        )  # fmt: skip
     whole = [row for row in results.get("end_to_end", {}).get("rows", []) if row["kind"] == "ours"]
     chosen = whole or [{"value": row["samples_s"]} for row in of(found, "step", form="as a run chooses")]
     if chosen and card != REHEARSED:
@@ -160,16 +152,8 @@ def layers(found: Found, card: str) -> list[Row]:
     for row in of(found, "convolutions"):
         note = "forward, input, weights: " + ", ".join(f"{ms:.2f}" for ms in row["ms"]) + " ms"
         rows.append(
-            Row(
-                f"arithmetic, {card}",
-                f"all convolutions, {_short(row)}",
-                row["tflop_s"],
-                "TFLOP/s",
-                "ours",
-                None,
-                note,
-            )
-        )
+            Row(f"arithmetic, {card}", f"all convolutions, {_short(row)}", row["tflop_s"], "TFLOP/s", "ours", None, note),
+        )  # fmt: skip
     for row in of(found, "convolution"):
         work = 3 if row["ms"][1] else 2
         rate = work * row["gflop"] / sum(row["ms"])
@@ -206,16 +190,8 @@ def science(found: Found, card: str) -> tuple[list[Row], list[Goal]]:
             kind = "ours" if start != "Scratch" else "peer"
             note = f"{row['trials']} trials"
             rows.append(
-                Row(
-                    f"NCC on phantoms, a tenth of the patients, {card}",
-                    start,
-                    row[metric],
-                    metric,
-                    kind,
-                    None,
-                    note,
-                )
-            )
+                Row(f"NCC on phantoms, a tenth of the patients, {card}", start, row[metric], metric, kind, None, note),
+            )  # fmt: skip
     against = {(row["task"], row["start"]): row for row in of(found, "transfer against scratch")}
     for row in of(found, "transfer"):
         if row["mean"] is not None:

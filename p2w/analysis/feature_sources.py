@@ -201,8 +201,6 @@ def name_of(path: Path) -> str:
 
 
 def _few(steps: list[int]) -> str:
-    return (
-        ", ".join(map(str, steps))
-        if len(steps) < 9
-        else f"{steps[0]}, {steps[1]}, … {steps[-1]} ({len(steps)})"
-    )
+    if len(steps) < 9:
+        return ", ".join(map(str, steps))
+    return f"{steps[0]}, {steps[1]}, … {steps[-1]} ({len(steps)})"

@@ -269,11 +269,9 @@ def contrastive_figure(
         )  # fmt: skip
         right.legend(fontsize=8)
     interval = "" if np.isnan(found.low) else f", 95 % interval {found.low:.2f} to {found.high:.2f}"
-    title = (
-        "too few checkpoints for a correlation"
-        if np.isnan(found.r)
-        else f"Pearson r = {found.r:.3f}{interval}"
-    )
+    title = f"Pearson r = {found.r:.3f}{interval}"
+    if np.isnan(found.r):
+        title = "too few checkpoints for a correlation"
     right.set_title(f"{title}, n = {found.n}", fontsize=10)
     right.set(xlabel="validation MSE, (1 = 2000 HU)²", ylabel="contrastive loss (nats)")
     right.grid(alpha=0.3)

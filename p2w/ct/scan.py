@@ -88,11 +88,9 @@ def stored_grid(source: ScanSource) -> Grid:
 
 def read_scan(source: ScanSource) -> Scan:
     """Read a scan, check it and give it in LPS orientation. Raises BadScan when it is damaged, or not a CT volume in HU."""
-    plain = (
-        plain_pixels(source.files, source.grid.size)
-        if source.grid and source.exact and not source.frames
-        else None
-    )
+    plain = None
+    if source.grid and source.exact and not source.frames:
+        plain = plain_pixels(source.files, source.grid.size)
     if source.grid and plain:
         voxels, checksum = plain
         grid = source.grid

@@ -222,18 +222,16 @@ def soft_dice(sums: Tensor) -> Tensor:
     return 1 - (2 * sums[0] + SMOOTH) / (sums[1] + sums[2] + SMOOTH)
 
 
-TASK_TYPES: dict[str, TaskType] = {
-    kind.name: kind
-    for kind in (
-        Classification(),
-        Segmentation(),
-        MultiClassSegmentation(),
-        MultiLabelSegmentation(),
-        MultiClass(),
-        MultiLabel(),
-        Regression(),
-    )
-}
+_KINDS = (
+    Classification,
+    Segmentation,
+    MultiClassSegmentation,
+    MultiLabelSegmentation,
+    MultiClass,
+    MultiLabel,
+    Regression,
+)
+TASK_TYPES: dict[str, TaskType] = {kind.name: kind() for kind in _KINDS}
 
 
 def task_type(name: str) -> TaskType:

@@ -190,11 +190,9 @@ class TrialRun:
     def _line(self, epoch: EpochResult) -> str:
         recipe = self.tuner.recipe
         left = min(recipe.patience - epoch.idle, recipe.max_epochs - epoch.number)
-        tail = (
-            f"ends in {left} epochs ({hours_minutes_seconds(left * epoch.seconds)}) unless it improves"
-            if left
-            else "ends"
-        )
+        tail = "ends"
+        if left:
+            tail = f"ends in {left} epochs ({hours_minutes_seconds(left * epoch.seconds)}) unless it improves"
         speed, best = epoch.samples / epoch.seconds, self.tuner.plateau.best
         said = f"{epoch.val_loss:.4f} (best {best:.4f})"
         if epoch.val_metric is not None:

@@ -102,14 +102,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--out {options.out}: not written ({error.strerror}); name another") from error
     if options.predictions is not None:
         head = ["scan", "label", *(f"{name} {one}" for name in found for one in classes)]
-        rows = (
-            [
-                embeddings.display_name(row),
-                label,
-                *(f"{value:.6f}" for score in found.values() for value in score[at]),
-            ]
-            for at, (row, label) in enumerate(zip(labels.rows, labels.labels, strict=True))
-        )
+        rows = []
+        for at, (row, label) in enumerate(zip(labels.rows, labels.labels, strict=True)):
+            scores = [f"{value:.6f}" for score in found.values() for value in score[at]]
+            rows.append([embeddings.display_name(row), label, *scores])
         write_rows(options.predictions, head, rows)
     return 0
 

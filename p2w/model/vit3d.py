@@ -71,13 +71,12 @@ class ViT3d(Encoder):
         self.channels = (fine, 2 * fine, 4 * fine, 12 * width)
         self.strides = (1, 2, 4, PATCH)
         self.in_channels = in_channels
-        self.stem = nn.ModuleList(
-            (
-                ConvNormAct(in_channels, fine),
-                ConvNormAct(fine, 2 * fine, 2),
-                ConvNormAct(2 * fine, 4 * fine, 2),
-            )
+        stem = (
+            ConvNormAct(in_channels, fine),
+            ConvNormAct(fine, 2 * fine, 2),
+            ConvNormAct(2 * fine, 4 * fine, 2),
         )
+        self.stem = nn.ModuleList(stem)
         self.to_tokens = ConvBatchNorm(
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
             # As large as the positions that are added, or it would be negligible beside them

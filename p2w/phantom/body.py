@@ -312,12 +312,8 @@ class Body:
             (u(90, 160), u(200, 330), 0.3),
             (u(70, 120), u(80, 130), u(0.45, 0.7)),
         ][int(rng.choice(4, p=[0.45, 0.15, 0.2, 0.2]))]
-        disease = str(
-            rng.choice(
-                ["none", "emphysema", "fibrosis", "congestion", "consolidation"],
-                p=[0.3, 0.25, 0.15, 0.15, 0.15],
-            )
-        )
+        diseases = ["none", "emphysema", "fibrosis", "congestion", "consolidation"]
+        disease = str(rng.choice(diseases, p=[0.3, 0.25, 0.15, 0.15, 0.15]))
         return replace(
             body,
             cage_width=body.cage_width * (1 + 0.08 * habitus) * u(0.93, 1.07),

@@ -87,16 +87,10 @@ def write_ctpa_patient(folder: Path, seed: int, number: int, shape: Shape) -> No
     scan = make_scan(own, shape, (spacing[0], spacing[1], spacing[2]), contrast=float(rng.uniform(180, 330)))
     hu, marks = _candidates(scan, rng)
     write_image(folder / f"PA{number:03d}.nii.gz", hu, scan.spacing_mm, scan.origin_mm, number % 4 == 2)
-    rows = [
-        [
-            f"patient{number:03d}",
-            f"PA{number:03d}",
-            *(round(float(v), 4) for v in mm[::-1]),
-            label,
-            number % FOLDS,
-        ]
-        for mm, label in marks
-    ]
+    rows = []
+    for mm, label in marks:
+        x, y, z = (round(float(value), 4) for value in mm[::-1])
+        rows.append([f"patient{number:03d}", f"PA{number:03d}", x, y, z, label, number % FOLDS])
     write_atomic(folder / "note.json", json.dumps(rows).encode())
 
 

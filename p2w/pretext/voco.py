@@ -12,7 +12,7 @@ head.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,15 +81,10 @@ class Voco(Pretext):
         # Axis by axis, with plain numbers: a tensor of them would make the host wait for the device.
         corner = torch.stack([u[:, :, axis] * (cells - 1) for axis, cells in enumerate(grid)], 2)  # in cells
         edge = torch.stack([extent[:, axis] / cells for axis, cells in enumerate(grid)], 1)[:, None]
+        how: dict[str, Any] = {"window_hu": config.window_hu, "antialias": config.antialias}
+        boxes = torch.cat((corner * edge, (corner + 1) * edge), 2)
         crops = [
-            geometry.crop_resize(
-                batch_BDHW,
-                box.contiguous(),
-                self.cell,
-                window_hu=config.window_hu,
-                antialias=config.antialias,
-            )
-            for box in torch.cat((corner * edge, (corner + 1) * edge), 2).unbind(1)
+            geometry.crop_resize(batch_BDHW, box.contiguous(), self.cell, **how) for box in boxes.unbind(1)
         ]
         others = torch.cat(crops[1:], 1) if len(crops) > 1 else bases[:, :0]
         return Views(crops[0], overlaps(corner, grid), extra_inputs=(others, bases))

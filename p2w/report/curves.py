@@ -47,18 +47,12 @@ def charts(facts: RunFacts) -> list[Markup]:
 
 
 METRICS = {  # further metrics of metrics.jsonl -> label of the axis, caption
-    "similarity/rank": (
-        "effective rank",
-        "Effective rank of the features: over how many directions they spread.",
-    ),
+    "similarity/rank": ("effective rank", "Effective rank of the features: over how many directions they spread."),
     "speed/checkpoint_stall_s": ("waiting (s)", "Time that training waited for a checkpoint."),
-    "speed/looking_share": (
-        "share of time",
-        "Share of the time spent on validation and on comparing features.",
-    ),
+    "speed/looking_share": ("share of time", "Share of the time spent on validation and on comparing features."),
     "data/bad_samples": ("sub-scans", "Sub-scans that were damaged, and for which another one stood in."),
     "data/bad_share": ("share of sub-scans", "Share of damaged sub-scans, for which another one stood in."),
-}
+}  # fmt: skip
 
 
 def words_of(name: str) -> tuple[str, str]:
@@ -240,14 +234,8 @@ def _plain(axes: "Axes", facts: RunFacts, name: str) -> bool:
 
 
 CHARTS: dict[str, tuple[Draw, str]] = {
-    "loss": (
-        _loss,
-        "Loss. Below the dashed line, the network does better than any output that ignores the input.",
-    ),
-    "separability": (
-        _separability,
-        "Separability: how likely two parts of one image are more similar than parts of two.",
-    ),
+    "loss": (_loss, "Loss. Below the dashed line, the network does better than any output that ignores the input."),
+    "separability": (_separability, "Separability: how likely two parts of one image are more similar than parts of two."),
     "cosines": (
         _cosines,
         "Similarity of features. The larger the gap between the lines, the better features separate images.",
@@ -257,10 +245,7 @@ CHARTS: dict[str, tuple[Draw, str]] = {
         "Contrastive loss, measured but not trained. In the paper it falls together with the MSE.",
     ),
     "rate": (_rate, "Learning rate."),
-    "gradient": (
-        _gradient,
-        "Gradient norm, over all weights. A step whose gradient is not finite changes nothing.",
-    ),
+    "gradient": (_gradient, "Gradient norm, over all weights. A step whose gradient is not finite changes nothing."),
     "throughput": (_throughput, "Throughput, without validation."),
     "waiting": (_waiting, "Time that rank 0 waited for data."),
-}
+}  # fmt: skip

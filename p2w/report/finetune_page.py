@@ -95,11 +95,7 @@ def _tiles(found: FineTuningFacts) -> list[results_section.Tile]:
         tiles.append((f"{words[:1].upper()}{words[1:]}, test samples", value, more))
     epochs = [e for e in (number(trial.result.get("epochs")) for trial in done) if math.isfinite(e)]
     if epochs:
-        each = (
-            f"{min(epochs):,.0f}"
-            if min(epochs) == max(epochs)
-            else f"{min(epochs):,.0f} to {max(epochs):,.0f}"
-        )
+        each = " to ".join(f"{count:,.0f}" for count in sorted({min(epochs), max(epochs)}))
         tiles.append(("Trials", f"{len(done)} of {found.planned}", f"of {each} epochs"))
     seconds = [s for s in (number(trial.result.get("seconds")) for trial in done) if math.isfinite(s)]
     if seconds:
@@ -359,17 +355,11 @@ def _commands(found: FineTuningFacts) -> Markup:
             command_lines(f"{launcher} {start['command']}"),
         ]
         init = child(found.manifest, "init").get("source")
-        other, folder = (
-            ("random", f"{found.run.run}-random")
-            if init != "random"
-            else ("RUN", f"{found.run.run}-pretrained")
-        )
+        other, folder = "random", f"{found.run.run}-random"
         title = "What is the pretraining worth? The same from random weights, then both side by side"
-        title = (
-            title
-            if init != "random"
-            else "The same from pretrained weights, a run of p2w train, then both side by side"
-        )
+        if init == "random":
+            other, folder = "RUN", f"{found.run.run}-pretrained"
+            title = "The same from pretrained weights, a run of p2w train, then both side by side"
         words = other_start(str(start["command"]), found.manifest, other, folder)
         if words:
             compare = f"p2w table1 {run} {shlex.quote(folder)}"

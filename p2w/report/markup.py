@@ -63,13 +63,13 @@ def table(
 
     One that has a `label` is announced by it, and can be scrolled by the keyboard.
     """
-    body = [
-        tag(
-            "tr",
-            *(tag("td", cell) if head or at else tag("th", cell, scope="row") for at, cell in enumerate(row)),
-        )
-        for row in rows
-    ]
+
+    def cells(row: Sequence[object]) -> list[Markup]:
+        return [
+            tag("td", cell) if head or at else tag("th", cell, scope="row") for at, cell in enumerate(row)
+        ]
+
+    body = [tag("tr", *cells(row)) for row in rows]
     top = [tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))] if head else []
     kind = f"scroll {kind}" if head else f"scroll facts {kind}"
     region = {"role": "region", "tabindex": "0", "aria_label": label} if label else {}

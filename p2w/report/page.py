@@ -158,6 +158,10 @@ def render_report(facts: RunFacts) -> str:
     spacing = run_section.whole_edges_mm(facts)
     found = find_volumes(facts.run, facts.problems, spacing)
     script = (HERE / "slider.js").read_text()
+    data_and_hardware = (
+        section("Data set", run_section.data_set(facts)),
+        section("Hardware", run_section.hardware(facts)),
+    )
     sections = [
         run_section.header(facts, GOOD, OPEN),
         tag("section", results_section.headline_tiles(facts), aria_label="Results in numbers"),
@@ -165,12 +169,7 @@ def render_report(facts: RunFacts) -> str:
         section("Curves", _charts(facts)),
         section("Representation", results_section.analysis(facts)),
         section("Figures", _pictures(facts)),
-        tag(
-            "div",
-            section("Data set", run_section.data_set(facts)),
-            section("Hardware", run_section.hardware(facts)),
-            class_="columns",
-        ),
+        tag("div", *data_and_hardware, class_="columns"),
         section("Starts and interruptions", run_section.starts(facts)),
         section("Settings", run_section.settings(facts)),
         section("Commands", run_section.commands(facts)),
@@ -250,17 +249,9 @@ def _controls(facts: RunFacts, scales: Iterable[float | None], wholes: int) -> M
         tag("label", "Whole", _select("whole", [str(at + 1) for at in range(wholes)])),
         tag("label", "Part", _select("scale", names)),
         tag("fieldset", tag("legend", "Plane"), *planes),
-        tag(
-            "div",
-            tag("span", "Slice", aria_hidden="true"),
-            slider,
-            tag("output", aria_live="off"),
-            class_="slice",
-        ),
-        class_="controls",
-        role="group",
-        aria_label="What the three pictures show",
-    )
+        tag("div", tag("span", "Slice", aria_hidden="true"), slider, tag("output", aria_live="off"), class_="slice"),
+        class_="controls", role="group", aria_label="What the three pictures show",
+    )  # fmt: skip
 
 
 def _select(name: str, options: list[str]) -> Markup:
@@ -320,13 +311,8 @@ def _missing(facts: RunFacts, found: Volumes | None) -> Markup | None:
     lines: list[object] = []
     analyze = tag("code", f"torchrun -m p2w analyze --run-dir {run_section.quoted(facts.run)}")
     if not facts.summary:
-        lines.append(
-            tag(
-                "li",
-                "Similarity, t-SNE, contrastive loss over checkpoints, retrieval, parts of growing scale: ",
-                analyze,
-            )
-        )
+        what = "Similarity, t-SNE, contrastive loss over checkpoints, retrieval, parts of growing scale: "
+        lines.append(tag("li", what, analyze))
     if not facts.series("val/loss")[0]:
         lines.append(
             tag("li", "Validation: nothing is logged yet, or the data set has no scans set aside for it.")

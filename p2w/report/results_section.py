@@ -109,11 +109,8 @@ def analysis(facts: RunFacts) -> Markup | None:
         return None
     on = f"{summary.get('wholes', '?')} wholes, split {summary.get('split', '?')}, of {summary.get('shards', '?')}"
     seconds = number(summary.get("seconds"))
-    took = (
-        ""
-        if math.isnan(seconds)
-        else f", in {hours_minutes_seconds(seconds)} on {summary.get('device', '?')}"
-    )
+    took = f", in {hours_minutes_seconds(seconds)} on {summary.get('device', '?')}"
+    took = "" if math.isnan(seconds) else took
     parts = [tag("p", keep_units(f"At step {summary.get('step', '?')}, on {on}{took}."), class_="note")]
     networks = {name: child(summary, "networks", name) for name in child(summary, "networks")}
     if networks:
@@ -129,13 +126,8 @@ def analysis(facts: RunFacts) -> Markup | None:
             parts.append(tag("details", tag("summary", title), table(head, cells, label=title)))
     chosen = child(summary, "settings")
     if chosen:
-        parts.append(
-            tag(
-                "details",
-                tag("summary", "Settings of the analysis"),
-                table((), sorted((_title(name), value) for name, value in chosen.items())),
-            )
-        )
+        rest = table((), sorted((_title(name), value) for name, value in chosen.items()))
+        parts.append(tag("details", tag("summary", "Settings of the analysis"), rest))
     return join_markup(parts)
 
 

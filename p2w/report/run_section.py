@@ -185,13 +185,9 @@ def starts(facts: RunFacts) -> Markup | None:
         if math.isnan(spent)
         else f"{several(len(facts.starts), 'start')}, {hours_minutes_seconds(spent)} of work in all."
     )
-    return join_markup(
-        (
-            tag("p", " ".join(filter(None, (total, skipped if norms else "")))),
-            table(head, rows, "dated", label="Starts of the run"),
-            tag("p", gaps, class_="note"),
-        )
-    )
+    first = tag("p", " ".join(filter(None, (total, skipped if norms else ""))))
+    starts_table = table(head, rows, "dated", label="Starts of the run")
+    return join_markup((first, starts_table, tag("p", gaps, class_="note")))
 
 
 def settings(facts: RunFacts) -> Markup | None:
@@ -205,21 +201,11 @@ def settings(facts: RunFacts) -> Markup | None:
     ]
     changed = [row for row in rows if row[1] != row[2]]
     head = ("setting", "this run", "default")
-    said = (
-        table(head, changed, label="Settings changed from their default")
-        if changed
-        else tag("p", "Every setting has its default.")
-    )
-    return join_markup(
-        (
-            said,
-            tag(
-                "details",
-                tag("summary", f"All {len(rows)} settings"),
-                table(head, sorted(rows), label="All settings"),
-            ),
-        )
-    )
+    said = tag("p", "Every setting has its default.")
+    if changed:
+        said = table(head, changed, label="Settings changed from their default")
+    every = table(head, sorted(rows), label="All settings")
+    return join_markup((said, tag("details", tag("summary", f"All {len(rows)} settings"), every)))
 
 
 def spelled(value: object) -> str:

@@ -132,14 +132,9 @@ def load_table(path: Path) -> Table:
     """Read what `table_to_json` wrote. Raises UserError when it is missing or damaged."""
     try:
         tree = parse_json(path.read_bytes(), FORM)
-        table = Table(
-            **tree
-            | {
-                "columns": [Column(**column) for column in tree["columns"]],
-                "cells": [Cell(**cell) for cell in tree["cells"]],
-                "claims": [Claim(**claim) for claim in tree["claims"]],
-            }
-        )
+        for name, kind in {"columns": Column, "cells": Cell, "claims": Claim}.items():
+            tree[name] = [kind(**entry) for entry in tree[name]]
+        table = Table(**tree)
         lacking = {(row, c.task) for row in table.rows for c in table.columns} - {
             (c.row, c.task) for c in table.cells
         }

@@ -179,11 +179,8 @@ def open_manifest(
         path = os.path.join(path, MANIFEST_NAME)
     if not os.path.isfile(path):
         folder = (os.path.dirname(path) or ".") if os.path.basename(path) == MANIFEST_NAME else path
-        found = (
-            f"no {MANIFEST_NAME} there, so it is no finished set of shards"
-            if os.path.isdir(folder)
-            else "no such folder"
-        )
+        found = f"no {MANIFEST_NAME} there, so it is no finished set of shards"
+        found = found if os.path.isdir(folder) else "no such folder"
         raise UserError(f"{folder}: {found}; {expected.remedy}")
     try:
         with open(path, "rb") as file:

@@ -102,11 +102,8 @@ def set_lines(meta: dict[str, Any]) -> list[str]:
     elif not hashed:
         lines.append("patients       nothing tells which scans are of one patient")
     else:
-        who = (
-            "nobody without the secret salt"
-            if split.get("secret")
-            else "whoever knows identifiers can try them out"
-        )
+        who = "whoever knows identifiers can try them out"
+        who = "nobody without the secret salt" if split.get("secret") else who
         lines.append(f"patients       hashes of {hashed} scans' ({who})")
     if any("patient_hash" in one for one in sources):
         lines.append(

@@ -117,15 +117,8 @@ def verify_shard(manifest: Manifest, shard: dict[str, Any], root: str | None = N
             else:
                 fault = f"{fault}, the manifest says {shard['nbytes']:,}"
             unpacked = manifest_schema.unpacked_bytes(manifest.meta)
-            return ShardFault(
-                shard,
-                fault,
-                [
-                    key
-                    for key, offset, nbytes, checksum in rows
-                    if not _is_sound(file, offset, nbytes, checksum, unpacked)
-                ],
-            )
+            bad = [row[0] for row in rows if not _is_sound(file, *row[1:], unpacked)]
+            return ShardFault(shard, fault, bad)
     except OSError as error:
         return ShardFault(shard, f"cannot be read ({error.strerror or error})", [key for key, *_ in rows])
 

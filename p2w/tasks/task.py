@@ -79,7 +79,7 @@ SAMPLE_COLUMNS = pa.schema(
         (
             "split",
             pa.string(),
-        ),  # train | val | test; of a set with folds: the split where fold 0 is tested on
+        ),  # train | val | test; where there are folds: the split when fold 0 is tested on
         ("fold", pa.int16()),  # in which fold the sample is tested on; -1: the set has no folds
         ("patient", pa.string()),
         ("label", pa.int8()),  # one of `SampleKind.labels`; -1: there is a mask instead
@@ -89,10 +89,7 @@ SAMPLE_COLUMNS = pa.schema(
         ("crc32c", pa.uint32()),
         ("scan_uid", pa.string()),
         ("of", pa.string()),  # what the sample is of: a row of the table of candidates, a nodule, a tile
-        (
-            "z",
-            pa.int32(),
-        ),  # the crop's first voxel, in voxels of the canonical (LPS) scan, rounded; may be negative
+        ("z", pa.int32()),  # the crop's first voxel in the canonical (LPS) scan, rounded; may be negative
         ("y", pa.int32()),
         ("x", pa.int32()),
         ("centre_z", pa.float64()),  # world mm (LPS) of the voxel at size // 2

@@ -220,11 +220,8 @@ class IdAudit:
         plan = checksum(self.sampler.step_ids(epoch, at), epoch, at)
         plans = self.world.gather(torch.tensor([plan - _WORD if plan >= _WORD // 2 else plan])).tolist()
         odd = [str(rank) for rank, other in enumerate(plans) if other != plans[0]]
-        who = (
-            f"rank(s) {', '.join(odd[:8])} have another order than rank 0"
-            if odd
-            else "a rank read other sub-scans"
-        )
+        order = f"rank(s) {', '.join(odd[:8])} have another order than rank 0"
+        who = order if odd else "a rank read other sub-scans"
         raise SharedError(
             f"step {step}: the ranks do not train on the sub-scans of the plan: {who}; checkpoints since the last start may "
             "be wrong: start all ranks with the same version and the same --shards"

@@ -204,17 +204,15 @@ class Trainer:
         wanted = self.config.train.cuda_graph
         if wanted == "off":
             return
+        optim, name = self.config.optim, self.config.pretext.name
         hindrances = {
             "the device is no GPU": self.world.device.type != "cuda",
             "the run has several ranks": self.world.size > 1,
             "train.compile makes graphs of its own": self.config.train.compile,
-            "only torch's fused Adam and AdamW can be captured": not (
-                self.config.optim.fused == "torch" and self.config.optim.name in ("adam", "adamw")
-            ),
-            f"pretext {self.config.pretext.name} keeps a state on the host": not self.pretext.capturable,
-            f"pretext {self.config.pretext.name} has work to do after each step": has_after_step(
-                self.pretext
-            ),
+            "only torch's fused Adam and AdamW can be captured": optim.fused != "torch"
+            or optim.name not in ("adam", "adamw"),
+            f"pretext {name} keeps a state on the host": not self.pretext.capturable,
+            f"pretext {name} has work to do after each step": has_after_step(self.pretext),
         }
         why = next((text for text, hinders in hindrances.items() if hinders), "")
         if why and wanted == "on":

@@ -114,14 +114,8 @@ def _models_genesis(out: Path, state: State, card: dict[str, Any]) -> None:
             f"{out}: Models Genesis' names are for unet3d, not {network}; export --to safetensors"
         )
     packed = io.BytesIO()
-    torch.save(
-        {
-            "state_dict": {f"module.{k}": v for k, v in to_genesis(state).items()},
-            AXIS_ORDER: "xyz",
-            "p2w": json.dumps(card),
-        },
-        packed,
-    )
+    tensors = {f"module.{k}": v for k, v in to_genesis(state).items()}
+    torch.save({"state_dict": tensors, AXIS_ORDER: "xyz", "p2w": json.dumps(card)}, packed)
     write_atomic(out, packed.getvalue())
     if why := not_for_genesis_class(state):
         print(f"{out}: Models Genesis' own class, UNet3D, cannot load this file: {why}")
@@ -168,11 +162,9 @@ class Format:
 FORMATS = {
     "safetensors": Format(".safetensors", _safetensors),
     "models-genesis": Format(".pt", _models_genesis, "unet3d", "Models Genesis is the paper's U-Net, unet3d"),
-    "nnunet": Format(
-        "-nnunet", _nnunet, "resencl", "nnU-Net takes its own residual encoder, resencl, alone", True
-    ),
+    "nnunet": Format("-nnunet", _nnunet, "resencl", "nnU-Net takes its own residual encoder, resencl, alone", True ),
     "hub-folder": Format("", _hub_folder),
-}
+}  # fmt: skip
 
 
 PUSH_USAGE = """Publish a run's encoder on the Hugging Face Hub, described; nothing in it names a person or a machine.

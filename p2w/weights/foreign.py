@@ -112,14 +112,11 @@ def _strip(name: str, prefixes: tuple[str, ...]) -> str:
 NIFTYNET = "dense_vnet:mirrored=True"
 NIFTYNET_BLOCK = r"dense_feature_stack_block(?:_(\d+))?"
 LAYERS = (
-    (
-        rf"DenseVNet/{NIFTYNET_BLOCK}/dense_feature_stack_block/conv_bn_relu(?:_(\d+))?/",
-        "blocks.{0}.stack.{1}.",
-    ),
+    (rf"DenseVNet/{NIFTYNET_BLOCK}/dense_feature_stack_block/conv_bn_relu(?:_(\d+))?/", "blocks.{0}.stack.{1}."),
     (rf"DenseVNet/{NIFTYNET_BLOCK}/conv_bn_relu/", "blocks.{0}.skip."),
     (rf"DenseVNet/{NIFTYNET_BLOCK}/conv_bn_relu_1/", "blocks.{0}.down."),
     (r"DenseVNet/conv_bn/", "initial."),
-)
+)  # fmt: skip
 LEAVES = {
     "conv_/w": "conv.weight",
     "bn_/gamma": "bn.weight",

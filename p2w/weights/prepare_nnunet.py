@@ -143,6 +143,9 @@ def turn_kernels(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
     return turned
 
 
+KEYS = ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe")
+
+
 def check_base(base: dict[str, Any], adaptation: dict[str, Any], dynamic: bool) -> None:
     """Raise ValueError where the base plan has no 3D configuration, its images are not CT, or its network has other channels
     than the weights and is to be kept (`dynamic`)."""
@@ -209,9 +212,7 @@ def adapted_plans(
     plans["pretrain_info"] = {
         "checkpoint_path": source,
         "checkpoint_name": name,
-        **{
-            key: adaptation[key] for key in ("key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe")
-        },
+        **{key: adaptation[key] for key in KEYS},
         "pt_num_in_channels": adaptation["pretrain_num_input_channels"],
         "pt_used_patchsize": pretrained["patch_size"],
         "pt_recommended_downstream_patchsize": adaptation["recommended_downstream_patchsize"],
