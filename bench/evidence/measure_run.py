@@ -181,9 +181,8 @@ def course(
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "auc")}
     shown, asked = shown_and_asked(run, shards, ids)
     parts = cut(FEW, run.config.pretext, shards, tuple(ids.tolist()))
-    for step in (
-        one for one in run.checkpoints.steps() if one % EVERY == 0
-    ):  # not those of a run that was stopped
+    # Not those of a run that was stopped
+    for step in (one for one in run.checkpoints.steps() if one % EVERY == 0):
         network = run.recalibrated_network(step, world, precision, wholes)
         with torch.no_grad():
             features = encode(network.encoder.pooled, parts)

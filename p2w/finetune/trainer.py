@@ -254,9 +254,8 @@ class FineTuner:
         batches_of = samples.batches([positions for positions in share if len(positions)])
         found = []
         for number, positions in enumerate(share):
-            self._leave_if_stopped(
-                number
-            )  # which all ranks ask together, also one that has none of the last samples
+            # Which all ranks ask together, also one that has none of the last samples
+            self._leave_if_stopped(number)
             if not len(positions):
                 continue
             x, target = next(batches_of)

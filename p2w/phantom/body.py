@@ -76,9 +76,8 @@ class Frame:
     def to_voxel(self, body: Floats) -> Floats:
         """Body mm (..., 3) to voxel positions (..., 3): the inverse of `to_body` to within 0.1 mm."""
         straight = body
-        for _ in range(
-            3
-        ):  # a fixed-point iteration: the warp is weak, so each round divides the error by ten
+        # A fixed-point iteration: the warp is weak, so each round divides the error by ten
+        for _ in range(3):
             straight = body - self._warp(straight)
         mm = _times(straight * self.size, self.rotation.T) + self.centre_mm
         return mm / np.array(self.spacing_mm)

@@ -64,8 +64,8 @@ class GroupingOptions:
         Raises UserError for a table that cannot be used, and where `group` asks for what nothing tells.
         """
         if self.groups:
-            told = self._from_table if self.groups.lower().endswith(".csv") else self._from_paths
-            found.sources = told(found.sources)
+            read = self._from_table if self.groups.lower().endswith(".csv") else self._from_paths
+            found.sources = read(found.sources)
         level = self.level(found.sources)
         if level == "scan":
             known = any(source.info.patient for source in found.sources)
@@ -74,9 +74,7 @@ class GroupingOptions:
             )
         groups = group_of(found.sources, level)
         alone = sum(not getattr(source.info, level) for source in found.sources)
-        line = (
-            f"split by {level}: {len(found.sources)} scans of {len(set(groups.values()))} ({self._teller()})"
-        )
+        line = f"split by {level}: {len(found.sources)} scans of {len(set(groups.values()))} ({self._source_of_groups()})"
         return line + (f"; {alone} without one count as one each" if alone else "")
 
     def level(self, sources: Sequence[ScanSource]) -> Level:
@@ -90,7 +88,7 @@ class GroupingOptions:
             )
         return self.group
 
-    def _teller(self) -> str:
+    def _source_of_groups(self) -> str:
         if not self.groups:
             return "DICOM"
         return "--groups" if self.groups.lower().endswith(".csv") else f"--groups {self.groups!r}"

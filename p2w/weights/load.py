@@ -137,20 +137,22 @@ def exported(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:
     """Fingerprint and location of the data set that a card names; empty when it names none."""
+    return {str(k): str(v) for k, v in _data_entry(card).items() if k != SEEN}
+
+
+def _data_entry(card: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of the data set; empty where it says nothing."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
-    return {str(k): str(v) for k, v in data.items() if k != SEEN} if isinstance(data, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
 def hashed_scans_of(init: str) -> Any:
     """The hashes of training scans in the card of an exported file, or of one on the Hub; None where it has none."""
     try:
-        card = exported(download(init)[0] if is_hub_name(init) else Path(init))[1]
+        return _data_entry(exported(download(init)[0] if is_hub_name(init) else Path(init))[1]).get(SEEN)
     except UserError:
         return None
-    training = card.get("training")
-    data = training.get("data") if isinstance(training, dict) else None
-    return data.get(SEEN) if isinstance(data, dict) else None
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Trained:
