@@ -248,5 +248,5 @@ def test_kernels_of_nnunets_own_checkpoint_are_turned_as_its_plan_says(tmp_path,
     torch.save({**held, "init_args": {"plans": plan, "fold": 0}}, tmp_path / "b.pth")
     assert equal(load_start(str(tmp_path / "b.pth")).encoder, encoder.state_dict())
     torch.save({**held, "init_args": {"plans": {"transpose_forward": [0, 0, 1]}}}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="its plan is not nnU-Net's .transpose_forward is"):
+    with pytest.raises(UserError, match=r"its plan is not nnU-Net's .transpose_forward is"):
         load_start(str(tmp_path / "c.pth"))
