@@ -1,9 +1,9 @@
 """Runs Python commands as forks of one process that has done the slow imports: 0.1 s of a core instead of 3 to 9.
 
 `processes.Forked` and `processes.run` start it and ask it; nothing else needs to. All workers of a pytest share one. A
-request is a line of JSON over a Unix socket, {words, env, cwd, session, spies}, with four file descriptors: the command's
-stdin, stdout and stderr, and a socket on which the server says the process id and, at the end, the exit status as
-`os.waitpid` gives it.
+request is a line of JSON over a Unix socket, {words, env, cwd, session, spies, ignored}, with four file descriptors: the
+command's stdin, stdout and stderr, and a socket on which the server says the process id and, at the end, the exit status
+as `os.waitpid` gives it.
 
 The same as for a process that a shell starts: process id, session and group, environment, folder, arguments, `sys.path`,
 `__main__` (which workers that are spawned import again), files, signals, exit code, threads that are waited for, `atexit`.
@@ -63,6 +63,7 @@ OPTIONAL = ("awscrt.checksums",)  # of the extra `fast`
 TORCHRUN = ["-m", "torch.distributed.run"]
 INHERITED = (
     "draw_nothing",
+    "recalibrate_on_few",
 )  # spies that hold for all that a command starts, not only for the ranks of torchrun
 FLAGS = ("-u", "-B")  # of the interpreter, which a fork may go without
 
@@ -324,6 +325,8 @@ def main() -> None:
         request, files = asked
         _posixsubprocess.fork_exec = subprocess._fork_exec = fork_exec
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in request["ignored"]:
+            signal.signal(number, signal.SIG_IGN)
         Spies.given = request["spies"]
         become(request["words"], request["env"], request["cwd"], request["session"], files[:3])
 

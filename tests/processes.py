@@ -107,11 +107,14 @@ SERVER = _Server()
 class Forked(subprocess.Popen):
     """`subprocess.Popen` of a Python command, [sys.executable, …], as a fork: see fork_server.py for what differs.
 
-    `spies` are (name, argument, …) of functions in tests/launch/spies.py, which are called before the command.
+    `spies` are (name, argument, …) of functions in tests/launch/spies.py, which are called before the command; signals
+    in `ignored` are ignored, as of a command that a shell with such traps starts.
     """
 
-    def __init__(self, args: list[Any], *, spies: tuple = (), **options: Any) -> None:
-        self._spies = spies
+    def __init__(
+        self, args: list[Any], *, spies: tuple = (), ignored: tuple[int, ...] = (), **options: Any
+    ) -> None:
+        self._spies, self._ignored = spies, ignored
         words = [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in args]
         if words[0] != sys.executable:
             raise ValueError(f"{words[0]}: only {sys.executable} can be forked")
@@ -132,7 +135,7 @@ class Forked(subprocess.Popen):
             ]
             request = {
                 "words": args[1:], "env": dict(os.environ if env is None else env), "cwd": os.fspath(cwd or os.getcwd()),
-                "session": bool(start_new_session), "spies": self._spies,
+                "session": bool(start_new_session), "spies": self._spies, "ignored": self._ignored,
             }  # fmt: skip
             self._told = SERVER.ask(request, files)
         for theirs, mine in ((p2cread, p2cwrite), (c2pwrite, c2pread), (errwrite, errread)):
@@ -177,18 +180,41 @@ class Forked(subprocess.Popen):
 GATE_CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 
-words = sys.argv[1:]
-if tuple(words[:2]) in {forked} or words[:1] == ["launch/finetune.py"]:
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+def family(pid):
+    parents = {{}}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/" + name + "/stat") as file:
+                parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            pass
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+def pass_on(number, _):
+    for one in family(pid):
+        try:
+            os.kill(one, number)
+        except ProcessLookupError:
+            pass
+
+words, exempt = sys.argv[1:], os.environ.get("{exempt}")
+known = tuple(words[:2]) in {forked} or words[:1] == ["launch/finetune.py"]
+if known and not (exempt and any(word.endswith(exempt) for word in words)):
     gate = socket.socket(socket.AF_UNIX)
     gate.connect({gate!r})
-    text = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    text = json.dumps([words, dict(os.environ), os.getcwd(), ignored]).encode()
     socket.send_fds(gate, [len(text).to_bytes(4, "big")], [0, 1, 2])
     gate.sendall(text)
     answer = gate.makefile()
     if pid := int(answer.readline()):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda got, _: os.kill(pid, got))
+        for number in SIGNALS:
+            signal.signal(number, pass_on)
         code = int(answer.readline())
         if code < 0:
             signal.signal(-code, signal.SIG_DFL)
@@ -196,23 +222,28 @@ if tuple(words[:2]) in {forked} or words[:1] == ["launch/finetune.py"]:
         sys.exit(code)
 os.execv({python!r}, [{python!r}, *words])
 """
+EXEMPT = "P2W_GATE_EXEMPT"  # a variable: a command with a word that ends like this is not forked
 
 
 class ForkGate:
     """A program `folder/python`, for commands that other programs start: it runs some as forks, all else as it is.
 
-    `forked` are the first two words of the commands that are forked, and `spies` are theirs, as those of `Forked`. Signals
-    to the program are passed on, and its exit code is the fork's; the fork is in a session of its own, and is killed when
-    the program is.
+    `forked` are the first two words of the commands that are forked, and `spies` are theirs, as those of `Forked`. A signal
+    to the program is passed on to the fork and to all that it has started, as Slurm signals a tree of processes; what the
+    program ignores the fork does, and its exit code is the fork's. The fork is in a session of its own, and is killed, with
+    all that it has started, when the program is. `living` has the words of each fork that runs, by its process id.
     """
 
     def __init__(self, folder: Path, forked: set[tuple[str, str]], spies: tuple = ()) -> None:
         self.spies = spies
+        self.living: dict[int, list[str]] = {}
         folder.mkdir()
         self.server = socket.socket(socket.AF_UNIX)
         self.server.bind(os.fspath(folder / "gate"))
         self.server.listen(64)
-        text = GATE_CLIENT.format(python=sys.executable, gate=os.fspath(folder / "gate"), forked=forked)
+        text = GATE_CLIENT.format(
+            python=sys.executable, gate=os.fspath(folder / "gate"), forked=forked, exempt=EXEMPT
+        )
         (folder / "python").write_text(text)
         (folder / "python").chmod(0o755)
         threading.Thread(target=self._accept, daemon=True).start()
@@ -229,7 +260,7 @@ class ForkGate:
         with client:
             size, files, _, _ = socket.recv_fds(client, 4, 3)
             with client.makefile("rb") as reader:
-                words, env, cwd = json.loads(reader.read(int.from_bytes(size, "big")))
+                words, env, cwd, ignored = json.loads(reader.read(int.from_bytes(size, "big")))
             own = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
             try:
                 process = Forked(
@@ -238,6 +269,7 @@ class ForkGate:
                     cwd=cwd,
                     start_new_session=True,
                     spies=self.spies,
+                    ignored=tuple(ignored),
                     **own,
                 )
             except ValueError:  # a variable that is read at imports
@@ -246,10 +278,12 @@ class ForkGate:
             finally:
                 for file in files:
                     os.close(file)
+            self.living[process.pid] = words
             client.sendall(f"{process.pid}\n".encode())
             if client in select.select([client, process._told], [], [])[0]:
-                process.kill()
+                kill_group(process)
             code = process.wait()
+            del self.living[process.pid]
             with contextlib.suppress(OSError):
                 client.sendall(f"{code}\n".encode())
 

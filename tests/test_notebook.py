@@ -35,7 +35,11 @@ def test_every_cell_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("P2W_DEVICE", "cpu")
     monkeypatch.setenv("STEPS", "4")
-    monkeypatch.setattr(subprocess, "run", functools.partial(processes.run, spies=(("draw_nothing",),)))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        functools.partial(processes.run, spies=(("draw_nothing",), ("recalibrate_on_few",))),
+    )
     monkeypatch.chdir(tmp_path)
     drawn = []
     monkeypatch.setattr(plt, "show", lambda: (drawn.append(len(plt.gcf().axes)), plt.close("all")))

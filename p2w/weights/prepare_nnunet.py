@@ -131,12 +131,12 @@ def turn_kernels(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
 
     Tensors that share memory, as those under nnU-Net's two names do, still share it afterwards.
     """
-    kernels: dict[int, torch.Tensor] = {}
+    kernels: dict[tuple[Any, ...], torch.Tensor] = {}
     turned = {}
     for name, value in weights.items():
         turned[name] = value
         if value.ndim == 5:
-            key = value.data_ptr()
+            key = (value.data_ptr(), value.shape, value.stride())
             if key not in kernels:
                 kernels[key] = value.permute(0, 1, *(2 + one for one in order)).contiguous()
             turned[name] = kernels[key]

@@ -39,7 +39,7 @@ def test_every_stage_runs_and_leaves_its_rows(tmp_path):
     env = dict(pair.split("=", 1) for pair in variables.read_text().split("\0")[:-1])
     done = processes.run(
         [sys.executable, *command], cwd=REPO, env=env, capture_output=True, text=True, timeout=1400,
-        spies=(("draw_nothing",),),
+        spies=(("draw_nothing",), ("recalibrate_on_few",)),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     rows = []

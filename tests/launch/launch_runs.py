@@ -20,10 +20,14 @@ TINY = """
 
 
 class Forge:
-    """Runs a script of launch/ as forks of a process that has its imports done, one run at a time; see fork_server.py."""
+    """Runs a script of launch/ as forks of a process that has its imports done, one run at a time; see fork_server.py.
 
-    def __init__(self) -> None:
+    Unless `recalibrates`, features are measured with batch norms that have seen few wholes.
+    """
+
+    def __init__(self, recalibrates: bool = False) -> None:
         self.running: list[Forked] = []
+        self.spies: tuple = () if recalibrates else (("recalibrate_on_few",),)
 
     def start(self, folder: Path, *argv: object, ranks: int = 1, **how: object) -> list[int]:
         """Begin a run with its output in `folder`; returns the ranks' process ids. Call `wait` after.
@@ -56,6 +60,7 @@ class Forge:
         folder.mkdir(parents=True, exist_ok=True)
         if script in ("launch/train.py", "launch/finetune.py") and not draws:
             spies = (("draw_nothing",), *spies)
+        spies = (*self.spies, *spies)
         env = {
             **os.environ,
             "PYTHONPATH": str(REPO),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from p2w import pretrain, report
-from p2w.analysis import plots
+from p2w.analysis import features, plots
 from p2w.analysis.monitors import VALIDATION_SEED, SimilarityMonitor, Validation
 from p2w.analysis.qualitative import Pictures
 from p2w.finetune.samples import Samples
@@ -78,6 +78,11 @@ def draw_nothing(rank: int) -> None:
     plots.save_figure = pretrain._summary = report.write_report = lambda *_: None
     if finetune := sys.modules.get("p2w.commands.finetune"):  # a fork has imported it
         finetune.draw_test_samples = lambda *_: None
+
+
+def recalibrate_on_few(rank: int) -> None:
+    """Before features are measured, have batch norm see 8 training wholes instead of 128: a third of a tiny run's time."""
+    features.WHOLES, features.BATCHES, features.ROWS = 8, 2, 4
 
 
 def die(rank: int, at_step: int, victim: int) -> None:

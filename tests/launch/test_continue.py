@@ -8,16 +8,26 @@ import time
 
 import psutil
 import pytest
-from launch_runs import TINY, metrics, status, wait_for, weights
+from launch_runs import TINY, Forge, metrics, status, wait_for, weights
 from processes import kill_group, torchrun
 
 from p2w.log import read_metrics
 from p2w.train.watchdog import StopRequest
 
-RUN = ("demo", *TINY, "--train.validate-every", 12, "--train.probe-every", 10)
+STEPS = 16
+RUN = ("demo", *TINY, "--train.steps", STEPS, "--train.validate-every", 8, "--train.probe-every", 12)
+SLOW = (("lag", 1, 0.1),)  # a run that is interrupted lasts for a while after its first checkpoint
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def forge():
+    """Its runs measure in full, since they are compared with one that a real torchrun starts."""
+    forge = Forge(recalibrates=True)
+    yield forge
+    forge.end()
+
+
+@pytest.fixture(scope="module")
 def whole(forge, tiny_set, tmp_path_factory):
     """The uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole")
@@ -28,11 +38,11 @@ def whole(forge, tiny_set, tmp_path_factory):
 
 def check(run, whole):
     """The same weights, and each step once in metrics.jsonl with the same numbers."""
-    assert status(run) == {"state": "finished", "step": 30, "why": ""}
-    assert weights(run) == weights(whole)
+    assert status(run) == {"state": "finished", "step": STEPS, "why": ""}
+    assert weights(run, STEPS) == weights(whole, STEPS)
     assert metrics(run) == metrics(whole)
     trained = [record["step"] for record in metrics(run) if "train/loss" in record]
-    assert trained == list(range(1, 31))
+    assert trained == list(range(1, STEPS + 1))
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -57,7 +67,7 @@ def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, t
     run = tmp_path / "run"
     argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
     for ready in ((run / "metrics.jsonl").exists, lambda: first_checkpoint(run) or True):
-        pids = forge.start(tmp_path, *argv, ranks=2)
+        pids = forge.start(tmp_path, *argv, ranks=2, spies=SLOW)
         wait_for(ready, "a sign of life")
         time.sleep(random.uniform(0, 0.5))
         for pid in pids:
@@ -71,7 +81,7 @@ def test_killed_twice_once_before_the_first_checkpoint(forge, tiny_set, whole, t
 def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
-    agent = forge.torchrun(tmp_path, *argv, ranks=2, draws=True)
+    agent = forge.torchrun(tmp_path, *argv, ranks=2, draws=True, spies=SLOW)
     first_checkpoint(run)
     began = time.monotonic()
     ranks = agent.children()
@@ -84,7 +94,7 @@ def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
     forge.wait()
     assert time.monotonic() - began < 20  # torchrun kills after 30 s
     said = status(run)
-    assert said["state"] == "told to stop" and said["why"] == "SIGTERM" and said["step"] < 30
+    assert said["state"] == "told to stop" and said["why"] == "SIGTERM" and said["step"] < STEPS
     assert (run / "checkpoints" / f"step-{said['step']:08d}" / "meta.json").exists()
     assert metrics(run)[-1]["step"] == said["step"]
     assert "the same command continues it" in (tmp_path / "err.txt").read_text()
@@ -95,7 +105,7 @@ def test_sigterm_to_torchrun_loses_nothing(forge, tiny_set, whole, tmp_path):
 def test_sigusr1_to_one_rank_stops_all_and_ends_well(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
-    pids = forge.start(tmp_path, *argv, ranks=2)
+    pids = forge.start(tmp_path, *argv, ranks=2, spies=SLOW)
     first_checkpoint(run)
     os.kill(pids[1], signal.SIGUSR1)
     assert forge.wait() == [0, 0]
@@ -108,7 +118,7 @@ def test_told_in_the_midst_of_a_look(forge, tiny_set, whole, tmp_path):
     """Validation or similarity, before the first step, between two and after the last: it is broken off and made up for."""
     run = tmp_path / "run"
     argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
-    looks = ((0, "validation"), (10, "similarity"), (12, "validation"), (30, "validation"))
+    looks = ((0, "validation"), (8, "validation"), (12, "similarity"), (STEPS, "validation"))
     for step, name in looks:
         spies = (("tell", step, 1, name),)
         codes, _, err = forge.run(tmp_path, *argv, ranks=2, spies=spies)
@@ -144,7 +154,7 @@ def test_a_second_signal_leaves_at_once_though_a_peer_hangs(forge, tiny_set, tmp
 def test_torchrun_restarts_by_itself_when_a_rank_is_killed(forge, tiny_set, whole, tmp_path):
     run = tmp_path / "run"
     argv = (*RUN, "--shards", tiny_set, "--run-dir", run)
-    agent = forge.torchrun(tmp_path, *argv, ranks=2, restarts=2)
+    agent = forge.torchrun(tmp_path, *argv, ranks=2, restarts=2, spies=SLOW)
     first_checkpoint(run)
     max(agent.children(), key=lambda one: one.pid).kill()
     assert forge.wait() == [0], (tmp_path / "err.txt").read_text()

@@ -9,6 +9,7 @@ import psutil
 import pytest
 from launch_runs import TINY, metrics, status, wait_for, weights
 
+STEPS = 12
 HANG = ["--train.hang-minutes", "0.5"]  # a rank that gives no sign of life is found after 7.5 s
 
 
@@ -27,8 +28,10 @@ def argv(shards, run):
         *TINY,
         "--data.batch",
         6,
-        "--train.probe-every",
-        0,
+        "--train.steps",
+        STEPS,
+        "--train.validate-every",
+        100,
         *HANG,
         "--shards",
         shards,
@@ -40,9 +43,9 @@ def argv(shards, run):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(forge, tiny_set, calm, tmp_path, victim):
     run = tmp_path / "run"
-    spies = (("lag", 1, 0.1),)  # at step 16 every rank has given a first sign of life: one comes each 0.75 s
+    spies = (("lag", 1, 0.4),)  # at step 8 every rank has given a first sign of life: one comes each 0.75 s
     agent = forge.torchrun(tmp_path, *argv(tiny_set, run), ranks=3, restarts=1, spies=spies)
-    wait_for((run / "checkpoints" / "step-00000016" / "meta.json").exists, "a checkpoint")
+    wait_for((run / "checkpoints" / "step-00000008" / "meta.json").exists, "a checkpoint")
     ranks = sorted(agent.children(), key=lambda one: one.pid)  # torchrun starts them in this order
     ranks[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
@@ -56,8 +59,8 @@ def test_a_stopped_rank_is_named_and_torchrun_brings_the_run_back(forge, tiny_se
     assert len(said) == 1 and re.match(rf"hangs: rank {victim} on \S+: no sign of life for \d+ s", said[0]), (
         err
     )
-    assert status(run) == {"state": "finished", "step": 30, "why": ""}
-    assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
+    assert status(run) == {"state": "finished", "step": STEPS, "why": ""}
+    assert weights(run, STEPS) == weights(calm, STEPS) and metrics(run) == metrics(calm)
 
 
 def test_the_stopped_rank_that_holds_the_store_is_found(forge, tiny_set, tmp_path):
@@ -111,7 +114,7 @@ def test_a_rank_that_raises_is_readable_and_the_others_leave(forge, tiny_set, ca
     assert "hangs" not in err
     codes, _, err = forge.run(tmp_path, *argv(tiny_set, run), ranks=3)
     assert codes == [0] * 3, err
-    assert weights(run) == weights(calm) and metrics(run) == metrics(calm)
+    assert weights(run, STEPS) == weights(calm, STEPS) and metrics(run) == metrics(calm)
 
 
 def test_where_the_network_is_cut_every_rank_says_what_broke(forge, tiny_set, tmp_path):

@@ -11,24 +11,38 @@ from p2w.shards.manifest import data_fingerprint
 from p2w.stream.stream import open_set
 from p2w.tasks.leak import pretraining_of
 
+STEPS = 12
+
 
 def test_a_run_on_two_sets_that_is_killed_ends_with_the_same_bits(forge, tmp_path):
     for name, train in (("a", (12, 12)), ("b", (9,))):
         write_set(tmp_path / name, train=train, val=(3,), shape=(8, 16, 16))
     shards = (f"{tmp_path}/a:0.7", f"{tmp_path}/b:0.3")
-    argv = ("demo", *TINY, "--shards", *shards, "--run-dir")
+    argv = (
+        "demo",
+        *TINY,
+        "--train.steps",
+        STEPS,
+        "--train.validate-every",
+        6,
+        "--shards",
+        *shards,
+        "--run-dir",
+    )
     codes, _, err = forge.run(tmp_path / "1", *argv, tmp_path / "whole", ranks=2)
     assert codes == [0, 0], err
     run = tmp_path / "run"
-    pids = forge.start(tmp_path / "2", *argv, run, ranks=2)
+    pids = forge.start(tmp_path / "2", *argv, run, ranks=2, spies=(("lag", 0, 0.1),))
     wait_for((run / "checkpoints" / "step-00000004" / "meta.json").exists, "the first checkpoint")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    forge.wait()
+    assert forge.wait() == [-9, -9]
     codes, _, err = forge.run(tmp_path / "2", *argv, run, ranks=2)
     assert codes == [0, 0], err
     assert status(run)["state"] == "finished"
-    assert weights(run) == weights(tmp_path / "whole") and metrics(run) == metrics(tmp_path / "whole")
+    assert weights(run, STEPS) == weights(tmp_path / "whole", STEPS) and metrics(run) == metrics(
+        tmp_path / "whole"
+    )
 
     told = json.loads((run / "run.json").read_text())["starts"][-1]
     assert told["shards"] == " + ".join(shards)

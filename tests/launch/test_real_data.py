@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not REAL, reason="P2W_REAL_DATA names no folder 
 def run(*command: object) -> str:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     words = [str(word) for word in command]
-    spies = (("draw_nothing",),)
+    spies = (("draw_nothing",), ("recalibrate_on_few",))
     done = processes.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220, spies=spies)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr

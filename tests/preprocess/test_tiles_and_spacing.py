@@ -24,10 +24,10 @@ TINY = """--data.batch 4 --data.reader-threads 1 --pretext.size 8 16 16 --model.
 --train.steps 4 --train.validate-every 2 --train.log-every 1 --train.probe-every 2""".split()  # noqa: SIM905
 
 
-def run(*command: object) -> str:
+def run(*command: object, spies: tuple = ()) -> str:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
     words = [str(word) for word in command]
-    done = processes.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220)
+    done = processes.run(words, cwd=REPO, env=env, capture_output=True, text=True, timeout=220, spies=spies)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -43,9 +43,10 @@ def hospital(tmp_path_factory):
     return root
 
 
-def pretrain_two_ways(shards: Path, folder: Path) -> None:
-    """A short run on two ranks with validation and pictures; and what it says of its data."""
-    run(*torchrun(2, "demo", "--shards", shards, "--run-dir", folder, *TINY))
+def pretrain_two_ways(shards: Path, folder: Path, draws: bool) -> None:
+    """A short run on two ranks with validation, and pictures if it draws; and what it says of its data."""
+    spies = (("recalibrate_on_few",), *(() if draws else (("draw_nothing",),)))
+    run(*torchrun(2, "demo", "--shards", shards, "--run-dir", folder, *TINY), spies=spies)
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [record["val/loss"] for record in records if "val/loss" in record]
@@ -84,7 +85,7 @@ def test_short_scans_are_filled_up_with_air_and_learned_from(command, hospital, 
         table = pa.ipc.open_file(out / "p0.arrow").read_all()
         assert table["real_z"].to_pylist() == [40]
         return
-    pretrain_two_ways(out, tmp_path / "run")
+    pretrain_two_ways(out, tmp_path / "run", draws=True)
     damaged = out / "p1.tar"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:5000] + b"\1" + whole[5001:])
@@ -117,7 +118,7 @@ def test_short_scans_are_resampled_and_learned_from(command, hospital, tmp_path)
         whole, _ = resample(scan.voxels, scan.grid, (1.5, 1.0, 1.0), (-1000, 1000))
         z, y, x = row["z"], row["y"], row["x"]
         np.testing.assert_array_equal(voxels, whole[z : z + 64, y : y + 96, x : x + 96])
-    pretrain_two_ways(out, tmp_path / "run")
+    pretrain_two_ways(out, tmp_path / "run", draws=False)
     damaged = out / "p2.tar"
     whole = damaged.read_bytes()
     damaged.unlink()

@@ -12,7 +12,7 @@ import processes
 import pytest
 import SimpleITK as sitk
 from pretrain_runs import SMALL, Start
-from slurm_cluster import CUT, DAEMONS, PREFIX, ROOT, Cluster, start, stop
+from slurm_cluster import CUT, DAEMONS, FORKED, PREFIX, ROOT, TORCHRUN, Cluster, start, stop
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     folder.chmod(0o755)
     try:
-        yield start(folder)
+        yield start(folder, forked=FORKED | {TORCHRUN})
     finally:
         stop(folder)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-STEPS = 32  # each of which sleeps a while, see site/sitecustomize.py
+STEPS = 16  # each of which sleeps a while, see site/sitecustomize.py
 SMALL = [
     "demo", "--data.batch=4", "--model.width=2", "--pretext.size", "8", "16", "16", "--train.precision=fp32",
     f"--train.steps={STEPS}", "--train.log-every=1", "--train.validate-every=1000", "--train.checkpoint-every=1000",

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from network_hosts import Hosts
-from processes import ForkGate
+from processes import EXEMPT, ForkGate
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
@@ -63,8 +63,12 @@ PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 GRES_CONF = "NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero Flags=nvidia_gpu_env\n"
 CUT = ["--subsets", "0-1", "--workers", "1"]
-# What jobs run as forks. What srun starts stays in the tree of its slurmstepd, to which Slurm's signals go.
-FORKED = {("-m", "p2w"), ("-m", "p2w.commands.train")}
+# What jobs run as forks. Of those that srun starts, a stand-in in the tree of slurmstepd passes Slurm's signals on.
+FORKED = frozenset({("-m", "p2w"), ("-m", "p2w.commands.train")})
+TORCHRUN = ("-m", "torch.distributed.run")
+# The step of a job's first start is then not forked: Slurm's own signals reach torchrun and its ranks.
+FIRST_UNFORKED = {EXEMPT: "-0-0"}  # the end of --rdzv-id: number of the requeue, and of the try in it
+STEP_SLEEP_S = 0.5  # of pretraining, as in site/sitecustomize.py
 EPOCH_SLEEP_S = (
     0.4  # of fine-tuning, beside some 0.1 that an epoch computes: a job lasts long enough to be disturbed
 )
@@ -74,6 +78,8 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 class Cluster:
     """Two running nodes. Commands see this cluster's configuration and no variables of a job around them."""
+
+    gate: ForkGate  # of the commands that its jobs run as forks
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -185,8 +191,11 @@ def free_ports(count: int) -> list[int]:
         return ports
 
 
-def start(folder: Path, hosts: Hosts | None = None) -> Cluster:
-    """munged, one controller, two nodes, on hosts of their own if they are given; returns when both nodes are idle."""
+def start(folder: Path, hosts: Hosts | None = None, forked: frozenset[tuple[str, str]] = FORKED) -> Cluster:
+    """munged, one controller, two nodes, on hosts of their own if they are given; returns when both nodes are idle.
+
+    `forked` are the first two words of the commands of jobs that are run as forks.
+    """
     for name in ("ctld", "d-node1", "d-node2", "tmp"):
         (folder / name).mkdir()
     text = SLURM_CONF.format(
@@ -200,7 +209,13 @@ def start(folder: Path, hosts: Hosts | None = None) -> Cluster:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     cluster = Cluster(folder)
-    ForkGate(folder / "bin", FORKED, spies=(("draw_nothing",), ("lag_epochs", EPOCH_SLEEP_S)))
+    spies = (
+        ("draw_nothing",),
+        ("recalibrate_on_few",),
+        ("lag", 0, STEP_SLEEP_S),
+        ("lag_epochs", EPOCH_SLEEP_S),
+    )
+    cluster.gate = ForkGate(folder / "bin", forked, spies=spies)
     own = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     cluster.run("munged", "--force", f"--socket={folder}/munge.sock", *own)
     cluster.run("slurmctld")

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 from pretrain_runs import Start, losses
+from processes import EXEMPT
 from slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-LIVES = 56  # steps of a run that is preempted three times on its way
+LIVES = 28  # steps of a run that is preempted three times on its way
 
 
 def test_scancel_saves_and_is_final(cluster, pretrain, tmp_path):
+    """Of the `python` on the path: Slurm's own signal reaches torchrun and its rank."""
     run = tmp_path / "run"
-    job = pretrain(run, "--nodes=1")
+    job = pretrain(run, "--nodes=1", P2W_PYTHON="")
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
@@ -74,7 +76,7 @@ def test_a_preemption_before_the_first_checkpoint_of_a_late_life_does_not_end_th
 ) -> None:
     """Two lives got further; the third is warned before it trains. All restarts were counted, not those in vain."""
     run = tmp_path / "run"
-    limits = {"P2W_MAX_REQUEUES": "1", "P2W_GIVE_UP_MINUTES": "0"}
+    limits = {"P2W_MAX_REQUEUES": "1", "P2W_GIVE_UP_MINUTES": "0", EXEMPT: "-2-0"}  # the third is no fork
     job = pretrain(run, "--nodes=1", more=(f"--train.steps={LIVES}",), **limits)
     for life in range(3):
         cluster.wait(job, f"life {life}", lambda life=life: cluster.job(job).get("Restarts") == str(life))

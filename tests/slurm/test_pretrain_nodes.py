@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from pretrain_runs import SMALL, STEPS, Start, losses
-from slurm_cluster import Cluster
+from slurm_cluster import FIRST_UNFORKED, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 def calm(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The job and folder of the run that nothing disturbs, beside the disturbed ones; named by variables."""
     run = tmp_path_factory.mktemp("slurm") / "calm"
-    where = {"P2W_SHARDS": str(shards), "P2W_RUN": str(run), "P2W_PYTHON": ""}  # the `python` on the path
+    where = {"P2W_SHARDS": str(shards), "P2W_RUN": str(run)}
     return cluster.sbatch("--nodes=2", "slurm/pretrain.sbatch", *SMALL, **where), run
 
 
@@ -27,7 +27,7 @@ def test_two_nodes_train_as_one_and_neither_a_warning_nor_a_dead_worker_changes_
     cluster: Cluster, pretrain: Start, calm: tuple[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "disturbed"
-    job = pretrain(run)
+    job = pretrain(run, **FIRST_UNFORKED)  # the warning goes from Slurm to the ranks themselves
     cluster.wait(job, "first steps", lambda: len(losses(run)) >= 3)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does before the time limit
     cluster.wait(job, "second start", lambda: "continues after" in cluster.log(job))
@@ -36,7 +36,7 @@ def test_two_nodes_train_as_one_and_neither_a_warning_nor_a_dead_worker_changes_
     assert f"continues after step {stopped} of {STEPS}" in cluster.log(job)
 
     cluster.wait(job, "steps after the restart", lambda: len(losses(run)) > stopped)
-    worker(run, node=1).kill()
+    worker(cluster, run, node=1).kill()
     end = cluster.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     assert f"failed with exit code 1; newest checkpoint {stopped:08d}" in cluster.log(job)
@@ -105,13 +105,9 @@ def step_daemon(job: str, node: str) -> int:
     raise AssertionError(f"job {job} has no step daemon on {node}")
 
 
-def worker(run: Path, node: int) -> psutil.Process:
-    """The rank of the run that torchrun has started on a node, counted from 0; torchrun itself is that rank's parent."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if str(run) in words and "torch.distributed.run" in words:
-                at = words.index("--node-rank") + 1
-                if words[at] == str(node) and (ranks := process.children()):
-                    return ranks[0]
+def worker(cluster: Cluster, run: Path, node: int) -> psutil.Process:
+    """The rank of the run that torchrun, a fork, has started on a node, counted from 0."""
+    for pid, words in list(cluster.gate.living.items()):
+        if str(run) in words and f"--node-rank {node}" in " ".join(words):
+            return psutil.Process(pid).children()[0]
     raise AssertionError(f"no rank of {run} runs on node {node}")

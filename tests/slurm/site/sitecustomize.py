@@ -1,4 +1,4 @@
-"""On the path of the cluster's jobs: training draws nothing, and each of its steps sleeps a while.
+"""On the path of the cluster's jobs, for steps that are no forks: training draws nothing, and each step sleeps a while.
 
 So a run lasts long enough to be disturbed, without two cores being busy meanwhile. A new process of torch takes 7 s of a
 core: the ranks that torchrun starts are forks of it, as in fork_server.py, and torch._dynamo, which every optimizer imports
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 SLEEP_S = (
-    0.25  # seconds, beside some 0.025 that a step computes: few steps that last take less of a core than many
+    0.5  # seconds, beside some 0.025 that a step computes: few steps that last take less of a core than many
 )
 
 
@@ -27,6 +27,7 @@ def spy(module: ModuleType) -> None:
     from tests.launch import spies
 
     spies.draw_nothing(0)
+    spies.recalibrate_on_few(0)
     spies.lag(0, 0, SLEEP_S)
 
 
