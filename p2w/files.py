@@ -50,6 +50,15 @@ def write_remedy(error: BaseException | None) -> str:
     return "mend what the message names"
 
 
+@contextlib.contextmanager
+def refuse_unwritable(where: object, remedy: str) -> Iterator[None]:
+    """Raise UserError `WHERE: not written (REASON); REMEDY` for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: not written ({error.strerror or error}); {remedy}") from error
+
+
 def append(path: Path, line: str) -> None:
     """Append a line to a file, or nothing when the disk is full: half a line would damage the next one. Raises OSError."""
     data = line.encode() + b"\n"

@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from p2w.errors import UserError, program, refuse_old_options
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.reproduce import paper_numbers, sweep_jobs
 from p2w.reproduce.sweep_jobs import Sweep, SweepJob, SweepSlots
 from p2w.reproduce.table_builder import numbers_by_task
@@ -144,10 +144,8 @@ def write_array(jobs: list[SweepJob], path: Path) -> None:
     for where, some in groups.items():
         if not some:
             continue
-        try:
+        with refuse_unwritable(where, "name another with --array"):
             write_atomic(where, "".join(f"{job.line}\n" for job in some))
-        except OSError as error:
-            raise UserError(f"{where}: not written ({error.strerror}); name another with --array") from error
         what = (
             "sbatch slurm/pretrain.sbatch with the arguments of each line, first" if some[0].pretrains else ""
         )

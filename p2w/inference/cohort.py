@@ -26,6 +26,7 @@ from p2w.ct.orientation import BadScan
 from p2w.ct.scan import source_files
 from p2w.ct.scan_folders import safe_uid
 from p2w.errors import UserError
+from p2w.files import refuse_unwritable
 from p2w.shards.grouping import GroupingOptions
 from p2w.tasks.source_files import as_source, file_stem, read_csv
 
@@ -203,13 +204,10 @@ def identifiers_of(text: str, salt: str) -> tuple[str, ...]:
 
 def write_rows(path: Path, head: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV table. Raises UserError where it cannot be written."""
-    try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(head)
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); name another file") from error
+    with refuse_unwritable(path, "name another file"), open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(head)
+        writer.writerows(rows)
 
 
 class ReadAhead(Generic[T]):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from p2w.ct.orientation import Grid
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.finetune.task_types import TaskType
 from p2w.finetune.trial import PREDICTIONS
 from p2w.finetune.trials import FineTuning
@@ -68,10 +68,8 @@ def draw_preview(
         figure.legend(lines, largest, loc="outside lower center", ncols=min(6, len(largest)), fontsize=8)
     millilitres = int(np.count_nonzero(mask)) * float(np.prod(spacing)) / 1000
     figure.suptitle(f"{title}: {millilitres:.1f} ml", fontsize=11)
-    try:
+    with refuse_unwritable(path, "name another --preview"):
         figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); name another --preview") from error
 
 
 def _middle(mask: NDArray[Any]) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ from p2w.ct.discover import ScanSource
 from p2w.ct.enhanced_dicom import drop_dicom_warnings, read_dataset
 from p2w.ct.orientation import Grid
 from p2w.errors import UserError
+from p2w.files import refuse_unwritable
 from p2w.finetune.task_interface import TaskType
 from p2w.tasks import source_files
 
@@ -111,6 +112,11 @@ def check_geometry(path: Path, grid: Grid) -> None:
         raise UserError(f"{path}: its format cannot hold where the scan lies ({why}); name --out FILE.mha")
 
 
+def _beside(path: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A temporary folder on the disk of `path`, from which a finished file is renamed to it."""
+    return tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent)
+
+
 def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
     """Write a volume [z,y,x] in the grid's geometry, under another name first. Raises UserError where that fails."""
     image = sitk.GetImageFromArray(mask)
@@ -118,7 +124,7 @@ def write_mask(path: Path, mask: np.ndarray, grid: Grid) -> None:
     image.SetOrigin(grid.origin)
     image.SetDirection(grid.direction)
     try:
-        with tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent) as beside:
+        with _beside(path) as beside:
             sitk.WriteImage(image, os.path.join(beside, path.name), useCompression=True)
             # Voxels, then the header
             for written in sorted(os.listdir(beside), key=lambda name: name == path.name):
@@ -201,13 +207,10 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[Any]], source: ScanS
         raise UserError(
             f"{source.name}: no DICOM-SEG can be made of it ({type(error).__name__}: {said})"
         ) from error
-    try:
-        with tempfile.TemporaryDirectory(prefix=".p2w-", dir=path.parent) as beside:
-            written = os.path.join(beside, path.name)
-            made.save_as(written)
-            os.replace(written, path)
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); name another --out") from error
+    with refuse_unwritable(path, "name another --out"), _beside(path) as folder:
+        written = os.path.join(folder, path.name)
+        made.save_as(written)
+        os.replace(written, path)
 
 
 def _headers(source: ScanSource) -> list[Any]:

@@ -11,7 +11,7 @@ import tyro
 from numpy.typing import NDArray
 
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.inference.cohort import write_rows
 from p2w.inference.embeddings import (
     Embeddings,
@@ -114,10 +114,8 @@ def main(argv: list[str]) -> int:
     if options.page is not None:
         labels = _labels(options, embeddings)
         text = map_page(embeddings, labels, options.k, patients, options.seed)
-        try:
+        with refuse_unwritable(f"--page {options.page}", "name another"):
             write_atomic(options.page, text)
-        except OSError as error:
-            raise UserError(f"--page {options.page}: not written ({error.strerror}); name another") from error
         print(f"{options.page}: {several(len(embeddings.scans), 'scan')}")
     return 0
 

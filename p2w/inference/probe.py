@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from p2w import stats
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.inference.cohort import write_rows
 from p2w.inference.embeddings import Features, read_embeddings, read_labels
 
@@ -96,10 +96,8 @@ def main(argv: list[str]) -> int:
         print(f"{name:8} " + "   ".join(_said(kind, *of) for kind, of in report[name].items()))
     print(f"chance   balanced accuracy {1 / len(classes):.3f}, AUC 0.500")
     if options.out is not None:
-        try:
+        with refuse_unwritable(f"--out {options.out}", "name another"):
             write_atomic(options.out, json.dumps(report, indent=2))
-        except OSError as error:
-            raise UserError(f"--out {options.out}: not written ({error.strerror}); name another") from error
     if options.predictions is not None:
         head = ["scan", "label", *(f"{name} {one}" for name in found for one in classes)]
         rows = []

@@ -12,7 +12,7 @@ import tyro
 
 from p2w.analysis.plots import BLUE, GREY, ORANGE, new_figure
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.finetune.results import FineTuningResult, collect
 from p2w.reproduce import paper_numbers, render
 from p2w.reproduce.fig3 import Figure3, Panel, build_fig3, fig3_csv, fig3_sentence, fig3_to_json
@@ -118,16 +118,12 @@ def write_table(table: Table, options: TableOptions) -> None:
 
 def save_files(folder: Path, files: dict[str, str | bytes]) -> None:
     """Write files and the page of all tables, and print their paths. Raises UserError when they cannot be written."""
-    try:
+    with refuse_unwritable(folder, "name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             write_atomic(folder / name, data)
         text, problems = render.render_tables(folder)
         write_atomic(folder / render.NAME, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(
-            f"{folder}: not written ({error.strerror}); name another folder with --out"
-        ) from error
     for problem in problems:
         print(f"not on the page: {problem}", file=sys.stderr, flush=True)
     print("\n".join(str(folder / name) for name in (*files, render.NAME)), flush=True)

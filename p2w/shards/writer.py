@@ -17,8 +17,9 @@ import io
 import json
 import os
 import tarfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,22 +66,6 @@ class Shard:
     crc32c: int
 
 
-class ShardFile(Protocol):
-    """An open shard of either format."""
-
-    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
-        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); returns the row with its crc32c, offset and nbytes.
-
-        `row` has the columns of the manifest: key, scan_uid, …
-        """
-
-    def close(self) -> Shard:
-        """Complete the file and flush it to the disk."""
-
-    def abandon(self) -> None:
-        """Close the incomplete file after an error."""
-
-
 class _Sink:
     """A file that counts its bytes and computes their CRC-32C as they are written."""
 
@@ -116,28 +101,46 @@ class _Sink:
         self.file.close()
 
 
-def _check(voxels: np.ndarray, shape: tuple[int, ...]) -> None:
-    assert voxels.shape == shape and voxels.dtype == np.dtype("<i2"), (voxels.shape, voxels.dtype)
-    assert voxels.flags.c_contiguous
+class ShardFile(ABC):
+    """An open shard of either format."""
 
-
-class TarShard:
-    """A tar of `KEY.npy` and `KEY.json`; equal content gives equal bytes."""
-
-    def __init__(
-        self,
-        path: str,
-        shape: tuple[int, ...],
-        schema: pa.Schema = SUB_SCAN_COLUMNS,
-        note: dict[str, Any] = NOTE,
-        sample_note: dict[str, Any] | None = None,
-        compress: str = "none",
-    ) -> None:
-        assert compress == "none"  # a .npy of a tar cannot be packed, and stay one
+    def __init__(self, path: str, shape: tuple[int, ...], schema: pa.Schema) -> None:
         self.sink = _Sink(path)
         self.shape = shape
         self.columns = columns_of(schema)
-        self.sample_note = sample_note or {}
+
+    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
+        """Append one sub-scan, voxels int16 [z,y,x] (or [c,z,y,x]); returns the row with its crc32c, offset and nbytes.
+
+        `row` has the columns of the manifest: key, scan_uid, …
+        """
+        assert voxels.shape == self.shape and voxels.dtype == np.dtype("<i2"), (voxels.shape, voxels.dtype)
+        assert voxels.flags.c_contiguous
+        row = {**row, "crc32c": crc32c(voxels.data)}
+        offset, nbytes = self._append(row, voxels)
+        return {**row, "offset": offset, "nbytes": nbytes}
+
+    @abstractmethod
+    def _append(self, row: dict[str, Any], voxels: np.ndarray) -> tuple[int, int]:
+        """Write a sub-scan; the byte at which its voxels start, and how many bytes they have."""
+
+    @abstractmethod
+    def close(self) -> Shard:
+        """Complete the file and flush it to the disk."""
+
+    def abandon(self) -> None:
+        """Close the incomplete file after an error, without a footer."""
+        self.sink.close()
+
+
+class TarShard(ShardFile):
+    """A tar of `KEY.npy` and `KEY.json`; equal content gives equal bytes."""
+
+    def __init__(
+        self, path: str, shape: tuple[int, ...], schema: pa.Schema, sample_note: dict[str, Any]
+    ) -> None:
+        super().__init__(path, shape, schema)
+        self.sample_note = sample_note
         header = io.BytesIO()
         npy.write_array_header_1_0(header, {"descr": "<i2", "fortran_order": False, "shape": shape})
         self.npy_header = header.getvalue()  # 128 bytes, so that voxels stay aligned to 64
@@ -151,10 +154,7 @@ class TarShard:
     def _pad(self, block: int) -> None:
         self.sink.write(bytes(-self.sink.position % block))
 
-    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
-        """Append one sub-scan."""
-        _check(voxels, self.shape)
-        row = {**row, "crc32c": crc32c(voxels.data)}
+    def _append(self, row: dict[str, Any], voxels: np.ndarray) -> tuple[int, int]:
         self._member(row["key"] + ".npy", len(self.npy_header) + voxels.nbytes)
         self.sink.write(self.npy_header)
         offset = self.sink.position
@@ -165,7 +165,7 @@ class TarShard:
         self._member(row["key"] + ".json", len(text))
         self.sink.write(text)
         self._pad(tarfile.BLOCKSIZE)
-        return {**row, "offset": offset, "nbytes": voxels.nbytes}
+        return offset, voxels.nbytes
 
     def close(self) -> Shard:
         """Write the end of the tar, two empty blocks and padding to the record size, and flush it to the disk."""
@@ -173,27 +173,15 @@ class TarShard:
         self._pad(tarfile.RECORDSIZE)
         return self.sink.finish()
 
-    def abandon(self) -> None:
-        """Close the incomplete file after an error."""
-        self.sink.close()
 
-
-class ArrowShard:
+class ArrowShard(ShardFile):
     """An Arrow IPC file with one record batch per sub-scan; the voxels are the first column, so they start its body."""
 
     def __init__(
-        self,
-        path: str,
-        shape: tuple[int, ...],
-        schema: pa.Schema = SUB_SCAN_COLUMNS,
-        note: dict[str, Any] = NOTE,
-        sample_note: dict[str, Any] | None = None,
-        compress: str = "none",
+        self, path: str, shape: tuple[int, ...], schema: pa.Schema, note: dict[str, Any], compress: str
     ) -> None:
-        self.sink = _Sink(path)
-        self.shape = shape
+        super().__init__(path, shape, schema)
         self.compressed = compress != "none"
-        self.columns = columns_of(schema)
         self.tensor = pa.fixed_shape_tensor(pa.int16(), shape)
         fields = [pa.field("voxels", self.tensor)] + [schema.field(name) for name in self.columns]
         self.schema = pa.schema(fields, metadata={b"p2w": canonical_json(note)})
@@ -227,36 +215,26 @@ class ArrowShard:
             self.header_sizes[padding] = starts[1] - data.address - end
             self.start = starts[0] - data.address - self.header_sizes[padding]
 
-    def add(self, row: dict[str, Any], voxels: np.ndarray) -> dict[str, Any]:
-        """Append one sub-scan."""
-        _check(voxels, self.shape)
-        row = {**row, "crc32c": crc32c(voxels.data)}
+    def _append(self, row: dict[str, Any], voxels: np.ndarray) -> tuple[int, int]:
         batch = self._batch(row, voxels)
         if self.compressed:
             # Arrow writes the voxels at once, behind their size
             self.sink.prefix = voxels.nbytes.to_bytes(8, "little")
             self.writer.write_batch(batch)
             assert self.sink.prefix is None
-            return {**row, "offset": self.sink.found[0], "nbytes": self.sink.found[1]}
+            return self.sink.found
         if not self.header_sizes:
             self._measure(batch)
         padding = next(p for p, size in self.header_sizes.items() if (self.start + size) % ALIGNMENT == 0)
         offset = self.start + self.header_sizes[padding]
         self.writer.write_batch(batch, custom_metadata={"padding": " " * padding})
         self.start = self.sink.position
-        return {**row, "offset": offset, "nbytes": voxels.nbytes}
+        return offset, voxels.nbytes
 
     def close(self) -> Shard:
         """Write the footer and flush the file to the disk."""
         self.writer.close()
         return self.sink.finish()
-
-    def abandon(self) -> None:
-        """Close the incomplete file after an error, without the footer that Arrow would write."""
-        self.sink.close()
-
-
-FORMATS: dict[str, type[TarShard] | type[ArrowShard]] = {"tar": TarShard, "arrow": ArrowShard}
 
 
 def open_shard(
@@ -272,7 +250,12 @@ def open_shard(
     Every array is stored with the columns that `columns_of(schema)` names. `note` is the metadata of an Arrow file,
     `sample_note` what the JSON of every sample in a tar says besides. `compress` is "none", or "zstd" for Arrow.
     """
-    return FORMATS[os.path.splitext(path)[1][1:]](path, shape, schema, note, sample_note, compress)
+    if path.endswith(".arrow"):
+        return ArrowShard(path, shape, schema, note, compress)
+    assert path.endswith(".tar") and compress == "none", (
+        path
+    )  # a .npy of a tar cannot be packed, and stay one
+    return TarShard(path, shape, schema, sample_note or {})
 
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # list of shards -> split of `datasets`

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.files import write_atomic
+from p2w.files import refuse_unwritable, write_atomic
 from p2w.shards.training_scans import SEEN, without_patients
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
@@ -85,11 +85,9 @@ def main(argv: list[str]) -> int:
     }
     card, unhashed = exported_card(model_card(trained, encoder, options.what), trained.run)
     out = options.out or trained.run / "export" / f"{trained.run.name}-step-{trained.step:08d}{form.ending}"
-    try:
+    with refuse_unwritable(out, "name another with --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write(out, state, card)
-    except OSError as error:
-        raise UserError(f"{out}: not written ({error.strerror or error}); name another with --out") from error
     print(
         f"{out}: {options.what} of step {trained.step}, {sum(v.numel() for v in state.values()) / 1e6:.2f} M values"
     )
