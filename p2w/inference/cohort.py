@@ -91,23 +91,20 @@ def list_cohort(
     """
     search = SearchOptions(salt=salt, modality=modality, assume_hu=assume_hu)
     path = Path(where)
-    several = len(channels) > 1
+    several, is_table = len(channels) > 1, path.suffix.lower() == ".csv" and path.is_file()
+    if several and path.exists() and not is_table:
+        raise UserError(
+            f"--scans {where}: the network takes {len(channels)} images a scan: name a table.csv with the columns "
+            f"{', '.join(channels)}"
+        )
     if path.is_dir():
-        if several:
-            raise UserError(
-                f"--scans {where}: the network takes {len(channels)} images a scan: name a table.csv with the columns "
-                f"{', '.join(channels)}"
-            )
         cohort = _of_folder(where, out, groups, search)
     elif not path.is_file():
         raise UserError(
             f"--scans {where}: no such folder or file; name a folder of scans, a table.csv or a list.txt"
         )
-    elif path.suffix.lower() == ".csv":
+    elif is_table:
         cohort = _of_rows(path, _table_rows(path, channels if several else ()), groups, search)
-    elif several:
-        raise UserError(f"--scans {where}: the network takes {len(channels)} images a scan: name a table.csv with "
-                        f"the columns {', '.join(channels)}")  # fmt: skip
     elif path.suffix.lower() == ".txt":
         cohort = _of_rows(path, _list_rows(path), groups, search)
     else:
