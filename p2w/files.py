@@ -109,8 +109,7 @@ def file_crc32c(file: BinaryIO) -> int:
 def parse_json(data: bytes | str, form: Any) -> Any:
     """Parse JSON and check it against the expected form.
 
-    Raises:
-        ValueError: not JSON, NaN or infinite numbers, a duplicate key, or another form; the message is one line.
+    Raises ValueError: not JSON, NaN or infinite numbers, a duplicate key, or another form; the message is one line.
     """
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicate_keys, parse_constant=_refuse_nan)

@@ -263,8 +263,7 @@ def read_pieces(url: str) -> Generator[bytes, None, None]:
 def fetch(url: str, most: int, retry_s: float = 0.0, pause_s: float = PAUSE_S) -> bytes:
     """All bytes of a small file.
 
-    Raises:
-        UserError: it cannot be fetched, or has `most` bytes or more.
+    Raises UserError: it cannot be fetched, or has `most` bytes or more.
     """
     try:
         return retried(lambda: _read_file(url, most), url, retry_s, pause_s=pause_s)
@@ -286,8 +285,7 @@ def _read_file(url: str, most: int) -> bytes:
 def supports_ranges(url: str, retry_s: float, pause_s: float) -> bool:
     """Whether the server answers a request for the first byte of a file, which exists, with that byte alone.
 
-    Raises:
-        UserError: the server refuses or does not answer, so that this remains unknown.
+    Raises UserError: the server refuses or does not answer, so that this remains unknown.
     """
     try:
         return retried(lambda: _has_ranges(url), url, retry_s, pause_s=pause_s)

@@ -26,12 +26,9 @@ def data_fraction(
 ) -> Rows:
     """The rows of a fraction of the patients, ascending; `patients` and `labels` are columns of the whole set.
 
-    Patients come in an order that a hash of seed and name draws, and the first ceil(fraction * n) stay: the patients of
-    10 % are among those of 45 %, whatever else there is in the set. With `labels` as many more follow as it takes for every
-    label of `needed` to be there.
-
-    Raises:
-        UserError: fraction not in (0, 1], or no training patient.
+    Patients come in an order that a hash of seed and name draws, and the first ceil(fraction * n) stay: the patients of 10
+    % are among those of 45 %, whatever else there is in the set. With `labels` as many more follow as it takes for every
+    label of `needed` to be there. Raises UserError: fraction not in (0, 1], or no training patient.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction}: must be above 0 and at most 1")

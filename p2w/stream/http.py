@@ -58,8 +58,7 @@ class HttpSet(ShardSet):
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Fetch the voxels of one sub-scan into `out`, int16 (D, H, W), and check them.
 
-        Raises:
-            DataError: the server does not send them, after several tries where that may help; or the checksum differs.
+        Raises DataError: the server does not send them, after several tries where that may help; or the checksum differs.
         """
         url, start = f"{self.where}/{self.shard(sub_scan)}", int(self.offsets[sub_scan])
         packed = self.packed_sizes is not None

@@ -178,8 +178,7 @@ class ShardSet:
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
 
-        Raises:
-            DataError: the shard cannot be read, or the checksum of the sub-scan differs from the manifest's.
+        Raises DataError: the shard cannot be read, or the checksum of the sub-scan differs from the manifest's.
         """
         with self.reader(np.array([sub_scan], np.int64)) as reader:
             reader.read_into(sub_scan, out)
@@ -292,8 +291,7 @@ class LocalSet(ShardSet):
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W) in C order, NumPy or a CPU tensor.
 
-        Raises:
-            DataError: the checksum differs from the manifest's, or the shard cannot be read or was truncated.
+        Raises DataError: the checksum differs from the manifest's, or the shard cannot be read or was truncated.
         """
         start, number = int(self.offsets[sub_scan]), int(self.shard_numbers[sub_scan])
         if len(self.shard_names) > _MAPS:

@@ -33,8 +33,7 @@ class MixedSet(ShardSet):
     def __init__(self, sets: list[ShardSet], parts: list[MixturePart]) -> None:
         """Put the sets together; a part without weight counts by the size of its training split.
 
-        Raises:
-            UserError: sets of different shapes or windows, an empty one, or one that can only be streamed.
+        Raises UserError: sets of different shapes or windows, an empty one, or one that can only be streamed.
         """
         self.sets, self.where = sets, BETWEEN.join(map(str, parts))
         _check(sets, self.where)

@@ -49,8 +49,7 @@ class BadSamplePolicy:
     def read(self, reader: SampleReader, sub_scan: int, epoch: int, out: Any) -> int:
         """Read a sub-scan or its substitute into `out`, int16 (D, H, W); returns the id of the one that was read.
 
-        Raises:
-            DataError: it cannot be read and the policy is to stop, or no substitute can be read either.
+        Raises DataError: it cannot be read and the policy is to stop, or no substitute can be read either.
         """
         try:
             reader.read_into(sub_scan, out)
@@ -119,10 +118,8 @@ class DeviceCache:
     ) -> None:
         """Allocate memory for the whole split now.
 
-        `reserve` bytes must stay free for the network; `sharers` processes share the free memory.
-
-        Raises:
-            UserError: the split does not fit, or the set has no sub-scans that stay the same from epoch to epoch.
+        `reserve` bytes must stay free for the network; `sharers` processes share the free memory. Raises UserError: the
+        split does not fit, or the set has no sub-scans that stay the same from epoch to epoch.
         """
         refuse_random_crops(shards)
         self.ids = shards.ids(split)  # ascending
@@ -289,8 +286,7 @@ class Prefetch:
     def take(self, count: int) -> None:
         """Wait until batch number `count` since the start is complete.
 
-        Raises:
-            DataError: a thread could not read a sub-scan of it; all batches before it are delivered first.
+        Raises DataError: a thread could not read a sub-scan of it; all batches before it are delivered first.
         """
         slot = count % len(self.ring)
         with self.condition:

@@ -196,8 +196,7 @@ class Sampler:
     def __post_init__(self) -> None:
         """Check that batch, ranks and split go together.
 
-        Raises:
-            UserError: they do not; the message names a batch size or a number of ranks that would.
+        Raises UserError where they do not; the message names a batch size or a number of ranks that would.
         """
         batch, ranks, n = self.batch, self.world_size, self.n
         if batch < 1 or not 0 <= self.rank < ranks:

@@ -68,10 +68,8 @@ def open_set(
     with; a set with random access can be read in either order. Version 0: what the size of the set asks for (`sampler`).
 
     Without `check_shards` nobody looks whether every shard of a folder is there and of its size: another process does.
-
-    Raises:
-        UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
-            be mixed; or the set can no longer be read in `order`.
+    Raises UserError: no manifest there; shards missing, cut short, or in a format that cannot be streamed; sets that cannot
+    be mixed; or the set can no longer be read in `order`.
     """
     shards: ShardSet
     if is_mixture(where):
@@ -172,10 +170,7 @@ class Stream:
 
         `batch` is the global batch size B; `readers` is the number of threads, 0 reads in the calling thread. With a CUDA
         device the buffers are pinned and batches are tensors on the device. With a `cache` on that device, every sub-scan
-        is read once.
-
-        Raises:
-            UserError: B is not a multiple of the world size, or larger than the split.
+        is read once. Raises UserError: B is not a multiple of the world size, or larger than the split.
         """
         if readers < 0:
             raise UserError(f"{readers} reader threads: there must be 0 (the caller reads) or more")
@@ -212,9 +207,8 @@ class Stream:
     def batches(self, epoch: int = 0, step: int = 0) -> Generator[Batch, None, None]:
         """Yield batches from a position on, without reading earlier ones; (epoch, steps_per_epoch) is (epoch + 1, 0).
 
-        Raises:
-            UserError: the position does not exist.
-            DataError: a sub-scan's checksum differs or its shard cannot be read, and the set's `on_bad` is "stop".
+        Raises UserError where the position does not exist; DataError: a sub-scan's checksum differs or its shard cannot be read,
+        and the set's `on_bad` is "stop".
         """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise UserError(

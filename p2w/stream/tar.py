@@ -62,8 +62,7 @@ _PROGRAMS = {
 def tar_source(url: str) -> str:
     """The argument of `webdataset.gopen` for a URL: http(s) as it is, through curl; s3 through the AWS CLI.
 
-    Raises:
-        UserError: another scheme, or the program that fetches it is not installed.
+    Raises UserError: another scheme, or the program that fetches it is not installed.
     """
     scheme = url.partition("://")[0]
     if scheme not in _PROGRAMS:
@@ -85,8 +84,7 @@ def _program(url: str) -> str:
 def open_stream(url: str) -> Iterator[Any]:
     """The byte stream of a URL; its process is ended with the block, however much was read.
 
-    Raises:
-        OSError: the process ended with an error; raised instead of the error of reading, since it says more.
+    Raises OSError: the process ended with an error; raised instead of the error of reading, since it says more.
     """
     stream = wds.gopen(tar_source(url))
     try:
@@ -111,8 +109,7 @@ def open_stream(url: str) -> Iterator[Any]:
 def fetch_manifest(url: str, retry_s: float = 0.0) -> bytes:
     """All bytes of the manifest at a URL.
 
-    Raises:
-        UserError: it cannot be fetched.
+    Raises UserError: it cannot be fetched.
     """
     if http_client.reaches(url):
         return http_client.fetch(url, MOST_MANIFEST, retry_s, pause_s=_PAUSE)
@@ -137,10 +134,8 @@ def fetch_manifest(url: str, retry_s: float = 0.0) -> bytes:
 def open_url(where: str, verify: bool = True, retry_s: float = 0.0) -> ShardSet:
     """Open the set at a URL: read by byte ranges if the server supports them, else streamed.
 
-    A server that fails is asked again for `retry_s` seconds; it never counts as one without byte ranges.
-
-    Raises:
-        UserError: there is no manifest; the server does not answer; or the set must be streamed, and its shards are not tar.
+    A server that fails is asked again for `retry_s` seconds; it never counts as one without byte ranges. Raises UserError:
+    there is no manifest; the server does not answer; or the set must be streamed, and its shards are not tar.
     """
     where = where.rstrip("/")
     if not (where.startswith("s3:") and http_client.reaches(where)):
@@ -209,8 +204,7 @@ class _ShardReader:
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of the next sub-scan into `out`, int16 (D, H, W), and check them.
 
-        Raises:
-            DataError: its shard cannot be streamed or lacks it, or its checksum differs.
+        Raises DataError: its shard cannot be streamed or lacks it, or its checksum differs.
         """
         while sub_scan not in self.buffered:
             arrived, data = next(self.arrivals)

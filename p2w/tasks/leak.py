@@ -29,10 +29,8 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
     """Compare `target` with the set that a run was trained on, and say in one line what was found.
 
     `run` None means that nothing was pretrained. With `allow_leak` the line tells of a leak, or of what could not be
-    checked, instead of an error.
-
-    Raises:
-        UserError: a leak, or, where the run's data set cannot be reached any more, that it cannot be ruled out.
+    checked, instead of an error. Raises UserError: a leak, or, where the run's data set cannot be reached any more, that it
+    cannot be ruled out.
     """
     if run is None:
         return "no pretraining: no test scan can have been seen"

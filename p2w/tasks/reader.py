@@ -94,11 +94,8 @@ class TargetSet:
     def rows(self, split: str, fold: int | None = None) -> NDArray[np.int64]:
         """Row numbers of a split, ascending.
 
-        Of a set with folds: test is `fold` (0 unless named), val is carved by patient from the rest, train is what is
-        left. The same for the same set, fold and split, anywhere.
-
-        Raises:
-            UserError: no such split or fold.
+        Of a set with folds: test is `fold` (0 unless named), val is carved by patient from the rest, train is what is left.
+        The same for the same set, fold and split, anywhere. Raises UserError: no such split or fold.
         """
         if split not in SPLITS:
             raise UserError(f"{self.where}: no split {split!r}; one of {', '.join(SPLITS)}")
@@ -109,10 +106,8 @@ class TargetSet:
         of classes; int16 where each class has a bit. Else targets float32 (B, K) where it has those, NaN for unknown
         ones, else labels float32 (B,).
 
-        On the CPU, memory of their own. Every record's checksum is compared with the manifest's.
-
-        Raises:
-            DataError: (a UserError) a shard does not hold what was written.
+        On the CPU, memory of their own. Every record's checksum is compared with the manifest's. Raises DataError: (a
+        UserError) a shard does not hold what was written.
         """
         chosen = [int(row) for row in rows]
         records = torch.empty((len(chosen), *self._records.shape), dtype=torch.int16)
@@ -130,9 +125,8 @@ class TargetSet:
 def open_target(path: str | os.PathLike[str]) -> TargetSet:
     """Open the set in a folder.
 
-    Raises:
-        UserError: no finished set of a target task there, a shard is missing or of another size, or its manifest is
-            damaged or makes no sense.
+    Raises UserError: no finished set of a target task there, a shard is missing or of another size, or its manifest is
+    damaged or makes no sense.
     """
     manifest = read_manifest(path, SAMPLE_SCHEMA)
     _check(manifest)
