@@ -207,8 +207,8 @@ class Stream:
     def batches(self, epoch: int = 0, step: int = 0) -> Generator[Batch, None, None]:
         """Yield batches from a position on, without reading earlier ones; (epoch, steps_per_epoch) is (epoch + 1, 0).
 
-        Raises UserError where the position does not exist; DataError: a sub-scan's checksum differs or its shard cannot be read,
-        and the set's `on_bad` is "stop".
+        Raises UserError where the position does not exist; DataError: a sub-scan's checksum differs or its shard cannot be
+        read, and the set's `on_bad` is "stop".
         """
         if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
             raise UserError(
