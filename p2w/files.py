@@ -34,6 +34,25 @@ def write_atomic(path: Path, data: str | bytes | memoryview) -> None:
         raise
 
 
+Named = Sequence[tuple[str, Path | None]]  # options and the paths that they name
+
+
+def refuse_overwriting(outputs: Named, inputs: Named = ()) -> None:
+    """Raise UserError where a file to be written is one that is read, lies there already in a folder that is read, or is to
+    be written twice. Paths that are None are passed over."""
+    read = {os.path.realpath(path): flag for flag, path in inputs if path is not None}
+    written: dict[str, str] = {}
+    for flag, path in outputs:
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        other = read.get(real) or written.setdefault(real, flag)
+        if os.path.isfile(real):
+            other = next((one for folder, one in read.items() if real.startswith(folder + os.sep)), other)
+        if other != flag:
+            raise UserError(f"{flag} {path}: would overwrite what {other} names; name another file")
+
+
 ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 

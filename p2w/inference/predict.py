@@ -19,6 +19,7 @@ from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan import percentile_range, read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
+from p2w.files import refuse_overwriting
 from p2w.inference.dicom_seg import ENDING as SEG_ENDING
 from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
 from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
@@ -378,16 +379,20 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
             f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
             "and 1; at least 1"
         )
+    outputs = (
+        ("--out", options.out),
+        ("--preview", options.preview),
+        ("--probabilities", options.probabilities),
+    )
+    refuse_overwriting(
+        outputs, [*(("--scan", path) for path in options.scan), ("--candidates", options.candidates)]
+    )
     if len(options.scan) != model.channels:
         names = model.card["task"].get("channel_names") or []
         raise UserError(
             f"--scan names {len(options.scan)} image(s), the network takes {model.channels}: {', '.join(names)}"
         )
-    for flag, path in (
-        ("--out", options.out),
-        ("--preview", options.preview),
-        ("--probabilities", options.probabilities),
-    ):
+    for flag, path in outputs:
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 
