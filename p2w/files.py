@@ -123,7 +123,7 @@ def parse_json(data: bytes | str, form: Any) -> Any:
         ValueError: not JSON, NaN or infinite numbers, a duplicate key, or another form; the message is one line.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicate_keys, parse_constant=_refuse_nan)
+        value = json.loads(data, object_pairs_hook=no_duplicate_keys, parse_constant=_refuse_nan)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if said := type_mismatch(value, form):
@@ -165,7 +165,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of `json.loads` that raises ValueError for a key that is there twice: the last would count."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
