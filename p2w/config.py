@@ -236,11 +236,24 @@ def config_to_json(config: "Config") -> str:
 def read_config(path: Path) -> "Config":
     """Config from a `config.json`. Raises UserError for a missing file, broken JSON, an unknown key or a bad value."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(), object_pairs_hook=_each_once)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
+    return config_of_tree(tree, str(path))
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that is there twice, of which the last would count."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is twice in one object")
+    return dict(pairs)
+
+
+def config_of_tree(tree: Any, where: str) -> "Config":
+    """Config from the parsed JSON of any version. Raises UserError, which begins with `where`."""
     if isinstance(tree, dict):
         tree = {
             group: current_settings(group, values) if isinstance(values, dict) else values
@@ -251,7 +264,26 @@ def read_config(path: Path) -> "Config":
                 "decoder_depth" not in mae
             ):
                 tree["pretext"] = own | {"name": "simmim"}
-    return check_config(_build(config_class(), tree, str(path)))
+    return check_config(_build(config_class(), tree, where))
+
+
+def refuse_edited_config(run: Path, config: "Config") -> None:
+    """Raise UserError where `config`, read from a run's config.json, is not what the run began with, as its run.json says.
+
+    Settings that may change while a run continues, and `model.init`, which only the first step needs, are not compared; nor
+    are runs of earlier versions, whose run.json does not hold the settings.
+    """
+    try:
+        recorded = json.loads((run / "run.json").read_text())["starts"][-1]["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    began = flatten(config_of_tree(recorded, f"{run / 'run.json'}: config"))
+    for name, value in flatten(config).items():
+        if name not in MAY_CHANGE and name != "model.init" and began.get(name, value) != value:
+            raise UserError(
+                f"{run / 'config.json'}: {name} is {value}, but the run began with {began[name]}: the file was edited; put "
+                "that value back, or begin another run with the file: p2w train CONFIG.json --run-dir NEW"
+            )
 
 
 # Settings under the names that older runs wrote into their config.json.

@@ -34,6 +34,25 @@ def write_atomic(path: Path, data: str | bytes | memoryview) -> None:
         raise
 
 
+Named = Sequence[tuple[str, Path | None]]  # options and the paths that they name
+
+
+def refuse_overwriting(outputs: Named, inputs: Named = ()) -> None:
+    """Raise UserError where a file to be written is one that is read, lies there already in a folder that is read, or is to
+    be written twice. Paths that are None are passed over."""
+    read = {os.path.realpath(path): flag for flag, path in inputs if path is not None}
+    written: dict[str, str] = {}
+    for flag, path in outputs:
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        other = read.get(real) or written.setdefault(real, flag)
+        if os.path.isfile(real):
+            other = next((one for folder, one in read.items() if real.startswith(folder + os.sep)), other)
+        if other != flag:
+            raise UserError(f"{flag} {path}: would overwrite what {other} names; name another file")
+
+
 ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -112,7 +131,7 @@ def parse_json(data: bytes | str, form: Any) -> Any:
     Raises ValueError: not JSON, NaN or infinite numbers, a duplicate key, or another form; the message is one line.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicate_keys, parse_constant=_refuse_nan)
+        value = json.loads(data, object_pairs_hook=no_duplicate_keys, parse_constant=_refuse_nan)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if said := type_mismatch(value, form):
@@ -154,7 +173,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of `json.loads` that raises ValueError for a key that is there twice: the last would count."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

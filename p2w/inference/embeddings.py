@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.inference.cohort import SCAN, identifiers_of
+from p2w.tasks.answer_tables import refuse_two_spellings
 from p2w.tasks.source_files import read_csv
 
 Features = Literal["mean", "max", "std", "all"]
@@ -120,6 +121,7 @@ def read_labels(path: Path, column: str, embeddings: Embeddings, salt: str) -> L
             f"{path}: not one of its scans is in {embeddings.path}{first}; name them by their paths below --scans of p2w "
             "embed (or uid, or identifier), and pass its --salt"
         )
+    refuse_two_spellings(str(path), sorted({label for label, _, _ in rows.values()}))
     order = sorted(rows)
     hashes = [rows[index][1] for index in order]
     owners = tuple(own or embeddings.patients[index] for own, index in zip(hashes, order, strict=True))

@@ -11,7 +11,7 @@ import tyro
 from numpy.typing import NDArray
 
 from p2w.errors import UserError
-from p2w.files import refuse_unwritable, write_atomic
+from p2w.files import refuse_overwriting, refuse_unwritable, write_atomic
 from p2w.inference.cohort import write_rows
 from p2w.inference.embeddings import (
     Embeddings,
@@ -83,6 +83,10 @@ def main(argv: list[str]) -> int:
         )
     if options.labels is not None and options.page is None:
         raise UserError("--labels: colours the page; name one with --page FILE.html")
+    refuse_overwriting(
+        [("--out", options.out), ("--page", options.page)],
+        [("EMBEDDINGS", options.embeddings), ("--labels", options.labels)],
+    )
     embeddings = read_embeddings(options.embeddings, options.features, options.salt)
     if options.other_patients and not embeddings.known_patients:
         raise UserError(

@@ -19,6 +19,7 @@ from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan import percentile_range, read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
+from p2w.files import refuse_overwriting
 from p2w.inference.drawing import draw_preview
 from p2w.inference.finetuned_model import FineTunedModel, load_ensemble
 from p2w.inference.mask_files import (
@@ -382,13 +383,20 @@ def _check(options: PredictOptions, model: FineTunedModel) -> None:
     else:
         _check_answers(options, model)
     check_windows(options.overlap, options.threshold, options.batch)
+    outputs = (
+        ("--out", options.out),
+        ("--preview", options.preview),
+        ("--probabilities", options.probabilities),
+    )
+    refuse_overwriting(
+        outputs, [*(("--scan", path) for path in options.scan), ("--candidates", options.candidates)]
+    )
     if len(options.scan) != model.channels:
         names = model.card["task"].get("channel_names") or []
         raise UserError(
             f"--scan names {len(options.scan)} image(s), the network takes {model.channels}: {', '.join(names)}"
         )
-    written = {"--out": options.out, "--preview": options.preview, "--probabilities": options.probabilities}
-    for flag, path in written.items():
+    for flag, path in outputs:
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 

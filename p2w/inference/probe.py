@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from p2w import stats
 from p2w.errors import UserError
-from p2w.files import refuse_unwritable, write_atomic
+from p2w.files import refuse_overwriting, refuse_unwritable, write_atomic
 from p2w.inference.cohort import write_rows
 from p2w.inference.embeddings import Features, read_embeddings, read_labels
 
@@ -60,10 +60,14 @@ class ProbeOptions:
 def main(argv: list[str]) -> int:
     """Parse, read, judge, print."""
     options = tyro.cli(ProbeOptions, args=argv, prog="p2w probe", description=USAGE)
-    if options.k < 1 or options.strength <= 0 or options.folds < 0 or options.folds == 1:
+    if options.k < 1 or not 0 < options.strength < math.inf or options.folds < 0 or options.folds == 1:
         raise UserError(
             f"--k {options.k} --strength {options.strength} --folds {options.folds}: at least 1; above 0; 0 or from 2"
         )
+    refuse_overwriting(
+        [("--out", options.out), ("--predictions", options.predictions)],
+        [("EMBEDDINGS", options.embeddings), ("--labels", options.labels)],
+    )
     embeddings = read_embeddings(options.embeddings, options.features, options.salt)
     labels = read_labels(options.labels, options.label, embeddings, options.salt)
     values = embeddings.values[list(labels.rows)]

@@ -1,6 +1,7 @@
 """Predicted masks of whole scans beside the true ones: Dice, IoU, surfaces and volumes by class, intervals by patient."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,12 @@ def _pairs(options: ScoreOptions) -> dict[str, tuple[str, str]]:
     theirs = source_files.files_below(str(options.reference), "")
     named: dict[str, str] = {}
     for case, file in source_files.matching(options.masks, theirs).items():
-        named[source_files.file_stem(case)] = theirs[file]
+        stem = source_files.file_stem(case)
+        if stem in named:
+            raise UserError(
+                f"{options.reference}: {named[stem]} and {file} both are the mask {stem}: remove one"
+            )
+        named[stem] = theirs[file]
     pairs: dict[str, tuple[str, str]] = {}
     for case, name in source_files.matching(options.predictions, ours).items():
         stem, path = source_files.file_stem(case), ours[name]
@@ -140,6 +146,14 @@ def _pairs(options: ScoreOptions) -> dict[str, tuple[str, str]]:
             raise UserError(
                 f"{name}: {options.reference} holds no true mask of it: --masks PATTERN says what it is called, such as "
                 "'*_seg.nii.gz'"
+            )
+        if stem in pairs:
+            raise UserError(
+                f"{options.predicted}: {pairs[stem][0]} and {name} both are the prediction {stem}: remove one"
+            )
+        if os.path.samefile(path, named[stem]):
+            raise UserError(
+                f"{name}: is the prediction and the true mask: tell them apart by --reference, --predictions and --masks"
             )
         pairs[stem] = (path, named[stem])
     if not pairs:
@@ -165,6 +179,9 @@ def _score_pair(
         )
     except (BadScan, OSError) as error:
         raise UserError(f"{name}: {error}") from error
+    for path, image in ((ours, predicted), (theirs, true)):
+        if (low := image.values.min()) < 0:
+            raise UserError(f"{path}: holds values from {low:g}: is it an image? masks hold none below 0")
     if said := source_files.apart(true.grid, predicted.grid):
         raise UserError(f"{ours}: {said.replace('its image', theirs)}")
     scan, _, structure = name.rpartition("/") if labels is None and "/" in name else (name, "", "")

@@ -9,7 +9,7 @@ metrics. `nan`, `NA` and the like are refused, since they are as often a mistake
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from p2w.errors import UserError
@@ -145,11 +145,7 @@ def _found_classes(path: str, rows: Sequence[tuple[int, str]]) -> dict[str, str]
     Raises UserError for numbers with gaps, which are as often a slip as a class without a case, and for fractions.
     """
     texts = sorted({text for _, text in rows if text})
-    ways: dict[object, str] = {}
-    for text in texts:
-        other = ways.setdefault(_meaning(text), text)
-        if other != text:
-            raise UserError(f"{path}: writes one class in two ways ({other}, {text}): choose one")
+    refuse_two_spellings(path, texts)
     if all(text.lstrip("+-").isdecimal() for text in texts) and texts:
         numbers = sorted({int(text) for text in texts})
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -169,6 +165,15 @@ def _found_classes(path: str, rows: Sequence[tuple[int, str]]) -> dict[str, str]
             )
     check_class_names(path, texts)
     return {text: text for text in texts}
+
+
+def refuse_two_spellings(path: str, texts: Iterable[str]) -> None:
+    """Raise UserError where two of the texts are one class: the same number, or the same words in another case."""
+    ways: dict[object, str] = {}
+    for text in texts:
+        other = ways.setdefault(_meaning(text), text)
+        if other != text:
+            raise UserError(f"{path}: writes one class in two ways ({other}, {text}): choose one")
 
 
 def _meaning(text: str) -> object:

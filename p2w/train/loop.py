@@ -106,7 +106,15 @@ class Trainer:
         if snapshot is None:
             self.log.rewind(-1)  # a run that was killed before its first checkpoint begins again
             return False
-        self.model.load_state_dict(snapshot.model)
+        try:
+            self.model.load_state_dict(snapshot.model)
+        except (
+            RuntimeError
+        ) as error:  # config.json was edited, or the network is another one in this version of p2w
+            raise SharedError(
+                f"{self.checkpoints.path(snapshot.step)}: its weights do not fit the network that config.json describes "
+                f"({str(error).splitlines()[-1].strip()[:160]}); put back the settings that the run began with"
+            ) from error
         state = snapshot.state
         load_optimizer(self.stepper.optimizer, state["optimizer"])
         self.stepper.schedule.load_state_dict(state["schedule"])

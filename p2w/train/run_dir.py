@@ -87,7 +87,9 @@ class RunDir:
             if not existing.is_dir():
                 raise UserError(f"{self.path}: {existing} is a file; name a folder with --run-dir")
             return
-        before, now = settings.flatten(settings.read_config(path)), settings.flatten(config)
+        own = settings.read_config(path)
+        settings.refuse_edited_config(self.path, own)
+        before, now = settings.flatten(own), settings.flatten(config)
         changed = [
             f"{name} was {before.get(name)}, now {now[name]}"
             for name in sorted(now)
@@ -124,6 +126,7 @@ class RunDir:
                 f"{self.path}: another process trains in it ({name}); wait for it or end it, or name another --run-dir"
             )
         start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "data": data, "shards": shards, **machine}
+        start["config"] = json.loads(settings.config_to_json(config))
         try:
             if locked:
                 self._lock.write(f"{socket.gethostname()}, pid {os.getpid()}")

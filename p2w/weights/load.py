@@ -14,6 +14,7 @@ from torch import Tensor
 
 from p2w import config as settings
 from p2w.errors import UserError
+from p2w.files import no_duplicate_keys
 from p2w.model import Encoder, build_encoder
 from p2w.model.conv import let_train
 from p2w.model.encoder import InputNorm
@@ -169,6 +170,7 @@ def hashed_scans_of(init: str) -> Any:
 def find_checkpoint(run: Path, step: int | None = None) -> Trained:
     """A checkpoint of a run: the one asked for, else the best, else the newest. Raises UserError when there is none."""
     config = settings.read_config(run / "config.json")
+    settings.refuse_edited_config(run, config)
     checkpoints = Checkpoints(run / "checkpoints")
     there = checkpoints.steps()
     if step is None:
@@ -207,7 +209,7 @@ def filled_encoder(
 def read_json(file: Path) -> dict[str, Any]:
     """Read a card.json. Raises UserError when there is none."""
     try:
-        card = json.loads(file.read_text())
+        card = json.loads(file.read_text(), object_pairs_hook=no_duplicate_keys)
         if not isinstance(card, dict):
             raise ValueError("it is no object")
         return card

@@ -309,3 +309,29 @@ def test_a_folder_of_mr_is_read_for_a_network_that_was_not_trained_on_ct(tmp_pat
     crop = cut(predict.CropBox(np.zeros(3), np.ones(3), values.shape))
     np.testing.assert_allclose(crop / 32767, np.clip((values - low) / (high - low), 0, 1), atol=1e-4)
     assert voxels.shape == values.shape
+
+
+def test_nothing_that_is_read_or_written_is_overwritten(tmp_path, voxels):
+    """An out file that is the scan, the table, a slice of the series, or that another option names too."""
+    scan, series, table = tmp_path / "scan.nii.gz", tmp_path / "series", tmp_path / "c.csv"
+    sitk.WriteImage(image_of(voxels), str(scan))
+    dicom(series, voxels, "1.2.3")
+    (slice_0, *_) = sorted(series.iterdir())
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    table.write_text("x,y,z\n0,0,0\n")
+    saved(tmp_path / "masks", "segmentation")
+    saved(tmp_path / "points", "classification")
+    masks, points = tmp_path / "masks", tmp_path / "points"
+    mask = tmp_path / "m.nii.gz"
+    before = {path: path.read_bytes() for path in (scan, slice_0, table)}
+    for argv, other in (
+        ([masks, "--scan", scan, "--out", scan], "--scan"),
+        ([masks, "--scan", scan, "--out", tmp_path / "link.nii.gz"], "--scan"),
+        ([masks, "--scan", scan, "--out", mask, "--probabilities", mask], "--out"),
+        ([masks, "--scan", scan, "--out", mask, "--preview", scan], "--scan"),
+        ([masks, "--scan", series, "--out", slice_0, "--format", "dicom-seg"], "--scan"),
+        ([points, "--scan", scan, "--out", table, "--candidates", table], "--candidates"),
+    ):
+        with pytest.raises(UserError, match=f"would overwrite what {other} names; name another file"):
+            predict.main([str(word) for word in argv])
+    assert all(path.read_bytes() == data for path, data in before.items()) and not mask.exists()

@@ -88,3 +88,18 @@ def test_refusals(folders):
     (folders / "true" / "p_1_seg.nii.gz").unlink()
     with pytest.raises(UserError, match="holds no true mask of it"):
         run(folders)
+
+
+def test_pairs_that_measure_nothing_are_refused(folders):
+    """A mask beside itself, an image in place of a mask, and two files of one name."""
+    masks, true = folders / "out" / "masks", folders / "true"
+    out = ["--out", str(folders / "scores.csv")]
+    with pytest.raises(UserError, match="is the prediction and the true mask"):
+        score.main([str(true), "--reference", str(true), *out])
+    (folders / "out" / "labels.json").unlink()
+    write(true / "q_1_seg.nii.gz", np.full(SHAPE, -900, np.int16))
+    with pytest.raises(UserError, match=r"q_1_seg\.nii\.gz: holds values from -900: is it an image"):
+        run(folders)
+    write(true / "p_1_seg.mha", box((1, 2, 2), (4, 8, 8)))
+    with pytest.raises(UserError, match="both are the mask p_1_seg: remove one"):
+        score.main([str(masks), "--reference", str(true), *out])

@@ -15,6 +15,7 @@ from p2w.stream import sampler as samplers
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.run_dir import RunDir
+from p2w.weights.load import find_checkpoint
 
 CONFIG = Config()
 MACHINE = {"host": "here"}
@@ -169,3 +170,27 @@ def test_a_rank_that_waits_for_one_that_has_left_does_not_change_how_the_run_end
     RunDir(run.path).write_status("failed", 6, "hangs: rank 0")  # and here while it trains
     assert json.loads((run.path / "status.json").read_text())["step"] == 6
     first.close()
+
+
+def test_a_config_that_was_edited_is_refused(run):
+    """Continuing, or a card, would tell of settings that the weights were not trained with."""
+    path = run.path / "config.json"
+    written = path.read_text()
+    edited = replace(CONFIG, pretext=replace(CONFIG.pretext, window_hu=(-500.0, 500.0)))
+    path.write_text(config_to_json(edited))
+    for check in (lambda: run.check_may_continue(edited, "abc"), lambda: find_checkpoint(run.path)):
+        with pytest.raises(UserError, match=r"window_hu is \(-500.*began with \(-1000.*was edited") as error:
+            check()
+        assert "\n" not in str(error.value)
+    longer = replace(CONFIG, train=replace(CONFIG.train, steps=CONFIG.train.steps + 1))
+    path.write_text(config_to_json(longer))  # may change
+    run.check_may_continue(longer, "abc")
+    path.write_text(config_to_json(edited))
+    starts = json.loads((run.path / "run.json").read_text())["starts"]
+    for start in starts:
+        del start["config"]
+    (run.path / "run.json").write_text(json.dumps({"starts": starts}))  # as earlier versions wrote it
+    run.check_may_continue(edited, "abc")
+    path.write_text(written.replace('"batch":', '"batch": 4, "batch":', 1))
+    with pytest.raises(UserError, match="'batch' is twice in one object"):
+        run.check_may_continue(CONFIG, "abc")
