@@ -55,6 +55,13 @@ def splitmix64(z: Int64) -> Int64:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
+def _mixed(word: int) -> int:
+    """`splitmix64` of one word from 0 to 2**64 - 1 in Python's integers, a fifteenth of the time of an array of one."""
+    for shift, factor in _MIX:
+        word = (word ^ word >> shift) * factor & _MASK64
+    return word ^ word >> 31
+
+
 def uniforms(keys: SampleKeys, part: int, count: int) -> Tensor:
     """Uniform numbers (B, count) float64 in [0, 1), 53 random bits each, for part `part` of every sub-scan.
 
@@ -86,8 +93,7 @@ def _state(keys: SampleKeys, part: int) -> int:
         )
     state = 0
     for word in (keys.seed, keys.epoch, part):
-        mixed = ((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64
-        state = int(splitmix64(np.array([_signed(mixed)]))[0]) & _MASK64
+        state = _mixed(((state ^ (word & _MASK64)) + _GOLDEN) & _MASK64)
     return state
 
 
@@ -165,9 +171,18 @@ def stratified_ids(ids: Ids, most: int) -> Ids:
 
 def key_state(*key: int) -> Ids:
     """(1,): what a key (seed, epoch, ...) brings to `hash64`, for `hash64_from`."""
-    state = np.zeros(1, np.int64)
+    return np.array([_signed(_keyed(key))], np.int64)
+
+
+def key_word(*key: int) -> int:
+    """The word of `hash64` for id 0, 0 … 2**64 - 1: a number that follows from the key alone."""
+    return _mixed(_keyed(key))
+
+
+def _keyed(key: tuple[int, ...]) -> int:
+    state = 0
     for part in key:  # integers of any size and sign count modulo 2**64
-        state = splitmix64(state + np.array([_signed((part + _GOLDEN) & _MASK64)]))
+        state = _mixed((state + part + _GOLDEN) & _MASK64)
     return state
 
 

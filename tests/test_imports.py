@@ -105,7 +105,8 @@ def below(name: str, tops: tuple[str, ...]) -> bool:
 
 
 @functools.cache
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Modules a file imports; `from p2w import geometry` and `from p2w.shards import order` name the submodule."""
     found = set()
     for node in nodes(path):
@@ -116,7 +117,7 @@ def imports(path: Path) -> set[str]:
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             submodules = inside & NAMES
             found |= submodules or {node.module}
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

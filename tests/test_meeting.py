@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import processes
 import pytest
 import torch.distributed as dist
 from processes import REPO
@@ -199,9 +200,29 @@ def test_the_world_that_met_is_the_one_asked_for(monkeypatch, variables, says):
         world.check_asked()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", [["--nnodes", "2"], ["--nnodes=2"]])
-def test_torchrun_says_how_many_nodes_it_was_asked_for(form, tmp_path):
+def test_torchrun_says_how_many_nodes_it_was_asked_for(form, tmp_path, monkeypatch):
+    """A stub of torchrun, which waits for its stdin, is the parent of this process."""
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "GROUP_WORLD_SIZE": "1",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "torchrun"
+    script.write_text("input()")
+    with subprocess.Popen(
+        [sys.executable, script, *form, "launch/train.py"], stdin=subprocess.PIPE, text=True
+    ) as agent:
+        monkeypatch.setattr(os, "getppid", lambda: agent.pid)
+        with pytest.raises(UserError, match="asked for 2 nodes and 1 met"):
+            World.from_env().check_asked()
+        agent.communicate("\n")
+
+
+@pytest.mark.slow
+def test_a_rank_ends_where_torchrun_was_asked_for_more_nodes(tmp_path):
     """As with clocks 60 s apart: torchrun is asked for two nodes, and its world has one. A stub that finds nobody."""
     script = tmp_path / "torchrun"
     script.write_text(
@@ -210,7 +231,7 @@ def test_torchrun_says_how_many_nodes_it_was_asked_for(form, tmp_path):
         "sys.exit(subprocess.run([sys.executable, 'launch/train.py', 'demo', '--shards', '/nowhere']).returncode)\n"
     )
     done = subprocess.run(
-        [sys.executable, script, *form, "launch/train.py"], cwd=REPO, check=False,
+        [sys.executable, script, "--nnodes", "2", "launch/train.py"], cwd=REPO, check=False,
         env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and "asked for 2 nodes and 1 met" in done.stderr, done.stderr
@@ -242,7 +263,7 @@ def test_a_limit_of_open_files_is_raised_or_said():
         "said = [meeting.allow_open_files(8), meeting.allow_open_files(2000)];"
         "print(json.dumps([*said, resource.getrlimit(resource.RLIMIT_NOFILE)]))"
     )
-    out = subprocess.run(
+    out = processes.run(
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True, timeout=60
     )
     first, second, limit = json.loads(out.stdout)

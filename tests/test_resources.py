@@ -1,9 +1,9 @@
 """Cores and memory as control groups of either version limit them: folders as the kernel lays them out."""
 
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from processes import REPO
@@ -77,13 +77,11 @@ def test_workers_follow_the_containers_memory(machine, monkeypatch):
 
 @pytest.mark.slow
 def test_affinity_is_what_taskset_leaves():
-    code = "from p2w.resources import usable_cores; from p2w.world import World; "
+    code = "import os, sys; from p2w.resources import usable_cores; from p2w.world import World; "
+    code += "os.sched_setaffinity(0, {int(sys.argv[1])}); "  # all that taskset does
     code += "print(usable_cores(), World.from_env().machine()['cores'])"
     core = str(min(os.sched_getaffinity(0)))
-    done = subprocess.run(
-        ["taskset", "-c", core, sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = processes.run([sys.executable, "-c", code, core], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1"]
 
 

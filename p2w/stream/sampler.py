@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.rng import Ids, hash64
+from p2w.rng import Ids, hash64, key_word
 
 if TYPE_CHECKING:
     from p2w.stream.local import ShardSet
@@ -105,8 +105,7 @@ class _Rounds:
 @functools.lru_cache(maxsize=8)
 def _rounds(count: int, seed: int, epoch: int, stream: int) -> _Rounds:
     wide = math.isqrt(max(0, count - 1)) + 1  # A
-    zero = np.zeros(1, np.int64)
-    keys = tuple(np.uint64(hash64(zero, seed, epoch, stream, number)[0]) for number in range(ROUNDS))
+    keys = tuple(np.uint64(key_word(seed, epoch, stream, number)) for number in range(ROUNDS))
     rounds = _Rounds((wide, -(-count // wide)), keys, ())
     if wide > _MOST_LOOKED_UP:
         return rounds

@@ -161,7 +161,7 @@ def test_limits_and_clock(case, tmp_path):
     low.write_text("4096\n")
     assert "vm.max_map_count" in only(machine.limits(case, low)).remedy
     code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096)); from p2w.doctor import machine; "
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code + "print(*machine.limits(None))"],
         env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from target_sets import write_target_set
 
+from p2w import report
 from p2w.commands import finetune
 from p2w.errors import UserError
 from p2w.finetune.deep_supervision import DeepSupervision, at_size, decoder_levels, wants_supervision
@@ -291,6 +292,8 @@ def test_an_interrupted_trial_ends_with_the_same_bits(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(FineTuner, "epoch", epoch)
+            patch.setattr(finetune, "draw_test_samples", lambda *_: None)  # nobody looks at pictures here
+            patch.setattr(report, "write_report", lambda *_: None)
             argv = ["--task", str(balls), "--run-dir", str(tmp_path / run), *settings.split(), *more.split()]
             return finetune.work(finetune.build(argv, world), world)
 

@@ -11,12 +11,14 @@ import SimpleITK as sitk
 
 from p2w.errors import UserError
 from p2w.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
+from p2w.phantom.__main__ import main
 from p2w.phantom.body import Frame
 
 pytestmark = pytest.mark.slow  # seconds of computing
 
-SMALL = (32, 64, 64)
-MIDDLE = (96, 192, 192)  # three quarters of the usual resolution, for a third of its time
+TINY = (16, 32, 32)
+SMALL = (24, 48, 48)
+MIDDLE = (64, 128, 128)  # half of the usual resolution, for a third of its time
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_same_seed_gives_the_same_bytes() -> None:
-    a, b = make_scan(5, SMALL), make_scan(5, SMALL)
+    a, b = make_scan(5, TINY), make_scan(5, TINY)
     assert a.voxels.tobytes() == b.voxels.tobytes()
     assert a.labels.tobytes() == b.labels.tobytes()
     assert (a.nodules, a.candidates, a.spacing_mm, a.origin_mm) == (
@@ -193,16 +195,21 @@ def test_bytes_do_not_depend_on_workers_or_interruption(folder: Path, tmp_path: 
     assert contents(out) == contents(folder)
 
 
-def test_a_killed_command_is_completed_by_the_same_command(tmp_path: Path) -> None:
-    def command(name: str, workers: int) -> list[str]:
-        where = ["--out", str(tmp_path / name), "--scans", "3", "--shape", "32", "48", "48"]
-        return [sys.executable, "-m", "p2w.phantom", *where, "--workers", str(workers)]
+def test_a_killed_command_is_completed_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(name: str) -> list[str]:
+        return ["p2w.phantom", "--out", str(tmp_path / name), "--scans", "3", "--shape", "16", "32", "32"]
 
-    with subprocess.Popen(command("killed", 2), stdout=subprocess.PIPE, text=True) as killed:
+    command = [sys.executable, "-m", *words("killed"), "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None and killed.stdout.readline().startswith("scan 1/3")
         killed.kill()
-    for name, workers in (("killed", 1), ("whole", 1)):
-        subprocess.run(command(name, workers), check=True, capture_output=True)
+    for name in ("killed", "whole"):
+        monkeypatch.setattr(sys, "argv", words(name))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -218,13 +225,18 @@ def test_never_writes_into_another_folder(folder: Path, tmp_path: Path) -> None:
         make_scan(0, (8, 96, 96))
 
 
-def test_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "p2w.phantom", "--out", str(tmp_path / "L"), "--scans", "1"]
-    done = subprocess.run(
-        [*command, "--shape", "32", "64", "64"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "scan 1/1" in done.stdout and (tmp_path / "L" / "annotations.csv").exists()
-    bad = subprocess.run([*command, "--shape", "9", "64", "64"], capture_output=True, text=True, check=False)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*shape: str) -> tuple[int | None, str, str]:
+        words = ["p2w.phantom", "--out", str(tmp_path / "L"), "--scans", "1", "--shape", *shape]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not isinstance(ended.value.code, str)
+        return ended.value.code, *capsys.readouterr()
+
+    code, out, err = run("16", "32", "32")
+    assert not code, err
+    assert "scan 1/1" in out and (tmp_path / "L" / "annotations.csv").exists()
+    code, _, err = run("9", "64", "64")
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1

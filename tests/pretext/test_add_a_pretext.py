@@ -48,7 +48,9 @@ def test_a_pretext_added_by_the_page_trains_exports_and_is_in_the_docs(tiny_set,
     commands[0] += SMALL
     commands.append(re.search(r"`(python bench\S+ --names-only)`", PAGE)[1].split())
     shutil.copytree(tiny_set, tmp_path / "demo" / "shards")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
+    # As in jobs of tests/slurm: training draws nothing, and the optimizer does not import torch._dynamo.
+    path = os.pathsep.join(map(str, [REPO / "tests/slurm/site", tmp_path, REPO]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "P2W_DEVICE": "cpu"}
     for command in commands:
         start = [sys.executable] if command[0] == "python" else [sys.executable, "-m"]
         run = subprocess.run(

@@ -63,16 +63,19 @@ def visit_seen_sites(conv, x, mask):
     """A convolution by hand, float64: at seen sites alone, over seen neighbours alone; zeros elsewhere."""
     out = torch.zeros(len(x), conv.out_channels, *x.shape[2:], dtype=torch.float64)
     reach = conv.kernel_size[0] // 2
+    weight, bias, given, seen = (
+        one.detach().numpy() for one in (conv.weight.double(), conv.bias.double(), x, mask)
+    )
     for b, z, y, w in mask[:, 0].nonzero().tolist():
-        total = conv.bias.double().clone()
+        total = bias.copy()
         for dz in range(-reach, reach + 1):
             for dy in range(-reach, reach + 1):
                 for dx in range(-reach, reach + 1):
                     at = (z + dz, y + dy, w + dx)
-                    if all(0 <= i < edge for i, edge in zip(at, x.shape[2:], strict=True)) and mask[b, 0][at]:
-                        tap = conv.weight[:, :, dz + reach, dy + reach, dx + reach].double()
-                        total += tap @ x[(b, slice(None), *at)]
-        out[b, :, z, y, w] = total
+                    if all(0 <= i < edge for i, edge in zip(at, x.shape[2:], strict=True)) and seen[b, 0][at]:
+                        tap = weight[:, :, dz + reach, dy + reach, dx + reach]
+                        total += tap @ given[(b, slice(None), *at)]
+        out[b, :, z, y, w] = torch.from_numpy(total)
     return out
 
 

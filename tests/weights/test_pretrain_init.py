@@ -225,7 +225,8 @@ def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
     ]
     command += ["--train.precision", "fp32", "--train.validate-every", "100"]
     environment = {**os.environ, "P2W_DEVICE": "cpu"}
-    done = processes.run(command, capture_output=True, text=True, env=environment)
+    how = {"capture_output": True, "text": True, "env": environment, "spies": (("draw_nothing",),)}
+    done = processes.run(command, **how)
     assert done.returncode == 0, done.stderr
     assert "p2w: unet3d, width 2" in done.stderr and "decoder" in done.stderr
     trained = load_start(str(run))
@@ -235,7 +236,7 @@ def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
     }
     assert equal(trained.encoder, weights)
     shutil.rmtree(init)
-    again = processes.run(command, capture_output=True, text=True, env=environment)
+    again = processes.run(command, **how)
     assert again.returncode == 0 and "has its 2 steps already" in again.stderr, again.stderr
 
 

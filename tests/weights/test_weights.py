@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import processes
@@ -189,9 +188,7 @@ def test_weights_of_another_network_are_refused_and_told(trained_run, tmp_path):
 @pytest.mark.slow
 def test_the_command_from_the_shell(trained_run, tmp_path):
     command = [sys.executable, "-m", "p2w", "export", str(trained_run), "--to", "safetensors"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "e.safetensors")], check=False, capture_output=True, text=True
-    )
+    done = processes.run([*command, "--out", str(tmp_path / "e.safetensors")], capture_output=True, text=True)
     assert done.returncode == 0 and "encoder of step 10" in done.stdout
     failed = processes.run([*command, "--step", "7"], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
