@@ -23,8 +23,9 @@ import psutil
 REPO = Path(__file__).resolve().parent.parent
 # What is read while modules are imported or by the interpreter: the server's own, for all that it forks.
 FIXED = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "PYTHONHASHSEED",
     "PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONHOME", "PYTHONSAFEPATH", "LD_PRELOAD", "TORCH_CPP_LOG_LEVEL",
+    *(["CUDA_VISIBLE_DEVICES"] if os.path.exists("/dev/nvidiactl") else []),  # without a driver nothing reads it
 )  # fmt: skip
 
 
