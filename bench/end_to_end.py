@@ -99,9 +99,8 @@ class Way:
         self.trainer = Trainer(config, world, pretext, model, self.stream, checkpoints, log, precision)
         self.cpu_s: list[float] = []  # of all threads, a sample
         self.batches, self.steps, self.samples = self.stream.batches(), steps, config.data.batch * steps
-        if (
-            world.device.type == "cuda"
-        ):  # a CUDA graph is captured, timed and taken or not before anything is measured
+        # A CUDA graph is captured, timed and taken or not before anything is measured
+        if world.device.type == "cuda":
             for _ in range(WARM_UP_STEPS + 1):
                 self.trainer.train_step(next(self.batches))
 

@@ -85,9 +85,8 @@ def measured(world: World, rounds: int) -> dict[str, float]:
     optimizer, _ = build_optimizer(named("paper").optim, model)
     dtype = choose_precision("auto", world.device).dtype
     samples = torch.rand(4, 1, *SIZE)
-    gradients = [torch.rand(25 << 18) for _ in range(2)] + [
-        torch.rand(14_000_000 // 4 + 250_000)
-    ]  # DDP's buckets
+    # DDP's buckets
+    gradients = [torch.rand(25 << 18) for _ in range(2)] + [torch.rand(14_000_000 // 4 + 250_000)]
 
     def step(count: int, summed: bool = True) -> float:
         world.barrier()

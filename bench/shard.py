@@ -270,9 +270,8 @@ def main() -> None:
                 status = dict(
                     line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
                 )
-                print(
-                    int(status["VmHWM"].split()[0]) / 1024
-                )  # not getrusage, which counts the parent's before exec
+                # Not getrusage, which counts the parent's before exec
+                print(int(status["VmHWM"].split()[0]) / 1024)
                 return
             rows = [measure(source, folder, options.repeats) for source in found.sources]
         more_rows, more_goals = packing(found.sources, scratch / "packed") if options.scans else ([], [])

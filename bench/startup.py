@@ -30,9 +30,8 @@ STARTUP_SOURCES = (
 class StartupRates:
     """Of the file system that holds the environment and the data; defaults are those of a local NVMe."""
 
-    file_op_s: float = (
-        2e-5  # to look up, open or stat one file; 2e-4 … 1e-3 on a shared file system that is busy
-    )
+    # To look up, open or stat one file; 2e-4 … 1e-3 on a shared file system that is busy
+    file_op_s: float = 2e-5
     file_ops_per_s: float = math.inf  # that its servers do for all nodes together
     bytes_per_s: float = 2e9  # of a node
     bytes_per_s_in_all: float = math.inf

@@ -123,9 +123,8 @@ def beat(stores: list[dist.Store], server: Server, seconds: float) -> dict[str, 
         time.sleep(max(0.0, pace - (time.monotonic() - start)))
     took, used = time.monotonic() - began, server.seconds() - before
     assert all(peer.tick > 1 for peer in dogs[0].peers), "rank 0 has not heard of all"
-    asked = (
-        pace * rounds
-    )  # the time that these rounds stand for: this process may be slower than its ranks would be
+    # The time that these rounds stand for: this process may be slower than its ranks would be
+    asked = pace * rounds
     return {
         "beat_every_s": round(pace, 2),
         "store_share_of_a_core": round(used / max(asked, 1e-9), 4),

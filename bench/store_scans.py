@@ -28,7 +28,7 @@ from p2w.shards.build import cut_source
 from p2w.shards.build_folder import JobShare
 from p2w.shards.scan_shards import ScanFolder, ShardingSettings, build_shards
 from p2w.stream.local import ShardSet
-from p2w.stream.random_places import ScanStoreSet
+from p2w.stream.random_crops import ScanStoreSet
 from p2w.stream.stream import Stream, open_set
 
 GROUP = "reading 2 MiB wholes"

@@ -34,8 +34,8 @@ from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
 from p2w.shards.writer import open_shard
 from p2w.stream import local
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 
 SHAPE, PER_SHARD = (64, 128, 128), 32

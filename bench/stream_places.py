@@ -39,7 +39,7 @@ from stream import Options as Sets
 
 from p2w.shards.manifest import read_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
-from p2w.stream.device_cache import DeviceCache
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 from p2w.stream.tar import TarSet, fetch_manifest
 
@@ -129,9 +129,8 @@ def cold(folder: str, options: Options, given: list[float]) -> dict[str, Callabl
         return run
 
     def peer(name: str, where: str) -> Callable[[], float]:
-        def run() -> (
-            float
-        ):  # a process of its own each time: the last one's maps would keep pages in the cache
+        # A process of its own each time: the last one's maps would keep pages in the cache
+        def run() -> float:
             process = Peer(name, folder, Sets(peers=options.peers, batch=options.batch))
             drop(f"{folder}/{where}")
             try:

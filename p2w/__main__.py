@@ -46,7 +46,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "neighbours": ("p2w.inference.neighbours", "the most similar scans of a cohort; a t-SNE page"),
     "export": ("p2w.weights.export", "write a run's weights for other programs"),
-    "push": ("p2w.weights.push", "publish a run's encoder on the Hugging Face Hub, with its card"),
+    "push": (
+        "p2w.weights.export:main_push",
+        "publish a run's encoder on the Hugging Face Hub, with its card",
+    ),
     "inspect": (
         "p2w.weights.start:main_inspect",
         "which network the weights in a file belong to, and whether all of them can be loaded",

@@ -63,14 +63,9 @@ def analyze(a: Analysis) -> dict[str, Any]:
     began, world, data = time.monotonic(), a.world, data_fingerprint(a.shards.meta)
     ids = a.settings.wholes(a.shards.ids(a.split))
     measure = Measure(
-        a.settings,
-        a.settings.part_sets(a.run.config.pretext),
-        a.shards,
-        data,
-        ids,
-        world,
+        a.settings, a.settings.part_sets(a.run.config.pretext), a.shards, data, ids, world,
         Cache(a.run.path, world),
-    )
+    )  # fmt: skip
     own = a.run.feature_source(a.label, a.step, world, a.precision)
     subjects = [*a.against, own]
     steps = a.run.checkpoints.steps() if a.checkpoints else []

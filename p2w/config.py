@@ -181,32 +181,13 @@ def __getattr__(name: str) -> Any:
 
 # Settings that may change when a run folder is continued: they do not touch the steps already done. `train.steps` does touch
 # the ones to come under a cosine schedule, whose rates follow from the last step.
-MAY_CHANGE = frozenset(
-    {
-        "data.reader_threads",
-        "data.cache_on_device",
-        "data.on_bad_sample",
-        "data.max_bad_share",
-        "data.retry_minutes",
-        "data.audit_ids",
-        "train.steps",
-        "train.checkpoint_every",
-        "train.checkpoint_minutes",
-        "train.early_stop",
-        "train.elastic",
-        "train.keep",
-        "train.keep_every",
-        "train.log_every",
-        "train.probe_every",
-        "train.max_nonfinite",
-        "train.deterministic",
-        "train.cuda_graph",
-        "train.kernels",
-        "train.hang_minutes",
-        "log.to",
-        "log.pictures",
-    }
-)
+MAY_CHANGE = frozenset({
+    "data.reader_threads", "data.cache_on_device", "data.on_bad_sample", "data.max_bad_share",
+    "data.retry_minutes", "data.audit_ids", "train.steps", "train.checkpoint_every",
+    "train.checkpoint_minutes", "train.early_stop", "train.elastic", "train.keep", "train.keep_every",
+    "train.log_every", "train.probe_every", "train.max_nonfinite", "train.deterministic", "train.cuda_graph",
+    "train.kernels", "train.hang_minutes", "log.to", "log.pictures",
+})  # fmt: skip
 
 
 def check_config(config: "Config") -> "Config":

@@ -222,18 +222,18 @@ class FileLock:
             return ""
 
 
-def is_held(path: str | os.PathLike[str], unknown: bool = True) -> bool:
-    """Whether a process has the lock of this file; `unknown` where that cannot be determined, False without a file."""
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Whether a process has the lock of this file; True where that cannot be determined, False without a file."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     except OSError:
-        return unknown
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return True if error.errno in LOCKED else unknown
+    except OSError:
+        return True
     finally:
         os.close(file)
     return False

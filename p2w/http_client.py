@@ -19,8 +19,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -36,20 +36,15 @@ LONGEST_PAUSE_S = 30.0
 PIECE = 1 << 20  # bytes read at a time
 SIGNED_S = 300  # how long a signed address is used: less than credentials that AWS hands out still hold
 _RETRY_STATUS = frozenset({408, 429})  # the statuses below 500 after which another try may succeed
-_WITHOUT_RANGES = frozenset(
-    {200, 400, 416, 501}
-)  # answers of a server that cannot give a range of a file that is there
+# Answers of a server that cannot give a range of a file that is there
+_WITHOUT_RANGES = frozenset({200, 400, 416, 501})
 _own = threading.local()  # each thread keeps its own connections
 _signing = threading.Lock()  # botocore's sessions are not for several threads
 
-FAILURES = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
-)
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 
 Headers = Mapping[str, str] | http.client.HTTPMessage
+T = TypeVar("T")
 
 
 class RequestFailed(Exception):
@@ -105,8 +100,8 @@ def _s3_client(bucket: str) -> Any:
         config = Config(signature_version=version)
         client = own.create_client("s3", config=config)
         # Anybody is told the region of a bucket, without the right to read it; other stores than AWS may not know any.
-        place = f"{client.meta.endpoint_url}/{bucket}"
-        with session().head(place, timeout=(CONNECT_S, READ_S), allow_redirects=False) as answer:
+        url = f"{client.meta.endpoint_url}/{bucket}"
+        with session().head(url, timeout=(CONNECT_S, READ_S), allow_redirects=False) as answer:
             region = answer.headers.get("x-amz-bucket-region")
         if region and region != client.meta.region_name:
             client = own.create_client("s3", region_name=region, config=config)
@@ -160,57 +155,42 @@ def fixed_session(url: str) -> requests.Session:
     return fixed
 
 
-class Attempts:
-    """Tries of one request: at least `TRIES`, and until `retry_s` seconds after the first failure.
+def retried(
+    ask: Callable[[], T],
+    url: str,
+    retry_s: float = 0.0,
+    on_wait: Callable[[], None] = lambda: None,
+    pause_s: float = PAUSE_S,
+) -> T:
+    """What `ask()`, one request for `url`, returns; tried `TRIES` times at least, and for `retry_s` seconds after a failure.
 
-    >>> for attempt in Attempts(url, retry_s):
-    ...     with attempt: return ask()
+    `on_wait` is called at least once a second while waiting for the next try, and once for every failure. Raises
+    RequestFailed after a failure that no other try may mend.
     """
-
-    def __init__(
-        self,
-        url: str,
-        retry_s: float = 0.0,
-        on_wait: Callable[[], None] = lambda: None,
-        pause_s: float = PAUSE_S,
-    ) -> None:
-        """`on_wait` is called at least once a second while waiting for the next try, and once for every failure."""
-        self.url, self.retry_s, self.on_wait, self.pause_s = url, retry_s, on_wait, pause_s
-        self.failed = 0
-        self._first = 0.0
-
-    def __iter__(self) -> Iterator["Attempts"]:
-        """Yield itself without end; the `with` block raises RequestFailed after a failure that no other try may mend."""
-        while True:
-            yield self
-
-    def __enter__(self) -> "Attempts":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, (*FAILURES, Refused)):
-            return False
-        self.on_wait()
-        self.failed += 1
-        now = time.monotonic()
-        self._first = self._first or now
-        reason = str(error) if isinstance(error, Refused) else innermost_reason(error)
-        pause = min(LONGEST_PAUSE_S, self.pause_s * 2 ** min(self.failed - 1, 20)) * random.uniform(0.75, 1.0)
-        if isinstance(error, Refused) and error.pause_s is not None and self.retry_s:
-            pause = max(0.1, min(error.pause_s, self.retry_s))  # the server knows better
-        patience = (
-            0.0 if f"[Errno {socket.EAI_NONAME}]" in reason else self.retry_s
-        )  # no such host: mistyped, as a rule
-        over = self.failed >= TRIES and now + pause - self._first > patience
-        if over or (isinstance(error, Refused) and error.final):
-            took = f" over {now - self._first:.0f} s" if now - self._first >= 60 else ""
-            raise RequestFailed(f"({reason}), tried {self.failed} times{took}") from error
-        logging.getLogger(__name__).warning("%s: %s; trying again", self.url, reason)
+    failed, first = 0, 0.0
+    while True:
+        try:
+            return ask()
+        except (*FAILURES, Refused) as error:
+            on_wait()
+            failed += 1
+            now = time.monotonic()
+            first = first or now
+            refused = error if isinstance(error, Refused) else None
+            reason = str(error) if refused else innermost_reason(error)
+            pause = min(LONGEST_PAUSE_S, pause_s * 2 ** min(failed - 1, 20)) * random.uniform(0.75, 1.0)
+            if refused and refused.pause_s is not None and retry_s:
+                pause = max(0.1, min(refused.pause_s, retry_s))  # the server knows better
+            # No such host: mistyped, as a rule
+            patience = 0.0 if f"[Errno {socket.EAI_NONAME}]" in reason else retry_s
+            if (failed >= TRIES and now + pause - first > patience) or (refused and refused.final):
+                took = f" over {now - first:.0f} s" if now - first >= 60 else ""
+                raise RequestFailed(f"({reason}), tried {failed} times{took}") from error
+        logging.getLogger(__name__).warning("%s: %s; trying again", url, reason)
         end = now + pause
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(1.0, left))
-            self.on_wait()
-        return True
+            on_wait()
 
 
 def range_headers(start: int, nbytes: int) -> dict[str, str]:
@@ -263,7 +243,7 @@ def read_range(url: str, start: int, nbytes: int) -> bytes:
         return data
 
 
-def read_pieces(url: str, on_piece: Callable[[], None] = lambda: None) -> Generator[bytes, None, None]:
+def read_pieces(url: str) -> Generator[bytes, None, None]:
     """Ask once for a whole file, and yield its bytes in pieces. Raises Refused, or an error of the connection."""
     own = {"Accept-Encoding": "identity"}
     with session().get(address(url), headers=own, stream=True, timeout=(CONNECT_S, READ_S)) as answer:
@@ -273,7 +253,6 @@ def read_pieces(url: str, on_piece: Callable[[], None] = lambda: None) -> Genera
         expected = answer.headers.get("Content-Length")
         while data := answer.raw.read(PIECE, decode_content=False):
             yield data
-            on_piece()
             done += len(data)
             if time.monotonic() - began > READ_S + done / SLOWEST:
                 raise Refused(f"{done:,} bytes in {time.monotonic() - began:.0f} s", final=False)
@@ -281,56 +260,42 @@ def read_pieces(url: str, on_piece: Callable[[], None] = lambda: None) -> Genera
             raise Refused(f"{done:,} bytes of {int(expected):,} arrived", final=False)
 
 
-def fetch(
-    url: str,
-    most: int,
-    retry_s: float = 0.0,
-    on_wait: Callable[[], None] = lambda: None,
-    pause_s: float = PAUSE_S,
-) -> bytes:
+def fetch(url: str, most: int, retry_s: float = 0.0, pause_s: float = PAUSE_S) -> bytes:
     """All bytes of a small file.
 
     Raises:
         UserError: it cannot be fetched, or has `most` bytes or more.
     """
     try:
-        for attempt in Attempts(url, retry_s, on_wait, pause_s):
-            with attempt:
-                return _read_file(url, most, on_wait)
+        return retried(lambda: _read_file(url, most), url, retry_s, pause_s=pause_s)
     except RequestFailed as error:
         raise UserError(
             f"{url}: cannot be fetched {error}: check the address, and that it is readable from this machine"
         ) from error
-    raise AssertionError("not reached")
 
 
-def _read_file(url: str, most: int, on_wait: Callable[[], None]) -> bytes:
+def _read_file(url: str, most: int) -> bytes:
     data = bytearray()
-    for piece in read_pieces(url, on_wait):
+    for piece in read_pieces(url):
         data += piece
         if len(data) >= most:
             raise UserError(f"{url}: has {most:,} bytes or more, which no manifest has: check the address")
     return bytes(data)
 
 
-def supports_ranges(
-    url: str, retry_s: float = 0.0, on_wait: Callable[[], None] = lambda: None, pause_s: float = PAUSE_S
-) -> bool:
+def supports_ranges(url: str, retry_s: float, pause_s: float) -> bool:
     """Whether the server answers a request for the first byte of a file, which exists, with that byte alone.
 
     Raises:
         UserError: the server refuses or does not answer, so that this remains unknown.
     """
     try:
-        for attempt in Attempts(url, retry_s, on_wait, pause_s):
-            with attempt:
-                return _has_ranges(url)
+        return retried(lambda: _has_ranges(url), url, retry_s, pause_s=pause_s)
     except RequestFailed as error:
         raise UserError(
             f"{url}: whether the server gives byte ranges could not be found out {error}; the order of a run depends on "
             "it: repeat the command when the server answers"
         ) from error
-    raise AssertionError("not reached")
 
 
 def _has_ranges(url: str) -> bool:

@@ -194,9 +194,8 @@ def _reach_next(met: Met, rank: int, host: str, address: str) -> None:
         thread.start()
         other, where, port = json.loads(store.get(f"door/{after}"))
         began = time.monotonic()
-        error = (
-            _try_port(where, port) if where else ""
-        )  # without an IPv4 address gloo itself will say what it finds
+        # Without an IPv4 address gloo itself will say what it finds
+        error = _try_port(where, port) if where else ""
         if error:
             error = (
                 f"{host} cannot reach port {port} of {other} ({where}) in {time.monotonic() - began:.0f} s: {error}; open "

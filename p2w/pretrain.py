@@ -25,8 +25,8 @@ from p2w.model.encoder import set_memory_format
 from p2w.model.norm import synchronise_batch_norm
 from p2w.pretext import build_pretext_and_network, pretext_class
 from p2w.shards.manifest import data_fingerprint
-from p2w.stream.device_cache import DeviceCache
-from p2w.stream.local import RANDOM_PLACES, ShardSet
+from p2w.stream.local import RANDOM_CROPS, ShardSet
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream
 from p2w.train.checkpoint import Checkpoints
@@ -229,8 +229,7 @@ def _open_folder(
     versions = {"p2w": __version__, "torch": torch.__version__}
     about = {"data_set": data, "ranks": world.size, "precision": precision.name, **versions}
     log.describe(
-        folder.path.absolute().name,
-        settings.flatten(config) | {"parameters": facts["parameters"]} | about,
+        folder.path.absolute().name, settings.flatten(config) | {"parameters": facts["parameters"]} | about
     )
     trainer.checkpointer.checkpoints.guard = folder.check_owner
     folder.watch(
@@ -293,21 +292,20 @@ def _build(
         lambda encoder: wholes.recalibrate(encoder, pretext, leave_if_stopped),
     )  # fmt: skip
     monitors = Monitors(similarity, pictures, every=config.train.probe_every, log=log)
+    # After all that may refuse the run, so that a refusal is one line alone
+    _log_splits(shards, val_count, log)
+    log.line(f"memory format   {memory_format}")
+    judged = Validation(pretext, model, validation, world) if val_count else None
+    return choice, trainer, judged, monitors, pictures
+
+
+def _log_splits(shards: ShardSet, val_count: int, log: Log) -> None:
+    """Log the sizes of the splits, with a warning where no scan is set aside."""
     if not val_count:
         log.warn(f"{shards.where}: no scan is set aside, so there is no validation, early stop or plateau")
     log.line(
         f"{shards.where}: {len(shards.ids('train'))} sub-scans to train, {val_count} to validate"
-        f"{RANDOM_PLACES * shards.random_places}"
-    )
-    log.line(
-        f"memory format   {memory_format}"
-    )  # after all that may refuse the run, so that a refusal is one line alone
-    return (
-        choice,
-        trainer,
-        Validation(pretext, model, validation, world) if val_count else None,
-        monitors,
-        pictures,
+        f"{RANDOM_CROPS * shards.random_crops}"
     )
 
 

@@ -23,6 +23,7 @@ Ids = NDArray[np.int64]
 Int64 = TypeVar("Int64", Tensor, Ids)
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment: the odd integer nearest to 2^64 / golden ratio
+_STRATA = 0x57A7A  # first word of the key that `stratified_ids` draws with
 _MIX = (
     (30, 0xBF58476D1CE4E5B9),
     (27, 0x94D049BB133111EB),
@@ -147,6 +148,19 @@ def standard_normals(keys: SampleKeys, part: int, count: int) -> Tensor:
 def hash64(ids: Ids, *key: int) -> NDArray[np.uint64]:
     """Hash ids (any shape) and a key (seed, epoch, ...) to 64-bit words of the same shape; no two ids get the same word."""
     return hash64_from(key_state(*key), ids)
+
+
+def stratified_ids(ids: Ids, most: int) -> Ids:
+    """At most `most` of `ids` (N,), in their order: of each of `most` equal ranges the one whose id has the smallest hash.
+
+    This spreads them over scans, since a manifest's rows are sorted by scan. A stride would too, but it can meet the period
+    of the tiling: every second sub-scan of a set with two tiles a scan is the left half of a chest.
+    """
+    if len(ids) <= most:
+        return ids
+    words = hash64(ids, _STRATA)
+    ranges = np.array_split(np.arange(len(ids)), most)
+    return ids[[rows[words[rows].argmin()] for rows in ranges]]
 
 
 def key_state(*key: int) -> Ids:

@@ -187,9 +187,8 @@ class Owner:
         return 0
 
 
-if (
-    __name__ == "__main__"
-):  # for slurm/pretrain.sbatch: says who else trains in the folder, exit code 3 when somebody does
+# For slurm/pretrain.sbatch: says who else trains in the folder, exit code 3 when somebody does
+if __name__ == "__main__":
     other = Owner(Path(sys.argv[1])).other(is_held(Path(sys.argv[1]) / ".lock"))
     print(described(other) if other else "", end="")
     sys.exit(3 if other else 0)

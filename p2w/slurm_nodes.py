@@ -30,9 +30,8 @@ def wait_for_others(port: int, seconds: float, node: str, others: list[str]) -> 
                     name, theirs = connection.recv(1000).decode().split()
                     apart = float(theirs) - time.time()
                     connection.sendall(b"welcome")
-                    connection.recv(
-                        1
-                    )  # the other side closes first, so that the port is free for torchrun at once
+                    # The other side closes first, so that the port is free for torchrun at once
+                    connection.recv(1)
                     missing.discard(name)
                     if abs(apart) > SKEW_S:
                         way = "ahead of" if apart > 0 else "behind"

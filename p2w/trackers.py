@@ -95,7 +95,7 @@ class Reporter(Protocol):
 class TrackerProcess:
     """Feeds one tracker in a process of its own. No method raises, and none but `close` waits.
 
-    `command` starts the process; it is told `name_of_run` and `settings`, and with which id the run is continued.
+    `command` starts the process; it is sent `name_of_run`, `settings`, and the id with which the run is continued.
     """
 
     def __init__(
@@ -168,8 +168,7 @@ class TrackerProcess:
         try:
             process = self._start()
             assert process.stdin is not None and process.stdout is not None
-            told = process.stdin
-            self._tell(told, self._about | {"id": self._known_id()})
+            self._send(process.stdin, self._about | {"id": self._known_id()})
             answer = self._heard(process.stdout.readline())
             if "id" in answer:
                 self._remember(str(answer["id"]))
@@ -177,8 +176,8 @@ class TrackerProcess:
                 record: dict[str, Any] = {}
                 while "end" not in record and not self._off.is_set():
                     record = self._records.get()
-                    self._tell(told, record)
-                told.close()
+                    self._send(process.stdin, record)
+                process.stdin.close()
                 answer = self._heard(process.stdout.readline())
             if "error" in answer:
                 self._turn_off(answer["error"])
@@ -206,9 +205,9 @@ class TrackerProcess:
         return self._process
 
     @staticmethod
-    def _tell(told: Any, record: dict[str, Any]) -> None:
-        told.write(json.dumps(record).encode() + b"\n")
-        told.flush()
+    def _send(stdin: Any, record: dict[str, Any]) -> None:
+        stdin.write(json.dumps(record).encode() + b"\n")
+        stdin.flush()
 
     @staticmethod
     def _heard(line: bytes) -> dict[str, Any]:

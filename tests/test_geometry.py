@@ -67,6 +67,22 @@ def test_a_box_depends_on_its_own_key_alone():
         assert not (sample_boxes(keys, part, SHAPE) == boxes).all(1).any()
 
 
+@pytest.mark.parametrize(("n", "most"), [(1, 48), (48, 48), (49, 48), (3000, 48), (3000, 24)])
+def test_stratified_ids_are_one_of_each_range(n, most):
+    ids = np.arange(n) * 3
+    some = rng.stratified_ids(ids, most)
+    assert len(some) == min(n, most)
+    assert all(np.isin(part, some).sum() == 1 for part in np.array_split(ids, min(n, most)))
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_stratified_ids_do_not_meet_the_period_of_the_tiling(tiles):
+    """Every `tiles`-th of these ids is the same tile of its scan; a stride took one tile alone, or two."""
+    tile = rng.stratified_ids(np.arange(64 * tiles), 64) % tiles
+    counts = np.bincount(tile, minlength=tiles)
+    assert stats.chisquare(counts).pvalue > 0.001
+
+
 def test_volume_fraction_is_uniform(drawn):
     edge, _ = drawn
     volume = edge.prod(1)

@@ -49,7 +49,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     ),
     "p2w.train": (*BASE, "p2w.kernels", "p2w.pretext.protocol", "p2w.train"),
     "p2w.weights": (  # the card
-        *BASE, "p2w.pretext", "p2w.shards.mixture", "p2w.shards.training_scans", "p2w.train.checkpoint", "p2w.weights",
+        *BASE, "p2w.pretext", "p2w.shards.manifest", "p2w.shards.training_scans", "p2w.train.checkpoint", "p2w.weights",
     ),
     "p2w.tasks": (
         "p2w.errors", "p2w.files", "p2w.resources", "p2w.progress", "p2w.ct", "p2w.shards", "p2w.stream", "p2w.tasks",

@@ -10,7 +10,7 @@ from processes import REPO
 
 from p2w.resources import free_memory, total_memory, usable_cores
 from p2w.shards import build
-from p2w.stream.device_cache import free_bytes
+from p2w.stream.prefetch import free_bytes
 
 GIB, CPU = 1 << 30, torch.device("cpu")
 

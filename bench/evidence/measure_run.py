@@ -40,7 +40,7 @@ from torch import Tensor
 from p2w.analysis import similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, baseline
 from p2w.analysis.features import Features, PartSet, TrainingWholes, extract
-from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
+from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
 from p2w.config import PretextConfig
 from p2w.files import write_atomic
 from p2w.model import Network
@@ -62,11 +62,16 @@ FROM_PARTS = (
 )  # draw a whole from a part: their errors compare
 
 
+def evenly_spaced(ids: Ids, most: int) -> Ids:
+    """At most `most` ids, the first and the last among them; in all measurements the same, whatever the product draws."""
+    return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
+
+
 def tested_wholes(shards: ShardSet, most: int = PER_SCAN) -> Ids:
     """Ids of the wholes that are tested on: of each scan set aside at most `most`, evenly spread."""
     ids = shards.ids("val")
     scans = np.array([shards.key(int(one)).rpartition("/")[0] for one in ids])
-    return np.concatenate([spread_ids(ids[scans == scan], most) for scan in np.unique(scans)])
+    return np.concatenate([evenly_spaced(ids[scans == scan], most) for scan in np.unique(scans)])
 
 
 def places(shards: ShardSet, ids: Ids) -> tuple[Ids, Ids]:
@@ -137,7 +142,7 @@ def numbers(features: Features, view: PretextConfig, shards: ShardSet, ids: Ids)
     plain, whole = seen["plain"], torch.from_numpy(encode(features, wholes)[:, 0])
     hits = similarity.retrieval_scores(similarity.among_wholes(torch.from_numpy(plain), whole), len(ids))
     alike, apart = similarity.pair_cosines(plain)
-    training = spread_ids(shards.ids("train"), PROBED)
+    training = evenly_spaced(shards.ids("train"), PROBED)
     taught = encode(features, cut(FEW, view, shards, tuple(training.tolist())))
     found = {name: similarity.auc(*similarity.pair_cosines(values)) for name, values in seen.items()}
     kinds = separability(plain, scan, tile)
@@ -176,9 +181,8 @@ def course(
     found: dict[str, list[float]] = {name: [] for name in ("step", "mse", "contrast", "auc")}
     shown, asked = shown_and_asked(run, shards, ids)
     parts = cut(FEW, run.config.pretext, shards, tuple(ids.tolist()))
-    for step in (
-        one for one in run.checkpoints.steps() if one % EVERY == 0
-    ):  # not those of a run that was stopped
+    # Not those of a run that was stopped
+    for step in (one for one in run.checkpoints.steps() if one % EVERY == 0):
         network = run.recalibrated_network(step, world, precision, wholes)
         with torch.no_grad():
             features = encode(network.encoder.pooled, parts)

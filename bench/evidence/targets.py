@@ -50,9 +50,8 @@ CUT = {  # crops that two cores can train on
 TABLE1 = {"Autoencoder": "autoencoder", "Models Genesis": "models_genesis", "Parts2Whole": "parts2whole"}
 TABLE1_STEPS = 1800  # of Parts2Whole's pretraining, and as much arithmetic of the others'
 TABLE2_STEPS = 400
-RATE = (
-    3e-4  # where `rates` was not run; from the demo's 2e-3 nothing that is fine-tuned gains: docs/targets.md
-)
+# Where `rates` was not run; from the demo's 2e-3 nothing that is fine-tuned gains: docs/targets.md
+RATE = 3e-4
 RATES, RATE_STEPS, RATE_TRIALS, RATE_SEED = (
     (1e-4, 3e-4, 1e-3),
     600,
@@ -74,9 +73,8 @@ def set_jobs(folder: Path, real: Path | None) -> list[list[Job]]:
             out, kind = folder / "targets" / task, task if task in RAW else "general"
             made = ["preprocess/prepare_target.py", kind, "--source", source, "--out", out, "--workers", 1]
             cut.append(Job(f"cut-{task}", [*made, *flags.split()], out / "manifest.parquet"))
-    done = next(
-        (job.done for job in cut if not job.finished), cut[0].done
-    )  # phantoms are there when all are cut
+    # Phantoms are there when all are cut
+    done = next((job.done for job in cut if not job.finished), cut[0].done)
     return [[Job("targets-raw", command.split(), done)], cut]
 
 

@@ -264,7 +264,7 @@ def read_scan_store(folder: Path) -> None:
     manifest = open_manifest((folder / "manifest.parquet").read_bytes())
     if stores_scans(manifest.meta):
         store = read_store(manifest)
-        assert len(store.place) == len(store.scan) == store.wholes.num_rows
+        assert len(store.origin) == len(store.scan) == store.wholes.num_rows
 
 
 def make_tables(folder: Path) -> None:

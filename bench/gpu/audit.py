@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2w import geometry
-from p2w.kernels import local_shuffle_triton
+from p2w.kernels import sample_triton
 from p2w.pretext import PRETEXTS, build_pretext_and_network
 from p2w.recipes import named
 from p2w.rng import SampleKeys
@@ -107,9 +107,8 @@ def audit(name: str) -> list[str]:
         voxels = torch.empty(WHOLES, dtype=torch.int16, device=CARD)
         ids = torch.empty(WHOLES[0], dtype=torch.int64, device=CARD)
         try:
-            pretext.sample(
-                voxels, SampleKeys(0, 0, ids)
-            )  # tables that stay on the device are copied there once
+            # Tables that stay on the device are copied there once
+            pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as sampling:
                 views = pretext.sample(voxels, SampleKeys(0, 0, ids))
             with Watch() as passing, torch.autocast("cuda", torch.bfloat16):
@@ -142,7 +141,7 @@ def main() -> int:
         return 2
     # Two kernels need a card: they fill what was allocated for them. Nothing else is left out.
     geometry._run = lambda *_, **__: None  # type: ignore[assignment]
-    local_shuffle_triton.run = lambda volumes, *_: torch.empty_like(volumes)  # type: ignore[assignment]
+    sample_triton.local_shuffle = lambda volumes, *_: torch.empty_like(volumes)  # type: ignore[assignment]
     names = sys.argv[1:] or sorted(PRETEXTS)
     return int(any([audit(name) for name in names]))
 

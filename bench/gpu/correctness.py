@@ -16,8 +16,8 @@ from harness import BATCH, BOTH, FOLDED_FORMS, PRECISIONS, Run, Setup, batches_o
 from rows import CUDA, DAY, DEVICE, REPO, attempt, failures, needs_card, say, seconds_left, stages
 
 from p2w import rng
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream
 from p2w.train.optim import choose_precision
 from p2w.train.preflight import convolution_error, crop_resize_error

@@ -24,8 +24,8 @@ from p2w.recipes import named
 from p2w.shards.manifest import manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
 from p2w.shards.writer import open_shard
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import ShardSet
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Batch, Stream, open_set
 from p2w.train.checkpoint import Checkpoints
 from p2w.train.form_choice import choose_run_forms

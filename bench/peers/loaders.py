@@ -126,9 +126,8 @@ class Mosaicml(Peer):
                 name for name in sys.modules if name.partition(".")[0] in ("torchvision", "streaming")
             ]:
                 del sys.modules[name]
-            vision = types.ModuleType(
-                "torchvision"
-            )  # of which streaming's own picture sets want a base class
+            # Of which streaming's own picture sets want a base class
+            vision = types.ModuleType("torchvision")
             vision.datasets = types.ModuleType("torchvision.datasets")  # type: ignore[attr-defined]
             vision.datasets.VisionDataset = object  # type: ignore[attr-defined]
             vision.transforms = types.ModuleType("torchvision.transforms")  # type: ignore[attr-defined]

@@ -125,13 +125,9 @@ class AnalysedRun:
 
         weights: Any = self._weights(step) if step is not None else [config.train.seed, torch.__version__]
         identity = (
-            weights,
-            dataclasses.asdict(config.model),
-            dataclasses.asdict(config.pretext),
-            precision.name,
-            IDENTITY,
-            _pretext_settings(config),
-        )
+            weights, dataclasses.asdict(config.model), dataclasses.asdict(config.pretext), precision.name,
+            IDENTITY, _pretext_settings(config),
+        )  # fmt: skip
         return FeatureSource(label, "random" if step is None else "run", step, config.pretext, identity, load)
 
     def _weights(self, step: int) -> int:

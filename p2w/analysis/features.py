@@ -7,8 +7,8 @@ any number of ranks. W, P, C = wholes, parts of each, channels; d, h, w = the ne
 Monitors, analyses and everything that reads features of a run judge the network that `TrainingWholes.recalibrate` gives, so
 that its weights alone are judged: the running statistics that training leaves are those of its last steps, and those of an
 untrained network are mean 0 and variance 1. The network sees what its pretext shows in training, of WHOLES training wholes
-spread evenly over the set, in BATCHES batches of ROWS. These are functions of the data set alone: the same at every step, in
-every run on it, and for any number of ranks.
+spread over the set (`stratified_ids`), in BATCHES batches of ROWS. These are functions of the data set alone: the same at
+every step, in every run on it, and for any number of ranks.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2w import geometry
-from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
+from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
 from p2w.config import PretextConfig
 from p2w.errors import UserError
 from p2w.geometry import Range
 from p2w.model.norm import recalibrated
 from p2w.pretext.protocol import Pretext
-from p2w.rng import SampleKeys
+from p2w.rng import SampleKeys, stratified_ids
 from p2w.stream.local import DataError, ShardSet
 from p2w.world import World, gather_rows
 
@@ -38,7 +38,12 @@ Array = NDArray[np.float32]
 Module = TypeVar("Module", bound=nn.Module)
 
 WHOLES, BATCHES, ROWS = 64, 8, 16  # that batch norm is recalibrated on
-IDENTITY = ["batch norm recalibrated", WHOLES, BATCHES, ROWS]  # part of the key of cached features
+IDENTITY = [
+    "batch norm recalibrated, stratified",
+    WHOLES,
+    BATCHES,
+    ROWS,
+]  # part of the key of cached features
 SEED = VALIDATION_SEED + 0xBA7C4
 # Of the initial running statistics, mean 0 and variance 1, in those of an early checkpoint, at least.
 EARLY_SHARE = 0.01
@@ -186,7 +191,7 @@ class TrainingWholes:
         self.shards, self.world = shards, world
         ids = shards.ids("train")
         groups = max(1, min(WHOLES, len(ids)) // ROWS)
-        chosen = spread_ids(ids, min(len(ids), groups * ROWS))
+        chosen = stratified_ids(ids, min(len(ids), groups * ROWS))
         self.groups = [chosen[group::groups] for group in range(groups)]  # each spread over all scans
         self._pretext: Pretext | None = None
         self._cut: dict[int, Tensor] = {}  # by the number of the batch

@@ -25,7 +25,7 @@ from p2w.log import Log
 from p2w.model import Output
 from p2w.model.encoder import Encoder
 from p2w.pretext.protocol import Pretext, Views
-from p2w.rng import SampleKeys
+from p2w.rng import SampleKeys, stratified_ids
 from p2w.stream.local import DataError, ShardSet
 from p2w.stream.stream import Batch, Stream
 from p2w.world import World
@@ -119,7 +119,7 @@ class SimilarityMonitor:
         self.config, self.encoder, self.world, self.log = config.pretext, encoder, world, log
         self.before_batch, self.recalibrate = before_batch, recalibrate
         self.rows = max(1, config.data.batch // world.size)  # the batch size of validation
-        ids = spread_ids(shards.ids(split), WHOLES)
+        ids = stratified_ids(shards.ids(split), WHOLES)
         own = np.array_split(ids, world.size)[world.rank]
         # With more ranks than volumes, a rank without any computes one that does not count: collectives need all ranks.
         mine = own if len(own) else ids[:1]
@@ -223,11 +223,6 @@ def summary_line(values: dict[str, float]) -> str:
     """The monitors' values as one line of text."""
     one, two, area = (values[f"similarity/{name}"] for name in ("positive", "negative", "auc"))
     return f"parts of one image {one:.3f}, of two {two:.3f}, AUC {area:.3f}, contrast {values['contrast/loss']:.3f}"
-
-
-def spread_ids(ids: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most `most` ids, evenly spaced; this spreads over scans, because a manifest's rows are sorted by scan."""
-    return ids[np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int))]
 
 
 def read_sub_scans(

@@ -16,12 +16,12 @@ from p2w.analysis import plots, similarity
 from p2w.analysis.feature_sources import AnalysedRun, FeatureSource, autocast
 from p2w.analysis.features import PartSet, TrainingWholes, cut_parts
 from p2w.analysis.measure import RECONSTRUCTION_SCALES, Measure
-from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans, spread_ids
+from p2w.analysis.monitors import VALIDATION_SEED, read_sub_scans
 from p2w.errors import UserError
 from p2w.files import write_atomic
 from p2w.log import Log
 from p2w.pretext.protocol import Pretext
-from p2w.rng import SampleKeys
+from p2w.rng import SampleKeys, stratified_ids
 from p2w.stream.local import ShardSet
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -98,8 +98,8 @@ def grey(volumes: Tensor) -> NDArray[np.uint8]:
 
 
 def high_contrast_wholes(shards: ShardSet, split: str) -> tuple[Tensor, Tensor]:
-    """Voxels (4, D, H, W) int16 and ids (4,) of the wholes with the largest standard deviation, among evenly spaced ones."""
-    ids = spread_ids(shards.ids(split), CANDIDATES)
+    """Voxels (4, D, H, W) int16 and ids (4,) of the wholes with the largest standard deviation, of a stratified subset."""
+    ids = stratified_ids(shards.ids(split), CANDIDATES)
     voxels, good = read_sub_scans(shards, ids)
     if not good.any():
         raise UserError(

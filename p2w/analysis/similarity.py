@@ -50,9 +50,8 @@ def pair_cosines(features: Floats) -> tuple[Floats, Floats]:
 
 def auc(positive: Floats, negative: Floats) -> float:
     """Area under the ROC curve: probability that a positive pair is more similar than a negative one, ties half."""
-    order = np.sort(
-        negative
-    )  # computed here, because importing scikit-learn would add seconds to every start
+    # Computed here, because importing scikit-learn would add seconds to every start
+    order = np.sort(negative)
     below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
     return float(below.sum() / (2 * len(positive) * len(negative)))
 

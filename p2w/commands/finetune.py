@@ -108,7 +108,6 @@ class Args:
 
 def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
     """Command line -> arguments and the set they name; the recipe's defaults are those of its task. Raises UserError."""
-
     renamed = {"amp": "precision", "held-gib": "cache-gib", "no-channels-last": "channels-last off"}
     refuse_old_options(argv, {f"--recipe.{old}": f"--recipe.{new}" for old, new in renamed.items()})
     named = _recipe_name(argv)
@@ -120,7 +119,7 @@ def parse(argv: list[str], speaks: bool = True) -> tuple[Args, TargetSet]:
             prog=program("finetune"),
             description=f"{__doc__}\nSettings marked [C] are those of the paper's protocol, [?] our choice.",
             console_outputs=speaks,
-            default=_defaults(recipe),
+            default=Args(task=tyro.MISSING, init=tyro.MISSING, run=tyro.MISSING, recipe=recipe),
         )
 
     args = read(recipe_of("", named))
@@ -139,11 +138,6 @@ def _recipe_name(argv: list[str]) -> str:
     return named
 
 
-def _defaults(recipe: FineTuneRecipe) -> Any:
-    """Arguments with the recipe's values as defaults; required options have none."""
-    return Args(task=tyro.MISSING, init=tyro.MISSING, run=tyro.MISSING, recipe=recipe)
-
-
 def label_of(init: str) -> str:
     """The label of a starting point where none was given."""
     if init == "random":
@@ -157,11 +151,10 @@ def label_of(init: str) -> str:
 
 @dataclass(frozen=True)
 class FoldJob:
-    """The trials of one fold, or of a set without folds. `leak`: one line on what pretraining has seen."""
+    """The trials of one fold, or of a set without folds, and what transfer.json says of them."""
 
     fine_tuning: FineTuning
     tree: dict[str, Any]
-    leak: str
 
 
 @dataclass(frozen=True)
@@ -213,7 +206,7 @@ def build(argv: list[str], world: World) -> Job:
             check_crop_size(fine_tuning, network.encoder)
             wants_supervision(network, args.recipe.deep_supervision)
             weights = weights_checksum(network)
-        jobs.append(FoldJob(fine_tuning, check_run_manifest(fine_tuning) | {"leak": said}, said))
+        jobs.append(FoldJob(fine_tuning, check_run_manifest(fine_tuning) | {"leak": said}))
     return Job(argv, args, tuple(jobs), precision, weights)
 
 
@@ -244,7 +237,7 @@ def work(job: Job, world: World) -> int:
             for fold in job.folds:
                 if world.is_main:
                     write_run_manifest(fold.fine_tuning, fold.tree, world)
-                log.line(fold.leak)
+                log.line(fold.tree["leak"])
                 world.barrier()
                 run_trials(fold.fine_tuning, indices, world, job.precision, check)
                 fold.fine_tuning.cached.clear()  # the next fold has other samples

@@ -96,21 +96,14 @@ def main(argv: list[str] | None = None) -> int:
             "--out DIR is missing: the folder to write, new or of an earlier run of the same settings"
         )
     settings = dataclasses.replace(
-        options.settings,
-        allow_gaps=options.allow_gaps,
-        resample_tilt=options.resample_tilt,
-        assume_hu=options.assume_hu,
-        modality=options.modality,
-    )
+        options.settings, allow_gaps=options.allow_gaps, resample_tilt=options.resample_tilt,
+        assume_hu=options.assume_hu, modality=options.modality,
+    )  # fmt: skip
     salt = settings.grouping.salt or (secrets.token_hex(16) if listing else "")
     search = SearchOptions(
-        options.exclude,
-        options.allow_gaps,
-        options.resample_tilt,
-        options.assume_hu,
-        salt,
+        options.exclude, options.allow_gaps, options.resample_tilt, options.assume_hu, salt,
         options.modality.upper(),
-    )
+    )  # fmt: skip
     found = find_scans([*options.scans], options.out, options=search)
     if options.resample_tilt:
         found.sources = [straightened(source) for source in found.sources]

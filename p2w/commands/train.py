@@ -27,10 +27,9 @@ from p2w.pretext.protocol import Pretext
 from p2w.pretrain import Staging, elastic_settings, pretrain, ranks_that_train
 from p2w.rank_errors import run_on_ranks
 from p2w.recipes import RECIPES, named
-from p2w.shards.manifest import data_fingerprint
-from p2w.shards.mixture import BETWEEN
-from p2w.stream.device_cache import refuse_random_places
-from p2w.stream.local import RANDOM_PLACES, ShardSet
+from p2w.shards.manifest import BETWEEN, data_fingerprint
+from p2w.stream.local import RANDOM_CROPS, ShardSet
+from p2w.stream.prefetch import refuse_random_crops
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.optim import Precision, choose_precision
@@ -166,8 +165,8 @@ def build(argv: list[str], world: World) -> Job:
 def refuse_other_wholes(pretext: Pretext, config: Config, shards: ShardSet) -> None:
     """Raise UserError where a set whose sub-scans are cut elsewhere in each epoch does not go with the settings."""
     if config.data.cache_on_device:
-        refuse_random_places(shards)
-    if pretext.knows_wholes and shards.random_places:
+        refuse_random_crops(shards)
+    if pretext.knows_wholes and shards.random_crops:
         raise UserError(
             f"pretext.name={config.pretext.name}: remembers every whole from epoch to epoch, and {shards.where} "
             "stores whole scans, of which every epoch cuts others: take another pretext, such as simclr or moco, or "
@@ -191,7 +190,7 @@ def show_plan(job: Job, world: World) -> None:
     print(f"recipe          {job.recipe}\n{settings.config_to_json(job.args.config)}")
     print(
         f"data            {job.shards.where}: {wholes:,} sub-scans to train, {len(job.shards.ids('val')):,} to validate"
-        f"{RANDOM_PLACES * job.shards.random_places}"
+        f"{RANDOM_CROPS * job.shards.random_crops}"
     )
     print(f"run             {job.args.folder}")
     print(f"processes       {world.describe()}; {precision.name} ({precision.reason})")

@@ -238,9 +238,8 @@ def starts_as_dicom(data: bytes) -> bool:
         return False
     if data[4:6] in SHORT or data[4:6] in LONG:
         return True
-    return (
-        struct.unpack_from("<I", data, 4)[0] <= 256
-    )  # implicit: the first elements are dates, names and uids
+    # Implicit: the first elements are dates, names and uids
+    return struct.unpack_from("<I", data, 4)[0] <= 256
 
 
 def unpack_gzip(data: bytes, limit: int) -> bytes:
@@ -300,30 +299,40 @@ def _check_length(one: Slice, found: dict[int, bytes], code: Encoding, end: int,
         )
 
 
-def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -> Slice | None:
-    """The slice that these elements describe; None when they are not those of an image."""
+@dataclass(frozen=True)
+class _Elements:
+    """The data elements of a header, by tag, and how their numbers are encoded; what is not there is empty or 0."""
 
-    def text(tag: int) -> str:
-        return found.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+    values: dict[int, bytes]
+    order: str  # of bytes, as `struct` spells it
 
-    def words(tag: int) -> str:
+    def text(self, tag: int) -> str:
+        return self.values.get(tag, b"").rstrip(b"\0 ").decode("ascii", "replace").strip()
+
+    def words(self, tag: int) -> str:
         """Free text, on one line that a terminal can show: some character sets switch by control characters."""
         shown = "".join(
-            letter if letter.isprintable() else " " for letter in text(tag).replace("\ufffd", "?")
+            letter if letter.isprintable() else " " for letter in self.text(tag).replace("\ufffd", "?")
         )
         return " ".join(shown.split())[:64]
 
-    def numbers(tag: int) -> tuple[float, ...]:
+    def numbers(self, tag: int) -> tuple[float, ...]:
+        """The finite decimal numbers of an element; () where any is none."""
         try:
-            found = tuple(float(part) for part in text(tag).split("\\") if part.strip())
+            found = tuple(float(part) for part in self.text(tag).split("\\") if part.strip())
         except ValueError:
             return ()
         return found if all(map(math.isfinite, found)) else ()
 
-    def short(tag: int) -> int:
-        value = found.get(tag, b"")
-        return struct.unpack(code.order + "H", value[:2])[0] if len(value) >= 2 else 0
+    def short(self, tag: int) -> int:
+        value = self.values.get(tag, b"")
+        return struct.unpack(self.order + "H", value[:2])[0] if len(value) >= 2 else 0
 
+
+def _slice_of(found: dict[int, bytes], code: Encoding, path: str, nbytes: int) -> Slice | None:
+    """The slice that these elements describe; None when they are not those of an image."""
+    elements = _Elements(found, code.order)
+    text, words, numbers, short = elements.text, elements.words, elements.numbers, elements.short
     if not short(0x00280010):
         return None
     scale = found.get(PHILIPS_SCALE, b"")

@@ -35,9 +35,8 @@ INT16 = np.iinfo(np.int16)
 MOST_SLOPE = 1 << 14  # times a cell of 16 bits still fits 32 bits
 PLAIN = ("", IMPLICIT, "1.2.840.10008.1.2.1")  # transfer syntaxes
 AIR = -1000  # HU that padding becomes where it would be brighter
-TISSUE_END = (
-    3071  # HU; padding above it is padding anywhere, below it only where it reaches the border of the slice
-)
+# HU; padding above it is padding anywhere, below it only where it reaches the border of the slice
+TISSUE_END = 3071
 STRAY = 1e-3  # share of cells that may hold more than `bits stored` bits
 
 

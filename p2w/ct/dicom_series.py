@@ -45,7 +45,7 @@ PARTS: dict[str, Callable[[Slice], str]] = {
     "description": lambda one: one.description,
     "contrast": lambda one: one.contrast,
 }
-UNTOLD = (
+UNNAMED = (
     "time",
     "b value",
     "description",
@@ -198,7 +198,7 @@ def _split(
 
 def _part_label(name: str, key: str, number: int) -> str:
     """What a volume is called among those of its series."""
-    return str(number + 1) if name in UNTOLD else key or "none"
+    return str(number + 1) if name in UNNAMED else key or "none"
 
 
 def _with_rescale(slices: list[Slice]) -> list[Slice]:

@@ -73,9 +73,8 @@ class ScanListing:
     not_images: int = 0
     files: int = 0
     passed_over: Counter[str] = field(default_factory=Counter)
-    infos: dict[str, ScanSource] = field(
-        default_factory=dict
-    )  # by name: what is known of series that are no scans
+    # By name: what is known of series that are no scans
+    infos: dict[str, ScanSource] = field(default_factory=dict)
 
     def table(self) -> list[str]:
         """Lines that account for every file seen: how many are images that are read, and why others are passed over."""
@@ -215,14 +214,13 @@ class _Search:
         self.series: dict[str, list[tuple[str, Slice]]] = defaultdict(list)
         self.nameless: list[str] = []  # DICOM images without a SeriesInstanceUID
         self.voxel_files: dict[str, str] = {}  # path -> name, of files that may be another's voxels
-        self.damaged: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(
-            list
-        )  # folder, kind of fault
+        # Folder, kind of fault
+        self.damaged: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
 
-    def pass_over(self, reason: str, count: int = 1) -> None:
-        """Count files that belong to no scan."""
-        self.found.passed_over[reason] += count
-        self.found.not_images += count
+    def pass_over(self, reason: str) -> None:
+        """Count a file that belongs to no scan."""
+        self.found.passed_over[reason] += 1
+        self.found.not_images += 1
 
     def count_hidden(self, count: int) -> None:
         """Account for hidden files and folders, which are not looked into."""

@@ -203,9 +203,8 @@ def _frames_rescale(path: str, data: Any, count: int) -> list[tuple[float, float
     shared = next(iter(getattr(data, "SharedFunctionalGroupsSequence", None) or [None]))
     found = []
     own = list(getattr(data, "PerFrameFunctionalGroupsSequence", None) or [])
-    for groups in own[:count] or [None] * (
-        count == 1
-    ):  # a file of one frame may be a slice among multi-frame files
+    # A file of one frame may be a slice among multi-frame files
+    for groups in own[:count] or [None] * (count == 1):
         values = None
         for level in (groups, shared):
             sequence = getattr(level, "PixelValueTransformationSequence", None) if level is not None else None

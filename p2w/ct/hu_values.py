@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from p2w.ct.orientation import BadScan
 
-PADDING_HU = (
-    -1500
-)  # scanners write -2000, -3024 or -32768 outside the field of view; no tissue or air is that low
+# Scanners write -2000, -3024 or -32768 outside the field of view; no tissue or air is that low
+PADDING_HU = -1500
 AIR_HU = -200  # air and lung lie below, fat and everything denser above
 RARE = 1e-3  # share of voxels; a CT of a body has more air than this, and more tissue
 TISSUE_FROM, TISSUE_TO = -500, 3100  # HU; where the peak of soft tissue is looked for
@@ -20,9 +19,8 @@ TISSUE_PEAK = (-200, 200)  # HU; fat, water, brain, muscle, blood with contrast
 AIR_TO = -350  # HU; below it the peak of air is looked for
 AIR_PEAK = (-1250, -650)  # HU; air to lung
 PADDING_KINDS = 3  # values that padding may have
-MOST_SPREAD = (
-    0.02  # share of voxels below PADDING_HU that may have other values: the edge of resampled padding
-)
+# Share of voxels below PADDING_HU that may have other values: the edge of resampled padding
+MOST_SPREAD = 0.02
 MOST_DENSE = 0.01  # share of voxels above TISSUE_TO: metal and little else
 MOST_SATURATED = 0.01  # share of voxels that may have the highest value, where it is
 BONE_HU = 700  # above: of dense bone alone there is less than MOST_SATURATED
@@ -145,10 +143,7 @@ def _check_tails(values: _Histogram, inside: int, high: int) -> None:
 
 def _check_peaks(values: _Histogram, inside: int) -> None:
     """Raise BadScan where the most frequent values are not those of air and of soft tissue."""
-    ranges = (
-        ("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK),
-        ("air", PADDING_HU, AIR_TO, AIR_PEAK),
-    )
+    ranges = (("soft tissue", TISSUE_FROM, TISSUE_TO, TISSUE_PEAK), ("air", PADDING_HU, AIR_TO, AIR_PEAK))
     for name, low, high, (least, most) in ranges:
         counts = values.between(low + 1, high + 1)
         if counts.sum() < RARE * inside:

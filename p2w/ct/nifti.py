@@ -19,7 +19,7 @@ NIFTI_TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
 MANY = {128: 3, 2304: 4, 32: 2, 1792: 2, 2048: 2}  # types of several values a voxel: RGB, RGBA, complex
-UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # not told, m, mm, micrometre
+UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, m, mm, micrometre
 SPACING_SHARE = 1e-2  # by which voxel sizes of pixdim and of the matrix may differ
 NEAR = 1e-4  # share by which they may differ and are the same but for rounding
 APART_VOXELS = 0.5  # most that qform and sform may put a corner of the volume apart
@@ -106,15 +106,9 @@ def read_nifti(path: str) -> tuple[VoxelLayout, Grid]:
         slope, intercept = 1.0, 0.0
     dtype = np.dtype(header.order + NIFTI_TYPES[header.kind])
     layout = VoxelLayout(
-        path,
-        int(header.offset),
-        dtype,
-        math.prod(dims),
-        packed,
-        unpack_first=packed,
-        slope=slope,
+        path, int(header.offset), dtype, math.prod(dims), packed, unpack_first=packed, slope=slope,
         intercept=intercept,
-    )
+    )  # fmt: skip
     return layout, _grid(header, dims)
 
 

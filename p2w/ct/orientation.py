@@ -48,9 +48,8 @@ class Grid:
         """
         letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
         plain = [OPPOSITE.get(letter, letter) for letter in letters]
-        volume = abs(
-            np.linalg.det(np.array(self.direction).reshape(3, 3))
-        )  # 1 where the axes are at right angles
+        # 1 where the axes are at right angles
+        volume = abs(np.linalg.det(np.array(self.direction).reshape(3, 3)))
         if (
             volume < 0.1
             or sorted(plain) != sorted(CANONICAL)

@@ -42,13 +42,13 @@ NEAR = 1e-3  # share of a step or pixel within which nothing is interpolated
 Spacing = tuple[float, float, float]
 
 
-def check_spacing(spacing_zyx: Sequence[float], option: str = "--spacing") -> None:
+def check_spacing(spacing_zyx: Sequence[float]) -> None:
     """Raise UserError unless these are three spacings in mm that a scan can be resampled to."""
     low, high = SPACING_MM
     if len(spacing_zyx) != 3 or not all(low <= mm <= high for mm in spacing_zyx):
         said = " ".join(f"{mm:g}" for mm in spacing_zyx)
         raise UserError(
-            f"{option} {said}: mm along z y x, three numbers from {low:g} to {high:g}, such as 2 1 1"
+            f"--spacing {said}: mm along z y x, three numbers from {low:g} to {high:g}, such as 2 1 1"
         )
 
 
@@ -97,9 +97,8 @@ def resample(
     if along_z is None and along_y is None and along_x is None:
         return (voxels if window is None else voxels.clip(*window)), new
     out = np.empty(new.size[::-1], np.int16)
-    planes = np.empty(
-        (0, *out.shape[1:]), np.float32
-    )  # the slices from `first` to `last`, resampled in their plane
+    # The slices from `first` to `last`, resampled in their plane
+    planes = np.empty((0, *out.shape[1:]), np.float32)
     first = last = 0
     stride = max(1, int(SLAB * min(1.0, len(out) / len(voxels))))
     for start in range(0, len(out), stride):

@@ -44,9 +44,8 @@ from p2w.ct.voxel_files import (
 INT16 = np.iinfo(np.int16)
 Modality = Literal["ct", "mr", "pt"]
 PERCENTILES = (0.5, 99.5)
-VOXEL_BYTES = (
-    24  # memory that ITK takes for a voxel while it reads: two images of 8 bytes, and one to convert
-)
+# Memory that ITK takes for a voxel while it reads: two images of 8 bytes, and one to convert
+VOXEL_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -304,9 +303,8 @@ def read_scaled(source: ScanSource, window: tuple[int, int]) -> tuple[Scan, tupl
     low, high = percentile_range(image.values)
     bottom, top = window
     voxels = np.empty(image.values.shape, np.int16)
-    for z, values in enumerate(
-        image.values
-    ):  # slice by slice, so that a whole scan is never in memory as float64
+    # Slice by slice, so that a whole scan is never in memory as float64
+    for z, values in enumerate(image.values):
         share = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
         voxels[z] = np.rint(bottom + share * (top - bottom))
     return Scan(source.uid, voxels, image.grid, image.nbytes, image.checksum), (low, high)

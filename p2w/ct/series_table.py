@@ -23,16 +23,8 @@ from p2w.errors import UserError
 
 Value = float | str | None
 NUMBERS = (
-    "year",
-    "slice_thickness",
-    "spacing_z",
-    "spacing_y",
-    "spacing_x",
-    "slices",
-    "rows",
-    "columns",
-    "kvp",
-)
+    "year", "slice_thickness", "spacing_z", "spacing_y", "spacing_x", "slices", "rows", "columns", "kvp",
+)  # fmt: skip
 TEXTS = (
     "name", "uid", "patient", "study", "series", "acquisition", "modality", "description", "body_part", "kernel",
     "contrast", "maker", "action", "why",

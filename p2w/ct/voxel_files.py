@@ -46,9 +46,8 @@ class VoxelLayout:
     count: int
     compressed: bool = False
     own_file: bool = False  # the file has nothing but voxels, as a `.raw` beside its `.mhd`
-    unpack_first: bool = (
-        False  # .nii.gz: header and voxels are one stream; MetaImage compresses the voxels alone
-    )
+    # .nii.gz: header and voxels are one stream; MetaImage compresses the voxels alone
+    unpack_first: bool = False
     packed_size: int | None = None  # bytes of the compressed voxels, if the header says so
     slope: float = 1.0
     intercept: float = 0.0

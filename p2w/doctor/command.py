@@ -26,10 +26,11 @@ from p2w.errors import UserError, first_line
 from p2w.recipes import named
 from p2w.run_owner import run_state
 from p2w.shards.manifest import data_fingerprint
-from p2w.stream.local import RANDOM_PLACES, DataError, LocalSet, ShardSet
+from p2w.stream.local import RANDOM_CROPS, DataError, LocalSet, ShardSet
 from p2w.stream.sampler import Sampler
 from p2w.stream.stream import open_set
 from p2w.train.run_dir import RunDir
+from p2w.world import World
 
 USAGE = """Check this machine for anything that would stop a run, and print the remedy of each problem.
 
@@ -65,7 +66,7 @@ def shards(case: CheckContext) -> Iterator[CheckResult]:
     yield ok(
         "shards",
         f"{where}: {split}, in {count:,} shards{', all there' if in_folder(found) else ''}"
-        f"{RANDOM_PLACES * found.random_places}",
+        f"{RANDOM_CROPS * found.random_crops}",
     )
     yield from sample(found)
     yield from batch_size(case, found)
@@ -172,14 +173,8 @@ def run_check(check: Check, case: CheckContext, limit_s: float = LIMIT_S) -> lis
         )
         return [*rows, hangs]
     for error in broken:
-        text = first_line(error)
-        rows.append(
-            problem(
-                name,
-                f"the check itself failed: {type(error).__name__}: {text}",
-                "a bug in p2w doctor: please report this line",
-            )
-        )
+        failed = f"the check itself failed: {type(error).__name__}: {first_line(error)}"
+        rows.append(problem(name, failed, "a bug in p2w doctor: please report this line"))
     return rows
 
 
@@ -226,22 +221,9 @@ def main(argv: list[str]) -> int:
 
 
 def run_checks(options: DoctorOptions, recipe: str, say: Callable[[str], None]) -> list[CheckResult]:
-    """The results of all checks; only one row if torch cannot be imported, since nothing else would work."""
-    try:
-        from p2w.world import World  # noqa: PLC0415
-    except Exception as error:
-        text = first_line(error)
-        return [
-            problem(
-                "torch",
-                f"p2w cannot be imported by {sys.executable}: {text}",
-                "make install   # or  pip install --editable .",
-            )
-        ]
+    """The results of all checks."""
     rows, cuda, ranks = [], False, 1
     try:
-        import torch  # noqa: PLC0415
-
         cuda = World.from_env().device.type == "cuda"
         ranks = torch.cuda.device_count() if cuda else 1
     except UserError as error:

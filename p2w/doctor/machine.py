@@ -23,9 +23,8 @@ SUB_SCAN_BYTES = 2**21
 SHM_BYTES = GIB  # NCCL's buffers between the GPUs of a machine; containers often give 64 MiB
 PROBE_BYTES = 16 * 2**20
 OPEN_FILES = 1024  # pipes, sockets, TensorBoard; shards are mapped and need none
-MAPS = (
-    20_480  # 16,384 mapped shards, see stream/local.py; the rest belong to Python, torch and their libraries
-)
+# 16,384 mapped shards, see stream/local.py; the rest belong to Python, torch and their libraries
+MAPS = 20_480
 CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR, the clock is not synchronised
 SLACK_S = 60.0  # a file server's clock may be ahead by this much
 
@@ -105,9 +104,8 @@ def disk(case: CheckContext) -> Iterator[CheckResult]:
     except UserError:  # reported by `memory`
         each = 0
     kept = sum(file.stat().st_size for file in existing.rglob("step-*/*")) if existing == absolute else 0
-    need = max(
-        0, (case.config.train.keep + 2) * each - kept
-    )  # the newest ones, the best, and the one being written
+    # The newest ones, the best, and the one being written
+    need = max(0, (case.config.train.keep + 2) * each - kept)
     free = shutil.disk_usage(existing).free
     found = f"{case.run}: {size(free)} free, checkpoints need {size(need)} more"
     elsewhere = "--run-dir on another disk, --train.keep 1, or delete what is not needed (df -h)"
@@ -164,13 +162,8 @@ def limits(case: CheckContext, maps: Path = Path("/proc/sys/vm/max_map_count")) 
 
 def clock(case: CheckContext) -> Iterator[CheckResult]:
     """Whether the clock is behind the date of a file, and whether NTP sets it."""
-    behind = clock_behind(
-        [
-            *Path(__file__).parents[1].rglob("*.py"),
-            Path(case.shards or "shards", MANIFEST_NAME),
-            *case.run.glob("*"),
-        ]
-    )
+    ours, manifest = Path(__file__).parents[1].rglob("*.py"), Path(case.shards or "shards", MANIFEST_NAME)
+    behind = clock_behind([*ours, manifest, *case.run.glob("*")])
     if behind:
         yield problem(
             "clock", f"{time.ctime()}: {behind}", "timedatectl set-ntp true   # or  ntpdate -u pool.ntp.org"

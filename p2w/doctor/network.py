@@ -121,9 +121,8 @@ def ports(
 def free(port: int) -> bool:
     """Whether a server can listen on this port of all addresses."""
     with socket.socket() as s:
-        s.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torchrun does: closed connections do not count
+        # As torchrun does: closed connections do not count
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind(("", port))
             return True
@@ -272,14 +271,9 @@ def cluster(case: CheckContext) -> Iterator[CheckResult]:
             "Slurm", f"sinfo does not answer: {said}", "scontrol ping; systemctl status slurmctld munge"
         )
         return
-    states = {
-        node: state
-        for node, state in (line.split()[:2] for line in said.splitlines() if len(line.split()) > 1)
-    }
-    found = (
-        ", ".join(f"{count} node(s) {state}" for state, count in Counter(states.values()).items())
-        or "no nodes"
-    )
+    states = dict(line.split()[:2] for line in said.splitlines() if len(line.split()) > 1)
+    counts = Counter(states.values())
+    found = ", ".join(f"{count} node(s) {state}" for state, count in counts.items()) or "no nodes"
     wait = re.search(r"KillWait\s*=\s*(\d+)", run_command("scontrol", "show", "config")[1])
     if wait:
         found += f"; a stopped job has {wait[1]} s to save (KillWait)"
@@ -314,9 +308,8 @@ def run_command(*command: str) -> tuple[int, str]:
     except OSError as error:
         return 1, str(error)
     if done.returncode:
-        return done.returncode, (done.stderr.strip().splitlines() or ["exit code " + str(done.returncode)])[
-            -1
-        ]
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return done.returncode, lines[-1]
     return 0, done.stdout
 
 

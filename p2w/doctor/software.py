@@ -25,21 +25,12 @@ from p2w.train.optim import build_optimizer, choose_precision
 
 OLDEST_TORCH = (2, 11)
 CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-LIBRARIES = (
-    "SimpleITK",
-    "webdataset",
-    "pyarrow",
-    "safetensors",
-    "crc32c",
-    "tensorboard",
-    "matplotlib",
-    "sklearn",
-)
+SHOWN = ("SimpleITK", "webdataset", "pyarrow")
+LIBRARIES = (*SHOWN, "safetensors", "crc32c", "tensorboard", "matplotlib", "sklearn")
 SMALL_ZYX = (8, 16, 16)  # voxels
 TRIALS = 10  # a faulty bf16 on a CPU showed in one of three trials at width 8
 TRIALS_S = 3.0
 AGREE = 0.3  # bf16 has 8 bits: with correct arithmetic, norms differed by up to 10 %
-SHOWN = ("SimpleITK", "webdataset", "pyarrow")
 
 
 def python(case: CheckContext) -> Iterator[CheckResult]:
@@ -153,12 +144,7 @@ def triton(case: CheckContext) -> Iterator[CheckResult]:
             for a, b in zip(there, part_and_whole(wholes, boxes, (8, 16, 16)), strict=True)
         )
     except Exception as error:
-        text = first_line(error)
-        yield problem(
-            "triton",
-            f"{version}: the kernel does not run: {text}",
-            compilers,
-        )
+        yield problem("triton", f"{version}: the kernel does not run: {first_line(error)}", compilers)
         return
     if not off < 1e-4:
         yield problem(
@@ -201,8 +187,9 @@ def libraries(case: CheckContext) -> Iterator[CheckResult]:
             module = importlib.import_module(name)
             versions[name] = str(getattr(module, "__version__", "")) or importlib.metadata.version(name)
         except Exception as error:
-            text = first_line(error)
-            yield problem("libraries", f"{name}: {text}", "make install   # or  pip install --editable .")
+            yield problem(
+                "libraries", f"{name}: {first_line(error)}", "make install   # or  pip install --editable ."
+            )
     found = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
     if len(versions) == len(LIBRARIES):
         yield ok("libraries", f"{found}; {len(LIBRARIES) - len(SHOWN)} others import")

@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from p2w import stats
 from p2w.finetune import metrics
-from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
+from p2w.finetune.task_interface import LateIntervals, LaterIntervals, Measures
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Classifier
 from p2w.tasks.task import MULTI_CLASS, MULTI_LABEL, REGRESSION
@@ -36,7 +36,7 @@ from p2w.world import World
 Floats = NDArray[np.float64]
 
 
-class Answer(TaskType):
+class Answer(LateIntervals):
     """What the three kinds have in common: pooled features, a hidden layer, K numbers."""
 
     per_voxel = False
@@ -48,21 +48,6 @@ class Answer(TaskType):
     def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes' names."""
         return tuple(classes)
-
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
-        """The metrics at the top of the file; those that have no value are left out."""
-        found, later = self._measures(records, patients)
-        sound = {name: value for name, value in found.items() if math.isfinite(value)}
-        return sound, {name: later[name]() for name in sound}
-
-    def measure(self, records: Tensor, patients: list[str]) -> Measures:
-        """As `TaskType.measure`."""
-        found, _ = self._measures(records, patients)
-        return {name: value for name, value in found.items() if math.isfinite(value)}
-
-    @abstractmethod
-    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
-        """Metrics, NaN where there is none, and their intervals."""
 
 
 class MultiClass(Answer):
@@ -95,7 +80,8 @@ class MultiClass(Answer):
         """Mean cross-entropy over the samples."""
         return float(cross_entropy(records[:, :-1], records[:, -1].long()))
 
-    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+    def metrics(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+        """The metrics at the top of the file."""
         score = torch.log_softmax(records[:, :-1], 1).numpy()
         label = records[:, -1].numpy().astype(int)
         right = (score.argmax(1) == label).astype(np.float64)
@@ -171,7 +157,8 @@ class MultiLabel(ByColumn):
     def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, target, reduction="none")
 
-    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+    def metrics(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+        """The metrics at the top of the file."""
         logits, target = (part.numpy() for part in records.chunk(2, 1))
         found, sure = _auc(logits, target, self.classes, patients)
 
@@ -245,7 +232,8 @@ class Regression(ByColumn):
         mean, sd = self._scale(predicted)
         return float(self._known((predicted - mean) / sd, target).mean())
 
-    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+    def metrics(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
+        """The metrics at the top of the file."""
         predicted, target = (part.numpy() for part in records.chunk(2, 1))
         found: Measures = {}
         sure: LaterIntervals = {}

@@ -213,9 +213,8 @@ def resampled(volumes: Tensor, matrix: Tensor, moved: Tensor, mode: str) -> Tens
 
     def resample(part: Tensor, its: Tensor) -> Tensor:
         half = [max(edge - 1, 1) / 2 for edge in part.shape[2:]]  # offsets become shares of half an edge
-        rows = [
-            [its[:, i, j] * (half[j] / half[i]) for j in (2, 1, 0)] for i in (2, 1, 0)
-        ]  # torch's order is x, y, z
+        # torch's order is x, y, z
+        rows = [[its[:, i, j] * (half[j] / half[i]) for j in (2, 1, 0)] for i in (2, 1, 0)]
         theta = torch.stack([torch.stack([*row, torch.zeros_like(row[0])], 1) for row in rows], 1)
         grid = affine_grid(theta.float(), list(part.shape), align_corners=True)
         found = grid_sample(part.float(), grid, mode=mode, padding_mode="border", align_corners=True)
@@ -268,9 +267,8 @@ def _low_resolution(x: Tensor, share: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         n = x.shape[axis]
         m = (share.double().flatten() * n + 0.5).floor().long().clamp(1, n)[:, None]
-        at = ((2 * torch.arange(n, device=x.device) + 1) * m - n).clamp(
-            min=0
-        )  # 2 n times the place among the m
+        # 2 n times the index among the m
+        at = ((2 * torch.arange(n, device=x.device) + 1) * m - n).clamp(min=0)
         at = torch.minimum(at, 2 * n * (m - 1))
         low = at // (2 * n)
         weight = ((at - low * 2 * n).double() / (2 * n)).float()

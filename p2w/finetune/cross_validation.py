@@ -24,7 +24,7 @@ from p2w.finetune.results import RUN_MANIFEST, read_fine_tuning
 from p2w.finetune.task_types import TaskType
 from p2w.finetune.trial import PREDICTIONS, folder_of
 from p2w.tasks.reader import TargetSet
-from p2w.tasks.splits import assign_folds, check_folds
+from p2w.tasks.task import assign_folds, check_folds
 
 SUMMARY = "cross_validation.json"
 VAL_FRACTION = 0.15  # of the patients who are not tested on: `p2w prepare`'s own default
@@ -86,16 +86,9 @@ def summarise_folds(run: Path, folds: int, kind: TaskType) -> dict[str, Any] | N
     first = found[0]
     for one in found[1:]:
         alike = (
-            "fingerprint",
-            "source",
-            "network",
-            "width",
-            "decoder",
-            "fraction",
-            "planned",
-            "recipe",
+            "fingerprint", "source", "network", "width", "decoder", "fraction", "planned", "recipe",
             "of_folds",
-        )
+        )  # fmt: skip
         wrong = [name for name in alike if getattr(one, name) != getattr(first, name)]
         if wrong:
             raise UserError(

@@ -87,15 +87,9 @@ def _of_card(where: str, card: dict[str, Any]) -> InitRecord:
         loss = training["figures"].get("val/loss")
         low, high = pretext["volume_fraction"]
         return InitRecord(
-            where,
-            int(training["step"]),
-            None,
-            loss,
-            loss,
-            pretext["name"],
-            (low, high),
+            where, int(training["step"]), None, loss, loss, pretext["name"], (low, high),
             bool(pretext["skips"]),
-        )
+        )  # fmt: skip
     except (LookupError, TypeError, ValueError, AttributeError):
         return InitRecord(where)
 

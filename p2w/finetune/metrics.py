@@ -190,11 +190,9 @@ def by_patient(values: Floats, names: Sequence[str], measure: str) -> bytes:
 
 
 def _figure(columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(5 * columns, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns)
 
 

@@ -133,13 +133,8 @@ def check_recipe(recipe: FineTuneRecipe) -> FineTuneRecipe:
     """Return `recipe` when its numbers make sense. Raises UserError naming setting, rule and value."""
     at_least = {"batch": 2, "patience": 1, "plateau_patience": 1, "max_epochs": 1, "seed": 0, "min_delta": 0}
     at_least |= {
-        "cache_gib": 0,
-        "epoch_steps": 0,
-        "adam_eps": 0,
-        "checkpoint_minutes": 0,
-        "lr": 0,
-        "min_lr": 0,
-    }
+        "cache_gib": 0, "epoch_steps": 0, "adam_eps": 0, "checkpoint_minutes": 0, "lr": 0, "min_lr": 0,
+    }  # fmt: skip
     for name, least in at_least.items():
         value = getattr(recipe, name)
         if not least <= value < float("inf"):  # NaN among them

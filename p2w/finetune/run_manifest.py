@@ -142,9 +142,8 @@ def run_workers(argv: list[str], workers: int) -> int:
                 child.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    before[signal.SIGINT] = signal.signal(
-        signal.SIGINT, lambda number, frame: None
-    )  # a terminal sends it to all
+    # A terminal sends it to all
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         for worker in range(workers):
             device = {"LOCAL_RANK": str(worker % devices)} if devices else {}

@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from p2w import stats
 from p2w.finetune import metrics
-from p2w.finetune.task_interface import Intervals, LaterIntervals, Measures, TaskType
+from p2w.finetune.task_interface import LateIntervals, LaterIntervals, Measures
 from p2w.model import Encoder, Network
 from p2w.model.decoder import Segmenter, build_decoder
 from p2w.tasks.task import MULTI_CLASS_SEGMENTATION, MULTI_LABEL_SEGMENTATION
@@ -39,7 +39,7 @@ SOFT, COUNTS = 3, 3  # columns a class: soft sums (hit, predicted, true), then c
 SURFACES = 2  # further columns a class of a test sample: 95 % Hausdorff distance, surface Dice
 
 
-class ClassSegmentation(TaskType):
+class ClassSegmentation(LateIntervals):
     """What the two kinds have in common: cross-entropy with soft Dice, metrics by class."""
 
     compared = "dice"
@@ -116,16 +116,8 @@ class ClassSegmentation(TaskType):
         soft = records[:, 1 : 1 + SOFT * count].sum(0).reshape(count, SOFT)
         return float(records[:, 0].mean() + soft_dice(soft))
 
-    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
+    def metrics(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
         """Dice and IoU, and of test records Hausdorff distance and surface Dice, by class and as their mean."""
-        found, later = self._measures(records, patients)
-        return found, {name: interval() for name, interval in later.items()}
-
-    def measure(self, records: Tensor, patients: list[str]) -> Measures:
-        """As `TaskType.measure`."""
-        return self._measures(records, patients)[0]
-
-    def _measures(self, records: Tensor, patients: list[str]) -> tuple[Measures, LaterIntervals]:
         names, pooled = self._pooled(records, patients)
         found: Measures = {}
         sure: LaterIntervals = {}

@@ -4,6 +4,7 @@ Shapes: B, C, D, H, W = batch, channel, slice, row, column; K = classes; N = sam
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -139,3 +140,24 @@ class TaskType(ABC):
     def mask_files(self, mask: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """The files that a mask of `to_mask` is written as, by name; "" is the name of a single one."""
         return {"": mask}
+
+
+class LateIntervals(TaskType):
+    """A kind whose intervals take long, and are computed where they are asked for."""
+
+    @abstractmethod
+    def metrics(
+        self, records: Tensor, patients: list[str]
+    ) -> tuple[Measures, dict[str, Callable[[], Interval]]]:
+        """Metrics, NaN where there is none, and for each a function that computes its interval."""
+
+    def judge(self, records: Tensor, patients: list[str]) -> tuple[Measures, Intervals]:
+        """The metrics that have a value, and their intervals."""
+        found, later = self.metrics(records, patients)
+        sound = {name: value for name, value in found.items() if math.isfinite(value)}
+        return sound, {name: later[name]() for name in sound}
+
+    def measure(self, records: Tensor, patients: list[str]) -> Measures:
+        """The metrics that have a value."""
+        found, _ = self.metrics(records, patients)
+        return {name: value for name, value in found.items() if math.isfinite(value)}

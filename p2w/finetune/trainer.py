@@ -32,7 +32,7 @@ from p2w.model import Encoder, Network
 from p2w.model.conv import for_optimizer
 from p2w.model.encoder import set_memory_format
 from p2w.model.norm import recalibrated, synchronise_batch_norm
-from p2w.rng import SampleKeys
+from p2w.rng import SampleKeys, stratified_ids
 from p2w.train.optim import Precision, load_optimizer
 from p2w.world import World, average_gradients, gather_rows
 
@@ -106,8 +106,8 @@ class FineTuner:
         if len(samples) < 2:
             return
         count = max(1, min(BATCHES, len(samples) // ROWS))
-        spread = np.linspace(0, len(samples) - 1, min(len(samples), count * ROWS)).astype(int)
-        mine = [spread[number::count] for number in range(self.world.rank, count, self.world.size)]
+        chosen = stratified_ids(np.arange(len(samples)), count * ROWS)
+        mine = [chosen[number::count] for number in range(self.world.rank, count, self.world.size)]
         inputs = (x for x, _ in samples.batches(mine))
         with self._autocast():
             found = recalibrated(self.network, inputs, lambda rows: gather_rows(rows, self.world, count))
@@ -254,9 +254,8 @@ class FineTuner:
         batches_of = samples.batches([positions for positions in share if len(positions)])
         found = []
         for number, positions in enumerate(share):
-            self._leave_if_stopped(
-                number
-            )  # which all ranks ask together, also one that has none of the last samples
+            # Which all ranks ask together, also one that has none of the last samples
+            self._leave_if_stopped(number)
             if not len(positions):
                 continue
             x, target = next(batches_of)

@@ -20,9 +20,8 @@ from p2w.inference.finetuned_model import load_finetuned
 AXES = ("axial, patient's left on the right", "coronal", "sagittal, front on the left")
 RED, CYAN = "#ff3b30", "#00e5ff"
 LEGEND = 12  # names of classes beside the picture, at most
-Classes = Callable[
-    [NDArray[Any]], Mapping[str, NDArray[np.bool_]]
-]  # of a slice of a mask: where each class is
+# Of a slice of a mask: where each class is
+Classes = Callable[[NDArray[Any]], Mapping[str, NDArray[np.bool_]]]
 
 
 def draw_preview(
@@ -39,13 +38,11 @@ def draw_preview(
     gets an outline of its own; the largest have their names beside. Raises UserError where it cannot write.
     """
     from matplotlib import colormaps  # noqa: PLC0415
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     where, spacing = _middle(mask), grid.spacing[::-1]
     figure = Figure(figsize=(13, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     palette = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map
     outlined: dict[str, tuple[int, Any]] = {}  # name -> voxels, colour
     for axis, panel in enumerate(figure.subplots(1, 3)):
@@ -114,11 +111,9 @@ def draw_test_samples(fine_tuning: FineTuning, device: torch.device) -> Path | N
     except (UserError, OSError, ValueError, LookupError):
         return None
     predicted = model.predictions(voxels.to(device), None).cpu().numpy()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(8.0, 2.2), layout="constrained", facecolor="black")
-    FigureCanvasAgg(figure)
     low, high = model.window
     for at, (panel, title) in enumerate(zip(figure.subplots(1, SAMPLE_COUNT).flat, titles, strict=False)):
         truth = targets[at, 0].numpy() if kind.per_voxel else np.zeros(voxels.shape[2:], np.uint8)

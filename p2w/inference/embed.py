@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 
 from p2w import __version__
 from p2w.config import Amp
-from p2w.ct.dicom import salted_hash
 from p2w.ct.orientation import BadScan
 from p2w.ct.scan import Scan, read_scaled, read_scan
 from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort
+from p2w.inference.embeddings import KINDS, features_of, salt_check
 from p2w.inference.encoder_input import EncoderInput, EncoderOptions, load_encoder_input
 from p2w.inference.sliding import Windows
 from p2w.progress import Progress, say
@@ -54,7 +54,6 @@ Stop and repeat: scans that are done are not computed again, unless their files 
 in one line each, and make the exit code 1. Scans and patients are named by hashes (`--salt` makes them secret); names are
 written only with --keep-names, or where the table has a column `name`. Then: p2w probe, p2w neighbours.
 """
-KINDS = ("mean", "max", "std")
 Floats = NDArray[np.float32]
 
 
@@ -259,21 +258,6 @@ class Parts:
         }  # fmt: skip
 
 
-def salt_check(salt: str) -> str:
-    """A hash by which another command recognises the salt; it does not give the salt away."""
-    return salted_hash("salt", salt)
-
-
-def features_of(table: pa.Table, kind: str) -> Floats:
-    """The column of vectors `kind` of a table, (N, C) float32."""
-    column = table[kind].combine_chunks()
-    flat = column.flatten() if isinstance(column, pa.FixedSizeListArray) else pa.concat_arrays(
-        [chunk.flatten() for chunk in column.chunks]
-    )  # fmt: skip
-    found: Floats = np.asarray(flat, np.float32).reshape(len(table), -1)
-    return found
-
-
 def scan_features(mean: Floats, largest: Floats, deviation: Floats) -> tuple[Floats, Floats, Floats]:
     """Features of windows (N, C) -> of their scan (C,): what they would be over all voxels of all windows together."""
     centre = mean.astype(np.float64).mean(0)
@@ -323,6 +307,48 @@ class Pending:
 Cut = tuple[Pending, int, NDArray[np.int16]]  # a scan, the number of a window, the window's stored values
 
 
+@dataclass
+class _WindowBatches:
+    """Windows of scans, computed in full batches; the part of a scan is written once all its windows are."""
+
+    model: EncoderInput
+    parts: Parts
+    batch: int
+    dtype: torch.dtype | None
+    progress: Progress
+    waiting: list[Cut] = field(default_factory=list)
+    windows: int = 0
+
+    def add(self, cut: Cut) -> None:
+        """Take a window; a full batch is computed."""
+        self.waiting.append(cut)
+        if len(self.waiting) == self.batch:
+            self.compute()
+
+    def compute(self) -> None:
+        """Compute the windows that wait, in a batch that is filled up with zeros."""
+        crops_in = np.zeros((self.batch, 1, *self.model.size), np.int16)
+        for at, (_, _, crop) in enumerate(self.waiting):
+            crops_in[at, 0] = crop
+        device = next(self.model.encoder.parameters()).device
+        pooled = self.model.pooled(torch.from_numpy(crops_in).to(device), self.dtype).numpy()
+        for values, (pending, number, _) in zip(pooled, self.waiting, strict=False):
+            if not np.isfinite(values).all():
+                raise UserError(f"{pending.scan.name}: features are not finite; try --precision fp32")
+            pending.found[number] = values
+        for pending in {id(one[0]): one[0] for one in self.waiting}.values():
+            self.finish(pending)
+        self.waiting.clear()
+
+    def finish(self, pending: Pending) -> None:
+        """Write the part of a scan, if all its windows are computed."""
+        if pending.complete and all(one is not None for one in pending.found):
+            self.parts.write(pending.scan, pending)
+            self.windows += len(pending.found)
+            self.progress.step(f"{self.windows:,} windows")
+            self.progress.tick()
+
+
 def embed_scans(
     scans: Sequence[CohortScan],
     model: EncoderInput,
@@ -339,31 +365,8 @@ def embed_scans(
     todo = [scan for scan in scans if parts.read(scan) is None]
     if len(todo) < len(scans):
         say(f"{len(scans) - len(todo)} scans are done already")
-    progress, bad, windows = Progress(len(todo), "scans"), 0, 0
-    device = next(model.encoder.parameters()).device
-    waiting: list[Cut] = []
-
-    def compute() -> None:
-        crops_in = np.zeros((batch, 1, *model.size), np.int16)
-        for at, (_, _, crop) in enumerate(waiting):
-            crops_in[at, 0] = crop
-        pooled = model.pooled(torch.from_numpy(crops_in).to(device), dtype).numpy()
-        for values, (pending, number, _) in zip(pooled, waiting, strict=False):
-            if not np.isfinite(values).all():
-                raise UserError(f"{pending.scan.name}: features are not finite; try --precision fp32")
-            pending.found[number] = values
-        for pending in {id(one[0]): one[0] for one in waiting}.values():
-            finish(pending)
-        waiting.clear()
-
-    def finish(pending: Pending) -> None:
-        nonlocal windows
-        if pending.complete and all(one is not None for one in pending.found):
-            parts.write(pending.scan, pending)
-            windows += len(pending.found)
-            progress.step(f"{windows:,} windows")
-            progress.tick()
-
+    progress, bad = Progress(len(todo), "scans"), 0
+    batches = _WindowBatches(model, parts, batch, dtype, progress)
     with (
         progress,
         ReadAhead(_read_scans(todo, model)) as reading,
@@ -372,18 +375,16 @@ def embed_scans(
         for item in cutting:
             if isinstance(item, Pending):
                 item.complete = True
-                finish(item)
+                batches.finish(item)
             elif isinstance(item[1], str):
                 say(f"bad: {item[0].name}: {item[1]}")
                 parts.mark_bad(item[0])
                 bad += 1
                 progress.step("one bad")
             else:
-                waiting.append(item)
-                if len(waiting) == batch:
-                    compute()
-        if waiting:
-            compute()
+                batches.add(item)
+        if batches.waiting:
+            batches.compute()
     return bad
 
 

@@ -1,4 +1,4 @@
-"""Tables that `p2w embed` wrote, read for probes and neighbours; labels by scan; features made comparable."""
+"""Tables that `p2w embed` writes, read for probes and neighbours; labels by scan; features made comparable."""
 
 import functools
 import itertools
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.inference.cohort import SCAN, identifiers_of
-from p2w.inference.embed import KINDS, features_of, salt_check
 from p2w.tasks.source_files import read_csv
 
 Features = Literal["mean", "max", "std", "all"]
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
+KINDS = ("mean", "max", "std")
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,18 @@ def neighbours(
         int(one) for one in order if one != query and (patients is None or patients[one] != patients[query])
     )
     return [(one, float(similarity[one])) for one in itertools.islice(allowed, count)]
+
+
+def salt_check(salt: str) -> str:
+    """A hash by which another command recognises the salt; it does not give the salt away."""
+    return salted_hash("salt", salt)
+
+
+def features_of(table: pa.Table, kind: str) -> Floats:
+    """The column of vectors `kind` of a table, (N, C) float32."""
+    column = table[kind].combine_chunks()
+    flat = column.flatten() if isinstance(column, pa.FixedSizeListArray) else pa.concat_arrays(
+        [chunk.flatten() for chunk in column.chunks]
+    )  # fmt: skip
+    found: Floats = np.asarray(flat, np.float32).reshape(len(table), -1)
+    return found

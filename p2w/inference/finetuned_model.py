@@ -21,6 +21,7 @@ from p2w.finetune.task_types import TaskType, task_type
 from p2w.finetune.trial import MODEL, RESULT
 from p2w.model import Network, build_encoder
 from p2w.model.encoder import InputNorm
+from p2w.weights.foreign import check_tensors
 from p2w.weights.load import read_card
 
 CARD = {
@@ -154,7 +155,11 @@ def load_finetuned(where: Path, device: torch.device) -> FineTunedModel:
         raise UserError(f"{file}: its card does not fit its classes ({error}); copy it again") from error
     network = task_type(card["kind"]).network(encoder, classes, card["skips"] or encoder.only_skips)
     try:
-        network.load_state_dict(load_file(file))
+        state = load_file(file)
+        check_tensors(state, str(file))
+        network.load_state_dict(state)
+    except UserError:
+        raise
     except (SafetensorError, OSError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise UserError(f"{file}: damaged, or of another version ({said}); copy it again") from error

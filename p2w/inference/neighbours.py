@@ -167,11 +167,9 @@ def map_page(
 
 def draw_map(points: NDArray[np.floating], names: Sequence[str], labels: Sequence[str] | None) -> bytes:
     """A PNG of the points (N, 2), coloured by label; with names where there are few."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     own = labels or [""] * len(names)
     kinds = sorted(set(own))

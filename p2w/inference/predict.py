@@ -19,17 +19,18 @@ from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.orientation import BadScan, Grid, to_canonical
 from p2w.ct.scan import percentile_range, read_image, read_scan, stored_grid, straightened
 from p2w.errors import UserError
-from p2w.inference.dicom_seg import ENDING as SEG_ENDING
-from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
-from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
 from p2w.inference.finetuned_model import FineTunedModel, load_ensemble
 from p2w.inference.mask_files import (
+    DICOM_SEG,
     ENDING,
     MASKS,
+    SEG_ENDING,
+    check_dicom_source,
     check_geometry,
     publish_text,
     write_classes,
+    write_dicom_seg,
     write_volumes,
 )
 from p2w.inference.sliding import Cut, ScaledSlices, Windows, on_scan, slices
@@ -148,9 +149,8 @@ def _source(path: Path, in_hu: bool, resample_tilt: bool = False) -> ScanSource:
         return straightened(source) if resample_tilt else source
     for modality in ("CT",) if in_hu else ("MR", "PT", "CT"):
         search = SearchOptions(modality=modality, resample=resample_tilt)
-        found = find_scans(
-            [str(path)], str(path / ".out"), flag="--scan", options=search
-        )  # there is no such folder
+        # There is no such folder
+        found = find_scans([str(path)], str(path / ".out"), flag="--scan", options=search)
         if found.sources:
             break
     if len(found.sources) != 1:
@@ -367,27 +367,28 @@ def segments_of(
     return {name or single: scan.stored(inside) for name, inside in model.kind.mask_classes(mask).items()}
 
 
+def check_windows(overlap: float, threshold: float, batch: int) -> None:
+    """Raise UserError for values that no windows can be predicted with."""
+    if not 0 <= overlap <= 0.9 or not 0 < threshold < 1 or batch < 1:
+        raise UserError(
+            f"--overlap {overlap} --threshold {threshold} --batch {batch}: from 0 to 0.9; between 0 and 1; at least 1"
+        )
+
+
 def _check(options: PredictOptions, model: FineTunedModel) -> None:
     """Raise UserError for options that do not go together."""
     if model.kind.per_voxel:
         _check_masks(options, model)
     else:
         _check_answers(options, model)
-    if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
-        raise UserError(
-            f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
-            "and 1; at least 1"
-        )
+    check_windows(options.overlap, options.threshold, options.batch)
     if len(options.scan) != model.channels:
         names = model.card["task"].get("channel_names") or []
         raise UserError(
             f"--scan names {len(options.scan)} image(s), the network takes {model.channels}: {', '.join(names)}"
         )
-    for flag, path in (
-        ("--out", options.out),
-        ("--preview", options.preview),
-        ("--probabilities", options.probabilities),
-    ):
+    written = {"--out": options.out, "--preview": options.preview, "--probabilities": options.probabilities}
+    for flag, path in written.items():
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{flag} {path}: no folder {path.parent}; make it, or name another")
 
@@ -429,9 +430,6 @@ def _check_masks(options: PredictOptions, model: FineTunedModel) -> None:
         )
     into = options.probabilities
     if into is not None and bool(layers) == into.name.lower().endswith(MASKS):
-        rule = (
-            f"a folder, which gets a file for each of {len(layers)} classes"
-            if layers
-            else f"one of {', '.join(MASKS)}"
-        )
+        folder = f"a folder, which gets a file for each of {len(layers)} classes"
+        rule = folder if layers else f"one of {', '.join(MASKS)}"
         raise UserError(f"--probabilities {into}: name {rule}")

@@ -36,12 +36,17 @@ from p2w.errors import UserError
 from p2w.files import FileLock, canonical_json, write_atomic
 from p2w.inference import predict
 from p2w.inference.cohort import Cohort, CohortScan, ReadAhead, list_cohort, write_rows
-from p2w.inference.dicom_seg import ENDING as SEG_ENDING
-from p2w.inference.dicom_seg import FORMAT as DICOM_SEG
-from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.drawing import draw_preview
 from p2w.inference.finetuned_model import EnsembleModel, load_ensemble
-from p2w.inference.mask_files import MASKS, check_geometry, write_volumes
+from p2w.inference.mask_files import (
+    DICOM_SEG,
+    MASKS,
+    SEG_ENDING,
+    check_dicom_source,
+    check_geometry,
+    write_dicom_seg,
+    write_volumes,
+)
 from p2w.inference.predict import (
     InferenceInput,
     answers_of,
@@ -149,11 +154,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(options: PredictCohortOptions) -> None:
-    if not 0 <= options.overlap <= 0.9 or not 0 < options.threshold < 1 or options.batch < 1:
-        raise UserError(
-            f"--overlap {options.overlap} --threshold {options.threshold} --batch {options.batch}: from 0 to 0.9; between 0 "
-            "and 1; at least 1"
-        )
+    predict.check_windows(options.overlap, options.threshold, options.batch)
     if options.ending not in MASKS:
         raise UserError(f"--ending {options.ending}: one of {', '.join(MASKS)}")
     if not options.out.parent.is_dir() or (options.out.exists() and not options.out.is_dir()):
@@ -171,11 +172,7 @@ class PredictionFolder:
             "masks": self.type.separate_files and not self.dicom,
             "probabilities": bool(self.type.layers()),
         }  # of each scan
-        self.kinds = [
-            "masks",
-            *(["probabilities"] * options.probabilities),
-            *(["overlays"] * options.overlays),
-        ]
+        self.kinds = ["masks"] + ["probabilities"] * options.probabilities + ["overlays"] * options.overlays
         self.settings: dict[str, Any] = {
             "weights": model.weights(), "flips": sorted(model.flips), "overlap": options.overlap,
             "threshold": options.threshold, "precision": precision, "ending": options.ending,
@@ -290,15 +287,10 @@ class PredictionFolder:
         millilitres = [record["ml"] for _, record in good]
         middle = f", median {np.median(millilitres):.1f} ml" if good else ""
         empty = sum(record["voxels"] == 0 for _, record in good)
-        rows = [
-            (
-                s.name,
-                " x ".join(map(str, record["shape_zyx"])),
-                f"{record['voxels']:,}",
-                f"{record['ml']:.1f}",
-            )
-            for s, record in good
-        ]
+        rows = []
+        for s, record in good:
+            shape = " x ".join(map(str, record["shape_zyx"]))
+            rows.append((s.name, shape, f"{record['voxels']:,}", f"{record['ml']:.1f}"))
         pictures = []
         for number, (scan, record) in enumerate(good if "overlays" in self.kinds else ()):
             caption = f"{scan.name}: {record['ml']:.1f} ml"
@@ -348,9 +340,8 @@ class AnswerFolder(PredictionFolder):
         return lambda: self.write_record(scan, {"state": state, "answers": answers})
 
 
-Read = tuple[
-    CohortScan, InferenceInput | None, str
-]  # a scan's voxels, and the state of its files; or None and why it is bad
+# A scan's voxels, and the state of its files; or None and why it is bad
+Read = tuple[CohortScan, InferenceInput | None, str]
 
 
 def _read_scans(

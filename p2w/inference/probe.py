@@ -118,9 +118,8 @@ def _said(kind: str, value: float, low: float, high: float) -> str:
     return f"{kind} {value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-Splits = list[
-    tuple[NDArray[np.intp], NDArray[np.intp]]
-]  # indices of the scans to learn from, and of those to test
+# Indices of the scans to learn from, and of those to test
+Splits = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
 
 
 def divide(

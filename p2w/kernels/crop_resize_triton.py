@@ -32,18 +32,16 @@ from torch import Tensor
 # What Triton compiles is typed by Triton:
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-UNIT = tl.constexpr(
-    128.0
-)  # weights are this much larger: their lower halves stay clear of float16's subnormals
+# Weights are this much larger: their lower halves stay clear of float16's subnormals
+UNIT = tl.constexpr(128.0)
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Parameters of the launch that change results by rounding at most; bench/kernel.py tries others."""
 
-    slices: int = (
-        8  # output slices a program: more share weights and voxels, fewer fill the card at small batches
-    )
+    # Output slices a program: more share weights and voxels, fewer fill the card at small batches
+    slices: int = 8
     elements: int = 8192  # of a tile, rows x columns of voxels: 64 x 128 for the paper's sizes
     tile_h: int = 64  # most output rows a tile
     tile_w: int = 64  # most output columns a tile

@@ -254,17 +254,9 @@ class _NormOverRanks(torch.autograd.Function):
         factor = torch.ones_like(centre) if weight is None else weight.to(centre.dtype)
         if x.numel():
             to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-                _map(gradients[0].to(x.dtype)),
-                _map(x),
-                factor,
-                centre,
-                spread,
-                None,
-                None,
-                False,
-                ctx.eps,
+                _map(gradients[0].to(x.dtype)), _map(x), factor, centre, spread, None, None, False, ctx.eps,
                 [True] * 3,
-            )
+            )  # fmt: skip
         else:
             to_x, to_weight, to_bias = _map(x).clone(), torch.zeros_like(centre), torch.zeros_like(centre)
         means = sum_over_ranks(torch.cat((to_bias, to_weight)).double()).div_(count)

@@ -80,9 +80,8 @@ class ViT3d(Encoder):
         )
         self.to_tokens = ConvBatchNorm(
             Conv3d(4 * fine, 12 * width, kernel_size=2, stride=2),
-            BatchNorm3d(
-                12 * width
-            ),  # as large as the positions that are added, or it would be negligible beside them
+            # As large as the positions that are added, or it would be negligible beside them
+            BatchNorm3d(12 * width),
         )
         self.blocks = nn.ModuleList(TransformerBlock(12 * width) for _ in range(depth))
         self.norm = nn.LayerNorm(12 * width)

@@ -52,16 +52,9 @@ def main() -> None:
     with _follow(args.scans) as done:
         try:
             write_luna(
-                args.out,
-                args.scans,
-                args.seed,
-                shape=args.shape,
-                spacing_mm=args.spacing,
-                subsets=args.subsets,
-                workers=args.workers,
-                varied=args.varied,
-                done=done,
-            )
+                args.out, args.scans, args.seed, shape=args.shape, spacing_mm=args.spacing,
+                subsets=args.subsets, workers=args.workers, varied=args.varied, done=done,
+            )  # fmt: skip
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{args.out}: {why}; mend it and repeat the command, it goes on") from None

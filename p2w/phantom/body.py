@@ -8,7 +8,7 @@ A shape is a distance field: the distance to its surface in mm, negative inside;
 painting needs it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
+_BLOCK = 4096  # points that are converted together
 _COARSE_MM = 5.2  # organs are smooth: their distance fields are computed on a grid this fine and interpolated
 
 
@@ -69,29 +70,45 @@ class Frame:
 
     def to_body(self, voxel: Floats) -> Floats:
         """Voxel positions (..., 3) to body mm (..., 3); keeps the float type."""
-        mm = voxel * np.array(self.spacing_mm, voxel.dtype) - self.centre_mm.astype(voxel.dtype)
-        straight = _times(mm, self.rotation / self.size)
-        return straight + self._warp(straight)
+        spacing, centre = np.array(self.spacing_mm, voxel.dtype), self.centre_mm.astype(voxel.dtype)
+        turn = self.rotation / self.size
+
+        def convert(voxel: Floats) -> Floats:
+            straight = _times(voxel * spacing[:, None] - centre[:, None], turn)
+            return straight + self._warp(straight)
+
+        return _in_blocks(convert, voxel, voxel.dtype)
 
     def to_voxel(self, body: Floats) -> Floats:
         """Body mm (..., 3) to voxel positions (..., 3): the inverse of `to_body` to within 0.1 mm."""
-        straight = body
-        for _ in range(
-            3
-        ):  # a fixed-point iteration: the warp is weak, so each round divides the error by ten
-            straight = body - self._warp(straight)
-        mm = _times(straight * self.size, self.rotation.T) + self.centre_mm
-        return mm / np.array(self.spacing_mm)
+        spacing = np.array(self.spacing_mm)
+
+        def convert(body: Floats) -> Floats:
+            straight = body
+            # A fixed-point iteration: the warp is weak, so each round divides the error by ten
+            for _ in range(3):
+                straight = body - self._warp(straight)
+            mm = _times(straight * self.size[:, None], self.rotation.T) + self.centre_mm[:, None]
+            return mm / spacing[:, None]
+
+        return _in_blocks(convert, body, np.dtype(float))
 
     def _warp(self, straight: Floats) -> Floats:
+        """The warp at points (3, N), as (3, N)."""
         kind = straight.dtype.type
-        z, y, x = np.moveaxis(straight, -1, 0)
-        total = np.zeros((3, *z.shape), kind)
+        z, y, x = straight
+        total = np.zeros_like(straight)
+        wave, part = np.empty_like(z), np.empty_like(z)
         for (kz, ky, kx), phase, sway in zip(self.waves, self.phases, self.sway_mm, strict=True):
-            wave = np.sin(kind(kz) * z + kind(ky) * y + (kind(kx) * x + kind(phase)))
+            np.multiply(z, kind(kz), out=wave)
+            wave += np.multiply(y, kind(ky), out=part)
+            np.multiply(x, kind(kx), out=part)
+            part += kind(phase)
+            wave += part
+            np.sin(wave, out=wave)
             for axis in range(3):
-                total[axis] += kind(sway[axis]) * wave
-        return np.moveaxis(total, 0, -1)
+                total[axis] += np.multiply(wave, kind(sway[axis]), out=part)
+        return total
 
     @cached_property
     def steps(self) -> tuple[int, int, int]:
@@ -120,10 +137,20 @@ def _turn(axis: int, angle: float) -> Floats:
 
 
 def _times(points: Floats, matrix: Floats) -> Floats:
-    """points (..., 3) @ matrix (3, 3) without BLAS, whose threads slow this down and whose sums differ by machine."""
+    """Points (3, N), each times matrix (3, 3). No BLAS: its threads slow this down, its sums differ by machine."""
     rows = matrix.astype(points.dtype)
-    z, y, x = np.moveaxis(points, -1, 0)
-    return np.moveaxis(np.stack([z * rows[0, j] + y * rows[1, j] + x * rows[2, j] for j in range(3)]), 0, -1)
+    z, y, x = points
+    return np.stack([z * rows[0, j] + y * rows[1, j] + x * rows[2, j] for j in range(3)])
+
+
+def _in_blocks(convert: Callable[[Floats], Floats], points: Floats, kind: np.dtype) -> Floats:
+    """Points (..., 3) by a function of (3, n), a block at a time: what is computed on the way stays in the cache."""
+    flat = points.reshape(-1, 3)
+    found = np.empty(flat.shape, kind)
+    for start in range(0, len(flat), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        found[part] = convert(np.ascontiguousarray(flat[part].T)).T
+    return found.reshape(points.shape)
 
 
 class Label(IntEnum):

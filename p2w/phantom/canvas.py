@@ -16,6 +16,7 @@ Box = tuple[slice, slice, slice]
 _SLAB = 16  # slices painted at a time
 _CELL_MM = 9.0  # a sheet is searched within this distance of the coarse grid's nodes
 _FAR = -1e3  # depth of a voxel that no ball reaches, mm
+_PAIRS = 32_768  # of a voxel and a ball, which are looked at together: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -117,23 +118,26 @@ class Canvas:
         points, radius = balls.points, balls.radius
         depth = np.full(self.hu.size, _FAR, np.float32)
         spacing = np.array(self.frame.spacing_mm) / (1.0 if stretch is None else stretch)
-        for flat, gap, chosen in _near(self.frame, points, radius, self.edge_mm, spacing):
-            value = radius[chosen].astype(np.float32)[:, None] - gap
+        voxels = self.frame.to_voxel(points)
+        for flat, gap, ball in _near(self.frame.shape, voxels, radius, self.edge_mm, spacing):
+            value = radius[ball].astype(np.float32) - gap
             keep = value > -self.edge_mm
             np.maximum.at(depth, flat[keep], value[keep])
         return Depth(self, np.flatnonzero(depth > -self.edge_mm), depth)
 
-    def threads(self, balls: Balls) -> "Depth":
-        """Like `balls`, for tubes that may be thinner than a voxel: their contrast falls with their cross-section."""
-        points, radius = balls.points, balls.radius
+    def threads(self, voxels: Floats, radius: Floats) -> "Depth":
+        """Like `balls`, for tubes that may be thinner than a voxel: their contrast falls with their cross-section.
+
+        Balls at voxel positions (N, 3), of `radius` (N,) mm.
+        """
         pixel = float(np.mean(self.frame.spacing_mm))
         thin = np.minimum(1, np.pi * radius**2 / (0.8 * pixel**2)).astype(np.float32)
         wide = np.maximum(radius, 0.5 * self.edge_mm).astype(np.float32)
         spacing = np.array(self.frame.spacing_mm)
         cover = np.zeros(self.hu.size, np.float32)
-        for flat, gap, chosen in _near(self.frame, points, wide, self.edge_mm / 2, spacing):
-            value = (wide[chosen, None] - gap) * np.float32(1 / self.edge_mm) + np.float32(0.5)
-            value = np.minimum(value, 1) * thin[chosen, None]
+        for flat, gap, ball in _near(self.frame.shape, voxels, wide, self.edge_mm / 2, spacing):
+            value = (wide[ball] - gap) * np.float32(1 / self.edge_mm) + np.float32(0.5)
+            value = np.minimum(value, 1) * thin[ball]
             keep = value > 0.01
             np.maximum.at(cover, flat[keep], value[keep])
         at = np.flatnonzero(cover > 0)
@@ -165,28 +169,36 @@ class Depth:
 
 
 def _near(
-    frame: Frame, points: Floats, radius: Floats, reach: float, spacing: Floats
+    shape: tuple[int, int, int], voxel: Floats, radius: Floats, reach: float, spacing: Floats
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]]:
-    """Yield batches of balls of similar size: flat voxel indices (n, m), distances in mm (n, m), ball numbers (n,)."""
-    voxel = frame.to_voxel(points)
-    size = np.ceil((radius[:, None] + reach) / spacing).astype(int)
-    inside = ((voxel > -size) & (voxel < np.array(frame.shape) - 1 + size)).all(axis=1)
-    key = size @ np.array([1, 100, 10000])
+    """Yield pairs of a voxel and a ball whose surface is within `reach` mm of it or beyond it, batch by batch, each (n,).
+
+    Flat index of the voxel, its distance from the ball's centre in mm, number of the ball. `voxel`: centres (N, 3) as voxel
+    positions; `spacing` (3,): size of a voxel, mm.
+    """
+    far = (radius.astype(float) + reach) * (1 + 1e-5)  # a little more: distances are float32
+    low = np.ceil(voxel - far[:, None] / spacing)
+    count = (
+        np.floor(2 * far[:, None] / spacing).astype(int) + 1
+    )  # voxels that so long a piece of an axis can hold
+    inside = ((low + count > 0) & (low < np.array(shape))).all(axis=1)
+    key = count @ np.array([1, 1000, 1000000])
+    limit = np.square(far).astype(np.float32)
+    low = low.astype(np.intp)
     for k in np.unique(key[inside]):
         group = np.flatnonzero(inside & (key == k))
-        offsets = [np.arange(-n, n + 1) for n in size[group[0]]]
-        per = max(1, 400_000 // int(np.prod([len(o) for o in offsets])))
+        sides = count[group[0]]
+        per = _PAIRS // int(np.prod(sides))
+        per = per if per >= 8 else 1  # balls are the innermost axis: neither many short runs, nor much memory
         for chosen in np.array_split(group, -(-len(group) // per)):
-            squares, index, valid = [], [], []
-            for axis, stride in enumerate((frame.shape[1] * frame.shape[2], frame.shape[2], 1)):
-                cell = np.rint(voxel[chosen, axis]).astype(np.intp)[:, None] + offsets[axis]
-                squares.append((((cell - voxel[chosen, axis, None]) * spacing[axis]) ** 2).astype(np.float32))
-                valid.append((cell >= 0) & (cell < frame.shape[axis]))
+            squares, index = [], []
+            for axis, stride in enumerate((shape[1] * shape[2], shape[2], 1)):
+                cell = low[chosen, axis] + np.arange(sides[axis])[:, None]
+                square = (((cell - voxel[chosen, axis]) * spacing[axis]) ** 2).astype(np.float32)
+                square[(cell < 0) | (cell >= shape[axis])] = np.inf
+                squares.append(square)
                 index.append(cell * stride)
-            gap = squares[0][:, :, None, None] + squares[1][:, None, :, None] + squares[2][:, None, None, :]
-            flat = index[0][:, :, None, None] + index[1][:, None, :, None] + index[2][:, None, None, :]
-            if not all(v.all() for v in valid):
-                ok = valid[0][:, :, None, None] & valid[1][:, None, :, None] & valid[2][:, None, None, :]
-                gap[~ok], flat[~ok] = np.inf, 0
-            np.sqrt(gap, out=gap)
-            yield flat.reshape(len(chosen), -1), gap.reshape(len(chosen), -1), chosen
+            gap = squares[0][:, None, None] + squares[1][:, None] + squares[2]
+            flat = index[0][:, None, None] + index[1][:, None] + index[2]
+            near = np.flatnonzero(gap <= limit[chosen])
+            yield flat.reshape(-1)[near], np.sqrt(gap.reshape(-1)[near]), chosen[near % len(chosen)]

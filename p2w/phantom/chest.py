@@ -8,10 +8,9 @@ from scipy import fft
 
 from p2w.errors import UserError
 from p2w.phantom.body import Balls, Body, Floats, Frame, Label, smoothstep
-from p2w.phantom.bones import paint_bones
 from p2w.phantom.canvas import Canvas
 from p2w.phantom.lungs import Mediastinum, lay_tubes, look_up, paint_lungs, plaques
-from p2w.phantom.organs import Cavity, anatomy, layers
+from p2w.phantom.organs import Cavity, anatomy, layers, paint_bones
 
 _SLAB = 16
 
@@ -259,13 +258,7 @@ def _paint_nodule(canvas: Canvas, spot: Spot, rng: np.random.Generator) -> None:
 
 
 def distractors(
-    canvas: Canvas,
-    cavity: Cavity,
-    forks: Balls,
-    spots: list[Spot],
-    *,
-    count: int,
-    rng: np.random.Generator,
+    canvas: Canvas, cavity: Cavity, forks: Balls, spots: list[Spot], *, count: int, rng: np.random.Generator
 ) -> Floats:
     """Body points (N, 3) away from all nodules: forks of vessels, points on the pleura, plain lung."""
     nodes = np.argwhere(cavity.lungs < -1)
@@ -372,15 +365,9 @@ def make_scan(
     candidates = [Candidate(n.centre_mm, True) for n in nodules]
     candidates += [Candidate(_triple(v * frame.spacing_mm + origin), False) for v in negatives]
     return PhantomScan(
-        seed,
-        voxels,
-        canvas.labels,
-        frame.spacing_mm,
-        _triple(origin),
-        tuple(nodules),
-        tuple(candidates),
+        seed, voxels, canvas.labels, frame.spacing_mm, _triple(origin), tuple(nodules), tuple(candidates),
         areas,
-    )
+    )  # fmt: skip
 
 
 def _draw_body(

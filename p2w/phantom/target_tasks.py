@@ -12,7 +12,7 @@ import tyro
 
 from p2w.errors import UserError, exits
 from p2w.files import write_atomic
-from p2w.phantom import brats, ct_targets, lidc
+from p2w.phantom import brats, ct_targets
 from p2w.phantom.chest import check_phantom
 from p2w.phantom.image_files import claim_folder, in_workers, write_luna
 from p2w.progress import Progress, say
@@ -48,7 +48,7 @@ class TaskFormat:
 
 TASKS: dict[str, TaskFormat] = {
     "ncc": TaskFormat("LUNA16", lambda *_: None),  # by write_luna
-    "ncs": TaskFormat("LIDC-IDRI", lidc.write_lidc_patient),
+    "ncs": TaskFormat("LIDC-IDRI", ct_targets.write_lidc_patient),
     "lcs": TaskFormat("LiTS", ct_targets.write_lits_patient),
     "ecc": TaskFormat("CTPA", ct_targets.write_ctpa_patient, ct_targets.write_candidate_table),
     "bms": TaskFormat("BraTS", brats.write_brats_patient),
@@ -82,14 +82,9 @@ def write_targets(
         if task == "ncc":
             names: list[str] = []
             write_luna(
-                root,
-                patients,
-                seed,
-                shape=shape,
-                spacing_mm=lidc.spacing_of(shape),
-                workers=workers,
+                root, patients, seed, shape=shape, spacing_mm=ct_targets.spacing_of(shape), workers=workers,
                 done=names.append,
-            )
+            )  # fmt: skip
             _first_table(root)
             yield from names
         else:
@@ -144,12 +139,8 @@ class TargetPhantomArgs:
     out: Path = Path("phantom-targets")
     """Folder to write; new, empty or an interrupted one of the same settings."""
     tasks: tuple[Literal["ncc", "ncs", "lcs", "ecc", "bms", "organs", "anatomy", "dicom"], ...] = (
-        "ncc",
-        "ncs",
-        "lcs",
-        "ecc",
-        "bms",
-    )
+        "ncc", "ncs", "lcs", "ecc", "bms",
+    )  # fmt: skip
     """Names of the tasks; organs: organs, lobes and vertebrae told by place, in nnU-Net's layout; anatomy: the same, of
     patients and scanners that differ more; dicom: DICOM series with masks. All three are for `p2w prepare custom`."""
     patients: int = 20

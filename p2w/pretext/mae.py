@@ -7,8 +7,8 @@ SimMIM (Xie et al. 2022): hidden patches are filled, and the encoder computes on
 token, here one grey, which every encoder takes; and there the decoder is one layer, here any.
 
 MAE (He et al. 2022): the transformer sees the other patches alone, a quarter of the tokens; a small transformer behind it
-sees these and a learned token at each hidden place, and predicts voxels. Convolutions before the tokens (see ViT3d) see the
-fill at the edges of a patch. Voxels are predicted as they are, not normalised by patch, so that the output is a volume.
+sees these and a learned token at each hidden position, and predicts voxels. Convolutions before the tokens (see ViT3d) see
+the fill at the edges of a patch. Voxels are predicted as they are, not normalised by patch, so that the output is a volume.
 """
 
 from dataclasses import dataclass, replace
@@ -191,16 +191,16 @@ class MaskedAutoencoder(Network):
         nn.init.normal_(self.hidden_token, std=0.02)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Visible tokens go through the encoder, then all places through the decoder."""
+        """Visible tokens go through the encoder, then all positions through the decoder."""
         grid = tuple(edge // PATCH for edge in x.shape[2:])
-        places = grid[0] * grid[1] * grid[2]
+        count = grid[0] * grid[1] * grid[2]
         if hidden is None:
-            hidden = torch.zeros(len(x), places, dtype=torch.bool, device=x.device)
-            kept = torch.arange(places, device=x.device).expand(len(x), -1)
+            hidden = torch.zeros(len(x), count, dtype=torch.bool, device=x.device)
+            kept = torch.arange(count, device=x.device).expand(len(x), -1)
         else:
-            kept = hidden.int().argsort(dim=1, stable=True)[:, : places - self.count]
+            kept = hidden.int().argsort(dim=1, stable=True)[:, : count - self.count]
         seen = self.narrow(self.encoder.visible_tokens(x, kept))
-        tokens = self.hidden_token.to(seen.dtype).expand(len(x), places, -1)
+        tokens = self.hidden_token.to(seen.dtype).expand(len(x), count, -1)
         tokens = tokens.scatter(1, kept[:, :, None].expand_as(seen), seen)
         tokens = tokens + positions(grid, tokens.shape[2], tokens.device).to(tokens.dtype)
         for block in self.blocks:

@@ -39,12 +39,12 @@ def local_shuffle(
     Where `chosen` (B,) bool says no, the volume stays as it is; None: all are shuffled.
     """
     if rng.backend(volumes.device)[0] == "triton":
-        from p2w.kernels import local_shuffle_triton  # noqa: PLC0415  triton is optional and slow to import
+        from p2w.kernels import sample_triton  # noqa: PLC0415  triton is optional and slow to import
 
         if chosen is None:
             chosen = torch.ones(len(volumes), dtype=torch.bool, device=volumes.device)
         draws, seeds = rng.uniforms(keys, part, 6 * count), rng.uniforms(keys, part + 1, count)
-        return local_shuffle_triton.run(volumes, draws, seeds, chosen, ROUNDS, _ODD)
+        return sample_triton.local_shuffle(volumes, draws, seeds, chosen, ROUNDS, _ODD)
     if chosen is not None and volumes.device.type == "cpu":  # on a GPU, choosing rows would wait for it
         made, names = volumes.clone(), SampleKeys(keys.seed, keys.epoch, keys.ids[chosen])
         made[chosen] = local_shuffle(volumes[chosen], names, part, count)
@@ -218,13 +218,10 @@ class ModelsGenesis(Pretext):
         made[:, 0].logical_or_(outside)  # the first block of what is kept is always there
         made = made.cumprod(1).bool()
         edges, *limits = self.numbers(
-            device,
-            size,
-            tuple(edge // 6 for edge in size),
-            tuple(edge // 3 - edge // 6 + 1 for edge in size),
-            tuple(edge - 4 * edge // 7 for edge in size),
+            device, size, tuple(edge // 6 for edge in size),
+            tuple(edge // 3 - edge // 6 + 1 for edge in size), tuple(edge - 4 * edge // 7 for edge in size),
             tuple(4 * edge // 7 - 3 * edge // 7 + 1 for edge in size),
-        )
+        )  # fmt: skip
         low, span = (torch.where(outside[:, None, None], limits[2 + k], limits[k]) for k in (0, 1))
         length = low + (u[..., :3] * span).long()  # (B, PAINTED, 3)
         rest = edges - length

@@ -48,9 +48,8 @@ class PartLocation(EncoderDecoder):
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__(encoder, decoder)
-        self.place = nn.Linear(
-            encoder.channels[-1], 6
-        )  # the name that it had in checkpoints of earlier versions
+        # The name that it had in checkpoints of earlier versions
+        self.place = nn.Linear(encoder.channels[-1], 6)
 
     def forward(self, x: Tensor, locations: Tensor | None = None) -> Output:  # type: ignore[override]
         """(B, 1, d, h, w) -> volume of that size in [0, 1]; in training, given `locations` (B, 6), also the error of the
@@ -87,13 +86,9 @@ class Parts2Whole(Pretext):
         shape = (batch_BDHW.shape[1], batch_BDHW.shape[2], batch_BDHW.shape[3])
         boxes = geometry.sample_boxes(keys, 0, shape, config.volume_fraction, config.max_aspect)
         part, whole = geometry.part_and_whole(
-            batch_BDHW,
-            boxes,
-            config.size,
-            window_hu=config.window_hu,
-            antialias=config.antialias,
+            batch_BDHW, boxes, config.size, window_hu=config.window_hu, antialias=config.antialias,
             real=keys.real,
-        )
+        )  # fmt: skip
         locations = (part_locations(boxes, shape, keys.real),) if self.location_weight else ()
         return Views(intensity_transform(part, keys, 0, self.intensity), whole, extra_inputs=locations)
 

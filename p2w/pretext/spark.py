@@ -3,7 +3,7 @@
 Of the whole, resized, `spark.ratio` of its patches are hidden. At every layer, a convolution smears the border of a hidden
 patch further into what is seen. Here each convolution is given zeros in hidden patches, and each norm takes its statistics
 from seen voxels alone: what a sparse convolution computes. The decoder joins the features of all levels, each with a learned
-vector in its hidden places, and is asked for the hidden voxels. Loss: mean squared error over these.
+vector in its hidden positions, and is asked for the hidden voxels. Loss: mean squared error over these.
 
 What differs from the paper: voxels are predicted as they are, not normalised by patch, so that the output is a volume; and
 the decoder is the one that every pretext here has with skips, where there it is a lighter one.
@@ -84,15 +84,14 @@ class SparseAutoencoder(Network):
         super().__init__()
         self.encoder, self.grid, self.count = encoder, grid, count
         self.decoder = build_decoder(encoder, skips=True)
-        joined = encoder.channels[
-            :-1
-        ]  # the coarsest features go into the decoder as they are, if it reads them
+        # The coarsest features go into the decoder as they are, if it reads them
+        joined = encoder.channels[:-1]
         filled = joined if encoder.only_skips else encoder.channels
         self.hidden_vectors = nn.ParameterList(0.02 * torch.randn(channels) for channels in filled)
         self.joins = nn.ModuleList(nn.Conv3d(channels, channels, kernel_size=1) for channels in joined)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Seen patches through the encoder, then all places through the decoder."""
+        """Seen patches through the encoder, then all positions through the decoder."""
         if hidden is None:
             features: list[Tensor] = self.encoder(x)
         else:
@@ -149,8 +148,8 @@ class SeenPatches:
 def sparse(encoder: nn.Module, seen: SeenPatches) -> Iterator[None]:
     """Within it, convolutions of `encoder` are given zeros where nothing is seen, and norms see the seen voxels alone.
 
-    The norms' output is zero elsewhere. In front of an activation that keeps zero, the features at seen places are then
-    those of convolutions that visit seen places alone.
+    The norms' output is zero elsewhere. In front of an activation that keeps zero, the features at seen positions are then
+    those of convolutions that visit seen positions alone.
     """
     hooks = []
     for module in encoder.modules():

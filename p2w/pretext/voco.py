@@ -1,12 +1,13 @@
-"""VoCo (Wu, Zhuang and Chen 2024): where does a random crop of the whole lie, by its likeness to crops at fixed places?
+"""VoCo (Wu, Zhuang and Chen 2024): where does a random crop of the whole lie, by its likeness to crops at fixed positions?
 
 The whole, resized, is cut into a grid of base crops. A random crop of the same size overlaps up to eight of them; the share
 of its volume that lies in each is what its cosine to that base crop's embedding is asked to be. Embeddings of different base
 crops are pushed apart. Loss of a whole: mean of -log(1 - |share - cosine|) over random crops and base crops, and
 `voco.spread` x the mean |cosine| of two base crops. In the first term no gradient flows to the base crops.
 
-What differs from the paper, or is not said there as far as we know: crops are cut from sub-scans, so places are those within
-128 mm or so of a scan, where there they are of whole scans; cosines below 0 count as 0; the widths of the projection head.
+What differs from the paper, or is not said there as far as we know: crops are cut from sub-scans, so positions are those
+within 128 mm or so of a scan, where there they are of whole scans; cosines below 0 count as 0; the widths of the projection
+head.
 """
 
 import math

@@ -215,9 +215,8 @@ def _over_time(axes: "Axes", facts: RunFacts, name: str, factor: float = 1.0) ->
         axes.axvline((start - began) / seconds, color=ORANGE, linestyle=":", label=label)
     times, values = thin(times, values)
     breaks = np.searchsorted(times, [(start - began) / seconds for start in facts.clocks()])
-    for piece in np.split(
-        np.column_stack((times, values)), breaks
-    ):  # no line across the time between two starts
+    # No line across the time between two starts
+    for piece in np.split(np.column_stack((times, values)), breaks):
         axes.plot(piece[:, 0], piece[:, 1] * factor, color=BLUE)
     axes.set_xlabel(f"time since the first start ({unit})")
     axes.set_ylim(bottom=0)

@@ -162,13 +162,9 @@ def _test(found: FineTuningFacts) -> Markup | None:
     cross = bool(child(found.run.summary, "metrics"))
     first = "all folds together" if cross else "mean of trials"
     head = (
-        "metric",
-        first,
-        "SD of folds" if cross else "SD of trials",
-        "95 % interval by patient",
-        "lowest",
+        "metric", first, "SD of folds" if cross else "SD of trials", "95 % interval by patient", "lowest",
         "highest",
-    )
+    )  # fmt: skip
     parts = [table(head, rows[:MOST], "named", label="Metrics on the test samples")]
     if len(rows) > MOST:
         rest = table(head, rows[MOST:], "named", label="Further metrics")
@@ -337,17 +333,9 @@ def _init(found: FineTuningFacts) -> Markup:
 
 
 FIRST = (
-    "batch",
-    "epoch_steps",
-    "optimizer",
-    "lr",
-    "schedule",
-    "patience",
-    "stop_on",
-    "max_epochs",
-    "precision",
+    "batch", "epoch_steps", "optimizer", "lr", "schedule", "patience", "stop_on", "max_epochs", "precision",
     "freeze",
-)
+)  # fmt: skip
 
 
 def _settings(facts: RunFacts) -> Markup | None:

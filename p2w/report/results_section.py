@@ -149,16 +149,9 @@ def _networks(networks: dict[str, dict[str, object]]) -> Markup:
         and any(not math.isnan(number(child(n, "retrieval").get(key))) for n in networks.values())
     )
     head = (
-        "network",
-        "kind",
-        "step",
-        "AUC",
-        "d'",
-        "positive",
-        "negative",
-        "contrastive loss",
+        "network", "kind", "step", "AUC", "d'", "positive", "negative", "contrastive loss",
         *(_title(key) for key in extra),
-    )
+    )  # fmt: skip
     rows = []
     for name, network in networks.items():
         similar, found = child(network, "similarity"), child(network, "retrieval")

@@ -169,19 +169,11 @@ def starts(facts: RunFacts) -> Markup | None:
     rows = []
     for at, start in enumerate(facts.starts):
         step, redone = number(start.get("from_step")), number(start.get("redone"))
-        rows.append(
-            (
-                at + 1,
-                date(start.get("time", "")),
-                figure(step, 0),
-                figure(redone, 0),
-                start.get("host", ""),
-                start.get("world_size", ""),
-                start.get("device", ""),
-                start.get("torch", ""),
-                start.get("slurm_job", ""),
-            )
-        )
+        rows.append((
+            at + 1, date(start.get("time", "")), figure(step, 0), figure(redone, 0), start.get("host", ""),
+            start.get("world_size", ""), start.get("device", ""), start.get("torch", ""),
+            start.get("slurm_job", ""),
+        ))  # fmt: skip
     head = ("start", "when", "from step", "steps redone", "host", "processes", "device", "torch", "Slurm job")
     norms = facts.series("train/grad_norm")[1]
     lost = sum(not math.isfinite(norm) for norm in norms)

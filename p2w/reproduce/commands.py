@@ -191,15 +191,9 @@ def main_table2(argv: list[str]) -> int:
     choice = options.choice(paper_numbers.Parts(1 / 16, 1 / 4).label)
     title = "Table 2: scale of the parts, and skip connections"
     table = build_table(
-        "table2",
-        title,
-        results,
-        row_of_parts,
-        PUBLISHED,
-        paper_numbers.FRACTIONS,
-        tuple(paper_numbers.FRACTIONS),
-        choice,
-    )
+        "table2", title, results, row_of_parts, PUBLISHED, paper_numbers.FRACTIONS,
+        tuple(paper_numbers.FRACTIONS), choice,
+    )  # fmt: skip
     write_table(table, options)
     return 0
 

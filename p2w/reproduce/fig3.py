@@ -141,22 +141,10 @@ def _panel(task: str, results: Sequence[FineTuningResult], share: float, metric:
         if scores.n:
             counts = scores.n, one.planned
             points.append(
-                Point(
-                    one.step,
-                    1 - one.val_mse,
-                    scores.mean,
-                    finite(scores.sd),
-                    *counts,
-                    str(one.folder),
-                )
+                Point(one.step, 1 - one.val_mse, scores.mean, finite(scores.sd), *counts, str(one.folder))
             )
     found = pearson([point.quality for point in points], [point.mean for point in points])
-    numbers = (
-        finite(found.r),
-        finite(found.low),
-        finite(found.high),
-        finite(found.p_value),
-    )
+    numbers = (finite(found.r), finite(found.low), finite(found.high), finite(found.p_value))
     titles = paper_numbers.TASKS.get(task, task), metric, paper_numbers.METRICS.get(metric, metric)
     return Panel(task, *titles, share, points, *numbers, paper_numbers.FIG3_R.get(task))
 

@@ -12,12 +12,7 @@ TRIALS = 10
 OURS = "Parts2Whole"
 TASKS = {"ncc": "NCC", "ncs": "NCS", "lcs": "LCS", "ecc": "ECC", "bms": "BMS"}
 
-METRICS = {
-    "auc": "AUC",
-    "iou": "IoU at 0.5",
-    "mean_iou": "mean IoU",
-    "dice": "Dice",
-}
+METRICS = {"auc": "AUC", "iou": "IoU at 0.5", "mean_iou": "mean IoU", "dice": "Dice"}
 # The metric of the paper's number for each task. The paper says AUC and IoU, and that LCS is binarised at 0.5. For NCS, the
 # mean of background and foreground IoU over thresholds 0.50 … 0.95 is inferred from the scale of its numbers; for BMS,
 # foreground IoU at 0.5 is our choice.

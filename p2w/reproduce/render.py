@@ -234,16 +234,8 @@ def _claims(one: Table) -> Markup:
         for claim in one.claims
     ]  # fmt: skip
     names = (
-        "task",
-        "of",
-        "against",
-        "difference (95 %)",
-        "Holm over the tasks",
-        "by itself",
-        "test",
-        "n",
-        "",
-    )
+        "task", "of", "against", "difference (95 %)", "Holm over the tasks", "by itself", "test", "n", "",
+    )  # fmt: skip
     return table(names, rows)
 
 

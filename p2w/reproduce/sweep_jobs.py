@@ -136,12 +136,8 @@ class FineTuningPlan:
         flags += ["--fraction", f"{share:g}"] if share != 1 else []
         flags += ["--decoder", decoder] if decoder else []
         command = (
-            *("python", *self.program, "finetune"),
-            *map(str, flags),
-            "--run-dir",
-            str(folder),
-            *self.more,
-        )
+            *("python", *self.program, "finetune"), *map(str, flags), "--run-dir", str(folder), *self.more,
+        )  # fmt: skip
         return SweepJob(name, folder, command, self.trials, False, needs, test_set, float(f"{share:g}"))
 
 
@@ -234,13 +230,9 @@ def table2(
         for parts, before in zip(paper_numbers.TABLE2, pretrained, strict=True):
             decoder = "pretrained" if parts.skips and task_type(target.kind).per_voxel else ""
             jobs += common.jobs(
-                task,
-                str(before.folder),
-                parts.label,
-                paper_numbers.FRACTIONS,
-                decoder=decoder,
+                task, str(before.folder), parts.label, paper_numbers.FRACTIONS, decoder=decoder,
                 needs=before.name,
-            )
+            )  # fmt: skip
     return jobs
 
 

@@ -102,9 +102,8 @@ def join_folds(results: Sequence[FineTuningResult]) -> list[FineTuningResult]:
 
 
 def _join(group: list[FineTuningResult], folds: list[int]) -> list[FineTuningResult]:
-    if len({one.fold for one in group}) < len(
-        group
-    ):  # a fold twice: building the table raises, and names both
+    # A fold twice: building the table raises, and names both
+    if len({one.fold for one in group}) < len(group):
         return group
     trials = []
     for index in sorted({trial.index for one in group for trial in one.trials}):

@@ -42,10 +42,9 @@ from p2w.shards.build_folder import (
     SourceListing,
     StoredRows,
 )
-from p2w.shards.dataset_card import dataset_card, may_write
 from p2w.shards.manifest import LARGE_SHARDS, manifest_bytes
 from p2w.shards.manifest_schema import MANIFEST_NAME, MANIFEST_VERSION
-from p2w.shards.writer import ShardFile, open_shard
+from p2w.shards.writer import ShardFile, dataset_card, may_write_card, open_shard
 
 RECORDS_A_CHUNK = 1024  # records whose rows become one table
 WORKER_BYTES = 2 << 30  # the most memory that a worker takes for a scan of 512 x 512 x 764 voxels
@@ -247,7 +246,7 @@ def merge_records(
     left_out = [{"where": where, "why": why} for where, why in (*listing.left_out, *content.left_out)]
     entries = {f"bad_{folder.source_noun}s": bad, "left_out": left_out} | (report or {})
     files = {name: "".join(f"{one}\n" for one in shards).encode() for name, shards in content.lists.items()}
-    if may_write(os.path.join(folder.root, "README.md")):
+    if may_write_card(os.path.join(folder.root, "README.md")):
         files["README.md"] = dataset_card(meta, content.lists)
     files |= {
         "report.json": canonical_json(entries, indent=1),

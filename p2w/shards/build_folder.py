@@ -76,9 +76,8 @@ class CutSource:
     """A source that was read. `parts` cuts it; it may update `record`, which is written once all parts were taken."""
 
     record: dict[str, Any]  # entries of the source's record beside uid, name, rows and shard
-    parts: Iterator[
-        tuple[dict[str, Any], np.ndarray]
-    ]  # row of the manifest, voxels int16 [z,y,x] or [c,z,y,x]
+    # Row of the manifest, voxels int16 [z,y,x] or [c,z,y,x]
+    parts: Iterator[tuple[dict[str, Any], np.ndarray]]
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class GroupingOptions:
         Raises UserError for a table that cannot be used, and where `group` asks for what nothing tells.
         """
         if self.groups:
-            told = self._from_table if self.groups.lower().endswith(".csv") else self._from_paths
-            found.sources = told(found.sources)
+            read = self._from_table if self.groups.lower().endswith(".csv") else self._from_paths
+            found.sources = read(found.sources)
         level = self.level(found.sources)
         if level == "scan":
             known = any(source.info.patient for source in found.sources)
@@ -74,9 +74,7 @@ class GroupingOptions:
             )
         groups = group_of(found.sources, level)
         alone = sum(not getattr(source.info, level) for source in found.sources)
-        line = (
-            f"split by {level}: {len(found.sources)} scans of {len(set(groups.values()))} ({self._teller()})"
-        )
+        line = f"split by {level}: {len(found.sources)} scans of {len(set(groups.values()))} ({self._source_of_groups()})"
         return line + (f"; {alone} without one count as one each" if alone else "")
 
     def level(self, sources: Sequence[ScanSource]) -> Level:
@@ -90,7 +88,7 @@ class GroupingOptions:
             )
         return self.group
 
-    def _teller(self) -> str:
+    def _source_of_groups(self) -> str:
         if not self.groups:
             return "DICOM"
         return "--groups" if self.groups.lower().endswith(".csv") else f"--groups {self.groups!r}"
@@ -198,7 +196,7 @@ def _read(path: str) -> str:
 def _read_table(path: str) -> dict[str, tuple[str, str]]:
     """{scan: (patient, study)} as in the table. Raises UserError for a file that is no such table."""
     try:
-        return _table_of(path, csv.DictReader(io.StringIO(_read(path))))
+        return _table_of(path, csv.DictReader(io.StringIO(_read(path)), strict=True))
     except csv.Error as error:
         raise UserError(
             f"{path}: is no CSV table ({error}): it must have the columns scan, patient"
@@ -212,8 +210,15 @@ def _table_of(path: str, rows: "csv.DictReader[str]") -> dict[str, tuple[str, st
         raise UserError(
             f"{path}: its first line has {there}: it must name the columns scan, patient, and maybe study"
         )
+    if twice := [name for name in rows.fieldnames or () if list(rows.fieldnames or ()).count(name) > 1]:
+        raise UserError(f"{path}: has the column {twice[0]} twice: remove one")
     table: dict[str, tuple[str, str]] = {}
-    for number, row in enumerate(rows, 2):
+    for row in rows:
+        number = rows.line_num
+        if None in row:
+            raise UserError(
+                f"{path}: line {number}: has more values than the first line; a comma in a path needs quotes round it"
+            )
         scan, patient = ((row[name] or "").strip() for name in ("scan", "patient"))
         scan = os.path.normpath(scan).replace(os.sep, "/") if scan else ""
         if not scan or not patient:

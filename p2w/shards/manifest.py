@@ -18,10 +18,12 @@ and a key that follows from scan and position is not stored. Its rows are mapped
 
 import hashlib
 import io
+import json
+import math
 import mmap
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +55,6 @@ from p2w.shards.manifest_schema import (
     ManifestSchema,
 )
 from p2w.shards.manifest_tables import PAGE, json_pieces, long_texts, put_back, split_off
-from p2w.shards.mixture import is_mixture, mixture_fingerprint, relocated
 
 LARGE_SHARDS, LARGE_ROWS = 20_000, 1_000_000  # from which on version 2 is written
 ROW_GROUP = 1 << 18
@@ -127,9 +128,9 @@ def _with_tables(rows: list[dict[str, Any]] | pa.Table, meta: dict[str, Any], sc
     """A manifest of version 2 before it is sealed."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
     table = compact(sorted_rows(table.select(schema.names).cast(schema)))
-    told = {key: value for key, value in meta.items() if key != "fingerprint"}
-    told |= {"schema": TABLE_VERSION, "seal": SEAL.decode(), "fingerprint": data_fingerprint(told)}
-    rest, blobs = split_off(told)
+    stored = {key: value for key, value in meta.items() if key != "fingerprint"}
+    stored |= {"schema": TABLE_VERSION, "seal": SEAL.decode(), "fingerprint": data_fingerprint(stored)}
+    rest, blobs = split_off(stored)
     schema = table.schema.with_metadata({b"p2w": canonical_json(rest), b"p2w.seal": SEAL + UNSEALED})
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, compression="zstd", dictionary_pagesize_limit=PAGE) as writer:
@@ -211,9 +212,8 @@ def _parse(data: bytes | mmap.mmap, name: str, root: str, expected: ManifestSche
     try:
         seal = _check_seal(data)
         if isinstance(data, mmap.mmap):
-            data.madvise(
-                mmap.MADV_DONTNEED
-            )  # its pages were read for the checksum; they stay in the page cache
+            # Its pages were read for the checksum; they stay in the page cache
+            data.madvise(mmap.MADV_DONTNEED)
         file = pq.ParquetFile(pa.BufferReader(buffer), **long_texts(buffer.size))
         schema = file.schema_arrow
         text = (schema.metadata or {}).get(b"p2w", b"{}")
@@ -302,3 +302,66 @@ def candidate_data_paths(near: Path, start: Mapping[str, Any]) -> list[str]:
     moved = [] if below.startswith("..") else [str(folder / below) for folder in near.absolute().parents]
     there = [path for path in (absolute, *moved, where) if os.path.isfile(os.path.join(path, MANIFEST_NAME))]
     return list(dict.fromkeys(there)) or [absolute]
+
+
+# A mixture of several data sets:
+#     --shards a:0.7 b:0.3      on the command line; without weights, each set counts by its size
+#     "a:0.7 + b:0.3"           as one text: in run.json, cards and messages, and for commands that take one --shards
+# A path that ends in `:NUMBER` is taken for a path and a weight, unless there is something of that name.
+BETWEEN = " + "
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One set of a mixture: a folder or URL, and its weight; None where none is given."""
+
+    where: str
+    weight: float | None
+
+    def __str__(self) -> str:
+        return self.where if self.weight is None else f"{self.where}:{self.weight:g}"
+
+
+def is_mixture(where: str) -> bool:
+    """Whether a text names several sets."""
+    return BETWEEN in where
+
+
+def parse_mixture(where: str) -> list[MixturePart]:
+    """The parts of a mixture. Raises UserError for weights that some have and others lack, or that are not positive."""
+    parts = [_part(text.strip()) for text in where.split(BETWEEN)]
+    without = [part.where for part in parts if part.weight is None]
+    if without and len(without) < len(parts):
+        raise UserError(
+            f"--shards {where}: {without[0]} has no weight and others have: write e.g. a:0.7 b:0.3"
+        )
+    for part in parts:
+        if part.weight is not None and not 0 < part.weight < math.inf:
+            raise UserError(f"--shards {where}: the weight of {part.where} must be above 0 and finite")
+    named = [os.path.normpath(part.where) if "://" not in part.where else part.where for part in parts]
+    if len(set(named)) < len(named):
+        raise UserError(f"--shards {where}: names a set twice: give it once, with the sum of the weights")
+    return parts
+
+
+def _part(text: str) -> MixturePart:
+    path, colon, number = text.rpartition(":")
+    if not colon or not path or os.path.exists(text):
+        return MixturePart(text, None)
+    try:
+        return MixturePart(path, float(number))
+    except ValueError:
+        return MixturePart(text, None)
+
+
+def relocated(where: str, move: Callable[[str], str]) -> str:
+    """The same set or mixture with every path replaced by `move(path)`."""
+    if not is_mixture(where):
+        return move(where)
+    return BETWEEN.join(str(MixturePart(move(part.where), part.weight)) for part in parse_mixture(where))
+
+
+def mixture_fingerprint(parts: Sequence[dict[str, Any]]) -> str:
+    """16 hexadecimal digits that identify a mixture: a hash of its parts' `data` (fingerprints) and `weight`, in order."""
+    identity = [[part["data"], part["weight"]] for part in parts]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -95,9 +95,8 @@ def _make(file: pq.ParquetFile, shards: pa.Array, folder: str, seal: str) -> pa.
         for field in fixed
         if pa.types.is_dictionary(field.type)
     }
-    for left in glob.glob(
-        os.path.join(glob.escape(folder), ".indexing-*.part")
-    ):  # by a process that was killed
+    # By a process that was killed
+    for left in glob.glob(os.path.join(glob.escape(folder), ".indexing-*.part")):
         os.unlink(left)
     handle, path = tempfile.mkstemp(dir=folder, prefix=".indexing-", suffix=".part")
     try:
@@ -107,9 +106,9 @@ def _make(file: pq.ParquetFile, shards: pa.Array, folder: str, seal: str) -> pa.
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema.remove_metadata()) as writer:
             writer.write_batch(pa.record_batch(empty, schema=schema.remove_metadata()))
         del empty
-        places = _places(path)
+        starts = _column_starts(path)
         with open(path, "r+b", buffering=0) as out:
-            _fill(file, out.fileno(), dict(zip((field.name for field in fixed), places, strict=True)), names)
+            _fill(file, out.fileno(), dict(zip((field.name for field in fixed), starts, strict=True)), names)
             os.fsync(out.fileno())
         crc = _checksum(path)
         for stale in glob.glob(os.path.join(glob.escape(folder), PATTERN)):
@@ -123,8 +122,8 @@ def _make(file: pq.ParquetFile, shards: pa.Array, folder: str, seal: str) -> pa.
     return _find(folder, seal)
 
 
-def _fill(file: pq.ParquetFile, out: int, places: dict[str, int], names: dict[str, pa.Array]) -> None:
-    """Write all rows into the open file `out`; `places` is the byte at which each column begins.
+def _fill(file: pq.ParquetFile, out: int, starts: dict[str, int], names: dict[str, pa.Array]) -> None:
+    """Write all rows into the open file `out`; `starts` is the byte at which each column begins.
 
     Raises ValueError for a missing value, or a text that is not among `names`.
     """
@@ -133,7 +132,7 @@ def _fill(file: pq.ParquetFile, out: int, places: dict[str, int], names: dict[st
     for number in range(file.num_row_groups):
         group = file.read_row_group(number, use_threads=False)
         group.validate(full=True)
-        for name, place in places.items():
+        for name, start in starts.items():
             values = group[name].combine_chunks()
             if values.null_count:
                 raise ValueError(f"column {name} has missing values")
@@ -146,7 +145,7 @@ def _fill(file: pq.ParquetFile, out: int, places: dict[str, int], names: dict[st
             else:
                 found = values.to_numpy()
             data = memoryview(cast(Any, np.ascontiguousarray(found))).cast("B")
-            at = place + row * found.itemsize
+            at = start + row * found.itemsize
             while data:
                 written = os.pwrite(out, data, at)
                 data, at = data[written:], at + written
@@ -179,7 +178,7 @@ def _empty(kind: pa.DataType, count: int, names: pa.Array | None) -> pa.Array:
     return values if names is None else pa.DictionaryArray.from_arrays(values, names)
 
 
-def _places(path: str) -> list[int]:
+def _column_starts(path: str) -> list[int]:
     """The byte of the file at which each column of its record batch begins."""
     with pa.memory_map(path) as mapped:
         base = mapped.read_buffer(mapped.size())
@@ -272,23 +271,23 @@ def sorted_rows(table: pa.Table) -> pa.Table:
 
 
 def _rank(texts: pa.ChunkedArray) -> NDArray[np.int64]:
-    """For each text its place among all texts, sorted."""
+    """For each text its rank among all distinct texts."""
     encoded = texts.combine_chunks().dictionary_encode()
-    place = np.empty(len(encoded.dictionary), np.int64)
-    place[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(place))
-    return place[encoded.indices.to_numpy()]
+    rank = np.empty(len(encoded.dictionary), np.int64)
+    rank[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(rank))
+    return rank[encoded.indices.to_numpy()]
 
 
 def codes_of(column: pa.ChunkedArray, names: pa.Array) -> NDArray[np.int32]:
-    """For each text its place in `names`. Raises ValueError, naming the text, where it is not among them."""
+    """For each text its index in `names`. Raises ValueError, naming the text, where it is not among them."""
     chunks = column.chunks if pa.types.is_dictionary(column.type) else column.dictionary_encode().chunks
     parts = []
     for chunk in chunks:
         if len(chunk.dictionary) == len(names) and chunk.dictionary.equals(names):
             parts.append(chunk.indices.to_numpy())
             continue
-        place = pc.index_in(chunk.dictionary, value_set=names)
-        if place.null_count:
-            raise ValueError(chunk.dictionary.filter(place.is_null())[0].as_py())
-        parts.append(place.to_numpy()[chunk.indices.to_numpy()].astype(np.int32, copy=False))
+        index = pc.index_in(chunk.dictionary, value_set=names)
+        if index.null_count:
+            raise ValueError(chunk.dictionary.filter(index.is_null())[0].as_py())
+        parts.append(index.to_numpy()[chunk.indices.to_numpy()].astype(np.int32, copy=False))
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int32)])

@@ -29,9 +29,8 @@ MISSING, OUTSIDE = "is missing", "is a link that leads outside the folder"
 CHECKED = 1 << 20  # rows checked at a time
 LEAST_PACKED = 16  # bytes of packed voxels: their size, and the least zstd frame
 MOST_VOXELS = 1 << 16  # along an axis
-UNPACKED = (
-    1 << 26
-)  # bytes that a manifest may take in memory, or UNPACKED_TIMES the size of its file if that is more
+# Bytes that a manifest may take in memory, or UNPACKED_TIMES the size of its file if that is more
+UNPACKED = 1 << 26
 UNPACKED_TIMES = 64
 
 SHARD_META = {"name": str, "nbytes": int, "crc32c": int}
@@ -50,9 +49,8 @@ OPTIONAL_META = {  # keys that sets of other tools, and of tests, may lack
     "sources": [SOURCE_META | GEOMETRY_META],
     "bad_scans": [{"where": str, "why": str}],
 }
-STORES_SCANS = (
-    "scans"  # the entry `store` of a set that holds whole scans, in chunks; others have no such entry
-)
+# The entry `store` of a set that holds whole scans, in chunks; others have no such entry
+STORES_SCANS = "scans"
 
 
 def stores_scans(meta: dict[str, Any]) -> bool:
@@ -206,18 +204,18 @@ def _keys_differ(table: pa.Table) -> bool:
         return rising is not False or pc.count_distinct(keys).as_py() == count
     scans = table["scan_uid"].unify_dictionaries()
     scan = codes_of(scans, scans.chunk(0).dictionary) if count else np.zeros(0, np.int32)
-    place = [table[name].to_numpy() for name in POSITION]
+    position = [table[name].to_numpy() for name in POSITION]
     if not _in_runs(scan):
-        order = np.lexsort((*reversed(place), scan))
-        scan, place = scan[order], [one[order] for one in place]
+        order = np.lexsort((*reversed(position), scan))
+        scan, position = scan[order], [one[order] for one in position]
     for start in range(0, count, CHECKED):
         part = slice(start, start + CHECKED + 1)
         after = np.zeros(max(0, len(scan[part]) - 1), np.bool_)
         same = scan[part][1:] == scan[part][:-1]
-        for axis in place:  # z, then y, then x: the first in which two rows differ decides
+        for axis in position:  # z, then y, then x: the first in which two rows differ decides
             step = np.diff(axis[part])
             if (same & (step < 0)).any():
-                return _differ(scan, place)
+                return _differ(scan, position)
             same &= step == 0
             after |= step > 0
         if same.any():
@@ -225,11 +223,11 @@ def _keys_differ(table: pa.Table) -> bool:
     return True
 
 
-def _differ(scan: NDArray[Any], place: list[NDArray[Any]]) -> bool:
+def _differ(scan: NDArray[Any], position: list[NDArray[Any]]) -> bool:
     """Whether no two rows have the same scan and position, for rows in any order."""
-    order = np.lexsort((*reversed(place), scan))
+    order = np.lexsort((*reversed(position), scan))
     same = np.diff(scan[order]) == 0
-    for axis in place:
+    for axis in position:
         same &= np.diff(axis[order]) == 0
     return not same.any()
 
@@ -341,13 +339,9 @@ class ManifestSchema:
 
 LOCATION_COLUMNS = ("key", "shard", "offset", "nbytes", "crc32c")  # columns that every manifest has
 SUB_SCAN_SCHEMA = ManifestSchema(
-    SUB_SCAN_COLUMNS,
-    3,
-    OPTIONAL_META,
-    "p2w shard-luna or p2w shard",
-    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard",
-    PADDED_COLUMNS,
-)
+    SUB_SCAN_COLUMNS, 3, OPTIONAL_META, "p2w shard-luna or p2w shard",
+    "name a data set with --shards, or make one: p2w shard-luna --out shards, or p2w shard", PADDED_COLUMNS,
+)  # fmt: skip
 PADDED_SCHEMA = replace(SUB_SCAN_SCHEMA, schema=PADDED_COLUMNS)  # to write such a set
 # Accepts any kind of set, to check its bytes alone.
 ANY_SCHEMA = ManifestSchema(

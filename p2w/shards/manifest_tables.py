@@ -24,9 +24,8 @@ PLAIN = "value"  # name of the only column of a list of texts
 AS_JSON = {b"p2w": b"json"}  # of a column whose values are JSON texts
 _ABSENT: Any = object()  # in the place of a key that an object does not have
 _SLICE = 4096  # rows turned into Python objects at a time
-PAGE = (
-    64 << 20
-)  # bytes of a parquet dictionary; above the default of 1 MiB, long columns of names are stored as they are
+# Bytes of a parquet dictionary; above the default of 1 MiB, long columns of names are stored as they are
+PAGE = 64 << 20
 
 
 class TableList(Sequence[Any]):
@@ -36,9 +35,8 @@ class TableList(Sequence[Any]):
         """`load` gives the table, of `length` rows; it is called at the first use. `name` is for messages."""
         self._load, self._length, self.name = load, length, name
         self._columns: dict[str, list[Any]] = {}
-        self.form: Any = (
-            None  # of an entry, as `files.type_mismatch` has it; checked when the table is unpacked
-        )
+        # Of an entry, as `files.type_mismatch` has it; checked when the table is unpacked
+        self.form: Any = None
 
     @functools.cached_property
     def table(self) -> pa.Table:
@@ -140,7 +138,7 @@ def split_off(meta: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
 
     `tables` of the metadata then says for each list: the keys that lead to it, its first byte in the file, its bytes.
     """
-    rest, blobs, places, at = dict(meta), [], [], 4
+    rest, blobs, entries, at = dict(meta), [], [], 4
     for path in LISTS:
         holder = rest
         for key in path[:-1]:
@@ -154,23 +152,23 @@ def split_off(meta: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", dictionary_pagesize_limit=PAGE)
         blobs.append(sink.getvalue())
-        places.append({"of": list(path), "at": at, "nbytes": len(blobs[-1])})
+        entries.append({"of": list(path), "at": at, "nbytes": len(blobs[-1])})
         at += len(blobs[-1])
-    return rest | {"tables": places}, blobs
+    return rest | {"tables": entries}, blobs
 
 
-PLACES = {"tables": [{"of": [str], "at": int, "nbytes": int}]}
+ENTRIES = {"tables": [{"of": [str], "at": int, "nbytes": int}]}
 
 
 def put_back(meta: dict[str, Any], data: pa.Buffer, most: int, name: str) -> None:
     """Put the lists that `split_off` took out into `meta` again, as TableList. `data` is the manifest, `name` its path.
 
-    Raises ValueError for a place outside the file, a list that may not be a table, or more than `most` unpacked bytes.
+    Raises ValueError for an entry outside the file, a list that may not be a table, or more than `most` unpacked bytes.
     """
-    if said := type_mismatch(meta, PLACES, "its metadata"):
+    if said := type_mismatch(meta, ENTRIES, "its metadata"):
         raise ValueError(said)
-    for place in meta.pop("tables"):
-        path, at, nbytes = tuple(place["of"]), place["at"], place["nbytes"]
+    for entry in meta.pop("tables"):
+        path, at, nbytes = tuple(entry["of"]), entry["at"], entry["nbytes"]
         if path not in LISTS or not 4 <= at <= at + nbytes <= data.size:
             raise ValueError(f"its table {'.'.join(path)[:40]} lies at byte {at:,}, {nbytes:,} bytes long")
         holder = meta

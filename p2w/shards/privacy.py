@@ -126,10 +126,10 @@ def privacy_lines(path: Path, meta: dict[str, Any] | None) -> tuple[list[str], b
     found = suspects(path)
     lines = set_lines(meta) if meta is not None else []
     for kind, texts in found.items():
-        places = sorted({name for names in texts.values() for name in names})
+        files = sorted({name for names in texts.values() for name in names})
         more = f" and {len(texts) - EXAMPLES} more" if len(texts) > EXAMPLES else ""
         lines.append(
-            f"look at        {kind}: {', '.join(_few(texts))}{more}, in {', '.join(places[:EXAMPLES])}"
+            f"look at        {kind}: {', '.join(_few(texts))}{more}, in {', '.join(files[:EXAMPLES])}"
         )
     if not found:
         lines.append(

@@ -239,10 +239,10 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
     def cut(self, source: ScanSource) -> CutSource:
         """Read a scan; its sub-scans come one by one. Raises BadScan for one that cannot be used."""
         if self.settings.modality == "ct":
-            stored, told = read_scan(source), {}
+            stored, intensity = read_scan(source), {}
         else:
             stored, scale = read_scaled(source, WINDOW_HU)
-            told = {"intensity_range": list(scale)}
+            intensity = {"intensity_range": list(scale)}
         scan = self.settings.tiling.resampled(stored)
         record = {
             "nbytes": scan.nbytes,
@@ -252,7 +252,7 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
             "origin_xyz_mm": list(scan.grid.origin),
             "direction_xyz": list(scan.grid.direction),
             "left_out": 0,
-            **told,
+            **intensity,
         }
         if self.settings.tiling.spacing is not None:
             spacing = list(stored.grid.spacing[::-1])
@@ -375,15 +375,15 @@ class ScanFolder(BuildFolder[ShardingSettings, ScanSource]):
         uids = [record["uid"] for record in good]
         salt = set_salt(uids)
         names = ("patient", "study") if level == "study" else ("patient",)
-        told = {
+        identities = {
             uid: {
                 name: identity_in_set(hashed, salt) for name in names if (hashed := getattr(infos[uid], name))
             }
             for uid in uids
         }
-        if not any(told.values()):
+        if not any(identities.values()):
             return {}, {}
-        return told, {"group": level, "salt": salt, "secret": bool(self.settings.grouping.salt)}
+        return identities, {"group": level, "salt": salt, "secret": bool(self.settings.grouping.salt)}
 
     def summary(self, meta: dict[str, Any]) -> list[str]:
         """Lines on sub-scans, split and size of the finished set."""

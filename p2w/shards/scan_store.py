@@ -2,15 +2,15 @@
 from the few chunks that it touches.
 
 The chunks of a scan lie side by side from its first voxel (behind `z_margin` slices) to its last; those at an end are filled
-up with air, and their rows say how much of them is real. A chunk has half the edges of a sub-scan. A box at a random place
+up with air, and their rows say how much of them is real. A chunk has half the edges of a sub-scan. A box at a random origin
 then touches (k + 1)**3 = 27 chunks with k = 2 to an edge, and ((k + 1) / k)**3 = 3.4 times its own bytes are read and
 checked; whole sub-scans as chunks (k = 1) would be 8 reads of 8 times the bytes, quarters (k = 4) 125 reads of twice the
 bytes. A read costs about 10 us, and checking the bytes of a sub-scan of 2 MiB about 150 us, so that (k + 1)**3 * (10 + 150 /
-k**3) us is least, 0.8 ms, for k = 2. A box at the place of a sub-scan touches 8 chunks and nothing else.
+k**3) us is least, 0.8 ms, for k = 2. A box at the origin of a sub-scan touches 8 chunks and nothing else.
 
 The length of such a set is counted in sub-scans too: in an epoch, training cuts as many wholes from a scan as the tiling
 keeps sub-scans of it. A sub-scan has the key and the id that it has in a set of sub-scans which is cut with the same
-options, and validation reads it at its own place. So both sets train in the same order and validate on the same voxels.
+options, and validation reads it at its own origin. So both sets train in the same order and validate on the same voxels.
 """
 
 import itertools
@@ -31,9 +31,8 @@ from p2w.shards.manifest_schema import PADDED_COLUMNS, REAL_COLUMNS, sub_scan_ke
 from p2w.shards.tiling import WINDOW_HU, SubScan, Tiling, cut_box
 
 LEAST_CHUNK = 1 << 14  # voxels, 32 KiB: smaller reads cost as much, and a tar adds 2 KiB to each
-MOST_PER_CHUNK = (
-    16  # sub-scans of a set for each of its chunks: their table is kept in memory, 150 bytes each
-)
+# sub-scans of a set for each of its chunks: their table is kept in memory, 150 bytes each
+MOST_PER_CHUNK = 16
 SOURCE = {"uid": str, "shape": [int], "sub_scans": int, "tiles_left_out": [int]}
 Triple = tuple[int, int, int]
 
@@ -126,10 +125,9 @@ class ScanStore:
     end: NDArray[np.int64]  # (S, 3) behind the last one
     counts: NDArray[np.int64]  # (S, 3) number of chunks
     scan: NDArray[np.int32]  # (n,) number of the scan of each sub-scan
-    place: NDArray[np.int32]  # (n, 3) first voxel of each sub-scan
-    wholes: (
-        pa.Table
-    )  # (n rows) the sub-scans as the manifest of a set of sub-scans has them, without their bytes
+    origin: NDArray[np.int32]  # (n, 3) first voxel of each sub-scan
+    # (n rows) the sub-scans as the manifest of a set of sub-scans has them, without their bytes
+    wholes: pa.Table
 
 
 def read_scan_store(manifest: Manifest) -> ScanStore:
@@ -154,7 +152,7 @@ def _read(manifest: Manifest) -> ScanStore:
     runs = _runs(table["scan_uid"])
     left = MOST_PER_CHUNK * table.num_rows
     scans: list[tuple[ChunkGrid, NDArray[np.int64]]] = []
-    places = [table[name].to_numpy() for name in ("z", "y", "x")]
+    columns = [table[name].to_numpy() for name in ("z", "y", "x")]
     real = [table[name].to_numpy() for name in REAL_COLUMNS]
     for uid, start, stop in runs:
         source = sources.get(uid, {})
@@ -163,7 +161,7 @@ def _read(manifest: Manifest) -> ScanStore:
         grid = ChunkGrid.of(tiling, chunk, _triple(source["shape"]))
         if grid.count != stop - start:
             raise ValueError(f"scan {uid}: {stop - start:,} chunks, its shape has {grid.count:,}")
-        found = np.stack([column[start:stop] for column in places], 1)
+        found = np.stack([column[start:stop] for column in columns], 1)
         if not np.array_equal(found, grid.starts()):
             raise ValueError(f"scan {uid}: its chunks are not side by side")
         if not np.array_equal(np.stack([column[start:stop] for column in real], 1), grid.real(found)):
@@ -171,22 +169,17 @@ def _read(manifest: Manifest) -> ScanStore:
         left -= tiling.count(source["shape"])
         if left < 0:
             raise ValueError(f"more than {MOST_PER_CHUNK} sub-scans a chunk, {table.num_rows:,} chunks")
-        scans.append((grid, _kept_places(tiling, source)))
+        scans.append((grid, _kept_origins(tiling, source)))
     lengths = np.array([len(kept) for _, kept in scans], np.int64)
     grids = [grid for grid, _ in scans]
-    place = np.concatenate([kept for _, kept in scans] or [np.zeros((0, 3), np.int64)])
+    origin = np.concatenate([kept for _, kept in scans] or [np.zeros((0, 3), np.int64)])
     scan = np.repeat(np.arange(len(scans)), lengths)
     return ScanStore(
-        tiling,
-        chunk,
-        np.array([start for _, start, _ in runs], np.int64),
-        _triples([grid.begin for grid in grids]),
-        _triples([grid.end for grid in grids]),
-        _triples([grid.counts for grid in grids]),
-        scan.astype(np.int32),
-        place.astype(np.int32),
-        _wholes(table, runs, grids, tiling, scan, place),
-    )
+        tiling, chunk, np.array([start for _, start, _ in runs], np.int64),
+        _triples([grid.begin for grid in grids]), _triples([grid.end for grid in grids]),
+        _triples([grid.counts for grid in grids]), scan.astype(np.int32), origin.astype(np.int32),
+        _wholes(table, runs, grids, tiling, scan, origin),
+    )  # fmt: skip
 
 
 def _triple(values: list[int]) -> Triple:
@@ -210,7 +203,7 @@ def _runs(column: pa.ChunkedArray) -> list[tuple[str, int, int]]:
     return [(names[codes[start]], start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _kept_places(tiling: Tiling, source: dict[str, Any]) -> NDArray[np.int64]:
+def _kept_origins(tiling: Tiling, source: dict[str, Any]) -> NDArray[np.int64]:
     """(n, 3): the first voxels of a scan's sub-scans that are kept, in the order of (z, y, x)."""
     starts = np.array([*itertools.product(*tiling.starts(source["shape"]))], np.int64).reshape(-1, 3)
     left_out = np.array(source["tiles_left_out"], np.int64)
@@ -230,24 +223,24 @@ def _wholes(
     grids: list[ChunkGrid],
     tiling: Tiling,
     scan: NDArray[np.int64],
-    place: NDArray[np.int64],
+    origin: NDArray[np.int64],
 ) -> pa.Table:
-    """The table of the sub-scans: columns on their scan, from its first chunk, and their own keys and places."""
+    """The table of the sub-scans: columns on their scan, from its first chunk, and their own keys and origins."""
     first = np.array([start for _, start, _ in runs], np.int64)
     same = ("split", "shard", "scan_uid", "subset", "spacing_z", "spacing_y", "spacing_x")
     of_scan = table.select(list(same)).take(pa.array(first))
     columns = {name: of_scan[name].take(pa.array(scan)) for name in same}
-    count, unknown = len(place), np.zeros(len(place))
+    count, unknown = len(origin), np.zeros(len(origin))
     keys = [
-        sub_scan_key(runs[number][0], *at) for number, at in zip(scan.tolist(), place.tolist(), strict=True)
+        sub_scan_key(runs[number][0], *at) for number, at in zip(scan.tolist(), origin.tolist(), strict=True)
     ]
     columns |= {"key": pa.array(keys, pa.string())}
-    columns |= {name: pa.array(place[:, axis]) for axis, name in enumerate("zyx")}
+    columns |= {name: pa.array(origin[:, axis]) for axis, name in enumerate("zyx")}
     columns |= {name: pa.array(unknown) for name in ("offset", "nbytes", "crc32c")}
     columns |= {name: pa.array(np.full(count, np.nan)) for name in ("mean_hu", "std_hu")}
     if tiling.pads:
         ends = _triples([grid.end for grid in grids])[scan]
-        own = np.minimum(np.array(tiling.shape), ends - place)
+        own = np.minimum(np.array(tiling.shape), ends - origin)
         columns |= {name: pa.array(own[:, axis]) for axis, name in enumerate(REAL_COLUMNS)}
     fields = [field for field in PADDED_COLUMNS if field.name in columns]
     return pa.table([columns[field.name].cast(field.type) for field in fields], schema=pa.schema(fields))

@@ -160,11 +160,7 @@ def _read_entry(entry: Mapping[str, Any], where: str) -> TrainingScans:
     fingerprint = entry["set"]
     uids = frozenset(entry["scans"].split())
     return TrainingScans(
-        len(uids),
-        uids,
-        dict.fromkeys(entry["files"].split(), "a scan"),
-        dict.fromkeys(entry.get("patients", "").split(), "a scan"),
-        entry.get("salt"),
-        why,
+        len(uids), uids, dict.fromkeys(entry["files"].split(), "a scan"),
+        dict.fromkeys(entry.get("patients", "").split(), "a scan"), entry.get("salt"), why,
         lambda text: hashed(fingerprint, text),
-    )
+    )  # fmt: skip

@@ -134,10 +134,9 @@ def verify_remote_shard(manifest: Manifest, shard: dict[str, Any]) -> ShardFault
     """As `verify_shard`, for a set below the http(s) URL `manifest.root`: fetches the shard once, and stores nothing."""
     url, rows = f"{manifest.root}/{shard['name']}", sorted(_rows(manifest, shard), key=lambda row: row[1])
     try:
-        for attempt in http_client.Attempts(url, RETRY_S):
-            with attempt:
-                done, whole, found = _fetch_checksums(url, shard["nbytes"], rows)
-                break
+        done, whole, found = http_client.retried(
+            lambda: _fetch_checksums(url, shard["nbytes"], rows), url, RETRY_S
+        )
     except http_client.RequestFailed as error:
         return ShardFault(shard, f"cannot be fetched {error}", [key for key, *_ in rows])
     if done == shard["nbytes"] and whole == shard["crc32c"]:
@@ -362,14 +361,11 @@ def _sharding_settings(manifest: Manifest) -> ShardingSettings:
     if "tiling" not in meta or "sources" not in meta or meta.get("format") not in ("tar", "arrow"):
         raise UserError(f"{manifest.root}: its manifest does not say how it was cut: cut the set anew")
     return ShardingSettings(
-        Tiling.from_meta(meta["tiling"]),
-        meta["format"],
+        Tiling.from_meta(meta["tiling"]), meta["format"],
         store="scans" if manifest_schema.stores_scans(meta) else "subscans",
-        compress="zstd" if manifest_schema.compressed(meta) else "none",
-        allow_gaps=True,
-        modality=_modality(manifest),
-        sample_version=meta.get("sample_version", 1),
-    )
+        compress="zstd" if manifest_schema.compressed(meta) else "none", allow_gaps=True,
+        modality=_modality(manifest), sample_version=meta.get("sample_version", 1),
+    )  # fmt: skip
 
 
 def _modality(manifest: Manifest) -> Modality:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from p2w import http_client
 from p2w.files import crc32c
-from p2w.http_client import Attempts, Refused, RequestFailed
+from p2w.http_client import Refused, RequestFailed, retried
 from p2w.rng import Ids
 from p2w.stream.local import DataError, SampleReader, ShardSet
 
@@ -64,12 +64,10 @@ class HttpSet(ShardSet):
         url, start = f"{self.where}/{self.shard(sub_scan)}", int(self.offsets[sub_scan])
         packed = self.packed_sizes is not None
         target = np.empty(self.stored_bytes(sub_scan), np.uint8) if packed else self.bytes_of(out)
-        found = 0
         try:
-            for attempt in Attempts(url, self.retry_s, self.on_wait, _PAUSE):
-                with attempt:
-                    found = self._receive(url, start, target)
-                    break
+            found = retried(
+                lambda: self._receive(url, start, target), url, self.retry_s, self.on_wait, _PAUSE
+            )
         except RequestFailed as error:
             raise DataError(
                 f"{url}: cannot be fetched {error}: check that the shard is there and whole, upload it again, or copy "
@@ -140,12 +138,12 @@ class Connection:
             return None
         headers, verify = found
         host = urlsplit(f"//{headers['Host']}")
-        place = host.hostname or "", host.port
+        server = host.hostname or "", host.port
         if parts.scheme == "http":
-            return cls(http.client.HTTPConnection(*place, timeout=http_client.CONNECT_S), headers)
+            return cls(http.client.HTTPConnection(*server, timeout=http_client.CONNECT_S), headers)
         context = _tls_context(verify)
         return cls(
-            http.client.HTTPSConnection(*place, timeout=http_client.CONNECT_S, context=context), headers
+            http.client.HTTPSConnection(*server, timeout=http_client.CONNECT_S, context=context), headers
         )
 
     def __del__(self) -> None:

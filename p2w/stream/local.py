@@ -30,13 +30,12 @@ from p2w.shards.writer import unpack_voxels
 from p2w.stream import sampler
 
 _MAPS = 16384  # shards mapped at a time; Linux allows a process 65,530 maps in all. A set of more is read without maps
-STREAM_BUFFER = (
-    16  # sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
-)
+# sub-scans among which a slot of a streamed order shuffles; part of its definition, so not a setting
+STREAM_BUFFER = 16
 _BLOCK = 512 << 10  # bytes copied at a time, then checked while they are still in a core's cache
 
 
-RANDOM_PLACES = ", cut from whole scans, in training at random places"  # for messages on such a set
+RANDOM_CROPS = ", cut from whole scans, in training at random places"  # for messages on such a set
 
 Order = Literal["shuffled", "streamed"]
 """How an epoch is shuffled: as a whole, or by shards and within a buffer, as a stream of shards allows (see `sampler`)."""
@@ -57,7 +56,7 @@ class ShardSet:
     """A data set, local or remote, as its manifest describes it. The id of a sub-scan is its row in the manifest."""
 
     min_threads = 1  # reader threads needed to hide the latency of a request
-    random_places = False  # whether training cuts a sub-scan at another place of its scan in each epoch
+    random_crops = False  # whether training cuts a sub-scan elsewhere in its scan in each epoch
     order: Order = "shuffled"  # a run keeps its order for good; `tar.TarSet` has the streamed one alone
     order_version = 0  # of the shuffled order, see `sampler`; 0: what the size of the set asks for
     copy_of = ""  # where the original is, of a copy on this node's disk (see `staging`)
@@ -160,9 +159,9 @@ class ShardSet:
             return sampler.streamed_order(ids, shards, batch, seed=seed, epoch=epoch, buffer=STREAM_BUFFER)
         return sampler.shuffled_order(ids, batch, seed, epoch)
 
-    def ids_at(self, ids: Ids, places: Ids, seed: int, epoch: int) -> Ids:
-        """Ids at these places (any shape) of a training epoch of version 2; `ids` are those of the split."""
-        return ids[sampler.permuted_places(places, len(ids), seed, epoch)]
+    def ids_at(self, ids: Ids, indices: Ids, seed: int, epoch: int) -> Ids:
+        """Ids at these indices (any shape) of a training epoch of version 2; `ids` are those of the split."""
+        return ids[sampler.permuted_indices(indices, len(ids), seed, epoch)]
 
     def fixed_order(self, ids: Ids, batch: int) -> Ids:
         """Ids of every step of a validation pass, (steps, batch), the last one padded."""
@@ -245,9 +244,8 @@ class LocalSet(ShardSet):
     def __init__(self, manifest: Manifest, verify: bool = True) -> None:
         """Use a manifest whose shards `read_manifest` has found, each with the right size; nothing is opened yet."""
         super().__init__(manifest, manifest.root, verify)
-        self._buffers = (
-            threading.local()
-        )  # of one sub-scan for each reader thread, where shards are not mapped
+        # Of one sub-scan for each reader thread, where shards are not mapped
+        self._buffers = threading.local()
         self._map = functools.lru_cache(maxsize=_MAPS)(self._map_shard)
 
     def _path(self, number: int) -> str:

@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 
 from p2w.errors import UserError
 from p2w.rng import Ids, hash64
-from p2w.shards.manifest import data_fingerprint
-from p2w.shards.mixture import BETWEEN, MixturePart
+from p2w.shards.manifest import BETWEEN, MixturePart, data_fingerprint
 from p2w.stream.local import SampleReader, ShardSet
-from p2w.stream.sampler import PERMUTATION_STREAM, permuted_places
+from p2w.stream.sampler import PERMUTATION_STREAM, permuted_indices
 
-MIXING_STREAM = (
-    3  # number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
-)
+# Number of this random stream under (seed, epoch); 1 and 2 are those of `sampler` and `prefetch`
+MIXING_STREAM = 3
 
 
 class MixedSet(ShardSet):
@@ -44,11 +42,10 @@ class MixedSet(ShardSet):
         self.shape, self.nbytes, self.verify = first.shape, first.nbytes, first.verify
         self.on_bad, self.reported_bad = "stop", set()
         self.min_threads = max(one.min_threads for one in sets)
-        self.random_places = any(one.random_places for one in sets)
+        self.random_crops = any(one.random_crops for one in sets)
         lengths = [len(one) for one in sets]
-        self.starts: Ids = np.cumsum([0, *lengths]).astype(
-            np.int64
-        )  # first id of each set, and the number of all
+        # First id of each set, and the number of all
+        self.starts: Ids = np.cumsum([0, *lengths]).astype(np.int64)
         weights = [
             len(one.ids("train")) if part.weight is None else part.weight
             for one, part in zip(sets, parts, strict=True)
@@ -72,7 +69,7 @@ class MixedSet(ShardSet):
         """What the sets' manifests have in common, all scans and shards, and the parts of the mixture."""
         first = self.sets[0].meta
         splits = [one.meta.get("split", {}) for one in self.sets]
-        told = [
+        parts_meta = [
             {"shards": part.where, "weight": weight, "data": data_fingerprint(one.meta)}
             | ({"store": one.meta["store"]} if "store" in one.meta else {})
             for part, weight, one in zip(parts, self.weights, self.sets, strict=True)
@@ -88,7 +85,7 @@ class MixedSet(ShardSet):
                 for name in ("train_scans", "val_scans")
             },
             "shards": [shard for one in self.sets for shard in one.meta["shards"]],
-            "mixture": told,
+            "mixture": parts_meta,
         }
 
     def call_while_waiting(self, call: Callable[[], None]) -> None:
@@ -153,29 +150,29 @@ class MixedSet(ShardSet):
             steps, batch
         )
 
-    def ids_at(self, ids: Ids, places: Ids, seed: int, epoch: int) -> Ids:
-        """Ids at these places (any shape) of a training epoch of version 2; `ids` are those of the split.
+    def ids_at(self, ids: Ids, indices: Ids, seed: int, epoch: int) -> Ids:
+        """Ids at these indices (any shape) of a training epoch of version 2; `ids` are those of the split.
 
-        The places of all sets, one after the other, are permuted, and in each set's part its own sub-scans.
+        The indices of all sets, one after the other, are permuted, and in each set's part its own sub-scans.
         """
         shares, firsts = self.shares(ids), np.searchsorted(ids, self.starts)
         ends = np.cumsum(shares)
-        mixed = permuted_places(places, int(ends[-1]), seed, epoch, MIXING_STREAM + PERMUTATION_STREAM)
-        numbers, found = np.searchsorted(ends, mixed, "right"), np.empty(places.shape, np.int64)
+        mixed = permuted_indices(indices, int(ends[-1]), seed, epoch, MIXING_STREAM + PERMUTATION_STREAM)
+        numbers, found = np.searchsorted(ends, mixed, "right"), np.empty(indices.shape, np.int64)
         for number, share in enumerate(shares):
             chosen = numbers == number
             own = ids[firsts[number] : firsts[number + 1]]
             stream = PERMUTATION_STREAM + 256 * (number + 1)
             found[chosen] = own[
-                permuted_places(mixed[chosen] - (ends[number] - share), len(own), seed, epoch, stream)
+                permuted_indices(mixed[chosen] - (ends[number] - share), len(own), seed, epoch, stream)
             ]
         return found
 
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """The mixture itself; sets that store scans are read at the places of `shuffle`, its (seed, epoch)."""
-        return self._readers(shuffle) if self.random_places else nullcontext(self)
+        """The mixture itself; sets that store scans are cut at the random origins of `shuffle`, its (seed, epoch)."""
+        return self._readers(shuffle) if self.random_crops else nullcontext(self)
 
     @contextmanager
     def _readers(self, shuffle: tuple[int, int] | None) -> Iterator[SampleReader]:

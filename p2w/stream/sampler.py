@@ -4,7 +4,7 @@ Every order below is an array (steps, batch) of ids: row s is the global batch o
 reads the slots r*B/W ... (r+1)*B/W. Neither order depends on NumPy's version, and resuming at any step is a slice.
 
 - Version 1 sorts the ids by a 64-bit hash. The whole epoch must be held, and sorted first.
-- Version 2 computes the place in the set from the place in the epoch (`permuted_places`), so that a step costs what its
+- Version 2 computes the index in the set from the index in the epoch (`permuted_indices`), so that a step costs what its
   batch costs, in no memory. It is that of sets from VERSION_2_FROM training sub-scans on.
 
 A run keeps the version it began with, which `run.json` records; a run without that record has version 1.
@@ -39,31 +39,32 @@ def epoch_permutation(ids: Ids, seed: int, epoch: int) -> Ids:
 
 VERSION_2_FROM = 1_000_000  # training sub-scans
 ROUNDS = 6  # of the permutation by index; each depends on a key of its own
-PERMUTATION_STREAM = (
-    4  # number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
-)
+# Number of this random stream under (seed, epoch); 1 to 3: streamed_order, prefetch, mixed
+PERMUTATION_STREAM = 4
 _MOST_LOOKED_UP = 1 << 14  # hashes of a round in a table: of sets of up to 268 million
-_PIECE = 1 << 15  # places computed at a time: their words stay in a core's cache
+_PIECE = 1 << 15  # indices computed at a time: their words stay in a core's cache
 
 
-def permuted_places(places: Ids, count: int, seed: int, epoch: int, stream: int = PERMUTATION_STREAM) -> Ids:
-    """The place in a set of `count` of what has these places (any shape) in an epoch: a permutation of 0 … count - 1.
+def permuted_indices(
+    indices: Ids, count: int, seed: int, epoch: int, stream: int = PERMUTATION_STREAM
+) -> Ids:
+    """Indices in an epoch (any shape) -> indices in a set of `count`: a permutation of 0 … count - 1.
 
     A Feistel network over pairs (a, b), a < A and b < B, where A * B is count or a little more: in turn a changes by a hash
-    of b and b by a hash of a (Black and Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002). A place outside the
+    of b and b by a hash of a (Black and Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002). An index outside the
     set goes through it again, until it is inside.
     """
     rounds, flat, out = (
         _rounds(count, seed, epoch, stream),
-        places.reshape(-1),
-        np.empty(places.size, np.int64),
+        indices.reshape(-1),
+        np.empty(indices.size, np.int64),
     )
     for start in range(0, len(flat), _PIECE):
         found = _feistel(flat[start : start + _PIECE], rounds)
         while (outside := np.flatnonzero(found >= count)).size:
             found[outside] = _feistel(found[outside], rounds)
         out[start : start + _PIECE] = found
-    return out.reshape(places.shape)
+    return out.reshape(indices.shape)
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ class _Rounds:
             words ^= words >> np.uint64(bits)
             words *= np.uint64(factor)
         words >>= np.uint64(32)
-        words *= np.uint64(
-            self.sizes[number % 2]
-        )  # 32 random bits times the size: the upper half is below it
+        # 32 random bits times the size: the upper half is below it
+        words *= np.uint64(self.sizes[number % 2])
         return (words >> np.uint64(32)).view(np.int64)
 
 
@@ -115,11 +115,11 @@ def _rounds(count: int, seed: int, epoch: int, stream: int) -> _Rounds:
     return _Rounds(rounds.sizes, keys, tuple(tables))
 
 
-def _feistel(places: Ids, rounds: _Rounds) -> Ids:
+def _feistel(indices: Ids, rounds: _Rounds) -> Ids:
     """One pass through all rounds, on int64 (n,)."""
-    halves = [places // rounds.sizes[1]]
-    halves.append(places - halves[0] * rounds.sizes[1])  # a, b
-    spare = np.empty_like(places)
+    halves = [indices // rounds.sizes[1]]
+    halves.append(indices - halves[0] * rounds.sizes[1])  # a, b
+    spare = np.empty_like(indices)
     for number in range(ROUNDS):
         half = halves[number % 2]
         rounds.add(number, halves[1 - number % 2], spare)
@@ -271,8 +271,8 @@ class Sampler:
         @functools.lru_cache(maxsize=4 if self.n < VERSION_2_FROM else 2)
         def cached(epoch: int) -> Ids:
             if self.by_index:
-                places = np.arange(self.steps * self.batch).reshape(self.steps, self.batch)
-                return self.shards.ids_at(self.all_ids, places, self.seed, epoch)
+                indices = np.arange(self.steps * self.batch).reshape(self.steps, self.batch)
+                return self.shards.ids_at(self.all_ids, indices, self.seed, epoch)
             if self.training:
                 return self.shards.train_order(self.all_ids, self.batch, self.seed, epoch)
             return self.shards.fixed_order(self.all_ids, self.batch)
@@ -290,8 +290,8 @@ class Sampler:
 
         @functools.lru_cache(maxsize=16)
         def cached(epoch: int, step: int) -> Ids:
-            places = np.arange(step * self.batch, (step + 1) * self.batch)
-            return self.shards.ids_at(self.all_ids, places, self.seed, epoch)
+            indices = np.arange(step * self.batch, (step + 1) * self.batch)
+            return self.shards.ids_at(self.all_ids, indices, self.seed, epoch)
 
         def computed(epoch: int, step: int) -> Ids:
             with lock:

@@ -21,9 +21,8 @@ from pathlib import Path
 from p2w import http_client
 from p2w.errors import UserError
 from p2w.files import FileLock, crc32c, write_atomic, write_remedy
-from p2w.shards.manifest import data_fingerprint, open_manifest, read_manifest
+from p2w.shards.manifest import data_fingerprint, open_manifest, parse_mixture, read_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME, shard_columns, stores_scans
-from p2w.shards.mixture import parse_mixture
 from p2w.stream.local import DataError, LocalSet, ShardSet
 from p2w.stream.mixed import MixedSet
 
@@ -36,12 +35,12 @@ class StagedCopy:
     """The copies of a set, or of the sets of a mixture, below a folder of this node."""
 
     def __init__(self, shards: ShardSet, folder: Path) -> None:
-        """`shards` is the set as it was opened at its place."""
+        """`shards` is the set as it was opened where it is."""
         self.shards, self.folder = shards, folder
         self._sets = shards.sets if isinstance(shards, MixedSet) else [shards]
         self._readers: list[int] = []  # open files whose locks say that the copies are read
 
-    def places(self) -> list[Path]:
+    def folders(self) -> list[Path]:
         """The folders of the copies."""
         return [self.folder / f"p2w-{data_fingerprint(one.meta)}" for one in self._sets]
 
@@ -53,8 +52,8 @@ class StagedCopy:
         """
         try:
             with contextlib.ExitStack() as locks:
-                for place in self.places():
-                    locks.enter_context(_locked(place, on_progress))
+                for target in self.folders():
+                    locks.enter_context(_locked(target, on_progress))
                 missing = list(self._missing())
                 there = sum(sum(shard_columns(one.meta)[1]) for one in self._sets)
                 total = sum(nbytes for *_, nbytes, _ in missing)
@@ -65,9 +64,9 @@ class StagedCopy:
                         f"{total / 2**30:.2f}: make room, name another folder with --stage-to, or train without it"
                     )
                 self._copy_all(missing, Count(total, there - total, on_progress))
-                for one, place in zip(self._sets, self.places(), strict=True):
-                    self._copy_manifest(one, place)
-                    self._readers.append(_in_use(place))
+                for one, target in zip(self._sets, self.folders(), strict=True):
+                    self._copy_manifest(one, target)
+                    self._readers.append(_in_use(target))
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror or error}): {write_remedy(error)}, or name another "
@@ -76,11 +75,11 @@ class StagedCopy:
 
     def _missing(self) -> Iterator[tuple[ShardSet, Path, str, int, int]]:
         """(set, folder of its copy, name, bytes, checksum) of the shards that are not there."""
-        for one, place in zip(self._sets, self.places(), strict=True):
+        for one, target in zip(self._sets, self.folders(), strict=True):
             for name, nbytes, checksum in zip(*shard_columns(one.meta), strict=True):
-                path = place / name
+                path = target / name
                 if not path.is_file() or path.stat().st_size != nbytes:
-                    yield one, place, name, nbytes, checksum
+                    yield one, target, name, nbytes, checksum
 
     def _copy_all(self, missing: list[tuple[ShardSet, Path, str, int, int]], count: "Count") -> None:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -93,8 +92,8 @@ class StagedCopy:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _copy_manifest(self, one: ShardSet, place: Path) -> None:
-        path, source = place / MANIFEST_NAME, f"{one.where}/{MANIFEST_NAME}"
+    def _copy_manifest(self, one: ShardSet, target: Path) -> None:
+        path, source = target / MANIFEST_NAME, f"{one.where}/{MANIFEST_NAME}"
         if path.exists():
             return
         if "://" in one.where:
@@ -110,8 +109,8 @@ class StagedCopy:
     def open(self, check_shards: bool = True) -> ShardSet:
         """The set, read from its copies, in the order that the original has."""
         sets = [
-            self._open_one(one, place, check_shards)
-            for one, place in zip(self._sets, self.places(), strict=True)
+            self._open_one(one, target, check_shards)
+            for one, target in zip(self._sets, self.folders(), strict=True)
         ]
         found = sets[0]
         if isinstance(self.shards, MixedSet):
@@ -122,11 +121,11 @@ class StagedCopy:
         return found
 
     @staticmethod
-    def _open_one(one: ShardSet, place: Path, check_shards: bool) -> ShardSet:
-        manifest = read_manifest(place, check_shards=check_shards)
+    def _open_one(one: ShardSet, target: Path, check_shards: bool) -> ShardSet:
+        manifest = read_manifest(target, check_shards=check_shards)
         found: ShardSet
         if stores_scans(manifest.meta):
-            from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+            from p2w.stream.random_crops import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
 
             found = open_scan_store(manifest, LocalSet, one.verify)
         else:
@@ -137,14 +136,14 @@ class StagedCopy:
     def remove(self) -> bool:
         """Delete the copies, unless another process reads them. Returns whether they are gone."""
         gone = True
-        for reader, place in zip(self._readers, self.places(), strict=True):
-            lock = FileLock(place / ".lock", without="remove no copy that another job makes")
+        for reader, target in zip(self._readers, self.folders(), strict=True):
+            lock = FileLock(target / ".lock", without="remove no copy that another job makes")
             try:
                 if not lock.acquire():
                     raise BlockingIOError("another process copies")
                 fcntl.flock(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                (place / MANIFEST_NAME).unlink(missing_ok=True)  # first: what is left is no whole set
-                shutil.rmtree(place)
+                (target / MANIFEST_NAME).unlink(missing_ok=True)  # first: what is left is no whole set
+                shutil.rmtree(target)
             except OSError:
                 gone = False
             finally:
@@ -169,15 +168,15 @@ class Count:
         self.on_progress(self.done, self.total, self.there)
 
 
-def _copy_shard(one: ShardSet, place: Path, name: str, nbytes: int, checksum: int, count: Count) -> None:
+def _copy_shard(one: ShardSet, target: Path, name: str, nbytes: int, checksum: int, count: Count) -> None:
     """Copy a shard and compare it with the manifest. Raises DataError, or OSError of writing."""
-    source, temporary = f"{one.where}/{name}", place / f".{name}.part"
+    source, temporary = f"{one.where}/{name}", target / f".{name}.part"
     if http_client.reaches(source):
         try:
-            for attempt in http_client.Attempts(source, one.retry_s, lambda: count.add(0)):
-                with attempt:
-                    found = _write(temporary, http_client.read_pieces(source), nbytes, count)
-                    break
+            found = http_client.retried(
+                lambda: _write(temporary, http_client.read_pieces(source), nbytes, count),
+                source, one.retry_s, lambda: count.add(0),
+            )  # fmt: skip
         except http_client.RequestFailed as error:
             raise DataError(f"{source}: cannot be fetched {error}: upload the shard again") from error
     elif "://" in source:
@@ -194,7 +193,7 @@ def _copy_shard(one: ShardSet, place: Path, name: str, nbytes: int, checksum: in
             f"{source}: {found[0]:,} bytes with crc32c {found[1]:08x} were read, the manifest says {nbytes:,} with "
             f"{checksum:08x}: p2w verify {one.where if '://' not in one.where else 'URL'}"
         )
-    os.replace(temporary, place / name)
+    os.replace(temporary, target / name)
 
 
 @contextlib.contextmanager
@@ -223,12 +222,12 @@ def _write(path: Path, pieces: Iterable[bytes], most: int, count: Count) -> tupl
 
 
 @contextlib.contextmanager
-def _locked(place: Path, on_progress: Callable[[int, int, int], None]) -> Iterator[None]:
+def _locked(target: Path, on_progress: Callable[[int, int, int], None]) -> Iterator[None]:
     """The lock of who copies; waited for while another process of this node copies the same set."""
-    path = place / ".lock"
+    path = target / ".lock"
     lock = FileLock(path, without="let one job of a node copy at a time")
     while True:
-        place.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         if not lock.acquire():
             on_progress(0, 0, 0)
             time.sleep(0.5)
@@ -242,9 +241,9 @@ def _locked(place: Path, on_progress: Callable[[int, int, int], None]) -> Iterat
         lock.release()
 
 
-def _in_use(place: Path) -> int:
+def _in_use(target: Path) -> int:
     """An open file whose shared lock says that this process reads the copy."""
-    file = os.open(place / ".in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.open(target / ".in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_SH)
     return file

@@ -12,9 +12,10 @@ of an epoch (n % B sub-scans, different ones in each epoch); validation pads it 
 
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,13 +24,26 @@ import torch
 from torch import Tensor
 
 from p2w.errors import UserError
-from p2w.shards.manifest import read_manifest
+from p2w.shards.manifest import (
+    candidate_data_paths,
+    data_fingerprint,
+    is_mixture,
+    open_manifest,
+    parse_mixture,
+    read_manifest,
+)
 from p2w.shards.manifest_schema import stores_scans
-from p2w.shards.mixture import is_mixture, parse_mixture
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import LocalSet, Order, ShardSet
 from p2w.stream.mixed import MixedSet
-from p2w.stream.prefetch import RING, BadSamplePolicy, CacheSchedule, OnBadSample, Prefetch, RowReader
+from p2w.stream.prefetch import (
+    RING,
+    BadSamplePolicy,
+    CacheSchedule,
+    DeviceCache,
+    OnBadSample,
+    Prefetch,
+    RowReader,
+)
 from p2w.stream.sampler import Sampler
 
 
@@ -73,7 +87,7 @@ def open_set(
     else:
         manifest = read_manifest(where, check_shards=check_shards)
         if stores_scans(manifest.meta):
-            from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+            from p2w.stream.random_crops import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
 
             shards = open_scan_store(manifest, LocalSet, verify)
         else:
@@ -86,6 +100,36 @@ def open_set(
         )
     shards.order, shards.order_version = order or shards.order, order_version
     return shards
+
+
+def open_trained_sets(
+    near: Path, start: Mapping[str, Any], data: Any, of: str
+) -> list[tuple[dict[str, Any], str]]:
+    """The set that a run or weights were trained on: its manifest's metadata and where it is; of a mixture, of each set.
+
+    `near` and `start` are as `candidate_data_paths` takes them, `data` is the set's fingerprint (None: not known), and `of`
+    names the run or weights in messages. Raises the UserError of the likeliest location where none holds the set.
+    """
+    refused: UserError | None = None
+    for location in candidate_data_paths(near, start):
+        try:
+            return _trained_set(location, data, of)
+        except UserError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _trained_set(where: str, data: Any, of: str) -> list[tuple[dict[str, Any], str]]:
+    """The manifests there, which must still be those of the set `data` (a fingerprint; None: not known)."""
+    if is_mixture(where):
+        if data is not None and data_fingerprint(open_set(where).meta) != data:
+            raise UserError(f"{where}: is another mixture now than {of} was trained on")
+        return [found for part in parse_mixture(where) for found in _trained_set(part.where, None, of)]
+    meta = open_set(where).meta if "://" in where else open_manifest(where).meta
+    if data is not None and data_fingerprint(meta) != data:
+        raise UserError(f"{where}: is another data set now than {of} was trained on")
+    return [(meta, where)]
 
 
 @dataclass(frozen=True)
@@ -268,9 +312,8 @@ def _upload(
     ring when its copy is done. The CPU never waits for the computation here.
     """
     side, buffers = torch.cuda.Stream(device), list[Tensor]()
-    ahead: tuple[Batch, torch.cuda.Event] | None = (
-        None  # the batch that is being copied, and the end of its copy
-    )
+    # The batch that is being copied, and the end of its copy
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
     with closing(batches):
         try:
             for count, batch in enumerate(batches):

@@ -150,7 +150,7 @@ def open_url(where: str, verify: bool = True, retry_s: float = 0.0) -> ShardSet:
     if http_client.reaches(where) and http_client.supports_ranges(manifest_url, retry_s, pause_s=_PAUSE):
         if not manifest_schema.stores_scans(found.meta):
             return HttpSet(found, where, verify)
-        from p2w.stream.random_places import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
+        from p2w.stream.random_crops import open_scan_store  # noqa: PLC0415 - SimpleITK: for such sets only
 
         return open_scan_store(found, lambda manifest, verify: HttpSet(manifest, where, verify), verify)
     if manifest_schema.stores_scans(found.meta):

@@ -145,10 +145,13 @@ def _found_classes(path: str, rows: Sequence[tuple[int, str]]) -> dict[str, str]
     Raises UserError for numbers with gaps, which are as often a slip as a class without a case, and for fractions.
     """
     texts = sorted({text for _, text in rows if text})
+    ways: dict[object, str] = {}
+    for text in texts:
+        other = ways.setdefault(_meaning(text), text)
+        if other != text:
+            raise UserError(f"{path}: writes one class in two ways ({other}, {text}): choose one")
     if all(text.lstrip("+-").isdecimal() for text in texts) and texts:
         numbers = sorted({int(text) for text in texts})
-        if len(numbers) < len(texts):
-            raise UserError(f"{path}: writes one class in two ways ({', '.join(texts)[:80]}): choose one")
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             raise UserError(
                 f"{path}: classes {', '.join(map(str, numbers))[:80]} are not contiguous: correct the table, name "
@@ -166,6 +169,14 @@ def _found_classes(path: str, rows: Sequence[tuple[int, str]]) -> dict[str, str]
             )
     check_class_names(path, texts)
     return {text: text for text in texts}
+
+
+def _meaning(text: str) -> object:
+    """What a text of a class says: a number, or words in any case; 1, 01 and 1.0 say the same."""
+    try:
+        return float(text)
+    except ValueError:
+        return " ".join(text.casefold().split())
 
 
 def _check_classes(path: str, rows: Sequence[tuple[int, str]], classes: dict[str, str]) -> None:

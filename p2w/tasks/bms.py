@@ -18,8 +18,7 @@ from p2w.ct.scan import ImageVolume, read_image
 from p2w.errors import UserError
 from p2w.tasks import crops, source_files
 from p2w.tasks.crops import AroundObjects, CropBox, crops_around_objects
-from p2w.tasks.splits import check_folds, split_by_folds
-from p2w.tasks.task import SEGMENTATION, Case, Cases, CutSamples, Split
+from p2w.tasks.task import SEGMENTATION, Case, Cases, CutSamples, Split, check_folds, split_by_folds
 
 TUMOUR = (1, 2, 4)
 TOP = 32767

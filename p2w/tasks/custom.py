@@ -11,7 +11,7 @@ import tyro
 from p2w.ct.discover import ScanSource, SearchOptions, find_scans
 from p2w.ct.scan import read_scan, straightened
 from p2w.errors import UserError
-from p2w.tasks import crops, dicom_masks, source_files, splits
+from p2w.tasks import crops, dicom_masks, source_files
 from p2w.tasks.answer_tables import AnswerRow, read_answers, refuse_two_rows
 from p2w.tasks.bms import TOP
 from p2w.tasks.case_samples import Declared, RandomCrops, SampleCutter, read_channels, read_classes
@@ -19,7 +19,6 @@ from p2w.tasks.crops import AroundObjects, TileSettings
 from p2w.tasks.dataset_folders import read_decathlon, read_nnunet, read_structures
 from p2w.tasks.dicom_masks import MODALITY
 from p2w.tasks.label_values import BACKGROUND, parse_label_names
-from p2w.tasks.splits import check_folds, split_by_folds, split_by_table_folds
 from p2w.tasks.task import (
     CLASSIFICATION,
     MULTI_CLASS_SEGMENTATION,
@@ -32,6 +31,10 @@ from p2w.tasks.task import (
     Cases,
     CutSamples,
     Split,
+    by_fractions,
+    check_folds,
+    split_by_folds,
+    split_by_table_folds,
 )
 
 DICOM = "dicom"  # in place of a pattern of images
@@ -384,7 +387,7 @@ class Custom(TileSettings):
         weight: dict[str, int] = {}
         for case in cases:
             weight[case.patient] = weight.get(case.patient, 0) + 1
-        part = splits.by_fractions(weight, self.fractions, self.seed)
+        part = by_fractions(weight, self.fractions, self.seed)
         train, val, test = self.fractions
         rule = (
             f"by patient: train {train:g}, val {val:g}, test {test:g}, in the order of sha256(seed:patient)"

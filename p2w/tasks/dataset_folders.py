@@ -7,11 +7,11 @@ structures    CASE/ct.nii.gz and CASE/segmentations/STRUCTURE.nii.gz: a mask fil
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2w.ct.discover import IMAGES, ScanSource, printable
+from p2w.ct.discover import IMAGES, printable
 from p2w.errors import UserError
 from p2w.tasks import source_files
 from p2w.tasks.label_values import (
@@ -144,6 +144,23 @@ def _cases(source: str, listed: Mapping[str, tuple[Sequence[str], str]]) -> Case
     return cases
 
 
+def _structures_by_folder(
+    files: Iterable[str], structures: str
+) -> tuple[dict[str, dict[str, str]], dict[str, tuple[str, str]]]:
+    """Folder -> structure -> file, of structures that the expression matches; and folder -> two files of one structure."""
+    folders: dict[str, dict[str, str]] = {}
+    twice: dict[str, tuple[str, str]] = {}
+    for name in files:
+        folder, _, file = name.rpartition("/")
+        stem = source_files.file_stem(file)
+        if re.search(structures, stem):
+            own = folders.setdefault(folder, {})
+            if stem in own:
+                twice[folder] = own[stem], name
+            own[stem] = name
+    return folders, twice
+
+
 def read_structures(
     source: str, out: str, images: str, masks: str, structures: str, overlapping: bool
 ) -> LayoutContents:
@@ -154,16 +171,7 @@ def read_structures(
     """
     files = source_files.files_below(source, out)
     found = source_files.matching(images, files)
-    folders: dict[str, dict[str, str]] = {}
-    twice: dict[str, tuple[str, str]] = {}  # folder -> two files of one structure
-    for name in files:
-        folder, _, file = name.rpartition("/")
-        if re.search(structures, source_files.file_stem(file)):
-            own = folders.setdefault(folder, {})
-            stem = source_files.file_stem(file)
-            if stem in own:
-                twice[folder] = own[stem], name
-            own[stem] = name
+    folders, twice = _structures_by_folder(files, structures)
     of_case = source_files.matching(masks.rstrip("/"), folders)
     if not found:
         raise UserError(
@@ -191,23 +199,13 @@ def read_structures(
         if masks_of is None:
             cases.bad.append((image, f"has no folder of masks {masks.replace('*', name)}"))
         elif lacks := [structure for structure in every if structure not in masks_of]:
-            cases.bad.append(
-                (
-                    image,
-                    f"has no mask of {lacks[0]}, which other cases have: add an empty one, or see --structures",
-                )
-            )
+            said = f"has no mask of {lacks[0]}, which other cases have: add an empty one, or see --structures"
+            cases.bad.append((image, said))
         else:
-            roles: list[tuple[str, ScanSource]] = [
-                ("image0", source_files.as_source(image, files[image], name))
-            ]
-            roles += [
-                (
-                    f"{STRUCTURE}{structure}",
-                    source_files.as_source(masks_of[structure], files[masks_of[structure]]),
-                )
-                for structure in every
-            ]
+            roles = [("image0", source_files.as_source(image, files[image], name))]
+            for structure in every:
+                mask = masks_of[structure]
+                roles.append((f"{STRUCTURE}{structure}", source_files.as_source(mask, files[mask])))
             cases.cases.append(Case(roles[0][1].uid, image, name, tuple(roles)))
     values = tuple((number + 1,) for number in range(len(every)))
     return LayoutContents(cases, (), LabelValues(tuple(every), values))

@@ -12,8 +12,16 @@ from typing import ClassVar, Literal
 from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.tasks import crops, source_files
-from p2w.tasks.splits import check_folds, split_by_table_folds
-from p2w.tasks.task import CLASSIFICATION, WINDOW_HU, Case, Cases, CutSamples, Split
+from p2w.tasks.task import (
+    CLASSIFICATION,
+    WINDOW_HU,
+    Case,
+    Cases,
+    CutSamples,
+    Split,
+    check_folds,
+    split_by_table_folds,
+)
 
 
 @dataclass(frozen=True)

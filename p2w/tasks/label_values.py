@@ -16,12 +16,7 @@ from numpy.typing import NDArray
 from p2w.ct.orientation import BadScan
 from p2w.errors import UserError, first_line
 from p2w.files import parse_json
-from p2w.tasks.task import (
-    MOST_BITS,
-    MOST_CLASSES,
-    MULTI_CLASS_SEGMENTATION,
-    MULTI_LABEL_SEGMENTATION,
-)
+from p2w.tasks.task import MOST_BITS, MOST_CLASSES, MULTI_CLASS_SEGMENTATION, MULTI_LABEL_SEGMENTATION
 
 BACKGROUND = "background"
 MOST_VALUE = 65535  # of a mask file

@@ -17,7 +17,7 @@ from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.files import parse_json
 from p2w.shards.training_scans import SEEN, TrainingScans, read_hashed_scans, training_scans
-from p2w.stream.trained_sets import open_trained_sets
+from p2w.stream.stream import open_trained_sets
 from p2w.tasks.reader import TargetSet
 
 REMEDY = (
@@ -40,11 +40,7 @@ def check_run(target: TargetSet, run: Path | None, allow_leak: bool = False, fol
 
 
 def check_shards(
-    target: TargetSet,
-    of: str,
-    data: Mapping[str, Any],
-    allow_leak: bool = False,
-    fold: int | None = None,
+    target: TargetSet, of: str, data: Mapping[str, Any], allow_leak: bool = False, fold: int | None = None
 ) -> str:
     """As `check_run`, for weights named `of` of which `training.data` of their card is known.
 
@@ -76,11 +72,7 @@ def _of_card(of: str, data: Mapping[str, Any]) -> Pretraining:
 
 
 def _checked(
-    target: TargetSet,
-    of: str,
-    find: Callable[[], Pretraining],
-    allow_leak: bool,
-    fold: int | None,
+    target: TargetSet, of: str, find: Callable[[], Pretraining], allow_leak: bool, fold: int | None
 ) -> str:
     said, lines = None, list[str]()
     try:

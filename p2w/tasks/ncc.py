@@ -8,8 +8,17 @@ from typing import ClassVar, Literal
 from p2w.ct.discover import find_luna, parse_subsets
 from p2w.ct.scan import read_scan
 from p2w.errors import UserError
-from p2w.tasks import crops, source_files, splits
-from p2w.tasks.task import CLASSIFICATION, WINDOW_HU, CandidatePoint, Case, Cases, CutSamples, Split
+from p2w.tasks import crops, source_files
+from p2w.tasks.task import (
+    CLASSIFICATION,
+    WINDOW_HU,
+    CandidatePoint,
+    Case,
+    Cases,
+    CutSamples,
+    Split,
+    shuffled_names,
+)
 
 TABLES = {"V1": "candidates.csv", "V2": "candidates_V2.csv"}
 COLUMNS = (("seriesuid",), ("coordX",), ("coordY",), ("coordZ",), ("class",))
@@ -125,5 +134,5 @@ class Ncc:
         if not self.max_negatives:
             return list(candidates)
         negatives = [candidate.of for candidate in candidates if candidate.label == 0]
-        kept = set(splits.shuffled_names(negatives, self.seed, uid)[: self.max_negatives])
+        kept = set(shuffled_names(negatives, self.seed, uid)[: self.max_negatives])
         return [candidate for candidate in candidates if candidate.label == 1 or candidate.of in kept]

@@ -18,7 +18,6 @@ from p2w.progress import say
 from p2w.shards.build import BuildOptions, build_data_set, single
 from p2w.shards.build_folder import BuildFolder, BuildForecast, CutSource, DataSetContent, SourceListing
 from p2w.shards.manifest_schema import MANIFEST_VERSION
-from p2w.tasks import splits
 from p2w.tasks.case_samples import IN_PART
 from p2w.tasks.task import (
     CLASSIFICATION,
@@ -36,6 +35,7 @@ from p2w.tasks.task import (
     Sample,
     Split,
     Task,
+    split_of_fold,
 )
 
 RECORD_HEAD = 4096  # bytes beside the voxels, at most
@@ -362,7 +362,7 @@ def _split_and_fold(split: Split, patients: set[str]) -> tuple[dict[str, str], d
     empty = sorted(set(range(split.folds)) - set(fold_of.values()))
     if empty and patients:
         raise UserError(f"fold {empty[0]} of {split.folds} has no patient with samples: ask for fewer folds")
-    return splits.split_of_fold(fold_of, 0, split.val_fraction, split.seed), fold_of
+    return split_of_fold(fold_of, 0, split.val_fraction, split.seed), fold_of
 
 
 def _scans(rows: list[dict[str, Any]], folds: int) -> dict[str, list[str]]:

@@ -21,8 +21,7 @@ from p2w.errors import UserError
 from p2w.files import type_mismatch
 from p2w.shards.manifest import Manifest, read_manifest
 from p2w.stream.local import LocalSet
-from p2w.tasks import splits
-from p2w.tasks.task import SAMPLE_KINDS, SAMPLE_SCHEMA, SPLITS, TASK_META
+from p2w.tasks.task import SAMPLE_KINDS, SAMPLE_SCHEMA, SPLITS, TASK_META, split_of_fold
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class TargetSet:
             raise UserError(f"{self.where}: no fold {fold}; the set has {has}")
         rule = self.meta["split"]
         fold_of = dict(zip(self.patient, self.fold.tolist(), strict=True))
-        split = splits.split_of_fold(fold_of, fold, rule["val_fraction"], rule["seed"])
+        split = split_of_fold(fold_of, fold, rule["val_fraction"], rule["seed"])
         return np.array([split[patient] for patient in self.patient], np.str_)
 
     def rows(self, split: str, fold: int | None = None) -> NDArray[np.int64]:

@@ -24,13 +24,15 @@ def read_csv(path: str, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int,
     """Line number and the values of the columns asked for; each column by any of its names, in any case.
 
     Values are separated by commas, or by tabs in a .tsv. A column whose names end with "" may be missing: its values are
-    "" then. Raises UserError.
+    "" then. Of several columns that name the scan the first name counts. Raises UserError, also for other columns that are
+    there twice, by one name or by two with different values, and for quotes that do not end.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, delimiter="\t" if path.lower().endswith((".tsv", ".tab")) else ",")
+            tabs = path.lower().endswith((".tsv", ".tab"))
+            rows = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
             head = [name.strip().lower() for name in next(rows, [])]
-            at = [_column(path, head, names) for names in columns]
+            at = [_columns(path, head, names) for names in columns]
             for row in rows:
                 if not any(value.strip() for value in row):
                     continue
@@ -38,20 +40,31 @@ def read_csv(path: str, columns: Sequence[Sequence[str]]) -> Iterator[tuple[int,
                     raise UserError(
                         f"{path}, line {rows.line_num}: {len(row)} values, its head has {len(head)}"
                     )
-                yield rows.line_num, [row[i].strip() if i >= 0 else "" for i in at]
+                for same in at:
+                    if len({row[i].strip() for i in same}) > 1:
+                        both = " and ".join(f"{head[i]} {row[i].strip()!r}" for i in same)
+                        raise UserError(
+                            f"{path}, line {rows.line_num}: {both} differ, and either may be meant: remove a column"
+                        )
+                yield rows.line_num, [row[same[0]].strip() if same else "" for same in at]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is no CSV table ({error})") from error
 
 
-def _column(path: str, head: list[str], names: Sequence[str]) -> int:
+def _columns(path: str, head: list[str], names: Sequence[str]) -> list[int]:
+    """The numbers of the columns that a value is in; of those that name the scan the first alone. Raises UserError."""
+    for name in names:
+        if head.count(name.lower()) > 1:
+            raise UserError(f"{path}: has the column {name} twice in its head: remove one")
     found = [head.index(name.lower()) for name in names if name.lower() in head]
     if found:
-        return found[0]
+        return found[:1] if "scan" in names else found
     if "" in names:
-        return -1
-    raise UserError(f"{path}: no column {names[0]} in its head ({', '.join(head)[:200]})")
+        return []
+    remedy = "; values have to be separated by commas" if any(";" in name for name in head) else ""
+    raise UserError(f"{path}: no column {names[0]} in its head ({', '.join(head)[:200]}){remedy}")
 
 
 def parse_number(path: str, line: int, name: str, text: str) -> float:

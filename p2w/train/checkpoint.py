@@ -69,9 +69,8 @@ class Checkpoints:
         self, folder: Path, keep: int = 3, warn: Callable[[str], None] = print, keep_every: int = 0
     ) -> None:
         self.folder, self.keep, self.warn, self.keep_every = folder, keep, warn, keep_every
-        self.guard: Callable[[], None] = lambda: (
-            None
-        )  # raises UserError where this process may no longer write
+        # Raises UserError where this process may no longer write
+        self.guard: Callable[[], None] = lambda: None
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""

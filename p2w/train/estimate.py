@@ -147,9 +147,8 @@ def _count_folds(model: nn.Module) -> list[FoldCost]:
 
 
 BUCKET_BYTES = 25 << 20  # of a bucket of gradients in DDP; the backward pass cannot hide the last bucket
-BACKWARD = (
-    2 / 3
-)  # the backward pass's share of the arithmetic: two forward passes, for inputs and for weights
+# The backward pass's share of the arithmetic: two forward passes, for inputs and for weights
+BACKWARD = 2 / 3
 POLL_HOP_S = 3e-4  # from rank to rank, of the all-reduce of three numbers on the host: 0.6 ms between two ranks, measured
 SAMPLE_BYTES = 2 << 20  # of a sub-scan
 READ_BYTES_PER_S = 7e9  # of a rank: bench/stream.py, two readers on two cores, warm page cache, checksums
@@ -165,9 +164,8 @@ class MachineRates:
     hop_s: float = 5e-6  # latency from rank to rank
     step_s: float = 0.0  # time of a step that does not depend on its samples: update, launches
     read_bytes_per_s: float = READ_BYTES_PER_S
-    hidden: float = (
-        BACKWARD  # share of the arithmetic that can hide an all-reduce; 0 where the same cores do both
-    )
+    # Share of the arithmetic that can hide an all-reduce; 0 where the same cores do both
+    hidden: float = BACKWARD
     sources: str = ""
 
 
@@ -182,9 +180,8 @@ class ThroughputForecast:
     exposed_s: float  # part of the all-reduce that the backward pass does not hide
     read_s: float
     step_s: float
-    stop_s: float = (
-        0.0  # beside the step: its share of asking all ranks for stop requests and the audit of ids
-    )
+    # Beside the step: its share of asking all ranks for stop requests and the audit of ids
+    stop_s: float = 0.0
 
     @property
     def samples_per_s(self) -> float:

@@ -209,9 +209,8 @@ class _FormTester:
         found: dict[tuple[LayerKind, str], float] = {}
         for one in {layer_kind(one): one for one in calls.values()}.values():
             kind, device = layer_kind(one), self.world.device
-            found |= {
-                (kind, form): math.inf for form in one.module.possible_forms()
-            }  # the same list on every rank
+            # The same list on every rank
+            found |= {(kind, form): math.inf for form in one.module.possible_forms()}
             here = one.module.forms(device, self.precision.dtype, one.input_shape[0])
             correct = (PLAIN, *self._correct_forms(one, tuple(form for form in here if form != PLAIN)))
             found |= {(kind, form): value for form, value in self._timed(one, correct, timer).items()}

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from p2w.model.forms import PLAIN, Formed
 from p2w.train.optim import Precision, set_float32
 
-MAX_DRAWN_VALUES = (
-    2**26
-)  # random values of one input or output, 256 MiB; a larger batch repeats its first samples
+# Random values of one input or output, 256 MiB; a larger batch repeats its first samples
+MAX_DRAWN_VALUES = 2**26
 Shape = tuple[int, ...]
 LayerFunction = Callable[[Tensor], Tensor]
 

@@ -157,7 +157,7 @@ def _apex(config: OptimConfig, parameters: list[dict[str, Any]]) -> torch.optim.
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise UserError(f"optim.fused=apex: apex is not installed; {remedy}")
-    folders = [Path(place) for place in spec.submodule_search_locations or []]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     if not any((folder / "optimizers").is_dir() for folder in folders):
         raise UserError(
             f"optim.fused=apex: the apex at {spec.origin} is PyPI's web toolkit, not NVIDIA's; {remedy}"

@@ -243,12 +243,8 @@ class StepGraph:
         resumed run, whose first steps are usual ones, ends with the same bits.
         """
         self.device_step, self.state, self.say, self.forced, self.exact = (
-            device_step,
-            state,
-            say,
-            forced,
-            exact,
-        )
+            device_step, state, say, forced, exact,
+        )  # fmt: skip
         self.calls, self.refused = 0, False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Views | None = None

@@ -89,9 +89,8 @@ class Watchdog:
 
     def __init__(self, world: World, hang_s: float = 600.0) -> None:
         self.world, self.hang_s = world, hang_s
-        self.on_exit: Callable[[str, int], None] = lambda reason, step: (
-            None
-        )  # called before the process is ended
+        # Called before the process is ended
+        self.on_exit: Callable[[str, int], None] = lambda reason, step: None
         self.silent_s = min(SILENT_S, hang_s / 4)
         self.beat_s = min(max(BEAT_S, world.size / RANKS_A_SECOND), self.silent_s / 10)
         now = time.monotonic()

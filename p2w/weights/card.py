@@ -26,9 +26,9 @@ from p2w.log import read_metrics
 from p2w.model import Encoder
 from p2w.pretext import build_pretext
 from p2w.pretext.settings import Shows
-from p2w.shards.mixture import relocated
+from p2w.shards.manifest import relocated
 from p2w.shards.training_scans import SEEN, hashed_training_scans
-from p2w.stream.trained_sets import open_trained_sets
+from p2w.stream.stream import open_trained_sets
 from p2w.weights.hub import is_hub_name
 
 INPUT = "HU clipped to window_hu and scaled to [0, 1], float, shape (batch, {channels}, z, y, x)"

@@ -29,6 +29,8 @@ of stride 2 behind where edges are even, which is in front of a mirrored axis: t
 import pickle
 import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from p2w.errors import UserError
+from p2w.errors import UserError, first_line
 from p2w.model import ENCODERS, build_encoder, factory_class
 from p2w.model.conv import PUBLISHED_WIDTH, scale_channels
 from p2w.model.encoder import InputNorm, PublishedFormat
@@ -50,6 +52,7 @@ from p2w.weights.tf_bundle import Bundle, prefix_of
 State = dict[str, Tensor]
 
 ENCODER_PREFIX, DECODER_PREFIX = "down_tr", ("up_tr", "out_tr")
+COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and old files lack it
 
 
 def to_genesis(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,6 +213,7 @@ def read_published(path: Path) -> PublishedWeights:
                 f"{prefix}: a TensorFlow checkpoint, but not of NiftyNet's dense V-Net; it has {some}, …"
             )
         state, head = read_niftynet(bundle)
+        check_tensors(state, str(prefix))
         note = "kernels turned from anterior, right, superior to z, y, x, y and x mirrored, and so is the padding of strides"
         return PublishedWeights("NiftyNet", NIFTYNET, state, tuple(head), notes=(note,))
     whole = _file(path)
@@ -269,12 +273,15 @@ def _file(path: Path) -> dict[str, Any]:
         if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
             return dict(load_file(path))
         whole = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
     except pickle.UnpicklingError as error:
         if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"{path}: is not read, since reading it would run {called[1]}; where you trust it, save its state_dict alone"
             ) from error
         raise UserError(f"{path}: no file of tensors; name {_known()}") from error
+    except UserError:
+        raise
     except UNREADABLE as error:
         why = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path}: cannot be read as weights ({why}); name {_known()}") from error
@@ -283,17 +290,77 @@ def _file(path: Path) -> dict[str, Any]:
     return whole
 
 
+def check_archive(path: Path) -> None:
+    """Raise UserError where a record of a torch file, a zip archive, does not have its checksum; torch does not look.
+
+    Files of other forms are not looked at.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError) as error:
+        raise UserError(f"{path}: the archive is damaged ({first_line(error)}); copy it again") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged, the checksum of {damaged} differs; copy it again")
+
+
+def check_tensors(state: State, where: str) -> None:
+    """Raise UserError for tensors that are no weights: not finite, complex, of whole numbers, without values, or only zeros.
+
+    Counters of batch norms are whole numbers; other integers are quantized values whose scales are lost. `where` names the
+    file in the message.
+    """
+    for name, value in state.items():
+        why = ""
+        if value.is_meta:
+            why = "has a shape but no values"
+        elif value.is_complex():
+            why = "holds complex numbers"
+        elif not value.is_floating_point() and not name.endswith(COUNTER):
+            why = f"holds {str(value.dtype).removeprefix('torch.')}, as quantized weights do"
+        elif not value.isfinite().all():
+            why = "holds NaN or infinite values"
+        elif name.endswith("running_var") and (value < 0).any():
+            why = "is a variance below 0"
+        if why:
+            raise UserError(
+                f"{where}: {name} {why}; these are no weights to start from: save sound ones in float"
+            )
+    kernels = [value for value in state.values() if value.ndim > 1]
+    if kernels and not any(value.any() for value in kernels):
+        raise UserError(f"{where}: every kernel is 0; was the file copied in part? copy it again")
+
+
 def _tensors(whole: dict[str, Any], path: Path) -> State:
-    """The tensors by name, without `module.`: of a state dict, or of what has one inside."""
-    inside = whole.get("state_dict", whole.get("network_weights", whole))  # the second is nnU-Net's
+    """The tensors by name, without `module.`: of a state dict, or of what has one inside. Raises UserError."""
+    containers = [key for key in ("state_dict", "network_weights") if key in whole]  # the second is nnU-Net's
+    if len(containers) > 1:
+        raise UserError(
+            f"{path}: holds weights twice, as {' and '.join(containers)}; save the right ones alone"
+        )
+    inside = whole[containers[0]] if containers else whole
     if not isinstance(inside, dict):
         raise UserError(f"{path}: its state_dict is a {type(inside).__name__}, not tensors by name")
-    tensors = {str(k).removeprefix("module."): v for k, v in inside.items() if isinstance(v, Tensor)}
+    tensors: State = {}
+    for key, value in inside.items():
+        name = str(key).removeprefix("module.")
+        if not isinstance(value, Tensor):
+            continue
+        if name in tensors:
+            raise UserError(
+                f"{path}: holds {name} twice, with and without module.; save the right ones alone"
+            )
+        tensors[name] = value
     if not tensors:
         raise UserError(f"{path}: holds no tensors; name {_known()}")
     if any(v.layout != torch.strided or v.is_quantized for v in tensors.values()):
         raise UserError(f"{path}: holds sparse or quantized tensors; save it dense, in float")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    floats = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    check_tensors(floats, str(path))
+    return floats
 
 
 def _genesis(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeights | None:
@@ -371,17 +438,20 @@ def _nnssl(tensors: State, whole: dict[str, Any], path: Path) -> PublishedWeight
 
 
 def _pretrain_plan(whole: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The plan of the pretraining in the file; {} where it has none. Raises UserError for one of another form."""
+    """The plan of the training in the file, of nnssl or of nnU-Net itself; {} where it has none.
+
+    Raises UserError for one of another form.
+    """
+    arguments = whole.get("init_args", {})  # of nnU-Net's trainer
     adaptation = whole.get("nnssl_adaptation_plan", {})
     try:
-        plan = dict(adaptation.get("pretrain_plan", {}))
+        plan = dict(adaptation.get("pretrain_plan", {}) or arguments.get("plans", {}))
         if sorted(int(axis) for axis in plan.get("transpose_forward") or ZYX) != ZYX:
             raise ValueError(f"transpose_forward is {plan['transpose_forward']}")
         return plan
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: its nnssl_adaptation_plan is not nnssl's ({error}); copy the file again"
-        ) from error
+        which = "nnssl_adaptation_plan is not nnssl's" if adaptation else "plan is not nnU-Net's"
+        raise UserError(f"{path}: its {which} ({error}); copy the file again") from error
 
 
 READERS: dict[str, Callable[[State, dict[str, Any], Path], PublishedWeights | None]] = {

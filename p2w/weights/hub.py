@@ -67,9 +67,7 @@ def download(name: str | Path) -> tuple[Path, HubName]:
     wanted, hub = parse_hub_name(name), hub_client()
     try:
         path = Path(hub.hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision))
-    except (
-        Exception
-    ) as error:  # the client raises errors of its own, of its HTTP client and of the file system
+    except Exception as error:  # of the client itself, of its HTTP client or of the file system
         raise UserError(f"{wanted}: {hub_problem(error)}") from error
     parts = path.parts  # …/snapshots/COMMIT/FILE, which is how the cache names what it holds
     commit = parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
@@ -125,9 +123,7 @@ def pin(name: str, recorded: str | None = None) -> str:
     wanted = parse_hub_name(name)
     if recorded is not None and is_hub_name(recorded):
         before = parse_hub_name(recorded)
-        if (before.repo, before.file) == (wanted.repo, wanted.file) and wanted.revision in (
-            None,
-            before.revision,
-        ):
+        same = (before.repo, before.file) == (wanted.repo, wanted.file)
+        if same and wanted.revision in (None, before.revision):
             return recorded
     return str(download(name)[1])

@@ -21,7 +21,7 @@ from p2w.shards.training_scans import SEEN
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of, model_card
-from p2w.weights.foreign import UNREADABLE, genesis_state
+from p2w.weights.foreign import UNREADABLE, check_archive, check_tensors, genesis_state
 from p2w.weights.hub import download, is_hub_name
 from p2w.weights.nnunet import from_nnunet
 
@@ -90,6 +90,7 @@ def read_weights(path: Path) -> LoadedWeights:
             )
         trained = find_checkpoint(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
+        check_tensors(snapshot.model, str(path))
         model = trained.config.model
         return LoadedWeights(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
     file, card = exported(path)
@@ -104,17 +105,27 @@ def read_weights(path: Path) -> LoadedWeights:
     try:
         state = _state(file)
         return LoadedWeights(name, width, state, str(file), trained_on(card), in_channels, input_norm)
+    except UserError:
+        raise
     except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read ({error}); copy it again") from error
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors of an exported file of any format, under our names."""
+    """The tensors of an exported file of any format, under our names, those of floats as float32. Raises UserError."""
     if file.name != nnunet.CHECKPOINT and not is_torch_file(file):
-        return load_file(file)
+        return _sound(load_file(file), file)
     if file.name == nnunet.CHECKPOINT or "network_weights" in _torch_file(file):
-        return from_nnunet(nnunet.read_nnunet(file))
-    return genesis_state(_torch_file(file))
+        return _sound(from_nnunet(nnunet.read_nnunet(file)), file)
+    return _sound(genesis_state(_torch_file(file)), file)
+
+
+def _sound(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors, those of floats as float32: others may have halved their precision. Raises UserError."""
+    check_archive(file)
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    check_tensors(floats, str(file))
+    return floats
 
 
 def exported(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -137,20 +148,22 @@ def exported(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def trained_on(card: dict[str, Any]) -> dict[str, str]:
     """Fingerprint and location of the data set that a card names; empty when it names none."""
+    return {str(k): str(v) for k, v in _data_entry(card).items() if k != SEEN}
+
+
+def _data_entry(card: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of the data set; empty where it says nothing."""
     training = card.get("training")
     data = training.get("data") if isinstance(training, dict) else None
-    return {str(k): str(v) for k, v in data.items() if k != SEEN} if isinstance(data, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
 def hashed_scans_of(init: str) -> Any:
     """The hashes of training scans in the card of an exported file, or of one on the Hub; None where it has none."""
     try:
-        card = exported(download(init)[0] if is_hub_name(init) else Path(init))[1]
+        return _data_entry(exported(download(init)[0] if is_hub_name(init) else Path(init))[1]).get(SEEN)
     except UserError:
         return None
-    training = card.get("training")
-    data = training.get("data") if isinstance(training, dict) else None
-    return data.get(SEEN) if isinstance(data, dict) else None
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Trained:

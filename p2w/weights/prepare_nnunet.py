@@ -131,34 +131,24 @@ def turn_kernels(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
 
     Tensors that share memory, as those under nnU-Net's two names do, still share it afterwards.
     """
-    kernels: dict[int, torch.Tensor] = {}
+    kernels: dict[tuple[Any, ...], torch.Tensor] = {}
     turned = {}
     for name, value in weights.items():
         turned[name] = value
         if value.ndim == 5:
-            key = value.data_ptr()
+            key = (value.data_ptr(), value.shape, value.stride())
             if key not in kernels:
                 kernels[key] = value.permute(0, 1, *(2 + one for one in order)).contiguous()
             turned[name] = kernels[key]
     return turned
 
 
-def adapted_plans(
-    base: dict[str, Any],
-    adaptation: dict[str, Any],
-    card: dict[str, Any],
-    source: str,
-    name: str,
-    dynamic: bool,
-) -> tuple[dict[str, Any], list[str]]:
-    """nnU-Net's plans for these weights, in its own form, from a base plan; and what its reader should know.
-
-    Raises ValueError where the base plan has no 3D configuration, or its images are not CT.
-    """
+def check_base(base: dict[str, Any], adaptation: dict[str, Any], dynamic: bool) -> None:
+    """Raise ValueError where the base plan has no 3D configuration, its images are not CT, or its network has other channels
+    than the weights and is to be kept (`dynamic`)."""
     if CONFIGURATION not in base["configurations"]:
         raise ValueError(f"{base['plans_name']}: has no {CONFIGURATION}; these weights are of a 3D network")
-    plans, said = deepcopy(base), []
-    planned = plans["configurations"][CONFIGURATION]
+    planned = base["configurations"][CONFIGURATION]
     schemes = planned["normalization_schemes"]
     if any(scheme != "CTNormalization" for scheme in schemes):
         raise ValueError(
@@ -172,9 +162,26 @@ def adapted_plans(
             f"{base['plans_name']}: its network has {features} channels, and the weights have {channels}; leave out "
             "--plan dataset, or name the plan of nnUNetPlannerResEncL with --base"
         )
+
+
+def adapted_plans(
+    base: dict[str, Any],
+    adaptation: dict[str, Any],
+    card: dict[str, Any],
+    source: str,
+    name: str,
+    dynamic: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """nnU-Net's plans for these weights, in its own form, from a base plan; and what its reader should know.
+
+    Raises ValueError where `check_base` does.
+    """
+    check_base(base, adaptation, dynamic)
+    plans, said = deepcopy(base), []
+    planned = plans["configurations"][CONFIGURATION]
     own = intensities(card["input"]["window_hu"])
     properties = plans["foreground_intensity_properties_per_channel"]
-    for channel in range(len(schemes)):
+    for channel in range(len(planned["normalization_schemes"])):
         properties[str(channel)] = {**properties[str(channel)], **own}
     said.append(f"CTNormalization with {json.dumps(own)}: HU {card['input']['window_hu']} become 0 and 1")
     pretrained = next(iter(adaptation["pretrain_plan"]["configurations"].values()))

@@ -33,7 +33,7 @@ from p2w.model.decoder import build_decoder
 from p2w.pretext.protocol import Pretext
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import foreign, load
-from p2w.weights.foreign import State
+from p2w.weights.foreign import COUNTER, State
 from p2w.weights.hub import download, is_hub_name
 
 INSPECT_USAGE = """\
@@ -45,8 +45,6 @@ Which weights a file holds, and how many of their tensors fit: what `--init FILE
 It says "whole" for an encoder with its decoder, and "encoder whole" if the file holds no decoder or only a part of one. Exit
 code 1 when a part of the encoder would be missing, 2 when the file cannot be read.
 """
-
-COUNTER = "num_batches_tracked"  # of batch norms; no result depends on it, and old files lack it
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,7 @@ FOOTER = 48  # bytes: two handles of at most 20 bytes, padding, the magic number
 INDEX_LIMIT = 1 << 26  # bytes: an index of a million variables; larger ones are no checkpoint of a network
 MAX_VALUES = 1 << 30  # of a tensor
 # TensorFlow's numbers of dtypes; bfloat16 (14) is no NumPy dtype.
-DTYPES = {
-    1: "<f4",
-    2: "<f8",
-    3: "<i4",
-    9: "<i8",
-    19: "<f2",
-}
+DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}
 MASK = 0xA282EAD8
 
 

@@ -10,7 +10,7 @@ from ct_sets import write_structured_set
 
 from p2w import geometry
 from p2w.analysis import monitors, plots
-from p2w.analysis.monitors import VALIDATION_SEED, Monitors, SimilarityMonitor, read_sub_scans, spread_ids
+from p2w.analysis.monitors import VALIDATION_SEED, Monitors, SimilarityMonitor, read_sub_scans
 from p2w.analysis.similarity import similarity_file
 from p2w.config import Config, DataConfig, PretextConfig
 from p2w.log import Log
@@ -116,15 +116,6 @@ def test_a_network_that_is_lost_yields_nothing_and_the_run_goes_on(probe, tmp_pa
 def test_a_single_whole_cannot_be_compared(tmp_path, encoder):
     shards = open_set(str(write_structured_set(tmp_path / "set", val=1, per=1)))
     assert list(SimilarityMonitor(CONFIG, encoder, shards, "val", HERE, Log(tmp_path, True, 1))(0)) == []
-
-
-@pytest.mark.parametrize(("n", "most"), [(1, 48), (48, 48), (49, 48), (3000, 48), (3000, 24)])
-def test_the_subset_is_spread_over_all_ids(n, most):
-    ids = np.arange(n) * 3
-    some = spread_ids(ids, most)
-    assert len(some) == min(n, most) and set(some) <= set(ids)
-    assert some[0] == ids[0] and (n < 2 or some[-1] == ids[-1])
-    assert np.diff(some).max(initial=0) <= 3 * math.ceil((n - 1) / (most - 1))
 
 
 def test_a_probe_that_takes_too_long_is_warned_of_once(probe, tmp_path, capsys, monkeypatch):

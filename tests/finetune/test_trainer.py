@@ -15,6 +15,7 @@ from p2w.finetune.task_types import TASK_TYPES, task_type
 from p2w.finetune.trainer import FineTuner, StopRequested
 from p2w.model import build_encoder
 from p2w.model.conv import for_optimizer
+from p2w.rng import stratified_ids
 from p2w.tasks.reader import open_target
 from p2w.train.optim import Precision
 from p2w.world import World
@@ -163,7 +164,7 @@ def test_a_frozen_encoder_is_recalibrated_on_the_training_samples(sets):
     assert all(torch.equal(one.best[name], after[name]) for name in after)
     first = min(norms, key=lambda name: list(after).index(name)).removesuffix("running_mean")
     count = max(1, len(sets[0]) // 16)
-    rows = np.linspace(0, len(sets[0]) - 1, min(len(sets[0]), 16 * count)).astype(int)
+    rows = stratified_ids(np.arange(len(sets[0])), 16 * count)
     conv = one.network.get_submodule(first.rsplit(".", 2)[0]).conv1
     each = []
     for x, _ in sets[0].batches([rows[number::count] for number in range(count)]):

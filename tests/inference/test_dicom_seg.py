@@ -11,8 +11,8 @@ from p2w.ct.discover import SearchOptions, find_scans
 from p2w.ct.scan import read_scan
 from p2w.errors import UserError
 from p2w.inference import predict, predict_cohort
-from p2w.inference.dicom_seg import check_dicom_source, write_dicom_seg
 from p2w.inference.finetuned_model import FineTunedModel
+from p2w.inference.mask_files import check_dicom_source, write_dicom_seg
 from p2w.inference.predict import read_input
 from p2w.tasks.dicom_masks import masks_by_series, read_mask
 

@@ -11,7 +11,7 @@ from ct_files import ct, write
 
 from p2w.errors import UserError
 from p2w.inference import embed
-from p2w.inference.embed import features_of
+from p2w.inference.embeddings import features_of
 from p2w.inference.encoder_input import EncoderOptions, load_encoder_input
 
 SPACING = (0.7, 0.8, 2.5)  # x, y, z of ct_files.image

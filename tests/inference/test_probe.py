@@ -14,8 +14,7 @@ from p2w.ct.dicom import salted_hash
 from p2w.errors import UserError
 from p2w.inference import neighbours as neighbours_command
 from p2w.inference import probe
-from p2w.inference.embed import salt_check
-from p2w.inference.embeddings import centred_directions, neighbours, read_embeddings
+from p2w.inference.embeddings import centred_directions, neighbours, read_embeddings, salt_check
 from p2w.inference.probe import divide, judge, linear_scores, nearest_scores
 
 CLASSES = ["ill", "well"]

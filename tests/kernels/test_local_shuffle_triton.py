@@ -47,7 +47,7 @@ import pathlib, re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from p2w.kernels import local_shuffle_triton as kernels
+from p2w.kernels import sample_triton as kernels
 from p2w.pretext import models_genesis as local_shuffle
 
 types = dict.fromkeys(("draws_ptr", "seeds_ptr"), "*fp64") | {"chosen_ptr": "*i1", "last_ptr": "*i32"}

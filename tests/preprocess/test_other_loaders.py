@@ -15,11 +15,11 @@ from processes import REPO
 from p2w.ct.discover import find_scans
 from p2w.errors import UserError
 from p2w.shards.build import BuildOptions
-from p2w.shards.dataset_card import MARK
 from p2w.shards.manifest import read_manifest
 from p2w.shards.scan_shards import ShardingSettings, build_shards
 from p2w.shards.tiling import Tiling
 from p2w.shards.verify import main as verify
+from p2w.shards.writer import MARK
 from p2w.stream.stream import open_set
 
 TILE = (8, 16, 16)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from p2w import geometry, rng
-from p2w.kernels import local_shuffle_triton
+from p2w.kernels import sample_triton
 from p2w.pretext import PRETEXTS, build_pretext
 from p2w.recipes import named
 from p2w.rng import SampleKeys
@@ -86,7 +86,7 @@ def launches(monkeypatch):
     for name in ("sample_boxes", "crop_resize", "part_and_whole"):
         one_launch(geometry, name)
     for name in ("last_block_kernel", "shuffle_kernel"):
-        monkeypatch.setattr(local_shuffle_triton, name, Kernel(name))
+        monkeypatch.setattr(sample_triton, name, Kernel(name))
     return count
 
 

@@ -12,12 +12,11 @@ from web import nginx
 
 from p2w.errors import UserError
 from p2w.shards import verify
-from p2w.shards.dataset_card import dataset_card
 from p2w.shards.manifest import DamagedManifest, manifest_bytes, open_manifest
 from p2w.shards.manifest_schema import MANIFEST_NAME
 from p2w.shards.scan_shards import ShardingSettings
 from p2w.shards.tiling import Tiling
-from p2w.shards.writer import unpack_voxels
+from p2w.shards.writer import dataset_card, unpack_voxels
 from p2w.stream import local
 from p2w.stream.local import DataError
 from p2w.stream.stream import Stream, open_set

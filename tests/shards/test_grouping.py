@@ -214,3 +214,18 @@ def test_a_secret_salt_is_written_nowhere():
     told = json.dumps(ShardingSettings(grouping=GroupingOptions(salt="hush")).plain())
     assert "hush" not in told and "salt" in told
     assert "salt" not in json.dumps(ShardingSettings().plain())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scan,patient,patient\nanna,A,B\n", "the column patient twice"),
+        ("scan,patient\nan,na,A\n", "line 2: has more values than the first line"),
+        ('scan,patient\nanna,"A\nbert,B\n', "is no CSV table .unexpected end of data"),
+    ],
+)
+def test_a_table_that_would_lose_rows_or_values_is_refused(tmp_path, text, message):
+    table = tmp_path / "who.csv"
+    table.write_text(text)
+    with pytest.raises(UserError, match=message):
+        GroupingOptions(groups=str(table)).apply(listing())

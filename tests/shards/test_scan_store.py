@@ -251,5 +251,5 @@ def test_a_manifest_with_tables_says_the_same(stored):
     one, other = read_scan_store(old), read_scan_store(new)
     unknown = ["mean_hu", "std_hu"]  # NaN
     assert one.wholes.drop_columns(unknown).equals(other.wholes.drop_columns(unknown))
-    for name in ("scan", "place"):
+    for name in ("scan", "origin"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

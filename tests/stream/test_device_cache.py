@@ -9,8 +9,7 @@ import torch
 from stream_sets import SHAPE, write_set
 
 from p2w.errors import UserError
-from p2w.stream.device_cache import DeviceCache, free_bytes
-from p2w.stream.prefetch import CacheSchedule
+from p2w.stream.prefetch import CacheSchedule, DeviceCache, free_bytes
 from p2w.stream.stream import Stream, open_set
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from devices import CPU_AND_GPU, settle
 from stream_sets import write_set
 
-from p2w.stream.device_cache import DeviceCache
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 
 

@@ -22,9 +22,9 @@ from web import nginx
 from p2w import http_client
 from p2w.errors import UserError
 from p2w.stream import http as stream_http
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.http import HttpSet
 from p2w.stream.local import DataError
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream, open_set
 

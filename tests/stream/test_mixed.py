@@ -10,9 +10,8 @@ import torch
 from stream_sets import SHAPE, write_set
 
 from p2w.errors import UserError
-from p2w.shards.manifest import candidate_data_paths, data_fingerprint
-from p2w.shards.mixture import BETWEEN, parse_mixture
-from p2w.stream.device_cache import DeviceCache
+from p2w.shards.manifest import BETWEEN, candidate_data_paths, data_fingerprint, parse_mixture
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 
 

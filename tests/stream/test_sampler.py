@@ -13,7 +13,7 @@ from p2w.stream.sampler import (
     Sampler,
     epoch_permutation,
     fixed_order,
-    permuted_places,
+    permuted_indices,
     shuffled_order,
     streamed_fixed_order,
     streamed_order,
@@ -145,24 +145,24 @@ def test_permutation_by_index_is_one_for_every_small_count():
     for count in range(1, 700):
         places = np.arange(count)
         for seed, epoch in ((0, 0), (7, 3)):
-            found = permuted_places(places, count, seed, epoch)
+            found = permuted_indices(places, count, seed, epoch)
             assert np.array_equal(np.sort(found), places), (count, seed, epoch)
 
 
 @given(st.integers(1, 10**12), SEEDS, EPOCHS, st.data())
 def test_permutation_by_index_asks_for_nothing_but_the_place(count, seed, epoch, data):
     places = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=20, unique=True)))
-    found = permuted_places(places, count, seed, epoch)
+    found = permuted_indices(places, count, seed, epoch)
     assert len(set(found.tolist())) == len(places) and found.min() >= 0 and found.max() < count
-    assert permuted_places(places[-1:], count, seed, epoch)[0] == found[-1]
-    assert permuted_places(places[::-1].reshape(-1, 1), count, seed, epoch)[-1, 0] == found[0]
+    assert permuted_indices(places[-1:], count, seed, epoch)[0] == found[-1]
+    assert permuted_indices(places[::-1].reshape(-1, 1), count, seed, epoch)[-1, 0] == found[0]
 
 
 def test_golden_order_of_version_2():
     """Runs are resumed by this order: it must never change."""
-    assert permuted_places(np.arange(10), 10, 0, 0).tolist() == [5, 4, 3, 7, 6, 9, 2, 1, 0, 8]
-    assert permuted_places(np.arange(10), 10, 7, 1).tolist() == [0, 5, 9, 7, 4, 2, 1, 8, 6, 3]
-    assert permuted_places(np.array([0, 1, 9_999_999]), 10**7, 0, 0).tolist() == [9074703, 7971980, 8076041]
+    assert permuted_indices(np.arange(10), 10, 0, 0).tolist() == [5, 4, 3, 7, 6, 9, 2, 1, 0, 8]
+    assert permuted_indices(np.arange(10), 10, 7, 1).tolist() == [0, 5, 9, 7, 4, 2, 1, 8, 6, 3]
+    assert permuted_indices(np.array([0, 1, 9_999_999]), 10**7, 0, 0).tolist() == [9074703, 7971980, 8076041]
 
 
 def feistel_oracle(place, count, seed, epoch):
@@ -184,7 +184,7 @@ def feistel_oracle(place, count, seed, epoch):
 @given(st.integers(1, 10**7), SEEDS, EPOCHS, st.data())
 def test_permutation_by_index_against_plain_integers(count, seed, epoch, data):
     place = data.draw(st.integers(0, count - 1))
-    assert permuted_places(np.array([place]), count, seed, epoch)[0] == feistel_oracle(
+    assert permuted_indices(np.array([place]), count, seed, epoch)[0] == feistel_oracle(
         place, count, seed, epoch
     )
 
@@ -193,7 +193,7 @@ def test_permutation_by_index_against_plain_integers(count, seed, epoch, data):
 def test_places_of_the_permutation_by_index_are_uniform(count):
     epochs = 4000
     places = np.stack(
-        [permuted_places(np.arange(count), count, e % 2, e // 2) for e in range(epochs)]
+        [permuted_indices(np.arange(count), count, e % 2, e // 2) for e in range(epochs)]
     )  # (epoch, place): sub-scan
     counts = np.stack([np.bincount(column, minlength=count) for column in places.T])
     chi2 = ((counts - epochs / count) ** 2 / (epochs / count)).sum(
@@ -209,8 +209,8 @@ def test_places_of_the_permutation_by_index_are_uniform(count):
 
 def test_epochs_of_the_permutation_by_index_do_not_resemble_each_other():
     count = 20_011
-    orders = [permuted_places(np.arange(count), count, 0, epoch) for epoch in range(12)]
-    orders += [permuted_places(np.arange(count), count, seed, 0) for seed in range(1, 6)]
+    orders = [permuted_indices(np.arange(count), count, 0, epoch) for epoch in range(12)]
+    orders += [permuted_indices(np.arange(count), count, seed, 0) for seed in range(1, 6)]
     bound = 5 / np.sqrt(count)
     for at, one in enumerate(orders):
         assert abs(np.corrcoef(one, np.arange(count))[0, 1]) < bound
@@ -243,7 +243,7 @@ class PlainSet:
         return shuffled_order(ids, batch, seed, epoch)
 
     def ids_at(self, ids, places, seed, epoch):
-        return ids[permuted_places(places, len(ids), seed, epoch)]
+        return ids[permuted_indices(places, len(ids), seed, epoch)]
 
 
 @pytest.mark.parametrize("version", [1, 2])

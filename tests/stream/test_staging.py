@@ -33,7 +33,7 @@ def test_a_copy_has_the_same_sub_scans_in_the_same_order(tiny_set, tmp_path):
     copies, told = StagedCopy(source, tmp_path), []
     copies.copy(lambda *numbers: told.append(numbers))
     found = copies.open()
-    (place,) = copies.places()
+    (place,) = copies.folders()
     assert place.name == f"p2w-{data_fingerprint(source.meta)}" and found.where == str(place)
     assert max(done for done, *_ in told) == told[0][1] == sum(source.shard_sizes)
     same(source, found)
@@ -66,7 +66,7 @@ def test_an_interrupted_copy_goes_on(tiny_set, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         copies.copy(interrupted)
-    (place,) = copies.places()
+    (place,) = copies.folders()
     done = [path for path in place.iterdir() if not path.name.startswith(".")]
     assert 0 < len(done) < len(source.shard_names) and not (place / "manifest.parquet").exists()
     before, told = {path: path.stat().st_mtime_ns for path in done}, []
@@ -88,7 +88,7 @@ def test_what_is_wrong_is_one_line(tiny_set, tmp_path, monkeypatch):
         DataError, match=f"{shard.name}: .* bytes with crc32c .* the manifest says .*p2w verify"
     ):
         StagedCopy(source, tmp_path / "node").copy()
-    (place,) = StagedCopy(source, tmp_path / "node").places()
+    (place,) = StagedCopy(source, tmp_path / "node").folders()
     assert not (place / shard.name).exists() and not (place / "manifest.parquet").exists()
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 1 << 20))
@@ -106,7 +106,7 @@ def test_a_damaged_copy_is_to_be_deleted(tiny_set, tmp_path):
     copies = StagedCopy(open_set(str(tiny_set)), tmp_path)
     copies.copy()
     found = copies.open()
-    path = copies.places()[0] / found.shard(0)
+    path = copies.folders()[0] / found.shard(0)
     data = bytearray(path.read_bytes())
     data[int(found.offsets[0])] ^= 1
     path.write_bytes(data)

@@ -21,8 +21,8 @@ from web import nginx
 
 from p2w.errors import UserError
 from p2w.stream import tar
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.sampler import shuffled_order, streamed_order
 from p2w.stream.stream import Stream, open_set
 

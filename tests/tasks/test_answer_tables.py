@@ -65,3 +65,28 @@ def test_two_rows_of_one_scan(tmp_path):
     table = read(tmp_path, "scan,label\na,0\nb,1\na,1\n")
     with pytest.raises(UserError, match="line 4: scan a is in line 2 too"):
         refuse_two_rows("t.csv", table.rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("scan,label,label\na,0,1\nb,1,0\n", "the column label twice"),
+        ("scan,label,patient,PatientID\na,0,P,P\nb,1,P,Q\n", "line 3: patient 'P' and patientid 'Q' differ"),
+        ('scan,label,patient\na,0,"P\nb,1,Q\nc,1,R\n', "is no CSV table .unexpected end of data"),
+        ("scan;label\na;0\nb;1\n", "separated by commas"),
+        ("scan,label\na,1\nb,0\nc,1.0\n", "one class in two ways .1, 1.0"),
+        ("scan,label\na,benign\nb,Benign\nc,malignant\n", "one class in two ways .Benign, benign"),
+    ],
+)
+def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, text, why):
+    with pytest.raises(UserError, match=why) as error:
+        read(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_of_two_names_that_agree_and_crlf_and_a_bom_are_read(tmp_path):
+    text = "\ufeffscan,path,label,patient,patientid\r\na,x/a,1,P,P\r\nb,x/b,0,Q,Q\r\n"
+    assert [(row.scan, row.patient, row.label) for row in read(tmp_path, text).rows] == [
+        ("a", "P", 1),
+        ("b", "Q", 0),
+    ]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from p2w.ct.orientation import BadScan
-from p2w.phantom.lidc import trace
-from p2w.tasks import lidc_readings
+from p2w.phantom.ct_targets import trace
+from p2w.tasks import ncs
 
 HEAD = '<LidcReadMessage xmlns="http://www.nih.gov"><ResponseHeader><SeriesInstanceUid>1.2</SeriesInstanceUid></ResponseHeader>'
 
@@ -34,13 +34,13 @@ def message(*sessions):
 
 
 def test_an_outline_is_outside_what_it_outlines():
-    inside = lidc_readings.interior(np.array(ring(2, 6)), (10, 9))
+    inside = ncs.interior(np.array(ring(2, 6)), (10, 9))
     assert inside.sum() == 9 and inside[3:6, 3:6].all()
-    diamond = lidc_readings.interior(np.array([(3, 2), (4, 3), (3, 4), (2, 3)]), (10, 9))
+    diamond = ncs.interior(np.array([(3, 2), (4, 3), (3, 4), (2, 3)]), (10, 9))
     assert diamond.sum() == 1 and diamond[3, 3]
-    assert lidc_readings.interior(np.array([(1, 1), (2, 1)]), (4, 4)).sum() == 2  # encloses nothing
+    assert ncs.interior(np.array([(1, 1), (2, 1)]), (4, 4)).sum() == 2  # encloses nothing
     with pytest.raises(BadScan, match="leaves the slice"):
-        lidc_readings.interior(np.array([(9, 1), (2, 1)]), (10, 9))
+        ncs.interior(np.array([(9, 1), (2, 1)]), (10, 9))
 
 
 def test_any_shape_is_traced_and_filled_again():
@@ -54,7 +54,7 @@ def test_any_shape_is_traced_and_filled_again():
         border = np.zeros_like(piece)
         border[tuple(chain.T)] = True
         assert (np.abs(np.diff(np.vstack([chain, chain[:1]]), axis=0)).max(1) == 1).all()
-        assert (lidc_readings.interior(chain[:, ::-1], piece.shape) == (piece & ~border)).all()
+        assert (ncs.interior(chain[:, ::-1], piece.shape) == (piece & ~border)).all()
 
 
 def test_consensus_of_half_of_the_readers(tmp_path):
@@ -63,20 +63,19 @@ def test_consensus_of_half_of_the_readers(tmp_path):
     path.write_text(
         message([roi(ring(2, 8))], [roi(ring(2, 10))], [roi(ring(20, 24), 1), roi([(3, 3)])], [hole])
     )
-    assert lidc_readings.series_of(str(path)) == "1.2"
-    readings = lidc_readings.read_readings(str(path))
+    assert ncs.series_of(str(path)) == "1.2"
+    readings = ncs.read_readings(str(path))
     assert readings.readers == 4 and len(readings.nodules) == 4
     marked = [
-        lidc_readings.reader_mask(one, {"1.2.0": 0, "1.2.1": 1}, (0.0, 1.0), (30, 30))
-        for one in readings.nodules
+        ncs.reader_mask(one, {"1.2.0": 0, "1.2.1": 1}, (0.0, 1.0), (30, 30)) for one in readings.nodules
     ]
-    groups = lidc_readings.group_by_nodule(marked)
+    groups = ncs.group_by_nodule(marked)
     assert sorted(len(group) for group in groups) == [1, 3]
     large = max(groups, key=len)
-    half = lidc_readings.consensus_mask(large, 4, 0.5)[0]
+    half = ncs.consensus_mask(large, 4, 0.5)[0]
     assert half[3:8, 3:8].all() and half[9, 9] and not half[10, 9] and half.sum() == 49
-    assert lidc_readings.consensus_mask(large, 4, 0.75)[0].sum() == 25 - 9
-    assert lidc_readings.consensus_mask(min(groups, key=len), 4, 0.5) == {}
+    assert ncs.consensus_mask(large, 4, 0.75)[0].sum() == 25 - 9
+    assert ncs.consensus_mask(min(groups, key=len), 4, 0.5) == {}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +83,6 @@ def test_consensus_of_half_of_the_readers(tmp_path):
 )
 def test_other_xml_is_no_reading(tmp_path, text):
     (tmp_path / "a.xml").write_text(text)
-    assert lidc_readings.series_of(str(tmp_path / "a.xml")) is None
+    assert ncs.series_of(str(tmp_path / "a.xml")) is None
     with pytest.raises(BadScan):
-        lidc_readings.read_readings(str(tmp_path / "a.xml"))
+        ncs.read_readings(str(tmp_path / "a.xml"))

@@ -6,33 +6,33 @@ from types import SimpleNamespace
 import pytest
 
 from p2w.files import canonical_json
-from p2w.tasks import ncs, splits
+from p2w.tasks import ncs
 from p2w.tasks.prepare import TargetFolder, TargetSettings
-from p2w.tasks.task import Case
+from p2w.tasks.task import Case, assign_folds, by_fractions, split_of_fold
 
 
 def test_the_numbers_of_lidc():
     """1,010 patients, eight of whom have two scans: 510 / 100 / 408 cases."""
     weight = {f"LIDC-IDRI-{n:04d}": 2 if n < 8 else 1 for n in range(1010)}
-    part = splits.by_fractions(weight, (510, 100, 408), 0)
+    part = by_fractions(weight, (510, 100, 408), 0)
     scans = Counter(i for patient, i in part.items() for _ in range(weight[patient]))
     assert scans == {0: 510, 1: 100, 2: 408}
-    assert part == splits.by_fractions(dict(reversed(weight.items())), (510, 100, 408), 0)
-    assert part != splits.by_fractions(weight, (510, 100, 408), 1)
+    assert part == by_fractions(dict(reversed(weight.items())), (510, 100, 408), 0)
+    assert part != by_fractions(weight, (510, 100, 408), 1)
 
 
 @pytest.mark.parametrize("count", [3, 4, 7, 40])
 def test_every_part_has_a_patient(count):
-    part = splits.by_fractions({str(n): 1 for n in range(count)}, (0.8, 0.05, 0.15), 3)
+    part = by_fractions({str(n): 1 for n in range(count)}, (0.8, 0.05, 0.15), 3)
     assert set(part.values()) == {0, 1, 2} and len(part) == count
 
 
 def test_folds_of_brats():
-    fold_of = splits.assign_folds((str(n) for n in range(285)), 3, 0)
+    fold_of = assign_folds((str(n) for n in range(285)), 3, 0)
     assert Counter(fold_of.values()) == {0: 95, 1: 95, 2: 95}
     tested = []
     for fold in range(3):
-        split = splits.split_of_fold(fold_of, fold, 0.15, 0)
+        split = split_of_fold(fold_of, fold, 0.15, 0)
         assert Counter(split.values()) == {"test": 95, "val": 28, "train": 162}
         tested += [name for name, own in split.items() if own == "test"]
     assert len(set(tested)) == 285

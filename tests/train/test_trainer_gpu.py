@@ -15,7 +15,7 @@ from processes import REPO
 from p2w.config import Config, DataConfig, ModelConfig, OptimConfig, PretextConfig, TrainConfig
 from p2w.log import Log
 from p2w.pretext import build_pretext_and_network
-from p2w.stream.device_cache import DeviceCache
+from p2w.stream.prefetch import DeviceCache
 from p2w.stream.stream import Stream, open_set
 from p2w.train.checkpoint import AsyncCheckpointer, Checkpoints, Snapshot
 from p2w.train.loop import Trainer

@@ -21,7 +21,7 @@ from p2w.shards.privacy import suspects
 from p2w.stream.stream import open_set
 from p2w.tasks.leak import check_shards
 from p2w.tasks.reader import open_target
-from p2w.weights import export, load, prepare_nnunet, push
+from p2w.weights import export, load, prepare_nnunet
 from p2w.weights.card import command_without_paths, portable_shards
 from p2w.weights.hub import HubName
 
@@ -306,17 +306,17 @@ def test_hashes_that_make_no_sense_rule_nothing_out(target, change):
 def test_what_is_published_has_hashes_of_scans_and_none_of_patients(project, target, monkeypatch):
     project(UNSEEN)
     run = project.root / "runs" / "small"
-    options = push.PushOptions(run, "org/name", "mit", "ours")
-    files, _ = push.files_to_publish(options, HubName("org/name"))
-    assert not [line for name, data in files.items() for line in push.private_text(name, data)]
+    options = export.PushOptions(run, "org/name", "mit", "ours")
+    files, _ = export.files_to_publish(options, HubName("org/name"))
+    assert not [line for name, data in files.items() for line in export.private_text(name, data)]
     data = json.loads(files["card.json"])["training"]["data"]
     (entry,) = data["seen"]
     assert "shards" not in data and "patients" not in entry and "salt" not in entry
     assert "(patients were not compared, a published card has no hashes of them)" in check_shards(
         target, "hf://org/name", data
     )
-    monkeypatch.setattr(push, "_own_names", lambda: {"this user's name": entry["scans"].split()[0]})
-    files, _ = push.files_to_publish(options, HubName("org/name"))
+    monkeypatch.setattr(export, "_own_names", lambda: {"this user's name": entry["scans"].split()[0]})
+    files, _ = export.files_to_publish(options, HubName("org/name"))
     assert "seen" not in json.loads(files["card.json"])["training"]["data"]
 
 

@@ -15,7 +15,7 @@ from p2w.commands.finetune import label_of
 from p2w.config import read_config
 from p2w.errors import UserError
 from p2w.finetune.init import resolve_init
-from p2w.weights import push
+from p2w.weights import export
 from p2w.weights.hub import HubName, parse_hub_name, pin
 from p2w.weights.start import load_start
 
@@ -49,7 +49,7 @@ def client(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pushed(client, trained_run):
     """The run published: hash of the commit, and what the command wrote to its outputs."""
-    assert push.main([str(trained_run), "org/small", *LICENCES]) == 0
+    assert export.main_push([str(trained_run), "org/small", *LICENCES]) == 0
     return client.branches["org/small"]["main"]
 
 
@@ -155,20 +155,22 @@ def test_a_refusal_is_said_as_what_it_is(client, pushed, monkeypatch, status, co
 def test_without_a_token_nothing_is_published(client, trained_run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="hf://org/new: not published: the Hub says 401: log in") as error:
-        push.main([str(trained_run), "org/new", *LICENCES])
+        export.main_push([str(trained_run), "org/new", *LICENCES])
     said = str(error.value) + "".join(capsys.readouterr())
     assert "hf_wrong" not in said and TOKEN not in said and "org/new" not in client.branches
 
 
 def test_the_dry_run_sends_nothing(client, trained_run, capsys):
     asked = len(client.asked)
-    assert push.main([str(trained_run), "org/dry", *LICENCES, "--dry-run"]) == 0
+    assert export.main_push([str(trained_run), "org/dry", *LICENCES, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "nothing was sent" in said and "cc-by-4.0" in said and len(client.asked) == asked
 
 
 def test_another_branch_leaves_main_alone(client, pushed, trained_run):
-    assert push.main([str(trained_run), "org/small", *LICENCES, "--branch", "late", "--step", "20"]) == 0
+    assert (
+        export.main_push([str(trained_run), "org/small", *LICENCES, "--branch", "late", "--step", "20"]) == 0
+    )
     assert client.branches["org/small"]["main"] == pushed != client.branches["org/small"]["late"]
     assert not equal(p2w.load("hf://org/small@late"), p2w.load("hf://org/small"))
 
@@ -187,29 +189,31 @@ def test_another_branch_leaves_main_alone(client, pushed, trained_run):
     ],
 )
 def test_whatever_names_a_person_or_a_machine_is_not_sent(trained_run, tmp_path, text, said):
-    options = push.PushOptions(trained_run, "org/name", "mit", text)
-    files, _ = push.files_to_publish(options, HubName("org/name"))
-    found = [line for name, data in files.items() for line in push.private_text(name, data)]
+    options = export.PushOptions(trained_run, "org/name", "mit", text)
+    files, _ = export.files_to_publish(options, HubName("org/name"))
+    found = [line for name, data in files.items() for line in export.private_text(name, data)]
     assert {line.partition(" has ")[0].partition(":")[0].partition(".data_licence")[0] for line in found} == {
         "model.safetensors", "card.json", "README.md",
     }  # fmt: skip
     assert all(said in line for line in found)
     with pytest.raises(UserError, match=r"not published: model.safetensors: p2w.data_licence has"):
-        push.main([str(trained_run), "org/name", "--licence", "mit", "--data-licence", text])
+        export.main_push([str(trained_run), "org/name", "--licence", "mit", "--data-licence", text])
 
 
 def test_the_card_of_a_run_tells_no_path_or_start(trained_run):
-    options = push.PushOptions(trained_run, "org/name", "mit", "ours")
-    files, step = push.files_to_publish(options, HubName("org/name"))
-    assert step == 10 and not [line for name, data in files.items() for line in push.private_text(name, data)]
+    options = export.PushOptions(trained_run, "org/name", "mit", "ours")
+    files, step = export.files_to_publish(options, HubName("org/name"))
+    assert step == 10 and not [
+        line for name, data in files.items() for line in export.private_text(name, data)
+    ]
     card = json.loads(files["card.json"])
     assert "command" not in card["training"] and "shards" not in card["training"]["data"]
     card["training"]["config"]["model"]["init"] = "/home/jdoe/runs/first/weights.pt"
     card["training"]["data"]["shards"] = "/data/scans"
-    assert push.public_card(card)["training"]["config"]["model"]["init"] == "weights.pt"
-    assert "shards" not in push.public_card(card)["training"]["data"]
+    assert export.public_card(card)["training"]["config"]["model"]["init"] == "weights.pt"
+    assert "shards" not in export.public_card(card)["training"]["data"]
     card["training"]["config"]["model"]["init"] = "hf://org/small@0123"
-    assert push.public_card(card)["training"]["config"]["model"]["init"] == "hf://org/small@0123"
+    assert export.public_card(card)["training"]["config"]["model"]["init"] == "hf://org/small@0123"
 
 
 def test_names_are_taken_apart():
@@ -225,6 +229,6 @@ def test_names_are_taken_apart():
         with pytest.raises(UserError, match="must be hf://organisation/name"):
             parse_hub_name(wrong)
     with pytest.raises(UserError, match="--licence CC BY"):
-        push.main(["runs/x", "org/name", "--licence", "CC BY", "--data-licence", "ours"])
+        export.main_push(["runs/x", "org/name", "--licence", "CC BY", "--data-licence", "ours"])
     with pytest.raises(UserError, match="runs/x: is no run of p2w train"):
-        push.main(["runs/x", "org/name", *LICENCES])
+        export.main_push(["runs/x", "org/name", *LICENCES])

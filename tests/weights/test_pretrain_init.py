@@ -237,3 +237,16 @@ def test_a_run_from_init_begins_with_its_weights_and_continues_without_the_file(
     shutil.rmtree(init)
     again = processes.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and "has its 2 steps already" in again.stderr, again.stderr
+
+
+@pytest.mark.parametrize("axes", [(1, 0, 2), (2, 0, 1)])
+def test_kernels_of_nnunets_own_checkpoint_are_turned_as_its_plan_says(tmp_path, axes):
+    """nnU-Net has no plan of a pretraining; the plan of its training is among the arguments of the trainer."""
+    encoder = nnssl(tmp_path / "a.pth", axes)
+    held = torch.load(tmp_path / "a.pth", weights_only=True)
+    plan = held.pop("nnssl_adaptation_plan")["pretrain_plan"]
+    torch.save({**held, "init_args": {"plans": plan, "fold": 0}}, tmp_path / "b.pth")
+    assert equal(load_start(str(tmp_path / "b.pth")).encoder, encoder.state_dict())
+    torch.save({**held, "init_args": {"plans": {"transpose_forward": [0, 0, 1]}}}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"its plan is not nnU-Net's .transpose_forward is"):
+        load_start(str(tmp_path / "c.pth"))

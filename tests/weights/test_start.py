@@ -11,6 +11,7 @@ import processes
 import pytest
 import torch
 from formula_weights import formula_volume, formula_weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import p2w
@@ -382,3 +383,81 @@ def test_fine_tuned_weights_are_fed_as_they_were(tmp_path):
     start = load_start(str(tmp_path / "model.safetensors"))
     assert start.encoder.input_norm == "positive-z" and same(start.encoder, encoder)
     assert p2w.load(tmp_path / "model.safetensors").input_norm == "positive-z"
+
+
+def spoilt(name, change):
+    """The state of a ResNet with one tensor changed."""
+    state = dict(trained("resnet10").state_dict())
+    state[name] = change(state[name].clone())
+    return state
+
+
+def with_nan(value):
+    value.view(-1)[3] = float("nan")
+    return value
+
+
+UNSOUND = {
+    "NaN": (lambda: spoilt("layer1.0.conv1.weight", with_nan), "layer1.0.conv1.weight holds NaN"),
+    "too large": (
+        lambda: spoilt("conv1.weight", lambda v: v.double() * 1e300),
+        "conv1.weight holds NaN or inf",
+    ),
+    "quantized": (
+        lambda: spoilt("conv1.weight", lambda v: (9 * v).to(torch.int8)),
+        "conv1.weight holds int8",
+    ),
+    "complex": (lambda: spoilt("conv1.weight", lambda v: v.to(torch.complex64)), "holds complex"),
+    "variance": (lambda: spoilt("bn1.running_var", lambda v: -v), "a variance below 0"),
+    "no values": (lambda: spoilt("conv1.weight", lambda v: v.to("meta")), "a shape but no values"),
+    "zeros": (lambda: {k: torch.zeros_like(v) for k, v in trained("resnet10").state_dict().items()}, "is 0"),
+    "two names": (
+        lambda: (
+            {f"module.{k}": v + 1 for k, v in trained("resnet10").state_dict().items()}
+            | trained("resnet10").state_dict()
+        ),
+        "conv1.weight twice",
+    ),
+    "two states": (
+        lambda: dict.fromkeys(("state_dict", "network_weights"), trained("resnet10").state_dict()),
+        "weights twice, as state_dict and network_weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_tensors_that_are_no_weights_are_refused(tmp_path, kind):
+    make, why = UNSOUND[kind]
+    torch.save(make(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=why) as refused:
+        load_start(str(tmp_path / "w.pth"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path, trained_run):
+    """torch does not compare the checksums that its archives have."""
+    medicalnet(tmp_path / "r.pth")
+    export.main([str(trained_run), "--to", "models-genesis", "--out", str(tmp_path / "g.pt")])
+    for name, read in (("r.pth", load_start), ("g.pt", load_start), ("g.pt", p2w.load)):
+        data = bytearray((tmp_path / name).read_bytes())
+        data[len(data) // 2] ^= 64
+        (tmp_path / f"bad-{name}").write_bytes(data)
+        with pytest.raises(UserError, match=r"the checksum of .* differs"):
+            read(str(tmp_path / f"bad-{name}"))
+
+
+def test_our_own_exports_come_back_as_float32_or_are_refused(tmp_path, trained_run):
+    """Files that were changed after p2w wrote them: halved, or with a value that is no number."""
+    export.main([str(trained_run), "--to", "safetensors", "--out", str(tmp_path / "e.safetensors")])
+    with safe_open(tmp_path / "e.safetensors", "pt") as file:
+        card = file.metadata()
+    state = load_file(tmp_path / "e.safetensors")
+    save_file({k: v.half() if v.ndim else v for k, v in state.items()}, tmp_path / "h.safetensors", card)
+    halved = p2w.load(tmp_path / "h.safetensors")
+    assert all(v.dtype == torch.float32 for v in halved.state_dict().values() if v.is_floating_point())
+    assert all(torch.isfinite(one).all() for one in halved.eval()(torch.rand(1, 1, 8, 16, 16)))
+    with_nan(state["encoder.down_tr64.ops.0.conv1.weight"])
+    save_file(state, tmp_path / "n.safetensors", card)
+    for read in (p2w.load, load_start):
+        with pytest.raises(UserError, match=r"down_tr64\.ops\.0\.conv1\.weight holds NaN"):
+            read(str(tmp_path / "n.safetensors"))

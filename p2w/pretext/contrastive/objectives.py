@@ -196,9 +196,8 @@ class MomentumTeacher(ContrastiveObjective):
             # Each rank's batch norm may keep statistics of its own, and a checkpoint has rank 0's: what trains must not
             # depend on them.
             average_over_ranks(fast_stats)
-            if (
-                slow_stats
-            ):  # the first steps count alike, because the initial statistics, 0 and 1, mean nothing
+            # The first steps count alike, because the initial statistics, 0 and 1, mean nothing
+            if slow_stats:
                 torch._foreach_lerp_(slow_stats, fast_stats, max(rate, 1 / (step + 1)))
         self.updates.add_(1)
 
@@ -326,9 +325,8 @@ class Prototypes(ContrastiveObjective):
         self.entries: Tensor
         if config.swav_queue:  # first parts, then second ones
             self.register_buffer("queue", torch.zeros(2, config.swav_queue, head.channels))
-            self.register_buffer(
-                "entries", torch.zeros((), dtype=torch.int64)
-            )  # parts that have ever come in
+            # Parts that have ever come in
+            self.register_buffer("entries", torch.zeros((), dtype=torch.int64))
 
     def forward(
         self, encoder: Encoder, head: ProjectionHead, part: Tensor, other: Tensor, ids: Tensor,

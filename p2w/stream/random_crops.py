@@ -1,12 +1,13 @@
-"""A set that stores whole scans (`p2w.shards.scan_store`): training cuts its wholes at random places of the scans.
+"""A set that stores whole scans (`p2w.shards.scan_store`): training cuts its sub-scans from them at random.
 
-    place of sub-scan `id` in epoch e = a function of (seed, e, id), uniform over all places in the scan of `id`
+    origin of sub-scan `id` in epoch e = a function of (seed, e, id), uniform over all that its scan has
 
-A place is drawn with counter-based random numbers, so that batches depend on (seed, epoch, step) alone, and the position of
-a run is (epoch, step), as for any set. Where a box shows too little (`min_std_hu`, `body_only`), the next counter is used;
-after TRIES of them the sub-scan's own place is taken, which is known to show enough. Validation, monitors, analyses and
-substitutes for sub-scans that cannot be read use this own place. There the voxels are bit for bit those of the set of
-sub-scans, and so are id, key and the number of real voxels, which for a scan shorter than a tile is the same at every place.
+An origin, the first voxel z, y, x of a box, is drawn with counter-based random numbers, so that batches depend on (seed,
+epoch, step) alone, and the position of a run is (epoch, step), as for any set. Where a box shows too little (`min_std_hu`,
+`body_only`), the next counter is used; after TRIES of them the sub-scan's own origin is taken, known to show enough.
+Validation, monitors, analyses and substitutes for sub-scans that cannot be read use this own origin. There the voxels are
+bit for bit those of the set of sub-scans, and so are id, key and the number of real voxels, which for a scan shorter than a
+tile is the same wherever it is cut.
 
 Memory beside the ring of batches: a buffer of one chunk for each row that a rank reads, the table of the sub-scans, and
 that of the chunks.
@@ -27,14 +28,14 @@ from p2w.shards.tiling import AIR
 from p2w.stream.local import SampleReader, ShardSet
 
 # Number of this random stream under (seed, epoch); `sampler`, `prefetch` and `mixed` have 1 to 4, and 7.
-PLACE_STREAM = 5
-TRIES = 8  # places that are drawn; in a chest a fifth of them show too little
+CROP_STREAM = 5
+TRIES = 8  # origins that are drawn; in a chest a fifth of them show too little
 
 
 class ScanStoreSet(ShardSet):
     """The sub-scans of stored scans. `chunks` is the set that reads the chunks, checks them and names damaged ones."""
 
-    random_places = True
+    random_crops = True
 
     def __init__(self, manifest: Manifest, chunks: ShardSet) -> None:
         """Check the manifest and make the table of the sub-scans. Raises DamagedManifest."""
@@ -47,18 +48,18 @@ class ScanStoreSet(ShardSet):
     def reader(
         self, ids: Ids, shuffle: tuple[int, int] | None = None
     ) -> AbstractContextManager[SampleReader]:
-        """A reader for one thread: at the random places of `shuffle`, its (seed, epoch); without, at the own places."""
-        return nullcontext(_PlaceReader(self, shuffle))
+        """A reader for one thread: at the random origins of `shuffle`, its (seed, epoch); without, at their own."""
+        return nullcontext(_CropReader(self, shuffle))
 
-    def random_place(self, sub_scan: int, seed: int, epoch: int, attempt: int = 0) -> Ids:
+    def random_origin(self, sub_scan: int, seed: int, epoch: int, attempt: int = 0) -> Ids:
         """(3,): the first voxel z, y, x of a sub-scan's box in an epoch, as it is drawn by counter number `attempt`."""
-        scan, states = self.store.scan[sub_scan], _place_states(seed, epoch, attempt)
+        scan, states = self.store.scan[sub_scan], _origin_states(seed, epoch, attempt)
         words = hash64_from(states, np.array([sub_scan], np.int64))
-        place: Ids = self.store.begin[scan] + (words % self.choices[scan]).astype(np.int64)
-        return place
+        origin: Ids = self.store.begin[scan] + (words % self.choices[scan]).astype(np.int64)
+        return origin
 
-    def read_box(self, sub_scan: int, place: Ids, out: Any, buffer: Any) -> None:
-        """Copy the box of a sub-scan's scan that begins at voxel `place` (z, y, x) into `out`, int16 (D, H, W).
+    def read_box(self, sub_scan: int, origin: Ids, out: Any, buffer: Any) -> None:
+        """Copy the box of a sub-scan's scan that begins at voxel `origin` (z, y, x) into `out`, int16 (D, H, W).
 
         `buffer` (int16, the shape of a chunk) is written over. Raises DataError where a chunk that the box touches cannot
         be read, or its checksum differs.
@@ -66,14 +67,14 @@ class ScanStoreSet(ShardSet):
         store, out = self.store, np.asarray(out)
         scan = int(store.scan[sub_scan])
         begin, counts = store.begin[scan].tolist(), store.counts[scan].tolist()
-        end = np.minimum(place + self.shape, store.end[scan])
-        if (end - place < self.shape).any():
+        end = np.minimum(origin + self.shape, store.end[scan])
+        if (end - origin < self.shape).any():
             out.fill(AIR)
         self.chunks.retry_s, self.chunks.on_wait = self.retry_s, self.on_wait
         along_z, along_y, along_x = (
             _overlaps(first, last, origin, edge)
             for first, last, origin, edge in zip(
-                place.tolist(), end.tolist(), begin, store.chunk, strict=True
+                origin.tolist(), end.tolist(), begin, store.chunk, strict=True
             )
         )
         first_row = int(store.first_row[scan])
@@ -91,8 +92,8 @@ class ScanStoreSet(ShardSet):
         return np.asarray(out)[:depth, :height, :width]
 
     def read_into(self, sub_scan: int, out: Any) -> None:
-        """Copy the sub-scan at its own place into `out`, int16 (D, H, W), and check it. Raises DataError."""
-        _PlaceReader(self, None).read_into(sub_scan, out)
+        """Copy the sub-scan at its own origin into `out`, int16 (D, H, W), and check it. Raises DataError."""
+        _CropReader(self, None).read_into(sub_scan, out)
 
 
 def open_scan_store(
@@ -104,9 +105,9 @@ def open_scan_store(
 
 
 @functools.lru_cache(maxsize=64)
-def _place_states(seed: int, epoch: int, attempt: int) -> Ids:
-    """(3,): the states of the keys (seed, epoch, PLACE_STREAM, attempt, axis) for the axes z, y, x."""
-    return np.concatenate([key_state(seed, epoch, PLACE_STREAM, attempt, axis) for axis in range(3)])
+def _origin_states(seed: int, epoch: int, attempt: int) -> Ids:
+    """(3,): the states of the keys (seed, epoch, CROP_STREAM, attempt, axis) for the axes z, y, x."""
+    return np.concatenate([key_state(seed, epoch, CROP_STREAM, attempt, axis) for axis in range(3)])
 
 
 def _overlaps(first: int, end: int, origin: int, edge: int) -> list[tuple[int, slice, slice]]:
@@ -122,8 +123,8 @@ def _overlaps(first: int, end: int, origin: int, edge: int) -> list[tuple[int, s
     return found
 
 
-class _PlaceReader:
-    """Read sub-scans at random places, or at their own; for one thread."""
+class _CropReader:
+    """Read sub-scans at random origins, or at their own; for one thread."""
 
     def __init__(self, shards: ScanStoreSet, shuffle: tuple[int, int] | None) -> None:
         self.shards, self.shuffle = shards, shuffle
@@ -131,11 +132,11 @@ class _PlaceReader:
 
     def read_into(self, sub_scan: int, out: Any) -> None:
         """Copy the voxels of one sub-scan into `out`, int16 (D, H, W), and check them. Raises DataError."""
-        shards, own = self.shards, self.shards.store.place[sub_scan].astype(np.int64)
+        shards, own = self.shards, self.shards.store.origin[sub_scan].astype(np.int64)
         seed, epoch = self.shuffle or (0, 0)
         for attempt in range(TRIES if self.shuffle else 0):
-            place = shards.random_place(sub_scan, seed, epoch, attempt)
-            shards.read_box(sub_scan, place, out, self.buffer)
-            if np.array_equal(place, own) or shards.store.tiling.keeps(shards.own_voxels(sub_scan, out)):
+            origin = shards.random_origin(sub_scan, seed, epoch, attempt)
+            shards.read_box(sub_scan, origin, out, self.buffer)
+            if np.array_equal(origin, own) or shards.store.tiling.keeps(shards.own_voxels(sub_scan, out)):
                 return
         shards.read_box(sub_scan, own, out, self.buffer)

@@ -25,9 +25,9 @@ from p2w.shards.manifest import manifest_bytes, read_manifest
 from p2w.shards.manifest_schema import PADDED_SCHEMA
 from p2w.shards.scan_shards import ShardingSettings
 from p2w.shards.tiling import Tiling
-from p2w.stream.device_cache import DeviceCache
 from p2w.stream.local import DataError
-from p2w.stream.random_places import TRIES
+from p2w.stream.prefetch import DeviceCache
+from p2w.stream.random_crops import TRIES
 from p2w.stream.staging import StagedCopy
 from p2w.stream.stream import Stream, open_set
 
@@ -116,7 +116,7 @@ def test_at_their_own_places_wholes_are_the_sub_scans_bit_for_bit(scans, tmp_pat
     settings = {"tiling": TILINGS[name], "format": form, "val_fraction": 0.4}
     plain = open_set(cut_here(scans, tmp_path / "plain", ShardingSettings(**settings)).root)
     found = open_set(cut_here(scans, tmp_path / "whole", ShardingSettings(**settings, store="scans")).root)
-    assert found.random_places and not plain.random_places
+    assert found.random_crops and not plain.random_crops
     assert found.shape == plain.shape and len(found) == len(plain) > 4
     assert [found.key(i) for i in range(len(found))] == [plain.key(i) for i in range(len(plain))]
     assert [found.shard(i) for i in range(len(found))] == [plain.shard(i) for i in range(len(plain))]
@@ -148,7 +148,7 @@ def test_in_training_a_whole_lies_where_its_counters_say(scans, stored):
         for number, whole in zip(ids, voxels, strict=True):
             uid = shards.key(number).partition("/")[0]
             place = reference_place(shape[uid].shape, number, -7, epoch, 0)
-            assert shards.random_place(number, -7, epoch).tolist() == place
+            assert shards.random_origin(number, -7, epoch).tolist() == place
             places.add((uid, *place))
             if len(places) < 5:  # written out voxel by voxel
                 np.testing.assert_array_equal(whole, reference_cut(shape[uid], place))
@@ -190,7 +190,7 @@ def test_every_place_is_as_likely_as_any_other(stored):
     scan = int(np.bincount(shards.store.scan).argmax())
     ids = np.flatnonzero(shards.store.scan == scan).tolist()
     choices = shards.store.end[scan] - shards.store.begin[scan] - shards.shape + 1
-    drawn = np.array([shards.random_place(i, 0, epoch) for epoch in range(6000 // len(ids)) for i in ids])
+    drawn = np.array([shards.random_origin(i, 0, epoch) for epoch in range(6000 // len(ids)) for i in ids])
     assert len(ids) == 8 and (drawn.min(0) == 0).all() and (drawn.max(0) == choices - 1).all()
     for axis in range(3):
         counts = np.bincount(drawn[:, axis], minlength=choices[axis])
@@ -222,7 +222,7 @@ def test_places_that_show_too_little_are_drawn_again_by_the_next_counter(tmp_pat
     )
     kept, clipped = len(found), hu.clip(-1000, 1000)
     assert 1 <= kept < 5
-    own = found.store.place
+    own = found.store.origin
     tries = []
     for epoch in range(40):
         with found.reader(found.ids("train"), (0, epoch)) as reader:
@@ -279,7 +279,7 @@ def test_a_mixture_with_a_set_of_sub_scans(scans, stored, tmp_path):
     plain = cut_here(scans, tmp_path / "plain", ShardingSettings(Tiling(TILE), val_fraction=0.4)).root
     mixture = f"{plain}:0.5 + {stored}:0.5"
     mixed, alone, sub_scans = open_set(mixture), open_set(stored), open_set(plain)
-    assert mixed.random_places and mixed.meta["mixture"][1]["store"] == "scans" and "store" not in mixed.meta
+    assert mixed.random_crops and mixed.meta["mixture"][1]["store"] == "scans" and "store" not in mixed.meta
     batches = take(Stream(mixed, batch=4, seed=2), 6)
     same(batches, take(Stream(open_set(mixture), batch=4, seed=2, readers=0), 6))
     third = divmod(3, Stream(mixed, batch=4).steps_per_epoch)
@@ -356,7 +356,7 @@ def test_a_manifest_of_tables_says_the_same(stored, tmp_path):
     data = manifest_bytes(manifest.table, meta, PADDED_SCHEMA, version=2)
     (tmp_path / "large" / "manifest.parquet").write_bytes(data)
     one, two = (open_set(str(folder)) for folder in (stored, tmp_path / "large"))
-    assert two.store.place.tolist() == one.store.place.tolist()
+    assert two.store.origin.tolist() == one.store.origin.tolist()
     assert [two.key(n) for n in range(len(two))] == [one.key(n) for n in range(len(one))]
     same(take(Stream(one, batch=4, seed=3), 3), take(Stream(two, batch=4, seed=3), 3))
 
@@ -367,7 +367,7 @@ def test_a_copy_on_the_nodes_disk_has_the_same_places(stored, tmp_path):
     copies = StagedCopy(source, tmp_path)
     copies.copy()
     found = copies.open()
-    assert found.random_places and found.copy_of == source.where and found.where != source.where
+    assert found.random_crops and found.copy_of == source.where and found.where != source.where
     for epoch in (0, 3):
         same(take(Stream(found, batch=4, seed=5), 3, epoch), take(Stream(source, batch=4, seed=5), 3, epoch))
     same(take(Stream.validation(found, batch=4), 2), take(Stream.validation(source, batch=4), 2))
