@@ -3,8 +3,6 @@
 import array
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.context
 import os
 import select
 import selectors
@@ -14,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,9 @@ import psutil
 REPO = Path(__file__).resolve().parent.parent
 # What is read while modules are imported or by the interpreter: the server's own, for all that it forks.
 FIXED = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "PYTHONHASHSEED",
     "PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONHOME", "PYTHONSAFEPATH", "LD_PRELOAD", "TORCH_CPP_LOG_LEVEL",
+    *(["CUDA_VISIBLE_DEVICES"] if os.path.exists("/dev/nvidiactl") else []),  # without a driver nothing reads it
 )  # fmt: skip
 
 
@@ -39,13 +38,6 @@ def same_modules(env: Mapping[str, str], own: Mapping[str, str]) -> str:
                 return f"PYTHONPATH={env['PYTHONPATH']}: a fork has p2w from {REPO}"
             break
     return ""
-
-
-def ranks_context() -> multiprocessing.context.ForkServerContext:
-    """Starts processes as forks of one that has done the slow imports, and no computing: two ranks import torch once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["p2w.model", "p2w.train.form_choice", "p2w.train.run_dir"])
-    return context
 
 
 def torchrun(ranks: int, *args: object, restarts: int = 0) -> list[str]:
@@ -309,6 +301,14 @@ def run(
     if check and process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args, out, err)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def call(function: Callable[..., object], *args: object, **options: Any) -> Forked:
+    """Call a function of a test's module with plain arguments in a process of its own, a fork."""
+    module = sys.modules[function.__module__]
+    paths = [str(Path(str(module.__file__)).parent), str(REPO / "tests")]
+    code = f"import sys; sys.path[:0] = {paths}; import {module.__name__} as test; test.{function.__name__}(*{args})"
+    return Forked([sys.executable, "-c", code], cwd=REPO, **options)
 
 
 def kill_group(process: subprocess.Popen) -> None:

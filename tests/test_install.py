@@ -179,6 +179,8 @@ def test_from_scans_to_predictions_with_the_wheel_alone(installed, without_netwo
         "0-9",
         "--val-fraction",
         "0.25",
+        "--workers",
+        "1",
     )
     torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "p2w")
     small = (
@@ -199,7 +201,22 @@ def test_from_scans_to_predictions_with_the_wheel_alone(installed, without_netwo
     phantom = ("python", "-m", "p2w.phantom.target_tasks", "--out", "T", "--tasks", "lcs")
     run(*phantom, "--patients", "3", "--shape", "32", "64", "64")
     split = ("--train", "0", "--val", "1", "--test", "2")
-    run("p2w", "prepare", "lcs", "--source", "T/LiTS", "--out", "lcs", "--size", "8", "16", "16", *split)
+    run(
+        "p2w",
+        "prepare",
+        "lcs",
+        "--source",
+        "T/LiTS",
+        "--out",
+        "lcs",
+        "--size",
+        "8",
+        "16",
+        "16",
+        *split,
+        "--workers",
+        "1",
+    )
     start = ("--init", "run", "--trials", "1", "--recipe.max-epochs", "1")
     run("p2w", "finetune", "--task", "lcs", "--run-dir", "tuned", *start)
     scan = next((tmp_path / "T").rglob("volume-2.nii*"))

@@ -12,23 +12,14 @@ from p2w.stream.stream import open_set
 from p2w.tasks.leak import pretraining_of
 
 STEPS = 12
+FEW = (*TINY, "--train.steps", STEPS, "--train.validate-every", 6)
 
 
 def test_a_run_on_two_sets_that_is_killed_ends_with_the_same_bits(forge, tmp_path):
     for name, train in (("a", (12, 12)), ("b", (9,))):
         write_set(tmp_path / name, train=train, val=(3,), shape=(8, 16, 16))
     shards = (f"{tmp_path}/a:0.7", f"{tmp_path}/b:0.3")
-    argv = (
-        "demo",
-        *TINY,
-        "--train.steps",
-        STEPS,
-        "--train.validate-every",
-        6,
-        "--shards",
-        *shards,
-        "--run-dir",
-    )
+    argv = ("demo", *FEW, "--shards", *shards, "--run-dir")
     codes, _, err = forge.run(tmp_path / "1", *argv, tmp_path / "whole", ranks=2)
     assert codes == [0, 0], err
     run = tmp_path / "run"
@@ -52,6 +43,6 @@ def test_a_run_on_two_sets_that_is_killed_ends_with_the_same_bits(forge, tmp_pat
         data_fingerprint(open_set(f"{tmp_path}/{name}").meta) for name in "ab"
     ]
     assert [where for _, where in pretraining_of(run)] == [f"{tmp_path}/a", f"{tmp_path}/b"]
-    other = ("demo", *TINY, "--shards", f"{tmp_path}/a:0.5", f"{tmp_path}/b:0.5", "--run-dir", run)
+    other = ("demo", *FEW, "--shards", f"{tmp_path}/a:0.5", f"{tmp_path}/b:0.5", "--run-dir", run)
     codes, _, err = forge.run(tmp_path / "3", *other)
     assert codes == [2] and "data set" in err

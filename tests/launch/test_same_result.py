@@ -69,7 +69,10 @@ def test_an_epoch_shows_every_sub_scan_once(uninterrupted):
 
 @pytest.mark.parametrize("ranks", [1, 4, 8])  # two are killed in test_continue.py
 def test_killed_again_and_again(forge, tiny_set, uninterrupted, tmp_path, ranks):
-    """In the first epoch, before and after the first checkpoint, and in later ones; with and without reader threads."""
+    """In the first epoch, before and after the first checkpoint, and in later ones; with and without reader threads.
+
+    Two ranks add the same two numbers in any order; four show whether the order is kept.
+    """
     run, path = tmp_path / "run", tmp_path / "record"
     chain = CHAIN if ranks < 8 else CHAIN[1:]
     for count, (at, readers) in enumerate(chain):
@@ -126,25 +129,15 @@ def test_held_on_the_device(forge, tiny_set, uninterrupted, tmp_path, ranks):
     assert weights(run, STEPS) == weights(uninterrupted(ranks)[0], STEPS)
 
 
-def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
+def test_killed_while_a_checkpoint_is_written(forge, tiny_set, uninterrupted, tmp_path):
     """Before its first file, before its checksums, before it is durable: what is there stays sound, and the run ends as
     if nothing had been."""
-    sizes = [
-        "--train.steps",
-        10,
-        "--train.checkpoint-every",
-        1,
-        "--train.validate-every",
-        100,
-        "--train.probe-every",
-        0,
-    ]
-    argv = ["demo", *TINY, *sizes, "--shards", tiny_set, "--run-dir"]
     run, reached = tmp_path / "run", tmp_path / "reached"
+    argv = [*command(tiny_set, run, 1), "--train.checkpoint-every", 1]
     folder = run / "checkpoints"
     for at, function in ((2, "save_file"), (4, "_checksum"), (6, "sync_to_disk")):
         spies = (("stop_writing", at, function, str(reached)),)
-        pids = forge.start(tmp_path, *argv, run, ranks=2, spies=spies)
+        pids = forge.start(tmp_path, *argv, ranks=2, spies=spies)
         wait_for(reached.exists, f"the checkpoint of step {at}")
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -155,12 +148,10 @@ def test_killed_while_a_checkpoint_is_written(forge, tiny_set, tmp_path):
         found = Checkpoints(folder, warn=said.append).load_latest()
         assert not said and found.step == at - 1
         assert (folder / "latest").resolve().name == f"step-{found.step:08d}"
-    codes, _, err = forge.run(tmp_path, *argv, run, ranks=2)
+    codes, _, err = forge.run(tmp_path, *argv, ranks=2)
     assert codes == [0, 0] and "passed over" not in err, err
     assert status(run)["state"] == "finished" and not list(folder.glob(".*"))
-    codes, _, err = forge.run(tmp_path, *argv, tmp_path / "whole", ranks=2)
-    assert codes == [0, 0], err
-    assert weights(run, 10) == weights(tmp_path / "whole", 10)
+    assert weights(run, STEPS) == weights(uninterrupted(2)[0], STEPS)
 
 
 class Counting(LocalSet):
@@ -188,22 +179,17 @@ def test_a_late_position_costs_no_more_than_the_first(tiny_set):
     assert spent == [(1, 8)] * 3
 
 
-def test_a_run_reads_the_copy_and_records_where_the_set_is(forge, tiny_set, tmp_path):
+def test_a_run_reads_the_copy_and_records_where_the_set_is(forge, tiny_set, uninterrupted, tmp_path):
     """Two ranks, one of which copies; the steps and weights are those of a run without a copy, and it is removed."""
-    argv = ["demo", *TINY, "--train.steps", 8, "--train.validate-every", 100, "--train.probe-every", 0]
-    calm = forge.run(
-        tmp_path / "calm", *argv, "--shards", tiny_set, "--run-dir", tmp_path / "calm" / "run", ranks=2
-    )
-    assert calm[0] == [0, 0], calm[2]
     run, node = tmp_path / "run", tmp_path / "node"
-    more = ["--shards", tiny_set, "--run-dir", run, "--stage-to", node, "--stage-remove"]
+    argv, more = command(tiny_set, run, 1), ["--stage-to", node, "--stage-remove"]
     codes, _, err = forge.run(tmp_path / "first", *argv, *more, ranks=2)
     assert codes == [0, 0], err
-    assert weights(run, 8) == weights(tmp_path / "calm" / "run", 8)
+    assert weights(run, STEPS) == weights(uninterrupted(2)[0], STEPS)
     assert json.loads((run / "run.json").read_text())["starts"][0]["shards"] == str(tiny_set)
     assert os.listdir(node) == []
 
     (tmp_path / "file").touch()
-    more[5] = tmp_path / "file"
-    codes, _, err = forge.run(tmp_path / "second", *argv, *more, "--train.steps", 9, ranks=2)
+    more[1] = tmp_path / "file"
+    codes, _, err = forge.run(tmp_path / "second", *argv, *more, "--train.steps", STEPS + 1, ranks=2)
     assert codes == [2, 2] and err.count("error:") == 1 and "cannot be written" in err, err

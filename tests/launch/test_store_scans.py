@@ -16,6 +16,7 @@ from p2w.shards.tiling import Tiling
 from p2w.weights.card import Trained, markdown, model_card
 
 STEPS = 12
+FEW = (*TINY, "--train.steps", STEPS, "--train.validate-every", 6)
 
 
 def test_a_run_on_whole_scans_that_is_killed_ends_with_the_same_bits(forge, tmp_path):
@@ -23,17 +24,7 @@ def test_a_run_on_whole_scans_that_is_killed_ends_with_the_same_bits(forge, tmp_
         write(tmp_path / "scans" / f"s{number}.mhd", ct((40, 70, 75), number))
     settings = ShardingSettings(Tiling((16, 32, 32)), store="scans")
     shards = cut_here(tmp_path / "scans", tmp_path / "set", settings).root
-    argv = (
-        "demo",
-        *TINY,
-        "--train.steps",
-        STEPS,
-        "--train.validate-every",
-        6,
-        "--shards",
-        shards,
-        "--run-dir",
-    )
+    argv = ("demo", *FEW, "--shards", shards, "--run-dir")
     codes, _, err = forge.run(tmp_path / "1", *argv, tmp_path / "whole", ranks=2)
     assert codes == [0, 0], err
     run = tmp_path / "run"

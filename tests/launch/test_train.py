@@ -19,6 +19,14 @@ def finished(result, ranks=1):
     return err
 
 
+@pytest.fixture(scope="module")
+def short(forge, tiny_set, tmp_path_factory):
+    """The finished short run on the tar shards; copy it, do not change it."""
+    folder = tmp_path_factory.mktemp("short")
+    finished(forge.run(folder, "demo", *SHORT, "--shards", tiny_set, "--run-dir", folder / "run"))
+    return folder / "run"
+
+
 def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_set, tmp_path):
     run = tmp_path / "run"
     err = finished(forge.run(tmp_path, "demo", *TINY, "--shards", tiny_set, "--run", run, draws=True))
@@ -41,15 +49,15 @@ def test_one_process_without_torchrun_learns_and_leaves_everything(forge, tiny_s
     assert str(tiny_set) in (run / "run.json").read_text()
 
 
-def test_tar_arrow_and_packed_arrow_give_the_same_bits(forge, tiny_set, tiny_arrow_set, tmp_path):
+def test_tar_arrow_and_packed_arrow_give_the_same_bits(forge, short, tiny_arrow_set, tmp_path):
     packed = write_structured_set(tmp_path / "zstd", "arrow", compress="zstd")
     plain, small = (
         sum(path.stat().st_size for path in one.glob("*.arrow")) for one in (tiny_arrow_set, packed)
     )
     assert small < plain / 2
-    for name, shards in (("tar", tiny_set), ("arrow", tiny_arrow_set), ("packed", packed)):
+    for name, shards in (("arrow", tiny_arrow_set), ("packed", packed)):
         finished(forge.run(tmp_path, "demo", *SHORT, "--shards", shards, "--run-dir", tmp_path / name))
-    assert weights(tmp_path / "tar", 6) == weights(tmp_path / "arrow", 6) == weights(tmp_path / "packed", 6)
+    assert weights(short, 6) == weights(tmp_path / "arrow", 6) == weights(tmp_path / "packed", 6)
 
 
 BAD = {
@@ -229,9 +237,8 @@ def test_without_validation_scans_it_trains_with_a_warning(forge, tmp_path):
     assert not any("val/loss" in record for record in metrics(tmp_path / "run"))
 
 
-def test_another_command_on_the_folder_is_refused(forge, tiny_set, tiny_arrow_set, tmp_path):
-    argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", tmp_path / "run"]
-    finished(forge.run(tmp_path, *argv))
+def test_another_command_on_the_folder_is_refused(forge, tiny_set, short, tiny_arrow_set, tmp_path):
+    argv = ["demo", *SHORT, "--shards", tiny_set, "--run-dir", shutil.copytree(short, tmp_path / "run")]
     codes, _, err = forge.run(tmp_path, *argv, "--optim.lr", 5)
     assert codes == [2] and "optim.lr was 0.01, now 5.0" in err and err.count("\n") == 1
     codes, _, err = forge.run(tmp_path, *argv, "--shards", tiny_arrow_set)
@@ -241,9 +248,9 @@ def test_another_command_on_the_folder_is_refused(forge, tiny_set, tiny_arrow_se
     assert codes == [2] and "not JSON" in err and err.count("\n") == 1
 
 
-def test_a_longer_run_continues_the_shorter_one(forge, tiny_set, tmp_path):
+def test_a_longer_run_continues_the_shorter_one(forge, tiny_set, short, tmp_path):
     argv = ["demo", *SHORT, "--shards", tiny_set]
-    finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--train.steps", 6))
+    shutil.copytree(short, tmp_path / "two")
     finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "two", "--train.steps", 9))
     finished(forge.run(tmp_path, *argv, "--run-dir", tmp_path / "one", "--train.steps", 9))
     assert weights(tmp_path / "one", 9) == weights(tmp_path / "two", 9)

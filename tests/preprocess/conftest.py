@@ -61,7 +61,7 @@ def whole(command, luna, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("whole") / "shards"
     arguments = ("shard_luna", "--luna", luna, "--out", out, "--workers", 1, *KEEP_ALL)
-    code, said, _ = command.call(*arguments, new_interpreter=True)
+    code, said, _ = command.call(*arguments)
     assert code == 0, said
     return out
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from ct_files import ct, write
+from cut_here import cut_here
 from processes import REPO
 
 from p2w.ct.discover import find_scans
@@ -27,8 +28,12 @@ NEEDS = {"datasets": "datasets", "dali": "nvidia.dali", "webdataset": "webdatase
 
 
 def cut(scans, out, **settings):
-    found = find_scans([str(scans)], str(out))
-    build_shards(found, str(out), ShardingSettings(Tiling(TILE, 0, 0.0), **settings), BuildOptions(workers=1))
+    """In this process, without a worker, where there is no set yet; what is missing in one is cut by a worker."""
+    chosen = ShardingSettings(Tiling(TILE, 0, 0.0), **settings)
+    if not out.exists():
+        cut_here(scans, out, chosen)
+    else:
+        build_shards(find_scans([str(scans)], str(out)), str(out), chosen, BuildOptions(workers=1))
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_killed_and_repeated_gives_the_same_bytes(command, many, many_whole, tmp
     out = tmp_path / "shards"
     arguments = (NAME, "--luna", many, "--out", out, "--workers", 2, *KEEP_ALL)
     for more in (0, 3):
-        process = command.start(*arguments, new_interpreter=finished == 1)
+        process = command.start(*arguments, new_interpreter=finished == 1 and not more)
         wait_until(lambda enough=finished + more: len(list((out / "scans").glob("*.json"))) >= enough)
         process.kill()
         process.communicate()

@@ -70,7 +70,7 @@ TORCHRUN = ("-m", "torch.distributed.run")
 FIRST_UNFORKED = {EXEMPT: "-0-0"}  # the end of --rdzv-id: number of the requeue, and of the try in it
 STEP_SLEEP_S = 0.5  # of pretraining, as in site/sitecustomize.py
 EPOCH_SLEEP_S = (
-    0.4  # of fine-tuning, beside some 0.1 that an epoch computes: a job lasts long enough to be disturbed
+    0.65  # of fine-tuning, beside some 0.1 that an epoch computes: a job lasts long enough to be disturbed
 )
 KILL_WAIT = 10  # seconds from SIGTERM to SIGKILL
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")

@@ -9,7 +9,7 @@ from target_sets import write_target_set
 
 from p2w.finetune import results
 
-EPOCHS = "16"  # of a trial that is disturbed, each of which sleeps a while
+EPOCHS = "10"  # of a trial that is disturbed, each of which sleeps a while
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 SMALL = [
     "--width",

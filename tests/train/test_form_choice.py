@@ -4,11 +4,12 @@ import json
 import time
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ranks_context
+from processes import call
 from torch import nn
 
 from p2w.model import build_encoder
@@ -237,6 +238,7 @@ def test_a_record_that_makes_no_sense_is_a_warning(tmp_path, text):
 
 def one_rank(folder, rank):
     """Rank 1's "slow" is faster than its plain form, its "fast" fails; rank 0 finds "fast" the fastest."""
+    folder = Path(folder)
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -259,14 +261,9 @@ def one_rank(folder, rank):
 
 @pytest.mark.slow
 def test_two_ranks_take_the_same_forms(tmp_path):
-    context = ranks_context()
-    ranks = [context.Process(target=one_rank, args=(tmp_path, rank)) for rank in range(2)]
+    ranks = [call(one_rank, str(tmp_path), rank) for rank in range(2)]
     try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(100)
-        assert [process.exitcode for process in ranks] == [0, 0]
+        assert [process.wait(100) for process in ranks] == [0, 0]
     finally:
         for process in ranks:
             process.kill()

@@ -1,11 +1,13 @@
 """A run is its folder: continued by its own command, refused to any other, held by one process."""
 
 import json
+import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from processes import ranks_context
+from processes import call
 from stream_sets import write_set
 
 from p2w.config import Config, config_to_json
@@ -68,31 +70,28 @@ def test_the_fingerprint_is_of_content_and_not_of_place():
     assert data_fingerprint(meta) != data_fingerprint({**meta, "shards": [{"name": "a", "crc32c": 2}]})
 
 
-def hold(path, started):
-    folder = RunDir(path)
+def hold(path):
+    folder = RunDir(Path(path))
     folder.open(CONFIG, "abc", "shards", MACHINE)
-    started.set()
-    time.sleep(30)  # not an Event: a process killed inside one leaves it locked
+    print("started", flush=True)
+    time.sleep(30)
 
 
 @pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    context = ranks_context()
-    started = context.Event()
-    first = context.Process(target=hold, args=(tmp_path / "run", started))
-    first.start()
+    first = call(hold, str(tmp_path / "run"), stdout=subprocess.PIPE, text=True)
     try:
-        assert started.wait(30)
+        assert first.stdout.readline() == "started\n"
         with pytest.raises(UserError, match=r"another process trains in it \(.*, pid \d+\)"):
             RunDir(tmp_path / "run").open(CONFIG, "abc", "shards", MACHINE)
         first.kill()
-        first.join(10)
+        first.wait(10)
         again = RunDir(tmp_path / "run")
         again.open(CONFIG, "abc", "shards", MACHINE)  # a killed process leaves no lock behind
         again.close()
     finally:
         first.kill()
-        first.join(10)
+        first.communicate(timeout=10)
 
 
 @pytest.mark.parametrize("below", ["", "run/deeper"])

@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from devices import CPU_AND_GPU, NEEDS_GPU, on_gpu, settle
@@ -224,8 +225,9 @@ def test_a_process_group_of_one_trains_as_a_process_without_a_group(tmp_path, de
     script = tmp_path / "group_of_one.py"
     script.write_text(GROUP_OF_ONE)
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    done = subprocess.run(
-        [*agent, str(script), device.type], env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+    run = processes.run if device.type == "cpu" else subprocess.run
+    done = run(
+        [*agent, str(script), device.type], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
