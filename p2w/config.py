@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from p2w.errors import UserError
+from p2w.files import no_duplicate_keys
 from p2w.pretext import pretext_groups
 from p2w.pretext.settings import Bounds, PretextConfig, check_bounds
 from p2w.trackers import LogConfig
@@ -236,20 +237,12 @@ def config_to_json(config: "Config") -> str:
 def read_config(path: Path) -> "Config":
     """Config from a `config.json`. Raises UserError for a missing file, broken JSON, an unknown key or a bad value."""
     try:
-        tree = json.loads(path.read_text(), object_pairs_hook=_each_once)
+        tree = json.loads(path.read_text(), object_pairs_hook=no_duplicate_keys)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a recipe or a config.json of a run") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy a config.json written by a run") from error
     return config_of_tree(tree, str(path))
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError for a key that is there twice, of which the last would count."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is twice in one object")
-    return dict(pairs)
 
 
 def config_of_tree(tree: Any, where: str) -> "Config":

@@ -108,9 +108,7 @@ class Trainer:
             return False
         try:
             self.model.load_state_dict(snapshot.model)
-        except (
-            RuntimeError
-        ) as error:  # config.json was edited, or the network is another one in this version of p2w
+        except RuntimeError as error:  # config.json was edited, or this version of p2w has another network
             raise SharedError(
                 f"{self.checkpoints.path(snapshot.step)}: its weights do not fit the network that config.json describes "
                 f"({str(error).splitlines()[-1].strip()[:160]}); put back the settings that the run began with"
