@@ -34,7 +34,7 @@ MAY = {  # the longest prefix that fits a module says which modules of p2w it ma
     "p2w.trackers": ("p2w.errors", "p2w.files", "p2w.world"),
     "p2w.tracker_process": ("p2w.trackers",),
     "p2w.recipes": ("p2w.errors", "p2w.config"),
-    "p2w.config": ("p2w.errors", "p2w.pretext", "p2w.trackers"),  # collects the settings in the pretexts' files
+    "p2w.config": ("p2w.errors", "p2w.files", "p2w.pretext", "p2w.trackers"),  # collects the settings in the pretexts' files
     "p2w.kernels": ("p2w.errors", "p2w.kernels"),
     "p2w.geometry": ("p2w.errors", "p2w.rng", "p2w.kernels"),
     "p2w.model": ("p2w.errors", "p2w.kernels", "p2w.model"),
