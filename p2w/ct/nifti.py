@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,44 +45,29 @@ class _Header:
     order: str
 
 
+# Bytes of the header of either version -> where its magic is, and format and first byte of each field.
+LAYOUTS: dict[int, tuple[int, dict[str, tuple[str, int]]]] = {
+    348: (344, {
+        "dims": ("8h", 40), "kind": ("h", 70), "pixdim": ("8f", 76), "offset": ("f", 108), "slope": ("f", 112),
+        "intercept": ("f", 116), "units": ("B", 123), "codes": ("2h", 252), "quatern": ("6f", 256), "srow": ("12f", 280),
+    }),
+    540: (4, {
+        "dims": ("8q", 16), "kind": ("h", 12), "pixdim": ("8d", 104), "offset": ("q", 168), "slope": ("d", 176),
+        "intercept": ("d", 184), "units": ("i", 500), "codes": ("2i", 344), "quatern": ("6d", 352), "srow": ("12d", 400),
+    }),
+}  # fmt: skip
+
+
 def _parse(head: bytes) -> _Header:
     """Raises BadScan for what is no NIfTI header, and struct.error for one that ends early."""
     for order in "<>":
         size = struct.unpack_from(order + "i", head)[0]
-        if size == 348:
-            offset, slope, intercept = struct.unpack_from(order + "3f", head, 108)
-            return _Header(
-                dims=struct.unpack_from(order + "8h", head, 40),
-                kind=struct.unpack_from(order + "h", head, 70)[0],
-                pixdim=struct.unpack_from(order + "8f", head, 76),
-                offset=offset,
-                slope=slope,
-                intercept=intercept,
-                units=struct.unpack_from("B", head, 123)[0],
-                codes=struct.unpack_from(order + "2h", head, 252),
-                quatern=struct.unpack_from(order + "6f", head, 256),
-                srow=struct.unpack_from(order + "12f", head, 280),
-                magic=head[344:348],
-                size=352,
-                order=order,
-            )
-        if size == 540:
-            slope, intercept = struct.unpack_from(order + "2d", head, 176)
-            return _Header(
-                dims=struct.unpack_from(order + "8q", head, 16),
-                kind=struct.unpack_from(order + "h", head, 12)[0],
-                pixdim=struct.unpack_from(order + "8d", head, 104),
-                offset=float(struct.unpack_from(order + "q", head, 168)[0]),
-                slope=slope,
-                intercept=intercept,
-                units=struct.unpack_from(order + "i", head, 500)[0],
-                codes=struct.unpack_from(order + "2i", head, 344),
-                quatern=struct.unpack_from(order + "6d", head, 352),
-                srow=struct.unpack_from(order + "12d", head, 400),
-                magic=head[4:8],
-                size=544,
-                order=order,
-            )
+        if size in LAYOUTS:
+            magic, fields = LAYOUTS[size]
+            found = {name: struct.unpack_from(order + form, head, at) for name, (form, at) in fields.items()}
+            values: dict[str, Any] = {name: one[0] if len(one) == 1 else one for name, one in found.items()}
+            values["offset"] = float(values["offset"])
+            return _Header(**values, magic=head[magic : magic + 4], size=size + 4, order=order)
     raise BadScan("is no NIfTI file: its header has another length than 348 or 540 bytes")
 
 
