@@ -4,7 +4,7 @@ Soft parts are layers: distance fields on the coarse grid, painted one over the 
 balls for ribs, sternum, clavicles and scapulae; the spine as a formula.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -26,6 +26,8 @@ from p2w.phantom.body import (
 )
 from p2w.phantom.canvas import Canvas, Layer
 
+_NODES = 32_768  # nodes of the coarse grid that are computed together
+
 
 @dataclass(frozen=True)
 class Cavity:
@@ -36,22 +38,58 @@ class Cavity:
     fissures: tuple[Floats, Floats]  # oblique; horizontal (right lung only)
 
 
-def ripple(q: Floats, rng: np.random.Generator, wavelength_mm: tuple[float, float], waves: int = 9) -> Floats:
-    """Smooth noise of mean 0 and standard deviation 1 over body coordinates q (3, z, y, x)."""
-    direction = rng.normal(size=(waves, 3))
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    k = (direction * 2 * np.pi / rng.uniform(*wavelength_mm, size=(waves, 1))).astype(np.float32)
-    phase = rng.uniform(0, 2 * np.pi, waves).astype(np.float32)
-    total = np.zeros_like(q[0])
-    for (kz, ky, kx), p in zip(k, phase, strict=True):
-        total += np.sin(kz * q[0] + ky * q[1] + kx * q[2] + p)
-    return total * np.float32(np.sqrt(2 / waves))
+@dataclass(frozen=True)
+class Ripple:
+    """Smooth noise over body coordinates, of mean 0 and standard deviation 1: waves (K, 3), radian a mm, and phases (K,)."""
+
+    waves: Floats
+    phases: Floats
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, wavelength_mm: tuple[float, float], waves: int = 9) -> "Ripple":
+        """Draw so many waves."""
+        direction = rng.normal(size=(waves, 3))
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        k = (direction * 2 * np.pi / rng.uniform(*wavelength_mm, size=(waves, 1))).astype(np.float32)
+        return cls(k, rng.uniform(0, 2 * np.pi, waves).astype(np.float32))
+
+    def at(self, q: Floats) -> Floats:
+        """The noise at q (3, z, y, x)."""
+        total = np.zeros_like(q[0])
+        for (kz, ky, kx), p in zip(self.waves, self.phases, strict=True):
+            total += np.sin(kz * q[0] + ky * q[1] + kx * q[2] + p)
+        return total * np.float32(np.sqrt(2 / len(self.phases)))
 
 
 def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer], Cavity]:
-    """All layers, outermost first, and the fields later steps need. q: body coordinates (3, z, y, x) mm."""
-    noise = ripple(q, rng, (28, 60))
-    fine = ripple(q, rng, (14, 26))
+    """All layers, outermost first, and the fields later steps need. q: body coordinates (3, z, y, x) mm.
+
+    Slab by slab, so that the many fields they are made of stay in the cache.
+    """
+    ripples = Ripple.draw(rng, (28, 60)), Ripple.draw(rng, (14, 26)), Ripple.draw(rng, (90, 180), 5)
+    slices = max(1, _NODES // q[0, 0].size)
+    parts = [_layers(body, q[:, z : z + slices], *ripples) for z in range(0, q.shape[1], slices)]
+
+    painted = [
+        replace(
+            slabs[0],
+            distance=np.concatenate([slab.distance for slab in slabs]),
+            hu=slabs[0].hu if isinstance(slabs[0].hu, float) else np.concatenate([slab.hu for slab in slabs]),
+        )
+        for slabs in zip(*(stack for stack, _ in parts), strict=True)
+    ]
+    cavities = [cavity for _, cavity in parts]
+    fissures = [np.concatenate(sheet) for sheet in zip(*(one.fissures for one in cavities), strict=True)]
+    return painted, Cavity(
+        np.concatenate([one.cage for one in cavities]),
+        np.concatenate([one.lungs for one in cavities]),
+        (fissures[0], fissures[1]),
+    )
+
+
+def _layers(body: Body, q: Floats, coarse: Ripple, small: Ripple, wide: Ripple) -> tuple[list[Layer], Cavity]:
+    """`layers` of a slab; noise of three wavelengths."""
+    noise, fine = coarse.at(q), small.at(q)
     cage = _cage(body, q)
     below = _diaphragm(body, q)
     heart, chambers = _heart(body, q)
@@ -65,7 +103,7 @@ def layers(body: Body, q: Floats, rng: np.random.Generator) -> tuple[list[Layer]
         Layer(Label.HEART, heart, myocardium + 0.35 * body.contrast),
         Layer(Label.HEART, chambers, body.blood + body.contrast),
     ]
-    fissures = _fissures(q, ripple(q, rng, (90, 180), 5))
+    fissures = _fissures(q, wide.at(q))
     air = (
         body.lung
         + body.lung_slope * (q[1] + 0.15 * (60 - q[0]))

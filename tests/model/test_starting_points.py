@@ -21,8 +21,9 @@ SMALL = ["unet3d", "resnet10", "resnet18", "resnet50", "i3d", "dense_vnet"]
 
 
 def meta(name, width=32, in_channels=1):
+    """Shapes without values. Batch norms that train are a hundred operations of Python each there, and others are few."""
     with torch.device("meta"):
-        return build_encoder(name, width, in_channels)
+        return build_encoder(name, width, in_channels).eval()
 
 
 def count(module):
