@@ -34,7 +34,7 @@ from p2w.shards.training_scans import SEEN, without_patients
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import exported_card, markdown, model_card
-from p2w.weights.foreign import AXIS_ORDER, check_tensors, not_for_genesis_class, to_genesis
+from p2w.weights.foreign import AXIS_ORDER, check_checkpoint, not_for_genesis_class, to_genesis
 from p2w.weights.hub import WEIGHTS, HubName, hub_client, hub_problem, is_hub_name, parse_hub_name
 from p2w.weights.load import filled_encoder, find_checkpoint
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     if options.nnunet_plans is not None:
         write = functools.partial(_nnunet, axes=nnunet.axes_of(options.nnunet_plans))
     snapshot = Checkpoints(trained.run / "checkpoints").load(trained.step)
-    check_tensors(snapshot.model, str(trained.folder))
+    check_checkpoint(snapshot.model, str(trained.folder))
     encoder = filled_encoder(model.name, model.width, snapshot.model, str(trained.folder))
     state = {
         k: v.contiguous()

@@ -304,6 +304,19 @@ def check_archive(path: Path) -> None:
         raise UserError(f"{path}: damaged, the checksum of {damaged} differs; copy it again")
 
 
+def check_checkpoint(state: State, where: str) -> None:
+    """As `check_tensors`, for a checkpoint of a run: a pretext may keep ids, flags and counters of whole numbers in it."""
+    weights = ("encoder.", "decoder.")
+    check_tensors(
+        {
+            name: value
+            for name, value in state.items()
+            if value.is_floating_point() or name.startswith(weights)
+        },
+        where,
+    )
+
+
 def check_tensors(state: State, where: str) -> None:
     """Raise UserError for tensors that are no weights: not finite, complex, of whole numbers, without values, or only zeros.
 

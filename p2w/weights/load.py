@@ -22,7 +22,7 @@ from p2w.shards.training_scans import SEEN
 from p2w.train.checkpoint import Checkpoints
 from p2w.weights import nnunet
 from p2w.weights.card import Trained, data_of, model_card
-from p2w.weights.foreign import UNREADABLE, check_archive, check_tensors, genesis_state
+from p2w.weights.foreign import UNREADABLE, check_archive, check_checkpoint, check_tensors, genesis_state
 from p2w.weights.hub import download, is_hub_name
 from p2w.weights.nnunet import from_nnunet
 
@@ -91,7 +91,7 @@ def read_weights(path: Path) -> LoadedWeights:
             )
         trained = find_checkpoint(path.parent.parent, int(number))
         snapshot = Checkpoints(path.parent).load(trained.step)
-        check_tensors(snapshot.model, str(path))
+        check_checkpoint(snapshot.model, str(path))
         model = trained.config.model
         return LoadedWeights(model.name, model.width, snapshot.model, str(path), data_of(trained.run))
     file, card = exported(path)
