@@ -29,6 +29,8 @@ from p2w.files import FileLock, write_atomic, write_remedy
 from p2w.run_owner import BEAT_S, Owner, described, this_process
 from p2w.stream.local import Order, ShardSet
 
+OTHERS_FILES = {"transfer.json": "a run of p2w finetune", "manifest.parquet": "a data set"}
+
 
 def describe_data(shards: ShardSet) -> dict[str, Any]:
     """Facts about the data set for run.json, for readers that cannot reach the shards; plain JSON types.
@@ -86,6 +88,11 @@ class RunDir:
             existing = next(parent for parent in parents if parent.exists())
             if not existing.is_dir():
                 raise UserError(f"{self.path}: {existing} is a file; name a folder with --run-dir")
+            for name, what in OTHERS_FILES.items():
+                if (self.path / name).exists():
+                    raise UserError(
+                        f"{self.path}: is {what} ({name}); a pretraining gets its own folder: name it with --run-dir"
+                    )
             return
         own = settings.read_config(path)
         settings.refuse_edited_config(self.path, own)

@@ -142,7 +142,11 @@ def _folder(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
 

@@ -193,3 +193,10 @@ def test_a_config_that_was_edited_is_refused(run):
     path.write_text(written.replace('"batch":', '"batch": 4, "batch":', 1))
     with pytest.raises(UserError, match="'batch' is twice in one object"):
         run.check_may_continue(CONFIG, "abc")
+
+
+@pytest.mark.parametrize("name", ["transfer.json", "manifest.parquet"])
+def test_a_folder_of_a_fine_tuning_or_a_data_set_is_not_trained_in(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"is a .*\({name}\); a pretraining gets its own folder"):
+        RunDir(tmp_path).check_may_continue(CONFIG, "abc")

@@ -194,3 +194,13 @@ def test_the_command_from_the_shell(trained_run, tmp_path):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "Traceback" not in failed.stderr
     listed = processes.run([sys.executable, "-m", "p2w"], capture_output=True, text=True)
     assert all(f"p2w {name}" in listed.stdout for name in COMMANDS)
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(trained_run, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_atomic", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export.main([str(trained_run), "--to", "hub-folder", "--out", str(tmp_path / "hub")])
+    assert list(tmp_path.iterdir()) == []
