@@ -264,6 +264,8 @@ def write_series(series_folder: Path, scan: PhantomScan, tags: dict[str, str]) -
     common = {
         "0008|0060": "CT",
         "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
+        "0008|0020": "20000101",  # date and time of the study: GDCM would write today's
+        "0008|0030": "120000",
         "0028|1052": "-1024",
         "0028|1053": "1",
     }

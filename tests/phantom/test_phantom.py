@@ -13,6 +13,7 @@ from p2w.errors import UserError
 from p2w.phantom import LUNGS, Label, PhantomScan, make_scan, write_luna
 from p2w.phantom.__main__ import main
 from p2w.phantom.body import Frame
+from p2w.phantom.ct_targets import write_series
 
 pytestmark = pytest.mark.slow  # seconds of computing
 
@@ -178,6 +179,14 @@ def test_candidates_are_annotations_and_others(folder: Path) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_dicom_series_has_the_same_bytes_at_any_time(tmp_path: Path) -> None:
+    scan, tags = make_scan(5, TINY), {"0010|0020": "P001", "0020|000d": "2.25.1", "0020|000e": "2.25.2"}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_series(tmp_path / name, scan, tags)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_bytes_do_not_depend_on_workers_or_interruption(folder: Path, tmp_path: Path) -> None:
