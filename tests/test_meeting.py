@@ -211,10 +211,12 @@ def test_torchrun_says_how_many_nodes_it_was_asked_for(form, tmp_path, monkeypat
     }.items():
         monkeypatch.setenv(name, value)
     script = tmp_path / "torchrun"
-    script.write_text("input()")
-    with subprocess.Popen(
-        [sys.executable, script, *form, "launch/train.py"], stdin=subprocess.PIPE, text=True
-    ) as agent:
+    script.write_text("print('here', flush=True); input()")
+    command = [sys.executable, script, *form, "launch/train.py"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
+        assert (
+            agent.stdout is not None and agent.stdout.readline() == "here\n"
+        )  # its command line can be read
         monkeypatch.setattr(os, "getppid", lambda: agent.pid)
         with pytest.raises(UserError, match="asked for 2 nodes and 1 met"):
             World.from_env().check_asked()
