@@ -78,9 +78,11 @@ def test_a_run_folder_that_moves_costs_tensorboard_one_line(tmp_path, capsys, mo
     (tmp_path / "run").mkdir()
     log = Log(tmp_path / "run", True, 10)
     log.metrics(1, {"loss": 1.0})
+    writer = next(one for one in threading.enumerate() if type(one).__module__.startswith("tensorboard."))
+    while not writer._next_flush_time:  # it writes once as it starts, and not within the next two minutes
+        time.sleep(0.01)
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run").mkdir()  # as p2w.train.run_dir makes it anew
-    writer = next(one for one in threading.enumerate() if type(one).__module__.startswith("tensorboard."))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 300)
     log.metrics(2, {"loss": 1.0})
