@@ -287,6 +287,10 @@ def _file(path: Path) -> dict[str, Any]:
     return whole
 
 
+# Keys that a state dict is saved under: of PyTorch's examples and Lightning, of nnU-Net, of PyTorch's tutorials.
+CONTAINERS = ("state_dict", "network_weights", "model_state_dict")
+
+
 def check_archive(path: Path) -> None:
     """Raise UserError where a record of a torch file, a zip archive, does not have its checksum; torch does not look.
 
@@ -297,6 +301,8 @@ def check_archive(path: Path) -> None:
             return
     try:
         with zipfile.ZipFile(path) as archive:
+            if not any(record.CRC for record in archive.infolist()):
+                return  # saved after torch.serialization.set_crc32_options(False): it has no checksums
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError) as error:
         raise UserError(f"{path}: the archive is damaged ({first_line(error)}); copy it again") from error
@@ -345,8 +351,11 @@ def check_tensors(state: State, where: str) -> None:
 
 
 def _tensors(whole: dict[str, Any], path: Path) -> State:
-    """The tensors by name, without `module.`: of a state dict, or of what has one inside. Raises UserError."""
-    containers = [key for key in ("state_dict", "network_weights") if key in whole]  # the second is nnU-Net's
+    """The tensors of a state dict, or of what has one inside, by name. Raises UserError.
+
+    Names are without the `module.` of DistributedDataParallel in front, and the `_orig_mod.` of torch.compile anywhere.
+    """
+    containers = [key for key in CONTAINERS if key in whole]
     if len(containers) > 1:
         raise UserError(
             f"{path}: holds weights twice, as {' and '.join(containers)}; save the right ones alone"
@@ -356,12 +365,12 @@ def _tensors(whole: dict[str, Any], path: Path) -> State:
         raise UserError(f"{path}: its state_dict is a {type(inside).__name__}, not tensors by name")
     tensors: State = {}
     for key, value in inside.items():
-        name = str(key).removeprefix("module.")
+        name = ".".join(part for part in str(key).split(".") if part != "_orig_mod").removeprefix("module.")
         if not isinstance(value, Tensor):
             continue
         if name in tensors:
             raise UserError(
-                f"{path}: holds {name} twice, with and without module.; save the right ones alone"
+                f"{path}: holds {name} twice, with and without module. or _orig_mod.; save the right ones alone"
             )
         tensors[name] = value
     if not tensors:

@@ -434,6 +434,26 @@ def test_tensors_that_are_no_weights_are_refused(tmp_path, kind):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("container", ["state_dict", "model_state_dict", ""])
+def test_what_compiling_and_ddp_put_before_names_is_left_out(tmp_path, prefix, container):
+    encoder = trained("resnet10")
+    inside = {name.replace("layer1.0.", "layer1.0._orig_mod."): v for name, v in encoder.state_dict().items()}
+    named = {prefix + name: value for name, value in inside.items()}
+    torch.save({container: named, "epoch": 3} if container else named, tmp_path / "w.pth")
+    assert same(load_start(str(tmp_path / "w.pth")).encoder, encoder)
+
+
+def test_a_torch_file_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        encoder = medicalnet(tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(load_start(str(tmp_path / "w.pth")).encoder, encoder)
+
+
 def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path, trained_run):
     """torch does not compare the checksums that its archives have."""
     medicalnet(tmp_path / "r.pth")
