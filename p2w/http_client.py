@@ -165,7 +165,7 @@ def retried(
     """What `ask()`, one request for `url`, returns; tried `TRIES` times at least, and for `retry_s` seconds after a failure.
 
     `on_wait` is called at least once a second while waiting for the next try, and once for every failure. Raises
-    RequestFailed after a failure that no other try may mend.
+    RequestFailed where another try cannot help, or tries and time are used up.
     """
     failed, first = 0, 0.0
     while True:

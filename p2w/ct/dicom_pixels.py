@@ -1,4 +1,4 @@
-"""Pixels of DICOM slices as HU: read here in one pass where they are plain, else by GDCM, and put right behind it.
+"""Pixels of DICOM slices as HU: read here in one pass where they are plain, otherwise by GDCM, whose result is corrected.
 
 Uncompressed pixels are read in one pass that also gives the checksum of the files. GDCM, through SimpleITK, reads pixels
 that are compressed, big-endian, deflated, or rescaled by fractions. What it leaves undone is done here for both: MONOCHROME1
@@ -51,7 +51,7 @@ class PixelForm:
     inverted: bool  # MONOCHROME1
     slope: float
     intercept: float
-    padding: tuple[int, int] | None  # the lowest and highest value that is padding, and
+    padding: tuple[int, int] | None  # the lowest and highest value that is padding
     cells: tuple[int, ...]  # the padding value as a whole cell, where it needs more bits than are stored
     overlay: bool  # overlays in the unused bits of cells
 

@@ -1,9 +1,9 @@
 """DICOM series: which slices belong together, and whether their positions are those of one volume.
 
-Slices are a volume when their positions lie on a line along their normal, at equal steps: each place and each step is right
-to `TOLERANCE_MM`. What does not is refused with the reason: a gantry tilt or drift, uneven steps, missing slices, several
-volumes under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans of their
-own.
+Slices are a volume when their positions lie on a line along their normal, at equal steps: no position and no step is off by
+more than `TOLERANCE_MM`. Other series are refused with the reason: a gantry tilt or drift, uneven steps, missing slices,
+several volumes under one uid. Volumes under one uid that headers tell apart (acquisition, time, phase, kernel) become scans
+of their own.
 """
 
 import os

@@ -8,9 +8,9 @@ Empty masks:
     Hausdorff distance         both empty: NaN, it takes no part in a mean; one empty: infinite, which a mean
                                over samples counts as the diagonal of the sample's box
 
-Distances come from SciPy's exact Euclidean distance transform with the voxels' edges in mm. The surface of a mask are its
-voxels that have a neighbour across a face outside the mask, or lie at the border of the volume. This is also what
-`monai.metrics` computes.
+Distances come from SciPy's exact Euclidean distance transform with the voxels' edges in mm. The surface of a mask is
+those of its voxels that have a neighbour across a face outside the mask, or lie at the border of the volume. This is also
+what `monai.metrics` computes.
 """
 
 import io

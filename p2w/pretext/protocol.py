@@ -122,7 +122,7 @@ class Pretext(ABC):
     def loss(self, output: Output, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, a mean over the samples of `views`, and further scalars worth logging.
 
-        What a sample costs may depend on others only through `output`: validation asks for one sample at a time. A further
+        The loss of a sample may depend on other samples only through `output`: validation asks for one at a time. A further
         scalar `mse` is the mean squared error of a reconstruction, and is plotted instead of a loss of several terms.
         """
 

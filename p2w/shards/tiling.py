@@ -53,7 +53,7 @@ OPTIONAL_META = {
 
 @dataclass(frozen=True)
 class Tiling:
-    """The grid of sub-scans in a scan, and which of them are kept; `preprocess/shard_*.py` read it from the command line."""
+    """The grid of sub-scans in a scan, and which of them are kept; options of `p2w shard-luna` and `p2w shard`."""
 
     shape: Annotated[tuple[int, int, int], tyro.conf.arg(name="tile", metavar="D H W")] = SUB_SCAN_SHAPE
     """Size of a sub-scan in voxels z y x: the paper's 64 128 128."""

@@ -1,7 +1,7 @@
 """The order of sub-scans, a pure function of (seed, epoch), and the rows of each batch that one rank reads.
 
 Every order below is an array (steps, batch) of ids: row s is the global batch of step s, column j its slot j; rank r of W
-reads the slots r*B/W ... (r+1)*B/W. Neither order depends on NumPy's version, and resuming at any step is a slice.
+reads the slots r*B/W ... (r+1)*B/W. No order depends on NumPy's version, and resuming at any step is a slice.
 
 - Version 1 sorts the ids by a 64-bit hash. The whole epoch must be held, and sorted first.
 - Version 2 computes the index in the set from the index in the epoch (`permuted_indices`), so that a step costs what its

@@ -76,9 +76,10 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
 def build_optimizer(
     config: OptimConfig, model: nn.Module, groups: Sequence[ParameterGroup] | None = None
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer and one phrase for the log that says whose it is; without `groups`, all parameters are treated alike.
+    """The optimizer, and one phrase for the log that says which implementation it is.
 
-    Raises UserError when apex is asked for and is not there, ValueError when a trainable parameter is in no group or in two.
+    Without `groups` all parameters are treated alike. Raises UserError when apex is asked for and is
+    not there, ValueError when a trainable parameter is in no group or in two.
     """
     parameters = _torch_groups(model, groups)
     if config.fused == "apex":

@@ -1,4 +1,4 @@
-"""How a run ends: the watchdog, which finds the rank that hangs; stop requests by signals; evaluations that they interrupt.
+"""How a run ends: the watchdog, which finds the rank that hangs; stop requests by signals, and what they interrupt.
 
 Ranks train in lockstep, so one rank that stops makes all of them wait without a message.
 
