@@ -86,16 +86,19 @@ class Forge:
         self.running = []
 
     def wait(self) -> list[int]:
-        """Exit code of each rank, -9 for a SIGKILL; the first that fails ends the others, after ten seconds by force."""
-        deadline = None
+        """Exit code of each rank, -9 for a SIGKILL; the first that fails ends the others, after ten seconds by force.
+
+        Those that leave by themselves, as all do where a rank has refused something, have a second to do so.
+        """
+        calls = [(1.0, Forked.terminate), (11.0, Forked.kill)]  # seconds after the first failure
+        failed = None
         while None in (codes := [one.poll() for one in self.running]):
-            if deadline is None and any(codes):
-                deadline = time.monotonic() + 10
+            if failed is None and any(codes):
+                failed = time.monotonic()
+            if failed is not None and calls and time.monotonic() > failed + calls[0][0]:
+                _, call = calls.pop(0)
                 for one in self.running:
-                    one.terminate()
-            elif deadline is not None and time.monotonic() > deadline:
-                for one in self.running:
-                    one.kill()
+                    call(one)
             time.sleep(0.01)
         self.running = []
         return codes

@@ -181,7 +181,9 @@ def free_ports(count: int) -> list[int]:
     """Below the range of outgoing connections, so that no client takes one meanwhile."""
     with contextlib.ExitStack() as held:
         ports: list[int] = []
-        port = 6800 + os.getpid() % 3000
+        port = (
+            6800 + os.getpid() * 8 % 3000
+        )  # workers, whose process ids follow one another, start theirs at once
         while len(ports) < count:
             port += 1
             s = held.enter_context(socket.socket())
